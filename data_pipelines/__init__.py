@@ -1,0 +1,1 @@
+"""The model-free half of the data: raw formats -> typed Samples -> WebDataset shards and back."""

@@ -1,0 +1,193 @@
+"""`Sample`: what one training example is, before any model, image size or tokenizer is chosen.
+
+A sample holds media (images, videos) and one or more independent annotations about them. An annotation is an ordered
+list of turns, a turn an ordered list of parts. Preference data adds a rejected last answer. Everything is a frozen,
+slotted dataclass that converts to and from plain JSON; media bytes travel beside the JSON in the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from data_pipelines.errors import BadSample
+
+SCHEMA_VERSION = 1
+Role = Literal["system", "user", "assistant"]
+MediaKind = Literal["image", "video"]
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Plain text. `weights` optionally weighs segments `(start, end, weight)` in characters (RLHF-V style)."""
+
+    text: str
+    weights: tuple[tuple[int, int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Media:
+    """The place of media item number `item` of the sample inside a turn."""
+
+    item: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """A region of media item `item`: x1, y1, x2, y2 as fractions of width and height in [0, 1]."""
+
+    item: int
+    xyxy: tuple[float, float, float, float]
+
+
+Part = Text | Media | Box
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What one role says. Only assistant turns with `weight` > 0 are learned."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    weight: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """The turn's text parts, joined."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotation:
+    """One conversation about the sample's media. `rejected` replaces the last turn in preference data."""
+
+    turns: tuple[Turn, ...]
+    rejected: Turn | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaItem:
+    """One image or video: its member name in the shard and its size, known from the header.
+
+    `width` and `height` are pixels; `frames` and `seconds` describe a video (1 and 0.0 for an image).
+    """
+
+    name: str
+    width: int
+    height: int
+    kind: MediaKind = "image"
+    frames: int = 1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One training example. `key` is unique in its shard set; it knows no image size and no token."""
+
+    key: str
+    media: tuple[MediaItem, ...] = ()
+    annotations: tuple[Annotation, ...]
+    source: str = ""
+    licence: str = ""
+    weight: float = 1.0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.annotations:
+            raise BadSample(f"sample {self.key!r}: no annotations")
+        for index, annotation in enumerate(self.annotations):
+            for turn in (*annotation.turns, *((annotation.rejected,) if annotation.rejected else ())):
+                self._check_turn(turn, where=f"sample {self.key!r}, annotation {index}")
+
+    def _check_turn(self, turn: Turn, where: str) -> None:
+        if turn.role not in ROLES:
+            raise BadSample(f"{where}: role {turn.role!r}; allowed: {', '.join(ROLES)}")
+        for part in turn.parts:
+            if isinstance(part, (Media, Box)) and not 0 <= part.item < len(self.media):
+                raise BadSample(f"{where}: names media item {part.item}, but the sample has {len(self.media)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The sample as plain JSON data; media bytes are stored beside it under each item's `name`."""
+        return {
+            "version": SCHEMA_VERSION,
+            "source": self.source,
+            "licence": self.licence,
+            "weight": self.weight,
+            "meta": dict(self.meta),
+            "media": [
+                {
+                    "name": m.name,
+                    "width": m.width,
+                    "height": m.height,
+                    "kind": m.kind,
+                    "frames": m.frames,
+                    "seconds": m.seconds,
+                }
+                for m in self.media
+            ],
+            "annotations": [
+                {
+                    "turns": [_turn_to_json(t) for t in a.turns],
+                    "rejected": _turn_to_json(a.rejected) if a.rejected else None,
+                    "weight": a.weight,
+                }
+                for a in self.annotations
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, key: str, data: Mapping[str, Any]) -> Sample:
+        """Rebuild a sample. Raises `BadSample` if `data` is not of this schema."""
+        if not isinstance(data, Mapping) or data.get("version") != SCHEMA_VERSION:
+            version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
+            raise BadSample(f"sample {key!r}: schema version {version!r}, this program reads {SCHEMA_VERSION}")
+        try:
+            return cls(
+                key=key,
+                source=str(data["source"]),
+                licence=str(data["licence"]),
+                weight=float(data["weight"]),
+                meta=dict(data["meta"]),
+                media=tuple(MediaItem(**item) for item in data["media"]),
+                annotations=tuple(
+                    Annotation(
+                        turns=tuple(_turn_from_json(t) for t in a["turns"]),
+                        rejected=_turn_from_json(a["rejected"]) if a.get("rejected") else None,
+                        weight=float(a["weight"]),
+                    )
+                    for a in data["annotations"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadSample(f"sample {key!r}: malformed: {type(error).__name__}: {error}") from error
+
+
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
+    return {"role": turn.role, "weight": turn.weight, "parts": [_part_to_json(p) for p in turn.parts]}
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    match part:
+        case Text():
+            return {"text": part.text} | ({"weights": [list(w) for w in part.weights]} if part.weights else {})
+        case Media():
+            return {"media": part.item}
+        case Box():
+            return {"box": list(part.xyxy), "item": part.item}
+
+
+def _turn_from_json(data: Mapping[str, Any]) -> Turn:
+    return Turn(role=data["role"], weight=float(data["weight"]), parts=tuple(_part_from_json(p) for p in data["parts"]))
+
+
+def _part_from_json(data: Mapping[str, Any]) -> Part:
+    if "text" in data:
+        weights = tuple((int(a), int(b), float(w)) for a, b, w in data.get("weights", ()))
+        return Text(text=str(data["text"]), weights=weights)
+    if "media" in data:
+        return Media(item=int(data["media"]))
+    x1, y1, x2, y2 = (float(v) for v in data["box"])
+    return Box(item=int(data["item"]), xyxy=(x1, y1, x2, y2))

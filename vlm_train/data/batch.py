@@ -1,0 +1,122 @@
+"""`Batch`: the one shape in which data reaches every model family.
+
+Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, N media views, S placeholder slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not learned."""
+
+Alignment = Literal["causal", "seq2seq", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStream:
+    """One text stream of a batch, its labels already aligned: `labels[b, t]` is the target of position t.
+
+    Attributes:
+        ids: `[B, T]` int64 token ids; placeholder positions hold `PLACEHOLDER_ID`, padding 0.
+        labels: `[B, T]` int64 targets, `IGNORE` where nothing is learned.
+        weights: `[B, T]` float32 loss weight per target (0 where ignored), normalisation rule included.
+        positions: `[A, B, T]` int64 position ids.
+        segment_ids: `[B, T]` int32; 0 is padding, 1, 2, ... the samples packed into the row.
+        attention_group: `[B, T]` int32, see `vlm_train.models.masks`: 0 shared by its segment, n > 0 a private branch,
+            n < 0 a shared block whose tokens see each other in both directions.
+        alignment: how labels relate to inputs: causal, seq2seq, or none.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    positions: Tensor
+    segment_ids: Tensor
+    attention_group: Tensor
+    alignment: Alignment = "causal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaBatch:
+    """All images (views, frames) of a batch, flat, and where their features go.
+
+    Attributes:
+        pixels: `[N, 3, H, W]` uint8, or a family's own flat patches. Never empty: a batch without images carries one
+            blank view, so that every rank makes the same tower calls (`real` says which views count).
+        view_counts: views of each media item, in order; their sum is the number of real views.
+        slot_counts: placeholder tokens of each media item, in order.
+        slot_index: `[S]` int64, flat index `b * T + t` of every placeholder, item by item.
+        row: `[items]` int64, the row of the batch each item belongs to.
+        keys: sample key of each item, for messages.
+    """
+
+    pixels: Tensor
+    view_counts: tuple[int, ...] = ()
+    slot_counts: tuple[int, ...] = ()
+    slot_index: Tensor
+    row: Tensor
+    keys: tuple[str, ...] = ()
+
+    @property
+    def real(self) -> int:
+        """Number of real views: `pixels[:real]` are images, the rest is the blank dummy."""
+        return sum(self.view_counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Where a micro-batch stands in its optimizer step, and what the step holds on this rank.
+
+    `sums[stream][source]` is the total loss weight of this rank's whole window (the stream "samples" counts samples);
+    one all-reduce of it before the first backward gives the global denominator. The other counts are for the log.
+    """
+
+    step: int
+    micro: int
+    micro_count: int
+    sums: Mapping[str, Mapping[str, float]]
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch: named token streams, media, and the accumulation window it belongs to.
+
+    `keys[b][s - 1]` and `sources[b][s - 1]` name the sample in segment s of row b and where it comes from; `references`
+    carries what evaluation needs (the expected answers), never read by a model.
+    """
+
+    text: Mapping[str, TokenStream]
+    media: MediaBatch
+    window: Window | None = None
+    sources: tuple[tuple[str, ...], ...] = ()
+    keys: tuple[tuple[str, ...], ...] = ()
+    references: tuple[Any, ...] = field(default=())
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The batch with every tensor on `device`."""
+        return map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by the DataLoader)."""
+        return map_tensors(self, lambda t: t.pin_memory())
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `function` to every tensor of a (nested) dataclass or mapping, leaving the rest as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return value

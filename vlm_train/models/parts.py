@@ -1,0 +1,73 @@
+"""The contracts of the parts a family is wired from. Plain nn.Modules fulfil them; nothing here is inherited.
+
+Legend: N media views, P patch tokens, Q connector tokens, B rows, T tokens, A position axes, D_v / D_t widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from vlm_train.data.layout import Grid, MediaSize
+
+
+class VisionEncoder(Protocol):
+    """Pixels to patch features.
+
+    Attributes:
+        out_dim: width D_v of the features (the sum over layers when several are chosen).
+        image_size: (height, width) in pixels of one view, or None for native resolution.
+        image_mean, image_std: per-channel statistics in [0, 1] that `encode` normalises with.
+        patch_grid: module-level function or partial: `MediaSize` of a view -> (rows, columns) of patches.
+    """
+
+    out_dim: int
+    image_size: Grid | None
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    patch_grid: Callable[[MediaSize], Grid]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 `[N, 3, H, W]` -> `[N, P, D_v]`. Runs only the layers its features need."""
+        ...
+
+
+class Connector(Protocol):
+    """Vision features to the language model's width: `forward([N, P, D_v], grid) -> [N, Q, D_t]`.
+
+    Attributes:
+        token_grid: module-level function or partial: patch grid -> token grid (rows, columns); Q is their product.
+    """
+
+    token_grid: Callable[[Grid], Grid]
+
+    def __call__(self, features: Tensor, grid: Grid) -> Tensor: ...
+
+
+class LanguageModel(Protocol):
+    """A causal language model taken apart so that families can feed it embeddings and insert blocks.
+
+    Attributes:
+        dim: width D_t of embeddings and hidden states.
+        vocab_size: rows of the output head.
+        layers: the decoder blocks, for layer-wise learning rates, inserted blocks and activation checkpointing.
+    """
+
+    dim: int
+    vocab_size: int
+    layers: nn.ModuleList
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `[B, T]` -> embeddings `[B, T, D_t]`. Negative ids (placeholders) give any finite embedding."""
+        ...
+
+    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, context: Any = None) -> Tensor:
+        """Embeddings `[B, T, D_t]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None = plain causal)
+        -> final hidden states `[B, T, D_t]`. `context` is opaque: only inserted blocks read it."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., D_t]` -> logits `[..., V]`."""
+        ...

@@ -1,0 +1,55 @@
+"""What an objective is and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from vlm_train.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as a sum, so that it can be normalised over the whole global batch.
+
+    Attributes:
+        sum: scalar, the weighted sum over this micro-batch.
+        count: the denominator's share of this micro-batch (sum of weights); the trainer divides by the global total.
+        weight: factor of this loss in the total.
+        metrics: further scalars to log, detached (accuracy, temperature ...).
+    """
+
+    sum: Tensor
+    count: Tensor
+    weight: float = 1.0
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Gather(Protocol):
+    """Collects a tensor from all ranks along dimension 0; the identity on one rank.
+
+    `with_grad=True` lets gradients flow back to the rank each slice came from.
+    """
+
+    def __call__(self, tensor: Tensor, *, with_grad: bool) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """Computes named losses of a batch.
+
+    `stream` names the entry of `Window.sums` that normalises it: a token stream, or "samples".
+    """
+
+    stream: str
+
+    def __call__(self, model: nn.Module, batch: Batch, gather: Gather) -> dict[str, Loss]: ...
+
+
+def identity_gather(tensor: Tensor, *, with_grad: bool) -> Tensor:
+    """The gather of a single process."""
+    del with_grad
+    return tensor
+
