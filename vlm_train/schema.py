@@ -1,0 +1,152 @@
+"""The typed root of the configuration: every top-level key, its type, default and meaning.
+
+Component groups (`vision`, `connector`, ...) hold a `_target_` whose constructor is their schema; `config.py` checks them
+against its signature. Everything else is typed here. No torch import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class InitFrom:
+    """Weights that a run starts from: another run's folder (or one of its checkpoints), optionally only some parts."""
+
+    run: str = MISSING  # a run folder, a checkpoint folder, or a .safetensors file
+    parts: list[str] | None = None  # top-level parts to take (vision, connector, llm); null: everything it holds
+    which: str = "last"  # last | best, when `run` is a run folder
+
+
+@dataclass
+class Rule:
+    """Who learns, and how: the first rule whose `match` (regex over the full name) fits a parameter decides."""
+
+    match: str = MISSING
+    lr: float | None = None  # absolute learning rate; null: frozen
+    weight_decay: float | None = None  # null: optim.weight_decay
+    layer_decay: float | None = None  # LR factor per layer, counted from the last one
+
+
+@dataclass
+class Params:
+    """The parameter policy. `rules` is a list, replaced whole by a recipe."""
+
+    rules: list[Rule] = field(default_factory=list)
+    decay_norms_and_biases: bool = False  # False: no weight decay on tensors with fewer than two dimensions
+
+
+@dataclass
+class BatchSize:
+    """How much goes into one optimizer step. Give exactly one of `samples` and `tokens`."""
+
+    samples: int | None = None  # samples per optimizer step over all ranks, as papers count
+    tokens: int | None = None  # token budget per optimizer step over all ranks
+    micro: int = 1  # rows per rank and forward pass; accumulation follows from it
+    normalise: str = "token"  # token | sample | source | sqrt_length: what every target weighs in the mean
+
+
+@dataclass
+class Trainer:
+    """Running. Every interval counts optimizer steps."""
+
+    epochs: float | None = 1.0  # passes over the data
+    max_steps: int | None = None  # stop here even if epochs would go on
+    precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true | 16-mixed
+    clip_norm: float | None = None  # gradient norm clip; null: none
+    val_every: int | None = None  # validation loss and evaluators; null: only at the end
+    save_every: int | None = None  # checkpoints; null: only at the end
+    log_every: int = 10
+    keep_last: int = 2  # newest checkpoints kept, besides the best
+    activation_checkpointing: bool = False
+    compile: bool = False
+    accelerator: str = "auto"  # auto | cpu | gpu
+    min_supervised_ratio: float = 0.001  # stop when a window of steps supervises fewer of its text tokens than this
+    max_bad_samples: int = 100  # bad samples in a row that stop the run
+    threads: int | None = None  # CPU threads; null: torch's choice
+
+
+@dataclass
+class Launch:
+    """How processes come to be. `local` starts them itself; torchrun and srun find them started."""
+
+    kind: str = "local"  # local | torchrun | srun
+    devices: int = 1  # processes per node
+    nodes: int = 1
+    timeout_minutes: float = 30.0  # collective timeout
+
+
+@dataclass
+class Paths:
+    """Folders, relative to where the command was started."""
+
+    data: str = "data"
+    runs: str = "runs"
+    cache: str = "${oc.env:VLM_TRAIN_CACHE,${oc.env:HOME,.}/.cache/vlm_train}"
+
+
+@dataclass
+class Stage:
+    """One stage of a schedule: a recipe and what it takes over from earlier stages."""
+
+    recipe: str = MISSING
+    init_from: list[InitFrom] = field(default_factory=list)  # `run` names an earlier stage's recipe
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Schedule:
+    """An ordered list of stages."""
+
+    name: str = MISSING
+    stages: list[Stage] = field(default_factory=list)
+
+
+@dataclass
+class Root:
+    """The whole configuration. `python -m vlm_train --cfg job` prints it composed."""
+
+    mode: str = "fit"  # fit | eval | export | show | import
+    dry_run: bool = False  # build on the meta device, print the plan, train nothing
+    seed: int = 42
+    run_name: str | None = None  # null: <recipe>-<hash of the training-relevant config>
+    run: str | None = None  # eval, export, show: an existing run folder, whose config is used
+    resume: str = "auto"  # auto: this run's newest valid checkpoint | never | path of a checkpoint
+    init_from: list[InitFrom] = field(default_factory=list)
+    allow_targets: list[str] = field(default_factory=list)  # further `_target_` prefixes to trust
+    recipe_name: str = "custom"  # set by each recipe; names the run
+
+    model: Any = None
+    vision: Any = None
+    connector: Any = None
+    llm: Any = None
+    tokenizer: Any = None
+    image: Any = None
+    template: Any = None
+    objective: Any = None
+    peft: Any = None
+    data: Any = None
+    optim: Any = None
+    lr_schedule: Any = None
+    strategy: Any = None
+    callbacks: Any = None
+    logger: Any = None
+    eval: Any = None
+
+    params: Params = field(default_factory=Params)
+    batch: BatchSize = field(default_factory=BatchSize)
+    trainer: Trainer = field(default_factory=Trainer)
+    launch: Launch = field(default_factory=Launch)
+    paths: Paths = field(default_factory=Paths)
+    schedule: Schedule | None = None
+    target: Any = None  # dry_run: hardware to plan for
+
+
+PART_GROUPS = ("model", "vision", "connector", "llm", "tokenizer", "image", "template", "peft", "data", "optim", "lr_schedule", "strategy")
+"""Groups that hold one component (one `_target_`)."""
+
+DICT_GROUPS = ("objective", "callbacks", "logger", "eval")
+"""Groups that hold named components: `{name: {_target_: ...}}`; null removes one."""
