@@ -74,7 +74,8 @@ class Window:
     """Where a micro-batch stands in its optimizer step, and what the step holds on this rank.
 
     `sums[stream][source]` is the total loss weight of this rank's whole window (the stream "samples" counts samples);
-    one all-reduce of it before the first backward gives the global denominator. The other counts are for the log.
+    one all-reduce of it before the first backward gives the global denominator. The other counts are for the log;
+    `problems` says which samples were left out, and why.
     """
 
     step: int
@@ -84,7 +85,7 @@ class Window:
     samples: int = 0
     tokens: int = 0
     supervised: int = 0
-    skipped: int = 0
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,82 @@
+"""Optimizers and learning-rate schedules: library ones behind explicit keyword arguments, so that config is checked.
+
+`build.py` gives the parameter groups and the number of optimizer steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vlm_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+def adamw(
+    params: Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    fused: bool | None = None,
+) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019). `lr` and `weight_decay` are the defaults that rules refer to."""
+    from torch.optim import AdamW
+
+    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def sgd(
+    params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+) -> Optimizer:
+    """Plain SGD: for parity tests across strategies, where Adam's scale invariance would hide errors."""
+    from torch.optim import SGD
+
+    return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def warmup_length(total_steps: int, *, warmup_ratio: float, warmup_steps: int | None) -> int:
+    """Warm-up in optimizer steps: `warmup_steps`, or the ratio of `total_steps` rounded up (as `transformers` does)."""
+    if warmup_steps is not None and warmup_ratio:
+        raise ConfigError(f"lr_schedule: give warmup_steps ({warmup_steps}) or warmup_ratio ({warmup_ratio}), not both")
+    return math.ceil(total_steps * warmup_ratio) if warmup_steps is None else warmup_steps
+
+
+def cosine(
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    warmup_ratio: float = 0.0,
+    warmup_steps: int | None = None,
+    min_ratio: float = 0.0,
+) -> LRScheduler:
+    """Linear warm-up from 0, then half a cosine down to `min_ratio` of each group's rate."""
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total_steps, min_lr_rate=min_ratio)
+
+
+def linear(
+    optimizer: Optimizer, *, total_steps: int, warmup_ratio: float = 0.0, warmup_steps: int | None = None
+) -> LRScheduler:
+    """Linear warm-up from 0, then linear decay to 0."""
+    from transformers import get_linear_schedule_with_warmup
+
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    return get_linear_schedule_with_warmup(optimizer, warmup, total_steps)
+
+
+def constant(
+    optimizer: Optimizer, *, total_steps: int, warmup_ratio: float = 0.0, warmup_steps: int | None = None
+) -> LRScheduler:
+    """Linear warm-up from 0, then constant."""
+    from transformers import get_constant_schedule_with_warmup
+
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    return get_constant_schedule_with_warmup(optimizer, warmup)
