@@ -1,0 +1,68 @@
+# Every target sets up what it needs, once: `make test` on a fresh clone works.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench docs clean
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+# Further overrides of `make demo`, and further arguments of pytest: make test ARGS="-k merge"
+ARGS ?=
+WORKERS ?= 2
+# Where pip finds the CPU build of torch on machines without a GPU, when its own index has none.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# One thread per process: two cores are shared by pytest's workers, and tiny tensors gain nothing from threads.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## virtual environment with the pinned dependencies (the other targets do this too)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null && ! $(BIN)/python -c 'import torch' 2> /dev/null; then \
+		echo "No GPU: installing the CPU build of torch $(TORCH)"; \
+		$(BIN)/pip install -q "torch==$(TORCH)+cpu" 2> /dev/null \
+		|| $(BIN)/pip install -q --retries 1 --index-url $(TORCH_INDEX) "torch==$(TORCH)+cpu" 2> /dev/null \
+		|| echo "No CPU build found: the next step installs the default build"; \
+	fi
+	$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup ## train a small LLaVA in stages on easy-VQA, evaluate it and write a report (ARGS="key=value" overrides)
+	for split in train val test; do $(BIN)/python -m data_pipelines.build easy_vqa --split $$split --out data/easy_vqa/$$split; done
+	$(BIN)/python -m vlm_train schedule=easyvqa $(ARGS)
+	@$(BIN)/python -m vlm_train.report runs --latest --table
+
+test: setup ## the tests that need neither a GPU nor minutes
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## every test that this machine can run
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+lint: setup ## formatting, lint rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## format the code and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## throughput and memory of this machine, as JSON lines
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+docs: setup ## check that every link and file named in README.md and docs/ exists
+	$(BIN)/pytest tests/test_docs.py
+
+clean: ## remove the virtual environment, caches and build products; keep data/ and runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
