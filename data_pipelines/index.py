@@ -1,0 +1,171 @@
+"""The index of a shard set: where every member of every sample lies, so that sample i is one read away.
+
+`python -m data_pipelines.index folder=<folder>` makes index and manifest for WebDataset tars of other programs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from data_pipelines.errors import DataError
+from data_pipelines.manifest import MANIFEST, FileInfo, Manifest, Stats
+from data_pipelines.members import Member, scan, to_sample
+from data_pipelines.sample import Sample
+
+INDEX = "index.npz"
+PER_MEMBER = {"name": "i", "offset": "q", "size": "q", "crc": "q"}
+PER_MEDIA = {"width": "i", "height": "i", "frames": "i", "seconds": "d"}
+
+
+class Index:
+    """N samples with M members and K media items, as flat arrays.
+
+    shard, annotations [N]; member_start, media_start, key_start [N + 1]; name, offset, size, crc [M];
+    width, height, frames, seconds [K]. `names` are the distinct member names.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.shard = arrays["shard"]
+        self.annotations = arrays["annotations"]
+        self.member_start = arrays["member_start"]
+        self.media_start = arrays["media_start"]
+        self.width, self.height = arrays["width"], arrays["height"]
+        self.frames, self.seconds = arrays["frames"], arrays["seconds"]
+        self.names: list[str] = json.loads(arrays["names"].tobytes())
+        self._members = [arrays[name] for name in PER_MEMBER]
+        self._key_start, self._keys = arrays["key_start"], arrays["keys"]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def key(self, i: int) -> str:
+        """The key of sample i."""
+        return self._keys[self._key_start[i] : self._key_start[i + 1]].tobytes().decode("ascii")
+
+    def members(self, i: int) -> list[Member]:
+        """The members of sample i in file order."""
+        span = slice(self.member_start[i], self.member_start[i + 1])
+        rows = zip(*(column[span].tolist() for column in self._members), strict=True)
+        return [Member(self.names[name], offset, size, crc) for name, offset, size, crc in rows]
+
+    @classmethod
+    def load(cls, path: Path) -> Index:
+        """Raises `DataError` if the file is missing or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls({name: file[name] for name in file.files})
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
+
+
+class IndexBuilder:
+    """Collects samples in order. Raises `DataError` for a key that was there before."""
+
+    def __init__(self) -> None:
+        self._columns = {name: array(code) for name, code in (PER_MEMBER | PER_MEDIA).items()}
+        self._shard, self._annotations = array("i"), array("i")
+        self._member_start, self._media_start = array("q", [0]), array("q", [0])
+        self._keys: dict[str, None] = {}
+        self._names: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def add(self, shard: int, sample: Sample, members: Sequence[Member]) -> None:
+        """Append a sample of shard number `shard`."""
+        if sample.key in self._keys:
+            raise DataError(f"duplicate key {sample.key!r}; keys must be unique in a shard set")
+        self._keys[sample.key] = None
+        self._shard.append(shard)
+        self._annotations.append(len(sample.annotations))
+        for member in members:
+            name = self._names.setdefault(member.name, len(self._names))
+            for column, value in zip(PER_MEMBER, (name, member.offset, member.size, member.crc), strict=True):
+                self._columns[column].append(value)
+        for item in sample.media:
+            for column in PER_MEDIA:
+                self._columns[column].append(getattr(item, column))
+        self._member_start.append(len(self._columns["name"]))
+        self._media_start.append(len(self._columns["width"]))
+
+    def save(self, path: Path) -> FileInfo:
+        """Write the index; the same samples give the same bytes."""
+        keys = list(self._keys)
+        lengths = np.fromiter((len(key) for key in keys), dtype=np.int64, count=len(keys))
+        arrays: dict[str, Any] = {name: np.array(column) for name, column in self._columns.items()}
+        arrays |= {"shard": np.array(self._shard), "annotations": np.array(self._annotations)}
+        arrays |= {"member_start": np.array(self._member_start), "media_start": np.array(self._media_start)}
+        arrays["key_start"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        arrays["keys"] = np.frombuffer("".join(keys).encode("ascii"), dtype=np.uint8)
+        arrays["names"] = np.frombuffer(json.dumps(list(self._names)).encode(), dtype=np.uint8)
+        np.savez(path, **arrays)
+        data = path.read_bytes()
+        return FileInfo(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def index_folder(folder: Path, *, source: str = "", licence: str = "", split: str = "") -> Manifest:
+    """Read every `*.tar` of `folder` once, check it, and write index and manifest beside them.
+
+    Raises `DataError` naming the shard (and key) of the first truncated tar, refused or unusable member, interleaved
+    sample or duplicate key.
+    """
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise DataError(f"{folder}: no *.tar files to index")
+    builder, stats, shards = IndexBuilder(), Stats(), list[FileInfo]()
+    for number, path in enumerate(paths):
+        before = len(builder)
+        for key, members in scan(path):
+            try:
+                sample, blobs = to_sample(key, [(member.name, data) for member, data in members])
+                builder.add(number, sample, [member for member, _ in members])
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
+            stats.add(sample, blobs)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        count = len(builder) - before
+        shards.append(FileInfo(name=path.name, bytes=path.stat().st_size, sha256=digest, samples=count))
+    manifest = Manifest(
+        samples=len(builder),
+        shards=tuple(shards),
+        index=builder.save(folder / INDEX),
+        source=source,
+        licence=licence,
+        split=split,
+        stats=stats.to_json(),
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    from data_pipelines.cli import run
+
+    def task(config: Any) -> int:
+        folder = Path(config.folder)
+        if (folder / MANIFEST).exists() and not config.force:
+            print(f"{folder}: already has {MANIFEST}; force=true indexes again")
+            return 0
+        manifest = index_folder(folder, source=config.source, licence=config.licence, split=config.split)
+        print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes")
+        return 0
+
+    return run(task, "index", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

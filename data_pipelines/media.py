@@ -1,0 +1,54 @@
+"""Image headers: size and format without decoding, under limits that stop decompression bombs."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from data_pipelines.errors import BadSample
+from data_pipelines.sample import MediaItem
+
+MAX_PIXELS = 64 * 2**20
+MAX_BYTES = 64 * 2**20
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""The formats that are read, and the file name extension each is stored under."""
+
+
+def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int, str]:
+    """Width and height in pixels, as stored (EXIF rotation not applied), and the format. Raises `BadSample`."""
+    if len(data) > max_bytes:
+        raise BadSample(f"image of {len(data)} bytes; at most {max_bytes} are read")
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            (width, height), kind = image.size, str(image.format)
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"image too large: {error}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample(f"not a readable image ({', '.join(FORMATS)}): {error}") from error
+    if width * height > max_pixels:
+        raise BadSample(f"image of {width} x {height} pixels; at most {max_pixels} pixels are read")
+    return width, height, kind
+
+
+def image_item(number: int, data: bytes) -> MediaItem:
+    """The `MediaItem` of image bytes that become media item `number` of a sample, named after their true format."""
+    width, height, kind = read_header(data)
+    return MediaItem(name=f"{number}.{FORMATS[kind]}", width=width, height=height)
+
+
+def check_image(item: MediaItem, data: bytes) -> None:
+    """Raise `BadSample` unless the header of `data` says what `item` says."""
+    width, height, _ = read_header(data)
+    if (width, height) != (item.width, item.height):
+        raise BadSample(f"{item.name} is {width} x {height} pixels, its entry says {item.width} x {item.height}")
+
+
+def check_pixels(data: bytes) -> None:
+    """Decode an image completely. Raises `BadSample` if it is cut off or damaged."""
+    read_header(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample(f"image does not decode: {error}") from error

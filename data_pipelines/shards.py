@@ -1,0 +1,196 @@
+"""`ShardWriter`: samples -> WebDataset tars with index and manifest. The same samples give the same bytes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.index import INDEX, IndexBuilder
+from data_pipelines.manifest import MANIFEST, FileInfo, Manifest, Stats
+from data_pipelines.media import check_image
+from data_pipelines.members import BLOCK, IMAGES, JSON, KEY, Member, extension
+from data_pipelines.sample import Sample
+
+
+class ShardWriter:
+    """Writes a shard set into a hidden folder beside `folder`, which takes its name when the set is complete.
+
+    Use it as a context manager: leaving it without an error finishes the set, leaving it with one removes what was
+    written. `max_bytes` bounds one shard. Raises `DataError` if `folder` exists, unless `overwrite` and it holds a
+    shard set, and if another process is writing it.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        source: str = "",
+        licence: str = "",
+        split: str = "",
+        build: Mapping[str, Any] | None = None,
+        samples_per_shard: int = 1000,
+        max_bytes: int = 256 * 2**20,
+        overwrite: bool = False,
+    ) -> None:
+        if samples_per_shard < 1 or max_bytes < 1:
+            raise DataError(f"samples_per_shard {samples_per_shard} and max_bytes {max_bytes} must be positive")
+        self.folder = Path(os.path.abspath(folder))
+        self._about = {"source": source, "licence": licence, "split": split, "build": dict(build or {})}
+        self._samples_per_shard, self._max_bytes = samples_per_shard, max_bytes
+        _check_free(self.folder, overwrite)
+        self.partial = self.folder.parent / f".{self.folder.name}.partial"
+        self._lock = _claim(self.partial)
+        self._shards: list[FileInfo] = []
+        self._shard: _Shard | None = None
+        self._index, self._stats = IndexBuilder(), Stats()
+
+    def write(self, sample: Sample, blobs: Sequence[bytes]) -> None:
+        """Append a sample with the bytes of its media. Raises `BadSample`, and then nothing of it is written."""
+        _check(sample, blobs)
+        if sample.key in self._index:
+            raise BadSample(f"sample {sample.key!r}: duplicate key")
+        text = json.dumps(sample.to_json(), ensure_ascii=False, separators=(",", ":")).encode()
+        parts = [(JSON, text), *((item.name, blob) for item, blob in zip(sample.media, blobs, strict=True))]
+        size = sum(BLOCK + _padded(len(data)) for _, data in parts)
+        if self._shard and (
+            self._shard.samples >= self._samples_per_shard or self._shard.size + size > self._max_bytes
+        ):
+            self._close_shard()
+        if self._shard is None:
+            self._shard = _Shard(self.partial / f"shard-{len(self._shards):06d}.tar")
+        members = [self._shard.add(sample.key, name, data) for name, data in parts]
+        self._shard.samples += 1
+        self._index.add(len(self._shards), sample, members)
+        self._stats.add(sample, list(blobs))
+
+    def finish(self) -> Manifest:
+        """Write index and manifest and give the folder its name. Raises `DataError` if there are no samples."""
+        if not len(self._index):
+            raise DataError(f"{self.folder}: the source gave no usable sample")
+        self._close_shard()
+        manifest = Manifest(
+            samples=len(self._index),
+            shards=tuple(self._shards),
+            index=self._index.save(self.partial / INDEX),
+            stats=self._stats.to_json(),
+            **self._about,
+        )
+        manifest.write(self.partial)
+        old = self.folder.parent / f".{self.folder.name}.old"
+        if self.folder.exists():
+            self.folder.rename(old)
+        self.partial.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        os.close(self._lock)
+        return manifest
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        if self._shard:
+            self._shard.file.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+        os.close(self._lock)
+
+    def _close_shard(self) -> None:
+        if self._shard:
+            self._shards.append(self._shard.close())
+            self._shard = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abandon()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.abandon()
+            raise
+
+
+class _Shard:
+    """One tar being written, hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by `close`)
+        self.samples = self.size = 0
+        self._hash = hashlib.sha256()
+
+    def add(self, key: str, name: str, data: bytes) -> Member:
+        info = tarfile.TarInfo(f"{key}.{name}")
+        info.size, info.mode = len(data), 0o644
+        self._put(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.size
+        self._put(data + bytes(_padded(len(data)) - len(data)))
+        return Member(name, offset, len(data), zlib.crc32(data))
+
+    def close(self) -> FileInfo:
+        self._put(bytes(2 * BLOCK))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        digest = self._hash.hexdigest()
+        return FileInfo(name=self.path.name, bytes=self.size, sha256=digest, samples=self.samples)
+
+    def _put(self, data: bytes) -> None:
+        self.file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _check(sample: Sample, blobs: Sequence[bytes]) -> None:
+    where = f"sample {sample.key!r}"
+    if not KEY.fullmatch(sample.key):
+        raise BadSample(f"{where}: a key has 1 to 80 of the characters A-Z a-z 0-9 _ -; see members.safe_key")
+    if len(blobs) != len(sample.media):
+        raise BadSample(f"{where}: {len(blobs)} media files for {len(sample.media)} media items")
+    names = [item.name for item in sample.media]
+    if len(set(names)) != len(names) or any(len(name) > 16 or extension(name) not in IMAGES for name in names):
+        raise BadSample(f"{where}: media names {names}; each must differ and end in {', '.join(IMAGES)}")
+    for item, blob in zip(sample.media, blobs, strict=True):
+        try:
+            check_image(item, blob)
+        except BadSample as error:
+            raise BadSample(f"{where}: {error}") from error
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} exists and is not a shard set; choose another folder or remove it")
+    if not overwrite:
+        raise DataError(f"{folder} already holds a shard set; choose another folder, or overwrite it with force=true")
+
+
+def _claim(partial: Path) -> int:
+    """Create `partial` empty and lock it; what a killed process left there is removed."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise DataError(f"{partial}: another process is writing this shard set") from error
+    for path in partial.iterdir():
+        path.unlink()
+    return lock

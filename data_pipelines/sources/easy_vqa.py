@@ -1,0 +1,143 @@
+"""easy-VQA (MIT, the `easy-vqa` package): one coloured shape per 64 x 64 image, questions with 13 possible answers.
+
+Source: github.com/vzhou842/easy-VQA. 4,000 training images with 38,575 questions, 1,000 test images with 9,673.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from data_pipelines.errors import DataError
+from data_pipelines.media import image_item
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.sources import Record
+
+SPLITS = ("train", "val", "trainval", "test")
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+
+
+class Question(NamedTuple):
+    text: str
+    answer: str
+
+
+class EasyVQA:
+    """One sample per image; each question is an independent annotation.
+
+    `split`: `test` is the official one; `val` is a fixed share `val_share` of the official training images, `train` the
+    rest, `trainval` all of them. `captions` replaces the questions by one assistant-only caption such as "a teal
+    triangle", derived from the answers; images whose answers settle neither colour nor shape are left out. `images=False`
+    leaves the images out and keeps the text.
+    """
+
+    name = "easy_vqa"
+    licence = "MIT"
+
+    def __init__(
+        self, *, split: str = "train", captions: bool = False, images: bool = True, val_share: float = 0.05
+    ) -> None:
+        if split not in SPLITS:
+            raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
+        if not 0 < val_share < 1:
+            raise DataError(f"val_share: got {val_share}; allowed: between 0 and 1")
+        self.split, self.captions, self.images, self.val_share = split, captions, images, val_share
+        self._official = "test" if split == "test" else "train"
+        self._questions, self._paths = _load(self._official)
+        self._ids = self._choose()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._record(image) for image in self._ids)
+
+    def _choose(self) -> list[int]:
+        ids = sorted(self._questions)
+        if self.split in ("train", "val"):
+            # A hash orders the images, so that the held-out ones depend on no random generator and no version of one.
+            shuffled = sorted(ids, key=lambda image: hashlib.sha256(f"easy_vqa-{image}".encode()).digest())
+            held_out = set(shuffled[: round(self.val_share * len(ids))])
+            ids = [image for image in ids if (image in held_out) == (self.split == "val")]
+        if self.captions:
+            ids = [image for image in ids if caption(*describe(self._questions[image]))]
+        return ids
+
+    def _record(self, image: int) -> Record:
+        colour, shape = describe(self._questions[image])
+        blobs = [self._read(image)] if self.images else []
+        show = (Media(item=0),) if self.images else ()
+        if self.captions:
+            answer = Turn(role="assistant", parts=(Text(text=caption(colour, shape)),))
+            annotations = [Annotation(turns=(answer,))]
+        else:
+            annotations = [
+                Annotation(
+                    turns=(
+                        Turn(role="user", parts=(*show, Text(text=question.text))),
+                        Turn(role="assistant", parts=(Text(text=question.answer),)),
+                    )
+                )
+                for question in self._questions[image]
+            ]
+        return Sample(
+            key=f"{self._official}-{image:05d}",
+            media=tuple(image_item(number, blob) for number, blob in enumerate(blobs)),
+            annotations=tuple(annotations),
+            source=self.name,
+            licence=self.licence,
+            meta={"image": image, "colour": colour, "shape": shape},
+        ), blobs
+
+    def _read(self, image: int) -> bytes:
+        with open(self._paths[image], "rb") as file:
+            return file.read()
+
+
+def describe(questions: list[Question]) -> tuple[str | None, str | None]:
+    """Colour and shape of the one thing in the image, as far as the answers settle them; `None` where they do not."""
+    colours, shapes = set(COLOURS), set(SHAPES)
+    for question in questions:
+        words = question.text.rstrip("?").split()
+        _narrow(colours, words, question.answer)
+        _narrow(shapes, words, question.answer)
+    return _only(colours), _only(shapes)
+
+
+def caption(colour: str | None, shape: str | None) -> str:
+    """ "a teal triangle", "a teal shape" or "a triangle"; empty if nothing is known."""
+    if not colour and not shape:
+        return ""
+    return " ".join(word for word in ("a", colour, shape or "shape") if word)
+
+
+def _narrow(candidates: set[str], words: list[str], answer: str) -> None:
+    """Keep the candidates that a question and its answer leave possible."""
+    named = candidates.intersection(words)
+    if answer in ("yes", "no"):
+        present = (answer == "yes") != ("not" in words or "no" in words)
+        if named and present:
+            candidates &= named
+        else:
+            candidates -= named
+    elif named or answer in candidates:
+        candidates &= named | {answer}
+
+
+def _only(candidates: set[str]) -> str | None:
+    return next(iter(candidates)) if len(candidates) == 1 else None
+
+
+def _load(official: str) -> tuple[dict[int, list[Question]], dict[int, str]]:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise DataError("source easy_vqa needs the easy-vqa package: pip install easy-vqa") from error
+    read = easy_vqa.get_test_questions if official == "test" else easy_vqa.get_train_questions
+    paths = easy_vqa.get_test_image_paths() if official == "test" else easy_vqa.get_train_image_paths()
+    questions: dict[int, list[Question]] = {}
+    for text, answer, image in zip(*read(), strict=True):
+        questions.setdefault(image, []).append(Question(text, answer))
+    return questions, paths
