@@ -4,7 +4,7 @@ Every attention pattern of the framework is this one rule over two integer tenso
 
     query q may attend to key k  if  segment[q] == segment[k]
                                 and  (group[k] <= 0  or  group[k] == group[q])          shared, or the same branch
-                                and  (k <= q  or  (group[k] == group[q] < 0))           causal, or one bidirectional block
+                                and  (k <= q  or  (group[k] == group[q] < 0))           causal, or a bidirectional block
 
 group 0 is causal and shared by its whole segment; group n > 0 is a private branch (one of several independent
 question-answer pairs of an image: it sees the shared prefix and itself); group n < 0 is a shared block whose tokens see

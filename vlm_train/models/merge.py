@@ -9,7 +9,9 @@ from torch import Tensor
 from vlm_train.errors import BatchError
 
 
-def merge(embeds: Tensor, features: Tensor, slot_index: Tensor, slot_counts: Sequence[int], keys: Sequence[str]) -> Tensor:
+def merge(
+    embeds: Tensor, features: Tensor, slot_index: Tensor, slot_counts: Sequence[int], keys: Sequence[str]
+) -> Tensor:
     """Replace the embeddings at the placeholders by image features.
 
     Args:
@@ -39,7 +41,9 @@ def merge(embeds: Tensor, features: Tensor, slot_index: Tensor, slot_counts: Seq
 def check_slots(feature_counts: Sequence[int], slot_counts: Sequence[int], keys: Sequence[str]) -> None:
     """Raise `BatchError` unless every media item has as many features as placeholders."""
     if len(feature_counts) != len(slot_counts):
-        raise BatchError(f"merge: the tower gave {len(feature_counts)} media items, the text has slots for {len(slot_counts)}")
+        raise BatchError(
+            f"merge: the tower gave {len(feature_counts)} media items, the text has slots for {len(slot_counts)}"
+        )
     for index, (got, expected) in enumerate(zip(feature_counts, slot_counts, strict=True)):
         if got != expected:
             key = keys[index] if index < len(keys) else "?"

@@ -52,4 +52,3 @@ def identity_gather(tensor: Tensor, *, with_grad: bool) -> Tensor:
     """The gather of a single process."""
     del with_grad
     return tensor
-

@@ -1,0 +1,148 @@
+"""`transformers` models from explicit architecture numbers, and their weights: everything checked, nothing guessed.
+
+Building needs no file and no network, and works under `torch.device("meta")`. Loading reads safetensors or GGUF only,
+and treats every key that the model misses, or does not know, as an error unless the caller declares it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_train.errors import AssetError, ConfigError
+
+# Part of every transformers configuration, but not an architecture number: never set from ours.
+_INTERNAL = {"transformers_version", "architectures", "return_dict", "dtype", "output_hidden_states"}
+
+
+def build_config(setting: str, values: Mapping[str, Any]) -> Any:
+    """A `transformers` configuration from `{model_type: ..., <its fields>}`.
+
+    Raises:
+        ConfigError: `model_type` is unknown, a key is not a field of that configuration, or a value is refused.
+    """
+    from transformers import CONFIG_MAPPING
+
+    fields = {key: _plain(value) for key, value in values.items()}
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{setting}.model_type: unknown {model_type!r}{_did_you_mean(str(model_type), CONFIG_MAPPING)}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    allowed = _fields_of(config_class)
+    problems = [
+        f"{setting}.{key}: not a setting of {config_class.__name__}{_did_you_mean(key, allowed)}"
+        for key in fields
+        if key not in allowed
+    ]
+    if problems:
+        raise ConfigError(problems)
+    try:
+        return config_class(**fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{setting}: {config_class.__name__} refuses these values: {error}") from error
+    except Exception as error:  # the strict dataclass checks raise classes of their own
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise ConfigError(f"{setting}: {config_class.__name__} refuses these values: {error}") from error
+        raise
+
+
+def load_pretrained(
+    model: nn.Module,
+    source: str,
+    *,
+    setting: str,
+    declared: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A copy of `model` (same class and configuration, not on meta) with the weights of `source`.
+
+    Args:
+        model: a `transformers` model built from `build_config`.
+        source: a hub name, a local folder, or a `*.gguf` file.
+        setting: dotted config path of `source`, for messages.
+        declared: regexes of checkpoint keys that this model leaves out on purpose.
+        config: the architecture numbers the user gave; a checkpoint that contradicts one of them is an error.
+
+    Raises:
+        AssetError: the source cannot be read, or its keys or numbers are not those of the model.
+    """
+    where = f"{setting}: {source!r}"
+    arguments: dict[str, Any] = {"use_safetensors": True}
+    folder = source
+    if source.endswith(".gguf"):
+        folder, arguments = str(Path(source).parent), {"gguf_file": Path(source).name}
+    elif config is not None:
+        _check_numbers(type(model.config), source, config, setting)
+    parameter = next(model.parameters())
+    model_config = model.config
+    try:
+        loaded, report = type(model).from_pretrained(
+            folder,
+            config=model_config,
+            dtype=parameter.dtype,
+            attn_implementation=model_config._attn_implementation,
+            output_loading_info=True,
+            **arguments,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise AssetError(f"{where} cannot be loaded: {error}") from error
+    unexpected = [k for k in report["unexpected_keys"] if not any(re.search(pattern, k) for pattern in declared)]
+    missing, mismatched = list(report["missing_keys"]), list(report["mismatched_keys"])
+    if unexpected or missing or mismatched:
+        raise AssetError(
+            f"{where} does not fit {type(model).__name__}: missing {_some(missing)}, unexpected {_some(unexpected)}, "
+            f"other shape {_some(mismatched)}"
+        )
+    device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+    return loaded.to(device)
+
+
+def _check_numbers(config_class: Any, source: str, wanted: Mapping[str, Any], setting: str) -> None:
+    """Raise `AssetError` where the checkpoint's configuration contradicts `wanted` (a wrong rope base loads silently)."""
+    try:
+        found = config_class.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{setting}: {source!r} has no readable configuration: {error}") from error
+    expected = build_config(setting, {k: v for k, v in wanted.items() if v is not None})
+    problems = [
+        f"{setting}: {source!r} has {key} = {getattr(found, key)!r}, the config says {getattr(expected, key)!r}"
+        for key, value in wanted.items()
+        if key != "model_type" and value is not None and getattr(found, key, None) != getattr(expected, key)
+    ]
+    if problems:
+        raise AssetError(problems)
+
+
+def _fields_of(config_class: Any) -> set[str]:
+    names = (
+        {field.name for field in dataclasses.fields(config_class)} if dataclasses.is_dataclass(config_class) else set()
+    )
+    return (names | set(getattr(config_class, "attribute_map", {})) | {"rope_theta"}) - _INTERNAL
+
+
+def _plain(value: Any) -> Any:
+    """OmegaConf containers as plain lists and dicts, recursively (transformers serialises its configurations)."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _some(keys: Sequence[Any], limit: int = 3) -> str:
+    shown = ", ".join(str(key) for key in sorted(keys, key=str)[:limit])
+    return f"{len(keys)} ({shown}{', ...' if len(keys) > limit else ''})" if keys else "none"

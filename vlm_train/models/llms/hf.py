@@ -1,0 +1,189 @@
+"""Any `transformers` causal language model, taken apart into embed, decode and head.
+
+Legend: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.errors import ConfigError
+from vlm_train.models.hub import build_config, load_pretrained
+from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
+
+_ATTENTION = ("sdpa", "eager")
+
+
+class HFCausalLM(nn.Module):
+    """A causal language model built from `config`; images enter as embeddings.
+
+    Args:
+        config: `{model_type, ...}`, the fields of the `transformers` configuration; `vocab_size: null` is the tokenizer's.
+        weights: hub name, local folder or `*.gguf` file, read by `load_weights`; None: random.
+        vocab_size: length of the tokenizer, used where the config leaves it open.
+        new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
+        attention: `sdpa` or `eager`.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Mapping[str, Any],
+        weights: str | None = None,
+        vocab_size: int | None = None,
+        new_tokens: int = 0,
+        attention: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        if attention not in _ATTENTION:
+            raise ConfigError(f"llm.attention: {attention!r}; allowed: {', '.join(_ATTENTION)}")
+        self.numbers = dict(config)
+        if self.numbers.get("vocab_size") is None:
+            if vocab_size is None:
+                raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")
+            self.numbers["vocab_size"] = vocab_size
+        self.weights = weights
+        self.new_tokens = new_tokens
+        self.model = AutoModelForCausalLM.from_config(
+            build_config("llm.config", self.numbers), attn_implementation=attention
+        )
+        self.dim = self.model.get_input_embeddings().weight.shape[1]
+        self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        self.vocab_size = self.base_vocab_size + new_tokens
+        self._add_tokens()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.get_decoder()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder blocks."""
+        for name in ("layers", "h", "blocks"):
+            if hasattr(self.decoder, name):
+                return getattr(self.decoder, name)
+        raise ConfigError(f"llm.config.model_type: {type(self.decoder).__name__} does not expose its layers")
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `[B, T]` -> embeddings `[B, T, D]`; negative ids (placeholders) give token 0's."""
+        return self.model.get_input_embeddings()(ids.clamp(min=0))
+
+    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, context: Any = None) -> Tensor:
+        """Embeddings `[B, T, D]`, positions `[1, B, T]`, mask `[B, 1, T, T]` (True = attend) -> hidden `[B, T, D]`.
+
+        Without a mask attention is plain causal and positions count from 0 (padding on the right does no harm then).
+        """
+        del context  # only inserted blocks read it
+        position_ids = None if mask is None else positions[0]
+        output = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=None if mask is None else self._library_mask(mask, positions[0], embeds.dtype),
+            position_ids=position_ids,
+            use_cache=False,
+        )
+        return output.last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., D]` -> logits `[..., V]`, scaled and soft-capped as the model's family does."""
+        config = self.model.config
+        logits = self.model.get_output_embeddings()(hidden)
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+            logits = logits * factor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+    ) -> Tensor:
+        """Continue prompts with a key-value cache.
+
+        Args:
+            embeds: `[B, T, D]` prompt embeddings, padded on the LEFT.
+            mask: `[B, T]`, True at real tokens.
+            temperature: 0 is greedy.
+
+        Returns:
+            `[B, up to max_new_tokens]` new token ids; a row that ended is filled up with its end-of-text token.
+        """
+        from transformers import GenerationConfig
+
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            num_beams=num_beams,
+            eos_token_id=list(eos_ids) or None,
+            pad_token_id=eos_ids[0] if eos_ids else 0,
+            use_cache=True,
+            **sampling,
+        )
+        return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings)
+
+    def load_weights(self) -> None:
+        """Read `weights` into the model. Raises `AssetError` if they are not those of this architecture."""
+        if self.weights is not None:
+            self.model = load_pretrained(
+                self.model,
+                self.weights,
+                setting="llm.weights",
+                declared=(r"rotary_emb\.inv_freq$",),
+                config=self.numbers,
+            )
+            self._add_tokens()
+
+    def _add_tokens(self) -> None:
+        from transformers import GenerationConfig
+
+        # Settings shipped with weights are often invalid (temperature without sampling) and abort the final save.
+        self.model.generation_config = GenerationConfig()
+        if self.new_tokens:
+            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            extended = ExtendedEmbedding(embedding, self.new_tokens)
+            tied = head.weight is embedding.weight
+            self.model.set_input_embeddings(extended)
+            self.model.set_output_embeddings(
+                ExtendedHead(head, self.new_tokens, extended.new_embeddings if tied else None)
+            )
+
+    def _library_mask(self, mask: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:
+        """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer."""
+        config = self.model.config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        window = getattr(config, "sliding_window", None)
+        near = mask
+        if window is not None:
+            near = mask & (positions[:, None, :, None] - positions[:, None, None, :] < window)
+        if config._attn_implementation == "eager":
+            mask, near = (
+                torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, torch.finfo(dtype).min)
+                for m in (mask, near)
+            )
+        if not kinds:
+            return near
+        unknown = kinds - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise ConfigError(
+                f"llm.config.layer_types: {', '.join(sorted(unknown))} cannot take an explicit attention mask"
+            )
+        return {"full_attention": mask, "sliding_attention": near}

@@ -1,0 +1,82 @@
+"""Prefix models (LLaVA type): image tokens take the place of placeholders in the prompt of a causal language model.
+
+Legend: N views, P patches, Q tokens a view, B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.data.batch import Batch, MediaBatch
+from vlm_train.data.layout import MediaSize
+from vlm_train.models.merge import check_slots, merge
+from vlm_train.models.text_only import decode_stream, generate_from
+
+
+class PrefixVLM(nn.Module):
+    """vision -> connector -> merge -> llm.
+
+    Args:
+        vision: a `VisionEncoder`.
+        connector: a `Connector`, `[N, P, D_v]` -> `[N, Q, D]`.
+        llm: a `LanguageModel` of width D.
+    """
+
+    def __init__(self, *, vision: Any, connector: Any, llm: Any) -> None:
+        super().__init__()
+        self.vision = vision
+        self.connector = connector
+        self.llm = llm
+
+    def features(self, media: MediaBatch) -> Tensor:
+        """`[N, Q, D]` for every view, the blank one of a batch without images included: always one tower call."""
+        grid = self.vision.patch_grid(MediaSize(width=media.pixels.shape[-1], height=media.pixels.shape[-2]))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision)):
+            patches = self.vision.encode(media.pixels)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (patches.requires_grad or _trains(self.connector))):
+            return self.connector(patches.to(_dtype(self.connector, patches.dtype)), grid)
+
+    def embed(self, batch: Batch, stream: str = "llm") -> Tensor:
+        """`[B, T, D]`: the stream's tokens, with the image features at their placeholders.
+
+        Raises:
+            BatchError: a media item has another number of features than placeholders.
+        """
+        media = batch.media
+        embeds = self.llm.embed(batch.text[stream].ids)
+        features = self.features(media)
+        tokens = features.shape[1]
+        check_slots([views * tokens for views in media.view_counts], media.slot_counts, media.keys)
+        if media.real < features.shape[0]:
+            # The blank view must take part in backward as well, or ranks would disagree on their collective calls.
+            embeds = embeds + 0.0 * features[media.real :].sum().to(embeds.dtype)
+        return merge(embeds, features[: media.real].flatten(0, 1), media.slot_index, media.slot_counts, media.keys)
+
+    def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
+        """Final hidden states `[B, T, D]`."""
+        return decode_stream(self.llm, self.embed(batch, stream), batch.text[stream])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., D]` -> `[..., V]`."""
+        return self.llm.head(hidden)
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, *, max_new_tokens: int, eos_ids: list[int], stream: str = "llm", **sampling: Any
+    ) -> Tensor:
+        """Answers `[B, up to max_new_tokens]` to the prompts in `batch` (one segment a row, padded on either side)."""
+        embeds = self.embed(batch, stream)
+        return generate_from(
+            self.llm, embeds, batch.text[stream], max_new_tokens=max_new_tokens, eos_ids=eos_ids, **sampling
+        )
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    return next((parameter.dtype for parameter in module.parameters()), default)

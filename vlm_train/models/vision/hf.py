@@ -1,0 +1,171 @@
+"""Any `transformers` vision transformer as a vision encoder: embeddings, layers, features of the layers one asks for.
+
+Legend: N views, P patches (plus the class token with `keep_cls`), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.data.layout import Grid, MediaSize
+from vlm_train.errors import ConfigError
+from vlm_train.models.hub import build_config, load_pretrained
+
+# Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
+_NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projection", r"position_ids$")
+
+
+def fixed_grid(size: MediaSize, grid: Grid) -> Grid:
+    """The patch grid of an encoder with one input resolution: the same for every view."""
+    del size
+    return grid
+
+
+class HFVision(nn.Module):
+    """A tower with `embeddings` and `encoder.layers` (CLIP, SigLIP, DINOv2, ...) built from `config`.
+
+    Features follow `hidden_states[layer]` of `transformers` and of LLaVA: 0 is the input of the first layer, -1 the
+    output of the last one, without the final norm. Only the layers below the deepest chosen one are run.
+
+    Args:
+        config: `{model_type, ...}`, the fields of the `transformers` configuration.
+        weights: hub name or local folder, read by `load_weights`; None: random.
+        layer: which hidden state, or several, concatenated along the width.
+        keep_cls: keep the tokens in front of the patches; the features then have no grid: (1, P).
+        final_norm: apply the tower's final LayerNorm (`layer` must be -1), as CLIP's own image embedding does.
+        image_mean, image_std: per channel, of pixels in [0, 1].
+        attention: `sdpa` or `eager`.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Mapping[str, Any],
+        weights: str | None = None,
+        layer: int | Sequence[int] = -2,
+        keep_cls: bool = False,
+        final_norm: bool = False,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        attention: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        from transformers import AutoModel
+
+        self.numbers = dict(config)
+        self.weights = weights
+        tower_config = build_config("vision.config", config)
+        self.model = AutoModel.from_config(tower_config, attn_implementation=attention)
+        self.depth = len(self.layers)
+        self.chosen = _resolve_layers(layer, self.depth)
+        self.layer = layer
+        self.keep_cls = keep_cls
+        self.final_norm = final_norm
+        if final_norm and self.chosen != (self.depth,):
+            raise ConfigError(f"vision.final_norm: needs vision.layer = -1, got {layer!r}")
+
+        size, patch = _pair(tower_config.image_size), _pair(tower_config.patch_size)
+        self.image_size: Grid = size
+        self.grid: Grid = (size[0] // patch[0], size[1] // patch[1])
+        self.prefix_tokens = self._count_prefix_tokens()
+        patches = self.grid[0] * self.grid[1] + self.prefix_tokens
+        self.patch_grid = partial(fixed_grid, grid=(1, patches) if keep_cls else self.grid)
+        self.out_dim = tower_config.hidden_size * len(self.chosen)
+        self.image_mean = _triple("image_mean", image_mean)
+        self.image_std = _triple("image_std", image_std)
+        self._register_statistics(torch.empty(0).device)
+
+    @property
+    def tower(self) -> nn.Module:
+        """The module that holds `embeddings` and `encoder` (some model classes nest it once)."""
+        return getattr(self.model, "vision_model", self.model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The encoder blocks, for layer-wise learning rates and activation checkpointing."""
+        encoder = self.tower.encoder
+        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 `[N, 3, H, W]` -> `[N, P, D_v]`."""
+        dtype = next(self.tower.embeddings.parameters()).dtype
+        hidden = self.tower.embeddings((pixels.to(dtype) / 255 - self.mean.to(dtype)) / self.std.to(dtype))
+        if (norm := _pre_norm(self.tower)) is not None:
+            hidden = norm(hidden)
+        states = {0: hidden}
+        for index, block in enumerate(self.layers[: max(self.chosen)], start=1):
+            hidden = block(hidden, None)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            if index in self.chosen:
+                states[index] = hidden
+        features = [states[index] for index in self.chosen]
+        if self.final_norm:
+            features = [_final_norm(self.tower)(features[0])]
+        if not self.keep_cls:
+            features = [state[:, self.prefix_tokens :] for state in features]
+        return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The same as `encode`."""
+        return self.encode(pixels)
+
+    def unused_parameters(self) -> list[str]:
+        """Names of parameters that `encode` never reads: later layers, final norm, pooling head. Kept for export."""
+        used = [self.tower.embeddings, *self.layers[: max(self.chosen)]]
+        used += [norm for norm in (_pre_norm(self.tower), _final_norm(self.tower) if self.final_norm else None) if norm]
+        read = {id(p) for module in used for name, p in module.named_parameters() if not name.endswith("mask_token")}
+        return [name for name, parameter in self.named_parameters() if id(parameter) not in read]
+
+    def load_weights(self) -> None:
+        """Read `weights` into the tower. Raises `AssetError` if they are not those of this architecture."""
+        if self.weights is None:
+            return
+        self.model = load_pretrained(
+            self.model, self.weights, setting="vision.weights", declared=_NOT_VISION, config=self.numbers
+        )
+        self._register_statistics(next(self.model.parameters()).device)
+
+    def _register_statistics(self, device: torch.device) -> None:
+        for name, values in (("mean", self.image_mean), ("std", self.image_std)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
+
+    def _count_prefix_tokens(self) -> int:
+        embeddings = self.tower.embeddings
+        registers = getattr(self.model.config, "num_register_tokens", 0)
+        return int(hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")) + registers
+
+
+def _resolve_layers(layer: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Indices into hidden_states (0 .. depth) of the chosen layers, in the order given."""
+    wanted = [layer] if isinstance(layer, int) else list(layer)
+    if not wanted or any(not -depth - 1 <= index <= depth for index in wanted):
+        raise ConfigError(
+            f"vision.layer: {layer!r} does not exist; the tower has {depth} layers: {-depth - 1} ... {depth}"
+        )
+    return tuple(index % (depth + 1) for index in wanted)
+
+
+def _pre_norm(tower: nn.Module) -> nn.Module | None:
+    return getattr(tower, "pre_layrnorm", None)  # spelled so in transformers
+
+
+def _final_norm(tower: nn.Module) -> nn.Module:
+    for name in ("post_layernorm", "layernorm"):
+        if hasattr(tower, name):
+            return getattr(tower, name)
+    raise ConfigError(f"vision.final_norm: {type(tower).__name__} has no final norm")
+
+
+def _pair(value: int | Sequence[int]) -> Grid:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _triple(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise ConfigError(f"vision.{name}: needs three numbers, got {list(values)}")
+    return (float(values[0]), float(values[1]), float(values[2]))

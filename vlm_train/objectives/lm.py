@@ -1,0 +1,77 @@
+"""Next-token loss on the supervised positions only, without ever holding the logits of a whole batch.
+
+Legend: B rows, T tokens, S supervised positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vlm_train.data.batch import IGNORE, Batch, TokenStream
+from vlm_train.errors import ConfigError
+from vlm_train.objectives.base import Gather, Loss
+
+
+class LanguageModeling:
+    """Cross entropy of `model(batch) -> hidden [B, T, D]` against the stream's labels.
+
+    The head runs on `chunk` positions at a time and is recomputed in backward, so logits take at most `chunk` x V.
+
+    Args:
+        weight: factor in the total loss.
+        stream: the token stream that is learned and that normalises the loss.
+        chunk: positions per head call.
+        chunks: a fixed number of head calls instead. ZeRO-3 gathers the head at every call, so ranks must agree on it.
+    """
+
+    def __init__(
+        self, *, weight: float = 1.0, stream: str = "llm", chunk: int = 1024, chunks: int | None = None
+    ) -> None:
+        if chunk < 1 or (chunks is not None and chunks < 1):
+            raise ConfigError(f"objective.lm: chunk and chunks must be positive, got {chunk} and {chunks}")
+        self.weight = weight
+        self.stream = stream
+        self.chunk = chunk
+        self.chunks = chunks
+
+    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+        """`{"lm": Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
+        del gather  # tokens of other ranks play no part
+        stream = batch.text[self.stream]
+        index = supervised_positions(stream)
+        hidden = model(batch, stream=self.stream).flatten(0, 1)[index]  # [S, D]
+        labels, weights = stream.labels.flatten()[index], stream.weights.flatten()[index]
+        # A batch without supervised tokens still runs the head once: its loss is 0, attached to the graph.
+        pieces = self.chunks or max(1, -(-len(index) // self.chunk))
+        total = correct = hidden.new_zeros((), dtype=torch.float32)
+        for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
+            loss, hits = _chunk_loss(model, *part)
+            total, correct = total + loss, correct + hits
+        accuracy = correct / max(len(index), 1)
+        return {"lm": Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()})}
+
+
+def supervised_positions(stream: TokenStream) -> Tensor:
+    """`[S]` flat positions `b * T + t` with a label: the stream's own index, or found here (a host sync on a GPU)."""
+    if stream.supervised is not None:
+        return stream.supervised
+    return (stream.labels.flatten() != IGNORE).nonzero().squeeze(1)
+
+
+def _chunk_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():
+        return _token_loss(model, hidden, labels, weights)
+    return checkpoint(_token_loss, model, hidden, labels, weights, use_reentrant=False, preserve_rng_state=False)
+
+
+def _token_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy sum and number of correct predictions of `[S, D]` hidden states."""
+    logits = model.logits(hidden).float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    hits = (logits.detach().argmax(dim=-1) == labels).sum().float()
+    return (losses * weights).sum(), hits
