@@ -109,7 +109,7 @@ class Schedule:
 class Root:
     """The whole configuration. `python -m vlm_train --cfg job` prints it composed."""
 
-    mode: str = "fit"  # fit | eval | export | show | import
+    mode: str = "fit"  # fit | eval | export | show | import | config
     dry_run: bool = False  # build on the meta device, print the plan, train nothing
     seed: int = 42
     run_name: str | None = None  # null: <recipe>-<hash of the training-relevant config>
@@ -142,6 +142,7 @@ class Root:
     launch: Launch = field(default_factory=Launch)
     paths: Paths = field(default_factory=Paths)
     schedule: Schedule | None = None
+    sweep_metric: str | None = None  # multirun: the final metric that a sweeper such as Optuna optimises
     target: Any = None  # dry_run: hardware to plan for
 
 

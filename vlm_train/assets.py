@@ -1,0 +1,91 @@
+"""Files that a run needs and that are not there: weights, tokenizers, shards, earlier runs. No torch import."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for the model hub's answer about one name."""
+
+
+def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str]:
+    """One line per asset that is named by a setting and missing. `expected`: run folders yet to be filled."""
+    problems = [*_missing_weights(cfg), *_missing_shards(cfg), *_missing_runs(cfg, expected)]
+    return list(dict.fromkeys(problems))
+
+
+def _select(cfg: DictConfig, key: str) -> Any:
+    try:
+        value = OmegaConf.select(cfg, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException:
+        return None
+
+
+def _missing_weights(cfg: DictConfig) -> Iterator[str]:
+    """`<part>.weights` and `tokenizer.name`: a local file or folder, or a name on the model hub."""
+    named = [(f"{group}.weights", "config.json") for group in ("vision", "connector", "llm", "model")]
+    for key, probe in [*named, ("tokenizer.name", "tokenizer_config.json")]:
+        name = _select(cfg, key)
+        if isinstance(name, str) and (reason := _absent(name, probe)):
+            yield f"{key}: {name} {reason}"
+
+
+def _absent(name: str, probe: str) -> str | None:
+    """Why weights cannot be read, or None."""
+    if Path(name).expanduser().exists():
+        return None
+    if not HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
+        return "does not exist."
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, probe), str):
+        return None
+    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
+        return "is no local path and not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE)."
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # any failure to reach or find it means that the run cannot have it
+        return f"is no local path, not in the hub's cache and not to be had from the hub ({type(error).__name__})."
+    return None
+
+
+def _missing_shards(cfg: DictConfig) -> Iterator[str]:
+    """Every `shards` below `data` or `eval` is a folder with a manifest."""
+    for group in ("data", "eval", "tokenizer"):
+        for path, folder in _shards(group, _select(cfg, group)):
+            if not Path(folder).is_dir():
+                yield f"{path}: {folder} does not exist. Build shards there, or set paths.data."
+            elif not (Path(folder) / "manifest.json").is_file():
+                yield f"{path}: {folder} has no manifest.json: it holds no finished shards."
+
+
+def _shards(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "shards":
+                for folder in [inner] if isinstance(inner, str) else inner or []:
+                    yield f"{path}.{key}", str(folder)
+            else:
+                yield from _shards(f"{path}.{key}", inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _shards(f"{path}[{index}]", inner)
+
+
+def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
+    """Every run that weights are taken from, and a checkpoint to resume from, exist."""
+    for index, source in enumerate(_select(cfg, "init_from") or []):
+        run = source.get("run")
+        if run and Path(run).absolute() not in expected and not Path(run).exists():
+            yield f"init_from[{index}].run: {run} does not exist. Expected a run folder, a checkpoint or .safetensors."
+    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
+        yield f"resume: {cfg.resume} does not exist. Allowed: auto, never, or the path of a checkpoint."

@@ -1,0 +1,188 @@
+"""The command line: compose -> check -> one mode. Console script `vlm-train` and `python -m vlm_train`.
+
+Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from vlm_train import config, launch, provenance
+from vlm_train.check import check
+from vlm_train.errors import ConfigError, VLMTrainError
+from vlm_train.explain import explain, unknown_in
+from vlm_train.signatures import hint
+
+log = logging.getLogger("vlm_train")
+
+MODES = {
+    "fit": "vlm_train.fit:fit",
+    "eval": "vlm_train.evaluation.run:evaluate",
+    "export": "vlm_train.export.run:export",
+    "import": "vlm_train.export.run:import_",
+    "show": "vlm_train.data.show:show",
+}
+"""Mode -> the function that carries it out, imported only then: `(cfg) -> dict | None`."""
+
+DRY_RUN = "vlm_train.dryrun.report:dry_run"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = get_args_parser().parse_args(argv)
+    dirs = [args.config_dir] if args.config_dir else []
+    if _is_single(args):
+        return guarded(lambda: run(args.overrides, dirs), args.overrides, dirs)
+    return guarded(lambda: _hydra(argv), args.overrides, dirs)
+
+
+def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequence[str | Path] = ()) -> int:
+    """Runs `work`, prints errors that speak to the user, and returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        work()
+    except (HydraException, OmegaConfBaseException) as error:
+        return _report(ConfigError(explain(overrides, dirs, error)), error)
+    except VLMTrainError as error:
+        return _report(error, error)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command resumes.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(overrides: Sequence[str], dirs: Sequence[str | Path] = (), fresh: bool = False) -> dict[str, Any] | None:
+    """Composes, checks and carries out one command line; `fresh` always does so in a new process tree."""
+    if _value(overrides, "schedule"):
+        from vlm_train import schedule
+
+        return schedule.run(overrides, dirs)
+    if _value(overrides, "run"):
+        cfg, found = from_run(overrides, dirs)
+    else:
+        cfg, found = config.compose(overrides, dirs), provenance.origins(overrides, dirs)
+    if cfg.mode == "config":
+        print(provenance.table(cfg, found))
+        return None
+    check(cfg, need_assets=not cfg.dry_run)
+    launch.check_environment(cfg)
+    if cfg.mode == "fit" and not cfg.dry_run and launch.rank() == 0:
+        log.info("Run folder: %s\n%s\n", config.run_dir(cfg), provenance.table(cfg, found, only_changed=True))
+        launch.prepare(cfg, provenance.table(cfg, found))
+    parallel = cfg.mode in launch.PARALLEL_MODES and not cfg.dry_run and cfg.launch.devices > 1
+    if fresh or (parallel and launch.started_by() == "local"):
+        return launch.run_child(cfg, cfg.launch.devices if parallel else 1)
+    return dispatch(cfg)
+
+
+def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[DictConfig, dict[str, provenance.Origin]]:
+    """The configuration of `run=<folder>` with this command line's groups and values on top, and its origins."""
+    folder = Path(str(_value(overrides, "run"))).absolute()
+    cfg = config.load_config(config.run_file(folder))
+    found = {str(key): provenance.Origin("run", str(config.run_file(folder))) for key in cfg}
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    groups = [override for override in parsed if override.key_or_group in config.groups(dirs)]
+    chosen = config.compose([str(override.input_line) for override in groups], dirs)
+    for override in parsed:
+        key = override.key_or_group
+        if key in ("recipe", "size", "debug"):
+            raise ConfigError(f"{key}: cannot be given with run=; {folder} brings its own configuration.")
+        value = OmegaConf.select(chosen, key) if override in groups else override.value()
+        try:
+            OmegaConf.update(cfg, key, value, merge=override not in groups, force_add="+" in str(override.input_line)[:1])
+        except (ConfigKeyError, ConfigAttributeError):
+            raise ConfigError(unknown_in(key, cfg)) from None
+        found[key] = provenance.Origin(provenance.COMMAND_LINE, provenance.COMMAND_LINE)
+    cfg.run = str(folder)
+    return cfg, found
+
+
+def dispatch(cfg: DictConfig) -> dict[str, Any] | None:
+    """Carries out the mode of a checked configuration in this process."""
+    module, _, name = (DRY_RUN if cfg.dry_run else MODES[cfg.mode]).partition(":")
+    function: Callable[[DictConfig], dict[str, Any] | None] = getattr(importlib.import_module(module), name)
+    return function(cfg)
+
+
+def _is_single(args: argparse.Namespace) -> bool:
+    """Whether no flag asks Hydra for something else: help, --cfg, --info, a multirun."""
+    flags = (args.help, args.hydra_help, args.cfg, args.multirun, args.shell_completion, args.info)
+    return not any(flags) and not any(o.startswith("hydra.mode=") for o in args.overrides)
+
+
+def _value(overrides: Sequence[str], key: str) -> str | None:
+    """The text that an override gives `key`, the last one winning."""
+    found = [o.partition("=")[2] for o in overrides if o.partition("=")[0].lstrip("+") == key]
+    return found[-1] if found and found[-1] not in ("null", "") else None
+
+
+def _hydra(argv: Sequence[str]) -> None:
+    """Lets Hydra answer: help, composed configuration, and multirun with any launcher or sweeper."""
+    import hydra
+
+    config.register()
+    saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [sys.argv[0], *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them; we print
+    try:
+        with config.empty_parents_named():
+            hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name=config.CONFIG_NAME)(_job)()
+    finally:
+        sys.argv = saved[0]
+        if saved[1] is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _job(cfg: DictConfig) -> float | None:
+    """One job of a multirun: a fresh process tree, so that nothing leaks from job to job."""
+    from hydra.core.hydra_config import HydraConfig
+
+    state = HydraConfig.get()
+    dirs = [source.path for source in state.runtime.config_sources if source.provider == "command-line"]
+    try:
+        result = run(list(state.overrides.task), dirs, fresh=True) or {}
+    except VLMTrainError as error:
+        _print(error)  # at once: Hydra reports a failed job after the last one
+        raise
+    return _objective(cfg, result)
+
+
+def _objective(cfg: DictConfig, result: dict[str, Any]) -> float | None:
+    """What a sweeper such as Optuna optimises: the metric named by `sweep_metric`."""
+    if cfg.sweep_metric is None:
+        return None
+    if cfg.sweep_metric not in result:
+        known = list(result)
+        raise ConfigError(f"sweep_metric: the run has no {cfg.sweep_metric!r}.{hint(cfg.sweep_metric, known)} It has: {known}.")
+    return float(result[cfg.sweep_metric])
+
+
+def _report(error: VLMTrainError, cause: BaseException) -> int:
+    """Prints an error that speaks to the user, without a traceback unless one is asked for."""
+    if os.environ.get("VLM_TRAIN_TRACEBACK") == "1" or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise cause
+    if launch.rank() == 0 or not isinstance(error, ConfigError):  # every rank finds the same configuration errors
+        _print(error)
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _print(error: VLMTrainError) -> None:
+    lines = error.problems if isinstance(error, ConfigError) else [str(error)]
+    title = f"{type(error).__name__}: "
+    if len(lines) > 1:
+        title, lines = f"{title}{len(lines)} problems", ["", *lines]
+    print(title + "\n  - ".join(lines), file=sys.stderr)

@@ -1,0 +1,181 @@
+"""Composition: where the YAML lives, how it is composed, and what a composed configuration is called.
+
+Imports Hydra and OmegaConf only: help texts and configuration errors must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from vlm_train.errors import ConfigError
+from vlm_train.schema import Paths, Root
+
+CONFIG_NAME = "config"
+EMPTY_PARENT = "A setting lies below an empty one"
+
+TRAINING_KEYS = (
+    "seed", "init_from", "model", "vision", "connector", "llm", "tokenizer", "image", "template", "objective",
+    "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer", "strategy",
+)  # fmt: skip
+"""What decides the trained weights, hence the run id."""
+
+COSMETIC_KEYS = {
+    "trainer": ("val_every", "save_every", "log_every", "keep_last", "compile", "accelerator", "threads", "max_bad_samples"),
+    "data": ("workers",),
+}  # fmt: skip
+"""Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""
+
+
+def _packaged(name: str) -> Path:
+    """A folder of YAML: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+def config_dir() -> Path:
+    """The folder of `config.yaml` and the groups of components."""
+    return _packaged("conf")
+
+
+def recipes_dir() -> Path:
+    """The folder of the groups `recipe/` and `schedule/`."""
+    return _packaged("recipes")
+
+
+class RecipesOnSearchPath(SearchPathPlugin):
+    """Lets `recipe=<name>` and `schedule=<name>` be found in `recipes/`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("vlm_train", f"file://{recipes_dir()}")
+
+
+def register() -> None:
+    """Tells Hydra about the typed root and the recipes. Calling it again changes nothing."""
+    ConfigStore.instance().store(name="schema", node=Root, provider="vlm_train")
+    Plugins.instance().register(RecipesOnSearchPath)
+
+
+def compose(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = ()) -> DictConfig:
+    """Composes the configuration of a command line, in process. Unknown keys stay errors (struct mode).
+
+    `config_dirs` are further folders to search, as `--config-dir` adds them. Raises Hydra's own errors.
+    """
+    register()
+    path = ",".join(f'"file://{Path(folder).absolute()}"' for folder in config_dirs)
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir()), job_name="vlm_train"):
+        extra = [f"hydra.searchpath=[{path}]"] if path else []
+        with empty_parents_named():
+            cfg = hydra_compose(CONFIG_NAME, overrides=[*overrides, *extra], return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return finish(cfg, choices)
+
+
+@contextmanager
+def empty_parents_named() -> Iterator[None]:
+    """Gives `peft.r=8` without a chosen `peft` Hydra's kind of error; OmegaConf stops there with a bare assertion."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ConfigCompositionException(EMPTY_PARENT) from error
+
+
+def tiny(*overrides: str) -> DictConfig:
+    """Any recipe small enough for a CPU: `tiny("recipe=llava15_stage1")`."""
+    return compose([*overrides, "size=tiny"])
+
+
+def finish(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
+    """Names the configuration after its recipe and pins its folders to the directory the command was started in."""
+    if cfg.recipe_name == "custom" and choices.get("recipe"):
+        cfg.recipe_name = Path(str(choices["recipe"])).name
+    for name in cfg.paths:
+        cfg.paths[name] = os.path.abspath(os.path.expanduser(cfg.paths[name]))
+    return cfg
+
+
+def training_config(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved part of `cfg` that decides the trained weights. It does not depend on where folders lie."""
+    cfg = cfg.copy()
+    for name in Paths.__dataclass_fields__:
+        cfg.paths[name] = name
+    try:
+        plain = {key: _plain(cfg, key) for key in TRAINING_KEYS}
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+    for group, keys in COSMETIC_KEYS.items():
+        for key in keys if isinstance(plain[group], dict) else ():
+            plain[group].pop(key, None)
+    return plain
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    node = cfg[key]
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def training_hash(cfg: DictConfig) -> str:
+    """Eight hexadecimal digits that name the training-relevant configuration."""
+    text = json.dumps(training_config(cfg), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_id(cfg: DictConfig) -> str:
+    """`run_name`, or `<recipe>-<hash of the training-relevant configuration>`. No clock: the same command resumes."""
+    return cfg.run_name or f"{cfg.recipe_name}-{training_hash(cfg)}"
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    """The folder of this run: `run` where an existing one was named, else `<paths.runs>/<run_id>`."""
+    return Path(cfg.run).absolute() if cfg.run else Path(cfg.paths.runs).absolute() / run_id(cfg)
+
+
+def load_config(path: str | Path) -> DictConfig:
+    """A configuration file read as data into the typed root. Raises ConfigError when it is missing or does not fit."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"run: {path} does not exist. Expected a run folder with its config.yaml.")
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(Root), OmegaConf.load(path))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def save_config(cfg: DictConfig, path: str | Path) -> None:
+    """Writes `cfg` with its interpolations kept, so that no secret of the environment reaches the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(OmegaConf.to_yaml(cfg, resolve=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def run_file(run: str | Path) -> Path:
+    """The configuration file of a run folder."""
+    return Path(run) / "config.yaml"
+
+
+def groups(config_dirs: Iterable[str | Path] = ()) -> set[str]:
+    """Names of all groups: the folders of options."""
+    folders = (config_dir(), recipes_dir(), *map(Path, config_dirs))
+    return {entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()}

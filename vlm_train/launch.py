@@ -1,0 +1,232 @@
+"""How processes come to be: `run_child` is the one way a process tree starts.
+
+Several devices, every stage of a schedule and every job of a multirun go through it. Lightning never spawns processes.
+`python -m vlm_train.launch <config.yaml>` is the child's side: it reads the composed configuration as data and runs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train import config
+from vlm_train.errors import ConfigError, TrainingError
+
+log = logging.getLogger("vlm_train")
+
+PARALLEL_MODES = ("fit", "eval")
+"""Modes that use several devices; the others run in one process."""
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+INHERITED_STATE = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""Variables of another process group, which a fresh process tree must not see."""
+
+LAST_LINES = 15
+
+
+class ChildError(TrainingError):
+    """A child process that ended with an error. `code` is its exit code, negative for a signal."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def rank() -> int:
+    """This process's global rank as torchrun or srun set it; 0 without either."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def started_by() -> str:
+    """Who started this process: torchrun, srun, or local (the user, or `run_child`)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        return "torchrun"
+    return "srun" if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 else "local"
+
+
+def check_environment(cfg: DictConfig) -> None:
+    """Raises ConfigError when `launch` contradicts the way this process was started."""
+    found, kind = started_by(), cfg.launch.kind
+    if kind == "local" and found != "local":
+        raise ConfigError(f"launch.kind: got local, but {found} started this process. Use launch={found}.")
+    if kind == "torchrun" and "RANK" not in os.environ:
+        raise ConfigError("launch.kind: torchrun starts the processes: torchrun --nproc-per-node 8 -m vlm_train ...")
+    if kind == "srun" and "SLURM_PROCID" not in os.environ:
+        raise ConfigError("launch.kind: srun starts the processes: srun python -m vlm_train ...")
+
+
+def prepare(cfg: DictConfig, origins: str) -> Path:
+    """Fills a new run folder: `config.yaml` with interpolations kept, and `config_origins.txt`. Returns the folder.
+
+    Raises ConfigError when the folder holds checkpoints of another training configuration.
+    """
+    folder = config.run_dir(cfg)
+    previous = config.run_file(folder)
+    if previous.is_file() and any((folder / "checkpoints").glob("*/")):
+        _refuse_other_run(cfg, config.load_config(previous), folder)
+    config.save_config(cfg, previous)
+    (folder / "config_origins.txt").write_text(origins + "\n", encoding="utf-8")
+    return folder
+
+
+def _refuse_other_run(cfg: DictConfig, previous: DictConfig, folder: Path) -> None:
+    from vlm_train.provenance import leaves
+
+    new, old = leaves(config.training_config(cfg)), leaves(config.training_config(previous))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        listed = "; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:8])
+        raise ConfigError(
+            f"run_name: {folder} holds checkpoints of another configuration ({listed}). "
+            "Choose another run_name, or start from its weights with init_from."
+        )
+
+
+def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
+    """Runs `cfg` in a fresh process tree of `devices` processes and returns the final metrics from its run.json.
+
+    The child's output goes to our terminal, or, where there is none, to our output and `<run>/output.log`.
+    Signals are forwarded. Raises ChildError with the exit code and where to look.
+    """
+    devices = cfg.launch.devices if devices is None else devices
+    folder = config.run_dir(cfg)
+    with _config_file(cfg, folder) as path:
+        command = [sys.executable, "-m"]
+        if devices > 1:
+            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), "-m"]
+        code, last = _supervise([*command, "vlm_train.launch", str(path)], folder if cfg.mode == "fit" else None)
+    if code != 0:
+        _mark_failed(folder, code)
+        raise ChildError(_describe(cfg, folder, code, last), code)
+    return read_result(folder)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The final metrics that a finished run left in its run.json; empty without one."""
+    return dict(read_status(folder).get("metrics") or {})
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The run.json of a run folder; empty without one."""
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@contextmanager
+def _config_file(cfg: DictConfig, folder: Path) -> Iterator[Path]:
+    """The configuration on disk for a child: the run's own when training, else a temporary one."""
+    if cfg.mode == "fit" and not cfg.dry_run:
+        config.save_config(cfg, config.run_file(folder))
+        yield config.run_file(folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix="vlm_train-") as temporary:
+            config.save_config(cfg, config.run_file(temporary))
+            yield config.run_file(temporary)
+
+
+def _supervise(command: Sequence[str], folder: Path | None) -> tuple[int, list[str]]:
+    """Starts a process tree, forwards signals and waits. Returns its exit code and last lines, where we see them."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in INHERITED_STATE and not name.startswith("TORCHELASTIC_")
+    }
+    piped = not sys.stdout.isatty()
+    sys.stdout.flush()
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE if piped else None,
+        stderr=subprocess.STDOUT if piped else None,
+        start_new_session=True,  # Ctrl-C reaches the child once, through us
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+    with _forwarding(child):
+        last = _copy_output(child, folder) if piped else []
+        return child.wait(), last
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to end this process when its supervisor is killed, so that no orphan writes to a run folder."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@contextmanager
+def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Sends the signals that reach us on to the child. Python allows handlers in the main thread only."""
+    previous = {}
+    try:
+        for number in FORWARDED:
+            previous[number] = signal.signal(number, lambda received, _: child.send_signal(received))
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _copy_output(child: subprocess.Popen[bytes], folder: Path | None) -> list[str]:
+    """Copies the child's output to ours and to `<run>/output.log`, and keeps the last lines."""
+    assert child.stdout is not None
+    last: list[str] = []
+    with open(folder / "output.log" if folder else os.devnull, "ab") as copy:
+        for line in child.stdout:
+            copy.write(line)
+            copy.flush()
+            sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
+            last = [*last, line.decode(errors="replace").rstrip()][-LAST_LINES:]
+    return last
+
+
+def _describe(cfg: DictConfig, folder: Path, code: int, last: list[str]) -> str:
+    ended = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    where = f"Its output: {folder / 'output.log'}" if last and cfg.mode == "fit" else "Its messages are above"
+    tail = "".join(f"\n    | {line}" for line in last if line)
+    return f"{cfg.mode} of {folder.name} failed ({ended}). {where}; the same command resumes.{tail}"
+
+
+def _mark_failed(folder: Path, code: int) -> None:
+    """A child that was killed could not say so itself."""
+    status = read_status(folder)
+    if status.get("status") == "running":
+        partial = folder / "run.json.partial"
+        partial.write_text(json.dumps({**status, "status": "failed", "exit_code": code}, indent=2), encoding="utf-8")
+        partial.replace(folder / "run.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The child's side: runs one composed configuration file. Returns the exit code."""
+    from vlm_train import cli
+    from vlm_train.check import check
+
+    (path,) = sys.argv[1:] if argv is None else argv
+
+    def work() -> None:
+        cfg = config.load_config(path)
+        check(cfg, need_assets=False)
+        cli.dispatch(cfg)
+
+    return cli.guarded(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
