@@ -2,11 +2,7 @@
 
 Every stretch of text between two media is tokenised once, as a whole, with character offsets; a token is learned if it
 overlaps a learned character. Nothing is tokenised twice, so labels and ids cannot disagree.
-
-Several independent annotations of one image become one stream: a shared prefix (group 0) that ends with the last media
-token, and one private branch (group 1, 2, ...) for the rest of each annotation, all branches starting at the position
-after the prefix. Without media the prefix is just the bos token. A branch's first token would have to be predicted by the
-prefix's last token, whose one label cannot serve several branches, so with several branches it must not be learned.
+`vlm_train.data.streams` puts several annotations of one image together.
 """
 
 from __future__ import annotations
@@ -16,61 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Turn
 from vlm_train.data.layout import PLACEHOLDER_ID, MediaLayout, MediaSize, Piece, Slot
-from vlm_train.data.template import Place, Run, Segment, Template, stripped_turn
+from vlm_train.data.segments import Place, Run, Segment, stripped_turn
+from vlm_train.data.streams import PlacedSlot, Stream, Tokens, branch, fit, learned, single
+from vlm_train.data.template import Template
 from vlm_train.data.tokenizer import special_pattern
 from vlm_train.errors import ConfigError
 
-IGNORE = -100  # the same number as vlm_train.data.batch.IGNORE, which needs torch
-
 Annotations = Literal["independent", "dialogue", "first"]
 OverLength = Literal["drop", "truncate", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedSlot:
-    """A run of placeholders and the position of its first one in the stream."""
-
-    start: int
-    slot: Slot
-
-    @property
-    def end(self) -> int:
-        """Position after its last placeholder."""
-        return self.start + self.slot.count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """One token stream of a sample. All arrays are `[T]`.
-
-    Attributes:
-        ids: int64; placeholders are `PLACEHOLDER_ID`.
-        labels: int64; `labels[t]` is the target of position t (its branch's next token), `IGNORE` if not learned.
-        weights: float32 weight of every target: annotation x turn x text segment; 0 where ignored.
-        positions: int64; every branch goes on where the prefix ends.
-        attention_group: int32; 0 the prefix (or all of a single annotation), 1, 2, ... the branches.
-        slots: where media stand.
-    """
-
-    ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    positions: NDArray[np.int64]
-    attention_group: NDArray[np.int32]
-    slots: tuple[PlacedSlot, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def supervised(self) -> int:
-        """Number of learned targets."""
-        return int((self.labels != IGNORE).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +77,11 @@ def render(
         chosen = _choose(sample.annotations, annotations, annotation)
         if generation:
             stream, reference = writer.prompt(chosen[0])
-            return Rendered(key=sample.key, streams={"llm": _fit(stream, max_length, "drop")}, reference=reference)
+            return Rendered(key=sample.key, streams={"llm": fit(stream, max_length, "drop")}, reference=reference)
         streams = {"llm": writer.training(chosen)}
         if rejected:
             streams["rejected"] = writer.training([_rejected(chosen[0])])
-        fitted = {name: _learned(_fit(stream, max_length, over_length)) for name, stream in streams.items()}
+        fitted = {name: learned(fit(stream, max_length, over_length)) for name, stream in streams.items()}
         return Rendered(key=sample.key, streams=fitted)
     except BadSample as error:
         raise BadSample(f"sample {sample.key!r}: {error}") from error
@@ -172,16 +125,6 @@ def _rejected(annotation: Annotation) -> Annotation:
     return replace(annotation, turns=(*annotation.turns[:-1], annotation.rejected))
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """A tokenised conversation: ids and, aligned with them, the loss weight of each token as a target."""
-
-    ids: list[int]
-    weights: list[float]
-    slots: list[PlacedSlot]
-    prefix: int  # tokens up to and including the last media token (or bos)
-
-
 class _Writer:
     """Writes the conversations of one sample as tokens."""
 
@@ -198,7 +141,7 @@ class _Writer:
             while turns and turns[-1].role != "assistant":
                 turns = turns[:-1]  # nothing after the last answer is learned
             parts.append(self._tokens(self.template.segments(turns, self.tokenizer), annotation.weight))
-        return _branch(parts) if len(parts) > 1 else _single(parts[0])
+        return branch(parts) if len(parts) > 1 else single(parts[0])
 
     def prompt(self, annotation: Annotation) -> tuple[Stream, str]:
         """The prompt for the last answer, and that answer's text ("" if the conversation ends with a question)."""
@@ -206,9 +149,9 @@ class _Writer:
         if turns and turns[-1].role == "assistant":
             turns, reference = turns[:-1], turns[-1].text
         tokens = self._tokens(self.template.segments(turns, self.tokenizer, generation=True), 0.0)
-        return _single(tokens), reference.strip()
+        return single(tokens), reference.strip()
 
-    def _tokens(self, segments: Sequence[Segment], weight: float) -> _Tokens:
+    def _tokens(self, segments: Sequence[Segment], weight: float) -> Tokens:
         bos = self.tokenizer.bos_token_id if self.template.bos else None
         ids: list[int] = [] if bos is None else [bos]
         weights, slots, prefix = [0.0] * len(ids), [], len(ids)
@@ -228,7 +171,7 @@ class _Writer:
                     ids += [PLACEHOLDER_ID] * piece.count if isinstance(piece, Slot) else [self._literal(piece)]
                 weights += [0.0] * (len(ids) - len(weights))
                 prefix = len(ids)
-        return _Tokens(ids, weights, slots, prefix)
+        return Tokens(ids, weights, slots, prefix)
 
     def _literal(self, token: str) -> int:
         found = self.tokenizer.get_vocab().get(token)
@@ -285,77 +228,3 @@ def _cuts(text: str, runs: Sequence[Run], special: Any) -> list[int]:
             position = a + 1
             cuts.append(position)
     return cuts
-
-
-def _shift(ids: Sequence[int], weights: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Labels and weights aligned with the inputs: position t learns token t + 1."""
-    next_weights = np.append(np.asarray(weights[1:], np.float32), np.float32(0.0))
-    next_ids = np.append(np.asarray(ids[1:], np.int64), IGNORE)
-    return np.where(next_weights > 0, next_ids, IGNORE), next_weights
-
-
-def _single(tokens: _Tokens) -> Stream:
-    labels, weights = _shift(tokens.ids, tokens.weights)
-    return Stream(
-        ids=np.asarray(tokens.ids, np.int64),
-        labels=labels,
-        weights=weights,
-        positions=np.arange(len(tokens.ids), dtype=np.int64),
-        attention_group=np.zeros(len(tokens.ids), np.int32),
-        slots=tuple(tokens.slots),
-    )
-
-
-def _branch(parts: Sequence[_Tokens]) -> Stream:
-    """Several conversations as one shared prefix and private branches."""
-    first = parts[0]
-    prefix = first.ids[: first.prefix]
-    for number, part in enumerate(parts):
-        if part.ids[: part.prefix] != prefix or [s.slot for s in part.slots] != [s.slot for s in first.slots]:
-            raise BadSample(
-                f"annotations 0 and {number} differ before their last image, so they cannot share it; set "
-                "data.annotations to dialogue or first"
-            )
-        if any(w > 0 for w in part.weights[1 : part.prefix + 1]):
-            raise ConfigError(
-                "this template learns the token right after the image, which only one annotation an image can do; set "
-                "data.annotations to first"
-            )
-    singles = [_single(part) for part in parts]
-    size = len(prefix)
-
-    def joined(name: str) -> Any:
-        return np.concatenate([getattr(singles[0], name)[:size], *(getattr(s, name)[size:] for s in singles)])
-
-    groups = [np.zeros(size, np.int32), *(np.full(len(s) - size, n, np.int32) for n, s in enumerate(singles, 1))]
-    return Stream(
-        ids=joined("ids"),
-        labels=joined("labels"),
-        weights=joined("weights"),
-        positions=joined("positions"),
-        attention_group=np.concatenate(groups),
-        slots=singles[0].slots,
-    )
-
-
-def _fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
-    """The stream within `max_length` tokens."""
-    if max_length is None or len(stream) <= max_length:
-        return stream
-    message = f"{len(stream)} tokens, but data.max_length is {max_length}"
-    if over_length == "error":
-        raise ConfigError(f"{message} (data.over_length=error)")
-    if over_length == "drop":
-        raise BadSample(message)
-    if stream.slots and stream.slots[-1].end > max_length:
-        raise BadSample(f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}")
-    cut = {name: getattr(stream, name)[:max_length].copy() for name in ("ids", "labels", "weights", "positions")}
-    cut["labels"][-1], cut["weights"][-1] = IGNORE, 0.0  # its target was cut off
-    return Stream(**cut, attention_group=stream.attention_group[:max_length], slots=stream.slots)
-
-
-def _learned(stream: Stream) -> Stream:
-    if not stream.supervised:
-        raise BadSample(f"no supervised token in {len(stream)} tokens")
-    return stream
-

@@ -8,34 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 from data_pipelines.errors import BadSample
-from data_pipelines.sample import Box, Media, Text, Turn
+from data_pipelines.sample import Text, Turn
+from vlm_train.data.segments import ContentStyle, MediaPlace, Place, Run, Segment
 from vlm_train.data.tokenizer import special_pattern
 from vlm_train.errors import ConfigError
-
-MediaPlace = Literal["first", "inline", "drop"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A stretch of text. `weight` > 0 is learned; `content` comes from the sample, so no special token is read in it."""
-
-    text: str
-    weight: float = 0.0
-    content: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The place of media item `item`."""
-
-    item: int
-
-
-Segment = Run | Place
 
 
 class Template(Protocol):
@@ -44,94 +23,12 @@ class Template(Protocol):
     bos: bool
 
     def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
-        """The conversation as segments; with `generation`, `turns` ends before an answer and the prompt for it follows."""
+        """The conversation as segments; with `generation`, `turns` ends before an answer, whose prompt follows."""
         ...
 
     def check(self, tokenizer: Any) -> None:
         """Raise `ConfigError` if the tokenizer lacks what the template writes."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContentStyle:
-    """How the parts of a turn become segments: shared by all templates.
-
-    Attributes:
-        media: first (to the front of their turn, the text stripped, as LLaVA does) | inline | drop.
-        media_prefix, media_suffix: text around every media item.
-        strip: strip white space around every turn.
-        box, box_scale: `str.format` pattern of a box and the factor on its fractions.
-    """
-
-    media: MediaPlace = "first"
-    media_prefix: str = ""
-    media_suffix: str = "\n"
-    strip: bool = False
-    box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]"
-    box_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.media not in get_args(MediaPlace):
-            raise ConfigError(f"template.media: {self.media!r}; allowed: {', '.join(get_args(MediaPlace))}")
-
-    def content(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Segment]:
-        """Segments of one turn's parts; `weight` is the loss weight of its text; `text=False` keeps only media."""
-        parts: list[Segment] = []
-        has_media = any(isinstance(part, Media) for part in turn.parts) and self.media != "drop"
-        for part in turn.parts:
-            if isinstance(part, Media):
-                parts += [Place(part.item)] if self.media != "drop" else []
-            elif text:
-                parts += self._runs(part, weight)
-        if self.media == "first" and has_media:
-            places = [part for part in parts if isinstance(part, Place)]
-            parts = [*places, *stripped([part for part in parts if isinstance(part, Run)])]
-        elif self.strip:
-            parts = stripped(parts)
-        return [segment for part in parts for segment in self._wrap(part)]
-
-    def _wrap(self, part: Segment) -> list[Segment]:
-        if isinstance(part, Run):
-            return [part]
-        return [Run(self.media_prefix), part, Run(self.media_suffix)]
-
-    def _runs(self, part: Text | Box, weight: float) -> list[Run]:
-        if isinstance(part, Box):
-            return [Run(self.box.format(*(self.box_scale * value for value in part.xyxy)), weight, content=True)]
-        cuts = sorted({0, len(part.text), *(c for start, end, _ in part.weights for c in (start, end))})
-        runs = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            factor = next((w for a, b, w in part.weights if a <= start < b), 1.0)
-            runs.append(Run(part.text[start:end], weight * factor, content=True))
-        return runs
-
-
-def stripped(parts: Sequence[Segment]) -> list[Any]:
-    """`parts` without white space at both ends (media stop the stripping)."""
-    kept = list(parts)
-    for index, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        while kept and isinstance(run := kept[index], Run):
-            text = strip(run.text)
-            if text:
-                kept[index] = Run(text, run.weight, run.content)
-                break
-            kept.pop(index)
-    return kept
-
-
-def stripped_turn(turn: Turn) -> Turn:
-    """`turn` without white space at both ends of its text."""
-    parts = list(turn.parts)
-    for index, left in ((0, True), (-1, False)):
-        if parts and isinstance(text := parts[index], Text):
-            parts[index] = _stripped_text(text, left)
-    return replace(turn, parts=tuple(parts))
-
-
-def _stripped_text(part: Text, left: bool) -> Text:
-    text = part.text.lstrip() if left else part.text.rstrip()
-    moved = len(part.text) - len(text) if left else 0
-    return Text(text=text, weights=tuple((max(a - moved, 0), max(b - moved, 0), w) for a, b, w in part.weights))
 
 
 class ChatTemplate:
@@ -144,8 +41,8 @@ class ChatTemplate:
         system: default system message; null: none, and no system strings. A sample's own system turn replaces it.
         bos: start with the tokenizer's bos token, if it has one.
         system_in_user: the system message stands inside the first user turn (Llama-2).
-        answer_lead: what stands between the prompt and the answer and is generated with it (a space, for tokenizers that
-            glue it to the first word).
+        answer_lead: what stands between the prompt and the answer and is generated with it (a space, for tokenizers
+            that glue it to the first word).
         separator: text between an answer and the next user turn; not learned.
         user_text: false leaves the questions out and keeps only their media.
         special: tokens that the strings rely on; the tokenizer must have each as one token.
@@ -213,7 +110,7 @@ class ChatTemplate:
         """See `Template`."""
         known = tokenizer.get_vocab()
         problems = [
-            f"template.special: token {token!r} is not in the tokenizer's vocabulary; choose another template or tokenizer"
+            f"template.special: {token!r} is not in the tokenizer's vocabulary; choose another template or tokenizer"
             for token in self.special
             if token not in known
         ]
@@ -300,8 +197,8 @@ class TokenizerTemplate:
         answer = Turn(role="assistant", parts=(Text(text="b"),))
         if not special_pattern(tokenizer).search(self._literals([ask, answer], tokenizer, False)[-1]):
             raise ConfigError(
-                "template: the tokenizer's chat template closes an answer with no special token, so a model could never "
-                "learn to stop; choose a named template"
+                "template: the tokenizer's chat template closes an answer with no special token, so a model could "
+                "never learn to stop; choose a named template"
             )
 
     def _literals(self, turns: Sequence[Turn], tokenizer: Any, generation: bool) -> list[str]:

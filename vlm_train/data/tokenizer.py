@@ -1,4 +1,4 @@
-"""Tokenizers by configuration: each function returns a `transformers` fast tokenizer (offsets are needed for labels)."""
+"""Tokenizers by configuration: each function returns a fast `transformers` tokenizer (labels need its offsets)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def pretrained(*, name: str | None, add: Sequence[str] = ()) -> PreTrainedTokeni
         AssetError: it cannot be had. ConfigError: it has no fast version.
     """
     if name is None:
-        raise AssetError("tokenizer.name: null; name a folder, a hub repository or a .gguf file, or choose tokenizer=byte_level")
+        raise AssetError(
+            "tokenizer.name: null; name a folder, a hub repository or a .gguf file, or choose tokenizer=byte_level"
+        )
     if name.endswith(".gguf"):
         return gguf(file=name, add=add)
     return _extend(_load("tokenizer.name", name), add)
@@ -125,7 +127,12 @@ def words_from_shards(
 
 
 def words(
-    texts: Iterable[str], *, lowercase: bool = True, min_count: int = 1, max_words: int | None = None, add: Sequence[str] = ()
+    texts: Iterable[str],
+    *,
+    lowercase: bool = True,
+    min_count: int = 1,
+    max_words: int | None = None,
+    add: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """The word-level tokenizer of `texts`; see `words_from_shards`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers

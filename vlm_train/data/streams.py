@@ -1,0 +1,149 @@
+"""Token streams: tokenised conversations -> one stream with labels, positions and attention groups.
+
+Several independent annotations of one image become one stream: a shared prefix (group 0) that ends with the last media
+token, and one private branch (group 1, 2, ...) for the rest of each annotation, all branches starting at the position
+after the prefix. Without media the prefix is just the bos token. A branch's first token would be predicted by the last
+token of the prefix, whose one label cannot serve several branches, so with several branches it must not be learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.errors import BadSample
+from vlm_train.data.layout import Slot
+from vlm_train.errors import ConfigError
+
+IGNORE = -100  # the same number as vlm_train.data.batch.IGNORE, which needs torch
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSlot:
+    """A run of placeholders and the position of its first one in the stream."""
+
+    start: int
+    slot: Slot
+
+    @property
+    def end(self) -> int:
+        """Position after its last placeholder."""
+        return self.start + self.slot.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One token stream of a sample. All arrays are `[T]`.
+
+    Attributes:
+        ids: int64; placeholders are `PLACEHOLDER_ID`.
+        labels: int64; `labels[t]` is the target of position t (its branch's next token), `IGNORE` if not learned.
+        weights: float32 weight of every target: annotation x turn x text segment; 0 where ignored.
+        positions: int64; every branch goes on where the prefix ends.
+        attention_group: int32; 0 the prefix (or all of a single annotation), 1, 2, ... the branches.
+        slots: where media stand.
+    """
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    positions: NDArray[np.int64]
+    attention_group: NDArray[np.int32]
+    slots: tuple[PlacedSlot, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised(self) -> int:
+        """Number of learned targets."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised conversation: ids and, aligned with them, the loss weight of each token as a target."""
+
+    ids: list[int]
+    weights: list[float]
+    slots: list[PlacedSlot]
+    prefix: int  # tokens up to and including the last media token (or bos)
+
+
+def _shift(ids: Sequence[int], weights: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Labels and weights aligned with the inputs: position t learns token t + 1."""
+    next_weights = np.append(np.asarray(weights[1:], np.float32), np.float32(0.0))
+    next_ids = np.append(np.asarray(ids[1:], np.int64), IGNORE)
+    return np.where(next_weights > 0, next_ids, IGNORE), next_weights
+
+
+def single(tokens: Tokens) -> Stream:
+    """One conversation as a stream without branches."""
+    labels, weights = _shift(tokens.ids, tokens.weights)
+    return Stream(
+        ids=np.asarray(tokens.ids, np.int64),
+        labels=labels,
+        weights=weights,
+        positions=np.arange(len(tokens.ids), dtype=np.int64),
+        attention_group=np.zeros(len(tokens.ids), np.int32),
+        slots=tuple(tokens.slots),
+    )
+
+
+def branch(parts: Sequence[Tokens]) -> Stream:
+    """Several conversations as one shared prefix and private branches."""
+    first = parts[0]
+    prefix = first.ids[: first.prefix]
+    for number, part in enumerate(parts):
+        if part.ids[: part.prefix] != prefix or [s.slot for s in part.slots] != [s.slot for s in first.slots]:
+            raise BadSample(
+                f"annotations 0 and {number} differ before their last image, so they cannot share it; set "
+                "data.annotations to dialogue or first"
+            )
+        if any(w > 0 for w in part.weights[1 : part.prefix + 1]):
+            raise ConfigError(
+                "this template learns the token right after the image, which only one annotation an image can do; set "
+                "data.annotations to first"
+            )
+    singles = [single(part) for part in parts]
+    size = len(prefix)
+
+    def joined(name: str) -> Any:
+        return np.concatenate([getattr(singles[0], name)[:size], *(getattr(s, name)[size:] for s in singles)])
+
+    groups = [np.zeros(size, np.int32), *(np.full(len(s) - size, n, np.int32) for n, s in enumerate(singles, 1))]
+    return Stream(
+        ids=joined("ids"),
+        labels=joined("labels"),
+        weights=joined("weights"),
+        positions=joined("positions"),
+        attention_group=np.concatenate(groups),
+        slots=singles[0].slots,
+    )
+
+
+def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
+    """The stream within `max_length` tokens."""
+    if max_length is None or len(stream) <= max_length:
+        return stream
+    message = f"{len(stream)} tokens, but data.max_length is {max_length}"
+    if over_length == "error":
+        raise ConfigError(f"{message} (data.over_length=error)")
+    if over_length == "drop":
+        raise BadSample(message)
+    if stream.slots and stream.slots[-1].end > max_length:
+        raise BadSample(f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}")
+    cut = {name: getattr(stream, name)[:max_length].copy() for name in ("ids", "labels", "weights", "positions")}
+    cut["labels"][-1], cut["weights"][-1] = IGNORE, 0.0  # its target was cut off
+    return Stream(**cut, attention_group=stream.attention_group[:max_length], slots=stream.slots)
+
+
+def learned(stream: Stream) -> Stream:
+    """`stream` itself. Raises `BadSample` if it learns nothing."""
+    if not stream.supervised:
+        raise BadSample(f"no supervised token in {len(stream)} tokens")
+    return stream
