@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlm_train.errors import AssetError, ConfigError
+
+ATTENTION = ("sdpa", "eager")
 
 # Part of every transformers configuration, but not an architecture number: never set from ours.
 _INTERNAL = {"transformers_version", "architectures", "return_dict", "dtype", "output_hidden_states"}
@@ -55,14 +56,31 @@ def build_config(setting: str, values: Mapping[str, Any]) -> Any:
         raise
 
 
+def build_model(auto_class: Any, part: str, values: Mapping[str, Any], attention: str) -> Any:
+    """A randomly initialised model of `auto_class` (such as AutoModel) for the part named `part`.
+
+    Raises:
+        ConfigError: as `build_config`, or the architecture does not run with this attention implementation.
+    """
+    if attention not in ATTENTION:
+        raise ConfigError(f"{part}.attention: {attention!r}; allowed: {', '.join(ATTENTION)}")
+    config = build_config(f"{part}.config", values)
+    try:
+        return auto_class.from_config(config, attn_implementation=attention)
+    except ValueError as error:
+        raise ConfigError(
+            f"{part}: cannot build {config.model_type!r} with attention {attention!r}: {error}"
+        ) from error
+
+
 def load_pretrained(
-    model: nn.Module,
+    model: Any,
     source: str,
     *,
     setting: str,
     declared: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> Any:
     """A copy of `model` (same class and configuration, not on meta) with the weights of `source`.
 
     Args:
@@ -107,7 +125,7 @@ def load_pretrained(
 
 
 def _check_numbers(config_class: Any, source: str, wanted: Mapping[str, Any], setting: str) -> None:
-    """Raise `AssetError` where the checkpoint's configuration contradicts `wanted` (a wrong rope base loads silently)."""
+    """Raise `AssetError` where the checkpoint's configuration contradicts `wanted` (a wrong RoPE base is silent)."""
     try:
         found = config_class.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
-from vlm_train.models.hub import build_config, load_pretrained
+from vlm_train.models.hub import build_model, load_pretrained
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
-
-_ATTENTION = ("sdpa", "eager")
 
 
 class HFCausalLM(nn.Module):
     """A causal language model built from `config`; images enter as embeddings.
 
     Args:
-        config: `{model_type, ...}`, the fields of the `transformers` configuration; `vocab_size: null` is the tokenizer's.
+        config: `{model_type, ...}`, the fields of the `transformers` configuration; `vocab_size: null` takes
+            the length of the tokenizer.
         weights: hub name, local folder or `*.gguf` file, read by `load_weights`; None: random.
-        vocab_size: length of the tokenizer, used where the config leaves it open.
+        vocab_size: length of the tokenizer.
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
         attention: `sdpa` or `eager`.
     """
@@ -41,8 +40,6 @@ class HFCausalLM(nn.Module):
         super().__init__()
         from transformers import AutoModelForCausalLM
 
-        if attention not in _ATTENTION:
-            raise ConfigError(f"llm.attention: {attention!r}; allowed: {', '.join(_ATTENTION)}")
         self.numbers = dict(config)
         if self.numbers.get("vocab_size") is None:
             if vocab_size is None:
@@ -50,9 +47,7 @@ class HFCausalLM(nn.Module):
             self.numbers["vocab_size"] = vocab_size
         self.weights = weights
         self.new_tokens = new_tokens
-        self.model = AutoModelForCausalLM.from_config(
-            build_config("llm.config", self.numbers), attn_implementation=attention
-        )
+        self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention)
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
@@ -139,6 +134,12 @@ class HFCausalLM(nn.Module):
             **sampling,
         )
         return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings)
+
+    def head_parameters(self) -> list[str]:
+        """Names of the parameters that only `head` reads (none where it shares the embedding's)."""
+        embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
+        head = {id(parameter) for parameter in self.model.get_output_embeddings().parameters()} - embedding
+        return [name for name, parameter in self.named_parameters() if id(parameter) in head]
 
     def load_weights(self) -> None:
         """Read `weights` into the model. Raises `AssetError` if they are not those of this architecture."""

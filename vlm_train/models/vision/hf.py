@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm_train.data.layout import Grid, MediaSize
 from vlm_train.errors import ConfigError
-from vlm_train.models.hub import build_config, load_pretrained
+from vlm_train.models.hub import build_model, load_pretrained
 
 # Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
 _NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projection", r"position_ids$")
@@ -59,8 +59,8 @@ class HFVision(nn.Module):
 
         self.numbers = dict(config)
         self.weights = weights
-        tower_config = build_config("vision.config", config)
-        self.model = AutoModel.from_config(tower_config, attn_implementation=attention)
+        self.model = build_model(AutoModel, "vision", config, attention)
+        tower_config = self.model.config
         self.depth = len(self.layers)
         self.chosen = _resolve_layers(layer, self.depth)
         self.layer = layer
@@ -81,7 +81,7 @@ class HFVision(nn.Module):
         self._register_statistics(torch.empty(0).device)
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         """The module that holds `embeddings` and `encoder` (some model classes nest it once)."""
         return getattr(self.model, "vision_model", self.model)
 
@@ -94,7 +94,8 @@ class HFVision(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, 3, H, W]` -> `[N, P, D_v]`."""
         dtype = next(self.tower.embeddings.parameters()).dtype
-        hidden = self.tower.embeddings((pixels.to(dtype) / 255 - self.mean.to(dtype)) / self.std.to(dtype))
+        mean, std = self.get_buffer("mean").to(dtype), self.get_buffer("std").to(dtype)
+        hidden = self.tower.embeddings((pixels.to(dtype) / 255 - mean) / std)
         if (norm := _pre_norm(self.tower)) is not None:
             hidden = norm(hidden)
         states = {0: hidden}
@@ -150,11 +151,11 @@ def _resolve_layers(layer: int | Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(index % (depth + 1) for index in wanted)
 
 
-def _pre_norm(tower: nn.Module) -> nn.Module | None:
+def _pre_norm(tower: Any) -> Any:
     return getattr(tower, "pre_layrnorm", None)  # spelled so in transformers
 
 
-def _final_norm(tower: nn.Module) -> nn.Module:
+def _final_norm(tower: Any) -> Any:
     for name in ("post_layernorm", "layernorm"):
         if hasattr(tower, name):
             return getattr(tower, name)

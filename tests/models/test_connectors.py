@@ -1,0 +1,46 @@
+"""Connectors: sizes, pooling at the edges, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny_models import assert_close
+from vlm_train.errors import ConfigError
+from vlm_train.models.connectors.linear import Linear
+from vlm_train.models.connectors.mlp import MLP
+from vlm_train.models.connectors.pool import PooledMLP
+
+
+def test_mlp_is_the_llava_sequence():
+    connector = MLP(in_dim=6, out_dim=8, depth=3)
+    first, second, third = (connector.layers[i] for i in (0, 2, 4))
+    x = torch.randn(2, 4, 6)
+    gelu = torch.nn.functional.gelu
+    assert_close(connector(x, (2, 2)), third(gelu(second(gelu(first(x))))))
+
+
+def test_linear_is_one_projection():
+    connector = Linear(in_dim=6, out_dim=8)
+    x = torch.randn(2, 4, 6)
+    assert torch.equal(connector(x, (2, 2)), x @ connector.proj.weight.T + connector.proj.bias)
+    assert connector.token_grid((3, 5)) == (3, 5)
+
+
+def test_pooling_averages_neighbours_of_the_grid():
+    connector = PooledMLP(in_dim=1, out_dim=1, pool=2, depth=1)
+    torch.nn.init.ones_(connector.layers[0].weight)
+    torch.nn.init.zeros_(connector.layers[0].bias)
+    grid = torch.arange(15.0).view(1, 15, 1)  # 3 rows of 5
+    # Edge cells average the patches that are left: (4+9)/2, then row 2 alone.
+    expected = torch.tensor([3.0, 5.0, 6.5, 10.5, 12.5, 14.0]).view(1, 6, 1)
+    assert_close(connector(grid, (3, 5)), expected)
+    assert connector.token_grid((3, 5)) == (2, 3)
+
+
+def test_pooling_refuses_features_without_a_grid():
+    connector = PooledMLP(in_dim=4, out_dim=4)
+    with pytest.raises(ConfigError, match="connector.pool"):
+        connector.token_grid((1, 577))
+    with pytest.raises(ConfigError, match="connector.depth"):
+        MLP(in_dim=2, out_dim=2, depth=0)

@@ -1,0 +1,76 @@
+"""Full-size parameter counts on the meta device, from the shipped configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from vlm_train.models.prefix import PrefixVLM
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def build(group: str, option: str, **arguments):
+    config = OmegaConf.load(CONF / group / f"{option}.yaml")
+    if OmegaConf.is_missing(config, "weights"):
+        config.weights = None
+    with torch.device("meta"):
+        return hydra.utils.instantiate(config, **arguments)
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "expected"),
+    [
+        ("vision", "clip_vit_l14_336", 303_507_456),
+        ("llm", "vicuna_7b_v15", 6_738_415_616),
+        ("llm", "vicuna_7b_v0", 6_738_415_616),
+        ("llm", "llama2_7b_chat", 6_738_415_616),
+        ("llm", "vicuna_13b_v15", 13_015_864_320),
+        ("llm", "llama3_8b", 8_030_261_248),
+        ("llm", "mistral_7b", 7_241_732_096),
+        ("llm", "qwen2_7b", 7_615_616_512),
+        ("llm", "smollm2_135m", 134_515_008),
+    ],
+)
+def test_parts(group, option, expected):
+    assert count(build(group, option)) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "dim", "expected"),
+    [
+        ("linear", 4096, 4_198_400),
+        ("linear", 5120, 5_248_000),
+        ("mlp2x_gelu", 4096, 20_979_712),
+        ("mlp2x_gelu", 5120, 31_467_520),
+        ("pool2x2_mlp", 4096, 20_979_712),
+    ],
+)
+def test_connectors(option, dim, expected):
+    assert count(build("connector", option, in_dim=1024, out_dim=dim)) == expected
+
+
+def test_llava15_7b():
+    vision, llm = build("vision", "clip_vit_l14_336"), build("llm", "vicuna_7b_v15")
+    connector = build("connector", "mlp2x_gelu", in_dim=vision.out_dim, out_dim=llm.dim)
+    model = PrefixVLM(vision=vision, connector=connector, llm=llm)
+    assert count(model) == 7_062_902_784
+    unused = sum(vision.get_parameter(name).numel() for name in vision.unused_parameters())
+    assert unused == 12_596_224 + 2_048  # layer 24 and the final norm
+
+
+@pytest.mark.parametrize(
+    ("option", "tokens"), [("clip_vit_l14", 256), ("clip_vit_l14_336", 576), ("siglip_so400m_384", 729)]
+)
+def test_visual_tokens_of_an_image(option, tokens):
+    vision = build("vision", option)
+    height, width = vision.image_size
+    assert vision.encode(torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")).shape[1] == tokens

@@ -1,0 +1,180 @@
+"""HFCausalLM against `transformers`: heads, masks, windows, new tokens, weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_models import assert_close, llama_config, text_stream, tiny_llm
+from vlm_train.errors import AssetError, ConfigError
+from vlm_train.models.masks import attention_mask
+from vlm_train.models.text_only import decode_stream, generate_from
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "vocab_size": 60}
+MIXED = ["sliding_attention", "full_attention"]
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 with windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
+    },
+    "mistral window": {"model_type": "mistral", "sliding_window": 3},
+    "gemma2 soft cap": {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 3},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 3, "layer_types": MIXED},
+    "granite scale": {"model_type": "granite", "logits_scaling": 4.0},
+    "cohere scale": {"model_type": "cohere", "logit_scale": 0.3},
+    "phi": {"model_type": "phi"},
+}
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_library_for_padded_rows(family, attention):
+    torch.manual_seed(0)
+    if (family, attention) == ("gemma2 soft cap", "sdpa"):  # soft-capped attention scores
+        with pytest.raises(ConfigError, match="'gemma2' with attention 'sdpa'"):
+            tiny_llm(SMALL | FAMILIES[family], attention=attention)
+        return
+    llm = tiny_llm(SMALL | FAMILIES[family], attention=attention).eval()
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    stream = text_stream(ROWS)
+    real = stream.segment_ids != 0
+    expected = llm.model(input_ids=stream.ids, attention_mask=real.long()).logits
+    logits = llm.head(decode_stream(llm, llm.embed(stream.ids), stream))
+    assert_close(logits[real], expected[real], family)
+
+
+def test_no_mask_means_plain_causal():
+    llm = tiny_llm()
+    stream = text_stream([[5, 6, 7, 8]])
+    embeds = llm.embed(stream.ids)
+    mask = attention_mask(stream.segment_ids, stream.attention_group)
+    assert_close(llm.decode(embeds, stream.positions, None), llm.decode(embeds, stream.positions, mask))
+
+
+def test_placeholders_embed_to_something_finite():
+    assert torch.isfinite(tiny_llm().embed(torch.tensor([[-200, 3]]))).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_are_parameters_of_their_own(tied):
+    torch.manual_seed(0)
+    llm = tiny_llm(llama_config(tie_word_embeddings=tied), new_tokens=3)
+    table = llm.model.get_input_embeddings().weight.detach()
+    new = {name: p for name, p in llm.named_parameters() if "new_" in name}
+    assert len(new) == (1 if tied else 2) and all(p.shape == (3, 48) for p in new.values())
+    ids = torch.tensor([[5, 97, 99, 96]])
+    embeds = llm.embed(ids)
+    assert torch.equal(embeds[0, 0], table[5]) and torch.equal(embeds[0, 3], table[96])
+    assert_close(embeds[0, 1], table.mean(dim=0))
+    assert llm.head(embeds).shape == (1, 4, llm.vocab_size) and llm.vocab_size == 100
+    for name, parameter in llm.named_parameters():
+        parameter.requires_grad_(name in new)
+    llm.head(llm.embed(ids))[..., 98].sum().backward()
+    grads = {name: parameter.grad for name, parameter in llm.named_parameters() if parameter.grad is not None}
+    assert set(grads) == set(new) and all(g[1].any() or g[0].any() for g in grads.values())
+
+
+def test_a_new_token_can_be_generated_and_read_again():
+    llm = tiny_llm(new_tokens=1).eval()
+    stream = text_stream([[5, 6]])
+    with torch.no_grad():  # the head always prefers the new token
+        llm.model.lm_head.base.weight.zero_()
+        hidden = decode_stream(llm, llm.embed(stream.ids), stream)
+        llm.model.lm_head.new_head.copy_(hidden[0, -1:])
+    out = generate_from(llm, llm.embed(stream.ids), stream, max_new_tokens=2, eos_ids=[])
+    assert out[0, 0] == 97
+
+
+def test_generation_stops_at_the_end_token_and_fills_up():
+    torch.manual_seed(1)
+    llm = tiny_llm().eval()
+    stream = text_stream(ROWS)
+    free = generate_from(llm, llm.embed(stream.ids), stream, max_new_tokens=5, eos_ids=[])
+    eos = int(free[0, 1])
+    stopped = generate_from(llm, llm.embed(stream.ids), stream, max_new_tokens=5, eos_ids=[eos])
+    first = free[0].tolist().index(eos)
+    assert stopped[0, : first + 1].tolist() == free[0, : first + 1].tolist()
+    assert set(stopped[0, first:].tolist()) == {eos}
+
+
+def test_vocabulary_comes_from_the_tokenizer_if_open():
+    assert tiny_llm(llama_config(vocab_size=None), vocab_size=33).vocab_size == 33
+    assert tiny_llm(vocab_size=33).vocab_size == 97
+    with pytest.raises(ConfigError, match="llm.config.vocab_size"):
+        tiny_llm(llama_config(vocab_size=None))
+
+
+def test_refusals_name_the_setting():
+    with pytest.raises(ConfigError, match="llm.attention: 'flash'; allowed: sdpa, eager"):
+        tiny_llm(attention="flash")
+    with pytest.raises(ConfigError, match="did you mean 'num_hidden_layers'"):
+        tiny_llm(llama_config(num_hiden_layers=2))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_of_a_folder(tmp_path, tied, device):
+    saved = tiny_llm(llama_config(tie_word_embeddings=tied))
+    saved.model.save_pretrained(tmp_path)
+    with torch.device(device):
+        llm = tiny_llm(llama_config(tie_word_embeddings=tied), weights=str(tmp_path), new_tokens=1)
+    llm.load_weights()
+    stream = text_stream(ROWS)
+    logits = [m.head(decode_stream(m, m.embed(stream.ids), stream)) for m in (saved, llm)]
+    assert torch.equal(logits[0], logits[1][..., :97])
+    assert not any(parameter.is_meta for parameter in llm.parameters())
+
+
+def test_weights_with_another_rope_base_are_refused(tmp_path):
+    tiny_llm().model.save_pretrained(tmp_path)
+    other = llama_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(AssetError, match="rope_parameters"):
+        tiny_llm(other, weights=str(tmp_path)).load_weights()
+
+
+def write_gguf(llm, path):
+    """The model as llama.cpp writes it: its names, and rotary halves interleaved in the query and key projections."""
+    gguf = pytest.importorskip("gguf")
+    config = llm.model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for key, value in llm.model.state_dict().items():
+        array = value.numpy()
+        for projection, count in heads.items():
+            if projection in key:
+                halves = array.reshape(count, 2, array.shape[0] // count // 2, *array.shape[1:])
+                array = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+        writer.add_tensor(names.get_name(key.removesuffix(".weight")) + ".weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_weights_of_a_gguf_file(tmp_path):
+    saved = tiny_llm()
+    write_gguf(saved, str(tmp_path / "model.gguf"))
+    llm = tiny_llm(weights=str(tmp_path / "model.gguf"))
+    llm.load_weights()
+    stream = text_stream(ROWS)
+    logits = [m.head(decode_stream(m, m.embed(stream.ids), stream)) for m in (saved, llm)]
+    assert_close(logits[1], logits[0])

@@ -1,0 +1,117 @@
+"""Every shipped vision encoder, connector and language model keeps the contract of `vlm_train.models.parts`."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from functools import cache
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from vlm_train.data.layout import GridLayout, MediaSize
+
+CONF = Path(__file__).parents[2] / "conf"
+ARGUMENTS = {"vision": {}, "llm": {"vocab_size": 50}}
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def node(group: str, option: str, *, tiny: bool):
+    config = OmegaConf.load(CONF / group / f"{option}.yaml")
+    if tiny:
+        config = OmegaConf.merge(config, OmegaConf.load(CONF / group / "_tiny.yaml"))
+    if OmegaConf.is_missing(config, "weights"):
+        config.weights = None
+    return config
+
+
+@cache
+def part(group: str, option: str):
+    torch.manual_seed(0)
+    return hydra.utils.instantiate(node(group, option, tiny=True), **ARGUMENTS[group])
+
+
+def assert_gradients(module, output, unused=()):
+    module.zero_grad()
+    (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    for name, parameter in module.named_parameters():
+        if name in unused:
+            assert parameter.grad is None, f"{name} is declared unused but learns"
+        else:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def assert_state_round_trip(module, other):
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("group", ["vision", "llm"])
+def test_as_written_on_meta(group):
+    for option in options(group):
+        with torch.device("meta"):
+            module = hydra.utils.instantiate(node(group, option, tiny=False), **ARGUMENTS[group])
+        assert all(parameter.is_meta for parameter in module.parameters()), option
+
+
+@pytest.mark.parametrize("option", options("vision"))
+def test_vision(option):
+    vision = part("vision", option)
+    height, width = vision.image_size
+    pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    features = vision.encode(pixels)
+    rows, columns = vision.patch_grid(MediaSize(width=width, height=height))
+    assert features.shape == (2, rows * columns, vision.out_dim)
+    assert_gradients(vision, features, vision.unused_parameters())
+    assert_state_round_trip(vision, hydra.utils.instantiate(node("vision", option, tiny=True)))
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("option", options("connector"))
+def test_connector(option, grid):
+    build = {"in_dim": 6, "out_dim": 10}
+    connector = hydra.utils.instantiate(OmegaConf.load(CONF / "connector" / f"{option}.yaml"), **build)
+    tokens = connector(torch.randn(2, grid[0] * grid[1], 6), grid)
+    rows, columns = connector.token_grid(grid)
+    assert tokens.shape == (2, rows * columns, 10)
+    assert_gradients(connector, tokens)
+    assert_state_round_trip(
+        connector, hydra.utils.instantiate(OmegaConf.load(CONF / "connector" / f"{option}.yaml"), **build)
+    )
+
+
+@pytest.mark.parametrize("option", options("connector"))
+def test_layout_pickles_without_weights(option):
+    vision = part("vision", "clip_vit_l14_336")
+    config = OmegaConf.load(CONF / "connector" / f"{option}.yaml")
+    connector = hydra.utils.instantiate(config, in_dim=vision.out_dim, out_dim=64)
+    data = pickle.dumps(GridLayout(vision.patch_grid, connector.token_grid))
+    assert len(data) < 1000
+    (pieces,) = pickle.loads(data)([MediaSize(640, 480)])
+    tokens = connector(torch.randn(1, 16, vision.out_dim), vision.patch_grid(MediaSize(640, 480)))
+    assert pieces[0].count == tokens.shape[1]
+
+
+@pytest.mark.parametrize("option", options("llm"))
+def test_llm(option):
+    llm = part("llm", option)
+    assert llm.vocab_size == 50 and len(llm.layers) == 2
+    ids = torch.randint(0, 50, (2, 7))
+    embeds = llm.embed(ids)
+    positions = torch.arange(7).expand(1, 2, 7)
+    hidden = llm.decode(embeds, positions, None)
+    logits = llm.head(hidden)
+    assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, 50)
+    assert_gradients(llm, logits)
+    assert_state_round_trip(llm, hydra.utils.instantiate(node("llm", option, tiny=True), vocab_size=50))

@@ -1,0 +1,114 @@
+"""Contrastive: InfoNCE by hand, two ranks equal one, duplicates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny_models import assert_close, batch_of, text_stream, tiny_llm, tiny_vision
+from vlm_train.data.batch import Batch, MediaBatch
+from vlm_train.errors import BatchError
+from vlm_train.models.two_tower import TwoTower
+from vlm_train.objectives.base import identity_gather
+from vlm_train.objectives.contrastive import Contrastive, caption_hashes
+
+ROWS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [8, 9]]
+
+
+def two_tower() -> TwoTower:
+    torch.manual_seed(0)
+    vision = tiny_vision(layer=-1, keep_cls=True, final_norm=True)
+    return TwoTower(vision=vision, llm=tiny_llm(), embed_dim=12)
+
+
+def captions(first: int = 0, last: int = 4) -> Batch:
+    whole = batch_of(text_stream(ROWS), [0, 1, 2, 3])
+    stream = text_stream(ROWS[first:last])
+    pixels = whole.media.pixels[first:last]
+    count = last - first
+    media = MediaBatch(
+        pixels=pixels,
+        view_counts=(1,) * count,
+        slot_counts=(0,) * count,
+        slot_index=torch.zeros(0, dtype=torch.long),
+        row=torch.arange(count),
+    )
+    return Batch(text={"llm": stream}, media=media)
+
+
+def test_loss_is_symmetric_info_nce():
+    model, batch = two_tower(), captions()
+    image, text = model.encode_image(batch.media), model.encode_text(batch.text["llm"])
+    logits = (image @ text.T) / 0.07
+    by_hand = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).sum() / 2
+    loss = Contrastive()(model, batch, identity_gather)["contrastive"]
+    assert_close(loss.sum, by_hand)
+    assert loss.count == 4
+    assert_close(loss.metrics["logit_scale"], torch.tensor(1 / 0.07))
+
+
+def test_images_in_another_order_than_their_texts():
+    model, batch = two_tower(), captions()
+    order = torch.tensor([2, 0, 3, 1])
+    media = MediaBatch(
+        **{f: getattr(batch.media, f) for f in ("view_counts", "slot_counts", "slot_index")},
+        row=order,
+        pixels=batch.media.pixels[order],
+    )
+    shuffled = Batch(text=batch.text, media=media)
+    losses = [Contrastive()(model, b, identity_gather)["contrastive"].sum for b in (batch, shuffled)]
+    assert_close(losses[1], losses[0])
+
+
+@pytest.mark.parametrize("mask_duplicates", [False, True])
+def test_two_ranks_equal_one(monkeypatch, mask_duplicates):
+    whole, split = two_tower(), two_tower()
+    objective = Contrastive(mask_duplicates=mask_duplicates)
+    expected = objective(whole, captions(), identity_gather)["contrastive"].sum
+    expected.backward()
+
+    batches = [captions(0, 2), captions(2, 4)]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    total = torch.zeros(())
+    everything = [
+        [split.encode_image(b.media) for b in batches],
+        [split.encode_text(b.text["llm"]) for b in batches],
+        [caption_hashes(b.text["llm"]) for b in batches],
+    ]
+    for rank, batch in enumerate(batches):
+        calls = iter(everything)
+
+        def gather(tensor, *, with_grad, calls=calls, rank=rank):
+            parts = list(next(calls))
+            parts[rank] = tensor
+            return torch.cat(parts)
+
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        total = total + objective(split, batch, gather)["contrastive"].sum
+    assert_close(total, expected)
+    total.backward()
+    for (name, a), b in zip(split.named_parameters(), whole.named_parameters(), strict=True):
+        if b[1].grad is not None and b[1].grad.abs().max() > 1e-6:
+            assert_close(a.grad, b[1].grad, name, tolerance=3e-5)
+
+
+def test_equal_captions_are_not_negatives():
+    model, batch = two_tower(), captions()
+    image, text = model.encode_image(batch.media), model.encode_text(batch.text["llm"])
+    logits = (image @ text.T) / 0.07
+    logits[1, 3] = logits[3, 1] = float("-inf")
+    by_hand = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).sum() / 2
+    assert_close(Contrastive(mask_duplicates=True)(model, batch, identity_gather)["contrastive"].sum, by_hand)
+
+
+def test_caption_hash_ignores_padding_but_not_order():
+    hashes = caption_hashes(text_stream(ROWS + [[9, 8], [5, 6, 7, 7]]))
+    assert hashes[1] == hashes[3] and len(set(hashes.tolist())) == 5
+    assert caption_hashes(text_stream([ROWS[1]]))[0] == hashes[1]
+    assert caption_hashes(text_stream(ROWS, left=True))[1] == hashes[1]
+
+
+def test_a_text_without_image_is_refused():
+    batch = Batch(text={"llm": text_stream(ROWS)}, media=captions(0, 3).media)
+    with pytest.raises(BatchError, match="3 views of 3 images for 4 texts"):
+        Contrastive()(two_tower(), batch, identity_gather)

@@ -1,0 +1,104 @@
+"""LanguageModeling: chunks, weights, empty batches, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vlm
+from vlm_train.data.batch import IGNORE
+from vlm_train.errors import ConfigError
+from vlm_train.objectives.base import identity_gather
+from vlm_train.objectives.lm import LanguageModeling
+
+ROWS = [[5, *IMAGE, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def weighted_batch():
+    stream = text_stream(ROWS, learn_from=1)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(stream.weights.shape, generator=generator) * (stream.labels != IGNORE)
+    return batch_of(replace(stream, weights=weights), [0])
+
+
+def full_loss(model, batch):
+    stream = batch.text["llm"]
+    logits = model.logits(model(batch)).float().flatten(0, 1)
+    losses = nn.functional.cross_entropy(logits, stream.labels.flatten(), reduction="none", ignore_index=IGNORE)
+    return (losses * stream.weights.flatten()).sum()
+
+
+@pytest.mark.parametrize("settings", [{"chunk": 1}, {"chunk": 3}, {"chunk": 1000}, {"chunks": 4}, {"chunks": 50}])
+def test_chunked_loss_equals_the_full_loss(settings):
+    batch = weighted_batch()
+    model, reference = tiny_vlm(), tiny_vlm()
+    loss = LanguageModeling(**settings)(model, batch, identity_gather)["lm"]
+    expected = full_loss(reference, batch)
+    assert_close(loss.sum, expected, tolerance=1e-6)
+    assert_close(loss.count, batch.text["llm"].weights.sum())
+    loss.sum.backward()
+    expected.backward()
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if b.grad is None or name.endswith("k_proj.bias"):
+            continue
+        assert_close(a.grad, b.grad, name)
+
+
+def test_logits_never_exceed_a_chunk():
+    model, sizes = tiny_vlm(), []
+    model.llm.model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[0]))
+    loss = LanguageModeling(chunk=3)(model, weighted_batch(), identity_gather)["lm"]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        LanguageModeling(chunk=3)(model, weighted_batch(), identity_gather)
+    loss.sum.backward()
+    assert max(sizes) <= 3
+    assert not [shape for shape in kept if len(shape) == 2 and shape[1] == 97 and shape[0] != 48 and shape != (97, 48)]
+
+
+def test_a_fixed_number_of_head_calls_whatever_the_batch_holds():
+    model, calls = tiny_vlm(), []
+    model.llm.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    for stream in (text_stream(ROWS), text_stream([[5, 6]]), text_stream(ROWS, learn_from=99)):
+        calls.clear()
+        batch = batch_of(stream, [0] if IMAGE[0] in stream.ids else [])
+        with torch.no_grad():
+            LanguageModeling(chunks=3)(model, batch, identity_gather)
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"chunks": 2}])
+def test_no_supervised_token_gives_zero_attached_to_the_graph(settings):
+    model = tiny_vlm()
+    batch = batch_of(text_stream(ROWS, learn_from=99), [0])
+    loss = LanguageModeling(**settings)(model, batch, identity_gather)["lm"]
+    assert loss.sum.item() == 0.0 and loss.count.item() == 0.0
+    assert torch.isfinite(loss.metrics["accuracy"])
+    loss.sum.backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.connector.parameters())
+
+
+def test_the_index_of_the_stream_is_used_if_given():
+    batch = weighted_batch()
+    stream = batch.text["llm"]
+    index = (stream.labels.flatten() != IGNORE).nonzero().squeeze(1)
+    given = replace(batch, text={"llm": replace(stream, supervised=index[:2])})
+    losses = [LanguageModeling()(tiny_vlm(), b, identity_gather)["lm"] for b in (batch, given)]
+    assert losses[1].count == stream.weights.flatten()[index[:2]].sum() < losses[0].count
+
+
+def test_accuracy_counts_correct_targets():
+    model = tiny_vlm()
+    batch = batch_of(text_stream(ROWS, learn_from=1), [0])
+    stream = batch.text["llm"]
+    keep = stream.labels != IGNORE
+    expected = (model.logits(model(batch)).argmax(-1) == stream.labels)[keep].float().mean()
+    assert_close(LanguageModeling(chunk=2)(model, batch, identity_gather)["lm"].metrics["accuracy"], expected)
+
+
+def test_bad_chunks_are_refused():
+    with pytest.raises(ConfigError, match="chunk"):
+        LanguageModeling(chunk=0)

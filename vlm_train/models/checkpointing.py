@@ -1,0 +1,31 @@
+"""Activation checkpointing of layers, whether they are in train or eval mode.
+
+`transformers` skips it in eval mode, where frozen layers live here; and the reentrant form silently loses gradients
+behind frozen inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
+    """Make each layer forget its activations in forward and compute them again in backward.
+
+    Names, parameters and `state_dict` stay as they are. Without gradients (evaluation, generation) nothing changes.
+    """
+    for layer in layers:
+        if not isinstance(layer.forward, partial):
+            layer.forward = partial(_forward, layer.forward)
+
+
+def _forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,93 @@
+"""Symmetric InfoNCE over the global batch (CLIP, arXiv 2103.00020, figure 3).
+
+Legend: b local pairs, G pairs on all ranks, T tokens, E width of the shared space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm_train.data.batch import Batch, TokenStream
+from vlm_train.errors import BatchError
+from vlm_train.objectives.base import Gather, Loss
+
+_HASH_BASE = 6364136223846793005  # an odd 64-bit multiplier; sums wrap around
+
+
+class Contrastive:
+    """Every image against every text of the global batch, and the reverse.
+
+    Every rank holds the same number of pairs and returns the sum over its own: the total over all ranks, divided by the
+    number of pairs, is the loss of the global batch, however the batch is split.
+
+    Args:
+        weight: factor in the total loss.
+        stream: the entry of `Window.sums` that normalises: pairs are samples.
+        text: the token stream of the captions, one a row.
+        mask_duplicates: pairs with the same caption are not negatives of each other.
+    """
+
+    def __init__(
+        self, *, weight: float = 1.0, stream: str = "samples", text: str = "llm", mask_duplicates: bool = False
+    ) -> None:
+        self.weight = weight
+        self.stream = stream
+        self.text = text
+        self.mask_duplicates = mask_duplicates
+
+    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+        """`{"contrastive": Loss}`: sum over the local pairs of the mean of both directions."""
+        stream, pairs = batch.text[self.text], len(batch.media.row)
+        if batch.media.real != pairs or pairs != len(stream.ids):
+            raise BatchError(
+                f"contrastive: needs one image view a text, got {batch.media.real} views of {pairs} images "
+                f"for {len(stream.ids)} texts"
+            )
+        image = model.encode_image(batch.media)
+        text = model.encode_text(stream)[batch.media.row]
+        all_image, all_text = gather(image, with_grad=True), gather(text, with_grad=True)
+        target = torch.arange(pairs, device=image.device) + _first_pair(pairs, len(all_image))
+        scale = model.logit_scale.exp()
+        duplicate = self._duplicates(stream, batch.media.row, target, gather)
+        to_text, to_image = scale * image @ all_text.T, scale * text @ all_image.T  # [b, G]
+        if duplicate is not None:
+            to_text, to_image = (logits.masked_fill(duplicate, float("-inf")) for logits in (to_text, to_image))
+        losses = [F.cross_entropy(logits, target, reduction="sum") for logits in (to_text, to_image)]
+        loss = torch.stack(losses).mean()
+        metrics = {
+            "image_to_text": (to_text.argmax(dim=1) == target).float().mean(),
+            "text_to_image": (to_image.argmax(dim=1) == target).float().mean(),
+            "logit_scale": scale.detach(),
+        }
+        return {"contrastive": Loss(loss, loss.new_tensor(float(pairs)), self.weight, metrics)}
+
+    def _duplicates(self, stream: TokenStream, row: Tensor, target: Tensor, gather: Gather) -> Tensor | None:
+        """`[b, G]`, True where another pair has the same caption."""
+        if not self.mask_duplicates:
+            return None
+        mine = caption_hashes(stream)[row]
+        same = mine[:, None] == gather(mine, with_grad=False)[None, :]
+        return same.scatter(1, target[:, None], False)
+
+
+def caption_hashes(stream: TokenStream) -> Tensor:
+    """`[B]` int64 fingerprint of each row's real tokens; the same for any padding, so it compares across ranks."""
+    real = stream.segment_ids != 0
+    place = real.long().cumsum(dim=1)
+    mixed = (stream.ids + 1) * (2 * place + 1) * _HASH_BASE
+    mixed = (mixed ^ (mixed >> 29)) * _HASH_BASE  # so that swapped tokens do not cancel
+    return (mixed * real).sum(dim=1)
+
+
+def _first_pair(local: int, total: int) -> int:
+    """Where this rank's pairs stand among the gathered ones."""
+    if total == local:
+        return 0
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if total != local * world:
+        raise BatchError(f"contrastive: {total} pairs on {world} ranks, {local} here; ranks must hold equally many")
+    return rank * local
