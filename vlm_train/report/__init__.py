@@ -1,0 +1,37 @@
+"""The HTML report of a run or of a schedule: one file, readable offline, made from what the run folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REPORT_NAME = "report.html"
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run folder or a schedule folder and return its path.
+
+    Reads `run.json` or `schedule.json`, `metrics.jsonl`, `config.yaml`, `params.json` and `eval/*/predictions.jsonl`;
+    whatever is missing is left out. Raises `ConfigError` where the folder holds neither JSON file.
+    """
+    from vlm_train.report.page import render  # plotly and jinja2 only where a report is written
+    from vlm_train.report.read import read_report
+
+    path = Path(folder) / REPORT_NAME
+    partial = path.with_suffix(".partial")
+    partial.write_text(render(read_report(Path(folder))), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def results_table(folder: Path) -> str:
+    """The results of a run or schedule next to its controls, as plain text; empty where there are none."""
+    from vlm_train.report.read import read_report
+
+    rows = read_report(Path(folder)).results
+    if not rows:
+        return ""
+    cells = [(row.name, row.text, "" if row.n is None else f"{row.n:,}", row.note) for row in rows]
+    cells.insert(0, ("", "result", "n", ""))
+    widths = [max(len(row[column]) for row in cells) for column in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""The report's page: sections filled from a `Report`, images embedded, every text escaped by the template."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, UnidentifiedImageError
+
+from vlm_train.report.charts import accuracy_chart, loss_chart, plotly_script
+from vlm_train.report.read import Prediction, Report, Stage
+
+MAX_IMAGES = 48  # in the whole page
+THUMBNAIL = 256  # longest side of an embedded image, in pixels
+
+# What a reader asks first; the whole configuration is shown folded.
+KEY_SETTINGS = (
+    "seed",
+    "batch.samples",
+    "batch.tokens",
+    "batch.micro",
+    "optim.lr",
+    "trainer.epochs",
+    "trainer.max_steps",
+    "trainer.precision",
+    "launch.devices",
+    "launch.nodes",
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One test image with its question and answers."""
+
+    image: str | None  # data URI
+    question: str
+    reference: str
+    prediction: str
+    correct: bool
+
+
+def render(report: Report) -> str:
+    """The whole page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("vlm_train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["duration"] = duration
+    environment.filters["steps"] = steps
+    environment.filters["count"] = lambda number: f"{number:,}" if isinstance(number, int) else number
+    stages = [(stage, loss_chart(stage, f"loss-{index}")) for index, stage in enumerate(report.stages)]
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        finished=None
+        if report.finished is None
+        else f"{datetime.fromtimestamp(report.finished, UTC):%d %B %Y, %H:%M} UTC",
+        seconds=sum(stage.seconds for stage in report.stages),
+        settings=[(stage, key_settings(stage.config)) for stage in report.stages],
+        losses=[(stage, chart) for stage, chart in stages if chart],
+        accuracies=[
+            chart for axis in ("seconds", "steps") if (chart := accuracy_chart(report, axis, f"accuracy-{axis}"))
+        ],
+        galleries=galleries(report),
+        params=next((stage.params for stage in reversed(report.stages) if stage.params), []),
+        plotly=plotly_script(),
+    )
+
+
+def galleries(report: Report) -> list[tuple[str, int, int, list[Card]]]:
+    """(evaluation, number right, number of questions, cards) of the last stage that answered questions."""
+    stage = next((stage for stage in reversed(report.stages) if any(stage.predictions.values())), None)
+    if stage is None:
+        return []
+    evaluations = {name: rows for name, rows in stage.predictions.items() if rows}
+    share = MAX_IMAGES // len(evaluations)
+    return [
+        (name, sum(row.correct for row in rows), len(rows), [card(row) for row in choose(rows, share)])
+        for name, rows in evaluations.items()
+    ]
+
+
+def choose(rows: list[Prediction], most: int) -> list[Prediction]:
+    """At most `most` rows: three quarters spread evenly over all, then wrong ones, which are rare and tell most."""
+    if len(rows) <= most:
+        return rows
+    even = most - min(most // 4, sum(not row.correct for row in rows))
+    chosen = dict.fromkeys(index * len(rows) // even for index in range(even))
+    wrong = [index for index, row in enumerate(rows) if not row.correct and index not in chosen]
+    return [rows[index] for index in (*chosen, *wrong[: most - even])]
+
+
+def card(row: Prediction) -> Card:
+    """The card of a prediction, its image embedded."""
+    image = None if row.image is None else data_uri(row.image)
+    return Card(image, row.question, row.reference, row.prediction, row.correct)
+
+
+def data_uri(path: Path) -> str | None:
+    """The image, decoded, scaled and encoded anew as PNG, as a data URI; null where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            factor = THUMBNAIL // max(picture.size)  # small pictures show their pixels instead of a blur
+            buffer = io.BytesIO()
+            picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(
+                buffer, "PNG"
+            )
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return None
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def key_settings(config: str) -> dict[str, Any]:
+    """`KEY_SETTINGS` that the configuration sets to something, interpolations as written."""
+    from omegaconf import OmegaConf
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.create(config), resolve=False) if config else {}
+    except Exception:  # YAML, OmegaConf and grammar errors share no base class
+        return {}
+    found = {}
+    for name in KEY_SETTINGS:
+        value: Any = loaded
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds) // 60
+    return f"{minutes} min {int(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def steps(stage: Stage) -> str:
+    """How far a stage has come."""
+    step, total = stage.record.get("step"), stage.record.get("total_steps")
+    if not isinstance(step, int):
+        return ""
+    return f"{step:,} of {total:,} steps" if isinstance(total, int) and total != step else f"{step:,} steps"

@@ -1,0 +1,196 @@
+"""Reading run and schedule folders. What is missing or broken is left out: a report never fails a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlm_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the results table: the run's own result or a control."""
+
+    name: str
+    value: float
+    n: int | None
+    note: str
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether `value` is shown as a percentage."""
+        return 0.0 <= self.value <= 1.0
+
+    @property
+    def text(self) -> str:
+        """The value, with its 95 % sampling error (normal approximation) where the number of questions is known."""
+        if not self.is_fraction:
+            return f"{self.value:.4g}"
+        error = 196 * math.sqrt(self.value * (1 - self.value) / self.n) if self.n else 0.0
+        return f"{100 * self.value:.1f} %" + (f" ± {error:.1f}" if error >= 0.05 else "")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A metric's value at one step; `seconds` counts from the start of its stage."""
+
+    step: int
+    seconds: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question; `image` is a file inside the evaluation's folder."""
+
+    question: str
+    reference: str
+    prediction: str
+    correct: bool
+    image: Path | None
+
+
+@dataclass
+class Stage:
+    """One run: its record, curves `(split, metric) -> points` in step order, and predictions by evaluation."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any]
+    curves: dict[tuple[str, str], list[Point]] = field(default_factory=dict)
+    predictions: dict[str, list[Prediction]] = field(default_factory=dict)
+    params: list[dict[str, Any]] = field(default_factory=list)
+    config: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time from the first to the last recorded metric."""
+        return max((points[-1].seconds for points in self.curves.values()), default=0.0)
+
+    @property
+    def status(self) -> str:
+        """running | done | failed, or unknown."""
+        return str(self.record.get("status", "unknown"))
+
+
+@dataclass
+class Report:
+    """Everything that the page shows. `finished` is in seconds since the epoch."""
+
+    title: str
+    status: str
+    finished: float | None
+    stages: list[Stage]
+    results: list[Result]
+
+
+def read_report(folder: Path) -> Report:
+    """Read a schedule folder (`schedule.json`) or a run folder (`run.json`)."""
+    schedule = _json(folder / "schedule.json")
+    if isinstance(schedule, dict):
+        entries = [entry for entry in schedule.get("stages") or [] if isinstance(entry, dict) and entry.get("run")]
+        folders = [(_stage_folder(folder, str(entry["run"])), str(entry.get("recipe", "stage"))) for entry in entries]
+        stages = [read_stage(path, name) for path, name in folders if path is not None]
+        title, results = str(schedule.get("name", folder.name)), schedule.get("results")
+    elif isinstance(record := _json(folder / "run.json"), dict):
+        stages = [read_stage(folder, str(record.get("recipe", folder.name)))]
+        title, results = str(record.get("run_id", folder.name)), None
+    else:
+        raise ConfigError(f"'{folder}' is neither a run nor a schedule: it holds no run.json and no schedule.json")
+    last = next((stage.record["results"] for stage in reversed(stages) if stage.record.get("results")), None)
+    statuses = [stage.status for stage in stages]
+    status = next((name for name in ("failed", "running") if name in statuses), statuses[-1] if statuses else "unknown")
+    times = [_written(stage.folder) for stage in stages]
+    return Report(title, status, max(filter(None, times), default=None), stages, _results(results or last))
+
+
+def read_stage(folder: Path, name: str) -> Stage:
+    """Read one run folder."""
+    record, params = _json(folder / "run.json"), _json(folder / "params.json")
+    config = folder / "config.yaml"
+    return Stage(
+        name=name,
+        folder=folder,
+        record=record if isinstance(record, dict) else {},
+        curves=read_curves(folder / "metrics.jsonl"),
+        predictions={
+            path.parent.name: read_predictions(path) for path in sorted(folder.glob("eval/*/predictions.jsonl"))
+        },
+        params=[row for row in params if isinstance(row, dict)] if isinstance(params, list) else [],
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+    )
+
+
+def read_curves(path: Path) -> dict[tuple[str, str], list[Point]]:
+    """`(split, metric) -> points` in step order. A step repeated after a resume counts once, as it was last."""
+    records = [row for row in _json_lines(path) if _finite(row.get("step")) and _finite(row.get("time"))]
+    start = min((row["time"] for row in records), default=0.0)
+    curves: dict[tuple[str, str], dict[int, Point]] = {}
+    for row in records:
+        for metric, value in row.items():
+            if metric not in ("step", "time", "split") and _finite(value):
+                curve = curves.setdefault((str(row.get("split", "train")), metric), {})
+                curve[int(row["step"])] = Point(int(row["step"]), float(row["time"] - start), float(value))
+    return {key: [curve[step] for step in sorted(curve)] for key, curve in curves.items()}
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The predictions of one evaluation. An image outside its folder is ignored: the file may come from anywhere."""
+    predictions = []
+    for row in _json_lines(path):
+        image = (path.parent / str(row["image"])).resolve() if row.get("image") else None
+        if image is not None and not (image.is_relative_to(path.parent.resolve()) and image.is_file()):
+            image = None
+        question, reference, prediction = (str(row.get(name, "")) for name in ("question", "reference", "prediction"))
+        predictions.append(Prediction(question, reference, prediction, bool(row.get("correct")), image))
+    return predictions
+
+
+def _results(rows: object) -> list[Result]:
+    """The valid rows of `results`."""
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and _finite(row.get("value")):
+            n = int(row["n"]) if _finite(row.get("n")) else None
+            found.append(Result(str(row.get("name", "")), float(row["value"]), n, str(row.get("note") or "")))
+    return found
+
+
+def _stage_folder(schedule: Path, run: str) -> Path | None:
+    """Where a stage's run is now: as written, below or beside the schedule's folder (which may have been moved)."""
+    candidates = (schedule.parent / Path(run).name, schedule / run, Path(run))
+    return next((path for path in candidates if path.is_dir()), None)
+
+
+def _written(folder: Path) -> float | None:
+    """When the run last wrote a metric, in seconds since the epoch."""
+    times = [row["time"] for row in _json_lines(folder / "metrics.jsonl") if _finite(row.get("time"))]
+    return max(times, default=None)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a line that a kill cut short is skipped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
