@@ -106,6 +106,16 @@ class Schedule:
 
 
 @dataclass
+class Target:
+    """What a dry run plans for: hardware, and how long samples are while there are no shards to ask."""
+
+    gpus: int = 8
+    memory_gib: float = 80.0  # of one GPU
+    text_tokens: int = 128  # text tokens of a typical sample, besides its image's
+    supervised_tokens: int = 64  # how many of them are learned
+
+
+@dataclass
 class Root:
     """The whole configuration. `python -m vlm_train --cfg job` prints it composed."""
 
@@ -143,7 +153,7 @@ class Root:
     paths: Paths = field(default_factory=Paths)
     schedule: Schedule | None = None
     sweep_metric: str | None = None  # multirun: the final metric that a sweeper such as Optuna optimises
-    target: Any = None  # dry_run: hardware to plan for
+    target: Target = field(default_factory=Target)
 
 
 PART_GROUPS = ("model", "vision", "connector", "llm", "tokenizer", "image", "template", "peft", "data", "optim", "lr_schedule", "strategy")
