@@ -1,6 +1,6 @@
 """Build a shard set: `python -m data_pipelines.build source=<name> output=<folder> [option=value ...]`
 
-A finished set with the same arguments is left alone. An interrupted build leaves nothing behind under the output's name.
+A finished set with the same arguments is left alone. An interrupted build leaves nothing under the output's name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import track
 
 from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
@@ -141,7 +142,7 @@ def _write_lines(path: Path, lines: list[str]) -> None:
 def _progress(records: Iterable[Record], total: int, name: str) -> Iterator[Record]:
     """A bar on a terminal; elsewhere a line now and then."""
     if sys.stderr.isatty():
-        yield from tqdm(records, total=total, desc=name, unit=" records")
+        yield from track(records, total=total, description=name, console=Console(stderr=True))
         return
     last = time.monotonic()
     for number, record in enumerate(records):

@@ -1,4 +1,4 @@
-"""The command line of the data half: `key=value`, composed by Hydra from `data_pipelines/conf`, errors in plain words."""
+"""The data half's command line: `key=value`, composed by Hydra from `data_pipelines/conf`, errors in plain words."""
 
 from __future__ import annotations
 

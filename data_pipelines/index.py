@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         if (folder / MANIFEST).exists() and not config.force:
             print(f"{folder}: already has {MANIFEST}; force=true indexes again")
             return 0
-        manifest = index_folder(folder, source=config.source, licence=config.licence, split=config.split)
+        manifest = index_folder(folder, source=config.name, licence=config.licence, split=config.split)
         print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes")
         return 0
 

@@ -22,7 +22,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = M
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
             (width, height), kind = image.size, str(image.format)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"image too large: {error}") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample(f"not a readable image ({', '.join(FORMATS)}): {error}") from error

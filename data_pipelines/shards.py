@@ -45,7 +45,7 @@ class ShardWriter:
         if samples_per_shard < 1 or max_bytes < 1:
             raise DataError(f"samples_per_shard {samples_per_shard} and max_bytes {max_bytes} must be positive")
         self.folder = Path(os.path.abspath(folder))
-        self._about = {"source": source, "licence": licence, "split": split, "build": dict(build or {})}
+        self._about: dict[str, Any] = {"source": source, "licence": licence, "split": split, "build": dict(build or {})}
         self._samples_per_shard, self._max_bytes = samples_per_shard, max_bytes
         _check_free(self.folder, overwrite)
         self.partial = self.folder.parent / f".{self.folder.name}.partial"
@@ -88,6 +88,7 @@ class ShardWriter:
         manifest.write(self.partial)
         old = self.folder.parent / f".{self.folder.name}.old"
         if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
         self.partial.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shlex
 import threading
 import zlib
 from collections import OrderedDict
@@ -56,7 +58,7 @@ class ShardSet:
         return self.manifest.shards[self.index.shard[i]].name
 
     def media(self, i: int) -> list[MediaItem]:
-        """Sizes of sample i's media, without reading a shard. Names are those in the shard, except for foreign tars."""
+        """Sizes of sample i's media, without reading a shard. Their names are their numbers."""
         index, start, stop = self.index, self.index.media_start[i], self.index.media_start[i + 1]
         return [
             MediaItem(
@@ -121,7 +123,7 @@ class ShardSet:
         return None if size == info.bytes else f"{path}: {size} bytes, the manifest says {info.bytes}"
 
     def _remedy(self) -> str:
-        options = " ".join(f"{name}={value}" for name, value in self.manifest.build.items() if name != "_target_")
+        options = " ".join(_option(name, value) for name, value in self.manifest.build.items() if name != "_target_")
         if not options:
             return f"Restore the files, then: python -m data_pipelines.index folder={self.folder} force=true"
         return f"Rebuild with: python -m data_pipelines.build {options} output={self.folder} force=true"
@@ -132,6 +134,11 @@ class ShardSet:
         if number not in files:
             if len(files) >= MAX_OPEN_FILES:
                 files.popitem(last=False)[1].close()
-            files[number] = open(self.folder / self.manifest.shards[number].name, "rb", buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+            files[number] = open(self.folder / self.manifest.shards[number].name, "rb", buffering=0)  # noqa: SIM115
         files.move_to_end(number)
         return files[number]
+
+
+def _option(name: str, value: object) -> str:
+    """A recorded build argument as it is typed in a shell."""
+    return shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")

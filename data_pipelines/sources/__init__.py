@@ -1,7 +1,7 @@
 """Sources: one file each, raw data -> records.
 
-A source is a class with explicit keyword arguments whose instances have `name`, `licence`, `split` and `len()` (number of
-records) and iterate over records, in the same order every time. A new source is one .py here and one .yaml in
+A source is a class with explicit keyword arguments whose instances have `name`, `licence`, `split` and `len()` (number
+of records) and iterate over records, in the same order every time. A new source is one .py here and one .yaml in
 `data_pipelines/conf/source`.
 """
 

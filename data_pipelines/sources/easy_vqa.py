@@ -20,6 +20,8 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 class Question(NamedTuple):
+    """A question about an image and its one-word answer."""
+
     text: str
     answer: str
 
@@ -29,8 +31,8 @@ class EasyVQA:
 
     `split`: `test` is the official one; `val` is a fixed share `val_share` of the official training images, `train` the
     rest, `trainval` all of them. `captions` replaces the questions by one assistant-only caption such as "a teal
-    triangle", derived from the answers; images whose answers settle neither colour nor shape are left out. `images=False`
-    leaves the images out and keeps the text.
+    triangle", derived from the answers; images whose answers settle neither colour nor shape are left out.
+    `images=False` leaves the images out and keeps the text.
     """
 
     name = "easy_vqa"

@@ -1,0 +1,127 @@
+"""LLaVA JSON + image folder: the 558K pre-training format and the 665K mix, text-only records included.
+
+Format: `[{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}]}]`
+(github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md); `image` may be a list.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.media import image_item
+from data_pipelines.members import safe_key
+from data_pipelines.sample import Annotation, Media, Part, Role, Sample, Text, Turn
+from data_pipelines.sources import Record
+
+TAG = "<image>"
+ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class LlavaJSON:
+    """One sample per record, with one annotation. `file` is the JSON, `images` the folder its paths start from.
+
+    Images are numbered in the order of their tags in the human turns. A turn's only image comes before its text with
+    `image_first`, wherever its tag stands, as LLaVA trains it (llava/train/train.py, preprocess_multimodal); line
+    breaks around a tag belong to the template. `limit` takes the first records only.
+    """
+
+    def __init__(
+        self,
+        *,
+        file: str,
+        images: str | None = None,
+        name: str = "llava_json",
+        licence: str = "",
+        split: str = "train",
+        image_first: bool = True,
+        limit: int | None = None,
+    ) -> None:
+        self.name, self.licence, self.split, self.image_first = name, licence, split, image_first
+        self.images = Path(images) if images is not None else None
+        if self.images is not None and not self.images.is_dir():
+            raise DataError(f"images: no such folder: {self.images}")
+        self._records = _read(Path(file))[:limit]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        for position, record in enumerate(self._records):
+            name = record.get("id", position) if isinstance(record, dict) else position
+            try:
+                yield self._record(position, record)
+            except BadSample as error:
+                yield BadSample(f"record {name!r}: {error}")
+            except (KeyError, TypeError, AttributeError) as error:
+                yield BadSample(f"record {name!r}: malformed: {type(error).__name__}: {error}")
+
+    def _record(self, position: int, record: Mapping[str, Any]) -> Record:
+        image = record.get("image") or []
+        paths = [image] if isinstance(image, str) else list(image)
+        conversations = record["conversations"]
+        tags = sum(turn["value"].count(TAG) for turn in conversations if turn["from"] == "human")
+        if tags != len(paths):
+            raise BadSample(f"{tags} {TAG} tags in its human turns, {len(paths)} images")
+        blobs = [self._read_image(path) for path in paths]
+        return Sample(
+            key=safe_key(f"{position:07d}-{record.get('id', '')}"),
+            media=tuple(image_item(number, blob) for number, blob in enumerate(blobs)),
+            annotations=(Annotation(turns=tuple(self._turns(conversations))),),
+            source=self.name,
+            licence=self.licence,
+            meta={"id": record.get("id"), "images": paths},
+        ), blobs
+
+    def _turns(self, conversations: list[Mapping[str, str]]) -> Iterator[Turn]:
+        numbers = count()
+        if conversations and conversations[0]["from"] == "gpt":
+            conversations = conversations[1:]  # LLaVA drops an answer without a question (train.py, preprocess_v1)
+        if not conversations:
+            raise BadSample("no turns")
+        for turn in conversations:
+            role = ROLES.get(turn["from"])
+            if role is None:
+                raise BadSample(f"turn from {turn['from']!r}; allowed: {', '.join(ROLES)}")
+            if role == "user":
+                yield Turn(role=role, parts=self._split(turn["value"], numbers))
+            else:  # a tag in an answer is text, for example in code
+                yield Turn(role=role, parts=(Text(text=turn["value"]),))
+
+    def _split(self, value: str, numbers: Iterator[int]) -> tuple[Part, ...]:
+        if self.image_first and value.count(TAG) == 1:
+            value = TAG + value.replace(TAG, "").strip()
+        parts: list[Part] = []
+        for piece in re.split(rf"\n?({TAG})\n?", value):
+            if piece == TAG:
+                parts.append(Media(item=next(numbers)))
+            elif piece:
+                parts.append(Text(text=piece))
+        return tuple(parts)
+
+    def _read_image(self, path: str) -> bytes:
+        if self.images is None:
+            raise BadSample(f"names image {path!r}, but no folder was given (images=<folder>)")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise BadSample(f"image path {path!r} leaves the image folder")
+        try:
+            return (self.images / path).read_bytes()
+        except OSError as error:
+            raise BadSample(f"image {self.images / path}: {error.strerror}") from error
+
+
+def _read(path: Path) -> list[Any]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"file: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"file: {path} is not JSON: {error}") from error
+    if not isinstance(records, list):
+        raise DataError(f"file: {path} holds a {type(records).__name__}; expected a list of records")
+    return records

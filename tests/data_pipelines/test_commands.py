@@ -1,0 +1,137 @@
+"""The commands: build, index, inspect."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.build import main as build
+from data_pipelines.cli import CONF
+from data_pipelines.index import main as index
+from data_pipelines.inspect import main as inspect
+from data_pipelines.stream import ShardSet
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def records(tmp_path):
+    def make(good: int = 3, bad: int = 0) -> str:
+        talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "<b>Hello</b>"}]
+        rows = [{"id": i, "conversations": talk} for i in range(good)]
+        rows += [{"id": f"bad{i}", "image": "x.jpg", "conversations": talk} for i in range(bad)]
+        (tmp_path / "records.json").write_text(json.dumps(rows))
+        return f"file={tmp_path / 'records.json'}"
+
+    return make
+
+
+def test_build_twice_does_nothing_the_second_time(tmp_path, records, capsys):
+    arguments = ["source=llava_json", records(), f"output={tmp_path / 'out'}"]
+    assert build(arguments) == 0
+    before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    assert build(arguments) == 0 and "already built (3 samples)" in capsys.readouterr().out
+    assert build([*arguments, "max_bad=5"]) == 0  # does not change the set
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
+    assert build([*arguments, "limit=2"]) == 2
+    assert "built otherwise (limit: None there, 2 now)" in capsys.readouterr().err
+    assert build([*arguments, "limit=2", "force=true"]) == 0 and len(ShardSet(tmp_path / "out")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "records.json"]
+
+
+def test_error_of_a_damaged_set_is_the_command_that_builds_it(tmp_path, records, capsys):
+    assert build(["source=llava_json", records(), f"output={tmp_path / 'out'}"]) == 0
+    (tmp_path / "out" / "shard-000000.tar").unlink()
+    assert inspect([f"folder={tmp_path / 'out'}"]) == 2
+    command = capsys.readouterr().err.strip().splitlines()[-1].split("data_pipelines.build ")[1]
+    assert build(shlex.split(command)) == 0 and len(ShardSet(tmp_path / "out")) == 3
+
+
+def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys):
+    arguments = ["source=llava_json", records(good=2, bad=3), f"output={tmp_path / 'out'}"]
+    assert build([*arguments, "max_bad=2"]) == 2
+    error = capsys.readouterr().err
+    assert "3 bad records among the first 5, max_bad=2" in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+    assert len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 3
+    assert build([*arguments, "max_bad=3"]) == 0 and "3 bad records" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in lines] == [2, 3, 4] and "'bad0'" in lines[0]["reason"]
+    assert len(ShardSet(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["source=nonsense", "output=x"], "easy_vqa"),
+        (["output=x"], "You must specify 'source'"),
+        (["source=easy_vqa"], "not given: output=<value>"),
+        (["source=easy_vqa", "output=x", "splitt=val"], "splitt"),
+        (["source=easy_vqa", "output=x", "+splitt=val"], "has no option splitt; its options: split"),
+        (["source=easy_vqa", "output=x", "split=dev"], "allowed: train, val, trainval, test"),
+        (["source=easy_vqa", "output=x", "_target_=os.system"], "'os.system' is not trusted"),
+        (["source=llava_json", "output=x", "file=none.json"], "none.json: No such file"),
+    ],
+)
+def test_wrong_arguments_end_in_one_plain_error(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert build(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_every_source(capsys):
+    assert build(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "samples_per_shard" in out and all(f"source/{path.stem}" in out for path in (CONF / "source").glob("*.yaml"))
+
+
+def test_terminated_build_leaves_no_half_set(tmp_path):
+    arguments = ["source=easy_vqa", "split=trainval", f"output={tmp_path / 'out'}"]
+    process = subprocess.Popen([sys.executable, "-m", "data_pipelines.build", *arguments], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".out.partial" / "shard-000000.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_index_command(tmp_path, tar, picture, capsys):
+    tar(tmp_path / "0.tar", [("a.png", picture()), ("a.txt", b"x")])
+    assert index([f"folder={tmp_path}", "name=mine"]) == 0
+    assert index([f"folder={tmp_path}"]) == 0 and "force=true" in capsys.readouterr().out
+    assert ShardSet(tmp_path).manifest.source == "mine"
+    assert ShardSet(tmp_path).load(0)[0].annotations[0].turns[1].text == "x"
+    assert index([f"folder={tmp_path / 'none'}"]) == 2
+
+
+def test_inspect_prints_and_writes_an_escaped_page(tmp_path, shard_set, records, capsys):
+    assert inspect([f"folder={shard_set()}", "n=2", "start=1", f"html={tmp_path / 'page.html'}"]) == 0
+    out = capsys.readouterr().out
+    assert "sample-001" in out and "[media 0] Which number? é 1" in out and "sample-003" not in out
+    assert (tmp_path / "page.html").read_text().count("data:image/") == 3
+    build(["source=llava_json", records(), f"output={tmp_path / 'out'}"])
+    assert inspect([f"folder={tmp_path / 'out'}", f"html={tmp_path / 'page.html'}"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<b>Hello" not in page and "&lt;b&gt;Hello" in page
+
+
+def test_data_pipelines_needs_neither_torch_nor_the_trainer():
+    modules = sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "data_pipelines").rglob("*.py")
+    )
+    code = f"import sys, {', '.join(modules)}; print(sorted({{m.split('.')[0] for m in sys.modules}}))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "data_pipelines" in loaded
+    assert not {"torch", "vlm_train", "transformers", "lightning"} & set(eval(loaded))
