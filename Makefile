@@ -17,6 +17,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+EASY_VQA := $(BIN)/python -m data_pipelines.build source=easy_vqa
 # One thread per process: two cores are shared by pytest's workers, and tiny tensors gain nothing from threads.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -38,7 +39,9 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: setup ## train a small LLaVA in stages on easy-VQA, evaluate it and write a report (ARGS="key=value" overrides)
-	for split in train val test; do $(BIN)/python -m data_pipelines.build easy_vqa --split $$split --out data/easy_vqa/$$split; done
+	@for split in train val test; do $(EASY_VQA) split=$$split output=data/easy_vqa/$$split; done
+	@for split in train val; do $(EASY_VQA) split=$$split captions=true output=data/easy_vqa_captions/$$split; done
+	@for split in train val; do $(EASY_VQA) split=$$split images=false output=data/easy_vqa_text/$$split; done
 	$(BIN)/python -m vlm_train schedule=easyvqa $(ARGS)
 	@$(BIN)/python -m vlm_train.report runs --latest --table
 
