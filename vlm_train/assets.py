@@ -78,14 +78,16 @@ def _shards(path: str, value: Any) -> Iterator[tuple[str, str]]:
                 yield from _shards(f"{path}.{key}", inner)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _shards(f"{path}[{index}]", inner)
+            yield from _shards(f"{path}.{index}", inner)
 
 
 def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
     """Every run that weights are taken from, and a checkpoint to resume from, exist."""
     for index, source in enumerate(_select(cfg, "init_from") or []):
-        run = source.get("run")
-        if run and Path(run).absolute() not in expected and not Path(run).exists():
-            yield f"init_from[{index}].run: {run} does not exist. Expected a run folder, a checkpoint or .safetensors."
+        run, key = source.get("run"), f"init_from.{index}.run"
+        if run in (None, "???"):
+            yield f"{key} is missing: this recipe starts from another run's weights, {key}=<run folder>."
+        elif Path(run).absolute() not in expected and not Path(run).exists():
+            yield f"{key}: {run} does not exist. Expected a run folder, a checkpoint or .safetensors."
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
         yield f"resume: {cfg.resume} does not exist. Allowed: auto, never, or the path of a checkpoint."

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.assets import missing_assets
@@ -54,8 +54,10 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "launch.kind": ("local", "torchrun", "srun"),
 }
 
-POSITIVE = ("batch.samples", "batch.tokens", "batch.micro", "trainer.epochs", "trainer.max_steps", "trainer.val_every",
-            "trainer.save_every", "trainer.log_every", "trainer.clip_norm", "launch.devices", "launch.nodes")  # fmt: skip
+POSITIVE = (
+    "batch.samples", "batch.tokens", "batch.micro", "trainer.epochs", "trainer.max_steps", "trainer.val_every",
+    "trainer.save_every", "trainer.log_every", "trainer.clip_norm", "launch.devices", "launch.nodes",
+)  # fmt: skip
 
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
@@ -80,11 +82,11 @@ def check(cfg: DictConfig, *, need_assets: bool, expected: Collection[Path] = ()
 
 def components(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every node with a `_target_`: its dotted path, its top-level group and its resolved content."""
-    for group in cfg:
+    for group in map(str, cfg):
         node = cfg._get_node(group)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            for path, content in _nodes(str(group), plain(cfg, str(group))):
-                yield path, str(group), content
+            for path, content in _nodes(group, plain(cfg, group)):
+                yield path, group, content
 
 
 def plain(cfg: DictConfig, key: str) -> Any:
@@ -104,36 +106,39 @@ def _nodes(path: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _nodes(f"{path}.{key}", inner)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _nodes(f"{path}[{index}]", inner)
+            yield from _nodes(f"{path}.{index}", inner)
 
 
 def check_values(cfg: DictConfig) -> Iterator[str]:
-    """Mandatory values are given and interpolations resolve."""
-    yield from _check_values("", cfg)
+    """Mandatory values are given and interpolations resolve. Which run to start from is an asset: assets.py asks."""
+    for key in map(str, cfg):
+        if key != "init_from":
+            yield from _check_value(cfg, key, key)
 
 
-def _check_values(path: str, node: Any) -> Iterator[str]:
-    if not OmegaConf.is_config(node) or node._is_none():
+def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
+    if OmegaConf.is_missing(parent, key):
+        yield f"{where} is missing: give it a value, {where}=<value>."
         return
-    for key in node if isinstance(node, DictConfig) else range(len(node)):
-        where = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}" if path else str(key)
-        if OmegaConf.is_missing(node, key):
-            yield f"{where} is missing: give it a value, {where}=<value>."
-            continue
-        try:
-            value = node[key]
-        except OmegaConfBaseException as error:
-            yield f"{where}: {str(error).splitlines()[0]}"
-            continue
-        yield from _check_values(where, value)
+    try:
+        node = parent[key]
+    except OmegaConfBaseException as error:
+        yield f"{where}: {str(error).splitlines()[0]}"
+        return
+    if isinstance(node, DictConfig):
+        for inner in map(str, node):
+            yield from _check_value(node, inner, f"{where}.{inner}")
+    elif isinstance(node, ListConfig):
+        for index in range(len(node)):
+            yield from _check_value(node, index, f"{where}.{index}")
 
 
 def check_groups(cfg: DictConfig) -> Iterator[str]:
     """Groups hold components, and only where components belong."""
-    optional = ("peft", "strategy", "lr_schedule")
+    required = {"model", "data", "optim", *_wanted_parts(plain(cfg, "model"))}
     for group in PART_GROUPS:
         node = plain(cfg, group)
-        if node is None and group not in optional:
+        if node is None and group in required:
             yield f"{group} is empty: choose an option, {group}=<option> (--help lists them)."
         elif node is not None and (not isinstance(node, dict) or "_target_" not in node):
             yield f"{group} has no _target_: it needs one component, got {_short(node)}."
@@ -145,6 +150,16 @@ def check_groups(cfg: DictConfig) -> Iterator[str]:
         for name, inner in node.items():
             if inner is not None and (not isinstance(inner, dict) or "_target_" not in inner):
                 yield f"{group}.{name} has no _target_: expected a component or null, got {_short(inner)}."
+
+
+def _wanted_parts(model: Any) -> list[str]:
+    """Parts that the model's constructor cannot do without."""
+    target = model.get("_target_") if isinstance(model, dict) else None
+    try:
+        known = read_signature(target).parameters if isinstance(target, str) and is_ours(target) else {}
+    except UnknownTarget:
+        return []
+    return [name for name, parameter in known.items() if name in THREADED["model"] and parameter.required]
 
 
 def check_targets(cfg: DictConfig) -> Iterator[str]:

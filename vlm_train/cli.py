@@ -16,14 +16,13 @@ from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from vlm_train import config, launch, provenance
 from vlm_train.check import check
 from vlm_train.errors import ConfigError, VLMTrainError
-from vlm_train.explain import explain, unknown_in
+from vlm_train.explain import Composition, explain, unknown_in
 from vlm_train.signatures import hint
 
 log = logging.getLogger("vlm_train")
@@ -55,7 +54,7 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         work()
-    except (HydraException, OmegaConfBaseException) as error:
+    except Composition as error:
         return _report(ConfigError(explain(overrides, dirs, error)), error)
     except VLMTrainError as error:
         return _report(error, error)
@@ -101,9 +100,10 @@ def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[Dict
         key = override.key_or_group
         if key in ("recipe", "size", "debug"):
             raise ConfigError(f"{key}: cannot be given with run=; {folder} brings its own configuration.")
-        value = OmegaConf.select(chosen, key) if override in groups else override.value()
+        group = override in groups
+        value = OmegaConf.select(chosen, key) if group else override.value()
         try:
-            OmegaConf.update(cfg, key, value, merge=override not in groups, force_add="+" in str(override.input_line)[:1])
+            OmegaConf.update(cfg, key, value, merge=not group, force_add=str(override.input_line).startswith("+"))
         except (ConfigKeyError, ConfigAttributeError):
             raise ConfigError(unknown_in(key, cfg)) from None
         found[key] = provenance.Origin(provenance.COMMAND_LINE, provenance.COMMAND_LINE)
@@ -166,8 +166,8 @@ def _objective(cfg: DictConfig, result: dict[str, Any]) -> float | None:
     if cfg.sweep_metric is None:
         return None
     if cfg.sweep_metric not in result:
-        known = list(result)
-        raise ConfigError(f"sweep_metric: the run has no {cfg.sweep_metric!r}.{hint(cfg.sweep_metric, known)} It has: {known}.")
+        suggestion = hint(cfg.sweep_metric, result)
+        raise ConfigError(f"sweep_metric: no {cfg.sweep_metric!r} here.{suggestion} The run has: {', '.join(result)}.")
     return float(result[cfg.sweep_metric])
 
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.errors import ConfigError
-from vlm_train.schema import Paths, Root
+from vlm_train.schema import PART_GROUPS, Paths, Root
 
 CONFIG_NAME = "config"
 EMPTY_PARENT = "A setting lies below an empty one"
@@ -36,7 +36,8 @@ TRAINING_KEYS = (
 """What decides the trained weights, hence the run id."""
 
 COSMETIC_KEYS = {
-    "trainer": ("val_every", "save_every", "log_every", "keep_last", "compile", "accelerator", "threads", "max_bad_samples"),
+    "trainer": ("val_every", "save_every", "log_every", "keep_last", "activation_checkpointing", "compile",
+                "accelerator", "threads", "max_bad_samples"),
     "data": ("workers",),
 }  # fmt: skip
 """Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""
@@ -84,9 +85,38 @@ def compose(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
         with empty_parents_named():
             cfg = hydra_compose(CONFIG_NAME, overrides=[*overrides, *extra], return_hydra_config=True)
     choices = dict(cfg.hydra.runtime.choices)
+    if choices.get("recipe"):
+        check_recipe(str(choices["recipe"]), cfg, config_dirs)
     with open_dict(cfg):
         del cfg["hydra"]
     return finish(cfg, choices)
+
+
+def find_recipe(name: str, config_dirs: Iterable[str | Path] = ()) -> Path | None:
+    """The file of a recipe, or None."""
+    for folder in (recipes_dir(), *config_dirs):
+        path = (Path(folder) / "recipe" / name).with_suffix(".yaml")
+        if path.is_file():
+            return path
+    return None
+
+
+def check_recipe(name: str, cfg: DictConfig, config_dirs: Iterable[str | Path]) -> None:
+    """Raises ConfigError for what a recipe says in vain: Hydra would ignore it silently."""
+    path = find_recipe(name, config_dirs)
+    if path is None:
+        return
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(content, dict)
+    defaults = [str(key) for entry in content.get("defaults") or [] if isinstance(entry, dict) for key in entry]
+    forbidden = [key for key in [*map(str, content), *defaults] if key == "hydra" or "hydra/" in key]
+    lost = [str(key) for key, value in content.items() if value == "???" and not OmegaConf.is_missing(cfg, key)]
+    problems = [
+        f"{path}: {key}: Hydra's own settings belong on the command line, not in a recipe." for key in forbidden
+    ]
+    problems += [f"{path}: {key}: ??? is lost here; write a list's items out, as in - run: ???." for key in lost]
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextmanager
@@ -104,7 +134,16 @@ def tiny(*overrides: str) -> DictConfig:
 
 
 def finish(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
-    """Names the configuration after its recipe and pins its folders to the directory the command was started in."""
+    """Names the configuration after its recipe and pins its folders to the directory the command was started in.
+
+    Under `size` a group that its overlay exchanged is that file alone: what the recipe had said about the exchanged
+    component does not apply. An overlay over a part that the recipe lacks adds none.
+    """
+    for group in PART_GROUPS if choices.get("size") else ():
+        if str(choices.get(group)).startswith("_"):
+            cfg[group] = OmegaConf.load(config_dir() / group / f"{choices[group]}.yaml")
+        elif OmegaConf.is_dict(cfg[group]) and "_target_" not in cfg[group]:
+            cfg[group] = None
     if cfg.recipe_name == "custom" and choices.get("recipe"):
         cfg.recipe_name = Path(str(choices["recipe"])).name
     for name in cfg.paths:
@@ -154,7 +193,8 @@ def load_config(path: str | Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"run: {path} does not exist. Expected a run folder with its config.yaml.")
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(Root), OmegaConf.load(path))
+        cfg = OmegaConf.structured(Root)
+        cfg.merge_with(OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     OmegaConf.set_struct(cfg, True)

@@ -6,17 +6,19 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.check import check
-from vlm_train.config import EMPTY_PARENT, compose, recipes_dir
+from vlm_train.config import EMPTY_PARENT, compose, find_recipe
 from vlm_train.errors import ConfigError
 from vlm_train.provenance import leaves
 from vlm_train.signatures import UnknownTarget, hint, is_ours, read_signature
 
-Composition = (HydraException, OmegaConfBaseException)
+Composition = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+"""What composing raises when a file or an override is wrong."""
 
 
 def explain(overrides: Sequence[str], dirs: Sequence[str | Path], error: BaseException) -> list[str]:
@@ -40,10 +42,14 @@ def explain(overrides: Sequence[str], dirs: Sequence[str | Path], error: BaseExc
 def _describe(error: BaseException, overrides: list[str], dirs: Sequence[str | Path]) -> tuple[str, str | None]:
     """A sentence, and the override that caused it where one did."""
     text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: not valid YAML: {error.problem}.", None
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value ({text.splitlines()[0]}).", _find(overrides, error.override)
+        line = str(error.override)
+        return f"{line}: not of the form key=value ({text.splitlines()[0]}).", _find(overrides, line)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _unknown_option(error, overrides)
+        return _unknown_option(error, overrides, dirs)
     if match := re.search(r"Could not override '(.+?)'", text):
         key = match[1].partition("@")[0]
         culprit = next((o for o in overrides if _key(o) == key), None)
@@ -57,12 +63,14 @@ def _describe(error: BaseException, overrides: list[str], dirs: Sequence[str | P
     return (_headless(overrides, dirs) or text.strip().splitlines()[0]), None
 
 
-def _unknown_option(error: MissingConfigException, overrides: list[str]) -> tuple[str, str | None]:
+def _unknown_option(
+    error: MissingConfigException, overrides: list[str], dirs: Sequence[str | Path]
+) -> tuple[str, str | None]:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     options = sorted(name for name in error.options or () if not name.startswith("_"))
     culprit = next((o for o in overrides if _key(o) == group and o.endswith(f"={option}")), None)
-    where = re.match(r"In '(.+?)'", str(error))
-    place = f"{where[1]}.yaml: " if where and culprit is None else ""
+    recipe = next((find_recipe(o.partition("=")[2], dirs) for o in overrides if _key(o) == "recipe"), None)
+    place = f"{recipe}: " if culprit is None and recipe else ""
     listed = f" Available: {', '.join(options)}." if options else f" There is no group '{group}'."
     return f"{place}{group}={option}: no such option.{hint(option, options)}{listed}", culprit
 
@@ -93,6 +101,9 @@ def unknown_in(key: str, cfg: DictConfig) -> str:
     """What to say about a key that `cfg` lacks."""
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
+    group = key.partition(".")[0]
+    if parent and group in cfg and OmegaConf.select(cfg, group, throw_on_missing=False) is None:
+        return f"{key}: {group} is empty. Choose an option for it first, {group}=<option>."
     if not isinstance(node, DictConfig):
         return f"{key}: unknown key.{hint(key, _every_key(cfg))}"
     target = node.get("_target_") if "_target_" in node else None
@@ -137,11 +148,9 @@ def _headless(overrides: list[str], dirs: Sequence[str | Path]) -> str | None:
     for override in overrides:
         if _key(override) != "recipe":
             continue
-        name = override.partition("=")[2].removesuffix(".yaml") + ".yaml"
-        for folder in (*dirs, recipes_dir()):
-            path = Path(folder) / "recipe" / name
-            if path.is_file() and "@package _global_" not in path.read_text(encoding="utf-8").partition("\n")[0]:
-                return f"{path}: the first line of a recipe must be '# @package _global_'."
+        path = find_recipe(override.partition("=")[2], dirs)
+        if path and "@package _global_" not in path.read_text(encoding="utf-8").partition("\n")[0]:
+            return f"{path}: the first line of a recipe must be '# @package _global_'."
     return None
 
 

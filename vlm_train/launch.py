@@ -37,6 +37,9 @@ INHERITED_STATE = (
 )  # fmt: skip
 """Variables of another process group, which a fresh process tree must not see."""
 
+CHILD = "vlm_train.launch"
+"""The module that a child process runs."""
+
 LAST_LINES = 15
 
 
@@ -110,7 +113,7 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
         command = [sys.executable, "-m"]
         if devices > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), "-m"]
-        code, last = _supervise([*command, "vlm_train.launch", str(path)], folder if cfg.mode == "fit" else None)
+        code, last = _supervise([*command, CHILD, str(path)], folder if cfg.mode == "fit" else None)
     if code != 0:
         _mark_failed(folder, code)
         raise ChildError(_describe(cfg, folder, code, last), code)

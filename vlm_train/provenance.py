@@ -11,7 +11,6 @@ from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -92,8 +91,9 @@ def _set(found: dict[str, Origin], key: str, origin: Origin) -> None:
 def _origin_of(default: ResultDefault, overrides: list[Override]) -> Origin:
     path = default.config_path or ""
     owner = path if "/" in path else ""
-    if default.parent and default.parent.split("/")[0] in ("recipe", "size", "debug") and not owner.startswith("recipe"):
-        owner = default.parent
+    parent = default.parent or ""
+    if parent.startswith(("size/", "debug/")):  # an overlay's own pieces, such as vision/_tiny
+        owner = parent
     group = owner.split("/")[0]
     if group in ("recipe", "size", "debug", "schedule"):
         return Origin(group, owner.split("/", 1)[1])

@@ -8,7 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,14 @@ def is_ours(target: str) -> bool:
     return target.split(".")[0] in OURS
 
 
-@lru_cache(maxsize=1)
+@cache
 def _loader() -> Any:
     import griffe
 
     return griffe.GriffeLoader(allow_inspection=False, search_paths=[Path(__file__).resolve().parent.parent])
 
 
-@lru_cache(maxsize=None)
+@cache
 def read_signature(target: str) -> Signature:
     """The signature of one of our own targets, from its source. Raises UnknownTarget."""
     import griffe

@@ -1,0 +1,208 @@
+"""A schedule: an ordered list of recipes with their hand-off, supervised by one process.
+
+Every stage is composed and checked before the first one starts. Each runs as a child; finished ones are skipped, and
+the first failure stops the schedule, so that the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train import config, launch, provenance
+from vlm_train.check import check
+from vlm_train.errors import AssetError, ConfigError, VLMTrainError
+from vlm_train.explain import Composition, explain
+from vlm_train.signatures import hint
+
+log = logging.getLogger("vlm_train")
+
+MODES = ("fit", "config")
+"""What a schedule does with its stages."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage, composed: its recipe, configuration, origins of every key and run folder."""
+
+    recipe: str
+    cfg: DictConfig
+    origins: dict[str, provenance.Origin]
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether a run of exactly this configuration has finished."""
+        return launch.read_status(self.folder).get("status") == "done"
+
+
+def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Runs the schedule that `overrides` name; the other overrides apply to every stage. Returns the last metrics.
+
+    Raises ConfigError with the problems of all stages before any starts, or the error of the first stage that fails.
+    """
+    name, stages = plan(overrides, dirs)
+    if any(stage.cfg.mode == "config" for stage in stages):
+        for stage in stages:
+            print(f"== {stage.recipe}\n{provenance.table(stage.cfg, stage.origins)}\n")
+        return {}
+    if any(stage.cfg.dry_run for stage in stages):
+        return _dry_run(stages)
+    folder = Path(stages[0].cfg.paths.runs) / f"{name}-{_hash(stages)}"
+    log.info("Schedule %s: %s", name, folder)
+    results: dict[str, Any] = {}
+    try:
+        for number, stage in enumerate(stages, 1):
+            results = _run_stage(stage, f"Stage {number} of {len(stages)}, {stage.recipe}")
+            _write_state(folder, name, stages)
+    finally:
+        _write_state(folder, name, stages)
+        _report(folder)
+        log.info("%s", summary(stages))
+    return results
+
+
+def plan(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str, list[PlannedStage]]:
+    """The schedule's name and its stages, composed and checked. Raises ConfigError with the problems of all stages."""
+    own = [o for o in overrides if _key(o).split(".")[0] == "schedule"]
+    common = [o for o in overrides if o not in own]
+    _refuse(common)
+    schedule = config.compose(own, dirs).schedule
+    name = str(next(o for o in own if _key(o) == "schedule").partition("=")[2])
+    stages: list[PlannedStage] = []
+    problems: list[str] = []
+    missing_only = True
+    for index in range(len(schedule.stages)):
+        try:
+            stages.append(_plan_stage(schedule, index, stages, common, dirs))
+        except ConfigError as error:
+            missing_only = missing_only and isinstance(error, AssetError)
+            problems += [f"stage {index} ({schedule.stages[index].recipe}): {line}" for line in error.problems]
+    if not schedule.stages:
+        problems = [f"schedule={name}: it has no stages."]
+    if problems:
+        raise (AssetError if missing_only else ConfigError)(list(dict.fromkeys(problems)))
+    return name, stages
+
+
+def _plan_stage(
+    schedule: DictConfig, index: int, earlier: list[PlannedStage], common: list[str], dirs: Sequence[str | Path]
+) -> PlannedStage:
+    stage = schedule.stages[index]
+    overrides = [f"recipe={stage.recipe}", *stage.overrides, *common]
+    try:
+        cfg = config.compose(overrides, dirs)
+    except Composition as error:
+        raise ConfigError(explain(overrides, dirs, error)) from error
+    found = provenance.origins(overrides, dirs)
+    if stage.init_from:
+        names = [str(other.recipe) for other in schedule.stages[:index]]
+        cfg.init_from = [_hand_off(source, names, earlier) for source in stage.init_from]
+        found["init_from"] = provenance.Origin("schedule", str(schedule.get("name", "schedule")))
+    complete = len(earlier) == index  # else this stage's hand-off cannot be known yet
+    need_assets = complete and not cfg.dry_run and cfg.mode == "fit"
+    check(cfg, need_assets=need_assets, expected=[other.folder for other in earlier])
+    planned = PlannedStage(str(stage.recipe), cfg, found, config.run_dir(cfg))
+    if any(planned.folder == other.folder for other in earlier):
+        raise ConfigError(f"it equals an earlier stage, so both would be the run {planned.folder.name}.")
+    return planned
+
+
+def _hand_off(source: DictConfig, names: list[str], earlier: list[PlannedStage]) -> DictConfig:
+    """`init_from` of a stage, with the name of an earlier recipe replaced by that stage's run folder.
+
+    The folder is written relative to `paths.runs`, so that the run id does not depend on where runs lie.
+    """
+    source = source.copy()
+    found = [stage for stage in earlier if stage.recipe == source.run]
+    if found:
+        source.run = "${paths.runs}/" + found[-1].folder.name
+    elif source.run in names:  # that stage has problems, which are reported with it
+        source.run = "???"
+    elif not Path(source.run).exists():
+        raise ConfigError(
+            f"init_from: {source.run} is neither an earlier stage nor a path.{hint(source.run, names)} "
+            f"Earlier stages: {', '.join(names) or 'none'}."
+        )
+    return source
+
+
+def _refuse(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, value = _key(override), override.partition("=")[2]
+        if key in ("recipe", "run", "run_name"):
+            raise ConfigError(f"{key}: names one run, but schedule= runs several. Leave out one of the two.")
+        if key == "mode" and value not in MODES:
+            raise ConfigError(f"mode: a schedule knows {', '.join(MODES)}, got {value}. For one run: run=<run folder>.")
+
+
+def _dry_run(stages: list[PlannedStage]) -> dict[str, Any]:
+    from vlm_train import cli
+
+    return {stage.recipe: cli.dispatch(stage.cfg) for stage in stages}
+
+
+def _run_stage(stage: PlannedStage, title: str) -> dict[str, Any]:
+    if stage.done:
+        log.info("%s: done already, %s", title, stage.folder)
+        return launch.read_result(stage.folder)
+    log.info("%s: %s\n%s\n", title, stage.folder, provenance.table(stage.cfg, stage.origins, only_changed=True))
+    launch.prepare(stage.cfg, provenance.table(stage.cfg, stage.origins))
+    try:
+        return launch.run_child(stage.cfg)
+    except launch.ChildError as error:
+        raise launch.ChildError(f"{title}: {error}", error.code) from error
+
+
+def summary(stages: Sequence[PlannedStage]) -> str:
+    """A table of stage, status, steps and run folder."""
+    rows = [("stage", "status", "step", "run")]
+    for stage in stages:
+        state = launch.read_status(stage.folder)
+        rows.append((stage.recipe, state.get("status", "-"), str(state.get("step", "-")), str(stage.folder)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+
+
+def _hash(stages: Sequence[PlannedStage]) -> str:
+    return hashlib.sha256(" ".join(stage.folder.name for stage in stages).encode()).hexdigest()[:8]
+
+
+def _write_state(folder: Path, name: str, stages: Sequence[PlannedStage]) -> None:
+    """`schedule.json`, which the report reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = [
+        {
+            "recipe": stage.recipe,
+            "run": str(stage.folder),
+            "status": launch.read_status(stage.folder).get("status", "pending"),
+        }
+        for stage in stages
+    ]
+    partial = folder / "schedule.json.partial"
+    partial.write_text(json.dumps({"name": name, "stages": listed}, indent=2), encoding="utf-8")
+    partial.replace(folder / "schedule.json")
+
+
+def _report(folder: Path) -> None:
+    """The HTML report over all stages. Trouble with it must not hide the result."""
+    if importlib.util.find_spec("vlm_train.report") is None:
+        return
+    from vlm_train.report import write_report
+
+    try:
+        log.info("Report: %s", write_report(folder))
+    except (VLMTrainError, OSError, ValueError, KeyError) as error:
+        log.warning("No report for %s: %s", folder, error)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
