@@ -14,7 +14,7 @@ MediaPlace = Literal["first", "inline", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A stretch of text. `weight` > 0 is learned; `content` comes from the sample, and special tokens in it are plain text."""
+    """A stretch of text. `weight` > 0 is learned; in `content` (from the sample) special tokens are plain text."""
 
     text: str
     weight: float = 0.0

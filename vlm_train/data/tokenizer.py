@@ -70,7 +70,7 @@ def _load(setting: str, name: str, **options: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise AssetError(
             f"{setting}: no tokenizer could be loaded from {name!r}: {reason}. "
             "Give a local folder that holds tokenizer.json, or download it first"

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.rendering import assistant, layout, load, sample, user
+from vlm_train.data.render import render
+from vlm_train.data.show import format_tokens, learned_tokens, save_views
+from vlm_train.data.tokenizer import byte_level
+
+
+def test_marks_show_what_is_learned() -> None:
+    tokenizer = byte_level()
+    item = sample((user("A?", 0), assistant("é")), (user("B?", 0), assistant("no")), media=1)
+    shown = format_tokens(render(item, load("qa"), tokenizer, layout).llm, tokenizer, colour=False)
+    assert shown.splitlines() == [
+        "16 tokens, 8 learned, 1 media",
+        "",
+        "shared: tokens 0-3, positions 0-3",
+        "<bos>[image 0 x3]",
+        "",
+        "branch 1: tokens 4-9, positions 4-9",
+        "A?« é<eos>»",
+        "",
+        "branch 2: tokens 10-15, positions 4-9",
+        "B?« no<eos>»",
+    ]
+
+
+def test_colours_carry_the_same_text() -> None:
+    tokenizer = byte_level()
+    stream = render(sample((user("A?"), assistant("yes"))), load("qa"), tokenizer, layout).llm
+    assert "\033[32m yes<eos>\033[0m" in format_tokens(stream, tokenizer, colour=True)
+    assert learned_tokens(stream).sum() == stream.supervised == 5
+
+
+def test_views_are_saved_as_they_are(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 4, 5), dtype=np.uint8)
+    saved = np.asarray(Image.open(save_views(pixels, tmp_path / "deep" / "view.png")))
+    assert saved.shape == (8, 10, 3)
+    for index, (top, left) in enumerate([(0, 0), (0, 5), (4, 0)]):
+        np.testing.assert_array_equal(saved[top : top + 4, left : left + 5], pixels[index].transpose(1, 2, 0))
+    with pytest.raises(ValueError, match=r"uint8 \[N, 3, H, W\]"):
+        save_views(pixels.astype(np.float32), tmp_path / "x.png")

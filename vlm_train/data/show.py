@@ -1,0 +1,95 @@
+"""`mode=show`: what the model sees of a sample: its tokens, coloured by what is learned, and its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_train.data.streams import IGNORE, Stream
+
+GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
+
+
+def format_tokens(stream: Stream, tokenizer: Any, colour: bool) -> str:
+    """The stream as text: learned tokens green (or between «»), media as `[image 0 x576]`, a line per attention group.
+
+    A token counts as learned if some position of the stream has it as its target.
+    """
+    lines = [f"{len(stream)} tokens, {stream.supervised} learned, {len(stream.slots)} media"]
+    learned = learned_tokens(stream)
+    for group, start, end in _group_runs(stream):
+        first, last = stream.positions[start], stream.positions[end - 1]
+        name = "shared" if group == 0 else f"branch {group}"
+        title = f"{name}: tokens {start}-{end - 1}, positions {first}-{last}"
+        lines += ["", f"{BOLD}{title}{RESET}" if colour else title]
+        lines.append("".join(_pieces(stream, learned, tokenizer, start, end, colour)))
+    return "\n".join(lines)
+
+
+def learned_tokens(stream: Stream) -> NDArray[np.bool_]:
+    """`[T]` True where the token at t is the target of the position before it (in its branch)."""
+    learned = np.zeros(len(stream), bool)
+    learned[1:] = (stream.labels[:-1] != IGNORE) & (stream.labels[:-1] == stream.ids[1:])
+    return learned
+
+
+def _group_runs(stream: Stream) -> Iterator[tuple[int, int, int]]:
+    groups = stream.attention_group
+    edges = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        yield int(groups[start]), start, end
+
+
+def _pieces(
+    stream: Stream, learned: NDArray[np.bool_], tokenizer: Any, start: int, end: int, colour: bool
+) -> Iterator[str]:
+    """Decoded stretches of equal state between `start` and `end`, so that multi-token characters stay whole."""
+    slots = {placed.start: placed for placed in stream.slots}
+    position = start
+    while position < end:
+        if position in slots:
+            slot = slots[position].slot
+            yield _paint(f"[image {slot.item} x{slot.count}]", DIM, colour)
+            position += max(slot.count, 1)
+            continue
+        stop = position + 1
+        while stop < end and stop not in slots and learned[stop] == learned[position]:
+            stop += 1
+        text = tokenizer.decode(stream.ids[position:stop].tolist(), skip_special_tokens=False)
+        if learned[position]:
+            yield _paint(text, GREEN, colour) if colour else f"«{text}»"
+        else:
+            yield text
+        position = stop
+
+
+def _paint(text: str, code: str, colour: bool) -> str:
+    return f"{code}{text}{RESET}" if colour else text
+
+
+def save_views(pixels: NDArray[np.uint8], path: str | Path) -> Path:
+    """Save uint8 views `[N, 3, H, W]` side by side, as near a square as they fit, as one PNG.
+
+    Returns:
+        The written path; its folder is created.
+    """
+    from PIL import Image
+
+    views = np.asarray(pixels)
+    if views.ndim != 4 or views.shape[1] != 3 or views.dtype != np.uint8 or not len(views):
+        raise ValueError(f"save_views: expected uint8 [N, 3, H, W], got {views.dtype} {list(views.shape)}")
+    count, _, height, width = views.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    for index, view in enumerate(views):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + height, left : left + width] = view.transpose(1, 2, 0)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path, format="PNG")
+    return path
