@@ -10,9 +10,7 @@ from torch import nn
 from vlm_train.errors import ConfigError
 
 
-def lora(
-    *, model: Any, match: str = r"llm\..*", rank: int = 16, alpha: int = 32, dropout: float = 0.0
-) -> list[str]:
+def lora(*, model: Any, match: str = r"llm\..*", rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> list[str]:
     """Put LoRA adapters on linear layers of `model.llm`, all but its head (Hu et al. 2021, arXiv 2106.09685).
 
     `match` is a regex over the full name of a module, such as `llm.model.model.layers.0.self_attn.q_proj`, so that a layer
@@ -59,4 +57,6 @@ def _matching(model: Any, match: str) -> list[str]:
 
 
 def _example(model: Any) -> str:
-    return next((f"llm.{name}" for name, module in model.llm.named_modules() if isinstance(module, nn.Linear)), "llm...")
+    return next(
+        (f"llm.{name}" for name, module in model.llm.named_modules() if isinstance(module, nn.Linear)), "llm..."
+    )

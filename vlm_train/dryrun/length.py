@@ -1,0 +1,68 @@
+"""How long a run is and what it leaves on disk, from the configuration alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from data_pipelines.manifest import MANIFEST, Manifest
+from vlm_train.optim import warmup_length
+
+
+@dataclass(frozen=True)
+class Length:
+    """Samples of one pass and optimizer steps of the whole run; None where nothing says how many samples there are."""
+
+    samples: int | None
+    steps: int | None
+    warmup_steps: int | None
+
+
+def length(cfg: DictConfig, tokens_per_sample: int) -> Length:
+    """Optimizer steps from samples, batch and epochs; `tokens_per_sample` serves a batch given in tokens."""
+    samples = _samples(cfg)
+    steps = None
+    if samples is not None and cfg.trainer.epochs is not None:
+        per_step = cfg.batch.samples or max(cfg.batch.tokens / tokens_per_sample, 1)
+        steps = math.ceil(round(samples * cfg.trainer.epochs) / per_step)
+    if cfg.trainer.max_steps is not None:
+        steps = cfg.trainer.max_steps if steps is None else min(steps, cfg.trainer.max_steps)
+    return Length(samples, steps, None if steps is None else _warmup(cfg, steps))
+
+
+def _warmup(cfg: DictConfig, steps: int) -> int:
+    schedule: Any = cfg.lr_schedule or {}
+    return warmup_length(
+        steps, warmup_ratio=schedule.get("warmup_ratio") or 0.0, warmup_steps=schedule.get("warmup_steps")
+    )
+
+
+def _samples(cfg: DictConfig) -> int | None:
+    """Samples of one pass over all sources: the shards' own count, or the published one."""
+    total = 0
+    for source in cfg.data.train:
+        folder = Path(str(source.shards))
+        count = Manifest.read(folder).samples if (folder / MANIFEST).is_file() else source.get("samples")
+        if count is None:
+            return None
+        total += round(count * (source.get("epochs") or 1))
+    limit = cfg.data.get("limit")
+    return total if limit is None else min(total, limit)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of one checkpoint and of all that are kept: what learned, in fp32, and its optimizer state."""
+
+    checkpoint: int
+    kept: int
+
+
+def disk(cfg: DictConfig, trainable: int, states: int) -> Disk:
+    """Frozen parameters are never saved: the manifest names where they came from."""
+    checkpoint = trainable * 4 * (1 + states)
+    return Disk(checkpoint, checkpoint * (cfg.trainer.keep_last + 1))  # besides the newest ones the best

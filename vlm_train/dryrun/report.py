@@ -1,0 +1,156 @@
+"""`dry_run=true`: the whole plan of a run before it costs anything. No weights, tokenizer, data, network or GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vlm_train.dryrun.memory import GIB, Peak, cheapest
+from vlm_train.dryrun.plan import Plan, make_plan
+
+ASSUMED_VOCABULARY = 32000
+"""Where neither the configuration nor shards say how long the vocabulary is."""
+
+
+def dry_run(cfg: DictConfig) -> dict[str, Any]:
+    """Build the model of `cfg` on the meta device, print its plan, and return it as plain data."""
+    cfg = without_assets(cfg)
+    from vlm_train.build import build_model
+
+    plan = make_plan(cfg, build_model(cfg, meta=True))
+    print(text(cfg, plan))
+    return as_dict(cfg, plan)
+
+
+def without_assets(cfg: DictConfig) -> DictConfig:
+    """A copy in which everything still missing is null and an open vocabulary has a size."""
+    cfg = cfg.copy()
+    cfg.init_from = []
+    for key in ("vision", "llm"):
+        if cfg[key] is not None and OmegaConf.is_missing(cfg[key], "weights"):
+            cfg[key].weights = None
+    if cfg.llm is not None and cfg.llm.config.get("vocab_size") is None:
+        cfg.llm.config.vocab_size = _vocabulary(cfg)
+    return cfg
+
+
+def _vocabulary(cfg: DictConfig) -> int:
+    try:
+        return len(instantiate(cfg.tokenizer))
+    except Exception:  # whatever the tokenizer lacks, the plan goes on with a guess and says so
+        return ASSUMED_VOCABULARY
+
+
+def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
+    """The plan as plain data: counts, bytes, FLOPs."""
+    parts: dict[str, int] = {}
+    for row in plan.policy.rows:
+        parts[row.part] = parts.get(row.part, 0) + row.parameters
+    peaks = _chosen_peaks(cfg, plan)
+    return {
+        "recipe": plan.recipe,
+        "parameters": parts,
+        "total": plan.policy.total,
+        "trainable": plan.policy.trainable,
+        "groups": [asdict(row) for row in plan.policy.rows],
+        "visual_tokens": plan.visual_tokens,
+        "row_tokens": plan.visual_tokens + cfg.target.text_tokens,
+        "flops": {part: asdict(flops) for part, flops in plan.flops.items()},
+        "flops_per_sample": sum(flops.total for flops in plan.flops.values()),
+        "memory": {name: asdict(peak) | {"total": peak.total} for name, peak in peaks.items()},
+        "cheapest": cheapest(peaks, cfg.target.memory_gib * GIB, cfg.target.gpus),
+        **{name: value for name, value in asdict(plan.length).items()},
+        "checkpoint_bytes": plan.disk.checkpoint,
+        "disk_bytes": plan.disk.kept,
+        "round_trip_tensors": plan.round_trip,
+    }
+
+
+def text(cfg: DictConfig, plan: Plan) -> str:
+    """The plan as aligned tables."""
+    sections = [
+        f"Dry run of {plan.recipe}: built on the meta device, nothing trained",
+        plan.policy.table(),
+        _tokens(cfg, plan),
+        _flops(plan),
+        _memory(cfg, plan),
+        _length(cfg, plan),
+        f"Round trip  a small twin was saved and loaded: {plan.round_trip} tensors equal",
+    ]
+    return "\n\n".join(sections)
+
+
+def _tokens(cfg: DictConfig, plan: Plan) -> str:
+    longest = cfg.data.get("max_length")
+    budget = "no limit" if longest is None else f"{longest} tokens a row, {longest - plan.visual_tokens} of them text"
+    return f"Tokens      {plan.visual_tokens} visual tokens an image; {budget}"
+
+
+def _flops(plan: Plan) -> str:
+    rows = [("TFLOP a sample", "forward", "to inputs", "to weights", "total")]
+    for part, flops in plan.flops.items():
+        numbers = (flops.forward, flops.input_grad, flops.weight_grad, flops.total)
+        rows.append((part, *(f"{number / 1e12:.4g}" for number in numbers)))
+    total = sum(flops.total for flops in plan.flops.values())
+    rows.append(("all", "", "", "", f"{total / 1e12:.4g}"))
+    return table(rows)
+
+
+def _memory(cfg: DictConfig, plan: Plan) -> str:
+    peaks = _chosen_peaks(cfg, plan)
+    other = plan.peaks if cfg.trainer.activation_checkpointing else plan.peaks_checkpointed
+    header = ("GiB a GPU", "weights", "gradients", "optimizer", "activations", "logits", "peak", "fits")
+    rows: list[Sequence[str]] = [header]
+    limit = cfg.target.memory_gib * GIB
+    for name, peak in peaks.items():
+        parts = (peak.weights, peak.gradients, peak.optimizer, peak.activations, peak.logits, peak.total)
+        rows.append((name, *(f"{part / GIB:.1f}" for part in parts), "yes" if peak.total <= limit else "no"))
+    best = cheapest(peaks, limit, cfg.target.gpus)
+    saved = next(iter(peaks.values())).activations - next(iter(other.values())).activations
+    switch = "off" if cfg.trainer.activation_checkpointing else "on"
+    return "\n".join(
+        [
+            table(rows),
+            f"Predicted for {cfg.batch.micro} rows of the longest kind on {cfg.target.gpus} GPUs of "
+            f"{cfg.target.memory_gib:g} GiB; cheapest that fits: {best or 'none'}.",
+            f"trainer.activation_checkpointing {switch}: {-saved / GIB:+.1f} GiB.",
+        ]
+    )
+
+
+def _chosen_peaks(cfg: DictConfig, plan: Plan) -> dict[str, Peak]:
+    return plan.peaks_checkpointed if cfg.trainer.activation_checkpointing else plan.peaks
+
+
+def _length(cfg: DictConfig, plan: Plan) -> str:
+    length = plan.length
+    if length.steps is None:
+        steps = "unknown: there are no shards, and data.train gives no samples"
+    else:
+        seen = "unknown" if length.samples is None else f"{length.samples:,}"
+        steps = f"{length.steps:,} optimizer steps, {length.warmup_steps:,} of them warm-up; {seen} samples a pass"
+    return "\n".join(
+        [
+            f"Length      {steps}",
+            f"Disk        {_bytes(plan.disk.checkpoint)} a checkpoint (what learns, and its optimizer state), "
+            f"{_bytes(plan.disk.kept)} for all that are kept",
+        ]
+    )
+
+
+def _bytes(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 1024**2:.1f} MiB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right. The first row is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""One forward pass on the meta device, watched: its matrix products, who gets gradients, and what backward keeps.
+
+Nothing is computed and nothing takes memory, so a 13B model is traced in about a second. Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vlm_train.data.batch import IGNORE, Batch, MediaBatch, TokenStream
+from vlm_train.data.layout import MediaSize
+
+_MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of the forward pass, or one attention (its two products together).
+
+    Attributes:
+        part: top-level part it belongs to.
+        flops: forward FLOPs, a multiply-add counted as two.
+        input_grads: forward-sized products that backward adds for its inputs (attention: 2, one per operand).
+        weight_grads: the same for a weight that learns.
+        causal: attention of which the upper triangle is masked away.
+    """
+
+    part: str
+    flops: float
+    input_grads: int
+    weight_grads: int
+    causal: bool = False
+
+
+@dataclass
+class Trace:
+    """What a forward pass did. Bytes count each storage once and leave out parameters and buffers.
+
+    Attributes:
+        products: every matrix product, in order.
+        outside: bytes kept for backward outside numbered layers.
+        layers: per layer, (bytes of its input, bytes kept inside it).
+    """
+
+    products: list[Product] = field(default_factory=list)
+    outside: int = 0
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def activations(self) -> int:
+        """Bytes that backward needs."""
+        return self.outside + sum(kept for _, kept in self.layers.values())
+
+    @property
+    def checkpointed(self) -> int:
+        """The same with activation checkpointing: each layer's input, and the inside of one layer at a time."""
+        kept = [(given, inside) for given, inside in self.layers.values() if inside]
+        return self.outside + sum(given for given, _ in kept) + max((inside for _, inside in kept), default=0)
+
+
+class _Products(TorchFunctionMode):
+    """Notes the products. Attention is done by a fused kernel, so that no `[T, T]` scores are kept, as on a GPU."""
+
+    def __init__(self, trace: Trace, owners: Mapping[int, str]) -> None:
+        super().__init__()
+        self.trace = trace
+        self.owners = owners
+        self.part = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in (F.linear, F.conv2d):
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self.part = self.owners.get(id(weight), self.part)
+            per_output = prod(weight.shape[1:])
+            self._add(2.0 * result.numel() * per_output, args[0].requires_grad, weight.requires_grad)
+        elif func in _MATMULS:
+            left, right = args[0], args[1]
+            self._add(2.0 * result.numel() * left.shape[-1], left.requires_grad, right.requires_grad)
+        return result
+
+    def _add(self, flops: float, input_grads: int, weight_grads: int, causal: bool = False) -> None:
+        self.trace.products.append(Product(self.part, flops, int(input_grads), int(weight_grads), causal))
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+        if groups > 1:
+            key, value = (tensor.repeat_interleave(groups, dim=-3) for tensor in (key, value))
+        flops = 2.0 * query.numel() * key.shape[-2] + 2.0 * query[..., 0].numel() * key.shape[-2] * value.shape[-1]
+        grads = 2 * any(tensor.requires_grad for tensor in (query, key, value))
+        # Every mask of ours is causal inside its segments; encoders that see everything pass none.
+        self._add(flops, grads, 0, causal=is_causal or attn_mask is not None)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
+    """Run `forward` (which calls `model`, all on the meta device) and note what it does."""
+    result = Trace()
+    owners = {id(parameter): name.split(".", 1)[0] for name, parameter in model.named_parameters()}
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    with _watch_layers(model) as layers, _Products(result, owners), _watch_saved(own, layers) as outside:
+        loss = forward()  # held until the end: what its graph keeps is what backward needs
+    del loss
+    result.outside = sum(outside.values())
+    result.layers = {name: (layer.given, sum(layer.kept.values())) for name, layer in layers.seen.items()}
+    return result
+
+
+@dataclass
+class _Layer:
+    given: int = 0
+    kept: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Layers:
+    seen: dict[str, _Layer] = field(default_factory=dict)
+    current: _Layer | None = None
+
+
+@contextmanager
+def _watch_layers(model: nn.Module) -> Iterator[_Layers]:
+    """Know which numbered layer of which part is running."""
+    layers = _Layers()
+    handles = []
+    for part, module in model.named_children():
+        for index, block in enumerate(getattr(module, "layers", None) or ()):
+            layers.seen[f"{part}.{index}"] = layer = _Layer()
+
+            def enter(_: nn.Module, args: Any, kwargs: Any, layer: _Layer = layer) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                layer.given, layers.current = hidden.nbytes, layer
+
+            def leave(_: nn.Module, args: Any, output: Any) -> None:
+                layers.current = None
+
+            handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watch_saved(own: set[int], layers: _Layers) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that autograd saves, by storage; those saved inside a layer go to the layer."""
+    outside: dict[int, int] = {}
+    known: set[int] = set(own)
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            (layers.current.kept if layers.current else outside)[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield outside
+
+
+def visual_tokens(model: Any) -> int:
+    """Placeholder tokens that one image of the tower's own size takes in the text; 0 where images stay out of it."""
+    vision, connector = getattr(model, "vision", None), getattr(model, "connector", None)
+    if vision is None or connector is None:
+        return 0
+    rows, columns = connector.token_grid(vision.patch_grid(image_size(model)))
+    return rows * columns
+
+
+def image_size(model: Any) -> MediaSize:
+    """The size of one view (towers without a fixed size: 448 x 448)."""
+    height, width = model.vision.image_size or (448, 448)
+    return MediaSize(width=width, height=height)
+
+
+def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: int, supervised: int) -> Batch:
+    """A batch of shapes: one image (if the model sees any) and `text_tokens` a row, the last `supervised` learned."""
+    slots = visual_tokens(model)
+    length = slots + text_tokens
+    learned = rows * supervised
+    with torch.device("meta"):
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        ones = torch.ones(rows, length, dtype=torch.int32)
+        tokens = TokenStream(
+            ids=ids,
+            labels=torch.full_like(ids, IGNORE),
+            weights=torch.zeros(rows, length),
+            positions=ids[None],
+            segment_ids=ones,
+            attention_group=torch.zeros_like(ones),
+            supervised=torch.zeros(learned, dtype=torch.int64),
+        )
+        height, width = (1, 1)
+        if getattr(model, "vision", None) is not None:
+            height, width = image_size(model).height, image_size(model).width
+        media = MediaBatch(
+            pixels=torch.zeros(rows, 3, height, width, dtype=torch.uint8),
+            view_counts=(1,) * rows,
+            slot_counts=(slots,) * rows,
+            slot_index=torch.zeros(rows * slots, dtype=torch.int64),
+            row=torch.arange(rows),
+            keys=("meta",) * rows,
+        )
+    return Batch(text=dict.fromkeys(streams, tokens), media=media)
