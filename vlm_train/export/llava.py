@@ -1,0 +1,282 @@
+"""To and from the native LLaVA of `transformers`, which vLLM, TGI, SGLang and lmms-eval load.
+
+An export is read back and compared before it counts as done; an import checks every key and shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.errors import AssetError, ConfigError
+from vlm_train.models.connectors.mlp import MLP
+from vlm_train.models.llms.hf import HFCausalLM
+from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.vision.hf import HFVision
+
+IMAGE_TOKEN = "<image>"
+_ROW_MULTIPLE = 64  # vocabulary rows are padded to this, as in the published LLaVA conversions
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
+
+
+def export_llava(
+    model: PrefixVLM,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    image_mode: str = "pad",
+    chat_template: str | None = None,
+    eos_ids: Sequence[int] = (),
+) -> Path:
+    """Write `model` as a `LlavaForConditionalGeneration` folder with tokenizer and processor, and verify it.
+
+    Args:
+        model: a composition that LLaVA can express, adapters merged.
+        tokenizer: the tokenizer it was trained with; the copy that is written gains `<image>` if it has none.
+        folder: where to write; created.
+        image_mode: `crop`, `pad` or `resize`, see `ImageTransform`.
+        chat_template: Jinja template for the processor.
+        eos_ids: end-of-turn token ids for `generation_config.json`; empty: the tokenizer's end-of-text.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: LLaVA has no such composition.
+        AssetError: the folder read back does not give the same logits.
+    """
+    _check_composition(model)
+    from transformers import GenerationConfig, LlavaForConditionalGeneration
+
+    folder = Path(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    config = _llava_config(model, image_token_id)
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    llava.load_state_dict(_llava_state(model, config.text_config.vocab_size), strict=True, assign=True)
+    llava.tie_weights()
+    eos = list(eos_ids) or tokenizer.eos_token_id
+    llava.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    llava.save_pretrained(folder)
+    _processor(model.vision, tokenizer, image_mode, chat_template).save_pretrained(folder)
+    verify_export(model, folder)
+    return folder
+
+
+@torch.no_grad()
+def verify_export(model: PrefixVLM, folder: str | Path) -> float:
+    """Read `folder` with plain `transformers` and compare logits on a random image and text.
+
+    Returns:
+        The largest difference, relative to the largest logit. Raises `AssetError` if it is too large.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    parameter = next(model.llm.parameters())
+    loaded, report = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=parameter.dtype, output_loading_info=True
+    )
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise AssetError(
+            f"export: {folder} is missing {report['missing_keys']}, has {report['unexpected_keys']} too many"
+        )
+    loaded = loaded.to(parameter.device).eval()
+    theirs, ours = _probe(model, loaded)
+    difference = ((theirs - ours).abs().max() / ours.abs().max()).item()
+    tolerance = _TOLERANCE.get(parameter.dtype, 1e-5)
+    if not difference <= tolerance:
+        raise AssetError(
+            f"export: logits of {folder} differ by {difference:.2e} of their maximum, allowed {tolerance:.0e}"
+        )
+    return difference
+
+
+def import_llava(model: PrefixVLM, folder: str | Path) -> None:
+    """Load the weights of a `LlavaForConditionalGeneration` folder (or hub name) into `model`.
+
+    Vocabulary rows beyond the model's are left out (`<image>` and padding rows).
+
+    Raises:
+        ConfigError: LLaVA has no such composition.
+        AssetError: the checkpoint's parts are of another shape.
+    """
+    _check_composition(model)
+    from transformers import LlavaForConditionalGeneration
+
+    dtype = next(model.llm.parameters()).dtype
+    try:
+        llava = LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AssetError(f"import: {str(folder)!r} is not a LLaVA checkpoint: {error}") from error
+    state = llava.state_dict()
+    decoder_name = _embedding_name(model.llm)
+    tables = {f"model.language_model.{decoder_name}.weight": None, "lm_head.weight": None}
+    try:
+        model.vision.model.load_state_dict(_under(state, "model.vision_tower."))
+        model.connector.layers[0].load_state_dict(_under(state, "model.multi_modal_projector.linear_1."))
+        model.connector.layers[2].load_state_dict(_under(state, "model.multi_modal_projector.linear_2."))
+        body = {k: v for k, v in _under(state, "model.language_model.").items() if k != f"{decoder_name}.weight"}
+        missing, unexpected = model.llm.decoder.load_state_dict(body, strict=False)
+    except RuntimeError as error:
+        raise AssetError(f"import: {str(folder)!r} does not fit the model: {error}") from error
+    if unexpected or any(not key.startswith(f"{decoder_name}.") for key in missing):
+        raise AssetError(f"import: {str(folder)!r}: missing {missing}, unexpected {unexpected}")
+    _fill_rows(model.llm, *(state[key] for key in tables))
+
+
+def _check_composition(model: Any) -> None:
+    """Raise `ConfigError` with every reason why LLaVA cannot express `model`."""
+    if not isinstance(model, PrefixVLM):
+        raise ConfigError(f"model: {type(model).__name__} has no LLaVA equivalent; only PrefixVLM does")
+    problems = []
+    if not isinstance(model.vision, HFVision) or model.vision.final_norm:
+        problems.append("vision: LLaVA takes a transformers tower without its final norm")
+    if not (isinstance(model.connector, MLP) and len(model.connector.layers) == 3):
+        problems.append(f"connector: {type(model.connector).__name__}; LLaVA has only the two-layer MLP (mlp2x_gelu)")
+    if not isinstance(model.llm, HFCausalLM):
+        problems.append("llm: LLaVA takes a transformers causal language model")
+    else:
+        config, head = model.llm.model.config, model.llm.model.get_output_embeddings()
+        if scaled := [name for name in _LOGIT_SCALES if getattr(config, name, None) is not None]:
+            problems.append(f"llm.config.{scaled[0]}: LLaVA does not scale its logits")
+        if getattr(head, "bias", None) is not None:
+            problems.append("llm: LLaVA's head has no bias")
+    if problems:
+        raise ConfigError([f"export: {problem}" for problem in problems])
+
+
+def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:
+    from transformers import LlavaConfig
+
+    vision, text = model.vision, copy.deepcopy(model.llm.model.config)
+    rows = max(model.llm.vocab_size, image_token_id + 1)
+    if rows > model.llm.vocab_size:
+        rows = -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    text.vocab_size = rows
+    text.dtype = next(model.llm.parameters()).dtype
+    grid = vision.grid[0] * vision.grid[1]
+    return LlavaConfig(
+        vision_config=vision.model.config.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=image_token_id,
+        image_seq_length=grid + (vision.prefix_tokens if vision.keep_cls else 0),
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="full" if vision.keep_cls or not vision.prefix_tokens else "default",
+        vision_feature_layer=vision.layer if isinstance(vision.layer, int) else list(vision.layer),
+        tie_word_embeddings=text.tie_word_embeddings,
+        dtype=text.dtype,
+    )
+
+
+def _llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
+    """Our weights under LLaVA's names, the vocabulary filled up with mean rows."""
+    name = _embedding_name(model.llm)
+    state = {f"model.vision_tower.{key}": value for key, value in model.vision.model.state_dict().items()}
+    for ours, theirs in ((0, 1), (2, 2)):
+        for key, value in model.connector.layers[ours].state_dict().items():
+            state[f"model.multi_modal_projector.linear_{theirs}.{key}"] = value
+    for key, value in model.llm.decoder.state_dict().items():
+        if not key.startswith(f"{name}."):
+            state[f"model.language_model.{key}"] = value
+    embedding, head = _rows(model.llm)
+    state[f"model.language_model.{name}.weight"] = _pad_rows(embedding, rows)
+    state["lm_head.weight"] = _pad_rows(head, rows)
+    return state
+
+
+def _rows(llm: HFCausalLM) -> tuple[Tensor, Tensor]:
+    """Embedding and head tables `[V, D]`, the new tokens included."""
+    embedding, head = llm.model.get_input_embeddings(), llm.model.get_output_embeddings()
+    if not llm.new_tokens:
+        return embedding.weight.detach(), head.weight.detach()
+    tables = ((embedding.weight, embedding.new_embeddings), (head.weight, head.new_head))
+    return tuple(torch.cat([base, new]).detach() for base, new in tables)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _fill_rows(llm: HFCausalLM, embedding: Tensor, head: Tensor) -> None:
+    """Copy the first `llm.vocab_size` rows of both tables into the model."""
+    if embedding.shape[0] < llm.vocab_size or embedding.shape[1] != llm.dim:
+        raise AssetError(
+            f"import: the checkpoint has {embedding.shape[0]} tokens of width {embedding.shape[1]}, "
+            f"the model needs {llm.vocab_size} of width {llm.dim}"
+        )
+    inputs, outputs, base = llm.model.get_input_embeddings(), llm.model.get_output_embeddings(), llm.base_vocab_size
+    for module, table, new in ((inputs, embedding, "new_embeddings"), (outputs, head, "new_head")):
+        module.weight.copy_(table[:base])
+        if llm.new_tokens:
+            getattr(module, new).copy_(table[base : llm.vocab_size])
+
+
+def _pad_rows(table: Tensor, rows: int) -> Tensor:
+    if rows == len(table):
+        return table
+    return torch.cat([table, table.mean(dim=0, keepdim=True).expand(rows - len(table), -1)])
+
+
+def _embedding_name(llm: HFCausalLM) -> str:
+    """Name of the embedding table inside the decoder."""
+    table = llm.model.get_input_embeddings()
+    return next(name for name, module in llm.decoder.named_modules() if module is table)
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _processor(vision: HFVision, tokenizer: Any, image_mode: str, chat_template: str | None) -> Any:
+    # The PIL variant runs without torchvision; it is saved under the name that both variants share.
+    from transformers import LlavaImageProcessorPil, LlavaProcessor
+
+    height, width = vision.image_size
+    whole = {"height": height, "width": width}
+    squashed = image_mode == "resize"
+    images = LlavaImageProcessorPil(
+        do_pad=image_mode == "pad",
+        do_center_crop=not squashed,
+        size=whole if squashed else {"shortest_edge": min(height, width)},
+        crop_size=whole,
+        image_mean=list(vision.image_mean),
+        image_std=list(vision.image_std),
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=height // vision.grid[0],
+        vision_feature_select_strategy="full" if vision.keep_cls or not vision.prefix_tokens else "default",
+        num_additional_image_tokens=vision.prefix_tokens,
+        chat_template=chat_template,
+        image_token=IMAGE_TOKEN,
+    )
+
+
+def _probe(model: PrefixVLM, llava: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits of both for the same random image and text: theirs `[T, V]`, ours `[T, V]`."""
+    config: Any = llava.config
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.llm.parameters()).device
+    height, width = model.vision.image_size
+    pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator).to(device)
+    text = torch.randint(0, min(model.llm.vocab_size, config.image_token_index), (1, 8), generator=generator).to(device)
+    slots = torch.full((1, config.image_seq_length), config.image_token_index, device=device)
+    ids = torch.cat([text[:, :4], slots, text[:, 4:]], dim=1)
+    dtype = next(model.vision.parameters()).dtype
+    mean, std = (model.vision.get_buffer(name).to(dtype) for name in ("mean", "std"))
+    theirs = llava(input_ids=ids, pixel_values=(pixels.to(dtype) / 255 - mean) / std).logits
+
+    features = model.connector(model.vision.encode(pixels), model.vision.grid)
+    embeds = model.llm.embed(torch.where(ids == config.image_token_index, 0, ids))
+    embeds = torch.cat([embeds[:, :4], features.to(embeds.dtype), embeds[:, 4 + features.shape[1] :]], dim=1)
+    positions = torch.arange(ids.shape[1], device=device)[None, None]
+    ours = model.llm.head(model.llm.decode(embeds, positions, None))
+    return theirs[0, :, : model.llm.vocab_size].float(), ours[0].float()
