@@ -89,8 +89,8 @@ def choose(rows: list[Prediction], most: int) -> list[Prediction]:
         return rows
     even = most - min(most // 4, sum(not row.correct for row in rows))
     chosen = dict.fromkeys(index * len(rows) // even for index in range(even))
-    wrong = [index for index, row in enumerate(rows) if not row.correct and index not in chosen]
-    return [rows[index] for index in (*chosen, *wrong[: most - even])]
+    others = sorted((index for index in range(len(rows)) if index not in chosen), key=lambda index: rows[index].correct)
+    return [rows[index] for index in (*chosen, *others[: most - even])]
 
 
 def card(row: Prediction) -> Card:

@@ -90,22 +90,22 @@ class Report:
 
 def read_report(folder: Path) -> Report:
     """Read a schedule folder (`schedule.json`) or a run folder (`run.json`)."""
-    schedule = _json(folder / "schedule.json")
+    schedule, record = _json(folder / "schedule.json"), _json(folder / "run.json")
     if isinstance(schedule, dict):
-        entries = [entry for entry in schedule.get("stages") or [] if isinstance(entry, dict) and entry.get("run")]
-        folders = [(_stage_folder(folder, str(entry["run"])), str(entry.get("recipe", "stage"))) for entry in entries]
+        entries = [entry for entry in schedule.get("stages") or [] if isinstance(entry, dict)]
+        folders = [
+            (_stage_folder(folder, str(entry.get("run"))), str(entry.get("recipe", "stage"))) for entry in entries
+        ]
         stages = [read_stage(path, name) for path, name in folders if path is not None]
-        title, results = str(schedule.get("name", folder.name)), schedule.get("results")
-    elif isinstance(record := _json(folder / "run.json"), dict):
+        title, expected = str(schedule.get("name", folder.name)), len(entries)
+    elif isinstance(record, dict):
         stages = [read_stage(folder, str(record.get("recipe", folder.name)))]
-        title, results = str(record.get("run_id", folder.name)), None
+        title, expected = str(record.get("run_id", folder.name)), 1
     else:
         raise ConfigError(f"'{folder}' is neither a run nor a schedule: it holds no run.json and no schedule.json")
-    last = next((stage.record["results"] for stage in reversed(stages) if stage.record.get("results")), None)
-    statuses = [stage.status for stage in stages]
-    status = next((name for name in ("failed", "running") if name in statuses), statuses[-1] if statuses else "unknown")
+    results = next((stage.record["results"] for stage in reversed(stages) if stage.record.get("results")), None)
     times = [_written(stage.folder) for stage in stages]
-    return Report(title, status, max(filter(None, times), default=None), stages, _results(results or last))
+    return Report(title, _status(stages, expected), max(filter(None, times), default=None), stages, _results(results))
 
 
 def read_stage(folder: Path, name: str) -> Stage:
@@ -148,6 +148,13 @@ def read_predictions(path: Path) -> list[Prediction]:
         question, reference, prediction = (str(row.get(name, "")) for name in ("question", "reference", "prediction"))
         predictions.append(Prediction(question, reference, prediction, bool(row.get("correct")), image))
     return predictions
+
+
+def _status(stages: list[Stage], expected: int) -> str:
+    """The status of a whole schedule: the first of failed and running that a stage has, else the last stage's."""
+    statuses = [stage.status for stage in stages]
+    worst = next((name for name in ("failed", "running") if name in statuses), None)
+    return worst or (statuses[-1] if stages and len(stages) == expected else "incomplete")
 
 
 def _results(rows: object) -> list[Result]:

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.report.fake import RESULTS, STAGES, write_run, write_schedule
+from vlm_train.errors import ConfigError
+from vlm_train.report import results_table, write_report
+from vlm_train.report.__main__ import main
+from vlm_train.report.charts import plotly_script, thin
+from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings
+from vlm_train.report.read import Point, Prediction, Result, read_curves, read_predictions, read_report
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def lines(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def page(folder: Path) -> str:
+    """The report without plotly's script, which mentions everything."""
+    text = write_report(folder).read_text(encoding="utf-8")
+    return text.replace(plotly_script(), "")
+
+
+def test_schedule_report_shows_every_section(tmp_path: Path) -> None:
+    text = page(write_schedule(tmp_path / "runs"))
+    for index, name in enumerate(STAGES):
+        assert f"<h3>{name}</h3>" in text
+        assert f'id="loss-{index}"' in text
+    assert 'id="accuracy-seconds"' in text
+    assert 'id="accuracy-steps"' in text
+    for row in RESULTS:
+        assert row["name"] in text
+    assert "98.4 %" in text
+    assert "1,573,248" in text
+    assert text.count('src="data:image/png;base64,') == MAX_IMAGES
+    assert "http://" not in text.replace("http://www.w3.org/", "")
+
+
+def test_run_report_works_without_anything_but_its_record(tmp_path: Path) -> None:
+    lines(tmp_path / "run.json", {"run_id": "bare", "recipe": "x", "status": "running"})
+    text = page(tmp_path)
+    assert "<h1>bare</h1>" in text
+    assert "<script>" not in text
+
+
+def test_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run\.json and no schedule\.json"):
+        write_report(tmp_path)
+
+
+def test_texts_from_files_never_become_markup(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "easyvqa_stage2")
+    results = [{"name": HOSTILE, "value": value, "note": HOSTILE} for value in (0.5, 0.4)]
+    lines(folder / "run.json", {"run_id": HOSTILE, "recipe": HOSTILE, "status": HOSTILE, "results": results})
+    lines(folder / "config.yaml", f"seed: '{HOSTILE}'\n")
+    lines(folder / "params.json", [{"name": HOSTILE, "parameters": HOSTILE, "lr": HOSTILE, "weight_decay": HOSTILE}])
+    row = {"question": HOSTILE, "reference": HOSTILE, "prediction": HOSTILE, "correct": False, "image": "images/0.png"}
+    lines(folder / "eval" / "answers" / "predictions.jsonl", row)
+    metrics = [
+        {"step": n, "time": n, "split": HOSTILE, f"loss{HOSTILE}": 1.0, f"accuracy{HOSTILE}": 0.5} for n in (1, 2)
+    ]
+    lines(folder / "metrics.jsonl", *metrics)
+    text = page(folder)
+    assert "alert(1)" in text
+    assert "<script>alert" not in text
+    assert "<img src=x" not in text
+
+
+def test_images_outside_the_evaluation_folder_are_not_embedded(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "easyvqa_stage2")
+    evaluation = folder / "eval" / "answers"
+    (tmp_path / "secret.png").write_bytes((evaluation / "images" / "0.png").read_bytes())
+    (evaluation / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ["../../../secret.png", str(tmp_path / "secret.png"), "link.png", "images/0.png"]
+    path = lines(evaluation / "predictions.jsonl", *({"question": "?", "image": name} for name in names))
+    assert [row.image is not None for row in read_predictions(path)] == [False, False, False, True]
+
+
+def test_unreadable_image_is_shown_as_missing(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG not really")
+    assert data_uri(broken) is None
+
+
+def test_curves_skip_broken_lines_and_count_a_repeated_step_once(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "metrics.jsonl",
+        {"step": 1, "time": 100.0, "split": "train", "loss": 3.0},
+        {"step": 2, "time": 101.0, "split": "train", "loss": float("nan")},
+        {"step": 2, "time": 102.0, "split": "train", "loss": 2.0, "note": "text"},
+        {"step": 1, "time": 110.0, "split": "train", "loss": 2.5},
+        {"step": 1, "time": 111.0, "split": "val", "loss": 2.6},
+        '{"step": 3, "time": 103.0, "spl',
+    )
+    assert read_curves(path) == {
+        ("train", "loss"): [Point(1, 10.0, 2.5), Point(2, 2.0, 2.0)],
+        ("val", "loss"): [Point(1, 11.0, 2.6)],
+    }
+
+
+def test_schedule_finds_its_runs_after_the_folder_was_moved(tmp_path: Path) -> None:
+    folder = write_schedule(tmp_path / "runs")
+    (tmp_path / "runs").rename(tmp_path / "kept")
+    report = read_report(tmp_path / "kept" / folder.name)
+    assert [stage.name for stage in report.stages] == list(STAGES)
+    assert report.status == "done"
+
+
+def test_schedule_status_is_that_of_its_worst_stage(tmp_path: Path) -> None:
+    folder = write_schedule(tmp_path / "runs")
+    lines(tmp_path / "runs" / "easyvqa_lm" / "run.json", {"run_id": "easyvqa_lm", "status": "failed"})
+    assert read_report(folder).status == "failed"
+
+
+def test_schedule_is_not_done_while_stages_are_missing(tmp_path: Path) -> None:
+    folder = write_schedule(tmp_path / "runs")
+    (tmp_path / "runs" / "easyvqa_stage2").rename(tmp_path / "elsewhere")
+    assert read_report(folder).status == "incomplete"
+
+
+def test_result_texts() -> None:
+    assert Result("a", 0.67, 9673, "").text == "67.0 % ± 0.9"
+    assert Result("a", 0.876, None, "").text == "87.6 %"
+    assert Result("a", 1.0, 100, "").text == "100.0 %"
+    assert Result("perplexity", 12.3456, 10, "").text == "12.35"
+
+
+def test_results_table_is_aligned_and_empty_without_results(tmp_path: Path) -> None:
+    table = results_table(write_schedule(tmp_path / "runs")).splitlines()
+    assert len(table) == 1 + len(RESULTS)
+    assert len({line.index("%") for line in table[1:3]}) == 1
+    assert table[1].startswith("easyvqa (this run)  98.4 % ± 0.3  9,673  generation")
+    assert results_table(tmp_path / "runs" / "easyvqa_lm") == ""
+
+
+def test_choice_spreads_evenly_and_adds_wrong_answers() -> None:
+    rows = [Prediction(str(index), "a", "a", index % 50 != 7, None) for index in range(1000)]
+    chosen = choose(rows, 40)
+    assert len(chosen) == 40
+    assert sum(not row.correct for row in chosen) >= 10
+    assert int(chosen[29].question) > 900
+    assert len({row.question for row in chosen}) == 40
+    assert choose(rows[:7], 40) == rows[:7]
+
+
+def test_thinning_keeps_the_mean_and_the_last_step() -> None:
+    points = [Point(step, float(step), float(step)) for step in range(10_000)]
+    thinned = thin(points, 100)
+    assert len(thinned) == 100
+    assert thinned[-1].step == 9_999
+    assert sum(point.value for point in thinned) / 100 == pytest.approx(4_999.5)
+    assert thin([]) == []
+
+
+def test_settings_keep_interpolations_and_survive_broken_yaml() -> None:
+    assert key_settings("seed: 1\noptim: {lr: '${other}'}\nbatch: {samples: null}") == {
+        "seed": 1,
+        "optim.lr": "${other}",
+    }
+    assert key_settings("a: [1,") == {}
+    assert key_settings("- 1\n- 2") == {}
+    assert key_settings("") == {}
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_schedule(tmp_path / "runs")
+    assert main([str(tmp_path / "runs"), "--latest", "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert "98.4 %" in printed
+    assert printed.endswith(f"report: {folder / 'report.html'}\n")
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("ConfigError: ")
+
+
+def test_importing_the_report_imports_no_plotly() -> None:
+    code = "import sys, vlm_train.report; sys.exit(any(m in sys.modules for m in ('plotly', 'jinja2', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
