@@ -37,7 +37,7 @@ def export_llava(
     """Write `model` as a `LlavaForConditionalGeneration` folder with tokenizer and processor, and verify it.
 
     Args:
-        model: a composition that LLaVA can express, adapters merged.
+        model: a composition that LLaVA can express, adapters merged, in eval mode.
         tokenizer: the tokenizer it was trained with; the copy that is written gains `<image>` if it has none.
         folder: where to write; created.
         image_mode: `crop`, `pad` or `resize`, see `ImageTransform`.

@@ -5,6 +5,7 @@ Legend: N views, P patches (plus the class token with `keep_cls`), D width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -62,6 +63,9 @@ class HFVision(nn.Module):
         self.model = build_model(AutoModel, "vision", config, attention)
         tower_config = self.model.config
         self.depth = len(self.layers)
+        # Some layers take a mask as their second argument, in some releases only.
+        takes_mask = "attention_mask" in inspect.signature(type(self.layers[0]).forward).parameters
+        self._no_mask = (None,) if takes_mask else ()
         self.chosen = _resolve_layers(layer, self.depth)
         self.layer = layer
         self.keep_cls = keep_cls
@@ -100,7 +104,7 @@ class HFVision(nn.Module):
             hidden = norm(hidden)
         states = {0: hidden}
         for index, block in enumerate(self.layers[: max(self.chosen)], start=1):
-            hidden = block(hidden, None)
+            hidden = block(hidden, *self._no_mask)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index in self.chosen:
                 states[index] = hidden
