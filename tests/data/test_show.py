@@ -13,9 +13,9 @@ from vlm_train.data.tokenizer import byte_level
 def test_marks_show_what_is_learned() -> None:
     tokenizer = byte_level()
     item = sample((user("A?", 0), assistant("é")), (user("B?", 0), assistant("no")), media=1)
-    shown = format_tokens(render(item, load("qa"), tokenizer, layout).llm, tokenizer, colour=False)
+    shown = format_tokens(render(item, load("qa"), tokenizer, layout), tokenizer, colour=False)
     assert shown.splitlines() == [
-        "16 tokens, 8 learned, 1 media",
+        "stream llm: 16 tokens, 8 learned, 1 media",
         "",
         "shared: tokens 0-3, positions 0-3",
         "<bos>[image 0 x3]",
@@ -30,9 +30,9 @@ def test_marks_show_what_is_learned() -> None:
 
 def test_colours_carry_the_same_text() -> None:
     tokenizer = byte_level()
-    stream = render(sample((user("A?"), assistant("yes"))), load("qa"), tokenizer, layout).llm
-    assert "\033[32m yes<eos>\033[0m" in format_tokens(stream, tokenizer, colour=True)
-    assert learned_tokens(stream).sum() == stream.supervised == 5
+    rendered = render(sample((user("A?"), assistant("yes"))), load("qa"), tokenizer, layout)
+    assert "\033[32m yes<eos>\033[0m" in format_tokens(rendered, tokenizer, colour=True)
+    assert learned_tokens(rendered.llm).sum() == rendered.llm.supervised == 5
 
 
 def test_views_are_saved_as_they_are(tmp_path) -> None:

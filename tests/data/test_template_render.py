@@ -78,6 +78,13 @@ def test_weights_multiply(tokenizer) -> None:
     assert stream.labels[5] == IGNORE
 
 
+def test_dialogue_keeps_the_weights_of_its_annotations(tokenizer) -> None:
+    pairs = [(user("Q"), assistant("a")), (user("R"), assistant("b"))]
+    item = sample(*(Annotation(turns=turns, weight=weight) for turns, weight in zip(pairs, (0.5, 3.0))))
+    stream = render(item, load("qa"), tokenizer, layout, annotations="dialogue").llm
+    assert stream.weights[stream.weights > 0].tolist() == [0.5] * 3 + [3.0] * 3
+
+
 def test_turn_without_weight_is_not_learned(tokenizer) -> None:
     turns = (user("Q"), assistant("aa", weight=0.0), user("R"), assistant("b"))
     stream = render(sample(turns), load("qa"), tokenizer, layout).llm

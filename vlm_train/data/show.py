@@ -9,22 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.data.render import Rendered
 from vlm_train.data.streams import IGNORE, Stream
 
 GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
 
-def format_tokens(stream: Stream, tokenizer: Any, colour: bool) -> str:
-    """The stream as text: learned tokens green (or between «»), media as `[image 0 x576]`, a line per attention group.
+def format_tokens(rendered: Rendered, tokenizer: Any, colour: bool) -> str:
+    """A sample's streams as text: learned tokens green (or between «»), media as `[image 0 x576]`, a line per group.
 
     A token counts as learned if some position of the stream has it as its target.
     """
-    lines = [f"{len(stream)} tokens, {stream.supervised} learned, {len(stream.slots)} media"]
+    return "\n\n".join(_format(name, stream, tokenizer, colour) for name, stream in rendered.streams.items())
+
+
+def _format(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
+    lines = [f"stream {name}: {len(stream)} tokens, {stream.supervised} learned, {len(stream.slots)} media"]
     learned = learned_tokens(stream)
     for group, start, end in _group_runs(stream):
         first, last = stream.positions[start], stream.positions[end - 1]
-        name = "shared" if group == 0 else f"branch {group}"
-        title = f"{name}: tokens {start}-{end - 1}, positions {first}-{last}"
+        part = "shared" if group == 0 else f"branch {group}"
+        title = f"{part}: tokens {start}-{end - 1}, positions {first}-{last}"
         lines += ["", f"{BOLD}{title}{RESET}" if colour else title]
         lines.append("".join(_pieces(stream, learned, tokenizer, start, end, colour)))
     return "\n".join(lines)

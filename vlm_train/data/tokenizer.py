@@ -110,13 +110,15 @@ def words_from_shards(
         max_words: keep only that many words; null: all.
 
     Raises:
-        AssetError: `shards` holds no shard set.
+        AssetError: `shards` holds no complete shard set.
     """
+    from data_pipelines.errors import DataError
     from data_pipelines.stream import ShardSet
 
-    if not Path(shards).is_dir():
-        raise AssetError(f"tokenizer.shards: no shard set at {shards!r}; build it first or set paths.data")
-    shard_set = ShardSet(shards)
+    try:
+        shard_set = ShardSet(shards)
+    except DataError as error:
+        raise AssetError(f"tokenizer.shards: {error}") from error
     texts = (
         turn.text
         for index in range(len(shard_set))
