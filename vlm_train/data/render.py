@@ -174,8 +174,8 @@ class _Writer:
         return Tokens(ids, weights, slots, prefix)
 
     def _literal(self, token: str) -> int:
-        found = self.tokenizer.get_vocab().get(token)
-        if found is None:
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise ConfigError(
                 f"the media layout writes the token {token!r}, which is not in the tokenizer's vocabulary; "
                 f"add it with tokenizer.add=['{token}']"
