@@ -222,6 +222,16 @@ def test_lint_finds_what_a_schema_cannot(tmp_path, sample, capsys):
     assert "5 problems" in lines[-1] and not any("sample-005" in line for line in lines)
 
 
+def test_lint_finds_damage_between_the_members(shard_set, capsys):
+    folder = shard_set()
+    path = folder / "shard-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the end of the tar holds nothing
+    path.write_bytes(data)
+    assert lint([f"folder={folder}"]) == 1
+    assert "shard-000001.tar: sha256" in capsys.readouterr().out
+
+
 def test_lint_names_truncated_and_duplicated(shard_set, capsys):
     folder = shard_set()
     assert lint([f"folder={folder}"]) == 0

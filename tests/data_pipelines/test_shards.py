@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -111,12 +112,12 @@ def test_leftovers_of_a_killed_process_are_replaced_and_a_living_one_is_respecte
     killed.write(*sample(7))
     with pytest.raises(DataError, match="another process is writing"):
         ShardWriter(tmp_path / "set")
-    import os
-
-    os.close(killed._lock)
+    (killed.partial / "shard-000009.tar").write_bytes(b"half")
+    os.close(killed._lock)  # what the death of the process does
     with ShardWriter(tmp_path / "set") as writer:
         writer.write(*sample(0))
     assert ShardSet(tmp_path / "set").keys() == ["sample-000"]
+    assert not (tmp_path / "set" / "shard-000009.tar").exists()
 
 
 def test_existing_folders_are_not_overwritten(tmp_path, shard_set):
