@@ -11,7 +11,7 @@ from tests.report.fake import RESULTS, STAGES, write_run, write_schedule
 from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
-from vlm_train.report.charts import plotly_script, thin
+from vlm_train.report.charts import plotly_script, short_names, thin
 from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings
 from vlm_train.report.read import Point, Prediction, Result, read_curves, read_predictions, read_report
 
@@ -160,6 +160,13 @@ def test_thinning_keeps_the_mean_and_the_last_step() -> None:
     assert thinned[-1].step == 9_999
     assert sum(point.value for point in thinned) / 100 == pytest.approx(4_999.5)
     assert thin([]) == []
+
+
+def test_stage_names_are_shortened_by_what_they_share() -> None:
+    assert short_names(list(STAGES)) == ["clip", "lm", "stage1", "stage2"]
+    assert short_names(["stage1", "stage2"]) == ["stage1", "stage2"]
+    assert short_names(["llava15_stage1"]) == ["llava15_stage1"]
+    assert short_names(["a_b", "a_b"]) == ["b", "b"]
 
 
 def test_settings_keep_interpolations_and_survive_broken_yaml() -> None:

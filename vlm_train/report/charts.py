@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from os.path import commonprefix
 from typing import Any
 
 import plotly.graph_objects as go
@@ -56,6 +57,7 @@ def loss_chart(stage: Stage, name: str) -> str:
 def accuracy_chart(report: Report, axis: str, name: str) -> str:
     """Accuracies of every stage, one after the other, over `axis` ("seconds" or "steps"); controls as dotted lines."""
     figure, start, ends, drawn = go.Figure(), 0.0, [0.0], False
+    names = short_names([stage.name for stage in report.stages])
     for index, stage in enumerate(report.stages):
         curves = {key: points for key, points in stage.curves.items() if "accuracy" in key[1].lower()}
         for (split, metric), points in curves.items():
@@ -63,7 +65,7 @@ def accuracy_chart(report: Report, axis: str, name: str) -> str:
             figure.add_scatter(
                 x=[start + (point.seconds if axis == "seconds" else point.step) for point in points],
                 y=[point.value for point in points],
-                name=escape(f"{stage.name}: {split} {metric}"),
+                name=escape(f"{names[index]}: {split} {metric}"),
                 mode="lines+markers",
                 line={"color": COLOURS[index % len(COLOURS)], "dash": "dot" if split == "train" else "solid"},
             )
@@ -72,7 +74,7 @@ def accuracy_chart(report: Report, axis: str, name: str) -> str:
     if not drawn:
         return ""
     if len(report.stages) > 1:
-        _mark_stages(figure, [stage.name for stage in report.stages], ends)
+        _mark_stages(figure, names, ends)
     for controls in _control_groups(report.results):
         for control in controls:
             figure.add_hline(y=control.value, line={"color": MUTED, "width": 1, "dash": "dot"})
@@ -88,6 +90,12 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
     size = -(-len(points) // most) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [Point(g[-1].step, g[-1].seconds, sum(point.value for point in g) / len(g)) for g in groups]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Stage names without what they all begin with: easyvqa_stage1, easyvqa_stage2 -> stage1, stage2."""
+    shared = commonprefix(list(names)).rpartition("_")[0] if len(names) > 1 else ""
+    return [name[len(shared) :].lstrip("_") or name for name in names]
 
 
 def plotly_script() -> str:
