@@ -32,7 +32,6 @@ def loss_chart(stage: Stage, name: str) -> str:
             points = thin(curves[split, metric])
             values += [point.value for point in points]
             label = split if metric == "loss" else f"{split} {metric}"
-            # One metric: a colour per split. Several: a colour per metric, and the split shows in the line.
             colour = COLOURS[(2 * index + (split != "train")) % len(COLOURS)]
             mode = "lines" if split == "train" and len(points) > 1 else "lines+markers"
             figure.add_scatter(
