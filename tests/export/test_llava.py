@@ -21,7 +21,8 @@ from tests.tiny_models import (
 )
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.export.llava import export_llava, import_llava
+from vlm_train.export import llava
+from vlm_train.export.llava import export_llava, import_llava, verify_export
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.prefix import PrefixVLM
@@ -85,6 +86,19 @@ def test_a_served_prompt_gives_our_logits(tmp_path):
     expected_ids = torch.where(batch.text["llm"].ids == PLACEHOLDER_ID, 97, batch.text["llm"].ids)
     assert torch.equal(inputs["input_ids"], expected_ids)
     assert_close(logits[..., :97], ours)
+
+
+def test_a_folder_with_other_weights_is_not_accepted(tmp_path, monkeypatch):
+    model = tiny_vlm().eval()
+    export_llava(model, tokenizer_of(97), tmp_path / "good")
+    with torch.no_grad():
+        model.connector.layers[0].weight.add_(0.1)
+    with pytest.raises(AssetError, match="logits of .* differ by"):
+        verify_export(model, tmp_path / "good")
+    checked = []
+    monkeypatch.setattr(llava, "verify_export", lambda *arguments: checked.append(arguments))
+    export_llava(model, tokenizer_of(97), tmp_path / "other")
+    assert checked == [(model, tmp_path / "other")]
 
 
 def test_the_callers_tokenizer_is_left_alone(tmp_path):

@@ -72,7 +72,10 @@ def test_frozen_parts_keep_no_graph_and_no_gradient(trained):
         parameter.requires_grad_(name.startswith(trained))
     batch = branched_batch()
     assert not saved_shapes(lambda: model.vision.encode(batch.media.pixels))
+    recording = []
+    model.vision.layers[0].register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
     assert model.features(batch.media).requires_grad == (trained == "connector")
+    assert recording == [False]
     loss = LanguageModeling()(model, batch, identity_gather)["lm"]
     loss.sum.backward()
     for name, parameter in model.named_parameters():
@@ -131,7 +134,9 @@ def test_checkpointed_layers_run_twice_and_give_the_same_gradients(training):
         for index, layer in enumerate(layers):
             layer.mlp.register_forward_pre_hook(lambda *_, key=(name, index): counts.update([key]))
         checkpoint_layers(layers)
-        checkpoint_layers(layers)  # asking twice must not recompute twice
+        forward = layers[0].forward
+        checkpoint_layers(layers)
+        assert layers[0].forward is forward  # asking twice does not wrap twice
     for model in (plain, checked):
         model(branched_batch()).square().sum().backward()
     assert counts == {("vision", 0): 2, ("vision", 1): 2, ("llm", 0): 2, ("llm", 1): 2}

@@ -6,11 +6,9 @@ behind frozen inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,10 +20,4 @@ def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
     """
     for layer in layers:
         if not isinstance(layer.forward, partial):
-            layer.forward = partial(_forward, layer.forward)
-
-
-def _forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -50,9 +50,8 @@ class PrefixVLM(nn.Module):
         features = self.features(media)
         tokens = features.shape[1]
         check_slots([views * tokens for views in media.view_counts], media.slot_counts, media.keys)
-        if media.real < features.shape[0]:
-            # The blank view must take part in backward as well, or ranks would disagree on their collective calls.
-            embeds = embeds + 0.0 * features[media.real :].sum().to(embeds.dtype)
+        # Without images this merges an empty slice: the blank view stays in the graph, with gradients of zero, so that
+        # every rank makes the same collective calls in backward.
         return merge(embeds, features[: media.real].flatten(0, 1), media.slot_index, media.slot_counts, media.keys)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:

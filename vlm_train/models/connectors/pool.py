@@ -39,5 +39,5 @@ class PooledMLP(nn.Module):
         """`grid` is the (rows, columns) arrangement of the P patches."""
         pooled_grid(grid, self.pool)
         image = features.transpose(1, 2).unflatten(2, grid)
-        image = F.avg_pool2d(image, self.pool, ceil_mode=True, count_include_pad=False)
+        image = F.avg_pool2d(image, self.pool, ceil_mode=True)
         return self.layers(image.flatten(2).transpose(1, 2))
