@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
+
+from vlm_train.config import resolved
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_TIMEOUT = 5.0
@@ -22,21 +23,16 @@ def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str
     return list(dict.fromkeys(problems))
 
 
-def _select(cfg: DictConfig, key: str) -> Any:
-    try:
-        value = OmegaConf.select(cfg, key)
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except OmegaConfBaseException:
-        return None
-
-
 def _missing_weights(cfg: DictConfig) -> Iterator[str]:
     """`<part>.weights` and `tokenizer.name`: a local file or folder, or a name on the model hub."""
-    named = [(f"{group}.weights", "config.json") for group in ("vision", "connector", "llm", "model")]
-    for key, probe in [*named, ("tokenizer.name", "tokenizer_config.json")]:
-        name = _select(cfg, key)
-        if isinstance(name, str) and (reason := _absent(name, probe)):
-            yield f"{key}: {name} {reason}"
+    named = [(group, "weights", "config.json") for group in ("vision", "connector", "llm", "model")]
+    for group, key, probe in [*named, ("tokenizer", "name", "tokenizer_config.json")]:
+        part = resolved(cfg, group)
+        name = part.get(key) if isinstance(part, dict) else None
+        if name == "???":
+            yield f"{group}.{key} is missing: give a local path or a name on the hub, {group}.{key}=<value>."
+        elif isinstance(name, str) and (reason := _absent(name, probe)):
+            yield f"{group}.{key}: {name} {reason}"
 
 
 def _absent(name: str, probe: str) -> str | None:
@@ -61,8 +57,10 @@ def _absent(name: str, probe: str) -> str | None:
 def _missing_shards(cfg: DictConfig) -> Iterator[str]:
     """Every `shards` below `data` or `eval` is a folder with a manifest."""
     for group in ("data", "eval", "tokenizer"):
-        for path, folder in _shards(group, _select(cfg, group)):
-            if not Path(folder).is_dir():
+        for path, folder in _shards(group, resolved(cfg, group)):
+            if folder == "???":
+                yield f"{path} is missing: give a folder of shards, {path}=<folder>."
+            elif not Path(folder).is_dir():
                 yield f"{path}: {folder} does not exist. Build shards there, or set paths.data."
             elif not (Path(folder) / "manifest.json").is_file():
                 yield f"{path}: {folder} has no manifest.json: it holds no finished shards."
@@ -83,7 +81,7 @@ def _shards(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
     """Every run that weights are taken from, and a checkpoint to resume from, exist."""
-    for index, source in enumerate(_select(cfg, "init_from") or []):
+    for index, source in enumerate(resolved(cfg, "init_from") or []):
         run, key = source.get("run"), f"init_from.{index}.run"
         if run in (None, "???"):
             yield f"{key} is missing: this recipe starts from another run's weights, {key}=<run folder>."

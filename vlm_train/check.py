@@ -6,14 +6,14 @@ to be imported, and last the assets. A later kind is only looked at when the ear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from vlm_train.assets import missing_assets
+from vlm_train.config import resolved
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.schema import DICT_GROUPS, PART_GROUPS
 from vlm_train.signatures import (
@@ -59,16 +59,18 @@ POSITIVE = (
     "trainer.save_every", "trainer.log_every", "trainer.clip_norm", "launch.devices", "launch.nodes",
 )  # fmt: skip
 
+ASSET_KEYS = ("weights", "shards")
+"""Keys that, like `init_from`, a recipe may leave to its user; a plan needs no asset, and assets.py asks for them."""
+
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
 Check = Callable[[DictConfig], Iterator[str]]
 
 
-def check(cfg: DictConfig, *, need_assets: bool, expected: Collection[Path] = ()) -> None:
+def check(cfg: DictConfig, *, need_assets: bool) -> None:
     """Raises one ConfigError that lists every problem, each under its dotted path.
 
-    `need_assets` also requires weights, tokenizers, shards and earlier runs to be there (AssetError), except the run
-    folders in `expected`, which an earlier stage of the same schedule is going to fill.
+    `need_assets` also requires weights, tokenizers, shards and the runs to start from to be there (AssetError).
     """
     problems = [problem for one in CHECKS for problem in one(cfg)]
     if problems:
@@ -76,7 +78,7 @@ def check(cfg: DictConfig, *, need_assets: bool, expected: Collection[Path] = ()
     problems = list(check_foreign_targets(cfg))
     if problems:
         raise ConfigError(problems)
-    if need_assets and (missing := missing_assets(cfg, expected)):
+    if need_assets and (missing := missing_assets(cfg)):
         raise AssetError(missing)
 
 
@@ -85,17 +87,8 @@ def components(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for group in map(str, cfg):
         node = cfg._get_node(group)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            for path, content in _nodes(group, plain(cfg, group)):
+            for path, content in _nodes(group, resolved(cfg, group)):
                 yield path, group, content
-
-
-def plain(cfg: DictConfig, key: str) -> Any:
-    """The resolved content of one key; what cannot be resolved stays as written and is reported by check_values."""
-    node = OmegaConf.select(cfg, key)
-    try:
-        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    except OmegaConfBaseException:
-        return OmegaConf.to_container(node, resolve=False)
 
 
 def _nodes(path: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -110,7 +103,7 @@ def _nodes(path: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check_values(cfg: DictConfig) -> Iterator[str]:
-    """Mandatory values are given and interpolations resolve. Which run to start from is an asset: assets.py asks."""
+    """Mandatory values are given and interpolations resolve."""
     for key in map(str, cfg):
         if key != "init_from":
             yield from _check_value(cfg, key, key)
@@ -118,10 +111,13 @@ def check_values(cfg: DictConfig) -> Iterator[str]:
 
 def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
     if OmegaConf.is_missing(parent, key):
-        yield f"{where} is missing: give it a value, {where}=<value>."
+        if key not in ASSET_KEYS:
+            yield f"{where} is missing: give it a value, {where}=<value>."
         return
     try:
         node = parent[key]
+    except InterpolationToMissingValueError:  # said once, where the value is missing
+        return
     except OmegaConfBaseException as error:
         yield f"{where}: {str(error).splitlines()[0]}"
         return
@@ -135,15 +131,15 @@ def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
 
 def check_groups(cfg: DictConfig) -> Iterator[str]:
     """Groups hold components, and only where components belong."""
-    required = {"model", "data", "optim", *_wanted_parts(plain(cfg, "model"))}
+    required = {"model", "data", "optim", *_wanted_parts(resolved(cfg, "model"))}
     for group in PART_GROUPS:
-        node = plain(cfg, group)
+        node = resolved(cfg, group)
         if node is None and group in required:
             yield f"{group} is empty: choose an option, {group}=<option> (--help lists them)."
         elif node is not None and (not isinstance(node, dict) or "_target_" not in node):
             yield f"{group} has no _target_: it needs one component, got {_short(node)}."
     for group in DICT_GROUPS:
-        node = plain(cfg, group) or {}
+        node = resolved(cfg, group) or {}
         if not isinstance(node, dict):
             yield f"{group} must map names to components, got {_short(node)}."
             continue

@@ -139,7 +139,7 @@ def _hydra(argv: Sequence[str]) -> None:
     sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them; we print
     try:
-        with config.empty_parents_named():
+        with config.composition_errors():
             hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name=config.CONFIG_NAME)(_job)()
     finally:
         sys.argv = saved[0]

@@ -17,10 +17,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.errors import ConfigError
@@ -28,6 +29,7 @@ from vlm_train.schema import PART_GROUPS, Paths, Root
 
 CONFIG_NAME = "config"
 EMPTY_PARENT = "A setting lies below an empty one"
+GROUP_WITHOUT_OPTION = "Config group override must be a string or a list"
 
 TRAINING_KEYS = (
     "seed", "init_from", "model", "vision", "connector", "llm", "tokenizer", "image", "template", "objective",
@@ -73,17 +75,27 @@ def register() -> None:
     Plugins.instance().register(RecipesOnSearchPath)
 
 
+@contextmanager
+def hydra_session(config_dirs: Iterable[str | Path] = ()) -> Iterator[list[str]]:
+    """Hydra set up for our folders, also inside a job of a multirun. Yields the overrides that add `config_dirs`."""
+    register()
+    folders = ",".join(f'"file://{Path(folder).absolute()}"' for folder in config_dirs)
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir()), job_name="vlm_train"):
+            yield [f"hydra.searchpath=[{folders}]"] if folders else []
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
 def compose(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = ()) -> DictConfig:
     """Composes the configuration of a command line, in process. Unknown keys stay errors (struct mode).
 
     `config_dirs` are further folders to search, as `--config-dir` adds them. Raises Hydra's own errors.
     """
-    register()
-    path = ",".join(f'"file://{Path(folder).absolute()}"' for folder in config_dirs)
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir()), job_name="vlm_train"):
-        extra = [f"hydra.searchpath=[{path}]"] if path else []
-        with empty_parents_named():
-            cfg = hydra_compose(CONFIG_NAME, overrides=[*overrides, *extra], return_hydra_config=True)
+    with hydra_session(config_dirs) as searched, composition_errors():
+        cfg = hydra_compose(CONFIG_NAME, overrides=[*overrides, *searched], return_hydra_config=True)
     choices = dict(cfg.hydra.runtime.choices)
     if choices.get("recipe"):
         check_recipe(str(choices["recipe"]), cfg, config_dirs)
@@ -120,12 +132,19 @@ def check_recipe(name: str, cfg: DictConfig, config_dirs: Iterable[str | Path]) 
 
 
 @contextmanager
-def empty_parents_named() -> Iterator[None]:
-    """Gives `peft.r=8` without a chosen `peft` Hydra's kind of error; OmegaConf stops there with a bare assertion."""
+def composition_errors() -> Iterator[None]:
+    """Gives `peft.rank=8` without a chosen `peft`, and `vision=null`, the type of Hydra's other errors.
+
+    OmegaConf stops at the first with a bare assertion, Hydra at the second with a ValueError.
+    """
     try:
         yield
     except AssertionError as error:
         raise ConfigCompositionException(EMPTY_PARENT) from error
+    except ValueError as error:
+        if GROUP_WITHOUT_OPTION not in str(error):
+            raise
+        raise ConfigCompositionException(GROUP_WITHOUT_OPTION) from error
 
 
 def tiny(*overrides: str) -> DictConfig:
@@ -156,19 +175,24 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
     cfg = cfg.copy()
     for name in Paths.__dataclass_fields__:
         cfg.paths[name] = name
-    try:
-        plain = {key: _plain(cfg, key) for key in TRAINING_KEYS}
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+    plain = {key: resolved(cfg, key) for key in TRAINING_KEYS}
     for group, keys in COSMETIC_KEYS.items():
         for key in keys if isinstance(plain[group], dict) else ():
             plain[group].pop(key, None)
     return plain
 
 
-def _plain(cfg: DictConfig, key: str) -> Any:
-    node = cfg[key]
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+def resolved(parent: Any, key: Any) -> Any:
+    """The content of one key as plain Python; `???` stands for what is missing or cannot be resolved."""
+    try:
+        node = parent[key]
+    except OmegaConfBaseException:
+        return "???"
+    if isinstance(node, DictConfig):
+        return {str(inner): resolved(node, inner) for inner in node}
+    if isinstance(node, ListConfig):
+        return [resolved(node, index) for index in range(len(node))]
+    return node
 
 
 def training_hash(cfg: DictConfig) -> str:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.check import check
-from vlm_train.config import EMPTY_PARENT, compose, find_recipe
+from vlm_train.config import EMPTY_PARENT, GROUP_WITHOUT_OPTION, compose, find_recipe, groups
 from vlm_train.errors import ConfigError
 from vlm_train.provenance import leaves
 from vlm_train.signatures import UnknownTarget, hint, is_ours, read_signature
@@ -54,6 +54,9 @@ def _describe(error: BaseException, overrides: list[str], dirs: Sequence[str | P
         key = match[1].partition("@")[0]
         culprit = next((o for o in overrides if _key(o) == key), None)
         return unknown_key(key, _without(overrides, culprit), dirs), culprit
+    if text == GROUP_WITHOUT_OPTION:
+        culprit = next((o for o in overrides if _key(o) in groups(dirs) and o.endswith("=null")), None)
+        return f"{culprit}: a group on the command line takes the name of an option (--help lists them).", culprit
     if text == EMPTY_PARENT:
         return _below_empty(overrides, dirs)
     if match := re.match(r"Error merging override (.+)", text):

@@ -94,7 +94,8 @@ def _refuse_other_run(cfg: DictConfig, previous: DictConfig, folder: Path) -> No
     new, old = leaves(config.training_config(cfg)), leaves(config.training_config(previous))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
-        listed = "; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:8])
+        scalars = [key for key in changed if not isinstance(new.get(key, old.get(key)), list)] or changed
+        listed = "; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in scalars[:8])
         raise ConfigError(
             f"run_name: {folder} holds checkpoints of another configuration ({listed}). "
             "Choose another run_name, or start from its weights with init_from."

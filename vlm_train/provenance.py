@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
@@ -15,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train.config import CONFIG_NAME, config_dir, register
+from vlm_train.config import CONFIG_NAME, hydra_session
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -34,16 +33,13 @@ class Origin:
 
 def origins(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = ()) -> dict[str, Origin]:
     """Dotted key -> the last layer that wrote it, for every leaf of `compose(overrides, config_dirs)`."""
-    register()
-    overrides = list(overrides)
-    folders = ",".join(f'"file://{Path(folder).absolute()}"' for folder in config_dirs)
     found: dict[str, Origin] = {}
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir()), job_name="vlm_train"):
+    with hydra_session(config_dirs) as searched:
         loader = GlobalHydra.instance().config_loader()
         assert isinstance(loader, ConfigLoaderImpl)
-        searchpath = [f"hydra.searchpath=[{folders}]"] if folders else []
-        parsed, repo = loader._parse_overrides_and_create_caching_repo(CONFIG_NAME, [*overrides, *searchpath])
-        defaults = loader.compute_defaults_list(CONFIG_NAME, [*overrides, *searchpath], RunMode.RUN)
+        lines = [*overrides, *searched]
+        parsed, repo = loader._parse_overrides_and_create_caching_repo(CONFIG_NAME, lines)
+        defaults = loader.compute_defaults_list(CONFIG_NAME, lines, RunMode.RUN)
         for default in defaults.defaults:
             for key in leaves(loader._load_single_config(default, repo).config):
                 _set(found, key, _origin_of(default, parsed))
@@ -67,7 +63,7 @@ def table(cfg: DictConfig, found: dict[str, Origin], only_changed: bool = False)
 
 def leaves(cfg: Any) -> dict[str, Any]:
     """Dotted key -> value as written. A list is one leaf, since a layer replaces it whole."""
-    plain = OmegaConf.to_container(cfg, resolve=False)
+    plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
     return dict(_leaves("", plain))
 
 
@@ -117,5 +113,5 @@ def _lookup(found: dict[str, Origin], key: str) -> Origin:
 
 
 def _short(value: Any) -> str:
-    text = "null" if value is None else str(value)
+    text = "null" if value is None else repr(value) if value == "" or "\n" in str(value) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

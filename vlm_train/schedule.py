@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train import config, launch, provenance
+from vlm_train.assets import missing_assets
 from vlm_train.check import check
 from vlm_train.errors import AssetError, ConfigError, VLMTrainError
 from vlm_train.explain import Composition, explain
@@ -79,18 +80,28 @@ def plan(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str
     name = str(next(o for o in own if _key(o) == "schedule").partition("=")[2])
     stages: list[PlannedStage] = []
     problems: list[str] = []
-    missing_only = True
-    for index in range(len(schedule.stages)):
+    for index, stage in enumerate(schedule.stages):
         try:
             stages.append(_plan_stage(schedule, index, stages, common, dirs))
         except ConfigError as error:
-            missing_only = missing_only and isinstance(error, AssetError)
-            problems += [f"stage {index} ({schedule.stages[index].recipe}): {line}" for line in error.problems]
+            problems += [f"stage {index} ({stage.recipe}): {line}" for line in error.problems]
     if not schedule.stages:
         problems = [f"schedule={name}: it has no stages."]
     if problems:
-        raise (AssetError if missing_only else ConfigError)(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
+    if missing := _missing_assets(stages):
+        raise AssetError(missing)
     return name, stages
+
+
+def _missing_assets(stages: Sequence[PlannedStage]) -> list[str]:
+    """What the stages that train lack, except the runs that earlier stages fill."""
+    missing = []
+    for index, stage in enumerate(stages):
+        if stage.cfg.mode == "fit" and not stage.cfg.dry_run:
+            filled = [earlier.folder for earlier in stages[:index]]
+            missing += [f"stage {index} ({stage.recipe}): {line}" for line in missing_assets(stage.cfg, filled)]
+    return missing
 
 
 def _plan_stage(
@@ -107,9 +118,7 @@ def _plan_stage(
         names = [str(other.recipe) for other in schedule.stages[:index]]
         cfg.init_from = [_hand_off(source, names, earlier) for source in stage.init_from]
         found["init_from"] = provenance.Origin("schedule", str(schedule.get("name", "schedule")))
-    complete = len(earlier) == index  # else this stage's hand-off cannot be known yet
-    need_assets = complete and not cfg.dry_run and cfg.mode == "fit"
-    check(cfg, need_assets=need_assets, expected=[other.folder for other in earlier])
+    check(cfg, need_assets=False)
     planned = PlannedStage(str(stage.recipe), cfg, found, config.run_dir(cfg))
     if any(planned.folder == other.folder for other in earlier):
         raise ConfigError(f"it equals an earlier stage, so both would be the run {planned.folder.name}.")

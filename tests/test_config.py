@@ -1,0 +1,138 @@
+"""Composition, run identity, origins of values."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from vlm_train import config, provenance
+from vlm_train.errors import ConfigError
+
+RECIPE = "recipe=llava15_stage1"
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A user's own configuration folder with one recipe."""
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /optim: adamw\noptim: {lr: 0.5}\nbatch: {samples: 7}\n"
+    )
+    return tmp_path
+
+
+def test_recipe_beats_default_and_command_line_beats_recipe(mine: Path) -> None:
+    assert config.compose(["recipe=mine"], [mine]).batch.samples == 7
+    assert config.compose(["recipe=mine", "batch.samples=9"], [mine]).batch.samples == 9
+
+
+def test_group_choice_keeps_the_recipes_values_on_top(mine: Path) -> None:
+    cfg = config.compose(["recipe=mine", "optim=sgd"], [mine])
+    assert cfg.optim._target_.endswith("sgd") and cfg.optim.lr == 0.5
+
+
+def test_recipe_name_is_derived_from_the_choice(mine: Path) -> None:
+    assert config.compose(["recipe=mine"], [mine]).recipe_name == "mine"
+    assert config.compose([]).recipe_name == "custom"
+
+
+def test_run_id_ignores_what_does_not_change_the_weights(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = config.run_id(config.compose(["recipe=mine"], [mine]))
+    assert base.startswith("mine-") and len(base) == len("mine-") + 8
+    for same in ("paths.runs=elsewhere", "paths.data=/data", "trainer.log_every=3", "launch.devices=2", "mode=show"):
+        assert config.run_id(config.compose(["recipe=mine", same], [mine])) == base, same
+    monkeypatch.chdir(mine)
+    assert config.run_id(config.compose(["recipe=mine"], [mine])) == base
+    for other in ("seed=1", "optim.lr=0.25", "batch.samples=8", "trainer.max_steps=3", "vision.layer=-1"):
+        assert config.run_id(config.compose(["recipe=mine", other], [mine])) != base, other
+
+
+def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = config.compose(["run_name=first"])
+    monkeypatch.chdir("/")
+    assert config.run_dir(cfg) == tmp_path / "runs" / "first"
+
+
+def test_saved_config_keeps_interpolations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    cfg = config.compose(["vision.weights=${oc.env:A_SECRET}"])
+    config.save_config(cfg, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "hunter2" not in text
+    assert config.load_config(tmp_path / "config.yaml").vision.weights == "hunter2"
+
+
+def test_loaded_config_refuses_unknown_keys(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("trainer: {max_stepz: 3}\n")
+    with pytest.raises(ConfigError, match="max_stepz"):
+        config.load_config(tmp_path / "config.yaml")
+
+
+def test_size_tiny_wins_over_the_recipe() -> None:
+    full, small = config.compose([RECIPE]), config.tiny(RECIPE)
+    assert small.vision.config.hidden_size < full.vision.config.hidden_size
+    assert small.vision.weights is None and small.llm.weights is None
+    assert small.trainer.max_steps == 4 and small.batch.samples == 4
+    assert config.compose([RECIPE, "size=tiny", "batch.samples=6"]).batch.samples == 6
+
+
+def test_size_tiny_drops_what_a_recipe_says_about_exchanged_parts() -> None:
+    small = config.tiny("recipe=easyvqa_lm")
+    assert "shards" not in small.tokenizer
+    assert small.vision is None
+
+
+@pytest.mark.parametrize("line", ["defaults:\n  - override /hydra/launcher: basic", "hydra: {verbose: true}"])
+def test_recipes_cannot_set_hydra(tmp_path: Path, line: str) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "bad.yaml").write_text(f"# @package _global_\n{line}\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml.*hydra"):
+        config.compose(["recipe=bad"], [tmp_path])
+
+
+def test_lost_mandatory_value_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "bad.yaml").write_text("# @package _global_\ninit_from: ???\n")
+    with pytest.raises(ConfigError, match="init_from"):
+        config.compose(["recipe=bad"], [tmp_path])
+
+
+def test_origins_name_the_layer(mine: Path) -> None:
+    overrides = ["recipe=mine", "seed=3", "image=pad", "size=tiny"]
+    found = {key: str(origin) for key, origin in provenance.origins(overrides, [mine]).items()}
+    assert found["optim.lr"] == "recipe: mine"
+    assert found["seed"] == "command line"
+    assert found["image.mode"] == "command line (image/pad)"
+    assert found["vision.config.hidden_size"] == "size: tiny"
+    assert found["batch.samples"] == "size: tiny"
+    assert found["vision.layer"] == "default: vision/clip_vit_l14_336.yaml"
+    assert found["trainer.clip_norm"] == "default: vlm_train/schema.py"
+
+
+def test_origins_cover_every_leaf(mine: Path) -> None:
+    overrides = ["recipe=mine", "params.rules=[{match: '.*', lr: 1.0}]"]
+    table = provenance.table(config.compose(overrides, [mine]), provenance.origins(overrides, [mine]))
+    rows = dict(line.split(maxsplit=1) for line in table.splitlines())
+    assert set(rows) == set(provenance.leaves(config.compose(overrides, [mine])))
+    assert rows["params.rules"].endswith("command line")
+    changed = provenance.table(
+        config.compose(overrides, [mine]), provenance.origins(overrides, [mine]), only_changed=True
+    )
+    assert {line.split()[0] for line in changed.splitlines()} == {"batch.samples", "optim.lr", "params.rules"}
+
+
+def test_every_option_of_debug_launch_and_paths_composes() -> None:
+    for group in ("debug", "launch", "paths", "size"):
+        for path in (config.config_dir() / group).glob("*.yaml"):
+            config.compose([f"{group}={path.stem}"])
+
+
+def test_paths_are_pinned_to_the_launch_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = config.compose(["paths.data=shards"])
+    assert cfg.paths.data == os.fspath(tmp_path / "shards")
+    assert OmegaConf.select(cfg, "data.train.0.shards").startswith(os.fspath(tmp_path / "shards"))

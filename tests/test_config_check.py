@@ -1,0 +1,159 @@
+"""Every problem is found before a weight is read, named by its setting, and all are raised together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf, open_dict
+
+from vlm_train import config
+from vlm_train.assets import missing_assets
+from vlm_train.check import check
+from vlm_train.errors import AssetError, ConfigError
+from vlm_train.signatures import UnknownTarget, fits, import_signature, read_signature
+
+
+def problems(*overrides: str, recipe: str = "llava15_stage1") -> list[str]:
+    """What `check` says about a command line; empty when it is fine."""
+    try:
+        check(config.compose([f"recipe={recipe}", *overrides]), need_assets=False)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_recipe_passes() -> None:
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=abc", "optim.lr: expected float, got 'abc' (str)."),
+        ("+connector.dept=3", "connector.dept: vlm_train.models.connectors.mlp.MLP has no such option. Did you mean"),
+        ("connector._target_=vlm_train.models.connectors.mlp.MPL", "Did you mean vlm_train.models.connectors.mlp.MLP?"),
+        ("connector._target_=os.system", "connector._target_: 'os.system' is not trusted."),
+        ("connector._target_=torchvision.ops.MLP", "is not trusted."),
+        ("batch.tokens=9", "batch: give exactly one of batch.samples and batch.tokens, got both."),
+        ("batch.samples=null", "got neither."),
+        ("batch.micro=0", "batch.micro: expected a positive number or null, got 0."),
+        ("batch.normalise=tokens", "batch.normalise: got 'tokens'. Did you mean token?"),
+        ("trainer.precision=bf16", "trainer.precision: got 'bf16'."),
+        ("mode=fitt", "mode: got 'fitt'. Did you mean fit?"),
+        ("trainer.epochs=null", "trainer: give trainer.epochs or trainer.max_steps, got neither."),
+        ("launch.nodes=2", "launch.nodes: launch=local starts one node, got 2."),
+        ("mode=eval", "run is missing: mode=eval needs run=<run folder>."),
+        ("run_name=a/b", "run_name: expected a folder name"),
+        ("image.mode=???", "image.mode is missing"),
+        ("llm.weights=${oc.env:NO_SUCH_VARIABLE}", "llm.weights: "),
+        ("++eval.mine.name=3", "eval.mine has no _target_"),
+        ("+eval.mine._target_=torch.nn.Lineer", "Did you mean torch.nn.Linear?"),
+        ("+eval.mine._target_=torch.nn.Linear", "eval.mine.in_features is missing: torch.nn.Linear requires it."),
+    ],
+)
+def test_problem_names_its_setting(override: str, expected: str) -> None:
+    found = problems(override)
+    assert any(expected in problem for problem in found), found
+
+
+def test_all_problems_are_raised_together() -> None:
+    found = problems("optim.lr=abc", "batch.micro=0", "mode=fitt", "+connector.dept=3")
+    for key in ("optim.lr", "batch.micro", "mode", "connector.dept"):
+        assert any(problem.startswith(key) for problem in found), (key, found)
+
+
+def test_parts_that_the_model_needs_are_there() -> None:
+    cfg = config.compose(["recipe=llava15_stage1"])
+    cfg.vision = None
+    with pytest.raises(ConfigError, match="vision is empty: choose an option"):
+        check(cfg, need_assets=False)
+    assert problems(recipe="easyvqa_lm") == []  # a text model needs none
+
+
+def test_trust_can_be_extended() -> None:
+    override = "+eval.mine._target_=fractions.Fraction"
+    assert any("not trusted" in problem for problem in problems(override))
+    assert problems(override, "allow_targets=[fractions.]") == []
+
+
+def test_nested_components_are_checked() -> None:
+    cfg = config.compose(["recipe=llava15_stage1"])
+    with open_dict(cfg):
+        cfg.data.train = [{"shards": {"_target_": "subprocess.run"}}]
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.shards\._target_: 'subprocess.run' is not trusted"):
+        check(cfg, need_assets=False)
+
+
+def test_missing_assets_are_listed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    cfg = config.compose(["recipe=llava15_stage2", f"paths.data={tmp_path}"])
+    with pytest.raises(AssetError) as caught:
+        check(cfg, need_assets=True)
+    text = str(caught.value)
+    for key in ("vision.weights: ", "llm.weights: ", "tokenizer.name: ", "data.train.0.shards: ", "init_from.0.run "):
+        assert key in text, text
+
+
+def test_assets_that_are_there_are_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "llava_558k" / "train").mkdir(parents=True)
+    (tmp_path / "weights").mkdir()
+    here = [f"{key}={tmp_path}/weights" for key in ("vision.weights", "llm.weights")]
+    cfg = config.compose(["recipe=llava15_stage1", f"paths.data={tmp_path}", *here])
+    assert [line for line in missing_assets(cfg) if "manifest.json" not in line] == []
+    (tmp_path / "llava_558k" / "train" / "manifest.json").write_text("{}")
+    assert missing_assets(cfg) == []
+
+
+def test_runs_that_an_earlier_stage_fills_are_expected(tmp_path: Path) -> None:
+    cfg = OmegaConf.merge(config.compose([]), {"init_from": [{"run": str(tmp_path / "later")}]})
+    assert any("init_from.0.run" in line for line in missing_assets(cfg))
+    assert not any("init_from" in line for line in missing_assets(cfg, [tmp_path / "later"]))
+
+
+def test_check_does_not_import_torch() -> None:
+    code = (
+        "import sys; from vlm_train import config, check; "
+        "check.check(config.compose(['recipe=llava15_stage1']), need_assets=False); "
+        "print([m for m in ('torch', 'transformers', 'lightning') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (1, "float", True), (1.5, "int", False), (True, "int", False), (1, "bool", False), ("1", "int", False),
+        (None, "int | None", True), (None, "Optional[int]", True), ("x", "Union[int, str]", True),
+        ([0.9, 0.99], "tuple[float, float]", True), ([0.9], "tuple[float, float]", False),
+        ([1, 2, 3], "tuple[int, ...]", True), ([1, "a"], "list[int]", False), ("ab", "Sequence[str]", False),
+        ({"a": 1}, "dict[str, int]", True), ({"a": "b"}, "Mapping[str, int]", False),
+        ("pad", "Literal['pad', 'crop']", True), ("fit", "Literal['pad', 'crop']", False),
+        ("anything", "nn.Module", True), ("x", "Callable[[int], int]", True), (3, "'int | None'", True),
+        ({"_target_": "torch.nn.ReLU"}, "int", True),
+    ],
+)  # fmt: skip
+def test_fits(value: object, annotation: str, expected: bool) -> None:
+    assert fits(value, annotation) is expected
+
+
+def test_signatures_of_ours_and_of_others() -> None:
+    trainer = read_signature("vlm_train.schema.Trainer")
+    assert trainer.parameters["epochs"].annotation == "float | None" and not trainer.parameters["epochs"].required
+    with pytest.raises(UnknownTarget, match=r"Did you mean vlm_train\.schema\.Trainer\?"):
+        read_signature("vlm_train.schema.Trainr")
+    assert import_signature("fractions.Fraction").parameters["numerator"].required is False
+    with pytest.raises(UnknownTarget, match="cannot be imported"):
+        import_signature("no_such_package.Thing")
+
+
+def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:
+    cfg = config.compose(["recipe=llava15_stage1", "llm.weights='???'", "data.train=[{shards: '???'}]"])
+    check(cfg, need_assets=False)  # a plan needs no assets
+    lines = missing_assets(cfg)
+    for key in ("llm.weights is missing", "tokenizer.name is missing", "data.train.0.shards is missing"):
+        assert any(line.startswith(key) for line in lines), lines

@@ -1,0 +1,191 @@
+"""Process trees: what a child gets, what comes back, signals, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from vlm_train import config, launch
+from vlm_train.errors import ConfigError
+
+FAKE_CHILD = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1]).parent
+status = folder / "run.json"
+seen = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name in os.environ}
+status.write_text(json.dumps({"status": "running", "seen": seen, "config": sys.argv[1]}))
+print("a line from the child", flush=True)
+"""
+
+
+@pytest.fixture
+def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DictConfig:
+    """A configuration whose run folder is temporary."""
+    monkeypatch.chdir(tmp_path)
+    return config.compose(["recipe=llava15_stage1", "run_name=first"])
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Replaces the child's module by a small script that ends as the test says."""
+
+    def write(ending: str) -> None:
+        (tmp_path / "fake_child.py").write_text(FAKE_CHILD + textwrap.dedent(ending))
+        paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        monkeypatch.setattr(launch, "CHILD", "fake_child")
+
+    return write
+
+
+DONE = 'status.write_text(json.dumps({"status": "done", "seen": seen, "metrics": {"val/loss": 0.5}}))'
+
+
+def test_child_gets_the_config_and_its_metrics_come_back(cfg: DictConfig, child, capsys) -> None:
+    child(DONE)
+    assert launch.run_child(cfg) == {"val/loss": 0.5}
+    folder = config.run_dir(cfg)
+    assert config.load_config(folder / "config.yaml") == cfg
+    assert "a line from the child" in capsys.readouterr().out
+    assert "a line from the child" in (folder / "output.log").read_text()
+
+
+def test_child_sees_no_other_process_group(cfg: DictConfig, child, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "7")
+    child(DONE)
+    launch.run_child(cfg)
+    assert launch.read_status(config.run_dir(cfg))["seen"] == {}
+
+
+def test_failure_names_the_code_and_the_last_lines(cfg: DictConfig, child) -> None:
+    child('print("the reason"); sys.exit(3)')
+    with pytest.raises(
+        launch.ChildError, match=r"(?s)fit of first failed \(exit code 3\).*output\.log.*the reason"
+    ) as e:
+        launch.run_child(cfg)
+    assert e.value.code == 3
+    assert launch.read_status(config.run_dir(cfg))["status"] == "failed"
+
+
+def test_killed_child_is_named_by_its_signal(cfg: DictConfig, child) -> None:
+    child("os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(launch.ChildError, match="killed by SIGKILL"):
+        launch.run_child(cfg)
+
+
+def test_only_training_writes_the_runs_config(cfg: DictConfig, child) -> None:
+    child("sys.exit(0)")
+    cfg.mode = "eval"
+    launch.run_child(cfg)
+    assert not config.run_dir(cfg).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number: signal.Signals) -> None:
+    child(
+        """
+        def stop(received, _):
+            status.write_text(json.dumps({"status": "stopped", "signal": received}))
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGUSR1, stop)
+        (folder / "ready").touch()
+        time.sleep(30)
+        """
+    )
+    parent = subprocess.Popen([sys.executable, "-c", SUPERVISOR], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    folder = config.run_dir(cfg)
+    _wait_for(folder / "ready")
+    parent.send_signal(number)
+    assert parent.wait(timeout=20) == 0
+    assert launch.read_status(folder) == {"status": "stopped", "signal": number}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_child_dies_with_a_killed_supervisor(cfg: DictConfig, child, tmp_path: Path) -> None:
+    child("(folder / 'pid').write_text(str(os.getpid())); time.sleep(30)")
+    parent = subprocess.Popen([sys.executable, "-c", SUPERVISOR], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _wait_for(config.run_dir(cfg) / "pid")
+    pid = int((config.run_dir(cfg) / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes():
+            return
+        time.sleep(0.1)
+    pytest.fail("the child outlived its supervisor")
+
+
+SUPERVISOR = (
+    "from vlm_train import config, launch; launch.CHILD = 'fake_child'; "
+    "launch.run_child(config.compose(['recipe=llava15_stage1', 'run_name=first']))"
+)
+
+
+def _wait_for(path: Path) -> None:
+    for _ in range(200):
+        if path.is_file() and (path.name != "pid" or path.read_text()):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{path} did not appear")
+
+
+def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(launch, "_supervise", lambda command, folder: (seen.append(list(command)), (0, []))[1])
+    launch.run_child(cfg, 1)
+    launch.run_child(cfg, 4)
+    path = str(config.run_dir(cfg) / "config.yaml")
+    assert seen[0][1:] == ["-m", "vlm_train.launch", path]
+    assert seen[1][1:4] == ["-m", "torch.distributed.run", "--standalone"]
+    assert seen[1][-5:] == ["--nproc-per-node", "4", "-m", "vlm_train.launch", path]
+
+
+def test_child_reports_its_errors_without_a_traceback(cfg: DictConfig, tmp_path: Path, capsys) -> None:
+    cfg.connector._target_ = "os.system"
+    config.save_config(cfg, tmp_path / "config.yaml")
+    assert launch.main([str(tmp_path / "config.yaml")]) == 2
+    assert "connector._target_: 'os.system' is not trusted" in capsys.readouterr().err
+
+
+def test_folder_of_another_configuration_is_refused(cfg: DictConfig) -> None:
+    folder = launch.prepare(cfg, "origins")
+    (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert launch.prepare(cfg, "origins") == folder
+    cfg.seed = 43
+    with pytest.raises(ConfigError, match=r"seed: 42 -> 43.*run_name"):
+        launch.prepare(cfg, "origins")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "local"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "srun"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "local"),
+    ],
+)
+def test_started_by(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.started_by() == expected
+
+
+def test_status_of_a_missing_run_is_empty(tmp_path: Path) -> None:
+    assert launch.read_status(tmp_path) == {}
+    (tmp_path / "run.json").write_text(json.dumps({"status": "done"}))
+    assert launch.read_result(tmp_path) == {}
