@@ -13,8 +13,8 @@ from vlm_train.errors import ConfigError
 def lora(*, model: Any, match: str = r"llm\..*", rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> list[str]:
     """Put LoRA adapters on linear layers of `model.llm`, all but its head (Hu et al. 2021, arXiv 2106.09685).
 
-    `match` is a regex over the full name of a module, such as `llm.model.model.layers.0.self_attn.q_proj`, so that a layer
-    of the same name in the vision tower is never taken by accident. Returns the adapted names.
+    `match` is a regex over the full name of a module, such as `llm.model.model.layers.0.self_attn.q_proj`, so that a
+    layer of the same name in the vision tower is never taken by accident. Returns the adapted names.
 
     Raises:
         ConfigError: nothing, or something outside `llm`, matches.

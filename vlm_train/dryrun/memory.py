@@ -1,8 +1,8 @@
 """Peak memory per GPU for every way of spreading a model, from counts and the traced activations.
 
-Weights, gradients and optimizer states follow the ZeRO paper (Rajbhandari et al. 2020, section 3); frozen parameters have
-neither gradient nor state. A prediction, not a measurement: allocator fragmentation is left out, and the CUDA context and
-library workspaces are one constant.
+Weights, gradients and optimizer states follow the ZeRO paper (Rajbhandari et al. 2020, section 3); frozen parameters
+have neither gradient nor state. A prediction, not a measurement: allocator fragmentation is left out, and the CUDA
+context and library workspaces are one constant.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _zero(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:
     """DeepSpeed: 16-bit weights and gradients with an fp32 master copy, or everything in fp32."""
     full = needs.precision.startswith("32")
     size, master = (4, 0) if full else (2, 4)
-    weights = size * needs.parameters
+    weights: float = size * needs.parameters
     if strategy == "zero3":
         weights = weights / gpus + 2 * size * needs.largest_layer  # the running layer and the prefetched one
     gradients = size * needs.trainable / (gpus if strategy != "zero1" else 1)
@@ -92,7 +92,7 @@ def _zero(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:
 
 
 def _fsdp(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:
-    """FSDP: fp32 shards of everything (16-bit ones with bf16-true), gathered layer by layer in the compute precision."""
+    """FSDP: fp32 shards of everything (16-bit ones with bf16-true), each layer gathered in the compute precision."""
     del strategy
     size = 2 if needs.precision.endswith("-true") and not needs.precision.startswith("32") else 4
     compute = 4 if needs.precision.startswith("32") else 2
@@ -105,6 +105,6 @@ def _fsdp(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:
 
 
 def cheapest(peaks: dict[str, Peak], limit: float, gpus: int) -> str | None:
-    """The first strategy whose peak is at most `limit` bytes; None if none fits. More than one GPU rules out `single`."""
+    """The first strategy whose peak is at most `limit` bytes, or None. More than one GPU rules out `single`."""
     usable = (name for name in STRATEGIES if name in peaks and not (name == "single" and gpus > 1))
     return next((name for name in usable if peaks[name].total <= limit), None)

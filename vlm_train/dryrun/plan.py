@@ -13,7 +13,7 @@ from torch import nn
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
 from vlm_train.dryrun.memory import STRATEGIES, Needs, Peak, peak
-from vlm_train.dryrun.trace import Trace, meta_batch, trace, visual_tokens
+from vlm_train.dryrun.trace import Trace, blocks, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
 from vlm_train.objectives.base import identity_gather
 from vlm_train.params import Policy, apply_policy
@@ -63,12 +63,12 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
     )
 
 
-def unused_parameters(model: nn.Module) -> list[str]:
+def unused_parameters(model: Any) -> list[str]:
     """Full names of parameters that parts declare never to read."""
     if hasattr(model, "unused_parameters"):
-        return model.unused_parameters()
-    parts = [(name, part) for name, part in model.named_children() if hasattr(part, "unused_parameters")]
-    return [f"{name}.{parameter}" for name, part in parts for parameter in part.unused_parameters()]
+        return list(model.unused_parameters())
+    parts: dict[str, Any] = {name: part for name, part in model.named_children() if hasattr(part, "unused_parameters")}
+    return [f"{name}.{parameter}" for name, part in parts.items() for parameter in part.unused_parameters()]
 
 
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
@@ -94,11 +94,11 @@ def optimizer_states(cfg: DictConfig) -> int:
 
 
 def _peaks(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> dict[str, Peak]:
-    blocks = [block for part in model.children() for block in (getattr(part, "layers", None) or ())]
+    sizes = [sum(p.numel() for p in block.parameters()) for part in model.children() for block in blocks(part)]
     needs = Needs(
         parameters=policy.total,
         trainable=policy.trainable,
-        largest_layer=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=policy.total),
+        largest_layer=max(sizes, default=policy.total),
         states=states,
         precision=cfg.trainer.precision,
         activations=activations * cfg.batch.micro,
@@ -108,8 +108,6 @@ def _peaks(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
 
 
 def _logits(cfg: DictConfig, model: Any) -> int:
-    """Bytes of one chunk of logits, its fp32 copy and the gradients of both."""
-    chunks = [node.get("chunk") or 0 for node in cfg.objective.values() if node is not None]
-    return (
-        max(chunks, default=0) * getattr(model.llm, "vocab_size", 0) * (2 + 4 + 4 + 2) if hasattr(model, "llm") else 0
-    )
+    """Bytes of one chunk of logits in 16 bits, its fp32 copy, and the gradients of both."""
+    chunk = max((node.get("chunk") or 0 for node in cfg.objective.values() if node is not None), default=0)
+    return chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0

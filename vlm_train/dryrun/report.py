@@ -18,31 +18,37 @@ ASSUMED_VOCABULARY = 32000
 
 def dry_run(cfg: DictConfig) -> dict[str, Any]:
     """Build the model of `cfg` on the meta device, print its plan, and return it as plain data."""
-    cfg = without_assets(cfg)
     from vlm_train.build import build_model
 
+    cfg, notes = without_assets(cfg)
     plan = make_plan(cfg, build_model(cfg, meta=True))
-    print(text(cfg, plan))
+    print("\n\n".join([*text(cfg, plan), *notes]))
     return as_dict(cfg, plan)
 
 
-def without_assets(cfg: DictConfig) -> DictConfig:
-    """A copy in which everything still missing is null and an open vocabulary has a size."""
-    cfg = cfg.copy()
+def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
+    """A copy in which everything still missing is null and an open vocabulary has a size, and what was assumed."""
+    cfg, notes = cfg.copy(), []
+    for index, source in enumerate(cfg.init_from):
+        if OmegaConf.is_missing(source, "run"):
+            notes.append(f"Note        init_from[{index}].run is still open: a run needs it")
     cfg.init_from = []
     for key in ("vision", "llm"):
         if cfg[key] is not None and OmegaConf.is_missing(cfg[key], "weights"):
+            notes.append(f"Note        {key}.weights is still open: a run needs it")
             cfg[key].weights = None
     if cfg.llm is not None and cfg.llm.config.get("vocab_size") is None:
-        cfg.llm.config.vocab_size = _vocabulary(cfg)
-    return cfg
+        cfg.llm.config.vocab_size, known = _vocabulary(cfg)
+        if not known:
+            notes.append(f"Note        there is no tokenizer yet: a vocabulary of {ASSUMED_VOCABULARY} is assumed")
+    return cfg, notes
 
 
-def _vocabulary(cfg: DictConfig) -> int:
+def _vocabulary(cfg: DictConfig) -> tuple[int, bool]:
     try:
-        return len(instantiate(cfg.tokenizer))
+        return len(instantiate(cfg.tokenizer)), True
     except Exception:  # whatever the tokenizer lacks, the plan goes on with a guess and says so
-        return ASSUMED_VOCABULARY
+        return ASSUMED_VOCABULARY, False
 
 
 def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
@@ -63,16 +69,16 @@ def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
         "flops_per_sample": sum(flops.total for flops in plan.flops.values()),
         "memory": {name: asdict(peak) | {"total": peak.total} for name, peak in peaks.items()},
         "cheapest": cheapest(peaks, cfg.target.memory_gib * GIB, cfg.target.gpus),
-        **{name: value for name, value in asdict(plan.length).items()},
+        **asdict(plan.length),
         "checkpoint_bytes": plan.disk.checkpoint,
         "disk_bytes": plan.disk.kept,
         "round_trip_tensors": plan.round_trip,
     }
 
 
-def text(cfg: DictConfig, plan: Plan) -> str:
-    """The plan as aligned tables."""
-    sections = [
+def text(cfg: DictConfig, plan: Plan) -> list[str]:
+    """The plan as sections of aligned text."""
+    return [
         f"Dry run of {plan.recipe}: built on the meta device, nothing trained",
         plan.policy.table(),
         _tokens(cfg, plan),
@@ -81,7 +87,6 @@ def text(cfg: DictConfig, plan: Plan) -> str:
         _length(cfg, plan),
         f"Round trip  a small twin was saved and loaded: {plan.round_trip} tensors equal",
     ]
-    return "\n\n".join(sections)
 
 
 def _tokens(cfg: DictConfig, plan: Plan) -> str:
@@ -91,35 +96,43 @@ def _tokens(cfg: DictConfig, plan: Plan) -> str:
 
 
 def _flops(plan: Plan) -> str:
-    rows = [("TFLOP a sample", "forward", "to inputs", "to weights", "total")]
+    total = sum(flops.total for flops in plan.flops.values())
+    name, unit = ("TFLOP", 1e12) if total >= 1e11 else ("GFLOP", 1e9)
+    rows: list[Sequence[str]] = [(f"{name} a sample", "forward", "to inputs", "to weights", "total")]
     for part, flops in plan.flops.items():
         numbers = (flops.forward, flops.input_grad, flops.weight_grad, flops.total)
-        rows.append((part, *(f"{number / 1e12:.4g}" for number in numbers)))
-    total = sum(flops.total for flops in plan.flops.values())
-    rows.append(("all", "", "", "", f"{total / 1e12:.4g}"))
+        rows.append((part, *(f"{number / unit:.4g}" for number in numbers)))
+    rows.append(("all", "", "", "", f"{total / unit:.4g}"))
     return table(rows)
 
 
 def _memory(cfg: DictConfig, plan: Plan) -> str:
     peaks = _chosen_peaks(cfg, plan)
     other = plan.peaks if cfg.trainer.activation_checkpointing else plan.peaks_checkpointed
-    header = ("GiB a GPU", "weights", "gradients", "optimizer", "activations", "logits", "peak", "fits")
-    rows: list[Sequence[str]] = [header]
+    rows: list[Sequence[str]] = [
+        ("GiB a GPU", "weights", "gradients", "optimizer", "activations", "logits", "peak", "fits")
+    ]
     limit = cfg.target.memory_gib * GIB
     for name, peak in peaks.items():
         parts = (peak.weights, peak.gradients, peak.optimizer, peak.activations, peak.logits, peak.total)
-        rows.append((name, *(f"{part / GIB:.1f}" for part in parts), "yes" if peak.total <= limit else "no"))
+        rows.append((name, *(_gib(part) for part in parts), "yes" if peak.total <= limit else "no"))
     best = cheapest(peaks, limit, cfg.target.gpus)
-    saved = next(iter(peaks.values())).activations - next(iter(other.values())).activations
+    change = next(iter(other.values())).activations - next(iter(peaks.values())).activations
     switch = "off" if cfg.trainer.activation_checkpointing else "on"
     return "\n".join(
         [
             table(rows),
             f"Predicted for {cfg.batch.micro} rows of the longest kind on {cfg.target.gpus} GPUs of "
             f"{cfg.target.memory_gib:g} GiB; cheapest that fits: {best or 'none'}.",
-            f"trainer.activation_checkpointing {switch}: {-saved / GIB:+.1f} GiB.",
+            f"trainer.activation_checkpointing {switch}: {'+' if change > 0 else '-'}{_gib(abs(change))} GiB.",
         ]
     )
+
+
+def _gib(count: float) -> str:
+    """GiB with one digit, small numbers with two significant ones."""
+    value = count / GIB
+    return f"{value:.1f}" if value >= 1 or not value else f"{value:.2g}" if value >= 0.01 else f"{value:.4f}"
 
 
 def _chosen_peaks(cfg: DictConfig, plan: Plan) -> dict[str, Peak]:

@@ -141,13 +141,19 @@ class _Layers:
     current: _Layer | None = None
 
 
+def blocks(part: nn.Module) -> list[nn.Module]:
+    """The numbered layers of a part, if it has any."""
+    layers = getattr(part, "layers", None)
+    return list(layers) if isinstance(layers, nn.ModuleList) else []
+
+
 @contextmanager
 def _watch_layers(model: nn.Module) -> Iterator[_Layers]:
     """Know which numbered layer of which part is running."""
     layers = _Layers()
     handles = []
     for part, module in model.named_children():
-        for index, block in enumerate(getattr(module, "layers", None) or ()):
+        for index, block in enumerate(blocks(module)):
             layers.seen[f"{part}.{index}"] = layer = _Layer()
 
             def enter(_: nn.Module, args: Any, kwargs: Any, layer: _Layer = layer) -> None:

@@ -1,0 +1,117 @@
+"""Dry runs of every recipe at full size: exact parameter counts, tokens and steps, offline and without assets."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from vlm_train import config
+from vlm_train.dryrun.report import dry_run
+
+RECIPES = sorted(path.stem for path in (config.recipes_dir() / "recipe").glob("*.yaml"))
+
+CLIP_L14_336, CLIP_L14 = 303_507_456, 303_179_776
+LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
+LINEAR_7B, MLP_7B, MLP_13B = 4_198_400, 20_979_712, 31_467_520
+LORA_7B, LORA_13B = 319_815_680, 500_695_040
+
+# recipe: (vision, connector, llm without adapters, trainable, visual tokens, optimizer steps)
+FACTS = {
+    "llava1_stage1": (CLIP_L14, LINEAR_7B, LLAMA_7B, LINEAR_7B, 256, math.ceil(595_000 / 128)),
+    "llava1_stage2": (CLIP_L14, LINEAR_7B, LLAMA_7B, LINEAR_7B + LLAMA_7B, 256, math.ceil(3 * 158_000 / 32)),
+    "llava15_stage1": (CLIP_L14_336, MLP_7B, LLAMA_7B, MLP_7B, 576, 2181),
+    "llava15_stage2": (CLIP_L14_336, MLP_7B, LLAMA_7B, MLP_7B + LLAMA_7B, 576, 5198),
+    "llava15_13b_stage1": (CLIP_L14_336, MLP_13B, LLAMA_13B, MLP_13B, 576, 2181),
+    "llava15_13b_stage2": (CLIP_L14_336, MLP_13B, LLAMA_13B, MLP_13B + LLAMA_13B, 576, 5198),
+    "llava15_lora": (CLIP_L14_336, MLP_7B, LLAMA_7B + LORA_7B, MLP_7B + LORA_7B, 576, 5198),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a dry run must not use the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+@lru_cache(maxsize=1)
+def planned(*overrides: str) -> dict[str, Any]:
+    return dry_run(config.compose(["dry_run=true", *overrides]))
+
+
+def test_llava15_total_is_the_published_one() -> None:
+    assert CLIP_L14_336 + MLP_7B + LLAMA_7B == 7_062_902_784
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_counts_tokens_and_steps_are_exact(name: str) -> None:
+    plan = planned(f"recipe={name}")
+    vision, connector, llm, trainable, tokens, steps = FACTS[name]
+    assert plan["parameters"] == {"vision": vision, "connector": connector, "llm": llm}
+    assert plan["total"] == vision + connector + llm
+    assert plan["trainable"] == trainable
+    assert (plan["visual_tokens"], plan["steps"]) == (tokens, steps)
+    assert plan["warmup_steps"] == math.ceil(0.03 * steps)
+    assert plan["checkpoint_bytes"] == 3 * 4 * trainable, "weights and AdamW's two states in fp32; nothing frozen"
+
+
+def test_lora_13b() -> None:
+    plan = planned("recipe=llava15_lora", "llm=vicuna_13b_v15")
+    assert plan["trainable"] == MLP_13B + LORA_13B
+
+
+def test_linear_projector_13b() -> None:
+    plan = planned("recipe=llava1_stage1", "llm=vicuna_13b_v15")
+    assert plan["trainable"] == plan["parameters"]["connector"] == 5_248_000
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_dry_runs_without_assets(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    start = time.monotonic()
+    plan = dry_run(config.compose(["dry_run=true", f"recipe={name}", f"paths.data={tmp_path}"]))
+    assert time.monotonic() - start < 30  # the goal is 10 s on an idle machine
+    assert plan["recipe"] == name
+    assert 0 < plan["trainable"] <= plan["total"] == sum(plan["parameters"].values())
+    assert plan["flops_per_sample"] > 0 and plan["steps"] > 0 and plan["cheapest"] is not None
+    assert plan["round_trip_tensors"] > 0
+    printed = capsys.readouterr().out
+    for word in (name, f"{plan['total']:,}", "visual tokens", "optimizer steps", "GiB a GPU", "a checkpoint"):
+        assert word in printed
+
+
+def test_what_is_still_open_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    planned.cache_clear()
+    planned("recipe=llava1_stage2")
+    printed = capsys.readouterr().out
+    assert "init_from[0].run is still open" in printed
+    assert "llm.weights is still open" in printed
+
+
+def test_shards_count_more_than_the_published_size(tmp_path: Any) -> None:
+    from data_pipelines.manifest import FileInfo, Manifest
+
+    folder = tmp_path / "llava_558k" / "train"
+    folder.mkdir(parents=True)
+    index = FileInfo(name="index.npz", bytes=0, sha256="")
+    Manifest(samples=2560, shards=(), index=index).write(folder)
+    plan = planned("recipe=llava15_stage1", f"paths.data={tmp_path}")
+    assert (plan["samples"], plan["steps"]) == (2560, 10)
+    assert planned("recipe=llava15_stage1", f"paths.data={tmp_path}", "trainer.max_steps=7")["steps"] == 7
+    assert planned("recipe=llava15_stage1", f"paths.data={tmp_path}", "data.limit=256")["steps"] == 1
+
+
+def test_sgd_needs_no_state() -> None:
+    plan = planned("recipe=llava15_stage1", "optim=sgd")
+    assert plan["checkpoint_bytes"] == 4 * MLP_7B
+    assert plan["memory"]["ddp"]["optimizer"] == 0
+
+
+def test_memory_decides_the_strategy() -> None:
+    assert planned("recipe=llava15_stage1")["cheapest"] == "ddp"
+    assert planned("recipe=llava15_stage2")["cheapest"] in ("zero1", "zero2")  # published: zero3
+    assert planned("recipe=llava15_stage2", "target.memory_gib=24")["cheapest"] is None

@@ -1,0 +1,42 @@
+"""The save and load round trip of a small twin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from vlm_train import config
+from vlm_train.dryrun.report import without_assets
+from vlm_train.dryrun.twin import round_trip, small
+from vlm_train.errors import CheckpointError
+
+
+def recipe(name: str) -> Any:
+    return without_assets(config.compose(["dry_run=true", f"recipe={name}"]))[0]
+
+
+@pytest.mark.parametrize("name", ["llava15_stage1", "llava15_lora", "easyvqa_clip"])
+def test_every_tensor_comes_back(name: str) -> None:
+    assert round_trip(recipe(name)) > 20
+
+
+def test_the_twin_is_small_and_of_the_same_parts() -> None:
+    cfg = recipe("llava15_stage1")
+    twin = small(cfg)
+    assert (twin.vision.config.hidden_size, twin.llm.weights) == (32, None)
+    assert (cfg.vision.config.hidden_size, twin.connector) == (1024, cfg.connector)
+
+
+def test_a_save_that_loses_values_is_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = safetensors.torch.save_model
+
+    def damaged(model: Any, path: str) -> None:
+        model.connector.layers[0].weight.data += 1
+        save(model, path)
+        model.connector.layers[0].weight.data -= 1
+
+    monkeypatch.setattr(safetensors.torch, "save_model", damaged)
+    with pytest.raises(CheckpointError, match=r"1 tensors differ, for example connector\.layers\.0\.weight"):
+        round_trip(recipe("llava15_stage1"))

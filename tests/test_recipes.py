@@ -1,0 +1,109 @@
+"""Every recipe and schedule: how it is written, that it composes and checks, and that it says what was published."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from vlm_train import config
+from vlm_train.check import check
+
+RECIPES = sorted(path.stem for path in (config.recipes_dir() / "recipe").glob("*.yaml"))
+SCHEDULES = sorted(path.stem for path in (config.recipes_dir() / "schedule").glob("*.yaml"))
+FILES = sorted(config.recipes_dir().glob("*/*.yaml"))
+
+# Source of every row: recipe_name, then the numbers of the paper or script named in the recipe's first lines.
+# LLaVA-1.0: README.md v1.0.1; LLaVA-1.5: scripts/v1_5/{pretrain,finetune,finetune_lora}.sh.
+PUBLISHED = {
+    # recipe: (learning rate, samples a step, epochs, warm-up ratio, weight decay, max length, template, image)
+    "llava1_stage1": (2e-3, 128, 1, 0.03, 0.0, 2048, "plain", "crop"),
+    "llava1_stage2": (2e-5, 32, 3, 0.03, 0.0, 2048, "v0", "crop"),
+    "llava15_stage1": (1e-3, 256, 1, 0.03, 0.0, 2048, "plain", "crop"),
+    "llava15_stage2": (2e-5, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
+    "llava15_13b_stage1": (1e-3, 256, 1, 0.03, 0.0, 2048, "plain", "crop"),
+    "llava15_13b_stage2": (2e-5, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
+    "llava15_lora": (2e-4, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
+}
+
+
+def test_there_are_recipes() -> None:
+    assert set(PUBLISHED) < set(RECIPES)
+    assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_is_a_short_list_of_deltas(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[0] == "# @package _global_", "Hydra would put it under its group's name otherwise"
+    assert lines[1].startswith("# "), "says what it is"
+    assert len(lines) <= 45
+    assert "_target_" not in text, "components live in conf/"
+    assert "hydra" not in text
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_every_number_names_its_source(name: str) -> None:
+    path = config.recipes_dir() / "recipe" / f"{name}.yaml"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        value, _, comment = line.partition(" #")
+        if re.search(r":.*[^\w.]\d", value) and not line.startswith("#"):
+            assert comment.strip(), f"{name}: {line}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_composes_and_checks(name: str) -> None:
+    cfg = config.compose([f"recipe={name}", "dry_run=true"])
+    assert cfg.recipe_name == name
+    check(cfg, need_assets=False)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_says_what_was_published(name: str) -> None:
+    cfg = config.compose([f"recipe={name}"])
+    lr, samples, epochs, warmup, decay, length, template, image = PUBLISHED[name]
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs) == (lr, samples, epochs)
+    assert cfg.optim._target_ == "vlm_train.optim.adamw"
+    assert (list(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == ([0.9, 0.999], 1e-8, decay)
+    assert cfg.lr_schedule._target_ == "vlm_train.optim.cosine"
+    assert (cfg.lr_schedule.warmup_ratio, cfg.lr_schedule.min_ratio) == (warmup, 0.0)
+    assert cfg.trainer.clip_norm is None, "LLaVA's DeepSpeed JSON names no clipping, so none happened"
+    assert cfg.trainer.precision == "bf16-mixed"
+    assert cfg.data.max_length == length
+    assert cfg.batch.samples == 8 * cfg.batch.micro, "the scripts run on 8 GPUs without accumulation"
+    for group, option in (("template", template), ("image", image)):
+        assert cfg[group] == OmegaConf.load(config.config_dir() / group / f"{option}.yaml")
+
+
+def test_lora_learns_adapters_and_the_projector_at_their_own_rates() -> None:
+    cfg = config.compose(["recipe=llava15_lora"])
+    assert (cfg.peft.rank, cfg.peft.alpha, cfg.peft.dropout) == (128, 256, 0.05)
+    assert {rule.match: rule.lr for rule in cfg.params.rules} == {
+        r"llm\..*\.lora_[AB]\..*": 2e-4,
+        r"connector\..*": 2e-5,
+        ".*": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["llava1_stage2", "llava15_stage2", "llava15_13b_stage2", "llava15_lora"])
+def test_a_second_stage_says_what_it_waits_for(name: str) -> None:
+    cfg = config.compose([f"recipe={name}"])
+    assert OmegaConf.is_missing(cfg.init_from[0], "run")
+    assert list(cfg.init_from[0].parts) == ["connector"]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_hands_over_what_its_recipes_wait_for(name: str) -> None:
+    cfg = config.compose([f"schedule={name}"])
+    assert cfg.schedule.name == name
+    earlier: list[str] = []
+    for stage in cfg.schedule.stages:
+        assert stage.recipe in RECIPES
+        recipe = config.compose([f"recipe={stage.recipe}"])
+        assert all(source.run in earlier for source in stage.init_from)
+        assert [list(s.parts) for s in stage.init_from] == [list(s.parts) for s in recipe.init_from]
+        earlier.append(stage.recipe)
+    assert len(earlier) > 1
