@@ -9,7 +9,6 @@ import pytest
 
 from vlm_train.dryrun.memory import RUNTIME, STRATEGIES, Needs, cheapest, peak
 
-
 NEEDS = Needs(
     parameters=1000, trainable=1000, largest_layer=0, states=2, precision="bf16-mixed", activations=0, logits=0
 )
