@@ -26,6 +26,7 @@ from vlm_train.export.llava import export_llava, import_llava, verify_export
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.prefix import PrefixVLM
+from vlm_train.peft import lora
 
 
 def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
@@ -86,6 +87,23 @@ def test_a_served_prompt_gives_our_logits(tmp_path):
     expected_ids = torch.where(batch.text["llm"].ids == PLACEHOLDER_ID, 97, batch.text["llm"].ids)
     assert torch.equal(inputs["input_ids"], expected_ids)
     assert_close(logits[..., :97], ours)
+
+
+def test_adapters_are_merged_into_the_copy_only(tmp_path):
+    model = tiny_vlm().eval()
+    lora(model=model, match=r"llm\..*(q_proj|down_proj)", rank=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    names = list(model.state_dict())
+    export_llava(model, tokenizer_of(97), tmp_path)  # compares logits with the adapted model
+    assert list(model.state_dict()) == names
+    plain = tiny_vlm().eval()
+    import_llava(plain, tmp_path)
+    layer = model.llm.layers[0].self_attn.q_proj
+    merged = plain.llm.layers[0].self_attn.q_proj.weight
+    assert_close(merged, layer.base_layer.weight + layer.get_delta_weight("default"))
 
 
 def test_a_folder_with_other_weights_is_not_accepted(tmp_path, monkeypatch):

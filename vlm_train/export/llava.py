@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import AssetError, ConfigError
+from vlm_train.export.merged import merged_state
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.prefix import PrefixVLM
@@ -37,7 +38,7 @@ def export_llava(
     """Write `model` as a `LlavaForConditionalGeneration` folder with tokenizer and processor, and verify it.
 
     Args:
-        model: a composition that LLaVA can express, adapters merged, in eval mode.
+        model: a composition that LLaVA can express, in eval mode; adapters on its llm are merged into the copy.
         tokenizer: the tokenizer it was trained with; the copy that is written gains `<image>` if it has none.
         folder: where to write; created.
         image_mode: `crop`, `pad` or `resize`, see `ImageTransform`.
@@ -119,19 +120,19 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise AssetError(f"import: {str(folder)!r} is not a LLaVA checkpoint: {error}") from error
     state = llava.state_dict()
-    decoder_name = _embedding_name(model.llm)
-    tables = {f"model.language_model.{decoder_name}.weight": None, "lm_head.weight": None}
+    embedding = f"{_embedding_name(model.llm)}."
     try:
         model.vision.model.load_state_dict(_under(state, "model.vision_tower."))
         model.connector.layers[0].load_state_dict(_under(state, "model.multi_modal_projector.linear_1."))
         model.connector.layers[2].load_state_dict(_under(state, "model.multi_modal_projector.linear_2."))
-        body = {k: v for k, v in _under(state, "model.language_model.").items() if k != f"{decoder_name}.weight"}
+        body = _under(state, "model.language_model.")
+        table = body.pop(f"{embedding}weight")
         missing, unexpected = model.llm.decoder.load_state_dict(body, strict=False)
     except RuntimeError as error:
         raise AssetError(f"import: {str(folder)!r} does not fit the model: {error}") from error
-    if unexpected or any(not key.startswith(f"{decoder_name}.") for key in missing):
+    if unexpected or any(not key.startswith(embedding) for key in missing):
         raise AssetError(f"import: {str(folder)!r}: missing {missing}, unexpected {unexpected}")
-    _fill_rows(model.llm, *(state[key] for key in tables))
+    _fill_rows(model.llm, table, state["lm_head.weight"])
 
 
 def _check_composition(model: Any) -> None:
@@ -152,7 +153,7 @@ def _check_composition(model: Any) -> None:
         if getattr(head, "bias", None) is not None:
             problems.append("llm: LLaVA's head has no bias")
     if problems:
-        raise ConfigError([f"export: {problem}" for problem in problems])
+        raise ConfigError(problems)
 
 
 def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:
@@ -185,7 +186,7 @@ def _llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
     for ours, theirs in ((0, 1), (2, 2)):
         for key, value in model.connector.layers[ours].state_dict().items():
             state[f"model.multi_modal_projector.linear_{theirs}.{key}"] = value
-    for key, value in model.llm.decoder.state_dict().items():
+    for key, value in merged_state(model.llm.decoder).items():
         if not key.startswith(f"{name}."):
             state[f"model.language_model.{key}"] = value
     embedding, head = _rows(model.llm)
