@@ -103,3 +103,12 @@ def test_shared_storage_is_counted_once() -> None:
         x = torch.zeros(100, requires_grad=True)
     seen = trace(weight, lambda: (x * x).sum() + (x.view(10, 10) * x.view(10, 10)).sum())
     assert seen.activations == 400
+
+
+def test_meta_and_real_tensors_are_traced_alike() -> None:
+    seen = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model, x = Deep(2), torch.zeros(10, 16)
+        seen.append(trace(model, lambda model=model, x=x: model(x)))
+    assert seen[0] == seen[1]
