@@ -259,6 +259,16 @@ def test_multirun_starts_each_job_as_a_child(
     assert {path.name for path in Path().iterdir()} == {"runs"}, "Hydra made a folder of its own"
 
 
+def test_multirun_finds_the_users_recipes(
+    dispatched: list[DictConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    jobs: list[DictConfig] = []
+    monkeypatch.setattr(launch, "run_child", lambda cfg, devices: jobs.append(cfg) or {})
+    folder = recipe(tmp_path, "# @package _global_\nbatch: {samples: 8}\n")
+    assert cli.main(["--config-dir", folder, "-m", "recipe=mine", "seed=1,2"]) == 0
+    assert [(job.recipe_name, job.batch.samples, job.seed) for job in jobs] == [("mine", 8, 1), ("mine", 8, 2)]
+
+
 def test_launch_must_match_how_the_process_was_started(
     dispatched: list[DictConfig], fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,11 @@ def test_runs_that_an_earlier_stage_fills_are_expected(tmp_path: Path) -> None:
     assert not any("init_from" in line for line in missing_assets(cfg, [tmp_path / "later"]))
 
 
+def test_inherited_constructors_and_moved_names_are_followed() -> None:
+    assert list(read_signature("vlm_train.errors.AssetError").parameters) == ["problems"]
+    assert read_signature("vlm_train.check.AssetError") == read_signature("vlm_train.errors.AssetError")
+
+
 def test_check_does_not_import_torch() -> None:
     code = (
         "import sys; from vlm_train import config, check; "

@@ -173,12 +173,13 @@ def test_folder_of_another_configuration_is_refused(cfg: DictConfig) -> None:
     [
         ({}, "local"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "srun"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "local"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "srun"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, "local"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "local"),
     ],
 )
 def test_started_by(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -79,6 +79,17 @@ def test_one_stage_can_be_changed(folder: Path, ran: list[DictConfig]) -> None:
     assert (ran[0].optim.lr, ran[0].batch.micro, ran[1].batch.micro) == (0.125, 2, 1)
 
 
+def test_override_applies_where_its_key_exists(folder: Path, ran: list[DictConfig]) -> None:
+    (folder / "recipe/second.yaml").write_text(
+        SECOND.replace("batch:", "defaults:\n  - override /connector: linear\nbatch:")
+    )
+    run(folder, "connector.depth=3")
+    assert ran[0].connector.depth == 3 and "depth" not in ran[1].connector
+    with pytest.raises(ConfigError) as caught:
+        run(folder, "connector.dept=3")
+    assert [line.partition(":")[0] for line in caught.value.problems] == ["stage 0 (first)", "stage 1 (second)"]
+
+
 def test_change_of_a_stage_changes_the_runs_after_it(folder: Path, ran: list[DictConfig]) -> None:
     run(folder)
     run(folder, "schedule.stages.0.overrides=['optim.lr=0.125']")

@@ -60,7 +60,8 @@ def started_by() -> str:
     """Who started this process: torchrun, srun, or local (the user, or `run_child`)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         return "torchrun"
-    return "srun" if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 else "local"
+    in_step = "SLURM_STEP_ID" in os.environ  # a batch script has a SLURM_PROCID too, but no step
+    return "srun" if in_step and int(os.environ.get("SLURM_NTASKS", 1)) > 1 else "local"
 
 
 def check_environment(cfg: DictConfig) -> None:

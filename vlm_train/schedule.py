@@ -1,7 +1,8 @@
 """A schedule: an ordered list of recipes with their hand-off, supervised by one process.
 
 Every stage is composed and checked before the first one starts. Each runs as a child; finished ones are skipped, and
-the first failure stops the schedule, so that the same command goes on where it stopped.
+the first failure stops the schedule, so that the same command goes on where it stopped. The command line's overrides
+apply to every stage that has their key; `"schedule.stages.1.overrides=['optim.lr=1e-3']"` changes one stage.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vlm_train import config, launch, provenance
 from vlm_train.assets import missing_assets
@@ -80,9 +81,10 @@ def plan(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str
     name = str(next(o for o in own if _key(o) == "schedule").partition("=")[2])
     stages: list[PlannedStage] = []
     problems: list[str] = []
+    fitting = _fitting_overrides(schedule, common, dirs)
     for index, stage in enumerate(schedule.stages):
         try:
-            stages.append(_plan_stage(schedule, index, stages, common, dirs))
+            stages.append(_plan_stage(schedule, index, stages, fitting[index], dirs))
         except ConfigError as error:
             problems += [f"stage {index} ({stage.recipe}): {line}" for line in error.problems]
     if not schedule.stages:
@@ -92,6 +94,31 @@ def plan(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str
     if missing := _missing_assets(stages):
         raise AssetError(missing)
     return name, stages
+
+
+def _fitting_overrides(schedule: DictConfig, common: list[str], dirs: Sequence[str | Path]) -> list[list[str]]:
+    """The command line's overrides for each stage: those whose key it has, such as `eval.answers.limit`.
+
+    A key that no stage has stays in all of them, to be reported.
+    """
+    choices = [o for o in common if _key(o) in config.groups(dirs)]
+    absent: list[set[str]] = []
+    for stage in schedule.stages:
+        try:
+            cfg = config.compose([f"recipe={stage.recipe}", *stage.overrides, *choices], dirs)
+        except (*Composition, ConfigError):
+            absent.append(set())
+            continue
+        plain = [o for o in common if o not in choices and not o.startswith(("+", "~"))]
+        absent.append({o for o in plain if not _has(cfg, _key(o))})
+    nowhere = set.intersection(*absent) if absent else set()
+    return [[o for o in common if o not in missing - nowhere] for missing in absent]
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
+    return node is not None and (not OmegaConf.is_dict(node) or name in node)
 
 
 def _missing_assets(stages: Sequence[PlannedStage]) -> list[str]:

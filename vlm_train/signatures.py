@@ -15,6 +15,8 @@ from typing import Any
 OURS = ("vlm_train", "data_pipelines")
 """Packages whose source is read; every other target has to be imported to be checked."""
 
+ROOT = Path(__file__).resolve().parent.parent
+
 Aliases = Callable[[str], "str | None"]
 
 
@@ -58,10 +60,37 @@ def is_ours(target: str) -> bool:
 
 
 @cache
-def _loader() -> Any:
+def _module(name: str) -> Any:
+    """The parsed source of one of our modules, alone: reading whole packages would take a second."""
     import griffe
 
-    return griffe.GriffeLoader(allow_inspection=False, search_paths=[Path(__file__).resolve().parent.parent])
+    base = ROOT / Path(*name.split("."))
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    return griffe.visit(name, filepath=path, code=path.read_text(encoding="utf-8"))
+
+
+def _find(target: str) -> Any:
+    """The class, function or value that a dotted path names, imports followed. Raises UnknownTarget."""
+    where, _, name = target.rpartition(".")
+    if not _is_module(where):
+        package, _, missing = where.rpartition(".")
+        raise UnknownTarget(f"{package} has no '{missing}'.{hint(missing, _submodules(package), package + '.')}")
+    members = _module(where).members
+    if name not in members:
+        names = [known for known, member in members.items() if not known.startswith("_") and not member.is_alias]
+        raise UnknownTarget(f"{where} has no '{name}'.{hint(name, [*names, *_submodules(where)], where + '.')}")
+    found = members[name]
+    return _find(found.target_path) if found.is_alias and is_ours(found.target_path) else found
+
+
+def _submodules(package: str) -> list[str]:
+    folder = ROOT / Path(*package.split("."))
+    return [path.stem for path in folder.iterdir() if _is_module(f"{package}.{path.stem}")] if folder.is_dir() else []
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT / Path(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 @cache
@@ -69,20 +98,9 @@ def read_signature(target: str) -> Signature:
     """The signature of one of our own targets, from its source. Raises UnknownTarget."""
     import griffe
 
-    package, *parts = target.split(".")
-    found = _loader().load(package)
-    for depth, part in enumerate(parts):
-        if found.is_alias:
-            found = found.final_target
-        if part not in found.members:
-            where = ".".join([package, *parts[:depth]])
-            names = [name for name, member in found.members.items() if not name.startswith("_") and not member.is_alias]
-            raise UnknownTarget(f"{where} has no '{part}'.{hint(part, names, where + '.')}")
-        found = found.members[part]
-    if found.is_alias:
-        found = found.final_target
-    if not (found.is_class or found.is_function):
-        raise UnknownTarget(f"{target} is neither a class nor a function.")
+    found = _find(target)
+    if found.is_alias or not (found.is_class or found.is_function):
+        raise UnknownTarget(f"{target} is neither a class nor a function of ours.")
     variadic = (griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword)
     listed = [p for p in _parameters(found) if p.name not in ("self", "cls")]
     return Signature(
@@ -96,11 +114,28 @@ def read_signature(target: str) -> Signature:
     )
 
 
-def _parameters(found: Any) -> Iterable[Any]:
-    """Arguments of a function, or of the constructor of a class, inherited ones included."""
-    if found.is_function or "__init__" in found.all_members:
-        return found.parameters if found.is_function else found.all_members["__init__"].parameters
-    return found.parameters
+def _parameters(found: Any) -> list[Any]:
+    """Arguments of a function, or of the constructor of a class: its own, its dataclass's, or a base's."""
+    if found.is_function:
+        return list(found.parameters)
+    if "__init__" in found.members:
+        return list(found.members["__init__"].parameters)
+    if any(decorator.callable_path == "dataclasses.dataclass" for decorator in found.decorators):
+        return _fields(found)
+    for base in found.bases:
+        path = base if isinstance(base, str) else base.canonical_path
+        if is_ours(path):
+            return _parameters(_find(path))
+    return []
+
+
+def _fields(found: Any) -> list[Any]:
+    """The fields of a dataclass as arguments."""
+    import griffe
+
+    keyword = griffe.ParameterKind.positional_or_keyword
+    fields = [member for member in found.members.values() if member.is_attribute and member.annotation is not None]
+    return [griffe.Parameter(f.name, annotation=f.annotation, kind=keyword, default=f.value) for f in fields]
 
 
 def _aliases_of(module: Any) -> Aliases:
@@ -109,7 +144,7 @@ def _aliases_of(module: Any) -> Aliases:
     def alias(name: str) -> str | None:
         member = module.members.get(name)
         if member is not None and member.is_alias and is_ours(member.target_path):
-            member = member.final_target
+            member = _find(member.target_path)
         if member is None or member.is_alias or not member.is_attribute or member.value is None:
             return None
         return str(member.value)
