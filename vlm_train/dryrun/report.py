@@ -22,7 +22,7 @@ def dry_run(cfg: DictConfig) -> dict[str, Any]:
 
     cfg, notes = without_assets(cfg)
     plan = make_plan(cfg, build_model(cfg, meta=True))
-    print("\n\n".join([*text(cfg, plan), *notes]))
+    print("\n\n".join([*text(cfg, plan), "\n".join(notes)]).rstrip())
     return as_dict(cfg, plan)
 
 
@@ -122,7 +122,7 @@ def _memory(cfg: DictConfig, plan: Plan) -> str:
     return "\n".join(
         [
             table(rows),
-            f"Predicted for {cfg.batch.micro} rows of the longest kind on {cfg.target.gpus} GPUs of "
+            f"Predicted for {cfg.batch.micro} rows of the longest kind on {cfg.target.gpus} x "
             f"{cfg.target.memory_gib:g} GiB; cheapest that fits: {best or 'none'}.",
             f"trainer.activation_checkpointing {switch}: {'+' if change > 0 else '-'}{_gib(abs(change))} GiB.",
         ]
