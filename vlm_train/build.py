@@ -1,0 +1,110 @@
+"""Configuration -> objects. The only place that threads widths, tokenizer and image layout between parts."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
+from vlm_train.randomness import derive_seed
+
+PARTS = ("vision", "connector", "llm")
+
+
+@dataclass
+class Built:
+    """The objects of a run."""
+
+    cfg: DictConfig
+    model: nn.Module
+    tokenizer: Any
+    template: Any
+    layout: MediaLayout
+    image: ImageTransform | None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of one view; a small dummy where the family has no images."""
+        return self.image.size if self.image is not None else (8, 8)
+
+
+def make(node: DictConfig, **threaded: Any) -> Any:
+    """Call a node's `_target_` with its options and what the other parts give."""
+    return instantiate(node, _partial_=True, _convert_="all")(**threaded)
+
+
+def build(cfg: DictConfig) -> Built:
+    """Build everything a run needs but its data."""
+    tokenizer = make(cfg.tokenizer)
+    template = make(cfg.template)
+    template.check(tokenizer)
+    model = build_model(cfg, tokenizer)
+    image = build_image(cfg, model)
+    return Built(cfg, model, tokenizer, template, build_layout(model, image), image)
+
+
+def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -> nn.Module:
+    """The model of a configuration: parts, their weights, the family's wiring, adapters.
+
+    Args:
+        tokenizer: gives the vocabulary size where `llm.config` leaves it open.
+        meta: on the meta device, without weights.
+    """
+    family = get_class(cfg.model._target_)
+    wanted = [name for name in PARTS if name in inspect.signature(family).parameters]
+    parts: dict[str, Any] = {}
+    with torch.device("meta" if meta else "cpu"):
+        for name in (n for n in ("vision", "llm", "connector") if n in wanted):
+            torch.manual_seed(derive_seed(cfg.seed, "init", name))
+            parts[name] = make(cfg[name], **_threaded(name, parts, cfg, tokenizer))
+            if not meta and getattr(parts[name], "weights", None):
+                parts[name].load_weights()
+        torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
+        model = cast(nn.Module, make(cfg.model, **parts))
+        if cfg.peft is not None:
+            torch.manual_seed(derive_seed(cfg.seed, "init", "peft"))
+            make(cfg.peft, model=model)
+    return model
+
+
+def _threaded(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any) -> dict[str, Any]:
+    """What the other parts decide about part `name`."""
+    if name == "connector":
+        return {"in_dim": parts["vision"].out_dim, "out_dim": parts["llm"].dim}
+    if name == "llm" and tokenizer is not None and cfg.llm.config.get("vocab_size") is None:
+        return {"vocab_size": len(tokenizer)}
+    return {}
+
+
+def build_image(cfg: DictConfig, model: Any) -> ImageTransform | None:
+    """The image transform, with the size and mean of the model's tower; None without a tower."""
+    vision = getattr(model, "vision", None)
+    if vision is None:
+        return None
+    return cast(ImageTransform, make(cfg.image, size=tuple(vision.image_size), mean=tuple(vision.image_mean)))
+
+
+def build_layout(model: Any, image: ImageTransform | None) -> MediaLayout:
+    """The media layout: a picklable object without weights."""
+    connector = getattr(model, "connector", None)
+    if connector is None or image is None:
+        return NoMedia()
+    return GridLayout(ViewGrid(image, model.vision.patch_grid), connector.token_grid)
+
+
+@dataclass(frozen=True)
+class ViewGrid:
+    """Patch grid of the view that the image transform makes of a media item."""
+
+    image: ImageTransform
+    patch_grid: Any
+
+    def __call__(self, size: Any) -> Any:
+        return self.patch_grid(self.image.view_size(size))

@@ -1,0 +1,218 @@
+"""The Lightning side: sums the objectives, normalises over the whole global batch, logs. Plain nn.Modules do the work."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from vlm_train.data.batch import Batch, Window
+from vlm_train.errors import TrainingError
+from vlm_train.objectives.base import Loss, Objective, identity_gather
+from vlm_train.params import Policy, freeze_eval
+from vlm_train.randomness import derive_seed
+
+
+class VLMModule(pl.LightningModule):
+    """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
+
+    The loss of a micro-batch is its sum over the denominator of the whole optimizer step on all ranks, times the micro-batch
+    and rank counts that Lightning and DDP divide by. So the gradient does not depend on how a step is cut into pieces.
+    """
+
+    strict_loading = False  # checkpoints hold what learns; `checkpoint.py` checks that nothing else is missing
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: Mapping[str, Objective],
+        policy: Policy,
+        make_optimizer: Any,
+        make_schedule: Any,
+        *,
+        seed: int,
+        total_steps: int,
+        normalise: str = "token",
+        log_every: int = 10,
+        max_bad_samples: int = 100,
+        min_supervised_ratio: float = 0.0,
+        folder: Path,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objectives = dict(objectives)
+        self.policy = policy
+        self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
+        self.seed, self.total_steps, self.normalise = seed, total_steps, normalise
+        self.log_every, self.max_bad, self.min_supervised = log_every, max_bad_samples, min_supervised_ratio
+        self.folder = folder
+        self.totals: dict[str, Tensor] = {}
+        self.denominators: dict[str, float] = {}
+        self.counts = {"samples": 0, "tokens": 0, "supervised": 0, "skipped": 0}
+        self.bad_in_a_row = 0
+        self.grad_norm: Tensor | None = None
+        self.since = time.perf_counter()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
+        del dataloader_idx
+        return batch.to(device)
+
+    def train(self, mode: bool = True) -> VLMModule:
+        """Training mode, with frozen parts kept in eval mode."""
+        super().train(mode)
+        if mode:
+            freeze_eval(self.model)
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Losses of one micro-batch. Randomness (dropout) is addressed by step, micro-batch and rank."""
+        window = batch.window
+        assert window is not None
+        torch.manual_seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
+        if window.micro == 0:
+            self._open(window)
+        total = torch.zeros((), device=self.device)
+        for objective in self.objectives.values():
+            for name, loss in objective(self.model, batch, identity_gather).items():
+                value = loss.sum * (loss.weight / max(self.denominators.get(objective.stream, 0.0), 1e-8))
+                total = total + value
+                self._add(name, loss)
+        return total * (window.micro_count * self.trainer.world_size)
+
+    def _open(self, window: Window) -> None:
+        """Start an optimizer step: one all-reduce gives the denominators; bad samples are counted."""
+        names = sorted(window.sums)
+        sums = torch.tensor([sum(window.sums[n].values()) for n in names], dtype=torch.float64)
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
+        self.denominators = dict(zip(names, sums.tolist(), strict=True))
+        for name in ("samples", "tokens", "supervised"):
+            self.counts[name] += getattr(window, name)
+        if window.problems:
+            self._quarantine(window)
+        elif window.samples:
+            self.bad_in_a_row = 0
+
+    def _quarantine(self, window: Window) -> None:
+        self.counts["skipped"] += len(window.problems)
+        self.bad_in_a_row = len(window.problems) + (0 if window.samples else self.bad_in_a_row)
+        with open(self.folder / f"quarantine-{self.global_rank}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": window.step, "problem": p}) + "\n" for p in window.problems)
+        if self.bad_in_a_row > self.max_bad:
+            raise TrainingError(
+                f"data.train: {self.bad_in_a_row} bad samples in a row, allowed trainer.max_bad_samples={self.max_bad}. "
+                f"Last: {window.problems[-1]}"
+            )
+
+    def _add(self, name: str, loss: Loss) -> None:
+        entries = {f"{name}/sum": loss.sum, f"{name}/count": loss.count} | {
+            f"{name}/{key}": value * loss.count for key, value in loss.metrics.items()
+        }
+        for key, value in entries.items():
+            held = self.totals.get(key)
+            self.totals[key] = value.detach().float() if held is None else held + value.detach().float()
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the global norm, and keep the norm for the log."""
+        del optimizer, gradient_clip_algorithm
+        parameters = [p for group in self.policy.groups for p in group.parameters]
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """After an optimizer step: bound the temperature, check health, log at intervals."""
+        window = batch.window
+        if window is None or window.micro + 1 < window.micro_count:
+            return
+        if hasattr(self.model, "clamp_"):
+            self.model.clamp_()
+        if self.global_step % self.log_every == 0 or self.global_step == self.total_steps:
+            self._log()
+
+    def _log(self) -> None:
+        row = self._means(self.totals)
+        if not all(torch.isfinite(torch.tensor(v)) for v in row.values()):
+            raise TrainingError(f"training: the loss is not finite at step {self.global_step}: {row}")
+        ratio = self.counts["supervised"] / max(self.counts["tokens"], 1)
+        if "lm" in self.objectives and ratio < self.min_supervised:
+            raise TrainingError(
+                f"data: only {ratio:.2%} of the last {self.counts['tokens']} tokens are supervised, less than "
+                f"trainer.min_supervised_ratio={self.min_supervised:.2%}. Look at what is learned with mode=show."
+            )
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        row |= {f"lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups}
+        row |= {"samples_per_second": self.counts["samples"] / seconds, "tokens_per_second": self.counts["tokens"] / seconds}
+        row |= {"supervised_share": ratio, "skipped": self.counts["skipped"]}
+        if self.grad_norm is not None:
+            row["grad_norm"] = float(self.grad_norm)
+        self.write("train", row)
+        self.totals = {}
+        self.counts = dict.fromkeys(self.counts, 0)
+
+    def _means(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over ranks: `loss` in all, then every objective and metric."""
+        names = sorted(totals)
+        values = torch.stack([totals[n] for n in names]) if names else torch.zeros(0)
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="sum")
+        by_name = dict(zip(names, values.tolist(), strict=True))
+        row: dict[str, float] = {}
+        for name in names:
+            objective, kind = name.rsplit("/", 1)
+            if kind != "count":
+                key = f"{objective}_loss" if kind == "sum" else f"{objective}_{kind}"
+                row[key] = by_name[name] / max(by_name[f"{objective}/count"], 1e-8)
+        losses = [value for key, value in row.items() if key.endswith("_loss")]
+        return {"loss": sum(losses)} | row
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the losses of a held-out batch."""
+        if not batch.references:
+            return
+        for objective in self.objectives.values():
+            for name, loss in objective(self.model, batch, identity_gather).items():
+                for key, value in {"sum": loss.sum, "count": loss.count}.items():
+                    held = self.validation.get(f"{name}/{key}")
+                    self.validation[f"{name}/{key}"] = value.detach() if held is None else held + value.detach()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums."""
+        self.validation: dict[str, Tensor] = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out loss."""
+        if self.validation:
+            self.validation_metrics = self._means(self.validation)
+            self.write("val", self.validation_metrics)
+
+    def write(self, split: str, row: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl (the record of truth) and pass it to the loggers."""
+        if self.global_rank:
+            return
+        line = {"step": self.global_step, "time": time.time(), "split": split, **row}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in ("loss", "accuracy", "grad_norm", "samples_per_second"))
+        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown}", flush=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer over the policy's groups, its schedule per optimizer step."""
+        optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
+        schedule = self.make_schedule(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what learns; frozen weights are known from where they came."""
+        learned = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learned}
