@@ -31,9 +31,7 @@ def adamw(
     return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-def sgd(
-    params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
-) -> Optimizer:
+def sgd(params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
     """Plain SGD: for parity tests across strategies, where Adam's scale invariance would hide errors."""
     from torch.optim import SGD
 

@@ -77,7 +77,8 @@ class Policy:
         for row in self.rows:
             lr = "frozen" if row.lr is None else f"{row.lr:g}"
             decay = "-" if row.weight_decay is None else f"{row.weight_decay:g}"
-            lines.append((row.part, f"{row.parameters:,}", lr, decay, row.rule + (f"  ({row.note})" if row.note else "")))
+            rule = f"{row.rule}  ({row.note})" if row.note else row.rule
+            lines.append((row.part, f"{row.parameters:,}", lr, decay, rule))
         lines.append(("total", f"{self.total:,}", "", "", f"{self.trainable:,} train"))
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         return "\n".join(
@@ -148,14 +149,16 @@ def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.P
     decided: dict[str, tuple[nn.Parameter, RuleLike]] = {}
     missed: list[str] = []
     for name, parameter in named.items():
-        rule = next((rule for pattern, rule in patterns if pattern.fullmatch(name)), None)
-        if rule is None:
+        first = next((rule for pattern, rule in patterns if pattern.fullmatch(name)), None)
+        if first is None:
             missed.append(name)
         else:
-            decided[name] = (parameter, rule)
+            decided[name] = (parameter, first)
     if missed and not problems:
         shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
-        problems.append(f"params.rules: no rule matches {shown}. End the list with {{match: '.*', lr: null}} to freeze the rest.")
+        problems.append(
+            f"params.rules: no rule matches {shown}. End the list with {{match: '.*', lr: null}} to freeze the rest."
+        )
     if problems:
         raise ConfigError(problems)
     return decided

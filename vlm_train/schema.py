@@ -1,7 +1,7 @@
 """The typed root of the configuration: every top-level key, its type, default and meaning.
 
-Component groups (`vision`, `connector`, ...) hold a `_target_` whose constructor is their schema; `config.py` checks them
-against its signature. Everything else is typed here. No torch import.
+Component groups (`vision`, `connector`, ...) hold a `_target_` whose constructor is their schema; `config.py` checks
+them against its signature. Everything else is typed here. No torch import.
 """
 
 from __future__ import annotations
@@ -156,7 +156,20 @@ class Root:
     target: Target = field(default_factory=Target)
 
 
-PART_GROUPS = ("model", "vision", "connector", "llm", "tokenizer", "image", "template", "peft", "data", "optim", "lr_schedule", "strategy")
+PART_GROUPS = (
+    "model",
+    "vision",
+    "connector",
+    "llm",
+    "tokenizer",
+    "image",
+    "template",
+    "peft",
+    "data",
+    "optim",
+    "lr_schedule",
+    "strategy",
+)
 """Groups that hold one component (one `_target_`)."""
 
 DICT_GROUPS = ("objective", "callbacks", "logger", "eval")
