@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omegaconf import DictConfig
 
-from vlm_train.data.render import Rendered
+from vlm_train.config import run_dir
+from vlm_train.data.render import Rendered, render
 from vlm_train.data.streams import IGNORE, Stream
 
 GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
+
+
+def show(cfg: DictConfig) -> None:
+    """Print the first training sample as tokens and save its views as `show.png`, in `run=` or here."""
+    from data_pipelines.stream import ShardSet
+    from vlm_train.build import build
+
+    built = build(cfg)
+    sample, blobs = ShardSet(cfg.data.train[0].shards).load(0)
+    rendered = render(
+        sample,
+        built.template,
+        built.tokenizer,
+        built.layout,
+        annotations=cfg.data.annotations,
+        max_length=cfg.data.max_length,
+        over_length=cfg.data.over_length,
+    )
+    print(f"sample {sample.key}\n{format_tokens(rendered, built.tokenizer, sys.stdout.isatty())}")
+    if blobs and built.image is not None:
+        folder = run_dir(cfg) if cfg.run else Path.cwd()
+        print(save_views(np.concatenate([built.image(blob) for blob in blobs]), folder / "show.png"))
 
 
 def format_tokens(rendered: Rendered, tokenizer: Any, colour: bool) -> str:

@@ -1,0 +1,125 @@
+"""Answer accuracy: counting, controls and predictions, with a model that always gives the same answer."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.layout import GridLayout
+from vlm_train.data.template import ChatTemplate
+from vlm_train.data.tokenizer import byte_level
+from vlm_train.errors import ConfigError
+from vlm_train.evaluation import answers
+from vlm_train.evaluation.answers import AnswerAccuracy, derangement
+
+
+class Constant(torch.nn.Module):
+    """Answers "Yes " to everything and remembers the mean pixel of every image it saw."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.ids, self.seen, self.modes = ids, [], set()
+
+    def generate(self, batch, *, max_new_tokens, eos_ids):
+        self.modes.add(self.training)
+        self.seen += batch.media.pixels.float().mean(dim=(1, 2, 3)).int().tolist()
+        return torch.tensor([[*self.ids, eos_ids[0], self.ids[0]]] * len(batch.text["llm"].ids))
+
+
+class Shards:
+    """Three samples of two questions; the image of sample i is of brightness 40 x i."""
+
+    def __init__(self, folder: object) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self):
+        return (self.load(i) for i in range(3))
+
+    def annotations(self, i: int) -> int:
+        return 2
+
+    def load(self, i: int):
+        data = io.BytesIO()
+        Image.new("RGB", (8, 8), (40 * i,) * 3).save(data, format="PNG")
+        pairs = [("dark?", "yes" if i else "no"), ("colour?", "gray")]
+        annotations = [
+            Annotation(
+                turns=(
+                    Turn(role="user", parts=(Media(item=0), Text(text=asked))),
+                    Turn(role="assistant", parts=(Text(text=answer),)),
+                )
+            )
+            for asked, answer in pairs
+        ]
+        sample = Sample(
+            key=f"s{i}", media=(MediaItem(name="0.png", width=8, height=8),), annotations=tuple(annotations)
+        )
+        return sample, [data.getvalue()]
+
+
+def one_token(size: object) -> tuple[int, int]:
+    return 1, 1
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.setattr(answers, "ShardSet", Shards)
+    tokenizer = byte_level()
+    model = Constant(tokenizer("Yes ", add_special_tokens=False)["input_ids"])
+    image = ImageTransform(mode="resize", size=(8, 8))
+    template = ChatTemplate(media="first", assistant_suffix="{eos}")
+    layout = GridLayout(one_token, one_token)
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, template=template, layout=layout, image=image, image_size=(8, 8)
+    )
+
+
+def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tmp_path: Path) -> None:
+    published = {"name": "elsewhere", "value": 0.5, "note": "published"}
+    evaluator = AnswerAccuracy(
+        shards="x", batch=4, controls=["shuffled_images"], majority_shards="x", published=[published], pictures=2
+    )
+    built.model.train()
+    found = evaluator.run(built, tmp_path, final=True)
+    assert (found["accuracy"], found["n"]) == (2 / 6, 6)
+    assert [row["value"] for row in found["results"]] == [2 / 6, 2 / 6, 5 / 6, 0.5]
+    assert built.model.training and built.model.modes == {False}
+    own, shuffled = built.model.seen[:6], built.model.seen[6:]
+    assert own == [0, 0, 40, 40, 80, 80] and sorted(shuffled) == own
+    assert all(a != b for a, b in zip(own, shuffled, strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert rows[2] == {
+        "key": "s1", "question": "dark?", "reference": "yes", "prediction": "yes", "correct": True,
+        "image": "images/1.png",
+    }  # fmt: skip
+    assert (tmp_path / "images/1.png").is_file() and rows[4]["image"] is None
+
+
+def test_validation_is_limited_and_writes_nothing(built: SimpleNamespace, tmp_path: Path) -> None:
+    found = AnswerAccuracy(shards="x", validation_limit=1).run(built, tmp_path, final=False)
+    assert found == {"accuracy": 0.0, "n": 2, "results": []}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_derangement_moves_every_number(count: int) -> None:
+    moved = derangement(count, seed=1)
+    assert sorted(moved) == list(range(count))
+    assert all(a != b for a, b in enumerate(moved))
+
+
+def test_unknown_control_is_refused() -> None:
+    with pytest.raises(ConfigError, match="shuffled_images"):
+        AnswerAccuracy(shards="x", controls=["blank"])

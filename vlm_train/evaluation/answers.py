@@ -1,0 +1,276 @@
+"""Answer accuracy: every annotation of every sample is a question, answered by greedy generation and matched exactly.
+
+Next to the model's own result stand controls: what it reaches with the wrong images, and what the questions alone give.
+torch is imported where it is used, so that a configuration is checked without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from data_pipelines.sample import Annotation, Sample
+from data_pipelines.stream import ShardSet
+from vlm_train.data.render import Rendered, render
+from vlm_train.data.show import save_views
+from vlm_train.errors import ConfigError
+from vlm_train.launch import rank
+
+if TYPE_CHECKING:
+    from vlm_train.build import Built
+
+SHUFFLED_IMAGES = "shuffled_images"
+CONTROLS = (SHUFFLED_IMAGES,)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question; `sample` is its sample's number in the shard set."""
+
+    sample: int
+    key: str
+    question: str
+    reference: str
+    prediction: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether the prediction is the reference, letter case aside."""
+        return self.prediction == normalised(self.reference)
+
+
+class AnswerAccuracy:
+    """Share of questions whose generated answer equals the reference, letter case and outer blanks aside.
+
+    Args:
+        shards: shard set with the questions.
+        limit: first samples only.
+        batch: questions a call of the model.
+        max_new_tokens: most tokens of an answer.
+        controls: `shuffled_images`: every question with another sample's image.
+        majority_shards: shard set whose most frequent answer to the same question is another control.
+        published: results from elsewhere to stand beside ours: `{name, value, note}`.
+        pictures: first samples whose image is saved with the predictions.
+        at_validation: also run at every validation, without controls.
+        validation_shards: shard set used there; null: `shards`.
+        validation_limit: `limit` used there.
+        seed: decides which image a question gets under `shuffled_images`.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: str,
+        limit: int | None = None,
+        batch: int = 256,
+        max_new_tokens: int = 8,
+        controls: list[str] | None = None,
+        majority_shards: str | None = None,
+        published: list[dict[str, Any]] | None = None,
+        pictures: int = 48,
+        at_validation: bool = True,
+        validation_shards: str | None = None,
+        validation_limit: int | None = 200,
+        seed: int = 0,
+    ) -> None:
+        if unknown := sorted(set(controls or ()) - set(CONTROLS)):
+            raise ConfigError(f"eval: controls: {unknown[0]!r}; allowed: {', '.join(CONTROLS)}")
+        self.shards, self.limit, self.batch, self.max_new_tokens = shards, limit, batch, max_new_tokens
+        self.controls, self.majority_shards, self.published = controls or [], majority_shards, published or []
+        self.pictures, self.at_validation, self.seed = pictures, at_validation, seed
+        self.validation_shards, self.validation_limit = validation_shards or shards, validation_limit
+
+    def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
+        """Answer the questions. `final` adds the controls and writes `predictions.jsonl` and images to `folder`.
+
+        Returns:
+            `accuracy` in [0, 1], `n` questions, `results`: rows `{name, value, n, note}`, empty unless `final`.
+        """
+        shards = ShardSet(self.shards if final else self.validation_shards)
+        limit = self.limit if final else self.validation_limit
+        count = len(shards) if limit is None else min(limit, len(shards))
+        answers = self.answers(built, shards, range(count))
+        found: dict[str, Any] = {"accuracy": accuracy(answers), "n": len(answers), "results": []}
+        if final:
+            note = "generation, exact match" + ("" if count == len(shards) else f", first {count} samples")
+            own = {"name": "this run", "value": found["accuracy"], "n": len(answers), "note": note}
+            found["results"] = [own, *self._controls(built, shards, answers, count), *self.published]
+            if rank() == 0:
+                write_predictions(folder, answers, self._save_pictures(built, shards, count, folder))
+        return found
+
+    def answers(self, built: Built, shards: ShardSet, images: Sequence[int]) -> list[Answer]:
+        """Answers to all questions of samples 0, 1, ..., sample i with the images of sample `images[i]`."""
+        from vlm_train.data.collate import collate_prompts
+
+        eos_ids, model = end_ids(built), cast(Any, built.model)
+        answers = []
+        with evaluating(built.model):
+            device = next(built.model.parameters()).device
+            progress = progress_bar("questions", sum(shards.annotations(i) for i in range(len(images))))
+            for group in _groups(self._prompts(built, shards, images), self.batch):
+                batch = collate_prompts([(prompt, views) for _, _, prompt, views in group], built.image_size)
+                ids = model.generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=eos_ids)
+                for (sample, asked, prompt, _), row in zip(group, ids.tolist(), strict=True):
+                    text = normalised(decode(built.tokenizer, row, eos_ids))
+                    answers.append(Answer(sample, prompt.key, asked, prompt.reference, text))
+                progress(len(group))
+        return answers
+
+    def _prompts(
+        self, built: Built, shards: ShardSet, images: Sequence[int]
+    ) -> Iterator[tuple[int, str, Rendered, list[np.ndarray]]]:
+        for number, other in enumerate(images):
+            sample, blobs = shards.load(number)
+            if other != number:
+                donor, blobs = shards.load(other)
+                if len(donor.media) != len(sample.media):
+                    raise ConfigError(
+                        f"eval: {SHUFFLED_IMAGES} needs samples with equally many images, but {sample.key!r} has "
+                        f"{len(sample.media)} and {donor.key!r} {len(donor.media)} ({shards.folder})"
+                    )
+                sample = replace(sample, media=donor.media)
+            views = views_of(built, blobs)
+            for k, annotation in enumerate(sample.annotations):
+                yield number, question(annotation), self._prompt(built, sample, k), views
+
+    def _prompt(self, built: Built, sample: Sample, k: int) -> Rendered:
+        parts = built.template, built.tokenizer, built.layout
+        return render(sample, *parts, annotations="first", annotation=k, generation=True)
+
+    def _controls(
+        self, built: Built, shards: ShardSet, answers: Sequence[Answer], count: int
+    ) -> Iterator[dict[str, Any]]:
+        if SHUFFLED_IMAGES in self.controls and count > 1:
+            shuffled = self.answers(built, shards, derangement(count, self.seed))
+            note = "this run's model, each question with another sample's image"
+            yield {"name": "images shuffled", "value": accuracy(shuffled), "n": len(shuffled), "note": note}
+        if self.majority_shards:
+            guess = majority(ShardSet(self.majority_shards))
+            hits = [normalised(a.reference) == guess(a.question) for a in answers]
+            note = "most frequent training answer to the same question"
+            yield {
+                "name": "question only",
+                "value": float(np.mean(hits) if hits else 0.0),
+                "n": len(hits),
+                "note": note,
+            }
+
+    def _save_pictures(self, built: Built, shards: ShardSet, count: int, folder: Path) -> dict[int, str]:
+        """Saves what the model sees of the first samples; returns sample number -> path relative to `folder`."""
+        paths = {}
+        for number in range(min(self.pictures, count)):
+            _, blobs = shards.load(number)
+            if views := views_of(built, blobs):
+                paths[number] = f"images/{number}.png"
+                save_views(np.concatenate(views), folder / paths[number])
+        return paths
+
+
+def normalised(text: str) -> str:
+    """Text as it is compared: without outer blanks, in lower case."""
+    return text.strip().lower()
+
+
+def question(annotation: Annotation) -> str:
+    """The text of the last user turn."""
+    return next((turn.text.strip() for turn in reversed(annotation.turns) if turn.role == "user"), "")
+
+
+def reference(annotation: Annotation) -> str:
+    """The text of the last turn if it is an answer, else ""."""
+    last = annotation.turns[-1]
+    return last.text.strip() if last.role == "assistant" else ""
+
+
+def accuracy(answers: Sequence[Answer]) -> float:
+    """Share of correct answers; 0 without any."""
+    return sum(answer.correct for answer in answers) / max(len(answers), 1)
+
+
+def derangement(count: int, seed: int) -> list[int]:
+    """A seeded permutation of `range(count)` that moves every number: one cycle in random order. `count` > 1."""
+    order = np.random.default_rng(seed).permutation(count)
+    moved = np.empty(count, np.int64)
+    moved[order] = np.roll(order, 1)
+    return [int(number) for number in moved]
+
+
+def majority(shards: ShardSet) -> Callable[[str], str]:
+    """Question text -> its most frequent answer in `shards`, or the most frequent of all for an unknown question."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample, _ in shards:
+        for annotation in sample.annotations:
+            counts[normalised(question(annotation))][normalised(reference(annotation))] += 1
+    total = sum(counts.values(), Counter[str]())
+    return lambda asked: counts.get(normalised(asked), total).most_common(1)[0][0]
+
+
+def views_of(built: Built, blobs: Sequence[bytes]) -> list[np.ndarray]:
+    """Views `[V, 3, H, W]` of encoded images; none for a model without a vision tower."""
+    return [] if built.image is None else [built.image(blob) for blob in blobs]
+
+
+def end_ids(built: Built) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end-of-text and, if it is one token, what the template ends with."""
+    tokenizer = built.tokenizer
+    found = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    suffix = getattr(built.template, "assistant_suffix", "").replace("{eos}", "").strip()
+    if suffix in tokenizer.get_vocab() and (end := tokenizer.convert_tokens_to_ids(suffix)) not in found:
+        found.append(end)
+    return found
+
+
+def decode(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
+    """The text before the first ending token."""
+    end = next((position for position, token in enumerate(ids) if token in eos_ids), len(ids))
+    return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
+
+
+def write_predictions(folder: Path, answers: Sequence[Answer], pictures: dict[int, str]) -> None:
+    """Write `predictions.jsonl`, a line a question; `image` is relative to `folder` or null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for answer in answers:
+            row = {name: getattr(answer, name) for name in ("key", "question", "reference", "prediction", "correct")}
+            file.write(json.dumps(row | {"image": pictures.get(answer.sample)}, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is restored afterwards."""
+    import torch
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def progress_bar(unit: str, total: int) -> Callable[[int], Any]:
+    """A function that advances a progress bar, which shows on a terminal only."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, unit=f" {unit}", leave=False, disable=True if rank() else None).update
+
+
+def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
