@@ -44,7 +44,7 @@ demo: setup ## train a small LLaVA in stages on easy-VQA, evaluate it and write 
 	@for split in train val test; do $(EASY_VQA) split=$$split output=data/easy_vqa/$$split; done
 	@for split in train val; do \
 		$(EASY_VQA) split=$$split captions=true output=data/easy_vqa_captions/$$split; \
-		$(EASY_VQA) split=$$split images=false output=data/easy_vqa_text/$$split; \
+		$(EASY_VQA) split=$$split images=false described=true output=data/easy_vqa_text/$$split; \
 	done
 	$(BIN)/python -m vlm_train schedule=easyvqa $(ARGS)
 	@$(BIN)/python -m vlm_train.report runs --latest --table

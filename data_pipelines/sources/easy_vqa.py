@@ -32,20 +32,28 @@ class EasyVQA:
     `split`: `test` is the official one; `val` is a fixed share `val_share` of the official training images, `train` the
     rest, `trainval` all of them. `captions` replaces the questions by one assistant-only caption such as "a teal
     triangle", derived from the answers; images whose answers settle neither colour nor shape are left out.
-    `images=False` leaves the images out and keeps the text.
+    `images=False` leaves the images out and keeps the text; `described` then puts the caption before every question, so
+    that a language model learns to answer from a description before it sees.
     """
 
     name = "easy_vqa"
     licence = "MIT"
 
     def __init__(
-        self, *, split: str = "train", captions: bool = False, images: bool = True, val_share: float = 0.05
+        self,
+        *,
+        split: str = "train",
+        captions: bool = False,
+        images: bool = True,
+        described: bool = False,
+        val_share: float = 0.05,
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
         if not 0 < val_share < 1:
             raise DataError(f"val_share: got {val_share}; allowed: between 0 and 1")
         self.split, self.captions, self.images, self.val_share = split, captions, images, val_share
+        self.described = described
         self._official = "test" if split == "test" else "train"
         self._questions, self._paths = _load(self._official)
         self._ids = self._choose()
@@ -70,7 +78,9 @@ class EasyVQA:
     def _record(self, image: int) -> Record:
         colour, shape = describe(self._questions[image])
         blobs = [self._read(image)] if self.images else []
-        show = (Media(item=0),) if self.images else ()
+        show: tuple[Media | Text, ...] = (Media(item=0),) if self.images else ()
+        if self.described and (words := caption(colour, shape)):
+            show = (*show, Text(text=words + " "))
         if self.captions:
             answer = Turn(role="assistant", parts=(Text(text=caption(colour, shape)),))
             annotations = [Annotation(turns=(answer,))]

@@ -150,7 +150,10 @@ class VLMModule(pl.LightningModule):
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         row |= {f"lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups}
-        row |= {"samples_per_second": self.counts["samples"] / seconds, "tokens_per_second": self.counts["tokens"] / seconds}
+        row |= {
+            "samples_per_second": self.counts["samples"] / seconds,
+            "tokens_per_second": self.counts["tokens"] / seconds,
+        }
         row |= {"supervised_share": ratio, "skipped": self.counts["skipped"]}
         if self.grad_norm is not None:
             row["grad_norm"] = float(self.grad_norm)
@@ -203,7 +206,9 @@ class VLMModule(pl.LightningModule):
             file.write(json.dumps(line) + "\n")
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k in ("loss", "accuracy", "grad_norm", "samples_per_second"))
+        shown = "  ".join(
+            f"{k} {v:.4g}" for k, v in row.items() if k in ("loss", "accuracy", "grad_norm", "samples_per_second")
+        )
         print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown}", flush=True)
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -1,0 +1,241 @@
+"""One training run: build, hand-off, train (or go on training), evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from vlm_train import checkpoint, config
+from vlm_train.errors import ConfigError
+
+
+def fit(cfg: DictConfig) -> dict[str, Any]:
+    """Train the configured run to its end, resuming it where it stopped. Returns its final metrics."""
+    folder, identity = config.run_dir(cfg), config.run_id(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    status = _status(folder)
+    if status.get("status") == "done" and cfg.resume == "auto":
+        print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
+        return dict(status.get("metrics") or {})
+    state = checkpoint.resume_state(cfg.resume, folder, identity)
+    if state is None:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    else:
+        _truncate_metrics(folder, checkpoint.verify(state.parent)["step"])
+    try:
+        return _train(cfg, folder, identity, state)
+    except BaseException:
+        _write_status(folder, status="failed")
+        raise
+
+
+def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> dict[str, Any]:
+    import torch
+
+    from vlm_train.build import build
+    from vlm_train.callbacks.loop import Checkpoints, Evaluation
+    from vlm_train.data.datamodule import VLMData
+    from vlm_train.dryrun.plan import unused_parameters
+
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    built = build(cfg)
+    hand_over(built.model, cfg)
+    policy = _policy(cfg, built.model, unused_parameters(built.model))
+    data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
+    data.plan = _plan(cfg, len(data.train))
+    module = _module(cfg, built.model, policy, data.plan.steps, folder)
+    evaluators = {k: instantiate(v, _convert_="all") for k, v in (cfg.eval or {}).items() if v is not None}
+    callbacks = [Evaluation(built, evaluators, folder)] if evaluators else []
+    callbacks.append(
+        Checkpoints(
+            folder, identity, every=cfg.trainer.save_every, total=data.plan.steps, keep_last=cfg.trainer.keep_last
+        )  # type: ignore[arg-type]
+    )
+    trainer = _trainer(cfg, data.plan, callbacks, folder)
+    if trainer.is_global_zero:
+        print(f"{identity}\n{policy.table()}", flush=True)
+        _write_parameters(folder, policy)
+        _write_status(
+            folder,
+            run_id=identity,
+            recipe=cfg.recipe_name,
+            status="running",
+            total_steps=data.plan.steps,
+            started=time.time(),
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer.fit(module, datamodule=data, ckpt_path=str(state) if state else None)
+    if trainer.global_step < data.plan.steps:
+        raise ConfigError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
+    return _finish(built, module, evaluators, folder, trainer)
+
+
+def hand_over(model: Any, cfg: DictConfig) -> None:
+    """Load the weights that `init_from` names, in order."""
+    for one in cfg.init_from:
+        count = checkpoint.load_weights(model, checkpoint.weights_file(one.run, one.which), one.parts)
+        print(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})", flush=True)
+
+
+def _policy(cfg: DictConfig, model: Any, unused: list[str]) -> Any:
+    from vlm_train.params import apply_policy
+
+    return apply_policy(
+        model,
+        cfg.params.rules,
+        weight_decay=cfg.optim.weight_decay,
+        decay_norms_and_biases=cfg.params.decay_norms_and_biases,
+        unused=unused,
+    )
+
+
+def _plan(cfg: DictConfig, samples: int) -> Any:
+    from vlm_train.data.order import Plan
+
+    if cfg.batch.samples is None:
+        raise ConfigError("batch.tokens: token budgets need packing, which is not available yet; set batch.samples")
+    limits = []
+    if cfg.trainer.epochs is not None:
+        limits.append(math.ceil(cfg.trainer.epochs * samples))
+    if cfg.trainer.max_steps is not None:
+        limits.append(cfg.trainer.max_steps * cfg.batch.samples)
+    world = (
+        int(os.environ.get("WORLD_SIZE", 1)) if cfg.launch.kind != "srun" else int(os.environ.get("SLURM_NTASKS", 1))
+    )
+    return Plan(
+        samples=samples,
+        batch=cfg.batch.samples,
+        total=min(limits),
+        seed=cfg.seed,
+        world=world,
+        micro=cfg.batch.micro,
+        shuffle=cfg.data.get("shuffle", True),
+    )
+
+
+def _module(cfg: DictConfig, model: Any, policy: Any, steps: int, folder: Path) -> Any:
+    from vlm_train.models.checkpointing import checkpoint_layers
+    from vlm_train.modules.base import VLMModule
+
+    if cfg.trainer.activation_checkpointing:
+        for part in ("vision", "llm"):
+            if getattr(model, part, None) is not None:
+                checkpoint_layers(getattr(model, part).layers)
+    objectives = {k: instantiate(v, _convert_="all") for k, v in cfg.objective.items() if v is not None}
+    return VLMModule(
+        model,
+        objectives,
+        policy,
+        partial(_call, cfg.optim, "params"),
+        partial(_call, cfg.lr_schedule, "optimizer", total_steps=steps),
+        seed=cfg.seed,
+        total_steps=steps,
+        normalise=cfg.batch.normalise,
+        log_every=cfg.trainer.log_every,
+        max_bad_samples=cfg.trainer.max_bad_samples,
+        min_supervised_ratio=cfg.trainer.min_supervised_ratio,
+        folder=folder,
+    )
+
+
+def _call(node: DictConfig, name: str, value: Any, **options: Any) -> Any:
+    """Call a component with one live object, which Hydra must not copy into a configuration."""
+    return instantiate(node, _partial_=True, _convert_="all")(value, **options) if name else None
+
+
+def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> Any:
+    import lightning.pytorch as pl
+
+    own = [instantiate(v, _convert_="all") for v in (cfg.callbacks or {}).values() if v is not None]
+    loggers = [instantiate(v, _partial_=True, _convert_="all")() for v in (cfg.logger or {}).values() if v is not None]
+    every = cfg.trainer.val_every
+    return pl.Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=plan.world // cfg.launch.nodes,
+        num_nodes=cfg.launch.nodes,
+        strategy="ddp" if plan.world > 1 else "auto",
+        precision=cfg.trainer.precision,
+        max_steps=plan.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=plan.micro_count,
+        gradient_clip_val=cfg.trainer.clip_norm,
+        val_check_interval=every * plan.micro_count if every else None,
+        limit_val_batches=None if every else 0,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=loggers,
+        callbacks=[*own, *callbacks],
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
+    """Final evaluation, run.json and report, on rank 0."""
+    if not trainer.is_global_zero:
+        return {}
+    metrics: dict[str, float] = {}
+    results: list[dict[str, Any]] = []
+    for name, evaluator in evaluators.items():
+        result = evaluator.run(built, folder / "eval" / name, final=True)
+        metrics[f"{name}/accuracy"] = result["accuracy"]
+        results += result["results"]
+        module.write("test", {"accuracy": result["accuracy"]})
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = [row for row in map(json.loads, lines) if row["split"] == "train"]
+    if last:
+        metrics["loss"] = last[-1]["loss"]
+    _write_status(
+        folder, status="done", step=trainer.global_step, metrics=metrics, results=results, finished=time.time()
+    )
+    from vlm_train.report import write_report
+
+    print(f"report: {write_report(folder)}", flush=True)
+    return metrics
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_status(folder: Path, **changes: Any) -> None:
+    temporary = folder / "run.json.partial"
+    temporary.write_text(json.dumps(_status(folder) | changes, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / "run.json")
+
+
+def _write_parameters(folder: Path, policy: Any) -> None:
+    rows = [
+        {
+            "name": r.part,
+            "parameters": r.parameters,
+            "trainable": r.lr is not None,
+            "lr": r.lr,
+            "weight_decay": r.weight_decay,
+        }
+        for r in policy.rows
+    ]
+    (folder / "params.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _truncate_metrics(folder: Path, step: int) -> None:
+    """Drop the log lines after the checkpoint: they will be written again."""
+    path = folder / "metrics.jsonl"
+    if path.is_file():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
