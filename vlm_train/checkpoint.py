@@ -1,6 +1,6 @@
-"""Checkpoints: what learns, its optimizer, the schedule and the position, written so that a half-written one is never used.
+"""Checkpoints: what learns, its optimizer, schedule and position, written so that a half-written one is never used.
 
-    checkpoints/step-00000100/   manifest.json (written last: sizes and SHA-256), state.ckpt (Lightning), weights.safetensors
+    checkpoints/step-00000100/   state.ckpt (Lightning), weights.safetensors, manifest.json (last: sizes, SHA-256)
     checkpoints/LATEST, BEST     names of folders
 
 A folder is filled under a temporary name and renamed when complete. Frozen weights are not copied: a run knows from its

@@ -55,7 +55,7 @@ class Samples:
 
 
 @dataclass
-class WindowStream(IterableDataset):  # type: ignore[type-arg]
+class WindowStream(IterableDataset):
     """Optimizer steps `first` to the plan's end, as lists of micro-batches of one rank."""
 
     samples: Samples
@@ -118,7 +118,7 @@ class MicroBatches:
 
 
 @dataclass
-class ValidationStream(IterableDataset):  # type: ignore[type-arg]
+class ValidationStream(IterableDataset):
     """The held-out samples in order, each once, dealt to ranks and workers."""
 
     samples: Samples

@@ -1,4 +1,4 @@
-"""The Lightning side: sums the objectives, normalises over the whole global batch, logs. Plain nn.Modules do the work."""
+"""The Lightning side: sums the objectives, normalises over the global batch, logs. Plain nn.Modules do the work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -22,8 +22,8 @@ from vlm_train.randomness import derive_seed
 class VLMModule(pl.LightningModule):
     """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
 
-    The loss of a micro-batch is its sum over the denominator of the whole optimizer step on all ranks, times the micro-batch
-    and rank counts that Lightning and DDP divide by. So the gradient does not depend on how a step is cut into pieces.
+    The loss of a micro-batch is its sum over the denominator of the whole optimizer step on all ranks, times the
+    micro-batch and rank counts that Lightning and DDP divide by: the gradient does not depend on how a step is cut.
     """
 
     strict_loading = False  # checkpoints hold what learns; `checkpoint.py` checks that nothing else is missing
@@ -107,7 +107,7 @@ class VLMModule(pl.LightningModule):
             file.writelines(json.dumps({"step": window.step, "problem": p}) + "\n" for p in window.problems)
         if self.bad_in_a_row > self.max_bad:
             raise TrainingError(
-                f"data.train: {self.bad_in_a_row} bad samples in a row, allowed trainer.max_bad_samples={self.max_bad}. "
+                f"data.train: {self.bad_in_a_row} bad samples in a row; trainer.max_bad_samples={self.max_bad}. "
                 f"Last: {window.problems[-1]}"
             )
 
@@ -133,7 +133,7 @@ class VLMModule(pl.LightningModule):
         if window is None or window.micro + 1 < window.micro_count:
             return
         if hasattr(self.model, "clamp_"):
-            self.model.clamp_()
+            cast(Any, self.model).clamp_()
         if self.global_step % self.log_every == 0 or self.global_step == self.total_steps:
             self._log()
 
@@ -211,7 +211,7 @@ class VLMModule(pl.LightningModule):
         )
         print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown}", flush=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """One optimizer over the policy's groups, its schedule per optimizer step."""
         optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
         schedule = self.make_schedule(optimizer)
