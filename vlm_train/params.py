@@ -141,10 +141,10 @@ def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.P
         try:
             pattern = re.compile(rule.match)
         except re.error as error:
-            problems.append(f"params.rules[{index}] {rule.match!r} is not a regular expression: {error}")
+            problems.append(f"params.rules[{index}] '{rule.match}' is not a regular expression: {error}")
             continue
         if not any(pattern.fullmatch(name) for name in named):
-            problems.append(f"params.rules[{index}] {rule.match!r} matches no parameter. Top-level parts: {parts}.")
+            problems.append(f"params.rules[{index}] '{rule.match}' matches no parameter. Top-level parts: {parts}.")
         patterns.append((pattern, rule))
     decided: dict[str, tuple[nn.Parameter, RuleLike]] = {}
     missed: list[str] = []

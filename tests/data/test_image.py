@@ -1,0 +1,125 @@
+"""Image views: equal to the reference processors, and no bad bytes pass."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from data_pipelines.errors import BadSample
+from vlm_train.data.image import ImageTransform, decode_rgb
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+SIZES = [(32, 32), (64, 48), (48, 64), (37, 91), (101, 33), (35, 34), (20, 31), (31, 19), (333, 50)]
+
+
+def picture(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def encode(image: Image.Image, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("side", [32, 33])
+@pytest.mark.parametrize("size", SIZES)
+def test_crop_equals_the_clip_processor(size, side):
+    image = picture(*size)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+    expected = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+    view = torch.from_numpy(ImageTransform(mode="crop", size=(side, side), mean=MEAN)(encode(image))[0])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    torch.testing.assert_close((view / 255 - mean) / std, expected, rtol=1e-5, atol=1e-5)
+
+
+def expand2square(image, background):
+    """As in LLaVA's `mm_utils.py`."""
+    width, height = image.size
+    if width == height:
+        return image
+    elif width > height:
+        result = Image.new(image.mode, (width, width), background)
+        result.paste(image, (0, (width - height) // 2))
+        return result
+    else:
+        result = Image.new(image.mode, (height, height), background)
+        result.paste(image, ((height - width) // 2, 0))
+        return result
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pad_equals_llava(size):
+    image = picture(*size)
+    square = expand2square(image, tuple(int(x * 255) for x in MEAN))
+    expected = np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    view = ImageTransform(mode="pad", size=(32, 32), mean=MEAN)(encode(image))
+    assert view.dtype == np.uint8 and view.shape == (1, 3, 32, 32)
+    assert np.array_equal(view[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "resize"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_every_view_has_the_size_of_the_tower(mode, form):
+    for size in SIZES:
+        assert ImageTransform(mode=mode, size=(28, 28))(encode(picture(*size), form)).shape == (1, 3, 28, 28)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_truncated_bytes_name_the_place(form):
+    data = encode(picture(64, 48), form)
+    for share in (0.0, 0.01, 0.1, 0.5, 0.9):
+        with pytest.raises(BadSample, match=r"^shard-3 key 17: cannot decode image"):
+            ImageTransform(size=(32, 32))(data[: int(len(data) * share)], where="shard-3 key 17")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_corrupt_bytes_decode_or_are_a_bad_sample(form):
+    data = encode(picture(24, 20), form)
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for at in generator.integers(0, min(len(data), 200), 3):
+            damaged[at] = generator.integers(0, 256)
+        try:
+            decode_rgb(bytes(damaged), "here")
+        except BadSample as error:
+            assert str(error).startswith("here: ")
+
+
+def test_other_formats_are_bad_samples():
+    for data in (b"", b"not an image", encode(picture(8, 8), "BMP"), encode(picture(8, 8), "GIF")):
+        with pytest.raises(BadSample, match="^here: "):
+            decode_rgb(data, "here")
+
+
+@pytest.mark.parametrize("limit", [30, 40, 63])  # above twice the limit Pillow raises, above the limit it warns
+def test_a_decompression_bomb_is_a_bad_sample(monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(BadSample, match="^shard-3 key 17: .*decompression bomb"):
+        ImageTransform(size=(4, 4))(encode(picture(8, 8)), where="shard-3 key 17")
+
+
+def test_flip_depends_on_the_generator_only():
+    data = encode(picture(32, 32))
+    plain = ImageTransform(size=(32, 32))(data)
+    flipping = ImageTransform(size=(32, 32), flip=True)
+    views = [flipping(data, np.random.default_rng(seed)) for seed in range(20)]
+    again = [flipping(data, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(np.array_equal(a, b) for a, b in zip(views, again))
+    mirrored = [np.array_equal(view, plain[..., ::-1]) for view in views]
+    assert all(is_mirrored or np.array_equal(view, plain) for view, is_mirrored in zip(views, mirrored))
+    assert 0 < sum(mirrored) < 20
+    assert np.array_equal(flipping(data), plain)  # evaluation
