@@ -201,8 +201,16 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
     return len(tensors)
 
 
-def load_run_weights(model: nn.Module, run: Path, which: str = "last") -> None:
-    """Load what a run learned into a model already holding its frozen weights."""
+def hand_over(model: nn.Module, init_from: Sequence[Any]) -> None:
+    """Load the weights that `init_from` names, in order."""
+    for one in init_from:
+        count = load_weights(model, weights_file(one.run, one.which), one.parts)
+        print(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})", flush=True)
+
+
+def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, which: str = "last") -> None:
+    """The weights of a run: what it started from (its frozen parts), then what it learned."""
+    hand_over(model, init_from)
     load_weights(model, weights_file(run, which))
 
 

@@ -49,7 +49,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     built = build(cfg)
-    hand_over(built.model, cfg)
+    checkpoint.hand_over(built.model, cfg.init_from)
     policy = _policy(cfg, built.model, unused_parameters(built.model))
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
     data.plan = _plan(cfg, len(data.train))
@@ -79,13 +79,6 @@ def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> 
     if trainer.global_step < data.plan.steps:
         raise ConfigError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
     return _finish(built, module, evaluators, folder, trainer)
-
-
-def hand_over(model: Any, cfg: DictConfig) -> None:
-    """Load the weights that `init_from` names, in order."""
-    for one in cfg.init_from:
-        count = checkpoint.load_weights(model, checkpoint.weights_file(one.run, one.which), one.parts)
-        print(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})", flush=True)
 
 
 def _policy(cfg: DictConfig, model: Any, unused: list[str]) -> Any:
@@ -202,6 +195,10 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
     _write_status(
         folder, status="done", step=trainer.global_step, metrics=metrics, results=results, finished=time.time()
     )
+    if built.cfg.trainer.export:
+        from vlm_train.export.run import write_export
+
+        write_export(built, folder)
     from vlm_train.report import write_report
 
     print(f"report: {write_report(folder)}", flush=True)

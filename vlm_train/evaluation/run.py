@@ -29,7 +29,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError("eval: no evaluator is configured. Choose one, for example eval=easyvqa.")
     folder = run_dir(cfg)
     built = build(cfg)
-    load_run_weights(built.model, folder, which="last")
+    load_run_weights(built.model, cfg.init_from, folder)
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
         built.model.to("cuda")
     found = run_evaluators(built, evaluators, folder)

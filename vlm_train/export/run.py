@@ -18,17 +18,23 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     """Write the run's newest weights as `<run>/export`, which is read back and compared before it counts as done."""
     from vlm_train.build import build
     from vlm_train.checkpoint import load_run_weights
-    from vlm_train.evaluation.answers import end_ids
-    from vlm_train.export.llava import export_llava
 
     folder = run_dir(cfg)
     built = build(cfg)
-    load_run_weights(built.model, folder, which="last")
+    load_run_weights(built.model, cfg.init_from, folder)
+    return {"export": str(write_export(built, folder))}
+
+
+def write_export(built: Any, folder: Path) -> Path:
+    """Write `<folder>/export` from a trained model and compare its logits."""
+    from vlm_train.evaluation.answers import end_ids
+    from vlm_train.export.llava import export_llava
+
     mode = getattr(built.image, "mode", "pad")
     model: Any = built.model.eval()
     out = export_llava(model, built.tokenizer, folder / EXPORT_FOLDER, image_mode=mode, eos_ids=end_ids(built))
     print(f"Exported to {out}; its logits equal the run's.")
-    return {"export": str(out)}
+    return out
 
 
 def import_(cfg: DictConfig) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class VLMModule(pl.LightningModule):
         self.bad_in_a_row = 0
         self.grad_norm: Tensor | None = None
         self.since = time.perf_counter()
+        self.train()  # Lightning keeps the modes it finds, so they are set here
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
