@@ -1,0 +1,284 @@
+"""What a run promises: exact resumption, verified checkpoints, gradients that do not depend on how a step is cut."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data_pipelines.media import image_item
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.shards import ShardWriter
+from vlm_train import cli, config
+from vlm_train.errors import CheckpointError, TrainingError
+from vlm_train.fit import fit
+from vlm_train.modules.base import VLMModule
+
+TIMING = ("time", "samples_per_second", "tokens_per_second")
+SLOW_START = """
+import sys, time
+from vlm_train import cli
+from vlm_train.modules.base import VLMModule
+write = VLMModule.write
+def slow(self, split, row):
+    write(self, split, row)
+    if self.global_step >= 3:
+        time.sleep(600)
+VLMModule.write = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""The command line in a process that stands still after step 3 is logged, so that it can be killed there."""
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    image = Image.linear_gradient("L").convert("RGB").resize((40, 30))
+    image.point([(v + 19 * number) % 256 for v in range(256)] * 3).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_data(root: Path, bad: int | None = None) -> Path:
+    """`tiny/{train,val}` under `root`; the picture of training sample `bad` breaks off after its header."""
+    for split, count in (("train", 12), ("val", 4)):
+        (root / "tiny").mkdir(parents=True, exist_ok=True)
+        with ShardWriter(
+            root / "tiny" / split, source="test", licence="CC0", split=split, samples_per_shard=5
+        ) as writer:
+            for number in range(count):
+                blob = picture(number)
+                if split == "train" and number == bad:
+                    blob = blob[: len(blob) // 2]
+                ask = Turn(role="user", parts=(Media(item=0), Text(text=f"Which number is {number}?")))
+                answer = Turn(role="assistant", parts=(Text(text="shape " * (1 + number % 5) + str(number)),))
+                media = (image_item(0, blob),)
+                key = f"sample-{number:02d}"
+                writer.write(
+                    Sample(key=key, media=media, annotations=(Annotation(turns=(ask, answer)),), source="test"), [blob]
+                )
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def command(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
+    """Overrides of a small run: 6 steps of 4 samples in micro-batches of 2, a checkpoint every 2 steps."""
+    fixed = ["recipe=easyvqa_stage2", "size=tiny", "eval=none", "init_from=[]", "trainer.max_steps=6"]
+    fixed += ["trainer.save_every=2", "trainer.keep_last=9", "trainer.val_every=null", "trainer.threads=1"]
+    return [*fixed, f"paths.data={data}", f"paths.runs={runs}", f"run_name={name}", *more]
+
+
+def train(overrides: list[str]) -> Path:
+    """Run `fit` in this process; returns the run folder."""
+    cfg = config.compose(overrides)
+    config.save_config(cfg, config.run_file(config.run_dir(cfg)))
+    fit(cfg)
+    return config.run_dir(cfg)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The training lines, without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row["split"] == "train"]
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bitwise equality of nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def assert_same_end(one: Path, other: Path, step: int = 6) -> None:
+    """Equal losses of every step, weights, optimizer and schedule, bit for bit."""
+    assert metrics(one) == metrics(other)
+    assert [row["step"] for row in metrics(one)] == list(range(1, step + 1))
+    folders = [checkpoint_of(run, step) for run in (one, other)]
+    assert same(*(load_file(folder / "weights.safetensors") for folder in folders))
+    states = [torch.load(folder / "state.ckpt", weights_only=True) for folder in folders]
+    assert same(*(state["optimizer_states"] for state in states))
+    assert same(*(state["lr_schedulers"] for state in states))
+    assert states[0]["optimizer_states"][0]["state"]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Training steps after `step` raise, as a crash would."""
+    inner = VLMModule.training_step
+
+    def training_step(self: VLMModule, batch: Any, batch_idx: int) -> Any:
+        if self.global_step >= step:
+            raise RuntimeError("stopped")
+        return inner(self, batch, batch_idx)
+
+    monkeypatch.setattr(VLMModule, "training_step", training_step)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps that nothing interrupted."""
+    return train(command(data, tmp_path_factory.mktemp("whole")))
+
+
+@pytest.fixture
+def stopped(data: Path, tmp_path: Path) -> Path:
+    """The folder of the same run, crashed after step 5: checkpoints of steps 2 and 4."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, 5)
+        train(command(data, tmp_path))
+    return tmp_path / "run"
+
+
+def lines(run: Path) -> list[str]:
+    """The log with its times: a line that is the same afterwards was not trained again."""
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_run_resumes_exactly(workers: int, data: Path, whole: Path, tmp_path: Path) -> None:
+    overrides = command(data, tmp_path, f"data.workers={workers}")
+    log = tmp_path / "run" / "metrics.jsonl"
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW_START, *overrides], stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 200
+            while not (log.is_file() and any(row["step"] >= 3 for row in metrics(tmp_path / "run"))):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
+                time.sleep(0.2)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == -signal.SIGKILL
+    run = tmp_path / "run"
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    assert checkpoint_of(run, 2).is_dir() and not checkpoint_of(run, 4).exists()
+    before = lines(run)
+    assert cli.main(overrides) == 0
+    assert lines(run)[:2] == before[:2] and lines(run)[2] != before[2]  # it went on from step 2
+    assert_same_end(run, whole)
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+def test_workers_change_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+    assert_same_end(train(command(data, tmp_path, "data.workers=2")), whole)
+
+
+def test_failed_run_resumes_exactly(stopped: Path, data: Path, whole: Path) -> None:
+    assert json.loads((stopped / "run.json").read_text())["status"] == "failed"
+    before = lines(stopped)
+    train(command(data, stopped.parent))
+    assert lines(stopped)[:4] == before[:4] and lines(stopped)[4] != before[4]
+    assert_same_end(stopped, whole)
+
+
+def test_done_run_trains_nothing(data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    stop_after(monkeypatch, 0)
+    train(command(data, whole.parent))
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["state.ckpt", "weights.safetensors"])
+def test_damaged_newest_checkpoint_is_skipped(
+    file: str, stopped: Path, data: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_byte(checkpoint_of(stopped, 4) / file)
+    before = lines(stopped)
+    train(command(data, stopped.parent))
+    said = capsys.readouterr().out
+    assert lines(stopped)[:2] == before[:2] and lines(stopped)[2] != before[2]
+    assert "skipping" in said and file in said and "SHA-256" in said
+    assert_same_end(stopped, whole)
+
+
+def test_all_checkpoints_damaged(stopped: Path, data: Path) -> None:
+    for step in (2, 4):
+        flip_byte(checkpoint_of(stopped, step) / "state.ckpt")
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        train(command(data, stopped.parent))
+
+
+def test_checkpoint_of_another_run(stopped: Path, data: Path) -> None:
+    with pytest.raises(CheckpointError, match="'run'.*'another'"):
+        train(command(data, stopped.parent, f"resume={checkpoint_of(stopped, 4)}", name="another"))
+
+
+def test_resume_never_keeps_checkpoints(stopped: Path, data: Path) -> None:
+    with pytest.raises(CheckpointError, match="resume=never"):
+        train(command(data, stopped.parent, "resume=never"))
+    assert checkpoint_of(stopped, 4).is_dir()
+
+
+def test_accumulation_changes_no_gradient(data: Path, tmp_path: Path) -> None:
+    more = ["optim=sgd", "~optim.betas", "optim.lr=0.1", "optim.weight_decay=0", "trainer.clip_norm=null"]
+    more += ["trainer.max_steps=2", "batch.samples=8", "lr_schedule.warmup_ratio=0"]
+    runs = [train(command(data, tmp_path, *more, f"batch.micro={n}", name=f"micro{n}")) for n in (8, 2)]
+    one, other = (load_file(checkpoint_of(run, 2) / "weights.safetensors") for run in runs)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+    for row, same_row in zip(*map(metrics, runs), strict=True):
+        assert row["grad_norm"] > 1e-3
+        assert [same_row["loss"], same_row["grad_norm"]] == pytest.approx([row["loss"], row["grad_norm"]], rel=1e-5)
+
+
+def test_frozen_parts_stay_in_eval_mode(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool, bool]] = []
+    inner = VLMModule.training_step
+
+    def training_step(self: VLMModule, batch: Any, batch_idx: int) -> Any:
+        vision: Any = self.model.vision
+        learns = any(p.requires_grad for p in vision.parameters())
+        seen.append((learns, any(m.training for m in vision.modules()), bool(self.model.llm.training)))  # type: ignore[union-attr]
+        return inner(self, batch, batch_idx)
+
+    monkeypatch.setattr(VLMModule, "training_step", training_step)
+    train(command(data, tmp_path, "trainer.max_steps=3", "trainer.val_every=1"))
+    assert seen == [(False, False, True)] * 6
+
+
+def test_too_few_supervised_tokens(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="supervised"):
+        train(command(data, tmp_path, "trainer.min_supervised_ratio=0.99"))
+
+
+def test_bad_sample_is_left_out_and_recorded(tmp_path: Path) -> None:
+    bad = make_data(tmp_path / "data", bad=3)
+    run = train(command(bad, tmp_path, "trainer.max_steps=3"))  # one epoch
+    assert sum(row["skipped"] for row in metrics(run)) == 1
+    (line,) = (run / "quarantine-0.jsonl").read_text().splitlines()
+    assert "sample-03" in json.loads(line)["problem"]
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
+    bad = make_data(tmp_path / "data", bad=3)
+    with pytest.raises(TrainingError, match="bad samples in a row"):
+        train(command(bad, tmp_path, "trainer.max_steps=3", "trainer.max_bad_samples=0"))
