@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import logging
 import os
+import sys
 import time
 import warnings
 from functools import partial
@@ -125,6 +127,8 @@ def _module(cfg: DictConfig, model: Any, policy: Any, steps: int, folder: Path) 
         for part in ("vision", "llm"):
             if getattr(model, part, None) is not None:
                 checkpoint_layers(getattr(model, part).layers)
+    if cfg.trainer.compile:
+        model.compile()
     objectives = {k: instantiate(v, _convert_="all") for k, v in cfg.objective.items() if v is not None}
     return VLMModule(
         model,
@@ -150,6 +154,7 @@ def _call(node: DictConfig, name: str, value: Any, **options: Any) -> Any:
 def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> Any:
     import lightning.pytorch as pl
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     own = [instantiate(v, _convert_="all") for v in (cfg.callbacks or {}).values() if v is not None]
     loggers = [instantiate(v, _partial_=True, _convert_="all")() for v in (cfg.logger or {}).values() if v is not None]
     every = cfg.trainer.val_every
@@ -157,7 +162,7 @@ def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> 
         accelerator=cfg.trainer.accelerator,
         devices=plan.world // cfg.launch.nodes,
         num_nodes=cfg.launch.nodes,
-        strategy="ddp" if plan.world > 1 else "auto",
+        strategy=_strategy(cfg, plan.world),
         precision=cfg.trainer.precision,
         max_steps=plan.steps,
         max_epochs=-1,
@@ -172,9 +177,20 @@ def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> 
         default_root_dir=folder,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=False,
+        enable_progress_bar=sys.stdout.isatty(),
         use_distributed_sampler=False,
     )
+
+
+def _strategy(cfg: DictConfig, world: int) -> Any:
+    """The configured strategy; by default none for one process and DDP for several."""
+    from datetime import timedelta
+
+    from lightning.pytorch.strategies import DDPStrategy
+
+    if cfg.strategy is not None:
+        return instantiate(cfg.strategy, _convert_="all")
+    return DDPStrategy(timeout=timedelta(minutes=cfg.launch.timeout_minutes)) if world > 1 else "auto"
 
 
 def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
