@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 
 class Profile(pl.Callback):
-    """Profiles a few optimizer steps and writes a Chrome trace and a table of the costliest operators to the run folder.
+    """Profiles a few batches; a Chrome trace and a table of the costliest operators land in the run folder.
 
     Args:
         skip: batches before the first profiled one (caches warm up).
