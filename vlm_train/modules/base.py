@@ -175,8 +175,10 @@ class VLMModule(pl.LightningModule):
             if kind != "count":
                 key = f"{objective}_loss" if kind == "sum" else f"{objective}_{kind}"
                 row[key] = by_name[name] / max(by_name[f"{objective}/count"], 1e-8)
-        losses = [value for key, value in row.items() if key.endswith("_loss")]
-        return {"loss": sum(losses)} | row
+        losses = {key: value for key, value in row.items() if key.endswith("_loss")}
+        if len(losses) == 1:
+            row.pop(next(iter(losses)))  # the only one is the loss
+        return {"loss": sum(losses.values())} | row
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the losses of a held-out batch."""
