@@ -9,9 +9,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
-from vlm_train.build import build_model
 
 from vlm_train import config
+from vlm_train.build import build_model
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.plan import trace_step, unused_parameters
 from vlm_train.dryrun.report import without_assets

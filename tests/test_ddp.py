@@ -1,0 +1,46 @@
+"""Two gloo ranks see the same global batches as one and end in the same weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from data_pipelines import build
+from data_pipelines.sources.easy_vqa import EasyVQA
+
+OVERRIDES = [
+    "recipe=easyvqa_stage1", "size=tiny", "run_name=ddp", "init_from=[]", "resume=never", "params=all", "optim=sgd",
+    "~optim.betas", "optim.lr=0.1", "trainer.max_steps=3", "trainer.val_every=2", "batch.samples=4", "batch.micro=1",
+]  # fmt: skip
+
+
+@pytest.mark.timeout(200)
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        source = EasyVQA(split=split)
+        source._ids = source._ids[:11]
+        build.write(
+            source,
+            tmp_path / "data" / "tiny" / split,
+            build={"split": split},
+            samples_per_shard=100,
+            max_shard_bytes=10**9,
+            max_bad=0,
+            overwrite=False,
+        )
+    weights = []
+    for devices in (1, 2):
+        runs = tmp_path / f"runs{devices}"
+        command = [sys.executable, "-m", "vlm_train", *OVERRIDES, f"paths.data={tmp_path / 'data'}"]
+        command += [f"paths.runs={runs}", f"launch.devices={devices}"]
+        subprocess.run(command, check=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        weights.append(load_file(runs / "ddp/checkpoints/step-00000003/weights.safetensors"))
+    one, two = weights
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-5 * one[name].abs().max() + 1e-9, name
