@@ -14,15 +14,16 @@ from data_pipelines import build
 from data_pipelines.sources.easy_vqa import EasyVQA
 
 OVERRIDES = [
-    "recipe=easyvqa_stage1", "size=tiny", "run_name=ddp", "init_from=[]", "resume=never", "params=all", "optim=sgd",
-    "~optim.betas", "optim.lr=0.1", "trainer.max_steps=3", "trainer.val_every=2", "batch.samples=4", "batch.micro=1",
+    "size=tiny", "run_name=ddp", "init_from=[]", "resume=never", "params=all", "optim=sgd",
+    "~optim.betas", "optim.lr=0.1", "trainer.max_steps=3", "trainer.val_every=2", "batch.samples=4",
 ]  # fmt: skip
 
 
 @pytest.mark.timeout(200)
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe, micro", [("easyvqa_stage1", (1, 1)), ("easyvqa_clip", (4, 2))])
+def test_two_ranks_equal_one(tmp_path: Path, recipe: str, micro: tuple[int, int]) -> None:
     for split in ("train", "val"):
-        source = EasyVQA(split=split)
+        source = EasyVQA(split=split, captions=recipe == "easyvqa_clip")
         source._ids = source._ids[:11]
         build.write(
             source,
@@ -36,8 +37,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     weights = []
     for devices in (1, 2):
         runs = tmp_path / f"runs{devices}"
-        command = [sys.executable, "-m", "vlm_train", *OVERRIDES, f"paths.data={tmp_path / 'data'}"]
-        command += [f"paths.runs={runs}", f"launch.devices={devices}"]
+        command = [sys.executable, "-m", "vlm_train", *OVERRIDES, f"recipe={recipe}", f"paths.data={tmp_path / 'data'}"]
+        command += [f"paths.runs={runs}", f"launch.devices={devices}", f"batch.micro={micro[devices - 1]}"]
         subprocess.run(command, check=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"})
         weights.append(load_file(runs / "ddp/checkpoints/step-00000003/weights.safetensors"))
     one, two = weights

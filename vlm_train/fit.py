@@ -55,7 +55,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> 
     policy = _policy(cfg, built.model, unused_parameters(built.model))
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
     data.plan = _plan(cfg, len(data.train))
-    module = _module(cfg, built.model, policy, data.plan.steps, folder)
+    module = _module(cfg, built.model, policy, data.plan, folder)
     evaluators = {k: instantiate(v, _convert_="all") for k, v in (cfg.eval or {}).items() if v is not None}
     callbacks = [Evaluation(built, evaluators, folder)] if evaluators else []
     callbacks.append(
@@ -119,7 +119,7 @@ def _plan(cfg: DictConfig, samples: int) -> Any:
     )
 
 
-def _module(cfg: DictConfig, model: Any, policy: Any, steps: int, folder: Path) -> Any:
+def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -> Any:
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
 
@@ -130,14 +130,20 @@ def _module(cfg: DictConfig, model: Any, policy: Any, steps: int, folder: Path) 
     if cfg.trainer.compile:
         model.compile()
     objectives = {k: instantiate(v, _convert_="all") for k, v in cfg.objective.items() if v is not None}
+    for name, objective in objectives.items():
+        if objective.stream == "samples" and (plan.micro_count > 1 or plan.batch % (plan.world * plan.micro)):
+            raise ConfigError(
+                f"objective.{name}: contrasts all samples of a step with each other, so it cannot be cut into "
+                f"{plan.micro_count} micro-batches; allowed: batch.micro={plan.batch // plan.world}"
+            )
     return VLMModule(
         model,
         objectives,
         policy,
         partial(_call, cfg.optim, "params"),
-        partial(_call, cfg.lr_schedule, "optimizer", total_steps=steps),
+        partial(_call, cfg.lr_schedule, "optimizer", total_steps=plan.steps),
         seed=cfg.seed,
-        total_steps=steps,
+        total_steps=plan.steps,
         normalise=cfg.batch.normalise,
         log_every=cfg.trainer.log_every,
         max_bad_samples=cfg.trainer.max_bad_samples,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlm_train.data.batch import Batch, Window
 from vlm_train.errors import TrainingError
+from vlm_train.modules.gather import gather_for
 from vlm_train.objectives.base import Loss, Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed
@@ -79,9 +80,10 @@ class VLMModule(pl.LightningModule):
         torch.manual_seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
         if window.micro == 0:
             self._open(window)
+        gather = gather_for(self.trainer.world_size)
         total = torch.zeros((), device=self.device)
         for objective in self.objectives.values():
-            for name, loss in objective(self.model, batch, identity_gather).items():
+            for name, loss in objective(self.model, batch, gather).items():
                 value = loss.sum * (loss.weight / max(self.denominators.get(objective.stream, 0.0), 1e-8))
                 total = total + value
                 self._add(name, loss)
@@ -184,8 +186,9 @@ class VLMModule(pl.LightningModule):
         """Add up the losses of a held-out batch."""
         if not batch.references:
             return
+        gather = identity_gather  # ranks may hold unequal numbers of held-out samples
         for objective in self.objectives.values():
-            for name, loss in objective(self.model, batch, identity_gather).items():
+            for name, loss in objective(self.model, batch, gather).items():
                 for key, value in {"sum": loss.sum, "count": loss.count}.items():
                     held = self.validation.get(f"{name}/{key}")
                     self.validation[f"{name}/{key}"] = value.detach() if held is None else held + value.detach()
