@@ -76,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
     """Overrides of a small run: 6 steps of 4 samples in micro-batches of 2, a checkpoint every 2 steps."""
-    fixed = ["recipe=easyvqa_stage2", "size=tiny", "eval=none", "init_from=[]", "trainer.max_steps=6"]
+    fixed = ["recipe=easyvqa_stage2", "size=tiny", "batch.micro=2", "eval=none", "init_from=[]", "trainer.max_steps=6"]
     fixed += ["trainer.save_every=2", "trainer.keep_last=9", "trainer.val_every=null", "trainer.threads=1"]
     return [*fixed, f"paths.data={data}", f"paths.runs={runs}", f"run_name={name}", *more]
 
