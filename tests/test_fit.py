@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -14,15 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from data_pipelines.media import image_item
-from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from data_pipelines.shards import ShardWriter
-from vlm_train import cli, config
+from tests.small_run import command, make_data, train
+from vlm_train import cli
 from vlm_train.errors import CheckpointError, TrainingError
-from vlm_train.fit import fit
 from vlm_train.modules.base import VLMModule
 
 TIMING = ("time", "samples_per_second", "tokens_per_second")
@@ -41,58 +36,15 @@ sys.exit(cli.main(sys.argv[1:]))
 """The command line in a process that stands still after step 3 is logged, so that it can be killed there."""
 
 
-def picture(number: int) -> bytes:
-    file = io.BytesIO()
-    image = Image.linear_gradient("L").convert("RGB").resize((40, 30))
-    image.point([(v + 19 * number) % 256 for v in range(256)] * 3).save(file, "PNG")
-    return file.getvalue()
-
-
-def make_data(root: Path, bad: int | None = None) -> Path:
-    """`tiny/{train,val}` under `root`; the picture of training sample `bad` breaks off after its header."""
-    for split, count in (("train", 12), ("val", 4)):
-        (root / "tiny").mkdir(parents=True, exist_ok=True)
-        with ShardWriter(
-            root / "tiny" / split, source="test", licence="CC0", split=split, samples_per_shard=5
-        ) as writer:
-            for number in range(count):
-                blob = picture(number)
-                if split == "train" and number == bad:
-                    blob = blob[: len(blob) // 2]
-                ask = Turn(role="user", parts=(Media(item=0), Text(text=f"Which number is {number}?")))
-                answer = Turn(role="assistant", parts=(Text(text="shape " * (1 + number % 5) + str(number)),))
-                media = (image_item(0, blob),)
-                key = f"sample-{number:02d}"
-                writer.write(
-                    Sample(key=key, media=media, annotations=(Annotation(turns=(ask, answer)),), source="test"), [blob]
-                )
-    return root
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def command(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
-    """Overrides of a small run: 6 steps of 4 samples in micro-batches of 2, a checkpoint every 2 steps."""
-    fixed = ["recipe=easyvqa_stage2", "size=tiny", "batch.micro=2", "eval=none", "init_from=[]", "trainer.max_steps=6"]
-    fixed += ["trainer.save_every=2", "trainer.keep_last=9", "trainer.val_every=null", "trainer.threads=1"]
-    return [*fixed, f"paths.data={data}", f"paths.runs={runs}", f"run_name={name}", *more]
-
-
-def train(overrides: list[str]) -> Path:
-    """Run `fit` in this process; returns the run folder."""
-    cfg = config.compose(overrides)
-    config.save_config(cfg, config.run_file(config.run_dir(cfg)))
-    fit(cfg)
-    return config.run_dir(cfg)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The training lines, without what depends on the clock."""
+def metrics(run: Path, split: str = "train") -> list[dict[str, Any]]:
+    """The lines of a split, without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row["split"] == "train"]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row["split"] == split]
 
 
 def checkpoint_of(run: Path, step: int) -> Path:
@@ -199,6 +151,39 @@ def test_failed_run_resumes_exactly(stopped: Path, data: Path, whole: Path) -> N
     assert_same_end(stopped, whole)
 
 
+def test_resumed_run_validates_as_the_whole_one(data: Path, tmp_path: Path) -> None:
+    """Also when validation and checkpoint fall on the same step, and at the end, which no interval meets."""
+    more = ["trainer.val_every=2", "trainer.max_steps=5"]
+    one = train(command(data, tmp_path / "one", *more))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, 3)
+        train(command(data, tmp_path / "two", *more))
+    two = train(command(data, tmp_path / "two", *more))
+    rows = [[(row["step"], row["loss"]) for row in metrics(run, "val")] for run in (one, two)]
+    assert rows[0] == rows[1] and [step for step, _ in rows[0]] == [2, 4, 5]
+    best = min(rows[0], key=lambda row: row[1])[0]
+    for run in (one, two):
+        assert (run / "checkpoints" / "BEST").read_text().strip() == checkpoint_of(run, best).name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are a Unix matter")
+def test_full_disk_loses_nothing(stopped: Path, data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file size limit stands for a full disk: the system refuses to write more."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert cli.main(command(data, stopped.parent)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert "step-00000006: cannot be written" in said and "Traceback" not in said
+    assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["LATEST", "step-00000002", "step-00000004"]
+    train(command(data, stopped.parent))
+    assert_same_end(stopped, whole)
+
+
 def test_done_run_trains_nothing(data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     stop_after(monkeypatch, 0)
@@ -263,6 +248,17 @@ def test_frozen_parts_stay_in_eval_mode(data: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(VLMModule, "training_step", training_step)
     train(command(data, tmp_path, "trainer.max_steps=3", "trainer.val_every=1"))
     assert seen == [(False, False, True)] * 6
+
+
+def test_hand_over_must_cover_the_part(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Another connector of which only some tensors have the same names would start half trained."""
+    more = ["connector=mlp3x_gelu", f"init_from=[{{run: {whole}, parts: [connector]}}]"]
+    with pytest.raises(CheckpointError, match=r"connector\.\S+: not in the file"):
+        train(command(data, tmp_path, *more))
+
+
+def test_hand_over_accepts_what_was_frozen(whole: Path, data: Path, tmp_path: Path) -> None:
+    train(command(data, tmp_path, "trainer.max_steps=1", f"init_from=[{{run: {whole}}}]"))
 
 
 def test_too_few_supervised_tokens(data: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,35 +30,47 @@ STATE, WEIGHTS, MANIFEST = "state.ckpt", "weights.safetensors", "manifest.json"
 def save(trainer: Any, root: Path, *, run_id: str, step: int, keep_last: int, best: bool) -> None:
     """Write the checkpoint of an optimizer step, point LATEST (and BEST) at it, drop old ones. Called on every rank."""
     final = root / f"step-{step:08d}"
-    temporary = root / f".{final.name}.partial"
+    try:
+        if not trainer.strategy.broadcast(final.exists()):
+            _write(trainer, final, run_id, step)
+        if trainer.is_global_zero:
+            _point(root / "LATEST", final.name)
+            if best:
+                _point(root / "BEST", final.name)
+            _retain(root, keep_last)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(_partial(final), ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written: {error}. Earlier checkpoints are intact: make room, then the same command "
+            "goes on from the newest."
+        ) from error
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _write(trainer: Any, final: Path, run_id: str, step: int) -> None:
+    """Fill a temporary folder on rank 0 (and what the strategy writes on others), then give it its name."""
+    temporary = _partial(final)
     if trainer.is_global_zero:
-        root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
     trainer.strategy.barrier()
-    if not final.exists():
-        trainer.save_checkpoint(temporary / STATE)
+    trainer.save_checkpoint(temporary / STATE)
     trainer.strategy.barrier()
-    if not trainer.is_global_zero:
-        return
-    if not final.exists():
-        learned = {
-            n.removeprefix("model."): p.detach().cpu().contiguous()
-            for n, p in trainer.lightning_module.named_parameters()
-            if p.requires_grad
-        }
+    if trainer.is_global_zero:
+        named = {n.removeprefix("model."): p for n, p in trainer.lightning_module.named_parameters()}
+        learned = {n: p.detach().cpu().contiguous() for n, p in named.items() if p.requires_grad}
         save_file(learned, temporary / WEIGHTS)
-        _write_manifest(temporary, run_id, step, learned)
+        frozen = [n for n, p in named.items() if not p.requires_grad]
+        _write_manifest(temporary, run_id, step, learned, frozen)
         temporary.rename(final)
-    else:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _point(root / "LATEST", final.name)
-    if best:
-        _point(root / "BEST", final.name)
-    _retain(root, keep_last)
 
 
-def _write_manifest(folder: Path, run_id: str, step: int, learned: Mapping[str, torch.Tensor]) -> None:
+def _write_manifest(
+    folder: Path, run_id: str, step: int, learned: Mapping[str, torch.Tensor], frozen: Sequence[str]
+) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     manifest = {
         "format": 1,
@@ -65,6 +78,7 @@ def _write_manifest(folder: Path, run_id: str, step: int, learned: Mapping[str, 
         "step": step,
         "files": files,
         "learned": {name: list(tensor.shape) for name, tensor in learned.items()},
+        "frozen": list(frozen),
         "torch": torch.__version__,
     }
     for path in folder.iterdir():
@@ -176,10 +190,12 @@ def weights_file(run: str | Path, which: str = "last") -> Path:
 def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = None) -> int:
     """Copy weights into the model, only those of `parts` if given. Returns the number of tensors.
 
+    A checkpoint may lack what its run kept frozen, which its manifest names; nothing else may be missing.
+
     Raises:
-        CheckpointError: a tensor that the model lacks or that has another shape, or nothing of a part.
+        CheckpointError: a tensor that only one of file and model has, or of another shape, or nothing of a part.
     """
-    tensors = load_file(file)
+    tensors = _read(file)
     if parts is not None:
         absent = [part for part in parts if not any(name.startswith(part + ".") for name in tensors)]
         if absent:
@@ -187,7 +203,10 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
             raise CheckpointError(f"init_from: {file} holds no {', '.join(absent)}; it holds {held}")
         tensors = {n: t for n, t in tensors.items() if n.split(".", 1)[0] in parts}
     own = dict(model.named_parameters())
+    declared = _frozen(file)
+    expected = [n for n in own if (parts is None or n.split(".", 1)[0] in parts) and n not in declared]
     problems = [f"{n}: not in the model" for n in tensors if n not in own]
+    problems += [f"{n}: not in the file" for n in expected if n not in tensors]
     problems += [
         f"{n}: shape {list(t.shape)}, the model has {list(own[n].shape)}"
         for n, t in tensors.items()
@@ -199,6 +218,19 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
     return len(tensors)
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def _frozen(file: Path) -> set[str]:
+    """The parameters that the run of this checkpoint kept as it found them; none for a bare file."""
+    manifest = file.parent / MANIFEST
+    return set(json.loads(manifest.read_text(encoding="utf-8"))["frozen"]) if manifest.is_file() else set()
 
 
 def hand_over(model: nn.Module, init_from: Sequence[Any]) -> None:

@@ -58,11 +58,9 @@ def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> 
     module = _module(cfg, built.model, policy, data.plan, folder)
     evaluators = {k: instantiate(v, _convert_="all") for k, v in (cfg.eval or {}).items() if v is not None}
     callbacks = [Evaluation(built, evaluators, folder)] if evaluators else []
-    callbacks.append(
-        Checkpoints(
-            folder, identity, every=cfg.trainer.save_every, total=data.plan.steps, keep_last=cfg.trainer.keep_last
-        )  # type: ignore[arg-type]
-    )
+    val_every = cfg.trainer.val_every if len(data.val) else None
+    saving = {"every": cfg.trainer.save_every, "val_every": val_every, "keep_last": cfg.trainer.keep_last}
+    callbacks.append(Checkpoints(folder, identity, total=data.plan.steps, **saving))  # type: ignore[arg-type]
     trainer = _trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
         print(f"{identity}\n{policy.table()}", flush=True)
@@ -80,6 +78,9 @@ def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> 
         trainer.fit(module, datamodule=data, ckpt_path=str(state) if state else None)
     if trainer.global_step < data.plan.steps:
         raise ConfigError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
+    validated = trainer.strategy.broadcast(_last(folder, "val").get("step"))
+    if len(data.val) and validated != data.plan.steps:  # no interval ended here
+        trainer.validate(module, datamodule=data, verbose=False)
     return _finish(built, module, evaluators, folder, trainer)
 
 
@@ -174,8 +175,7 @@ def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> 
         max_epochs=-1,
         accumulate_grad_batches=plan.micro_count,
         gradient_clip_val=cfg.trainer.clip_norm,
-        val_check_interval=every * plan.micro_count if every else None,
-        limit_val_batches=None if every else 0,
+        val_check_interval=(every or plan.steps + 1) * plan.micro_count,  # `_train` validates at the end
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=loggers,
@@ -210,21 +210,28 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
         metrics[f"{name}/accuracy"] = result["accuracy"]
         results += result["results"]
         module.write("test", {"accuracy": result["accuracy"]})
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = [row for row in map(json.loads, lines) if row["split"] == "train"]
-    if last:
-        metrics["loss"] = last[-1]["loss"]
-    _write_status(
-        folder, status="done", step=trainer.global_step, metrics=metrics, results=results, finished=time.time()
-    )
+    for name, split in (("loss", "train"), ("val_loss", "val")):
+        if last := _last(folder, split):
+            metrics[name] = last["loss"]
     if built.cfg.trainer.export:
         from vlm_train.export.run import write_export
 
         write_export(built, folder)
+    _write_status(
+        folder, status="done", step=trainer.global_step, metrics=metrics, results=results, finished=time.time()
+    )
     from vlm_train.report import write_report
 
     print(f"report: {write_report(folder)}", flush=True)
     return metrics
+
+
+def _last(folder: Path, split: str) -> dict[str, Any]:
+    """The last line of metrics.jsonl that has a loss of this split; empty without one."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = [row for row in map(json.loads, lines) if row["split"] == split and "loss" in row]
+    return found[-1] if found else {}
 
 
 def _status(folder: Path) -> dict[str, Any]:
@@ -233,7 +240,7 @@ def _status(folder: Path) -> dict[str, Any]:
 
 
 def _write_status(folder: Path, **changes: Any) -> None:
-    temporary = folder / "run.json.partial"
+    temporary = folder / f"run.json.{os.getpid()}.partial"
     temporary.write_text(json.dumps(_status(folder) | changes, indent=1), encoding="utf-8")
     os.replace(temporary, folder / "run.json")
 

@@ -12,11 +12,16 @@ from vlm_train.data.batch import Batch
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `every` optimizer steps and at the end; BEST follows the lowest validation loss."""
+    """Saves every `every` optimizer steps and at the end; BEST follows the lowest validation loss.
 
-    def __init__(self, folder: Path, run_id: str, *, every: int | None, total: int, keep_last: int) -> None:
+    A step that is validated is saved after its validation, so that no resumed run lacks it.
+    """
+
+    def __init__(
+        self, folder: Path, run_id: str, *, every: int | None, val_every: int | None, total: int, keep_last: int
+    ) -> None:
         self.root = folder / "checkpoints"
-        self.run_id, self.every, self.total, self.keep_last = run_id, every, total, keep_last
+        self.run_id, self.every, self.val_every, self.total, self.keep_last = run_id, every, val_every, total, keep_last
         self.lowest = float("inf")
 
     def state_dict(self) -> dict[str, Any]:
@@ -31,17 +36,24 @@ class Checkpoints(pl.Callback):
         step, window = trainer.global_step, batch.window
         if window is None or window.micro + 1 < window.micro_count:
             return
-        if step == self.total or (self.every and step % self.every == 0):
-            checkpoint.save(trainer, self.root, run_id=self.run_id, step=step, keep_last=self.keep_last, best=False)
+        if self._due(step) and not (self.val_every and step % self.val_every == 0):
+            self._save(trainer, best=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loss = getattr(pl_module, "validation_metrics", {}).get("loss")
-        if loss is None or trainer.sanity_checking or loss >= self.lowest or trainer.global_step == 0:
+        if trainer.sanity_checking:
             return
-        self.lowest = loss
-        checkpoint.save(
-            trainer, self.root, run_id=self.run_id, step=trainer.global_step, keep_last=self.keep_last, best=True
-        )
+        loss = pl_module.validation_metrics.get("loss", float("inf"))  # type: ignore[operator,union-attr]
+        best = loss < self.lowest
+        self.lowest = min(loss, self.lowest)
+        if best or self._due(trainer.global_step):
+            self._save(trainer, best=best)
+
+    def _due(self, step: int) -> bool:
+        return step == self.total or bool(self.every and step % self.every == 0)
+
+    def _save(self, trainer: pl.Trainer, *, best: bool) -> None:
+        step = trainer.global_step
+        checkpoint.save(trainer, self.root, run_id=self.run_id, step=step, keep_last=self.keep_last, best=best)
 
 
 class Evaluation(pl.Callback):

@@ -31,8 +31,8 @@ class TokenStream:
         attention_group: `[B, T]` int32, see `vlm_train.models.masks`: 0 shared by its segment, n > 0 a private branch,
             n < 0 a shared block whose tokens see each other in both directions.
         alignment: how labels relate to inputs: causal, seq2seq, or none.
-        supervised: `[S]` int64, flat positions `b * T + t` that have a label. Made by collate, so that the loss need not
-            ask the device for them; None: the loss finds them.
+        supervised: `[S]` int64, flat positions `b * T + t` that have a label. Made by collate, so that the loss need
+            not ask the device for them; None: the loss finds them.
     """
 
     ids: Tensor

@@ -1,6 +1,6 @@
 """Rendered samples -> `Batch`. Padding to the right for training, to the left for generation.
 
-Normalisation (`batch.normalise`) becomes per-target weights here, so that the loss is always sum(weight x nll) / sum(weight).
+Normalisation (`batch.normalise`) becomes per-target weights here: the loss is always sum(weight x nll) / sum(weight).
 """
 
 from __future__ import annotations
@@ -30,11 +30,19 @@ class Item:
 
 
 def collate(
-    items: Sequence[Item], image_size: tuple[int, int], *, normalise: str = "token", window: Window | None = None, left: bool = False
+    items: Sequence[Item],
+    image_size: tuple[int, int],
+    *,
+    normalise: str = "token",
+    window: Window | None = None,
+    left: bool = False,
 ) -> Batch:
     """One row per item. An empty list gives one padding row, so that every rank always makes the same calls."""
     names = list(items[0].rendered.streams) if items else ["llm"]
-    text = {name: _stream([i.rendered.streams[name] for i in items], [i.weight for i in items], normalise, left) for name in names}
+    text = {
+        name: _stream([i.rendered.streams[name] for i in items], [i.weight for i in items], normalise, left)
+        for name in names
+    }
     width = text[names[0]].ids.shape[1]
     return Batch(
         text=text,

@@ -29,12 +29,19 @@ from vlm_train.randomness import derive_seed
 class Samples:
     """The samples of several shard sets as one list, rendered on demand. Picklable: files open lazily per process."""
 
-    def __init__(self, shards: Sequence[str], built: Built, options: dict[str, Any], *, seed: int, limit: int | None) -> None:
+    def __init__(
+        self, shards: Sequence[str], built: Built, options: dict[str, Any], *, seed: int, limit: int | None
+    ) -> None:
         self.sets = [ShardSet(folder) for folder in shards]
         ends = np.cumsum([len(one) for one in self.sets]) if self.sets else np.zeros(0, np.int64)
         self.starts = [0, *map(int, ends)]
         self.size = min(self.starts[-1], limit) if limit else self.starts[-1]
-        self.template, self.tokenizer, self.layout, self.image = built.template, built.tokenizer, built.layout, built.image
+        self.template, self.tokenizer, self.layout, self.image = (
+            built.template,
+            built.tokenizer,
+            built.layout,
+            built.image,
+        )
         self.image_size = built.image_size
         self.options = options
         self.seed = seed
@@ -48,7 +55,9 @@ class Samples:
         shards, local = self.sets[which], address.index - self.starts[which]
         sample, blobs = shards.load(local)
         where = f"{shards.shard(local)}, {sample.key!r}"
-        generator = np.random.default_rng(derive_seed(self.seed, "sample", address.epoch, address.index)) if training else None
+        generator = (
+            np.random.default_rng(derive_seed(self.seed, "sample", address.epoch, address.index)) if training else None
+        )
         rendered = render(sample, self.template, self.tokenizer, self.layout, **self.options)
         views = [self.image(blob, generator, where) for blob in blobs] if self.image is not None else []
         return Item(rendered, views, source=sample.source, weight=sample.weight)
@@ -102,7 +111,14 @@ def _window(step: int, micros: Sequence[Sequence[Item]], normalise: str, problem
             supervised += stream.supervised
     samples = sum(len(items) for items in micros)
     return Window(
-        step=step, micro=0, micro_count=len(micros), sums=sums, samples=samples, tokens=tokens, supervised=supervised, problems=problems
+        step=step,
+        micro=0,
+        micro_count=len(micros),
+        sums=sums,
+        samples=samples,
+        tokens=tokens,
+        supervised=supervised,
+        problems=problems,
     )
 
 
@@ -205,7 +221,9 @@ class VLMData(pl.LightningDataModule):
 class _Tail(Samples):
     """The last `held` samples of a training set, held out."""
 
-    def __init__(self, train: Samples, held: int, options: dict[str, Any], built: Built, seed: int, shards: list[str]) -> None:
+    def __init__(
+        self, train: Samples, held: int, options: dict[str, Any], built: Built, seed: int, shards: list[str]
+    ) -> None:
         super().__init__(shards, built, options, seed=seed, limit=None)
         self.offset, self.size = len(train), held
 

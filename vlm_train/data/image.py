@@ -1,7 +1,7 @@
 """Image bytes -> the uint8 views that a vision tower sees. Normalisation happens on the device, in the tower.
 
-Decoding is bounded (`Image.MAX_IMAGE_PIXELS`, no truncated files), and any random choice comes from the given generator,
-so that it depends on the sample's address only.
+Decoding is bounded (`Image.MAX_IMAGE_PIXELS`, no truncated files), and any random choice comes from the given
+generator, so that it depends on the sample's address only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class ImageTransform:
     """One square or rectangular view of every image.
 
     Args:
-        mode: "crop": shortest side to the tower's size, centre crop, as the CLIP processor does; "pad": expand to a square
-            with the tower's mean colour, then resize (LLaVA-1.5, `expand2square`); "resize": both sides, aspect ignored.
+        mode: "crop": shortest side to the tower's size, centre crop, as the CLIP processor does; "pad": expand to a
+            square of the tower's mean colour, then resize (LLaVA-1.5, `expand2square`); "resize": both sides, aspect
+            ignored.
         size: (height, width) in pixels of the tower's view; given by `build.py`.
         mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
         flip: mirror at random with probability 0.5 while training.

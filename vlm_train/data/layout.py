@@ -28,7 +28,7 @@ class MediaSize:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """`count` placeholder tokens for media item `item`; `grid` (rows, columns) is their arrangement, if they have one."""
+    """`count` placeholder tokens for media item `item`; `grid` (rows, columns) is their arrangement, if any."""
 
     item: int
     count: int

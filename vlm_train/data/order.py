@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, epoch), dealt to optimizer steps, ranks and micro-batches.
 
-Nothing here remembers anything. The state of a data stream is the number of finished optimizer steps, so a run resumes at
-any step in constant time, with any number of workers, and another world size with the same global batch sees the same
-global batches.
+Nothing here remembers anything. The state of a data stream is the number of finished optimizer steps, so a run resumes
+at any step in constant time, with any number of workers, and another world size with the same global batch sees the
+same global batches.
 """
 
 from __future__ import annotations

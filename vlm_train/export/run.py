@@ -43,7 +43,7 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: `init_from` does not name exactly one folder.
     """
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     from vlm_train.build import build
     from vlm_train.export.llava import import_llava
@@ -57,6 +57,7 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     import_llava(cast(Any, built.model), source)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, run_file(folder))
-    save_model(built.model, str(folder / WEIGHTS))
+    weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
+    save_file(weights, folder / WEIGHTS)
     print(f"Imported {source} as {folder / WEIGHTS}. Start from it with init_from=[{{run: {folder / WEIGHTS}}}].")
     return {"weights": str(folder / WEIGHTS)}

@@ -54,8 +54,10 @@ class VLMModule(pl.LightningModule):
         self.log_every, self.max_bad, self.min_supervised = log_every, max_bad_samples, min_supervised_ratio
         self.folder = folder
         self.totals: dict[str, Tensor] = {}
+        self.validation: dict[str, Tensor] = {}
+        self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
-        self.counts = {"samples": 0, "tokens": 0, "supervised": 0, "skipped": 0}
+        self.counts = dict.fromkeys(("samples", "tokens", "supervised", "skipped"), 0.0)
         self.bad_in_a_row = 0
         self.grad_norm: Tensor | None = None
         self.since = time.perf_counter()
@@ -142,12 +144,13 @@ class VLMModule(pl.LightningModule):
 
     def _log(self) -> None:
         row = self._means(self.totals)
+        self.counts = self._over_ranks(self.counts)
         if not all(torch.isfinite(torch.tensor(v)) for v in row.values()):
             raise TrainingError(f"training: the loss is not finite at step {self.global_step}: {row}")
         ratio = self.counts["supervised"] / max(self.counts["tokens"], 1)
         if "lm" in self.objectives and ratio < self.min_supervised:
             raise TrainingError(
-                f"data: only {ratio:.2%} of the last {self.counts['tokens']} tokens are supervised, less than "
+                f"data: only {ratio:.2%} of the last {self.counts['tokens']:.0f} tokens are supervised, less than "
                 f"trainer.min_supervised_ratio={self.min_supervised:.2%}. Look at what is learned with mode=show."
             )
         now = time.perf_counter()
@@ -162,17 +165,22 @@ class VLMModule(pl.LightningModule):
             row["grad_norm"] = float(self.grad_norm)
         self.write("train", row)
         self.totals = {}
-        self.counts = dict.fromkeys(self.counts, 0)
+        self.counts = dict.fromkeys(self.counts, 0.0)
+
+    def _over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
+        if self.trainer.world_size == 1:
+            return values
+        everywhere: list[dict[str, float]] = [{}] * self.trainer.world_size
+        torch.distributed.all_gather_object(everywhere, values)
+        return {name: sum(one.get(name, 0.0) for one in everywhere) for one in everywhere for name in one}
 
     def _means(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over ranks: `loss` in all, then every objective and metric."""
-        names = sorted(totals)
-        values = torch.stack([totals[n] for n in names]) if names else torch.zeros(0)
-        if self.trainer.world_size > 1:
-            values = self.trainer.strategy.reduce(values, reduce_op="sum")
-        by_name = dict(zip(names, values.tolist(), strict=True))
+        """Means over ranks: `loss` in all, then every objective and metric. Empty if no rank has any."""
+        sums = torch.stack(list(totals.values())).tolist() if totals else []  # one copy from the device
+        by_name = self._over_ranks(dict(zip(totals, sums, strict=True)))
         row: dict[str, float] = {}
-        for name in names:
+        for name in sorted(by_name):
             objective, kind = name.rsplit("/", 1)
             if kind != "count":
                 key = f"{objective}_loss" if kind == "sum" else f"{objective}_{kind}"
@@ -180,7 +188,7 @@ class VLMModule(pl.LightningModule):
         losses = {key: value for key, value in row.items() if key.endswith("_loss")}
         if len(losses) == 1:
             row.pop(next(iter(losses)))  # the only one is the loss
-        return {"loss": sum(losses.values())} | row
+        return {"loss": sum(losses.values())} | row if by_name else {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the losses of a held-out batch."""
@@ -195,12 +203,12 @@ class VLMModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
-        self.validation: dict[str, Tensor] = {}
+        self.validation = {}
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss."""
-        if self.validation:
-            self.validation_metrics = self._means(self.validation)
+        self.validation_metrics = self._means(self.validation)
+        if self.validation_metrics:
             self.write("val", self.validation_metrics)
 
     def write(self, split: str, row: Mapping[str, float]) -> None:

@@ -1,0 +1,57 @@
+"""Small real runs for tests: twelve made pictures, a tiny LLaVA, a few steps."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from data_pipelines.media import image_item
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.shards import ShardWriter
+from vlm_train import config
+from vlm_train.fit import fit
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    image = Image.linear_gradient("L").convert("RGB").resize((40, 30))
+    image.point([(v + 19 * number) % 256 for v in range(256)] * 3).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_data(root: Path, bad: int | None = None) -> Path:
+    """`tiny/{train,val}` under `root`; the picture of training sample `bad` breaks off after its header."""
+    for split, count in (("train", 12), ("val", 4)):
+        (root / "tiny").mkdir(parents=True, exist_ok=True)
+        with ShardWriter(
+            root / "tiny" / split, source="test", licence="CC0", split=split, samples_per_shard=5
+        ) as writer:
+            for number in range(count):
+                blob = picture(number)
+                if split == "train" and number == bad:
+                    blob = blob[: len(blob) // 2]
+                ask = Turn(role="user", parts=(Media(item=0), Text(text=f"Which number is {number}?")))
+                answer = Turn(role="assistant", parts=(Text(text="shape " * (1 + number % 5) + str(number)),))
+                media = (image_item(0, blob),)
+                key = f"sample-{number:02d}"
+                writer.write(
+                    Sample(key=key, media=media, annotations=(Annotation(turns=(ask, answer)),), source="test"), [blob]
+                )
+    return root
+
+
+def command(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
+    """Overrides of a small run: 6 steps of 4 samples in micro-batches of 2, a checkpoint every 2 steps."""
+    fixed = ["recipe=easyvqa_stage2", "size=tiny", "batch.micro=2", "eval=none", "init_from=[]", "trainer.max_steps=6"]
+    fixed += ["trainer.save_every=2", "trainer.keep_last=9", "trainer.val_every=null", "trainer.threads=1"]
+    return [*fixed, f"paths.data={data}", f"paths.runs={runs}", f"run_name={name}", *more]
+
+
+def train(overrides: list[str]) -> Path:
+    """Run `fit` in this process; returns the run folder."""
+    cfg = config.compose(overrides)
+    config.save_config(cfg, config.run_file(config.run_dir(cfg)))
+    fit(cfg)
+    return config.run_dir(cfg)

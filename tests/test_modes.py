@@ -1,0 +1,122 @@
+"""What one does with a trained run: evaluate, export, import, look at samples; sweeps and debugging runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from tests.small_run import command, make_data, train
+from vlm_train import cli
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny/{train,val}`, which also serves as the easy-VQA folders that `eval=easyvqa` names."""
+    root = make_data(tmp_path_factory.mktemp("data"))
+    (root / "easy_vqa").mkdir()
+    for split, own in (("train", "train"), ("val", "val"), ("test", "val")):
+        shutil.copytree(root / "tiny" / own, root / "easy_vqa" / split)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(command(data, tmp_path_factory.mktemp("runs"), "params=all"))
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder / run.name))
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def last_loss(run: Path) -> float:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == "train"][-1]
+
+
+def test_eval_adds_results_to_the_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of(trained, tmp_path)
+    assert cli.main(["mode=eval", f"run={run}", "eval=easyvqa"]) == 0
+    rows = record(run)["results"]
+    assert [row["name"] for row in rows][:2] == ["this run", "images shuffled"]
+    assert rows[0]["n"] == 4 and 0 <= rows[0]["value"] <= 1
+    predictions = [json.loads(line) for line in (run / "eval/answers/predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 4
+    assert rows[0]["value"] == sum(p["correct"] for p in predictions) / 4
+    assert "images shuffled" in capsys.readouterr().out
+    assert (run / "report.html").is_file()
+
+
+def test_eval_needs_an_evaluator(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["mode=eval", f"run={trained}", "eval=none"]) == 2
+    assert "eval=easyvqa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["eval", "export"])
+def test_no_such_run(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([f"mode={mode}", f"run={tmp_path / 'nowhere'}"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_export_and_import_give_the_weights_back(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    assert cli.main(["mode=export", f"run={run}"]) == 0
+    assert json.loads((run / "export" / "config.json").read_text())["architectures"] == [
+        "LlavaForConditionalGeneration"
+    ]
+    again = command(data, tmp_path, "mode=import", f"init_from=[{{run: {run / 'export'}}}]", name="imported")
+    assert cli.main(again) == 0
+    learned = load_file(run / "checkpoints/step-00000006/weights.safetensors")
+    imported = load_file(tmp_path / "imported" / "model.safetensors")
+    assert learned.keys() <= imported.keys()
+    assert all(torch.equal(learned[name], imported[name]) for name in learned)
+
+    weights = f"init_from=[{{run: {tmp_path / 'imported' / 'model.safetensors'}}}]"
+    still = ["trainer.max_steps=1", "optim.lr=0", "optim.weight_decay=0", "params=all"]
+    assert cli.main(command(data, tmp_path, *still, weights, name="started")) == 0
+    kept = load_file(tmp_path / "started/checkpoints/step-00000001/weights.safetensors")
+    assert all(torch.equal(kept[name], imported[name]) for name in kept)
+
+
+def test_show_saves_what_the_model_sees(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of(trained, tmp_path)
+    assert cli.main(["mode=show", f"run={run}"]) == 0
+    said = capsys.readouterr().out
+    assert "Which number is" in said
+    (named,) = set(re.findall(r"\S+\.png", said)) or {""}
+    assert Path(named).is_file(), said
+
+
+@pytest.mark.timeout(280)
+def test_sweep_starts_one_process_for_each_job(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    overrides = [o for o in command(data, tmp_path, "trainer.max_steps=2") if not o.startswith("run_name=")]
+    assert cli.main(["-m", *overrides, "optim.lr=1e-3,3e-3"]) == 0
+    runs = sorted(tmp_path.glob("easyvqa_stage2-*"))
+    assert [record(run)["status"] for run in runs] == ["done", "done"]
+    assert {OmegaConf.load(run / "config.yaml").optim.lr for run in runs} == {1e-3, 3e-3}
+    ends = [load_file(run / "checkpoints/step-00000002/weights.safetensors") for run in runs]
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_overfit_batch_learns_one_batch(data: Path, tmp_path: Path) -> None:
+    run = train([*command(data, tmp_path)[:5], f"paths.data={data}", f"paths.runs={tmp_path}", "run_name=over",
+                 "trainer.threads=1", "debug=overfit_batch", "params=all", "optim.lr=3e-3"])  # fmt: skip
+    assert record(run)["step"] == 200
+    assert last_loss(run) < 0.05
+
+
+def test_profile_leaves_a_trace(data: Path, tmp_path: Path) -> None:
+    run = train([*command(data, tmp_path)[:5], f"paths.data={data}", f"paths.runs={tmp_path}", "run_name=profiled",
+                 "trainer.threads=1", "debug=profile"])  # fmt: skip
+    assert json.loads((run / "trace.json").read_text())["traceEvents"]
+    assert "Self CPU" in (run / "profile.txt").read_text()
