@@ -120,3 +120,18 @@ def test_profile_leaves_a_trace(data: Path, tmp_path: Path) -> None:
                  "trainer.threads=1", "debug=profile"])  # fmt: skip
     assert json.loads((run / "trace.json").read_text())["traceEvents"]
     assert "Self CPU" in (run / "profile.txt").read_text()
+
+
+def test_tensorboard_holds_the_loss(data: Path, tmp_path: Path) -> None:
+    run = train(command(data, tmp_path, "logger=tensorboard", "trainer.max_steps=2"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert events.Scalars("train/loss")[-1].value == pytest.approx(last_loss(run), rel=1e-5)
+
+
+def test_wandb_offline(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    run = train(command(data, tmp_path, "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=2"))
+    assert list(run.glob("wandb/offline-run-*-run/run-run.wandb"))

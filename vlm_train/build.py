@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
@@ -42,6 +44,8 @@ def make(node: DictConfig, **threaded: Any) -> Any:
 
 def build(cfg: DictConfig) -> Built:
     """Build everything a run needs but its data."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers, which writes bars into log files
     tokenizer = make(cfg.tokenizer)
     template = make(cfg.template)
     template.check(tokenizer)

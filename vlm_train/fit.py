@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vlm_train import checkpoint, config
 from vlm_train.errors import ConfigError
@@ -65,6 +65,8 @@ def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> 
     if trainer.is_global_zero:
         print(f"{identity}\n{policy.table()}", flush=True)
         _write_parameters(folder, policy)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
         _write_status(
             folder,
             run_id=identity,
@@ -163,7 +165,11 @@ def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> 
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     own = [instantiate(v, _convert_="all") for v in (cfg.callbacks or {}).values() if v is not None]
-    loggers = [instantiate(v, _partial_=True, _convert_="all")() for v in (cfg.logger or {}).values() if v is not None]
+    loggers = [
+        instantiate(v, _partial_=True, _convert_="all")(folder=folder)
+        for v in (cfg.logger or {}).values()
+        if v is not None
+    ]
     every = cfg.trainer.val_every
     return pl.Trainer(
         accelerator=cfg.trainer.accelerator,
