@@ -1,11 +1,20 @@
-"""README and docs: every file, folder and command that they name exists."""
+"""README and docs: every file, folder and command that they name exists, and the README's steps work."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from tests import small_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,3 +53,41 @@ def test_tree_in_the_readme_is_the_tree() -> None:
     names = set(re.findall(r"^([\w.][\w./-]*)", tree, re.MULTILINE))
     assert {name for name in names if not (ROOT / name).exists()} == set()
     assert {f"{folder}/" for folder in FOLDERS} <= names
+
+
+@pytest.mark.timeout(280)
+def test_readme_steps_add_a_connector(tmp_path: Path) -> None:
+    """The section's own files and commands, in a copy of the checkout; training is cut to one step a stage."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Add a connector")[1].split("\n## ")[0]
+    (module, code), (options, yaml) = [
+        (path, textwrap.dedent(block))
+        for path, block in re.findall(r"^\d\. `([\w/]+\.(?:py|yaml))`.*?```\w+\n(.*?)```", section, re.DOTALL | re.M)
+    ]
+    (tests,) = re.findall(r"^\d\. `(pytest [^`]+)`", section, re.M)
+    (train,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    copy = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("vlm_train", "data_pipelines", "conf", "recipes", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    (copy / module).write_text(code, encoding="utf-8")
+    (copy / options).write_text(yaml, encoding="utf-8")
+
+    option = Path(options).stem
+    said = run(["-m", *tests.split(), "-p", "no:cacheprovider", "-k", option], copy)
+    assert re.search(r"[2-9] passed", said), said
+
+    small_run.make_data(copy / "data")
+    words = [word for word in shlex.split(train) if word != "\n"]
+    small = ["size=tiny", "trainer.max_steps=1", "trainer.save_every=null", "trainer.threads=1"]
+    run([*words[1:], *small], copy)
+    (weights,) = (copy / "runs").glob("easyvqa_stage2-*/checkpoints/step-00000001/weights.safetensors")
+    assert {"connector.norm.weight", "connector.proj.weight"} <= load_file(weights).keys()
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    """Run Python in a copy of the checkout, which shadows the installed package."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -220,9 +220,7 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
         if last := _last(folder, split):
             metrics[name] = last["loss"]
     if built.cfg.trainer.export:
-        from vlm_train.export.run import write_export
-
-        write_export(built, folder)
+        _export(built, folder)
     _write_status(
         folder, status="done", step=trainer.global_step, metrics=metrics, results=results, finished=time.time()
     )
@@ -230,6 +228,16 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
 
     print(f"report: {write_report(folder)}", flush=True)
     return metrics
+
+
+def _export(built: Any, folder: Path) -> None:
+    """Export at the end of training. A model of new parts has no counterpart in `transformers`; its training counts."""
+    from vlm_train.export.run import write_export
+
+    try:
+        write_export(built, folder)
+    except ConfigError as error:
+        print(f"trainer.export: not exported, because `transformers` has no such model: {error}", flush=True)
 
 
 def _last(folder: Path, split: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Trainer:
     accelerator: str = "auto"  # auto | cpu | gpu
     min_supervised_ratio: float = 0.001  # stop when a window of steps supervises fewer of its text tokens than this
     max_bad_samples: int = 100  # bad samples in a row that stop the run
-    export: bool = False  # at the end, write a folder that `transformers` loads
+    export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
     threads: int | None = None  # CPU threads; null: torch's choice
 
 
