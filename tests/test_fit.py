@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.small_run import command, make_data, train
-from vlm_train import cli
-from vlm_train.errors import CheckpointError, TrainingError
+from vlm_train import checkpoint, cli
+from vlm_train.errors import CheckpointError, ConfigError, TrainingError
 from vlm_train.modules.base import VLMModule
 
 TIMING = ("time", "samples_per_second", "tokens_per_second")
@@ -139,6 +139,94 @@ def test_killed_run_resumes_exactly(workers: int, data: Path, whole: Path, tmp_p
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_saves_the_step_and_resumes_exactly(
+    number: signal.Signals, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    overrides = command(data, tmp_path, "trainer.save_every=null")
+    code = SLOW_START.replace("time.sleep(600)", "time.sleep(1.5)")
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen([sys.executable, "-c", code, *overrides], stdout=out, stderr=out)
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "run" / "metrics.jsonl").is_file() or not metrics(tmp_path / "run"):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(timeout=100) == 128 + number
+    run, said = tmp_path / "run", (tmp_path / "out").read_text()
+    (folder,) = (run / "checkpoints").glob("step-*")
+    assert int(folder.name[5:]) < 6 and "The same command resumes" in said and "Traceback" not in said
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert cli.main(overrides) == 0
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize(
+    "recipe, more",
+    [
+        (
+            "easyvqa_clip",
+            ["batch.micro=4", "model.max_scale=1.5", "trainer.log_every=4"],
+        ),
+        ("llava15_lora", ["+image.flip=true", "peft.dropout=0.3", "trainer.save_every=1", "optim.lr=1e-2"]),
+    ],
+)
+def test_other_recipes_resume_exactly(recipe: str, more: list[str], data: Path, tmp_path: Path) -> None:
+    overrides = [[f"recipe={recipe}", *command(data, tmp_path / name, *more)[1:]] for name in ("one", "two")]
+    one = train(overrides[0])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, 3)
+        train(overrides[1])
+    two = train(overrides[1])
+    assert metrics(one) == metrics(two)
+    assert_same_weights(one, two)
+
+
+def assert_same_weights(one: Path, other: Path, step: int = 6) -> None:
+    folders = [checkpoint_of(run, step) for run in (one, other)]
+    assert same(*(load_file(folder / "weights.safetensors") for folder in folders))
+
+
+def test_damaged_last_checkpoint_is_written_again(stopped: Path, data: Path, whole: Path) -> None:
+    train(command(data, stopped.parent))
+    (stopped / "run.json").unlink()
+    flip_byte(checkpoint_of(stopped, 6) / "weights.safetensors")
+    train(command(data, stopped.parent))
+    assert_same_end(stopped, whole)
+    assert checkpoint.verify(checkpoint_of(stopped, 6))["step"] == 6
+
+
+def test_diverged_run_never_counts_as_done(data: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="not finite"):
+            train(command(data, tmp_path, "optim.lr=1e30", "trainer.max_steps=3", "trainer.log_every=100"))
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_torn_log_is_mended(stopped: Path, data: Path, whole: Path) -> None:
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    train(command(data, stopped.parent))
+    assert_same_end(stopped, whole)
+
+
+def test_two_processes_do_not_train_one_run(data: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            train(command(data, tmp_path))
+
+
+def test_logged_loss_is_the_one_that_is_minimised(data: Path, tmp_path: Path) -> None:
+    weights = ["objective.lm.weight=0.5", "objective.lm.weight=1.0"]
+    more = ["trainer.max_steps=1", "lr_schedule.warmup_ratio=0"]
+    half, full = [metrics(train(command(data, tmp_path, *more, w, name=w[-3:])))[0] for w in weights]
+    assert half["loss"] == pytest.approx(full["loss"] / 2) and half["grad_norm"] == pytest.approx(full["grad_norm"] / 2)
+
+
 def test_workers_change_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
     assert_same_end(train(command(data, tmp_path, "data.workers=2")), whole)
 
@@ -233,6 +321,26 @@ def test_accumulation_changes_no_gradient(data: Path, tmp_path: Path) -> None:
     for row, same_row in zip(*map(metrics, runs), strict=True):
         assert row["grad_norm"] > 1e-3
         assert [same_row["loss"], same_row["grad_norm"]] == pytest.approx([row["loss"], row["grad_norm"]], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("recipe", ["easyvqa_stage2", "easyvqa_clip"])
+def test_bf16_trains(precision: str, recipe: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, set[torch.dtype]]] = []
+    inner = VLMModule.training_step
+
+    def training_step(self: VLMModule, batch: Any, batch_idx: int) -> Any:
+        rotary = {b.dtype for n, b in self.model.named_buffers() if n.endswith("inv_freq")}
+        seen.append({"parameters": {p.dtype for p in self.model.parameters()}, "rotary": rotary})
+        return inner(self, batch, batch_idx)
+
+    monkeypatch.setattr(VLMModule, "training_step", training_step)
+    more = ["batch.micro=4", "trainer.max_steps=4", f"trainer.precision={precision}", "lr_schedule.warmup_ratio=0"]
+    run = train([f"recipe={recipe}", *command(data, tmp_path, *more)[1:]])
+    losses = [row["loss"] for row in metrics(run)]
+    assert losses[-1] < losses[0]
+    held = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert all(one == {"parameters": {held}, "rotary": {torch.float32}} for one in seen)
 
 
 def test_frozen_parts_stay_in_eval_mode(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,12 @@ def build(cfg: DictConfig) -> Built:
     return Built(cfg, model, tokenizer, template, build_layout(model, image), image)
 
 
+def halve(model: nn.Module) -> None:
+    """Parameters in bf16 (`trainer.precision=bf16-true`). Buffers stay: rotary ones lose positions in 16 bits."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -> nn.Module:
     """The model of a configuration: parts, their weights, the family's wiring, adapters.
 

@@ -1,6 +1,6 @@
 """Checkpoints: what learns, its optimizer, schedule and position, written so that a half-written one is never used.
 
-    checkpoints/step-00000100/   state.ckpt (Lightning), weights.safetensors, manifest.json (last: sizes, SHA-256)
+    checkpoints/step-00000100/   state.ckpt (Lightning, without weights), weights.safetensors, manifest.json (last)
     checkpoints/LATEST, BEST     names of folders
 
 A folder is filled under a temporary name and renamed when complete. Frozen weights are not copied: a run knows from its
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,24 @@ from vlm_train.errors import CheckpointError
 STATE, WEIGHTS, MANIFEST = "state.ckpt", "weights.safetensors", "manifest.json"
 
 
-def save(trainer: Any, root: Path, *, run_id: str, step: int, keep_last: int, best: bool) -> None:
-    """Write the checkpoint of an optimizer step, point LATEST (and BEST) at it, drop old ones. Called on every rank."""
+def save(
+    trainer: Any, root: Path, *, step: int, facts: Mapping[str, Any], keep_last: int, best: bool, rewrite: bool
+) -> None:
+    """Write the checkpoint of an optimizer step, point LATEST (and BEST) at it, drop old ones. Called on every rank.
+
+    Args:
+        facts: what the manifest says besides step and files: at least `run_id`.
+        rewrite: replace a folder of this step that is there already; False: it is known to be good.
+    """
     final = root / f"step-{step:08d}"
     try:
-        if not trainer.strategy.broadcast(final.exists()):
-            _write(trainer, final, run_id, step)
+        if rewrite or not trainer.strategy.broadcast(final.exists()):
+            _write(trainer, final, step, facts)
         if trainer.is_global_zero:
             _point(root / "LATEST", final.name)
             if best:
                 _point(root / "BEST", final.name)
-            _retain(root, keep_last)
+            _retain(root, keep_last, final.name)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(_partial(final), ignore_errors=True)
         raise CheckpointError(
@@ -46,11 +54,22 @@ def save(trainer: Any, root: Path, *, run_id: str, step: int, keep_last: int, be
         ) from error
 
 
+def save_weights(root: Path, weights: Mapping[str, torch.Tensor], *, run_id: str, step: int = 0) -> Path:
+    """A checkpoint of weights alone, for weights not trained here. Runs can start from it, none resumes it."""
+    final = root / f"step-{step:08d}"
+    temporary = _partial(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _complete(temporary, final, weights, step, {"run_id": run_id, "frozen": []})
+    _point(root / "LATEST", final.name)
+    return final
+
+
 def _partial(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
-def _write(trainer: Any, final: Path, run_id: str, step: int) -> None:
+def _write(trainer: Any, final: Path, step: int, facts: Mapping[str, Any]) -> None:
     """Fill a temporary folder on rank 0 (and what the strategy writes on others), then give it its name."""
     temporary = _partial(final)
     if trainer.is_global_zero:
@@ -62,23 +81,31 @@ def _write(trainer: Any, final: Path, run_id: str, step: int) -> None:
     if trainer.is_global_zero:
         named = {n.removeprefix("model."): p for n, p in trainer.lightning_module.named_parameters()}
         learned = {n: p.detach().cpu().contiguous() for n, p in named.items() if p.requires_grad}
-        save_file(learned, temporary / WEIGHTS)
         frozen = [n for n, p in named.items() if not p.requires_grad]
-        _write_manifest(temporary, run_id, step, learned, frozen)
-        temporary.rename(final)
+        _complete(temporary, final, learned, step, {**facts, "frozen": frozen})
 
 
-def _write_manifest(
-    folder: Path, run_id: str, step: int, learned: Mapping[str, torch.Tensor], frozen: Sequence[str]
+def _complete(
+    temporary: Path, final: Path, learned: Mapping[str, torch.Tensor], step: int, facts: Mapping[str, Any]
 ) -> None:
+    """Add the weights and the manifest, then give the folder its name; an old folder of that name gives way."""
+    save_file(dict(learned), temporary / WEIGHTS)
+    _write_manifest(temporary, step, learned, facts)
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_manifest(folder: Path, step: int, learned: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     manifest = {
         "format": 1,
-        "run_id": run_id,
         "step": step,
+        **facts,
         "files": files,
         "learned": {name: list(tensor.shape) for name, tensor in learned.items()},
-        "frozen": list(frozen),
         "torch": torch.__version__,
     }
     for path in folder.iterdir():
@@ -93,47 +120,78 @@ def _point(pointer: Path, name: str) -> None:
     os.replace(temporary, pointer)
 
 
-def _retain(root: Path, keep_last: int) -> None:
-    """Keep the newest `keep_last` checkpoints and what BEST points at."""
+def _retain(root: Path, keep_last: int, newest: str) -> None:
+    """Keep the newest `keep_last` checkpoints and what BEST points at. Later ones, damaged or left, do not count."""
     best = (root / "BEST").read_text().strip() if (root / "BEST").exists() else ""
-    for folder in sorted(root.glob("step-*"))[: -max(keep_last, 1)]:
+    folders = sorted(folder for folder in root.glob("step-*") if folder.name <= newest)
+    for folder in folders[: -max(keep_last, 1)]:
         if folder.name != best:
             shutil.rmtree(folder)
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a complete, undamaged checkpoint. Raises `CheckpointError` saying what is wrong."""
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or its writing was interrupted")
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: unreadable: {error}") from error
-    for name, expected in files.items():
+    manifest = _manifest(folder)
+    for name, one in manifest["files"].items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path}: {size} bytes, the manifest says {expected['bytes']}: the checkpoint is damaged"
-            )
-        if _sha256(path) != expected["sha256"]:
+        if size != one["bytes"]:
+            raise CheckpointError(f"{path}: {size} bytes, the manifest says {one['bytes']}: the checkpoint is damaged")
+        if _sha256(path) != one["sha256"]:
             raise CheckpointError(f"{path}: its SHA-256 differs from the manifest: the checkpoint is damaged")
     return manifest
 
 
-def newest_valid(root: Path) -> Path | None:
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with what we read of it checked for its types."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or its writing was interrupted")
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): {k: one[k] for k in ("bytes", "sha256")} for name, one in manifest["files"].items()}
+        typed = {"run_id": str(manifest["run_id"]), "step": int(manifest["step"]), "frozen": list(manifest["frozen"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of ours: {error!r}") from error
+    return {**manifest, **typed, "files": files}
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A verified checkpoint that a run goes on from."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def state(self) -> Path:
+        """Optimizer, schedule and position, in Lightning's format."""
+        return self.folder / STATE
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def require(self, **facts: Any) -> None:
+        """Raises CheckpointError where the run's data or vocabulary are not those of the checkpoint."""
+        for name, value in facts.items():
+            if name in self.manifest and self.manifest[name] != value:
+                raise CheckpointError(
+                    f"resume: {name} changed since {self.folder} was written ({self.manifest[name]} -> {value}), so "
+                    "the run cannot go on exactly. Restore it, or start another run (run_name=...) from its weights "
+                    "(init_from)."
+                )
+
+
+def newest_valid(root: Path) -> Resume | None:
     """The newest undamaged checkpoint; damaged ones are skipped aloud. None if there never was one.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid.
     """
-    folders = sorted(root.glob("step-*"), reverse=True)
     problems = []
-    for folder in folders:
+    for folder in sorted(root.glob("step-*"), reverse=True):
         try:
-            verify(folder)
-            return folder
+            return Resume(folder, verify(folder))
         except CheckpointError as error:
             problems.append(str(error))
             print(f"resume: skipping {error}", flush=True)
@@ -144,11 +202,11 @@ def newest_valid(root: Path) -> Path | None:
     return None
 
 
-def resume_state(resume: str, folder: Path, run_id: str) -> Path | None:
-    """The Lightning state to resume from: this run's own (`auto`), a given checkpoint of this run, or none (`never`).
+def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
+    """What to resume from: this run's own (`auto`), a given checkpoint of this run, or nothing (`never`).
 
     Raises:
-        CheckpointError: damaged, of another run, or `never` with checkpoints already there.
+        CheckpointError: damaged, of another run, without an optimizer's state, or `never` with checkpoints there.
     """
     root = folder / "checkpoints"
     if resume == "never":
@@ -157,16 +215,19 @@ def resume_state(resume: str, folder: Path, run_id: str) -> Path | None:
                 f"resume=never, but {root} holds checkpoints. Choose another run_name, or delete the folder."
             )
         return None
-    chosen = newest_valid(root) if resume == "auto" else Path(resume)
-    if chosen is None:
+    if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
+        raise CheckpointError(f"resume: {resume} is a run; give one of its checkpoints, {resume}/checkpoints/step-...")
+    found = newest_valid(root) if resume == "auto" else Resume(Path(resume), verify(Path(resume)))
+    if found is None:
         return None
-    manifest = verify(chosen)
-    if manifest["run_id"] != run_id:
+    if found.manifest["run_id"] != run_id:
         raise CheckpointError(
-            f"resume: {chosen} belongs to run {manifest['run_id']!r}, this is {run_id!r}. "
+            f"resume: {found.folder} belongs to run {found.manifest['run_id']!r}, this is {run_id!r}. "
             "To start from its weights use init_from."
         )
-    return chosen / STATE
+    if not found.state.is_file():
+        raise CheckpointError(f"resume: {found.folder} holds weights only. To start from them use init_from.")
+    return found
 
 
 def weights_file(run: str | Path, which: str = "last") -> Path:
@@ -229,8 +290,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 def _frozen(file: Path) -> set[str]:
     """The parameters that the run of this checkpoint kept as it found them; none for a bare file."""
-    manifest = file.parent / MANIFEST
-    return set(json.loads(manifest.read_text(encoding="utf-8"))["frozen"]) if manifest.is_file() else set()
+    return set(_manifest(file.parent)["frozen"]) if (file.parent / MANIFEST).is_file() else set()
 
 
 def hand_over(model: nn.Module, init_from: Sequence[Any]) -> None:

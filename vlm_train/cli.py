@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from vlm_train import config, launch, provenance
 from vlm_train.check import check
-from vlm_train.errors import ConfigError, VLMTrainError
+from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
 from vlm_train.explain import Composition, explain, unknown_in
 from vlm_train.signatures import hint
 
@@ -56,6 +56,9 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
         work()
     except Composition as error:
         return _report(ConfigError(explain(overrides, dirs, error)), error)
+    except Interrupted as error:
+        print(f"Interrupted: {error}", file=sys.stderr)
+        return error.code
     except VLMTrainError as error:
         return _report(error, error)
     except KeyboardInterrupt:

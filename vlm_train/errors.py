@@ -5,6 +5,7 @@ The command line prints these without a traceback; anything else is a programmin
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 
@@ -34,3 +35,11 @@ class CheckpointError(VLMTrainError):
 
 class TrainingError(VLMTrainError):
     """Training cannot go on: non-finite loss, too few supervised tokens, too many bad samples."""
+
+
+class Interrupted(VLMTrainError):
+    """A run that was asked to stop and did so with a checkpoint. `code` is the exit code: 128 + the signal's number."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.code = 128 + number
+        super().__init__(f"stopped at step {step} by {signal.Signals(number).name}. The same command resumes.")

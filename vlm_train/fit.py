@@ -9,6 +9,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train import checkpoint, config
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, Interrupted, TrainingError
+from vlm_train.launch import rank
 
 
 def fit(cfg: DictConfig) -> dict[str, Any]:
@@ -28,73 +31,124 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     if status.get("status") == "done" and cfg.resume == "auto":
         print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
         return dict(status.get("metrics") or {})
-    state = checkpoint.resume_state(cfg.resume, folder, identity)
-    if state is None:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    else:
-        _truncate_metrics(folder, checkpoint.verify(state.parent)["step"])
-    try:
-        return _train(cfg, folder, identity, state)
-    except BaseException:
-        _write_status(folder, status="failed")
-        raise
+    with _alone(folder):
+        resumed = checkpoint.find_resume(cfg.resume, folder, identity)
+        _keep_metrics(folder, resumed.step if resumed else -1)
+        print(f"{identity}: {_start(resumed)}", flush=True)
+        try:
+            return _train(cfg, folder, identity, resumed)
+        except BaseException as error:
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            _write_status(folder, status="interrupted" if stopped else "failed")
+            raise
 
 
-def _train(cfg: DictConfig, folder: Path, identity: str, state: Path | None) -> dict[str, Any]:
+def _start(resumed: checkpoint.Resume | None) -> str:
+    return f"resuming from {resumed.folder}" if resumed else "starting at step 0"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the run folder's lock on rank 0, so that the same command, started twice, does not write to it twice."""
+    if rank() != 0 or sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
+        yield
+
+
+def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Resume | None) -> dict[str, Any]:
     import torch
 
-    from vlm_train.build import build
-    from vlm_train.callbacks.loop import Checkpoints, Evaluation
+    from vlm_train.build import build, halve
     from vlm_train.data.datamodule import VLMData
-    from vlm_train.dryrun.plan import unused_parameters
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     built = build(cfg)
     checkpoint.hand_over(built.model, cfg.init_from)
-    policy = _policy(cfg, built.model, unused_parameters(built.model))
+    if resumed:
+        checkpoint.load_weights(built.model, resumed.folder / checkpoint.WEIGHTS)
+    if cfg.trainer.precision == "bf16-true":
+        halve(built.model)
+    policy = _policy(cfg, built.model)
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
     data.plan = _plan(cfg, len(data.train))
     module = _module(cfg, built.model, policy, data.plan, folder)
     evaluators = {k: instantiate(v, _convert_="all") for k, v in (cfg.eval or {}).items() if v is not None}
-    callbacks = [Evaluation(built, evaluators, folder)] if evaluators else []
-    val_every = cfg.trainer.val_every if len(data.val) else None
-    saving = {"every": cfg.trainer.save_every, "val_every": val_every, "keep_last": cfg.trainer.keep_last}
-    callbacks.append(Checkpoints(folder, identity, total=data.plan.steps, **saving))  # type: ignore[arg-type]
-    trainer = _trainer(cfg, data.plan, callbacks, folder)
+    trainer = _trainer(cfg, data.plan, _callbacks(cfg, built, data, evaluators, folder, identity, resumed), folder)
     if trainer.is_global_zero:
-        print(f"{identity}\n{policy.table()}", flush=True)
+        print(policy.table(), flush=True)
         _write_parameters(folder, policy)
+        _write_status(folder, **_facts(cfg, identity, data.plan.steps))
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
-        _write_status(
-            folder,
-            run_id=identity,
-            recipe=cfg.recipe_name,
-            status="running",
-            total_steps=data.plan.steps,
-            started=time.time(),
-        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        trainer.fit(module, datamodule=data, ckpt_path=str(state) if state else None)
+        trainer.fit(module, datamodule=data, ckpt_path=resumed.state if resumed else None, weights_only=True)
     if trainer.global_step < data.plan.steps:
-        raise ConfigError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
+        raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
     validated = trainer.strategy.broadcast(_last(folder, "val").get("step"))
     if len(data.val) and validated != data.plan.steps:  # no interval ended here
         trainer.validate(module, datamodule=data, verbose=False)
-    return _finish(built, module, evaluators, folder, trainer)
+    built.model.to(trainer.strategy.root_device)  # where Lightning took it away when it was done
+    metrics = _finish(built, module, evaluators, folder, trainer)
+    if trainer.world_size > 1:
+        torch.distributed.destroy_process_group()  # otherwise its threads abort the process at exit
+    return metrics
 
 
-def _policy(cfg: DictConfig, model: Any, unused: list[str]) -> Any:
-    from vlm_train.params import apply_policy
+def _facts(cfg: DictConfig, identity: str, steps: int) -> dict[str, Any]:
+    return {
+        "run_id": identity,
+        "recipe": cfg.recipe_name,
+        "status": "running",
+        "total_steps": steps,
+        "started": time.time(),
+    }
+
+
+def _callbacks(
+    cfg: DictConfig,
+    built: Any,
+    data: Any,
+    evaluators: dict[str, Any],
+    folder: Path,
+    identity: str,
+    resumed: checkpoint.Resume | None,
+) -> list[Any]:
+    """Evaluators before checkpoints, so that a checkpoint never lacks the scores of its step."""
+    from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log, StopSignals
+
+    interval, held_out = cfg.trainer.val_every, len(data.val) > 0
+    checkpoints = Checkpoints(
+        folder,
+        {"run_id": identity},
+        every=cfg.trainer.save_every,
+        val_every=interval if held_out else None,
+        total=data.plan.steps,
+        keep_last=cfg.trainer.keep_last,
+        resumed=resumed.step if resumed else None,
+    )
+    evaluation = Evaluation(built, evaluators, folder, every=None if held_out else interval)
+    return [StopSignals(), Log(every=cfg.trainer.log_every, total=data.plan.steps), evaluation, checkpoints]
+
+
+def _policy(cfg: DictConfig, model: Any) -> Any:
+    from vlm_train.params import apply_policy, unused_parameters
 
     return apply_policy(
         model,
         cfg.params.rules,
         weight_decay=cfg.optim.weight_decay,
         decay_norms_and_biases=cfg.params.decay_norms_and_biases,
-        unused=unused,
+        unused=unused_parameters(model),
     )
 
 
@@ -143,21 +197,20 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
         model,
         objectives,
         policy,
-        partial(_call, cfg.optim, "params"),
-        partial(_call, cfg.lr_schedule, "optimizer", total_steps=plan.steps),
+        partial(_call, cfg.optim),
+        partial(_call, cfg.lr_schedule, total_steps=plan.steps),
         seed=cfg.seed,
         total_steps=plan.steps,
         normalise=cfg.batch.normalise,
-        log_every=cfg.trainer.log_every,
         max_bad_samples=cfg.trainer.max_bad_samples,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
         folder=folder,
     )
 
 
-def _call(node: DictConfig, name: str, value: Any, **options: Any) -> Any:
+def _call(node: DictConfig, value: Any, **options: Any) -> Any:
     """Call a component with one live object, which Hydra must not copy into a configuration."""
-    return instantiate(node, _partial_=True, _convert_="all")(value, **options) if name else None
+    return instantiate(node, _partial_=True, _convert_="all")(value, **options)
 
 
 def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> Any:
@@ -176,7 +229,8 @@ def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> 
         devices=plan.world // cfg.launch.nodes,
         num_nodes=cfg.launch.nodes,
         strategy=_strategy(cfg, plan.world),
-        precision=cfg.trainer.precision,
+        precision="32-true" if cfg.trainer.precision == "bf16-true" else cfg.trainer.precision,
+        plugins=[_environment(cfg)],
         max_steps=plan.steps,
         max_epochs=-1,
         accumulate_grad_batches=plan.micro_count,
@@ -192,6 +246,17 @@ def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> 
         enable_progress_bar=sys.stdout.isatty(),
         use_distributed_sampler=False,
     )
+
+
+def _environment(cfg: DictConfig) -> Any:
+    """Who started the processes. Named here, because Lightning guesses, and requeues SLURM jobs behind our back."""
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    if cfg.launch.kind == "srun":
+        return SLURMEnvironment(auto_requeue=False)
+    return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
 
 
 def _strategy(cfg: DictConfig, world: int) -> Any:
@@ -215,7 +280,7 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
         result = evaluator.run(built, folder / "eval" / name, final=True)
         metrics[f"{name}/accuracy"] = result["accuracy"]
         results += result["results"]
-        module.write("test", {"accuracy": result["accuracy"]})
+        module.write("test", {f"{name}/accuracy": result["accuracy"]})
     for name, split in (("loss", "train"), ("val_loss", "val")):
         if last := _last(folder, split):
             metrics[name] = last["loss"]
@@ -240,11 +305,20 @@ def _export(built: Any, folder: Path) -> None:
         print(f"trainer.export: not exported, because `transformers` has no such model: {error}", flush=True)
 
 
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
+    path, rows = folder / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def _last(folder: Path, split: str) -> dict[str, Any]:
     """The last line of metrics.jsonl that has a loss of this split; empty without one."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [row for row in map(json.loads, lines) if row["split"] == split and "loss" in row]
+    found = [row for row in _rows(folder) if row["split"] == split and "loss" in row]
     return found[-1] if found else {}
 
 
@@ -254,6 +328,8 @@ def _status(folder: Path) -> dict[str, Any]:
 
 
 def _write_status(folder: Path, **changes: Any) -> None:
+    if rank() != 0:
+        return
     temporary = folder / f"run.json.{os.getpid()}.partial"
     temporary.write_text(json.dumps(_status(folder) | changes, indent=1), encoding="utf-8")
     os.replace(temporary, folder / "run.json")
@@ -273,9 +349,11 @@ def _write_parameters(folder: Path, policy: Any) -> None:
     (folder / "params.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def _truncate_metrics(folder: Path, step: int) -> None:
-    """Drop the log lines after the checkpoint: they will be written again."""
-    path = folder / "metrics.jsonl"
-    if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+def _keep_metrics(folder: Path, step: int) -> None:
+    """Drop the log lines after a step, which will be written again. On rank 0, before any other rank can log."""
+    if rank() != 0:
+        return
+    kept = [row for row in _rows(folder) if row["step"] <= step]
+    partial = folder / "metrics.jsonl.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(folder / "metrics.jsonl")

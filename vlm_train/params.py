@@ -107,7 +107,7 @@ def apply_policy(
     """
     unused = set(unused)
     decided = _decide(model, rules)
-    depth = _depths(decided)
+    depth = _depths(name for name in decided if name not in unused)
     groups: dict[tuple[Any, ...], Group] = {}
     rows: dict[tuple[str, str, str], list[Any]] = {}
     for name, (parameter, rule) in decided.items():
@@ -129,6 +129,14 @@ def apply_policy(
         row[3] = decay if row[3] is None or (decay or 0) > row[3] else row[3]
     table = [Row(part, rule, n, size, lr, decay, note) for (part, rule, note), (n, size, lr, decay) in rows.items()]
     return Policy(groups=list(groups.values()), rows=table)
+
+
+def unused_parameters(model: Any) -> list[str]:
+    """Full names of parameters that parts declare never to read."""
+    if hasattr(model, "unused_parameters"):
+        return list(model.unused_parameters())
+    parts: dict[str, Any] = {name: part for name, part in model.named_children() if hasattr(part, "unused_parameters")}
+    return [f"{name}.{parameter}" for name, part in parts.items() for parameter in part.unused_parameters()]
 
 
 def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:

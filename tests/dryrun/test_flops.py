@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_train import config
 from vlm_train.build import build_model
 from vlm_train.dryrun.flops import Flops, count
-from vlm_train.dryrun.plan import trace_step, unused_parameters
+from vlm_train.dryrun.plan import trace_step
 from vlm_train.dryrun.report import without_assets
 from vlm_train.dryrun.trace import meta_batch
 from vlm_train.objectives.base import identity_gather
-from vlm_train.params import apply_policy
+from vlm_train.params import apply_policy, unused_parameters
 
 FULL_SIZE = ["llava1_stage1", "llava1_stage2", "llava15_stage1", "llava15_stage2", "llava15_lora"]
 TEXT, SUPERVISED = 184, 40

@@ -7,6 +7,7 @@ import torch
 
 from tests.tiny_models import assert_close, batch_of, text_stream, tiny_llm, tiny_vision
 from vlm_train.data.batch import Batch, MediaBatch
+from vlm_train.data.collate import collate
 from vlm_train.errors import BatchError
 from vlm_train.models.two_tower import TwoTower
 from vlm_train.objectives.base import identity_gather
@@ -60,36 +61,53 @@ def test_images_in_another_order_than_their_texts():
     assert_close(losses[1], losses[0])
 
 
+class TwoRanks:
+    """A gather of two ranks in one process: what the other one sends is known beforehand."""
+
+    def __init__(self, rank, sizes, everything):
+        self.rank, self._sizes, self.calls = rank, sizes, iter(everything)
+
+    def sizes(self, rows):
+        assert rows == self._sizes[self.rank]
+        return self._sizes
+
+    def __call__(self, tensor, sizes, *, with_grad):
+        parts = list(next(self.calls))
+        parts[self.rank] = tensor
+        return torch.cat(parts)
+
+
 @pytest.mark.parametrize("mask_duplicates", [False, True])
-def test_two_ranks_equal_one(monkeypatch, mask_duplicates):
+@pytest.mark.parametrize("cut", [2, 3])
+def test_two_ranks_equal_one(mask_duplicates, cut):
     whole, split = two_tower(), two_tower()
     objective = Contrastive(mask_duplicates=mask_duplicates)
     expected = objective(whole, captions(), identity_gather)["contrastive"].sum
     expected.backward()
 
-    batches = [captions(0, 2), captions(2, 4)]
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    total = torch.zeros(())
+    batches = [captions(0, cut), captions(cut, 4)]
     everything = [
         [split.encode_image(b.media) for b in batches],
         [split.encode_text(b.text["llm"]) for b in batches],
         [caption_hashes(b.text["llm"]) for b in batches],
     ]
-    for rank, batch in enumerate(batches):
-        calls = iter(everything)
-
-        def gather(tensor, *, with_grad, calls=calls, rank=rank):
-            parts = list(next(calls))
-            parts[rank] = tensor
-            return torch.cat(parts)
-
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        total = total + objective(split, batch, gather)["contrastive"].sum
-    assert_close(total, expected)
-    total.backward()
+    gathers = [TwoRanks(rank, [cut, 4 - cut], everything) for rank in range(2)]
+    losses = [objective(split, batch, gather)["contrastive"] for batch, gather in zip(batches, gathers, strict=True)]
+    assert_close(losses[0].sum + losses[1].sum, expected)
+    (losses[0].sum + losses[1].sum).backward()
     for (name, a), b in zip(split.named_parameters(), whole.named_parameters(), strict=True):
         if b[1].grad is not None and b[1].grad.abs().max() > 1e-6:
             assert_close(a.grad, b[1].grad, name, tolerance=3e-5)
+
+
+def test_no_pairs_give_a_zero_that_reaches_every_parameter():
+    model = two_tower()
+    empty = collate([], (32, 32))
+    loss = Contrastive(mask_duplicates=True)(model, empty, identity_gather)["contrastive"]
+    assert loss.sum == 0 and loss.count == 0 and all(torch.isfinite(value) for value in loss.metrics.values())
+    loss.sum.backward()
+    unused = model.unused_parameters()
+    assert all(p.grad is not None and not p.grad.any() for n, p in model.named_parameters() if n not in unused)
 
 
 def test_equal_captions_are_not_negatives():

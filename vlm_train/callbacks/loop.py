@@ -1,28 +1,65 @@
-"""What happens at intervals of a run: checkpoints and evaluation. Every interval counts optimizer steps."""
+"""What happens at intervals of a run: checkpoints, evaluation, stops. Every interval counts optimizer steps."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 
 from vlm_train import checkpoint
 from vlm_train.data.batch import Batch
+from vlm_train.errors import Interrupted
+from vlm_train.modules.base import ends_step
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Log(pl.Callback):
+    """Writes the training metrics every `every` optimizer steps and at the end. Comes before `Checkpoints`: a resumed
+    run goes on with the sums since the last line."""
+
+    def __init__(self, *, every: int, total: int) -> None:
+        self.every, self.total = every, total
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if ends_step(batch) and (step % self.every == 0 or step == self.total):
+            pl_module.log_training()  # type: ignore[operator]
 
 
 class Checkpoints(pl.Callback):
     """Saves every `every` optimizer steps and at the end; BEST follows the lowest validation loss.
 
-    A step that is validated is saved after its validation, so that no resumed run lacks it.
+    A step that is validated is saved after its validation, so that no resumed run lacks it. A run that is asked to stop
+    saves the step it is in and raises `Interrupted`, on every rank.
+
+    Args:
+        facts: what the manifest says about the run besides the step.
+        resumed: the step of the checkpoint that this run goes on from.
     """
 
     def __init__(
-        self, folder: Path, run_id: str, *, every: int | None, val_every: int | None, total: int, keep_last: int
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        *,
+        every: int | None,
+        val_every: int | None,
+        total: int,
+        keep_last: int,
+        resumed: int | None = None,
     ) -> None:
-        self.root = folder / "checkpoints"
-        self.run_id, self.every, self.val_every, self.total, self.keep_last = run_id, every, val_every, total, keep_last
+        self.root, self.facts = folder / "checkpoints", facts
+        self.every, self.val_every, self.total, self.keep_last = every, val_every, total, keep_last
         self.lowest = float("inf")
+        self.written = set() if resumed is None else {resumed}  # others of the same step may be damaged
 
     def state_dict(self) -> dict[str, Any]:
         return {"lowest": self.lowest}
@@ -33,9 +70,12 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        step, window = trainer.global_step, batch.window
-        if window is None or window.micro + 1 < window.micro_count:
+        step = trainer.global_step
+        if not ends_step(batch):
             return
+        if pl_module.stopping:
+            self._save(trainer, best=False)
+            raise Interrupted(pl_module.interrupt or signal.SIGTERM, step)  # type: ignore[arg-type]
         if self._due(step) and not (self.val_every and step % self.val_every == 0):
             self._save(trainer, best=False)
 
@@ -52,19 +92,70 @@ class Checkpoints(pl.Callback):
         return step == self.total or bool(self.every and step % self.every == 0)
 
     def _save(self, trainer: pl.Trainer, *, best: bool) -> None:
+        trainer.lightning_module.require_healthy()  # type: ignore[operator]
         step = trainer.global_step
-        checkpoint.save(trainer, self.root, run_id=self.run_id, step=step, keep_last=self.keep_last, best=best)
+        trusted, self.written = step in self.written, self.written | {step}
+        checkpoint.save(
+            trainer,
+            self.root,
+            step=step,
+            best=best,
+            keep_last=self.keep_last,
+            facts=self.facts,
+            rewrite=not trusted,
+        )
+
+
+class StopSignals(pl.Callback):
+    """Ctrl-C, and SIGTERM as schedulers send it: the first asks for a checkpoint and a stop at the end of the step, the
+    second acts as usual."""
+
+    def __init__(self) -> None:
+        self.usual = {number: signal.getsignal(number) for number in STOPPING}  # before Lightning sets its own
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, self.usual[signal.Signals(number)])
+            pl_module.interrupt = number  # type: ignore[assignment]
+            print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint", flush=True)
+
+        self._set(dict.fromkeys(STOPPING, ask))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._set(self.usual)
+
+    def _set(self, handlers: Mapping[signal.Signals, Any]) -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses, and others handle signals
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class Evaluation(pl.Callback):
-    """Runs the evaluators on their validation sets whenever the validation loss is measured."""
+    """Runs the evaluators on their validation sets whenever the validation loss is measured.
 
-    def __init__(self, built: Any, evaluators: dict[str, Any], folder: Path) -> None:
-        self.built, self.evaluators, self.folder = built, evaluators, folder
+    Args:
+        every: optimizer steps between two runs where there is no validation set, hence no validation loss; else None.
+    """
+
+    def __init__(self, built: Any, evaluators: dict[str, Any], folder: Path, *, every: int | None) -> None:
+        self.built, self.folder, self.every = built, folder, every
+        self.evaluators = {name: one for name, one in evaluators.items() if getattr(one, "at_validation", True)}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.every and ends_step(batch) and trainer.global_step % self.every == 0:
+            pl_module.on_validation_start()
+            self._run(trainer, pl_module)
+            pl_module.on_validation_end()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":  # at the end of a run they run in full
+            self._run(trainer, pl_module)
+
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
         for name, evaluator in self.evaluators.items():
             result = evaluator.run(self.built, self.folder / "eval" / name, final=False)
-            pl_module.write("val", {"accuracy": result["accuracy"]})  # type: ignore[operator]
+            pl_module.write("val", {f"{name}/accuracy": result["accuracy"]})  # type: ignore[operator]

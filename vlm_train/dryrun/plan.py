@@ -16,7 +16,7 @@ from vlm_train.dryrun.memory import STRATEGIES, Needs, Peak, peak
 from vlm_train.dryrun.trace import Trace, blocks, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
 from vlm_train.objectives.base import identity_gather
-from vlm_train.params import Policy, apply_policy
+from vlm_train.params import Policy, apply_policy, unused_parameters
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,6 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
         disk=disk(cfg, policy.trainable, states),
         round_trip=round_trip(cfg),
     )
-
-
-def unused_parameters(model: Any) -> list[str]:
-    """Full names of parameters that parts declare never to read."""
-    if hasattr(model, "unused_parameters"):
-        return list(model.unused_parameters())
-    parts: dict[str, Any] = {name: part for name, part in model.named_children() if hasattr(part, "unused_parameters")}
-    return [f"{name}.{parameter}" for name, part in parts.items() for parameter in part.unused_parameters()]
 
 
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,6 @@ class VLMModule(pl.LightningModule):
         seed: int,
         total_steps: int,
         normalise: str = "token",
-        log_every: int = 10,
         max_bad_samples: int = 100,
         min_supervised_ratio: float = 0.0,
         folder: Path,
@@ -51,7 +51,7 @@ class VLMModule(pl.LightningModule):
         self.policy = policy
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
         self.seed, self.total_steps, self.normalise = seed, total_steps, normalise
-        self.log_every, self.max_bad, self.min_supervised = log_every, max_bad_samples, min_supervised_ratio
+        self.max_bad, self.min_supervised = max_bad_samples, min_supervised_ratio
         self.folder = folder
         self.totals: dict[str, Tensor] = {}
         self.validation: dict[str, Tensor] = {}
@@ -60,6 +60,9 @@ class VLMModule(pl.LightningModule):
         self.counts = dict.fromkeys(("samples", "tokens", "supervised", "skipped"), 0.0)
         self.bad_in_a_row = 0
         self.grad_norm: Tensor | None = None
+        self.loss_weights: dict[str, float] = {}
+        self.known_problems: set[str] = set()
+        self.interrupt, self.stopping = 0, False
         self.since = time.perf_counter()
         self.train()  # Lightning keeps the modes it finds, so they are set here
 
@@ -82,7 +85,7 @@ class VLMModule(pl.LightningModule):
         torch.manual_seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
         if window.micro == 0:
             self._open(window)
-        gather = gather_for(self.trainer.world_size)
+        gather = gather_for(self.trainer.world_size, self.device)
         total = torch.zeros((), device=self.device)
         for objective in self.objectives.values():
             for name, loss in objective(self.model, batch, gather).items():
@@ -92,12 +95,15 @@ class VLMModule(pl.LightningModule):
         return total * (window.micro_count * self.trainer.world_size)
 
     def _open(self, window: Window) -> None:
-        """Start an optimizer step: one all-reduce gives the denominators; bad samples are counted."""
-        names = sorted(window.sums)
-        sums = torch.tensor([sum(window.sums[n].values()) for n in names], dtype=torch.float64)
+        """Start an optimizer step: one all-reduce gives the denominators and whether any rank is asked to stop."""
+        names = sorted({objective.stream for objective in self.objectives.values()})  # the same on every rank
+        sums = [sum(window.sums.get(name, {}).values()) for name in names] + [float(bool(self.interrupt))]
         if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
-        self.denominators = dict(zip(names, sums.tolist(), strict=True))
+            local = torch.tensor(sums, dtype=torch.float64).to(self.device)
+            sums = self.trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        *sums, asked = sums
+        self.stopping = asked > 0
+        self.denominators = dict(zip(names, sums, strict=True))
         for name in ("samples", "tokens", "supervised"):
             self.counts[name] += getattr(window, name)
         if window.problems:
@@ -106,10 +112,16 @@ class VLMModule(pl.LightningModule):
             self.bad_in_a_row = 0
 
     def _quarantine(self, window: Window) -> None:
+        """Record bad samples, each once, and stop when nothing but bad ones comes."""
         self.counts["skipped"] += len(window.problems)
         self.bad_in_a_row = len(window.problems) + (0 if window.samples else self.bad_in_a_row)
-        with open(self.folder / f"quarantine-{self.global_rank}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": window.step, "problem": p}) + "\n" for p in window.problems)
+        path = self.folder / f"quarantine-{self.global_rank}.jsonl"
+        new = [problem for problem in dict.fromkeys(window.problems) if problem not in self.known_problems]
+        if new and not self.known_problems:
+            print(f"left out: {new[0]} (all such samples: {path})", flush=True)
+        self.known_problems.update(new)
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": window.step, "problem": problem}) + "\n" for problem in new)
         if self.bad_in_a_row > self.max_bad:
             raise TrainingError(
                 f"data.train: {self.bad_in_a_row} bad samples in a row; trainer.max_bad_samples={self.max_bad}. "
@@ -117,12 +129,14 @@ class VLMModule(pl.LightningModule):
             )
 
     def _add(self, name: str, loss: Loss) -> None:
+        self.loss_weights[name] = loss.weight
         entries = {f"{name}/sum": loss.sum, f"{name}/count": loss.count} | {
             f"{name}/{key}": value * loss.count for key, value in loss.metrics.items()
         }
         for key, value in entries.items():
             held = self.totals.get(key)
-            self.totals[key] = value.detach().float() if held is None else held + value.detach().float()
+            value = value.detach().float()
+            self.totals[key] = value if held is None else held.to(value.device) + value
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -132,21 +146,17 @@ class VLMModule(pl.LightningModule):
         parameters = [p for group in self.policy.groups for p in group.parameters]
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """After an optimizer step: bound the temperature, check health, log at intervals."""
-        window = batch.window
-        if window is None or window.micro + 1 < window.micro_count:
-            return
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """An update, and the bounds that the family keeps after one (the temperature of two towers)."""
+        super().optimizer_step(*args, **kwargs)
         if hasattr(self.model, "clamp_"):
             cast(Any, self.model).clamp_()
-        if self.global_step % self.log_every == 0 or self.global_step == self.total_steps:
-            self._log()
 
-    def _log(self) -> None:
+    def log_training(self) -> None:
+        """Write the means since the last log line, and check them."""
         row = self._means(self.totals)
         self.counts = self._over_ranks(self.counts)
-        if not all(torch.isfinite(torch.tensor(v)) for v in row.values()):
-            raise TrainingError(f"training: the loss is not finite at step {self.global_step}: {row}")
+        self._require_finite("training", row)
         ratio = self.counts["supervised"] / max(self.counts["tokens"], 1)
         if "lm" in self.objectives and ratio < self.min_supervised:
             raise TrainingError(
@@ -155,7 +165,8 @@ class VLMModule(pl.LightningModule):
             )
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
-        row |= {f"lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups}
+        groups = self.trainer.optimizers[0].param_groups
+        row |= {f"lr/{g['name']}": max(o["lr"] for o in groups if o["name"] == g["name"]) for g in groups}
         row |= {
             "samples_per_second": self.counts["samples"] / seconds,
             "tokens_per_second": self.counts["tokens"] / seconds,
@@ -180,15 +191,33 @@ class VLMModule(pl.LightningModule):
         sums = torch.stack(list(totals.values())).tolist() if totals else []  # one copy from the device
         by_name = self._over_ranks(dict(zip(totals, sums, strict=True)))
         row: dict[str, float] = {}
+        total = 0.0
         for name in sorted(by_name):
             objective, kind = name.rsplit("/", 1)
-            if kind != "count":
-                key = f"{objective}_loss" if kind == "sum" else f"{objective}_{kind}"
-                row[key] = by_name[name] / max(by_name[f"{objective}/count"], 1e-8)
+            if kind == "count":
+                continue
+            mean = by_name[name] / max(by_name[f"{objective}/count"], 1e-8)
+            row[f"{objective}_loss" if kind == "sum" else f"{objective}_{kind}"] = mean
+            if kind == "sum":
+                total += self.loss_weights.get(objective, 1.0) * mean
         losses = {key: value for key, value in row.items() if key.endswith("_loss")}
         if len(losses) == 1:
             row.pop(next(iter(losses)))  # the only one is the loss
-        return {"loss": sum(losses.values())} | row if by_name else {}
+        return {"loss": total} | row if by_name else {}
+
+    def _require_finite(self, what: str, row: Mapping[str, float]) -> None:
+        if not all(math.isfinite(value) for value in row.values()):
+            raise TrainingError(f"{what}: the loss is not finite at step {self.global_step}: {row}")
+
+    def require_healthy(self) -> None:
+        """Raises TrainingError, on every rank, if a loss since the last log line or a weight is not finite."""
+        learned = [p for group in self.policy.groups for p in group.parameters]
+        sick = torch.stack([*(~torch.isfinite(v).all() for v in (*learned, *self.totals.values()))]).any()
+        if self._over_ranks({"sick": float(sick)})["sick"]:
+            raise TrainingError(
+                f"training: weights or loss are not finite at step {self.global_step}, so no checkpoint is written. "
+                "The newest checkpoint is from before: lower optim.lr, or set trainer.clip_norm."
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the losses of a held-out batch."""
@@ -197,9 +226,18 @@ class VLMModule(pl.LightningModule):
         gather = identity_gather  # ranks may hold unequal numbers of held-out samples
         for objective in self.objectives.values():
             for name, loss in objective(self.model, batch, gather).items():
+                self.loss_weights[name] = loss.weight
                 for key, value in {"sum": loss.sum, "count": loss.count}.items():
                     held = self.validation.get(f"{name}/{key}")
                     self.validation[f"{name}/{key}"] = value.detach() if held is None else held + value.detach()
+
+    def on_validation_start(self) -> None:
+        """Stop the clock of the training speed."""
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Start it again, after the callbacks (evaluators, checkpoints) are done."""
+        self.since += time.perf_counter() - self.paused
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
@@ -208,6 +246,7 @@ class VLMModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss."""
         self.validation_metrics = self._means(self.validation)
+        self._require_finite("validation", self.validation_metrics)
         if self.validation_metrics:
             self.write("val", self.validation_metrics)
 
@@ -220,8 +259,9 @@ class VLMModule(pl.LightningModule):
             file.write(json.dumps(line) + "\n")
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
+        words = ("loss", "grad_norm", "samples_per_second", "skipped")
         shown = "  ".join(
-            f"{k} {v:.4g}" for k, v in row.items() if k in ("loss", "accuracy", "grad_norm", "samples_per_second")
+            f"{k} {v:.4g}" for k, v in row.items() if (k in words or k.endswith("/accuracy")) and (v or k != "skipped")
         )
         print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown}", flush=True)
 
@@ -232,6 +272,24 @@ class VLMModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what learns; frozen weights are known from where they came."""
-        learned = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learned}
+        """Everything but weights, which `checkpoint.py` writes as safetensors: the sums since the last log line."""
+        checkpoint["state_dict"] = {}
+        sums = torch.stack(list(self.totals.values())).tolist() if self.totals else []
+        checkpoint["since_log"] = {
+            "totals": self._over_ranks(dict(zip(self.totals, sums, strict=True))),
+            "counts": self._over_ranks(self.counts),
+            "bad_in_a_row": self.bad_in_a_row,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the sums: rank 0 takes those of all ranks."""
+        held = checkpoint["since_log"]
+        self.bad_in_a_row = held["bad_in_a_row"]
+        if self.global_rank == 0:
+            self.totals = {name: torch.tensor(value, device=self.device) for name, value in held["totals"].items()}
+            self.counts = dict(held["counts"])
+
+
+def ends_step(batch: Batch) -> bool:
+    """Whether this is the last micro-batch of an optimizer step."""
+    return batch.window is not None and batch.window.micro + 1 == batch.window.micro_count

@@ -10,18 +10,31 @@ from torch.distributed.nn.functional import all_gather
 from vlm_train.objectives.base import Gather, identity_gather
 
 
-def rank_gather(tensor: Tensor, *, with_grad: bool) -> Tensor:
-    """Tensors `[B, ...]` of all ranks, in rank order, as `[W * B, ...]`; every rank must hold equally many rows.
+class RankGather:
+    """The gather of a process group. Unequal numbers of rows are padded for the way, as collectives need equal ones."""
 
-    `with_grad=True` sends gradients back to the rank that each slice came from (summed over ranks).
-    """
-    if with_grad:
-        return torch.cat(list(all_gather(tensor)))
-    slices = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(slices, tensor.contiguous())
-    return torch.cat(slices)
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.device = dist.get_rank(), device
+
+    def sizes(self, rows: int) -> list[int]:
+        """Rows of every rank."""
+        return [int(size) for size in self._plain(torch.tensor([rows], device=self.device)).tolist()]
+
+    def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
+        """See `Gather`."""
+        most = max(sizes)
+        padded = torch.cat([tensor, tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
+        whole = torch.cat(list(all_gather(padded))) if with_grad else self._plain(padded)
+        if min(sizes) == most:
+            return whole
+        return torch.cat([whole[r * most : r * most + size] for r, size in enumerate(sizes)])
+
+    def _plain(self, tensor: Tensor) -> Tensor:
+        slices = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(slices, tensor.contiguous())
+        return torch.cat(slices)
 
 
-def gather_for(world: int) -> Gather:
+def gather_for(world: int, device: torch.device) -> Gather:
     """The gather of `world` ranks."""
-    return rank_gather if world > 1 else identity_gather
+    return RankGather(device) if world > 1 else identity_gather

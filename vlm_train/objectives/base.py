@@ -29,12 +29,20 @@ class Loss:
 
 
 class Gather(Protocol):
-    """Collects a tensor from all ranks along dimension 0; the identity on one rank.
+    """Collects tensors from all ranks along dimension 0; the identity on one rank. Every rank makes the same calls."""
 
-    `with_grad=True` lets gradients flow back to the rank each slice came from.
-    """
+    rank: int
 
-    def __call__(self, tensor: Tensor, *, with_grad: bool) -> Tensor: ...
+    def sizes(self, rows: int) -> list[int]:
+        """How many rows every rank holds: the last step of an epoch, or a bad sample, makes them unequal."""
+        ...
+
+    def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
+        """`[rows, ...]` of all ranks, in rank order, as `[sum(sizes), ...]`.
+
+        `with_grad=True` sends gradients back to the rank that each slice came from (summed over ranks).
+        """
+        ...
 
 
 class Objective(Protocol):
@@ -48,7 +56,16 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: Batch, gather: Gather) -> dict[str, Loss]: ...
 
 
-def identity_gather(tensor: Tensor, *, with_grad: bool) -> Tensor:
+class OneRank:
     """The gather of a single process."""
-    del with_grad
-    return tensor
+
+    rank = 0
+
+    def sizes(self, rows: int) -> list[int]:
+        return [rows]
+
+    def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
+        return tensor
+
+
+identity_gather = OneRank()

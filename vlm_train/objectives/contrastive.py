@@ -21,8 +21,8 @@ _HASH_BASE = 6364136223846793005  # an odd 64-bit multiplier; sums wrap around
 class Contrastive:
     """Every image against every text of the global batch, and the reverse.
 
-    Every rank holds the same number of pairs and returns the sum over its own: the total over all ranks, divided by the
-    number of pairs, is the loss of the global batch, however the batch is split.
+    Every rank returns the sum over its own pairs, which may be none: the total over all ranks, divided by the number of
+    pairs, is the loss of the global batch, however the batch is split.
 
     Args:
         weight: factor in the total loss.
@@ -42,35 +42,36 @@ class Contrastive:
     def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
         """`{"contrastive": Loss}`: sum over the local pairs of the mean of both directions."""
         stream, pairs = batch.text[self.text], len(batch.media.row)
-        if batch.media.real != pairs or pairs != len(stream.ids):
+        if batch.media.real != pairs or (pairs and pairs != len(stream.ids)):  # without pairs, a row of padding
             raise BatchError(
                 f"contrastive: needs one image view a text, got {batch.media.real} views of {pairs} images "
                 f"for {len(stream.ids)} texts"
             )
-        image = model.encode_image(batch.media)
+        image = model.encode_image(batch.media)[:pairs]
         text = model.encode_text(stream)[batch.media.row]
-        all_image, all_text = gather(image, with_grad=True), gather(text, with_grad=True)
-        target = torch.arange(pairs, device=image.device) + _first_pair(pairs, len(all_image))
+        sizes = gather.sizes(pairs)
+        all_image, all_text = gather(image, sizes, with_grad=True), gather(text, sizes, with_grad=True)
+        target = torch.arange(pairs, device=image.device) + sum(sizes[: gather.rank])
         scale = model.logit_scale.exp()
-        duplicate = self._duplicates(stream, batch.media.row, target, gather)
+        duplicate = self._duplicates(caption_hashes(stream)[batch.media.row], target, gather, sizes)
         to_text, to_image = scale * image @ all_text.T, scale * text @ all_image.T  # [b, G]
         if duplicate is not None:
             to_text, to_image = (logits.masked_fill(duplicate, float("-inf")) for logits in (to_text, to_image))
         losses = [F.cross_entropy(logits, target, reduction="sum") for logits in (to_text, to_image)]
         loss = torch.stack(losses).mean()
+        hits = [(logits.argmax(dim=1) == target).sum() if pairs else target.sum() for logits in (to_text, to_image)]
         metrics = {
-            "image_to_text": (to_text.argmax(dim=1) == target).float().mean(),
-            "text_to_image": (to_image.argmax(dim=1) == target).float().mean(),
+            "image_to_text": hits[0] / max(pairs, 1),
+            "text_to_image": hits[1] / max(pairs, 1),
             "logit_scale": scale.detach(),
         }
         return {"contrastive": Loss(loss, loss.new_tensor(float(pairs)), self.weight, metrics)}
 
-    def _duplicates(self, stream: TokenStream, row: Tensor, target: Tensor, gather: Gather) -> Tensor | None:
-        """`[b, G]`, True where another pair has the same caption."""
+    def _duplicates(self, mine: Tensor, target: Tensor, gather: Gather, sizes: list[int]) -> Tensor | None:
+        """`[b, G]`, True where another pair has the same caption, whose fingerprints `[b]` are `mine`."""
         if not self.mask_duplicates:
             return None
-        mine = caption_hashes(stream)[row]
-        same = mine[:, None] == gather(mine, with_grad=False)[None, :]
+        same = mine[:, None] == gather(mine, sizes, with_grad=False)[None, :]
         return same.scatter(1, target[:, None], False)
 
 
@@ -81,13 +82,3 @@ def caption_hashes(stream: TokenStream) -> Tensor:
     mixed = (stream.ids + 1) * (2 * place + 1) * _HASH_BASE
     mixed = (mixed ^ (mixed >> 29)) * _HASH_BASE  # so that swapped tokens do not cancel
     return (mixed * real).sum(dim=1)
-
-
-def _first_pair(local: int, total: int) -> int:
-    """Where this rank's pairs stand among the gathered ones."""
-    if total == local:
-        return 0
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if total != local * world:
-        raise BatchError(f"contrastive: {total} pairs on {world} ranks, {local} here; ranks must hold equally many")
-    return rank * local
