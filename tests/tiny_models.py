@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_train.data.batch import IGNORE, Batch, MediaBatch, TokenStream
+from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.llms.hf import HFCausalLM
@@ -83,13 +83,16 @@ def text_stream(
     segments = segments or [[1] * len(r) for r in rows]
     groups = groups or [[0] * len(r) for r in rows]
     positions = positions or [list(range(len(r))) for r in rows]
+    ids = torch.tensor([pad(r, 0) for r in rows])
+    index = (ids.flatten() == PLACEHOLDER_ID).nonzero().squeeze(1)
     return TokenStream(
-        ids=torch.tensor([pad(r, 0) for r in rows]),
+        ids=ids,
         labels=label,
         weights=(label != IGNORE).float(),
         positions=torch.tensor([pad(p, 0) for p in positions])[None],
         segment_ids=torch.tensor([pad(s, 0) for s in segments], dtype=torch.int32),
         attention_group=torch.tensor([pad(g, 0) for g in groups], dtype=torch.int32),
+        slots=Slots(index=index, placeholders=len(index)),
     )
 
 
@@ -103,7 +106,6 @@ def batch_of(stream: TokenStream, items: list[int], *, tokens: int = 4, size: in
         pixels=pixels,
         view_counts=(1,) * len(items),
         slot_counts=(tokens,) * len(items),
-        slot_index=(stream.ids.flatten() == PLACEHOLDER_ID).nonzero().squeeze(1),
         row=torch.tensor(items, dtype=torch.long),
         keys=tuple(f"sample{i}" for i in range(len(items))),
     )

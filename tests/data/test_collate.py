@@ -1,6 +1,8 @@
-"""Collation: padding sides, where placeholders and supervised targets are, and the normalisation rules."""
+"""Collation: padding sides, where features and supervised targets go, what is refused, the normalisation rules."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from vlm_train.data.collate import Item, collate, collate_prompts
 from vlm_train.data.layout import PLACEHOLDER_ID, Slot
 from vlm_train.data.render import Rendered
 from vlm_train.data.streams import PlacedSlot, Stream
+from vlm_train.errors import BatchError
 
 SIZE = (4, 6)
 
@@ -29,15 +32,17 @@ def stream(length: int, learned: int, slots: tuple[tuple[int, int], ...] = (), w
         ids=ids,
         labels=labels,
         weights=weights,
-        positions=np.arange(length),
+        positions=np.arange(length)[None],
         attention_group=np.arange(length, dtype=np.int32) % 2,
         slots=tuple(placed),
     )
 
 
-def item(of: Stream, key: str = "a", weight: float = 1.0) -> Item:
-    views = [np.full((1 + n, 3, *SIZE), n + len(of), np.uint8) for n in range(len(of.slots))]
-    return Item(Rendered(key=key, streams={"llm": of}), views, source="s", weight=weight)
+def item(of: Stream, key: str = "a", weight: float = 1.0, **more: Stream) -> Item:
+    items = sorted({placed.slot.item for one in (of, *more.values()) for placed in one.slots})
+    views = [np.full((1 + n, 3, *SIZE), n + len(of), np.uint8) for n in range(max(items, default=-1) + 1)]
+    rendered = Rendered(key=key, streams={"llm": of, **more}, media=tuple(items))
+    return Item(rendered, views, source="s", weight=weight)
 
 
 ITEMS = [item(stream(9, 2, ((1, 3), (5, 2)))), item(stream(4, 3), "b"), item(stream(6, 1, ((0, 4),)), "c")]
@@ -53,27 +58,102 @@ def test_padding_is_on_the_asked_side(left):
         pad = slice(0, 9 - len(here)) if left else slice(len(here), 9)
         for name in ("ids", "labels", "weights", "attention_group"):
             assert np.array_equal(getattr(text, name)[row, real], getattr(here, name)), name
-        assert np.array_equal(text.positions[0, row, real], here.positions)
+        assert np.array_equal(text.positions[:, row, real], here.positions)
         assert (text.segment_ids[row, real] == 1).all() and (text.segment_ids[row, pad] == 0).all()
         assert (text.ids[row, pad] == 0).all() and (text.labels[row, pad] == IGNORE).all()
         assert (text.weights[row, pad] == 0).all()
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_slot_index_is_where_the_placeholders_are(left):
+def test_slots_are_where_the_placeholders_are(left):
     batch = collate(ITEMS, SIZE, left=left)
-    flat = batch.text["llm"].ids.reshape(-1)
-    assert torch.equal(batch.media.slot_index, torch.nonzero(flat == PLACEHOLDER_ID).reshape(-1))
+    text = batch.text["llm"]
+    assert torch.equal(text.slots.index, torch.nonzero(text.ids.reshape(-1) == PLACEHOLDER_ID).reshape(-1))
+    assert text.slots.placeholders == 9 and text.slots.feature_index is None
     assert batch.media.slot_counts == (3, 2, 4) and batch.media.view_counts == (1, 2, 1)
     assert batch.media.row.tolist() == [0, 0, 2] and batch.media.keys == ("a", "a", "c")
     assert batch.media.real == len(batch.media.pixels) == 4
     assert batch.media.pixels[:, 0, 0, 0].tolist() == [9, 10, 10, 6]
 
 
-def test_slot_index_goes_item_by_item_when_the_text_has_them_in_another_order():
-    one = stream(8, 1, ((4, 2), (1, 3)))  # item 0 stands after item 1
-    media = collate([item(one)], SIZE).media
-    assert media.slot_index.tolist() == [4, 5, 1, 2, 3] and media.slot_counts == (2, 3)
+def test_features_follow_their_item_when_the_text_has_the_items_in_another_order():
+    batch = collate([item(stream(8, 1, ((4, 2), (1, 3))))], SIZE)  # item 0 stands after item 1
+    slots = batch.text["llm"].slots
+    assert batch.media.slot_counts == (2, 3)
+    assert slots.index.tolist() == [4, 5, 1, 2, 3] and slots.feature_index is None
+
+
+def test_every_stream_has_slots_of_its_own():
+    """Each stream is as wide as its own samples; a stream may show fewer media than another."""
+    one = item(stream(5, 1, ((1, 2),)), rejected=stream(9, 1, ((3, 2),)))
+    two = item(stream(4, 1, ((0, 3),)), "b", rejected=stream(2, 1))
+    batch = collate([one, two], SIZE)
+    chosen, rejected = batch.text["llm"].slots, batch.text["rejected"].slots
+    assert chosen.index.tolist() == [1, 2, 5, 6, 7] and chosen.feature_index is None
+    assert rejected.index.tolist() == [3, 4] and rejected.feature_index.tolist() == [0, 1]
+    assert batch.media.slot_counts == (2, 3)
+
+
+def test_an_item_may_stand_in_several_places_and_in_several_runs():
+    twice = stream(12, 1, ((1, 2), (4, 3)))
+    twice.ids[8:10] = PLACEHOLDER_ID
+    again = (PlacedSlot(8, Slot(0, 2)),)
+    slots = collate([item(replace(twice, slots=twice.slots + again))], SIZE).text["llm"].slots
+    assert slots.index.tolist() == [1, 2, 4, 5, 6, 8, 9] and slots.feature_index.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    parts = (PlacedSlot(1, Slot(0, 2)), PlacedSlot(4, Slot(0, 3), offset=2), PlacedSlot(8, Slot(0, 2), offset=5))
+    batch = collate([item(replace(twice, slots=parts))], SIZE)  # an item between literal tokens
+    assert batch.media.slot_counts == (7,) and batch.text["llm"].slots.feature_index is None
+
+
+def test_media_that_stand_nowhere_are_left_out():
+    one = item(stream(6, 1, ((1, 2),)))
+    shown = [None, np.full((1, 3, *SIZE), 7, np.uint8), None]
+    moved = replace(one.rendered.llm, slots=(PlacedSlot(1, Slot(1, 2)),))
+    batch = collate([Item(replace(one.rendered, streams={"llm": moved}, media=(1,)), shown)], SIZE)
+    assert batch.media.pixels.shape == (1, 3, *SIZE) and (batch.media.pixels == 7).all()
+    assert batch.media.slot_counts == (2,) and batch.text["llm"].slots.feature_index is None
+
+
+def test_a_placeholder_that_nothing_fills_is_refused():
+    one = item(stream(6, 1, ((1, 3),)), "bad")
+    with pytest.raises(BatchError, match=r"sample 'bad', stream 'llm': the text has 3 placeholders, .* 2 are"):
+        collate([replace(one, rendered=_with_slot(one, PlacedSlot(1, Slot(0, 2))))], SIZE)
+    with pytest.raises(BatchError, match=r"sample 'bad', stream 'llm': the text has 3 placeholders, .* 3 are"):
+        collate([replace(one, rendered=_with_slot(one, PlacedSlot(2, Slot(0, 3))))], SIZE)
+    with pytest.raises(BatchError, match=r"sample 'bad': media item 0 has 3 placeholders, but 0 views"):
+        collate([replace(one, views=[])], SIZE)
+
+
+def _with_slot(one: Item, placed: PlacedSlot) -> Rendered:
+    return replace(one.rendered, streams={"llm": replace(one.rendered.llm, slots=(placed,))})
+
+
+def test_samples_with_other_streams_are_refused():
+    with pytest.raises(BatchError, match=r"sample 'b' has the streams llm, but 'a' has llm, rejected"):
+        collate([item(stream(3, 1), rejected=stream(3, 1)), item(stream(3, 1), "b")], SIZE)
+
+
+@pytest.mark.parametrize(
+    ("change", "left", "plain"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"attention_group": np.array([0, 0, 1, 1, 2], np.int32)}, False, False),
+        ({"positions": np.array([[0, 1, 2, 2, 3]])}, False, False),
+        ({"positions": np.arange(15).reshape(3, 5)}, False, False),
+    ],
+)
+def test_plain_causal_means_that_no_mask_is_needed(change, left, plain):
+    calm = [replace(stream(n, 1), attention_group=np.zeros(n, np.int32)) for n in (5, 3)]
+    batch = collate([item(replace(calm[0], **change)), item(calm[1])], SIZE, left=left)
+    assert batch.text["llm"].plain_causal is plain
+
+
+def test_three_position_axes():
+    three = np.array([[0, 1, 1, 2], [0, 1, 2, 3], [0, 1, 1, 3]])
+    text = collate([item(replace(stream(4, 1), positions=three)), item(stream(2, 1))], SIZE).text["llm"]
+    assert text.positions[:, 0].tolist() == three.tolist()
+    assert text.positions[:, 1].tolist() == [[0, 1, 0, 0]] * 3  # a text counts alike on all axes
 
 
 def test_supervised_is_where_the_labels_are():
@@ -98,13 +178,14 @@ def test_each_sample_weighs_the_same_whatever_its_length_and_target_weights():
 
 
 def test_an_empty_list_gives_one_padding_row():
-    batch = collate([], SIZE)
+    batch = collate([], SIZE, streams=("llm", "rejected"))
+    assert list(batch.text) == ["llm", "rejected"]
     text = batch.text["llm"]
     assert text.ids.tolist() == [[0]] and text.labels.tolist() == [[IGNORE]] and text.segment_ids.tolist() == [[0]]
     assert text.weights.sum() == 0 and text.supervised.tolist() == []
     assert batch.media.pixels.shape == (1, 3, *SIZE) and batch.media.real == 0
-    assert batch.media.slot_index.tolist() == [] and batch.media.row.tolist() == []
-    assert text.supervised.dtype == batch.media.slot_index.dtype == batch.media.row.dtype == torch.int64
+    assert text.slots.index.tolist() == [] and batch.media.row.tolist() == []
+    assert text.supervised.dtype == text.slots.index.dtype == batch.media.row.dtype == torch.int64
     assert batch.keys == batch.sources == ((),)
 
 

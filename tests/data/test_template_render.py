@@ -11,7 +11,7 @@ import pytest
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.rendering import assistant, bounded, layout, load, sample, user
-from vlm_train.data.layout import PLACEHOLDER_ID, NoMedia, Slot
+from vlm_train.data.layout import PLACEHOLDER_ID, NoMedia, Piece, Slot
 from vlm_train.data.render import render
 from vlm_train.data.streams import IGNORE
 from vlm_train.data.tokenizer import byte_level, words
@@ -122,15 +122,79 @@ def test_branches(seed: int, tokenizer) -> None:
         alone = render(sample(annotation, media=images), template, tokenizer, bounded).llm
         branch = merged.attention_group == number
         for name in ("ids", "labels", "weights", "positions"):
-            np.testing.assert_array_equal(getattr(merged, name)[branch], getattr(alone, name)[prefix:], err_msg=name)
-            np.testing.assert_array_equal(getattr(merged, name)[:prefix], getattr(alone, name)[:prefix], err_msg=name)
+            one, own = getattr(merged, name), getattr(alone, name)
+            np.testing.assert_array_equal(one[..., branch], own[..., prefix:], err_msg=name)
+            np.testing.assert_array_equal(one[..., :prefix], own[..., :prefix], err_msg=name)
     assert len(merged) == prefix + sum((merged.attention_group == n).sum() for n in range(1, count + 1))
 
 
-def test_annotations_that_show_other_images_cannot_share(tokenizer) -> None:
-    item = sample((user("Q", 0), assistant("a")), (user("Q", 1), assistant("b")), media=2)
-    with pytest.raises(BadSample, match=r"'s1': annotations 0 and 1 differ before their last image"):
-        render(item, load("qa"), tokenizer, layout)
+def test_annotations_that_show_other_images_have_them_in_their_branches(tokenizer) -> None:
+    """Image 0 (3 tokens) is common; then one annotation shows image 1 (4 tokens), one image 0 again, one none."""
+    item = sample(
+        (user("A", 0), assistant("a"), user("B", 1), assistant("b")),
+        (user("C", 0), assistant("c"), user("D", 0), assistant("d")),
+        (user("E", 0), assistant("e")),
+        media=3,
+    )
+    rendered = render(item, load("qa"), tokenizer, layout)
+    stream = rendered.llm
+    assert rendered.media == (0, 1)  # nothing shows image 2
+    shown = [(p.slot.item, stream.attention_group[p.start], stream.positions[0, p.start]) for p in stream.slots]
+    assert shown == [(0, 0, 1), (1, 1, 8), (0, 2, 8)]
+    assert all((stream.ids[p.start : p.end] == PLACEHOLDER_ID).all() for p in stream.slots)
+    for number, annotation in enumerate(item.annotations, 1):
+        alone = render(sample(annotation, media=3), load("qa"), tokenizer, layout).llm
+        mine = np.isin(stream.attention_group, [0, number])
+        for name in ("ids", "labels", "positions"):
+            np.testing.assert_array_equal(getattr(stream, name)[..., mine], getattr(alone, name), err_msg=name)
+
+
+def test_annotations_without_a_common_image_share_the_bos_token(tokenizer) -> None:
+    item = sample((user("Q", 0), assistant("a")), (user("Q", 1), assistant("b")), (user("Q"), assistant("c")), media=2)
+    stream = render(item, load("qa"), tokenizer, layout).llm
+    assert (stream.attention_group == 0).sum() == 1
+    assert [(p.start, p.slot.item) for p in stream.slots] == [(1, 0), (4 + 4, 1)]
+
+
+def test_an_image_may_stand_twice_in_a_conversation(tokenizer) -> None:
+    turns = (user("A", 0), assistant("a"), user("B", 0), assistant("b"))
+    for how in ("dialogue", "independent", "first"):
+        stream = render(sample(turns, media=1), load("qa"), tokenizer, layout, annotations=how).llm
+        assert [p.slot.item for p in stream.slots] == [0, 0]
+
+
+def test_media_that_no_stream_shows_are_left_out(tokenizer) -> None:
+    item = sample((user("Q", 1), assistant("a")), (user("R", 0), assistant("b")), media=3)
+    assert render(item, load("qa"), tokenizer, layout).media == (0, 1)
+    assert render(item, load("qa"), tokenizer, layout, annotations="first").media == (1,)
+    assert render(item, load("qa", media="drop"), tokenizer, layout).media == ()
+    assert render(item, load("qa"), tokenizer, NoMedia()).media == (0, 1, 2)  # two towers see all
+
+
+def test_a_layout_may_spread_an_item_over_several_runs(tokenizer) -> None:
+    frames = lambda sizes: [[Slot(0, 2), "<im_start>", Slot(0, 3)]]  # noqa: E731
+    stream = render(sample((user("Q", 0), assistant("a")), media=1), load("qa"), tokenizer, frames).llm
+    assert [(p.start, p.offset) for p in stream.slots] == [(1, 0), (4, 2)]
+
+
+class Axes:
+    """A layout of a model with three position axes: the second counts down."""
+
+    def __call__(self, sizes: object) -> list[list[Piece]]:
+        return layout(sizes)
+
+    def positions(self, length: int, slots: object) -> np.ndarray:
+        return np.stack([np.arange(length), -np.arange(length), np.full(length, len(slots))])  # type: ignore[arg-type]
+
+
+def test_three_position_axes_reach_every_branch(tokenizer) -> None:
+    item = sample((user("A", 0), assistant("a")), (user("BB", 0), assistant("b")), media=1)
+    stream = render(item, load("qa"), tokenizer, Axes()).llm
+    assert stream.positions.shape == (3, len(stream))
+    assert stream.positions[0].tolist() == [*range(4), *range(4, 8), *range(4, 9)]
+    assert (stream.positions[1] == -stream.positions[0]).all() and (stream.positions[2] == 1).all()
+    cut = render(item, load("qa"), tokenizer, Axes(), max_length=7, over_length="truncate").llm
+    np.testing.assert_array_equal(cut.positions, stream.positions[:, :7])
 
 
 def test_dialogue_shows_media_once(tokenizer) -> None:

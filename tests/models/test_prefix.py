@@ -121,9 +121,35 @@ def test_several_views_of_one_item_are_joined():
 
 def test_a_slot_mismatch_names_the_sample():
     batch = batch_of(text_stream([[5, *IMAGE, 6]]), [0])
-    wrong = replace(batch, media=replace(batch.media, slot_counts=(3,), slot_index=batch.media.slot_index[:3]))
+    wrong = replace(batch, media=replace(batch.media, slot_counts=(3,)))
     with pytest.raises(BatchError, match="sample 'sample0'.* 4 image features but 3 placeholders"):
         tiny_vlm()(wrong)
+
+
+def test_a_placeholder_without_feature_is_an_error():
+    batch = batch_of(text_stream([[5, *IMAGE, 6]]), [0])
+    stream = batch.text["llm"]
+    for change in ({"index": stream.slots.index[:3]}, {"placeholders": 8}, {"feature_index": torch.tensor([0, 1])}):
+        slots = replace(stream.slots, **change)
+        with pytest.raises(
+            BatchError, match=r"merge: (4|8) placeholders in the text, but [24] media features for [34]"
+        ):
+            tiny_vlm()(replace(batch, text={"llm": replace(stream, slots=slots)}))
+
+
+def test_streams_see_their_own_placements():
+    """The second stream of a batch is wider than the first, has its images in another order, one of them twice."""
+    model = tiny_vlm()
+    two, orders = text_stream([[5, *IMAGE, 6, *IMAGE, 7]]), text_stream([[5, 6, *IMAGE, *IMAGE, 8, *IMAGE]])
+    feature_index = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7])
+    other = replace(orders, slots=replace(orders.slots, feature_index=feature_index))
+    batch = batch_of(two, [0, 0])
+    both = replace(batch, text={"llm": two, "rejected": other})
+    features = model.features(batch.media)
+    embeds = model.embed(both, "rejected")
+    expected = torch.cat([features[1], features[0]])
+    assert torch.equal(embeds[0, 2:10], expected) and torch.equal(embeds[0, 11:], features[1])
+    assert torch.equal(model.embed(both)[0, 6:10], features[1])
 
 
 @pytest.mark.parametrize("training", [True, False])

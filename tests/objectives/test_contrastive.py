@@ -31,7 +31,6 @@ def captions(first: int = 0, last: int = 4) -> Batch:
         pixels=pixels,
         view_counts=(1,) * count,
         slot_counts=(0,) * count,
-        slot_index=torch.zeros(0, dtype=torch.long),
         row=torch.arange(count),
     )
     return Batch(text={"llm": stream}, media=media)
@@ -52,7 +51,7 @@ def test_images_in_another_order_than_their_texts():
     model, batch = two_tower(), captions()
     order = torch.tensor([2, 0, 3, 1])
     media = MediaBatch(
-        **{f: getattr(batch.media, f) for f in ("view_counts", "slot_counts", "slot_index")},
+        **{f: getattr(batch.media, f) for f in ("view_counts", "slot_counts")},
         row=order,
         pixels=batch.media.pixels[order],
     )

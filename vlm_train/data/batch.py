@@ -1,6 +1,6 @@
 """`Batch`: the one shape in which data reaches every model family.
 
-Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, N media views, S placeholder slots.
+Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, N media views, S placeholders.
 """
 
 from __future__ import annotations
@@ -19,6 +19,22 @@ Alignment = Literal["causal", "seq2seq", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where media features go in one token stream. An item may stand in it once, several times or not at all.
+
+    Attributes:
+        index: `[S]` int64, flat positions `b * T + t` that receive a feature.
+        feature_index: `[S]` int64, the feature that each receives, a row of the batch's features joined item by item;
+            None: every feature once, in order.
+        placeholders: placeholders in the stream's `ids`, counted on the CPU: as many as `index` must name.
+    """
+
+    index: Tensor
+    feature_index: Tensor | None = None
+    placeholders: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenStream:
     """One text stream of a batch, its labels already aligned: `labels[b, t]` is the target of position t.
 
@@ -30,9 +46,12 @@ class TokenStream:
         segment_ids: `[B, T]` int32; 0 is padding, 1, 2, ... the samples packed into the row.
         attention_group: `[B, T]` int32, see `vlm_train.models.masks`: 0 shared by its segment, n > 0 a private branch,
             n < 0 a shared block whose tokens see each other in both directions.
+        slots: where media features go.
         alignment: how labels relate to inputs: causal, seq2seq, or none.
         supervised: `[S]` int64, flat positions `b * T + t` that have a label. Made by collate, so that the loss need
             not ask the device for them; None: the loss finds them.
+        plain_causal: every row is one segment of group 0 at positions 0, 1, ..., padded on the right. Then causal
+            attention needs no mask, and fast kernels run. Decided by collate: a device would have to be asked.
     """
 
     ids: Tensor
@@ -41,20 +60,22 @@ class TokenStream:
     positions: Tensor
     segment_ids: Tensor
     attention_group: Tensor
+    slots: Slots
     alignment: Alignment = "causal"
     supervised: Tensor | None = None
+    plain_causal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaBatch:
-    """All images (views, frames) of a batch, flat, and where their features go.
+    """All images (views, frames) of a batch, flat. Where their features go, each token stream says.
 
     Attributes:
         pixels: `[N, 3, H, W]` uint8, or a family's own flat patches. Never empty: a batch without images carries one
             blank view, so that every rank makes the same tower calls (`real` says which views count).
         view_counts: views of each media item, in order; their sum is the number of real views.
-        slot_counts: placeholder tokens of each media item, in order.
-        slot_index: `[S]` int64, flat index `b * T + t` of every placeholder, item by item.
+        slot_counts: features of each media item, in order, as the layout promised them to the text; 0 for items that
+            take no place in a text (two towers).
         row: `[items]` int64, the row of the batch each item belongs to.
         keys: sample key of each item, for messages.
     """
@@ -62,7 +83,6 @@ class MediaBatch:
     pixels: Tensor
     view_counts: tuple[int, ...] = ()
     slot_counts: tuple[int, ...] = ()
-    slot_index: Tensor
     row: Tensor
     keys: tuple[str, ...] = ()
 

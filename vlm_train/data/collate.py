@@ -1,6 +1,7 @@
 """Rendered samples -> `Batch`. Padding to the right for training, to the left for generation.
 
 Normalisation (`batch.normalise`) becomes per-target weights here: the loss is always sum(weight x nll) / sum(weight).
+`source` needs the sums of all ranks, so `vlm_train.data.sources` multiplies its weights later.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from vlm_train.data.batch import IGNORE, Batch, MediaBatch, TokenStream, Window
+from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
+from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.data.render import Rendered
 from vlm_train.data.streams import Stream
+from vlm_train.errors import BatchError
 
-Views = list[np.ndarray]
+Views = Sequence[np.ndarray | None]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample ready for a batch: its streams, and per media item its uint8 views `[V, 3, H, W]`."""
+    """One sample ready for a batch: its streams, and per media item its uint8 views `[V, 3, H, W]`.
+
+    Items beyond `rendered.media` are not looked at and may be None; a model without a tower is given none at all.
+    """
 
     rendered: Rendered
     views: Views
@@ -33,20 +38,27 @@ def collate(
     items: Sequence[Item],
     image_size: tuple[int, int],
     *,
+    streams: Sequence[str] = ("llm",),
     normalise: str = "token",
     window: Window | None = None,
     left: bool = False,
 ) -> Batch:
-    """One row per item. An empty list gives one padding row, so that every rank always makes the same calls."""
-    names = list(items[0].rendered.streams) if items else ["llm"]
-    text = {
-        name: _stream([i.rendered.streams[name] for i in items], [i.weight for i in items], normalise, left)
-        for name in names
-    }
-    width = text[names[0]].ids.shape[1]
+    """One row per item. An empty list gives one padding row of `streams`, so that every rank makes the same calls.
+
+    Raises:
+        BatchError: items with different streams, or a placeholder that no given view would fill. Names the sample.
+    """
+    names = list(items[0].rendered.streams) if items else list(streams)
+    for item in items:
+        if list(item.rendered.streams) != names:
+            raise BatchError(
+                f"collate: sample {item.rendered.key!r} has the streams {', '.join(item.rendered.streams)}, but "
+                f"{items[0].rendered.key!r} has {', '.join(names)}; all samples of a batch need the same"
+            )
+    shelf = _shelve(items)
     return Batch(
-        text=text,
-        media=_media(items, names[0], width, image_size, left),
+        text={name: _stream(items, name, shelf, normalise, left) for name in names},
+        media=_media(items, shelf, image_size),
         window=window,
         sources=tuple((i.source,) for i in items) or ((),),
         keys=tuple((i.rendered.key,) for i in items) or ((),),
@@ -60,8 +72,8 @@ def collate_prompts(items: Sequence[tuple[Rendered, Views]], image_size: tuple[i
 
 
 def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
-    """Weight of every target `[T]` under a normalisation rule: each target alike (token, source), each sample alike
-    (sample), or in between (sqrt_length: InternVL 2.5, 1 / sqrt(targets))."""
+    """Weight of every target `[T]` under a normalisation rule: each target alike (token; source, inside a source), each
+    sample alike (sample), or in between (sqrt_length: InternVL 2.5, 1 / sqrt(targets))."""
     raw = stream.weights * np.float32(weight)
     if normalise == "sample":
         return raw / max(float(stream.weights.sum()), 1e-8)
@@ -70,18 +82,48 @@ def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
     return raw
 
 
-def _stream(streams: Sequence[Stream], weights: Sequence[float], normalise: str, left: bool) -> TokenStream:
+@dataclass(frozen=True)
+class _Shelf:
+    """The media of a batch: `(row, item) -> number in the batch`, and the features of each, joined in this order."""
+
+    numbers: dict[tuple[int, int], int]
+    counts: tuple[int, ...]
+    starts: np.ndarray
+
+
+def _shelve(items: Sequence[Item]) -> _Shelf:
+    """Number the media that the model is given, and count their features as the slots of all streams want them."""
+    numbers: dict[tuple[int, int], int] = {}
+    for row, item in enumerate(items):
+        for number in (n for n in item.rendered.media if n < len(item.views)):
+            numbers[row, number] = len(numbers)
+    counts = [0] * len(numbers)
+    for row, item in enumerate(items):
+        for stream in item.rendered.streams.values():
+            for placed in stream.slots:
+                if (at := numbers.get((row, placed.slot.item))) is None:
+                    raise BatchError(
+                        f"collate: sample {item.rendered.key!r}: media item {placed.slot.item} has "
+                        f"{placed.slot.count} placeholders, but 0 views ({len(item.views)} media items were given)"
+                    )
+                counts[at] = max(counts[at], placed.offset + placed.slot.count)
+    return _Shelf(numbers, tuple(counts), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+
+
+def _stream(items: Sequence[Item], name: str, shelf: _Shelf, normalise: str, left: bool) -> TokenStream:
+    streams = [item.rendered.streams[name] for item in items]
     rows, width = max(len(streams), 1), max((len(s) for s in streams), default=1)
+    axes = max((len(s.positions) for s in streams), default=1)
     ids = np.zeros((rows, width), np.int64)
     labels = np.full((rows, width), IGNORE, np.int64)
     target = np.zeros((rows, width), np.float32)
-    positions = np.zeros((1, rows, width), np.int64)
+    positions = np.zeros((axes, rows, width), np.int64)
     segments, groups = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-    for row, (stream, weight) in enumerate(zip(streams, weights, strict=True)):
+    for row, (stream, item) in enumerate(zip(streams, items, strict=True)):
         where = slice(width - len(stream), width) if left else slice(0, len(stream))
         ids[row, where], labels[row, where] = stream.ids, stream.labels
-        target[row, where] = target_weights(stream, normalise, weight)
-        positions[0, row, where], groups[row, where] = stream.positions, stream.attention_group
+        target[row, where] = target_weights(stream, normalise, item.weight)
+        positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
         segments[row, where] = 1
     return TokenStream(
         ids=torch.from_numpy(ids),
@@ -90,35 +132,51 @@ def _stream(streams: Sequence[Stream], weights: Sequence[float], normalise: str,
         positions=torch.from_numpy(positions),
         segment_ids=torch.from_numpy(segments),
         attention_group=torch.from_numpy(groups),
+        slots=_slots(items, name, shelf, ids, left),
         supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
+        plain_causal=all(map(_plain, streams)) and (not left or len({len(s) for s in streams}) < 2),
     )
 
 
-def _media(items: Sequence[Item], name: str, width: int, image_size: tuple[int, int], left: bool) -> MediaBatch:
-    pixels, view_counts, slot_counts, index, rows, keys = [], [], [], [], [], []
+def _plain(stream: Stream) -> bool:
+    return not stream.attention_group.any() and np.array_equal(stream.positions, np.arange(len(stream))[None])
+
+
+def _slots(items: Sequence[Item], name: str, shelf: _Shelf, ids: np.ndarray, left: bool) -> Slots:
+    width = ids.shape[1]
+    none = np.zeros(0, np.int64)
+    index, features = [none], [none]
     for row, item in enumerate(items):
         stream = item.rendered.streams[name]
         start = row * width + (width - len(stream) if left else 0)
-        slots = {placed.slot.item: placed for placed in stream.slots}
-        for number, views in enumerate(item.views):
-            placed = slots.get(number)
-            pixels.append(views)
-            view_counts.append(len(views))
-            slot_counts.append(placed.slot.count if placed else 0)
-            rows.append(row)
-            keys.append(item.rendered.key)
-            if placed:
-                index.append(np.arange(start + placed.start, start + placed.end))
-    blank = np.zeros((1, 3, *image_size), np.uint8)
-    return MediaBatch(
-        pixels=torch.from_numpy(np.concatenate(pixels) if pixels else blank),
-        view_counts=tuple(view_counts),
-        slot_counts=tuple(slot_counts),
-        slot_index=_index(np.concatenate(index) if index else np.zeros(0)),
-        row=_index(np.asarray(rows)),
-        keys=tuple(keys),
+        run = np.concatenate([none, *(np.arange(p.start, p.end) for p in stream.slots)])
+        expected = np.flatnonzero(stream.ids == PLACEHOLDER_ID)
+        if not np.array_equal(np.sort(run), expected):
+            raise BatchError(
+                f"collate: sample {item.rendered.key!r}, stream {name!r}: the text has {len(expected)} placeholders, "
+                f"but not where its slots say that {len(run)} are"
+            )
+        index.append(start + run)
+        for placed in stream.slots:
+            first = shelf.starts[shelf.numbers[row, placed.slot.item]] + placed.offset
+            features.append(np.arange(first, first + placed.slot.count))
+    places, wanted = np.concatenate(index), np.concatenate(features)
+    in_order = np.array_equal(wanted, np.arange(shelf.starts[-1]))
+    return Slots(
+        index=torch.from_numpy(places),
+        feature_index=None if in_order else torch.from_numpy(wanted),
+        placeholders=int((ids == PLACEHOLDER_ID).sum()),
     )
 
 
-def _index(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+def _media(items: Sequence[Item], shelf: _Shelf, image_size: tuple[int, int]) -> MediaBatch:
+    pixels = [np.asarray(items[row].views[number]) for row, number in shelf.numbers]
+    rows = [row for row, _ in shelf.numbers]
+    blank = np.zeros((1, 3, *image_size), np.uint8)
+    return MediaBatch(
+        pixels=torch.from_numpy(np.concatenate(pixels) if pixels else blank),
+        view_counts=tuple(len(views) for views in pixels),
+        slot_counts=shelf.counts,
+        row=torch.tensor(rows, dtype=torch.int64),
+        keys=tuple(items[row].rendered.key for row in rows),
+    )

@@ -40,7 +40,11 @@ Piece = str | Slot
 
 
 class MediaLayout(Protocol):
-    """`layout(sizes)` gives, for every media item of one sample, the pieces that stand for it in the text."""
+    """`layout(sizes)` gives, for every media item of one sample, the pieces that stand for it in the text.
+
+    An item without pieces takes no place in the text and is shown to the model all the same. A layout of a model with
+    several position axes also has a method `positions`, see `vlm_train.data.streams.Positions`.
+    """
 
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]: ...
 

@@ -7,7 +7,7 @@ overlaps a learned character. Nothing is tokenised twice, so labels and ids cann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Turn
 from vlm_train.data.layout import PLACEHOLDER_ID, MediaLayout, MediaSize, Piece, Slot
 from vlm_train.data.segments import Place, Run, Segment, stripped_turn
-from vlm_train.data.streams import PlacedSlot, Stream, Tokens, branch, fit, learned, single
+from vlm_train.data.streams import PlacedSlot, Positions, Stream, Tokens, branch, fit, learned, single
 from vlm_train.data.template import Template
 from vlm_train.data.tokenizer import special_pattern
 from vlm_train.errors import ConfigError
@@ -28,10 +28,18 @@ OverLength = Literal["drop", "truncate", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """A sample as token streams ("llm", and "rejected" if asked); `reference` is the expected answer (generation)."""
+    """A sample as token streams.
+
+    Attributes:
+        streams: "llm", and "rejected" if asked.
+        media: the sample's media items that a model is to see: those that stand in a stream, and those that take no
+            place in a text (two towers). The sample's other items are left out.
+        reference: the expected answer (generation).
+    """
 
     key: str
     streams: dict[str, Stream]
+    media: tuple[int, ...] = ()
     reference: str = ""
 
     @property
@@ -70,19 +78,20 @@ def render(
     _check_choice("annotations", annotations, Annotations)
     _check_choice("over_length", over_length, OverLength)
     sizes = [MediaSize(m.width, m.height, m.frames, m.seconds) for m in sample.media]
-    writer = _Writer(template, tokenizer, layout(sizes))
+    writer = _Writer(template, tokenizer, layout(sizes), getattr(layout, "positions", None))
     if generation or rejected:
         annotation = annotation or 0
     try:
         chosen = _choose(sample.annotations, annotations, annotation)
         if generation:
             stream, reference = writer.prompt(chosen[0])
-            return Rendered(key=sample.key, streams={"llm": fit(stream, max_length, "drop")}, reference=reference)
+            streams = {"llm": fit(stream, max_length, "drop")}
+            return Rendered(key=sample.key, streams=streams, media=writer.shown(streams), reference=reference)
         streams = {"llm": writer.training(chosen)}
         if rejected:
             streams["rejected"] = writer.training([_rejected(chosen[0])])
         fitted = {name: learned(fit(stream, max_length, over_length)) for name, stream in streams.items()}
-        return Rendered(key=sample.key, streams=fitted)
+        return Rendered(key=sample.key, streams=fitted, media=writer.shown(fitted))
     except BadSample as error:
         raise BadSample(f"sample {sample.key!r}: {error}") from error
     except ConfigError as error:
@@ -103,10 +112,11 @@ def _choose(all_annotations: Sequence[Annotation], mode: str, number: int | None
 
 
 def join(annotations: Sequence[Annotation]) -> Annotation:
-    """All annotations as one conversation: media that were shown before and later system turns are left out."""
+    """All annotations as one conversation: media that an earlier one showed and later system turns are left out."""
     turns: list[Turn] = []
     shown: set[int] = set()
     for annotation in annotations:
+        new: set[int] = set()
         for turn in annotation.turns:
             if turn.role == "system" and turns:
                 continue
@@ -114,8 +124,9 @@ def join(annotations: Sequence[Annotation]) -> Annotation:
             if repeats:
                 kept = tuple(p for p in turn.parts if not (isinstance(p, Media) and p.item in shown))
                 turn = stripped_turn(replace(turn, parts=kept))
-            shown |= {part.item for part in turn.parts if isinstance(part, Media)}
+            new |= {part.item for part in turn.parts if isinstance(part, Media)}
             turns.append(replace(turn, weight=turn.weight * annotation.weight))
+        shown |= new
     return Annotation(turns=tuple(turns))
 
 
@@ -128,8 +139,10 @@ def _rejected(annotation: Annotation) -> Annotation:
 class _Writer:
     """Writes the conversations of one sample as tokens."""
 
-    def __init__(self, template: Template, tokenizer: Any, pieces: list[list[Piece]]) -> None:
-        self.template, self.tokenizer, self.pieces = template, tokenizer, pieces
+    def __init__(
+        self, template: Template, tokenizer: Any, pieces: list[list[Piece]], positions: Positions | None
+    ) -> None:
+        self.template, self.tokenizer, self.pieces, self.positions = template, tokenizer, pieces, positions
         literals = {piece for item in pieces for piece in item if isinstance(piece, str)}
         self.special = special_pattern(tokenizer, tuple(sorted(literals)))
 
@@ -151,10 +164,15 @@ class _Writer:
         tokens = self._tokens(self.template.segments(turns, self.tokenizer, generation=True), 0.0)
         return single(tokens), reference.strip()
 
+    def shown(self, streams: Mapping[str, Stream]) -> tuple[int, ...]:
+        """The media items that a model is to see."""
+        placed = {placed.slot.item for stream in streams.values() for placed in stream.slots}
+        return tuple(item for item, pieces in enumerate(self.pieces) if item in placed or not pieces)
+
     def _tokens(self, segments: Sequence[Segment], weight: float) -> Tokens:
         bos = self.tokenizer.bos_token_id if self.template.bos else None
         ids: list[int] = [] if bos is None else [bos]
-        weights, slots, prefix = [0.0] * len(ids), [], len(ids)
+        weights, slots, ends = [0.0] * len(ids), list[PlacedSlot](), [len(ids)]
         runs: list[Run] = []
         for segment in [*segments, None]:
             if isinstance(segment, Run):
@@ -165,13 +183,20 @@ class _Writer:
             weights += [w * weight for w in new_weights]
             runs = []
             if isinstance(segment, Place) and self.pieces[segment.item]:
-                for piece in self.pieces[segment.item]:
-                    if isinstance(piece, Slot):
-                        slots.append(PlacedSlot(len(ids), piece))
-                    ids += [PLACEHOLDER_ID] * piece.count if isinstance(piece, Slot) else [self._literal(piece)]
+                self._place(segment.item, ids, slots)
                 weights += [0.0] * (len(ids) - len(weights))
-                prefix = len(ids)
-        return Tokens(ids, weights, slots, prefix)
+                ends.append(len(ids))
+        positions = None if self.positions is None else self.positions(len(ids), slots)
+        return Tokens(ids, weights, slots, ends, positions)
+
+    def _place(self, item: int, ids: list[int], slots: list[PlacedSlot]) -> None:
+        """Append the tokens of a media item."""
+        offset = 0
+        for piece in self.pieces[item]:
+            if isinstance(piece, Slot):
+                slots.append(PlacedSlot(len(ids), piece, offset))
+                offset += piece.count
+            ids += [PLACEHOLDER_ID] * piece.count if isinstance(piece, Slot) else [self._literal(piece)]
 
     def _literal(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)

@@ -52,7 +52,7 @@ def _format(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
     lines = [f"stream {name}: {len(stream)} tokens, {stream.supervised} learned, {len(stream.slots)} media"]
     learned = learned_tokens(stream)
     for group, start, end in _group_runs(stream):
-        first, last = stream.positions[start], stream.positions[end - 1]
+        first, last = (",".join(map(str, stream.positions[:, t])) for t in (start, end - 1))
         part = "shared" if group == 0 else f"branch {group}"
         title = f"{part}: tokens {start}-{end - 1}, positions {first}-{last}"
         lines += ["", f"{BOLD}{title}{RESET}" if colour else title]

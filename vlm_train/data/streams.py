@@ -1,16 +1,19 @@
 """Token streams: tokenised conversations -> one stream with labels, positions and attention groups.
 
 Several independent annotations of one image become one stream: a shared prefix (group 0) that ends with the last media
-token, and one private branch (group 1, 2, ...) for the rest of each annotation, all branches starting at the position
-after the prefix. Without media the prefix is just the bos token. A branch's first token would be predicted by the last
-token of the prefix, whose one label cannot serve several branches, so with several branches it must not be learned.
+token that all of them begin with, and one private branch (group 1, 2, ...) for the rest of each annotation, its own
+media included; all branches start at the position after the prefix. Without common media the prefix is just the bos
+token. A branch's first token would be predicted by the last token of the prefix, whose one label cannot serve several
+branches, so with several branches it must not be learned.
+
+Legend: A position axes (1, or 3 for M-RoPE), T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +27,14 @@ IGNORE = -100  # the same number as vlm_train.data.batch.IGNORE, which needs tor
 
 @dataclass(frozen=True, slots=True)
 class PlacedSlot:
-    """A run of placeholders and the position of its first one in the stream."""
+    """A run of placeholders and where it starts in the stream.
+
+    `offset` is the first feature of the item that it shows: a layout may spread an item over several runs.
+    """
 
     start: int
     slot: Slot
+    offset: int = 0
 
     @property
     def end(self) -> int:
@@ -35,17 +42,23 @@ class PlacedSlot:
         return self.start + self.slot.count
 
 
+class Positions(Protocol):
+    """Position ids `[A, T]` of a conversation of `length` tokens (M-RoPE: A = 3); without one they count from 0."""
+
+    def __call__(self, length: int, slots: Sequence[PlacedSlot]) -> NDArray[np.int64]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """One token stream of a sample. All arrays are `[T]`.
+    """One token stream of a sample. All arrays but `positions` are `[T]`.
 
     Attributes:
         ids: int64; placeholders are `PLACEHOLDER_ID`.
         labels: int64; `labels[t]` is the target of position t (its branch's next token), `IGNORE` if not learned.
         weights: float32 weight of every target: annotation x turn x text segment; 0 where ignored.
-        positions: int64; every branch goes on where the prefix ends.
+        positions: int64 `[A, T]`; every branch goes on where the prefix ends.
         attention_group: int32; 0 the prefix (or all of a single annotation), 1, 2, ... the branches.
-        slots: where media stand.
+        slots: where media stand, from left to right; an item may stand in several places.
     """
 
     ids: NDArray[np.int64]
@@ -66,12 +79,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised conversation: ids and, aligned with them, the loss weight of each token as a target."""
+    """A tokenised conversation: ids and, aligned with them, the loss weight of each token as a target.
+
+    `ends` are the lengths at which a shared prefix may end: after the bos token (0 without one) and after every media
+    item. `positions` is `[A, T]`; None: one axis that counts from 0.
+    """
 
     ids: list[int]
     weights: list[float]
     slots: list[PlacedSlot]
-    prefix: int  # tokens up to and including the last media token (or bos)
+    ends: list[int]
+    positions: NDArray[np.int64] | None = None
 
 
 def _shift(ids: Sequence[int], weights: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -84,46 +102,58 @@ def _shift(ids: Sequence[int], weights: Sequence[float]) -> tuple[NDArray[np.int
 def single(tokens: Tokens) -> Stream:
     """One conversation as a stream without branches."""
     labels, weights = _shift(tokens.ids, tokens.weights)
+    size = len(tokens.ids)
     return Stream(
         ids=np.asarray(tokens.ids, np.int64),
         labels=labels,
         weights=weights,
-        positions=np.arange(len(tokens.ids), dtype=np.int64),
-        attention_group=np.zeros(len(tokens.ids), np.int32),
+        positions=np.arange(size, dtype=np.int64)[None] if tokens.positions is None else tokens.positions,
+        attention_group=np.zeros(size, np.int32),
         slots=tuple(tokens.slots),
     )
 
 
 def branch(parts: Sequence[Tokens]) -> Stream:
     """Several conversations as one shared prefix and private branches."""
-    first = parts[0]
-    prefix = first.ids[: first.prefix]
-    for number, part in enumerate(parts):
-        if part.ids[: part.prefix] != prefix or [s.slot for s in part.slots] != [s.slot for s in first.slots]:
-            raise BadSample(
-                f"annotations 0 and {number} differ before their last image, so they cannot share it; set "
-                "data.annotations to dialogue or first"
-            )
-        if any(w > 0 for w in part.weights[1 : part.prefix + 1]):
-            raise ConfigError(
-                "this template learns the token right after the image, which only one annotation an image can do; set "
-                "data.annotations to first"
-            )
+    size = _shared(parts)
+    if any(w > 0 for part in parts for w in part.weights[1 : size + 1]):
+        raise ConfigError(
+            "this template learns the token right after the image, which only one annotation an image can do; set "
+            "data.annotations to first"
+        )
     singles = [single(part) for part in parts]
-    size = len(prefix)
 
     def joined(name: str) -> Any:
-        return np.concatenate([getattr(singles[0], name)[:size], *(getattr(s, name)[size:] for s in singles)])
+        arrays = [getattr(one, name) for one in singles]
+        return np.concatenate([arrays[0][..., :size], *(array[..., size:] for array in arrays)], axis=-1)
 
     groups = [np.zeros(size, np.int32), *(np.full(len(s) - size, n, np.int32) for n, s in enumerate(singles, 1))]
+    slots, start = [s for s in singles[0].slots if s.start < size], size
+    for one in singles:
+        slots += [replace(s, start=s.start - size + start) for s in one.slots if s.start >= size]
+        start += len(one) - size
     return Stream(
         ids=joined("ids"),
         labels=joined("labels"),
         weights=joined("weights"),
         positions=joined("positions"),
         attention_group=np.concatenate(groups),
-        slots=singles[0].slots,
+        slots=tuple(slots),
     )
+
+
+def _shared(parts: Sequence[Tokens]) -> int:
+    """Length of the longest prefix, up to a place where one may end, that all conversations have in common."""
+    first = parts[0]
+
+    def same(end: int) -> bool:
+        slots = [s for s in first.slots if s.start < end]
+        return all(
+            end in p.ends and p.ids[:end] == first.ids[:end] and [s for s in p.slots if s.start < end] == slots
+            for p in parts[1:]
+        )
+
+    return next((end for end in reversed(first.ends) if same(end)), 0)
 
 
 def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
@@ -137,9 +167,10 @@ def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
         raise BadSample(message)
     if stream.slots and stream.slots[-1].end > max_length:
         raise BadSample(f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}")
-    cut = {name: getattr(stream, name)[:max_length].copy() for name in ("ids", "labels", "weights", "positions")}
+    names = ("ids", "labels", "weights", "positions", "attention_group")
+    cut = {name: getattr(stream, name)[..., :max_length].copy() for name in names}
     cut["labels"][-1], cut["weights"][-1] = IGNORE, 0.0  # its target was cut off
-    return Stream(**cut, attention_group=stream.attention_group[:max_length], slots=stream.slots)
+    return Stream(**cut, slots=stream.slots)
 
 
 def learned(stream: Stream) -> Stream:

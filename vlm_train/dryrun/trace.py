@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vlm_train.data.batch import IGNORE, Batch, MediaBatch, TokenStream
+from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import MediaSize
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
@@ -218,6 +218,7 @@ def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: in
             positions=ids[None],
             segment_ids=ones,
             attention_group=torch.zeros_like(ones),
+            slots=Slots(index=torch.zeros(rows * slots, dtype=torch.int64), placeholders=rows * slots),
             supervised=torch.zeros(learned, dtype=torch.int64),
         )
         height, width = (1, 1)
@@ -227,7 +228,6 @@ def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: in
             pixels=torch.zeros(rows, 3, height, width, dtype=torch.uint8),
             view_counts=(1,) * rows,
             slot_counts=(slots,) * rows,
-            slot_index=torch.zeros(rows * slots, dtype=torch.int64),
             row=torch.arange(rows),
             keys=("meta",) * rows,
         )

@@ -1,4 +1,4 @@
-"""Merge: put image features where the data laid placeholders. The sequence keeps its length."""
+"""Merge: put media features where the data laid placeholders. The sequence keeps its length."""
 
 from __future__ import annotations
 
@@ -6,40 +6,44 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vlm_train.data.batch import Slots
 from vlm_train.errors import BatchError
 
 
-def merge(
-    embeds: Tensor, features: Tensor, slot_index: Tensor, slot_counts: Sequence[int], keys: Sequence[str]
-) -> Tensor:
-    """Replace the embeddings at the placeholders by image features.
+def merge(embeds: Tensor, features: Tensor, slots: Slots, slot_counts: Sequence[int]) -> Tensor:
+    """Replace the embeddings at the placeholders by media features.
 
     Args:
         embeds: `[B, T, D]` text embeddings.
-        features: `[items, Q, D]`, the tokens of each media item (views already joined), or `[S, D]` if items differ in
-            length, in which case their order and lengths are the caller's.
-        slot_index: `[S]` flat positions `b * T + t` of the placeholders, item by item.
-        slot_counts: placeholders of each item.
-        keys: sample key of each item, for the message.
+        features: `[F, D]`, the features of all media items, joined item by item (see `check_slots`).
+        slots: where they go in this stream.
+        slot_counts: features of each item, as the text expects them.
 
     Returns:
         `[B, T, D]`, a new tensor.
 
     Raises:
-        BatchError: an item has another number of features than placeholders (checked item by item: two errors that
-            cancel in the total are found).
+        BatchError: another number of features than expected, or a placeholder that gets none. Numbers only: nothing
+            here asks the device.
     """
-    if features.dim() == 3:
-        check_slots([features.shape[1]] * features.shape[0], slot_counts, keys)
-        features = features.flatten(0, 1)
-    elif features.shape[0] != sum(slot_counts):
-        raise BatchError(f"merge: {features.shape[0]} image features for {sum(slot_counts)} placeholders in the batch")
+    if features.shape[0] != sum(slot_counts):
+        raise BatchError(f"merge: {features.shape[0]} media features, but the text expects {sum(slot_counts)}")
+    if slots.feature_index is not None:
+        features = features.index_select(0, slots.feature_index)
+    if not slots.placeholders == slots.index.shape[0] == features.shape[0]:
+        raise BatchError(
+            f"merge: {slots.placeholders} placeholders in the text, but {features.shape[0]} media features for "
+            f"{slots.index.shape[0]} of them"
+        )
     flat = embeds.flatten(0, 1)
-    return flat.index_copy(0, slot_index, features.to(flat.dtype)).view_as(embeds)
+    return flat.index_copy(0, slots.index, features.to(flat.dtype)).view_as(embeds)
 
 
 def check_slots(feature_counts: Sequence[int], slot_counts: Sequence[int], keys: Sequence[str]) -> None:
-    """Raise `BatchError` unless every media item has as many features as placeholders."""
+    """Raise `BatchError` unless every media item has as many features as the text expects of it.
+
+    Checked item by item: two errors that cancel in the total are found.
+    """
     if len(feature_counts) != len(slot_counts):
         raise BatchError(
             f"merge: the tower gave {len(feature_counts)} media items, the text has slots for {len(slot_counts)}"

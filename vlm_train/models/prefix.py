@@ -43,16 +43,16 @@ class PrefixVLM(nn.Module):
         """`[B, T, D]`: the stream's tokens, with the image features at their placeholders.
 
         Raises:
-            BatchError: a media item has another number of features than placeholders.
+            BatchError: a media item has another number of features than placeholders, or a placeholder gets none.
         """
-        media = batch.media
-        embeds = self.llm.embed(batch.text[stream].ids)
+        media, text = batch.media, batch.text[stream]
+        embeds = self.llm.embed(text.ids)
         features = self.features(media)
         tokens = features.shape[1]
         check_slots([views * tokens for views in media.view_counts], media.slot_counts, media.keys)
         # Without images this merges an empty slice: the blank view stays in the graph, with gradients of zero, so that
         # every rank makes the same collective calls in backward.
-        return merge(embeds, features[: media.real].flatten(0, 1), media.slot_index, media.slot_counts, media.keys)
+        return merge(embeds, features[: media.real].flatten(0, 1), text.slots, media.slot_counts)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         """Final hidden states `[B, T, D]`."""
