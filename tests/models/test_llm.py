@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.tiny_models import assert_close, llama_config, text_stream, tiny_llm
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.models.masks import attention_mask
+from vlm_train.models.checkpointing import checkpoint_layers
 from vlm_train.models.text_only import decode_stream, generate_from
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -53,12 +56,127 @@ def test_logits_equal_the_library_for_padded_rows(family, attention):
     assert_close(logits[real], expected[real], family)
 
 
-def test_no_mask_means_plain_causal():
-    llm = tiny_llm()
-    stream = text_stream([[5, 6, 7, 8]])
-    embeds = llm.embed(stream.ids)
-    mask = attention_mask(stream.segment_ids, stream.attention_group)
-    assert_close(llm.decode(embeds, stream.positions, None), llm.decode(embeds, stream.positions, mask))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_causal_rows_need_no_mask(family, attention):
+    """Logits and gradients of the real positions are those of the explicit mask, whatever stands in the padding."""
+    torch.manual_seed(0)
+    try:
+        llm = tiny_llm(SMALL | FAMILIES[family], attention=attention).train()
+    except ConfigError:  # see above
+        return
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    stream = text_stream(ROWS)
+    real = stream.segment_ids != 0
+    wave = torch.randn(int(real.sum()), llm.vocab_size)
+    results = []
+    for one in (stream, replace(stream, plain_causal=True, ids=stream.ids + 9 * ~real)):
+        llm.zero_grad()
+        logits = llm.head(decode_stream(llm, llm.embed(one.ids), one))[real]
+        (logits * wave).sum().backward()
+        results.append((logits, {n: p.grad.clone() for n, p in llm.named_parameters()}))
+    (masked, masked_grads), (plain, plain_grads) = results
+    assert_close(plain, masked, family)
+    for name, gradient in plain_grads.items():
+        if not name.endswith("k_proj.bias"):  # zero in exact arithmetic
+            assert_close(gradient, masked_grads[name], name)
+
+
+def test_plain_causal_rows_leave_sdpa_its_fast_kernels(monkeypatch):
+    """No mask reaches the kernel, and the library does not ask the device whether positions look packed."""
+    from transformers import masking_utils
+
+    seen, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(*args, attn_mask=None, is_causal=False, **options):
+        seen.append((attn_mask is None, is_causal))
+        return kernel(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    def guess(position_ids):
+        raise AssertionError("guessed")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", guess)
+    llm, stream = tiny_llm().train(), replace(text_stream(ROWS), plain_causal=True)
+    decode_stream(llm, llm.embed(stream.ids), stream)
+    assert seen == [(True, True)] * 2
+    assert masking_utils.find_packed_sequence_indices is guess
+
+
+class Gate(torch.nn.Module):
+    """An inserted block: it adds the context to what its layer gives."""
+
+    reads_context = True
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.context = None
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, hidden: torch.Tensor, **options: object) -> torch.Tensor:
+        hidden = self.layer(hidden, **options)
+        return hidden if self.context is None else hidden + self.scale * self.context
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_inserted_blocks_read_the_context(checkpointed):
+    torch.manual_seed(0)
+    llm, stream = tiny_llm(), replace(text_stream([[5, 6, 7]]), plain_causal=True)
+    embeds = llm.embed(stream.ids).detach()
+    before = llm.decode(embeds, stream.positions, None)
+    gate = llm.layers[1] = Gate(llm.layers[1])
+    if checkpointed:
+        checkpoint_layers(llm.layers)
+    assert torch.equal(llm.decode(embeds, stream.positions, None), before)
+    context = torch.randn(1, 3, llm.dim, requires_grad=True)
+    hidden = decode_stream(llm, embeds, stream, context)
+    assert not torch.equal(hidden, before) and gate.context is None
+    hidden.square().sum().backward()  # computes the layers again, long after `decode`
+    assert gate.scale.grad != 0 and context.grad.abs().sum() > 0 and gate.context is None
+    expected = torch.autograd.grad(_by_hand(llm, gate, embeds, context).square().sum(), context)[0]
+    assert_close(context.grad, expected)
+
+
+def _by_hand(llm, gate, embeds, context):
+    """The last layer adds the context: what `decode` without context gives before the norm, plus the rest."""
+    inner = []
+    handle = gate.register_forward_hook(lambda module, inputs, output: inner.append(output))
+    llm.decode(embeds, torch.arange(3)[None, None], None)
+    handle.remove()
+    return llm.decoder.norm(inner[0].detach() + gate.scale.detach() * context)
+
+
+def test_generation_reads_the_context_too():
+    torch.manual_seed(0)
+    llm, stream = tiny_llm().eval(), text_stream([[5, 6]])
+    llm.layers[1] = Gate(llm.layers[1])
+    ask = {"max_new_tokens": 3, "eos_ids": []}
+    plain = generate_from(llm, llm.embed(stream.ids), stream, **ask)
+    pushed = 100 * llm.model.lm_head.weight.detach()[42].expand(1, 1, -1)
+    assert (generate_from(llm, llm.embed(stream.ids), stream, context=pushed, **ask) == 42).all()
+    assert torch.equal(generate_from(llm, llm.embed(stream.ids), stream, **ask), plain)
+
+
+def test_a_context_that_nothing_reads_is_an_error():
+    llm, stream = tiny_llm(), text_stream([[5, 6]])
+    with pytest.raises(ConfigError, match="a context, but none of its blocks reads one"):
+        decode_stream(llm, llm.embed(stream.ids), stream, torch.zeros(1))
+
+
+def test_position_axes_reach_models_that_have_them(monkeypatch):
+    llm, stream = tiny_llm(), text_stream([[5, 6, 7]])
+    three = replace(stream, positions=torch.tensor([[0, 1, 1], [0, 1, 2], [0, 2, 1]])[:, None])
+    with pytest.raises(ConfigError, match=r"'llama' has 1 position axis, but the media layout gives 3"):
+        decode_stream(llm, llm.embed(stream.ids), three)
+    given = []
+    monkeypatch.setattr(llm.model.config, "rope_parameters", {"mrope_section": [2, 2, 2]})
+    monkeypatch.setattr(llm.decoder, "forward", lambda **kw: given.append(kw) or SimpleNamespace(last_hidden_state=0))
+    decode_stream(llm, llm.embed(stream.ids), three)
+    assert given[0]["position_ids"] is three.positions
 
 
 def test_placeholders_embed_to_something_finite():

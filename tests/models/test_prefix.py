@@ -58,6 +58,25 @@ def test_packed_samples_equal_separate_rows():
     assert_close(hidden[len(first) :], rows[1, : len(second)])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_plain_rows_with_images_need_no_mask(attention):
+    stream = text_stream([[5, *IMAGE, 6, 7, 8, *IMAGE, 9], [10, *IMAGE, 11]], learn_from=4)
+    batch = batch_of(stream, [0, 0, 1])
+    gradients, hidden = [], []
+    for plain in (False, True):
+        model = tiny_vlm().train()
+        model.llm.model.set_attn_implementation(attention)
+        one = replace(batch, text={"llm": replace(stream, plain_causal=plain)})
+        hidden.append(model(one)[stream.segment_ids != 0])
+        LanguageModeling()(model, one, identity_gather)["lm"].sum.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_close(hidden[1], hidden[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        if not name.endswith("k_proj.bias"):
+            assert_close(gradient, gradients[0][name], name)
+
+
 def saved_shapes(function):
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):

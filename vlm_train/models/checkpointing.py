@@ -12,6 +12,8 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vlm_train.models.context import recomputed_context
+
 
 def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
     """Make each layer forget its activations in forward and compute them again in backward.
@@ -20,4 +22,6 @@ def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
     """
     for layer in layers:
         if not isinstance(layer.forward, partial):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=recomputed_context(layer)
+            )

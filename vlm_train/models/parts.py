@@ -6,7 +6,7 @@ Legend: N media views, P patch tokens, Q connector tokens, B rows, T tokens, A p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -64,10 +64,32 @@ class LanguageModel(Protocol):
         ...
 
     def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, context: Any = None) -> Tensor:
-        """Embeddings `[B, T, D_t]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None = plain causal)
-        -> final hidden states `[B, T, D_t]`. `context` is opaque: only inserted blocks read it."""
+        """Embeddings `[B, T, D_t]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None = plain causal
+        from position 0 on) -> final hidden states `[B, T, D_t]`. `context` is opaque: only inserted blocks (or the
+        cross-attention of an encoder-decoder) read it."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., D_t]` -> logits `[..., V]`."""
         ...
+
+
+class EncoderDecoder(LanguageModel, Protocol):
+    """A language model whose decoder reads, as its `context`, what `encode` made of another stream."""
+
+    def encode(self, embeds: Tensor, mask: Tensor) -> Any:
+        """Embeddings `[B, S, D_t]` and mask `[B, 1, S, S]` (True = attend) of the encoder's stream -> context."""
+        ...
+
+
+@runtime_checkable
+class ReadsContext(Protocol):
+    """A block inserted among the layers of a language model that reads the `context` given to `decode`.
+
+    Attributes:
+        reads_context: true; it marks such a block.
+        context: set while `decode` runs (and while its layers are computed again in backward), else None.
+    """
+
+    reads_context: bool
+    context: Any

@@ -5,15 +5,34 @@ Legend: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
+from vlm_train.models.context import given_context
 from vlm_train.models.hub import build_model, load_pretrained
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
+
+
+@contextmanager
+def _no_guessed_packing() -> Iterator[None]:
+    """Keep the library from reading packed sequences out of position ids where it is given no mask.
+
+    Its guess asks the device, and an explicit mask follows from it where kernels would do without one. What is packed
+    is known: it comes with an explicit mask.
+    """
+    from transformers import masking_utils
+
+    guess = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = guess
 
 
 class HFCausalLM(nn.Module):
@@ -71,18 +90,18 @@ class HFCausalLM(nn.Module):
         return self.model.get_input_embeddings()(ids.clamp(min=0))
 
     def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, context: Any = None) -> Tensor:
-        """Embeddings `[B, T, D]`, positions `[1, B, T]`, mask `[B, 1, T, T]` (True = attend) -> hidden `[B, T, D]`.
+        """Embeddings `[B, T, D]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend) -> hidden `[B, T, D]`.
 
-        Without a mask attention is plain causal and positions count from 0 (padding on the right does no harm then).
+        Without a mask attention is plain causal and positions count from 0 (padding on the right does no harm then);
+        fast kernels run only so. `context` is held by the inserted blocks that read one, see `ReadsContext`.
         """
-        del context  # only inserted blocks read it
-        position_ids = None if mask is None else positions[0]
-        output = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=None if mask is None else self._library_mask(mask, positions[0], embeds.dtype),
-            position_ids=position_ids,
-            use_cache=False,
-        )
+        with given_context(self.model, context), _no_guessed_packing():
+            output = self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=None if mask is None else self._library_mask(mask, positions[0], embeds.dtype),
+                position_ids=None if mask is None else self._library_positions(positions),
+                use_cache=False,
+            )
         return output.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -110,6 +129,7 @@ class HFCausalLM(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         num_beams: int = 1,
+        context: Any = None,
     ) -> Tensor:
         """Continue prompts with a key-value cache.
 
@@ -117,6 +137,7 @@ class HFCausalLM(nn.Module):
             embeds: `[B, T, D]` prompt embeddings, padded on the LEFT.
             mask: `[B, T]`, True at real tokens.
             temperature: 0 is greedy.
+            context: as in `decode`.
 
         Returns:
             `[B, up to max_new_tokens]` new token ids; a row that ended is filled up with its end-of-text token.
@@ -133,7 +154,8 @@ class HFCausalLM(nn.Module):
             use_cache=True,
             **sampling,
         )
-        return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings)
+        with given_context(self.model, context):
+            return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings)
 
     def head_parameters(self) -> list[str]:
         """Names of the parameters that only `head` reads (none where it shares the embedding's)."""
@@ -166,6 +188,21 @@ class HFCausalLM(nn.Module):
             self.model.set_output_embeddings(
                 ExtendedHead(head, self.new_tokens, extended.new_embeddings if tied else None)
             )
+
+    def _library_positions(self, positions: Tensor) -> Tensor:
+        """Positions `[A, B, T]` in the form the library takes: `[B, T]`, or all axes where its rotations have as many.
+
+        Raises `ConfigError` for several axes and a model that has one.
+        """
+        if len(positions) == 1:
+            return positions[0]
+        rotary = getattr(self.model.config, "rope_parameters", None) or {}
+        if "mrope_section" not in rotary:
+            raise ConfigError(
+                f"llm.config.model_type: {self.numbers.get('model_type')!r} has 1 position axis, but the media layout "
+                f"gives {len(positions)}; choose a model with M-RoPE (rope_parameters.mrope_section) or another layout"
+            )
+        return positions
 
     def _library_mask(self, mask: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:
         """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer."""
