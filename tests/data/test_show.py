@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.data.rendering import assistant, layout, load, sample, user
+from tests.small_run import make_data
+from vlm_train import build
+from vlm_train.data.image import ImageTransform
 from vlm_train.data.render import render
-from vlm_train.data.show import format_tokens, learned_tokens, save_views
+from vlm_train.data.show import format_tokens, learned_tokens, save_views, show
 from vlm_train.data.tokenizer import byte_level
 
 
@@ -43,3 +49,15 @@ def test_views_are_saved_as_they_are(tmp_path) -> None:
         np.testing.assert_array_equal(saved[top : top + 4, left : left + 5], pixels[index].transpose(1, 2, 0))
     with pytest.raises(ValueError, match=r"uint8 \[N, 3, H, W\]"):
         save_views(pixels.astype(np.float32), tmp_path / "x.png")
+
+
+def test_the_shown_sample_is_named(tmp_path, monkeypatch, capsys) -> None:
+    folder = make_data(tmp_path) / "tiny" / "train"
+    parts = {"template": load("qa"), "tokenizer": byte_level(), "layout": layout}
+    built = SimpleNamespace(**parts, image=ImageTransform(mode="resize", size=(8, 8)))
+    monkeypatch.setattr(build, "build", lambda cfg: built)
+    monkeypatch.chdir(tmp_path)
+    options = {"train": [{"shards": str(folder)}], "annotations": "first", "max_length": None, "over_length": "drop"}
+    show(OmegaConf.create({"data": options, "run": None}))
+    assert capsys.readouterr().out.startswith(f"sample sample-00, number 0 of 12 in {folder}, source test\n")
+    assert np.asarray(Image.open(tmp_path / "show.png")).shape == (8, 8, 3)

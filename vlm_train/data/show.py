@@ -24,7 +24,8 @@ def show(cfg: DictConfig) -> None:
     from vlm_train.build import build
 
     built = build(cfg)
-    sample, blobs = ShardSet(cfg.data.train[0].shards).load(0)
+    shards = ShardSet(cfg.data.train[0].shards)
+    sample, blobs = shards.load(0)
     rendered = render(
         sample,
         built.template,
@@ -34,10 +35,13 @@ def show(cfg: DictConfig) -> None:
         max_length=cfg.data.max_length,
         over_length=cfg.data.over_length,
     )
-    print(f"sample {sample.key}\n{format_tokens(rendered, built.tokenizer, sys.stdout.isatty())}")
-    if blobs and built.image is not None:
+    source = f", source {sample.source}" if sample.source else ""
+    print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.folder}{source}")
+    print(format_tokens(rendered, built.tokenizer, sys.stdout.isatty()))
+    if rendered.media and built.image is not None:
         folder = run_dir(cfg) if cfg.run else Path.cwd()
-        print(save_views(np.concatenate([built.image(blob) for blob in blobs]), folder / "show.png"))
+        views = np.concatenate([built.image(blobs[number]) for number in rendered.media])
+        print(save_views(views, folder / "show.png"))
 
 
 def format_tokens(rendered: Rendered, tokenizer: Any, colour: bool) -> str:

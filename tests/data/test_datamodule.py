@@ -1,0 +1,170 @@
+"""The data module: refused settings, fingerprints, loaders, windows, and samples in another shape than usual."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipelines.errors import DataError
+from data_pipelines.index import index_folder
+from data_pipelines.media import image_item
+from data_pipelines.sample import Annotation, Sample
+from data_pipelines.shards import ShardWriter
+from tests.data.rendering import assistant, layout, load, user
+from tests.small_run import make_data, picture
+from vlm_train.data.datamodule import VLMData
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.order import Plan
+from vlm_train.data.tokenizer import byte_level
+from vlm_train.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data")) / "tiny"
+
+
+def data(*train: Path | str, val: list[Any] | None = None, normalise: str = "token", **options: Any) -> VLMData:
+    """A data module over `train`, as `fit` makes it, on a pretended device."""
+    built = SimpleNamespace(
+        template=load("qa"),
+        tokenizer=byte_level(),
+        layout=layout,
+        image=ImageTransform(mode="resize", size=(8, 8)),
+        image_size=(8, 8),
+        cfg=SimpleNamespace(batch=SimpleNamespace(micro=2, normalise=normalise)),
+    )
+    made = VLMData(train=[{"shards": str(one)} for one in train], val=val or [], built=built, workers=0, **options)
+    made.trainer = trainer("cpu")
+    made.plan = Plan(samples=len(made.train), batch=4, total=2 * len(made.train), seed=0, micro=2, shuffle=False)
+    return made
+
+
+def trainer(device: str) -> Any:
+    root_device = torch.device(device)
+    return SimpleNamespace(
+        global_step=0, global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=root_device)
+    )
+
+
+def write(folder: Path, *samples: tuple[Any, ...], source: str = "s", pictures: int = 2) -> Path:
+    """A shard set of samples, each given as its annotations over the same pictures."""
+    with ShardWriter(folder) as writer:
+        for number, turns in enumerate(samples):
+            blobs = [picture(n) for n in range(pictures)]
+            media = tuple(image_item(n, blob) for n, blob in enumerate(blobs))
+            annotations = tuple(Annotation(turns=one) for one in turns)
+            writer.write(Sample(key=f"k{number}", media=media, annotations=annotations, source=source), blobs)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, r"data\.limit: 0; allowed: null \(no limit\) or at least 1"),
+        ({"val_limit": 0}, r"data\.val_limit: 0; allowed"),
+        ({"max_length": 0}, r"data\.max_length: 0; allowed"),
+        ({"val_share": 1.0}, r"data\.val_share: 1\.0; allowed: 0 \(none\) to below 1"),
+        ({"val_share": -0.1}, r"data\.val_share: -0\.1; allowed"),
+        ({"val_share": 0.5, "limit": 1}, r"data\.val_share: 0\.5 of the 1 samples in .*train leaves none to train on"),
+        ({"val": [{"samples": 3}]}, r"data\.val\[0\]: got \{'samples': 3\}; it must name a folder as `shards`"),
+    ],
+)
+def test_settings_that_cannot_be(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        data(root / "train", **options)
+
+
+def test_every_wrong_setting_is_named_at_once(root: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        data(limit=0, val_share=2.0)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "data.train",
+        "data.val_share",
+        "data.limit",
+    ]
+
+
+def test_a_set_without_samples_is_named(root: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    (tmp_path / "empty").mkdir()
+    tarfile.open(tmp_path / "empty" / "shard-000000.tar", "w").close()
+    index_folder(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"/empty: a shard set without samples"):
+        data(root / "train", tmp_path / "empty")
+
+
+def test_a_held_out_share_is_the_end_of_train(root: Path) -> None:
+    whole, split = data(root / "train"), data(root / "train", val_share=0.25, val_limit=2)
+    assert (len(split.train), len(split.val)) == (9, 2)
+    keys = [batch.keys for batch in split.val_dataloader()]
+    assert keys == [(("sample-09",), ("sample-10",))]
+    assert len(whole.train) == 12 and not len(whole.val) and whole.val_dataloader() == []
+    assert len(data(root / "train", limit=5).train) == 5
+
+
+def test_the_fingerprint_follows_the_training_samples(root: Path, tmp_path: Path) -> None:
+    one, other = root / "train", root / "val"
+    first = data(one, other).fingerprint()
+    assert data(one, other, limit=3, val=[{"shards": str(one)}]).fingerprint() == first
+    again = make_data(tmp_path) / "tiny"
+    assert data(again / "train", again / "val").fingerprint() == first  # built elsewhere
+    assert len({first, data(other, one).fingerprint(), data(one).fingerprint(), data(one, one).fingerprint()}) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_pinned_for_a_gpu_only(root: Path, device: str) -> None:
+    module = data(root / "train", val=[{"shards": str(root / "val")}])
+    module.trainer = trainer(device)
+    assert module.train_dataloader().loader.pin_memory is (device == "cuda")
+    assert module.val_dataloader().pin_memory is (device == "cuda")
+    if device == "cpu":
+        batch = next(iter(module.train_dataloader()))
+        assert not batch.text["llm"].ids.is_pinned() and not batch.media.pixels.is_pinned()
+
+
+def test_a_loader_pins_every_batch_of_a_window(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    module = data(root / "train")
+    window = next(iter(module.train_dataloader().loader))
+    pinned = pin_memory(window)
+    assert [type(one) for one in pinned] == [type(one) for one in window] and len(window) == 2
+    for before, after in zip(window, pinned, strict=True):
+        assert torch.equal(after.text["llm"].slots.index, before.text["llm"].slots.index + 1)
+        assert torch.equal(after.media.pixels, before.media.pixels + 1) and after.keys == before.keys
+
+
+def test_validation_has_workers_and_their_number_changes_nothing(root: Path) -> None:
+    module = data(root / "val", val=[{"shards": str(root / "train")}])
+    alone = list(module.val_dataloader())
+    module.workers = 2
+    loader = module.val_dataloader()
+    assert loader.num_workers == 2
+    for one, other in zip(alone, loader, strict=True):
+        assert one.keys == other.keys and torch.equal(one.text["llm"].ids, other.text["llm"].ids)
+    module.val.size = 2  # one batch
+    assert module.val_dataloader().num_workers == 1
+
+
+def test_a_rank_without_samples_names_the_same_sums(root: Path) -> None:
+    """Ranks reduce `Window.sums` by name: a short last step must not leave one of them with fewer."""
+    module = data(root / "train", rejected=True)
+    module.plan = Plan(samples=12, batch=4, total=1, seed=0, world=2, micro=2)
+    module.trainer.global_rank = 1
+    (batch,) = module.train_dataloader()
+    assert batch.window.sums == {"samples": {}, "llm": {}, "rejected": {}} and list(batch.text) == ["llm", "rejected"]
+
+
+def test_images_that_nothing_shows_and_images_shown_twice(tmp_path: Path) -> None:
+    turns = (user("A", 1), assistant("a"), user("B", 1), assistant("b"))
+    (batch, *_) = data(write(tmp_path / "set", [turns], [(user("C"), assistant("c"))])).train_dataloader()
+    assert batch.media.real == 1 and batch.media.slot_counts == (4,)
+    assert batch.text["llm"].slots.feature_index.tolist() == [0, 1, 2, 3] * 2
+    assert batch.text["llm"].plain_causal
