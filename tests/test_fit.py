@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,15 +144,17 @@ def test_killed_run_resumes_exactly(workers: int, data: Path, whole: Path, tmp_p
 def test_asked_to_stop_saves_the_step_and_resumes_exactly(
     number: signal.Signals, data: Path, whole: Path, tmp_path: Path
 ) -> None:
-    overrides = command(data, tmp_path, "trainer.save_every=null")
+    overrides = command(data, tmp_path, "trainer.save_every=null", "data.workers=1")
     code = SLOW_START.replace("time.sleep(600)", "time.sleep(1.5)")
     with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen([sys.executable, "-c", code, *overrides], stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *overrides], stdout=out, stderr=out, start_new_session=True
+        )
         deadline = time.monotonic() + 200
         while not (tmp_path / "run" / "metrics.jsonl").is_file() or not metrics(tmp_path / "run"):
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
             time.sleep(0.1)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as a terminal and schedulers do: loader processes get it too
         assert process.wait(timeout=100) == 128 + number
     run, said = tmp_path / "run", (tmp_path / "out").read_text()
     (folder,) = (run / "checkpoints").glob("step-*")
@@ -203,6 +206,17 @@ def test_diverged_run_never_counts_as_done(data: Path, tmp_path: Path) -> None:
         assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
+def test_other_shards_are_noticed(tmp_path: Path) -> None:
+    first, other = make_data(tmp_path / "data"), make_data(tmp_path / "other", bad=3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, 3)
+        train(command(first, tmp_path))
+    shutil.rmtree(first)
+    other.rename(first)
+    with pytest.raises(CheckpointError, match="data changed"):
+        train(command(first, tmp_path))
+
+
 def test_torn_log_is_mended(stopped: Path, data: Path, whole: Path) -> None:
     with open(stopped / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
@@ -218,6 +232,13 @@ def test_two_processes_do_not_train_one_run(data: Path, tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process"):
             train(command(data, tmp_path))
+
+
+def test_added_tokens_get_rows_of_their_own(data: Path, tmp_path: Path) -> None:
+    more = ["llm.config.vocab_size=273", 'tokenizer.add=["<img>"]', "trainer.max_steps=1", "params=all"]
+    run = train(command(data, tmp_path, *more))
+    weights = load_file(checkpoint_of(run, 1) / "weights.safetensors")
+    assert [len(t) for n, t in weights.items() if n.endswith("new_embeddings")] == [1]
 
 
 def test_logged_loss_is_the_one_that_is_minimised(data: Path, tmp_path: Path) -> None:

@@ -88,8 +88,11 @@ def _threaded(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any)
     """What the other parts decide about part `name`."""
     if name == "connector":
         return {"in_dim": parts["vision"].out_dim, "out_dim": parts["llm"].dim}
-    if name == "llm" and tokenizer is not None and cfg.llm.config.get("vocab_size") is None:
-        return {"vocab_size": len(tokenizer)}
+    if name == "llm" and tokenizer is not None:
+        size = cfg.llm.config.get("vocab_size")
+        if size is None:
+            return {"vocab_size": len(tokenizer)}
+        return {"new_tokens": max(0, len(tokenizer) - size)}  # padded tables have room; others get rows of their own
     return {}
 
 

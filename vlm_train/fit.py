@@ -22,6 +22,8 @@ from vlm_train import checkpoint, config
 from vlm_train.errors import ConfigError, Interrupted, TrainingError
 from vlm_train.launch import rank
 
+TOKENIZER = "tokenizer"
+
 
 def fit(cfg: DictConfig) -> dict[str, Any]:
     """Train the configured run to its end, resuming it where it stopped. Returns its final metrics."""
@@ -68,6 +70,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
 
     from vlm_train.build import build, halve
     from vlm_train.data.datamodule import VLMData
+    from vlm_train.data.tokenizer import vocabulary
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
@@ -80,12 +83,16 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     policy = _policy(cfg, built.model)
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
     data.plan = _plan(cfg, len(data.train))
+    facts = {"run_id": identity, "data": data.fingerprint(), "vocabulary": vocabulary(built.tokenizer)}
+    if resumed:
+        resumed.require(**facts)
     module = _module(cfg, built.model, policy, data.plan, folder)
     evaluators = {k: instantiate(v, _convert_="all") for k, v in (cfg.eval or {}).items() if v is not None}
-    trainer = _trainer(cfg, data.plan, _callbacks(cfg, built, data, evaluators, folder, identity, resumed), folder)
+    trainer = _trainer(cfg, data.plan, _callbacks(cfg, built, data, evaluators, folder, facts, resumed), folder)
     if trainer.is_global_zero:
         print(policy.table(), flush=True)
         _write_parameters(folder, policy)
+        built.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
         _write_status(folder, **_facts(cfg, identity, data.plan.steps))
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
@@ -120,7 +127,7 @@ def _callbacks(
     data: Any,
     evaluators: dict[str, Any],
     folder: Path,
-    identity: str,
+    facts: dict[str, Any],
     resumed: checkpoint.Resume | None,
 ) -> list[Any]:
     """Evaluators before checkpoints, so that a checkpoint never lacks the scores of its step."""
@@ -129,7 +136,7 @@ def _callbacks(
     interval, held_out = cfg.trainer.val_every, len(data.val) > 0
     checkpoints = Checkpoints(
         folder,
-        {"run_id": identity},
+        facts,
         every=cfg.trainer.save_every,
         val_every=interval if held_out else None,
         total=data.plan.steps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -261,6 +262,7 @@ class VLMData(pl.LightningDataModule):
             num_workers=workers,
             prefetch_factor=self.prefetch if workers else None,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",  # by `Batch.pin_memory`
+            worker_init_fn=_leave_signals,
         )
 
 
@@ -278,3 +280,9 @@ def _check(train: Any, val: Any, val_share: float, **least_one: int | None) -> N
             problems.append(f"data.{name}: {value}; allowed: null (no limit) or at least 1")
     if problems:
         raise ConfigError(problems)
+
+
+def _leave_signals(worker: int) -> None:
+    """Schedulers signal every process of a job. The trainer decides when to stop, and its workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -178,3 +180,9 @@ def _special_pattern(tokenizer: Any, size: int, literals: tuple[str, ...]) -> re
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = sorted(special | set(literals), key=lambda name: (-len(name), name))
     return re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """Fingerprint of what every id means."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()

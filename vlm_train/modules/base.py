@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.data.batch import Batch, Window
+from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
 from vlm_train.modules.gather import gather_for
 from vlm_train.objectives.base import Loss, Objective, identity_gather
@@ -57,6 +58,7 @@ class VLMModule(pl.LightningModule):
         self.validation: dict[str, Tensor] = {}
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
+        self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
         self.counts = dict.fromkeys(("samples", "tokens", "supervised", "skipped"), 0.0)
         self.bad_in_a_row = 0
         self.grad_norm: Tensor | None = None
@@ -85,6 +87,8 @@ class VLMModule(pl.LightningModule):
         torch.manual_seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
         if window.micro == 0:
             self._open(window)
+        if self.factors:
+            batch = weigh_sources(batch, self.factors)
         gather = gather_for(self.trainer.world_size, self.device)
         total = torch.zeros((), device=self.device)
         for objective in self.objectives.values():
@@ -104,6 +108,9 @@ class VLMModule(pl.LightningModule):
         *sums, asked = sums
         self.stopping = asked > 0
         self.denominators = dict(zip(names, sums, strict=True))
+        if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
+            streams = [name for name in names if name != "samples"]
+            self.factors = {name: source_factors(self._over_ranks(dict(window.sums.get(name, {})))) for name in streams}
         for name in ("samples", "tokens", "supervised"):
             self.counts[name] += getattr(window, name)
         if window.problems:
