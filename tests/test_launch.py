@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from vlm_train import config, launch
+from vlm_train import config, launch, record
 from vlm_train.errors import ConfigError
 
 FAKE_CHILD = """
@@ -65,7 +65,7 @@ def test_child_sees_no_other_process_group(cfg: DictConfig, child, monkeypatch: 
         monkeypatch.setenv(name, "7")
     child(DONE)
     launch.run_child(cfg)
-    assert launch.read_status(config.run_dir(cfg))["seen"] == {}
+    assert record.read(config.run_dir(cfg))["seen"] == {}
 
 
 def test_failure_names_the_code_and_the_last_lines(cfg: DictConfig, child) -> None:
@@ -75,7 +75,7 @@ def test_failure_names_the_code_and_the_last_lines(cfg: DictConfig, child) -> No
     ) as e:
         launch.run_child(cfg)
     assert e.value.code == 3
-    assert launch.read_status(config.run_dir(cfg))["status"] == "failed"
+    assert record.read(config.run_dir(cfg))["status"] == "failed"
 
 
 def test_killed_child_is_named_by_its_signal(cfg: DictConfig, child) -> None:
@@ -109,7 +109,7 @@ def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number:
     _wait_for(folder / "ready")
     parent.send_signal(number)
     assert parent.wait(timeout=20) == 0
-    assert launch.read_status(folder) == {"status": "stopped", "signal": number}
+    assert record.read(folder) == {"status": "stopped", "signal": number}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
@@ -187,6 +187,6 @@ def test_started_by(environment: dict[str, str], expected: str, monkeypatch: pyt
 
 
 def test_status_of_a_missing_run_is_empty(tmp_path: Path) -> None:
-    assert launch.read_status(tmp_path) == {}
+    assert record.read(tmp_path) == {}
     (tmp_path / "run.json").write_text(json.dumps({"status": "done"}))
     assert launch.read_result(tmp_path) == {}

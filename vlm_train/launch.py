@@ -7,7 +7,6 @@ Several devices, every stage of a schedule and every job of a multirun go throug
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -21,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train import config
+from vlm_train import config, record
 from vlm_train.errors import ConfigError, TrainingError
 
 log = logging.getLogger("vlm_train")
@@ -124,13 +123,7 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The final metrics that a finished run left in its run.json; empty without one."""
-    return dict(read_status(folder).get("metrics") or {})
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """The run.json of a run folder; empty without one."""
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return dict(record.read(folder).get("metrics") or {})
 
 
 @contextmanager
@@ -211,11 +204,8 @@ def _describe(cfg: DictConfig, folder: Path, code: int, last: list[str]) -> str:
 
 def _mark_failed(folder: Path, code: int) -> None:
     """A child that was killed could not say so itself."""
-    status = read_status(folder)
-    if status.get("status") == "running":
-        partial = folder / "run.json.partial"
-        partial.write_text(json.dumps({**status, "status": "failed", "exit_code": code}, indent=2), encoding="utf-8")
-        partial.replace(folder / "run.json")
+    if record.read(folder).get("status") == "running":
+        record.update(folder, status="failed", exit_code=code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
