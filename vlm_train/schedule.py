@@ -50,6 +50,7 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
 
     Raises ConfigError with the problems of all stages before any starts, or the error of the first stage that fails.
     """
+    _refuse_launcher()
     name, stages = plan(overrides, dirs)
     if any(stage.cfg.mode == "config" for stage in stages):
         for stage in stages:
@@ -57,6 +58,8 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
         return {}
     if any(stage.cfg.dry_run for stage in stages):
         return _dry_run(stages)
+    for stage in stages:
+        launch.check_environment(stage.cfg)
     folder = Path(stages[0].cfg.paths.runs) / f"{name}-{_hash(stages)}"
     log.info("Schedule %s: %s", name, folder)
     results: dict[str, Any] = {}
@@ -69,6 +72,15 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
         _report(folder)
         log.info("%s", summary(stages))
     return results
+
+
+def _refuse_launcher() -> None:
+    """A schedule starts the processes of its stages itself; several schedules would start every stage several times."""
+    if (found := launch.started_by()) != "local":
+        raise ConfigError(
+            f"schedule: {found} started several processes, and each would run the whole schedule. On one node start it "
+            f"once, without {found}, with launch.devices=<n>; on several run the stages one by one (docs/slurm.md)."
+        )
 
 
 def plan(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str, list[PlannedStage]]:
