@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf, open_dict
 
+from data_pipelines.build import main as build_shards
 from vlm_train import config
 from vlm_train.assets import missing_assets
 from vlm_train.check import check
@@ -167,6 +168,19 @@ def test_missing_assets_are_listed_together(tmp_path: Path, monkeypatch: pytest.
     text = str(caught.value)
     for key in ("vision.weights: ", "llm.weights: ", "tokenizer.name: ", "data.train.0.shards: ", "init_from.0.run "):
         assert key in text, text
+
+
+def test_missing_pictures_of_size_tiny_come_with_their_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, val = sorted(missing_assets(config.tiny("recipe=llava15_stage1")))
+    build = "python -m data_pipelines.build source=tiny split="
+    assert train.startswith("data.train.0.shards: ") and train.endswith(f"{build}train output=data/tiny/train")
+    assert val.endswith(f"{build}val output=data/tiny/val")
+    for line in (train, val):
+        assert build_shards(line.partition("data_pipelines.build ")[2].split()) == 0
+    assert missing_assets(config.tiny("recipe=llava15_stage1")) == []
+    full = missing_assets(config.compose(["recipe=easyvqa_clip"]))
+    assert all("source=tiny" not in line for line in full)
 
 
 def test_assets_that_are_there_are_not_missing(tmp_path: Path) -> None:
