@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from data_pipelines.errors import DataError
 from vlm_train import cli, config, launch
-from vlm_train.errors import TrainingError
+from vlm_train.errors import BatchError, ConfigError, TrainingError
 
 STAGE = "recipe=llava15_stage1"
 
@@ -68,6 +70,7 @@ def recipe(folder: Path, text: str, name: str = "mine") -> str:
 def test_unknown_recipe_lists_the_known_ones(fails: Callable[..., str]) -> None:
     text = fails("recipe=llava15_stagee1")
     assert "Did you mean llava15_stage1?" in text and "easyvqa_clip" in text
+    assert "batch" not in text, "nothing is known of the rest while the recipe is not"
 
 
 def test_unknown_option_lists_the_known_ones(fails: Callable[..., str]) -> None:
@@ -231,6 +234,81 @@ def test_config_of_a_run_folder_is_not_trusted(dispatched: list[DictConfig], fai
     assert len(dispatched) == 1
 
 
+def test_run_folder_cannot_extend_trust(dispatched: list[DictConfig], fails: Callable[..., str]) -> None:
+    trusting = ["+eval.mine._target_=fractions.Fraction", "allow_targets=[fractions.]"]
+    assert cli.main([STAGE, "run_name=first", *trusting]) == 0
+    assert "eval.mine._target_: 'fractions.Fraction' is not trusted" in fails("mode=eval", "run=runs/first")
+    assert cli.main(["mode=eval", "run=runs/first", trusting[1]]) == 0
+    assert len(dispatched) == 2
+
+
+@pytest.mark.parametrize("flag", [["--config-name", "x"], ["--config-path", "x"], ["--config-dir", "/nonexistent"]])
+def test_flags_that_would_be_ignored_are_refused(fails: Callable[..., str], flag: list[str]) -> None:
+    assert flag[0] in fails(*flag, STAGE, "mode=config")
+    assert flag[0] in fails(*flag, "-m", STAGE)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+class SIGTERMException(SystemExit):
+    """As Lightning's: a SystemExit without a code."""
+
+
+def _lightnings_exit() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [
+        (lambda: _raise(KeyboardInterrupt()), 130),
+        (_lightnings_exit, 130),
+        (lambda: _raise(SIGTERMException()), 143),
+        (lambda: sys.exit(143), 143),
+        (lambda: _raise(launch.Interrupted(129)), 129),
+    ],
+)
+def test_interruptions_have_their_exit_codes(work: Callable[[], None], code: int, capsys) -> None:
+    assert cli.guarded(work) == code
+    assert capsys.readouterr().err == "Interrupted. The same command resumes.\n"
+
+
+def test_other_exits_are_left_alone() -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.guarded(lambda: sys.exit(3))
+    assert caught.value.code == 3
+
+
+def test_trouble_with_data_and_disk_is_one_line(no_assets: None, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("taken").touch()
+    assert cli.main([STAGE, "paths.runs=taken"]) == 1
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "taken" in text and "VLM_TRAIN_TRACEBACK=1" in text
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/x")
+    assert cli.guarded(lambda: _raise(full)) == 1
+    assert capsys.readouterr().err.startswith("OSError: runs/x: No space left on device.")
+    assert cli.guarded(lambda: _raise(DataError("data/x: shard 3 is cut off"))) == 1
+    assert capsys.readouterr().err == "DataError: data/x: shard 3 is cut off\n"
+
+
+def test_error_of_a_loader_worker_is_shown_without_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    trace = (
+        "Caught BatchError in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
+        '  File "/x/worker.py", line 1, in _worker_loop\n    data = fetcher.fetch(index)\n'
+        "vlm_train.errors.BatchError: 3 placeholders, 4 features\nin shard 7\n"
+    )
+    assert cli.guarded(lambda: _raise(BatchError(trace))) == 1
+    assert capsys.readouterr().err == "BatchError: 3 placeholders, 4 features\nin shard 7\n"
+    config_trace = trace.replace("BatchError", "ConfigError")
+    assert cli.guarded(lambda: _raise(ConfigError(config_trace))) == 2
+    assert capsys.readouterr().err.startswith("ConfigError: 3 placeholders")
+
+
 def test_devices_start_a_child(dispatched: list[DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
     monkeypatch.setattr(launch, "run_child", lambda cfg, devices: started.append(devices) or {})
@@ -238,6 +316,9 @@ def test_devices_start_a_child(dispatched: list[DictConfig], monkeypatch: pytest
     assert started == [2] and dispatched == []
     assert cli.main([STAGE, "launch.devices=2", "dry_run=true"]) == 0
     assert len(dispatched) == 1
+    assert cli.main([STAGE, "run_name=first"]) == 0
+    assert cli.main(["mode=eval", "run=runs/first", "launch.devices=2"]) == 0, "eval knows one device"
+    assert started == [2] and len(dispatched) == 3
 
 
 def test_multirun_starts_each_job_as_a_child(

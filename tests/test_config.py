@@ -86,6 +86,20 @@ def test_size_tiny_drops_what_a_recipe_says_about_exchanged_parts() -> None:
     assert small.vision is None
 
 
+def test_command_line_wins_over_size_tiny_and_the_recipe_loses(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\ntokenizer: {add: [recipe]}\n")
+    line = ["recipe=mine", "size=tiny"]
+    assert config.compose(line, [tmp_path]).tokenizer.add == []
+    assert config.compose([*line, "tokenizer.add=['<img>']"], [tmp_path]).tokenizer.add == ["<img>"]
+    assert config.compose([*line, "+tokenizer.extra=3"], [tmp_path]).tokenizer.extra == 3
+    assert config.compose([*line, "tokenizer=words", "tokenizer.min_count=2"], [tmp_path]).tokenizer.min_count == 2
+    with pytest.raises(ConfigError, match=r"tokenizer\.shards: tokenizer=_tiny of size has no such option"):
+        config.compose(["recipe=easyvqa_lm", "size=tiny", "tokenizer.shards=x"])
+    with pytest.raises(ConfigError, match=r"vision\.weights: vision is empty"):
+        config.compose(["recipe=easyvqa_lm", "size=tiny", "vision.weights=x"])
+
+
 @pytest.mark.parametrize("line", ["defaults:\n  - override /hydra/launcher: basic", "hydra: {verbose: true}"])
 def test_recipes_cannot_set_hydra(tmp_path: Path, line: str) -> None:
     (tmp_path / "recipe").mkdir()

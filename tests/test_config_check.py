@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf, open_dict
 
+from data_pipelines.build import main as build_shards
 from vlm_train import config
 from vlm_train.assets import missing_assets
 from vlm_train.check import check
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.signatures import UnknownTarget, fits, import_signature, read_signature
+from vlm_train.trust import nodes, untrusted
 
 
 def problems(*overrides: str, recipe: str = "llava15_stage1") -> list[str]:
@@ -45,6 +47,42 @@ def test_recipe_passes() -> None:
         ("mode=fitt", "mode: got 'fitt'. Did you mean fit?"),
         ("trainer.epochs=null", "trainer: give trainer.epochs or trainer.max_steps, got neither."),
         ("launch.nodes=2", "launch.nodes: launch=local starts one node, got 2."),
+        ("+eval.mine._target_=torch.nn.functional.torch.load", "torch.nn.functional.torch is no module of its own"),
+        ("+eval.mine._target_=transformers.utils.hub.os.system", "transformers.utils.hub.os is no module of its own"),
+        ("+eval.mine._target_=transformers.dynamic_module_utils.get_class_from_dynamic_module", "only classes are"),
+        ("+eval.mine._target_=torch.nn.modules.module.OrderedDict", "it is really from collections"),
+        ("+eval.mine._target_=lightning.pytorch.cli.LightningCLI", "is not trusted"),
+        ("+eval.mine._target_=vlm_train.launch.main", "is not trusted"),
+        ("+eval.mine._target_=vlm_train.data.tokenizer._load", "is private"),
+        ("++llm.config.trust_remote_code=true", "llm.config.trust_remote_code: got True. Allowed: False"),
+        ("++data.train.0.weights_only=false", "data.train.0.weights_only: got False. Allowed: True"),
+        ("init_from=[{run: x, which: bst}]", "init_from.0.which: got 'bst'. Did you mean best? Allowed: last, best."),
+        ("optim.lr=-1", "optim.lr: expected a number >= 0, got -1"),
+        ("optim.betas=[0.9,1.0]", "optim.betas.1: expected a number >= 0 and < 1, got 1.0."),
+        ("params.rules=[{match: '.*', lr: -1}]", "params.rules.0.lr: expected a number >= 0"),
+        ("data.workers=-1", "data.workers: expected a number >= 0, got -1."),
+        ("data.limit=0", "data.limit: expected a number >= 1, got 0."),
+        ("lr_schedule.warmup_ratio=1.5", "lr_schedule.warmup_ratio: expected a number >= 0 and <= 1, got 1.5."),
+        ("trainer.keep_last=0", "trainer.keep_last: expected a number >= 1, got 0."),
+        ("lr_schedule.warmup_steps=3", "lr_schedule: give warmup_steps or warmup_ratio, got both (3 and 0.03)."),
+        ("data.train=[]", "data.train: expected at least one entry"),
+        ("data.train=[{shard: x}]", "data.train.0.shard: unknown key. Did you mean data.train.0.shards?"),
+        ("data.val=[{samples: 3}]", "data.val.0.shards is missing"),
+        ("data.train=[{shards: x, epochs: 2}]", "data.train.0.epochs: unknown key."),
+        ("data.train=[x]", "data.train.0: expected an entry such as {shards: <folder>}, got 'x'."),
+        ("launch.devices=3", "batch.samples=256 cannot be shared evenly by 3 ranks; allowed: multiples of 3"),
+        ("~lr_schedule", "lr_schedule has no _target_: it needs one component"),
+        ("~tokenizer", "tokenizer is empty: choose an option"),
+        ("~template", "template is empty: choose an option"),
+        ("~image", "image is empty: choose an option"),
+        ("~objective", "objective is empty: there is no loss."),
+        ("objective.lm=null", "objective is empty: there is no loss."),
+        ("objective.lm.stream=lm", "objective.lm.stream: got 'lm'. Did you mean llm? Allowed: llm."),
+        ("objective=contrastive", "objective.contrastive: needs model.encode_image, model.encode_text"),
+        (
+            "model=two_tower",
+            "objective.lm: needs model.forward, model.logits, which vlm_train.models.two_tower.TwoTower",
+        ),
         ("mode=eval", "run is missing: mode=eval needs run=<run folder>."),
         ("run_name=a/b", "run_name: expected a folder name"),
         ("image.mode=???", "image.mode is missing"),
@@ -73,10 +111,44 @@ def test_parts_that_the_model_needs_are_there() -> None:
     assert problems(recipe="easyvqa_lm") == []  # a text model needs none
 
 
+def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() -> None:
+    (found,) = problems("batch.samples=null", "batch.tokens=4096", "dry_run=true")
+    assert found.startswith("batch.tokens: ") and "not available yet" in found
+    (found,) = problems("batch.micro=8", recipe="easyvqa_clip")
+    assert found.startswith("objective.contrastive: ") and "allowed: batch.micro=32" in found
+    (found,) = problems("launch.devices=2", recipe="easyvqa_clip")
+    assert found.endswith("allowed: batch.micro=16.")
+    assert problems("launch.devices=2", "batch.micro=16", recipe="easyvqa_clip") == []
+    (found,) = problems("trainer.compile=true", recipe="easyvqa_clip")
+    assert found.startswith("trainer.compile: vlm_train.models.two_tower.TwoTower has no forward pass")
+    assert problems("trainer.compile=true") == []
+
+
+def test_exchanged_group_says_how_to_drop_what_the_recipe_set() -> None:
+    (found,) = problems("optim=sgd", recipe="easyvqa_lm")
+    assert found.startswith("optim.betas: vlm_train.optim.sgd has no such option.") and "add ~optim.betas" in found
+    assert problems("optim=sgd", "~optim.betas", recipe="easyvqa_lm") == []
+
+
+def test_what_nobody_gives_must_be_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("class Needy:\n    def __init__(self, *, in_dim, out_dim, grid): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    choice = ["connector=linear", "connector._target_=needy.Needy", "allow_targets=[needy.]"]
+    assert problems(*choice) == ["connector.grid is missing: needy.Needy requires it."]
+
+
+def test_every_option_of_conf_is_trusted() -> None:
+    for path in config.config_dir().glob("*/*.yaml"):
+        for _, node in nodes(OmegaConf.create({"file": OmegaConf.load(path)})):
+            assert "_target_" not in node or untrusted(node["_target_"], []) is None, path
+
+
 def test_trust_can_be_extended() -> None:
     override = "+eval.mine._target_=fractions.Fraction"
     assert any("not trusted" in problem for problem in problems(override))
     assert problems(override, "allow_targets=[fractions.]") == []
+    override = "+eval.mine._target_=fractions.re.compile"  # what a trusted module imports is not trusted with it
+    assert any("no module of its own" in problem for problem in problems(override, "allow_targets=[fractions.]"))
 
 
 def test_nested_components_are_checked() -> None:
@@ -96,6 +168,19 @@ def test_missing_assets_are_listed_together(tmp_path: Path, monkeypatch: pytest.
     text = str(caught.value)
     for key in ("vision.weights: ", "llm.weights: ", "tokenizer.name: ", "data.train.0.shards: ", "init_from.0.run "):
         assert key in text, text
+
+
+def test_missing_pictures_of_size_tiny_come_with_their_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, val = sorted(missing_assets(config.tiny("recipe=llava15_stage1")))
+    build = "python -m data_pipelines.build source=tiny split="
+    assert train.startswith("data.train.0.shards: ") and train.endswith(f"{build}train output=data/tiny/train")
+    assert val.endswith(f"{build}val output=data/tiny/val")
+    for line in (train, val):
+        assert build_shards(line.partition("data_pipelines.build ")[2].split()) == 0
+    assert missing_assets(config.tiny("recipe=llava15_stage1")) == []
+    full = missing_assets(config.compose(["recipe=easyvqa_clip"]))
+    assert all("source=tiny" not in line for line in full)
 
 
 def test_assets_that_are_there_are_not_missing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from vlm_train import config, launch
+from vlm_train import config, launch, record
 from vlm_train.errors import ConfigError
 
 FAKE_CHILD = """
@@ -65,7 +65,7 @@ def test_child_sees_no_other_process_group(cfg: DictConfig, child, monkeypatch: 
         monkeypatch.setenv(name, "7")
     child(DONE)
     launch.run_child(cfg)
-    assert launch.read_status(config.run_dir(cfg))["seen"] == {}
+    assert record.read(config.run_dir(cfg))["seen"] == {}
 
 
 def test_failure_names_the_code_and_the_last_lines(cfg: DictConfig, child) -> None:
@@ -75,13 +75,33 @@ def test_failure_names_the_code_and_the_last_lines(cfg: DictConfig, child) -> No
     ) as e:
         launch.run_child(cfg)
     assert e.value.code == 3
-    assert launch.read_status(config.run_dir(cfg))["status"] == "failed"
+    assert record.read(config.run_dir(cfg))["status"] == "failed"
 
 
 def test_killed_child_is_named_by_its_signal(cfg: DictConfig, child) -> None:
     child("os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(launch.ChildError, match="killed by SIGKILL"):
         launch.run_child(cfg)
+
+
+def test_exit_code_0_without_a_finished_run_is_a_failure(cfg: DictConfig, child) -> None:
+    child("sys.exit(0)")
+    with pytest.raises(
+        launch.ChildError, match=r"fit of first ended without finishing \(exit code 0, status 'failed'\)"
+    ):
+        launch.run_child(cfg)
+    assert record.read(config.run_dir(cfg))["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("sys.exit(143)", 143), ("sys.exit(130)", 130), ("os.kill(os.getpid(), signal.SIGTERM)", 143)],
+)
+def test_child_stopped_by_others_counts_as_interrupted(cfg: DictConfig, child, ending: str, code: int) -> None:
+    child(ending)
+    with pytest.raises(launch.Interrupted) as caught:
+        launch.run_child(cfg)
+    assert caught.value.code == code
 
 
 def test_only_training_writes_the_runs_config(cfg: DictConfig, child) -> None:
@@ -91,13 +111,14 @@ def test_only_training_writes_the_runs_config(cfg: DictConfig, child) -> None:
     assert not config.run_dir(cfg).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number: signal.Signals) -> None:
-    child(
+    child(  # a clean exit of a run that is not done
         """
         def stop(received, _):
             status.write_text(json.dumps({"status": "stopped", "signal": received}))
             sys.exit(0)
+        signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGUSR1, stop)
         (folder / "ready").touch()
@@ -108,8 +129,8 @@ def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number:
     folder = config.run_dir(cfg)
     _wait_for(folder / "ready")
     parent.send_signal(number)
-    assert parent.wait(timeout=20) == 0
-    assert launch.read_status(folder) == {"status": "stopped", "signal": number}
+    assert parent.wait(timeout=20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 1}[number]
+    assert record.read(folder) == {"status": "stopped", "signal": number}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
@@ -128,8 +149,9 @@ def test_child_dies_with_a_killed_supervisor(cfg: DictConfig, child, tmp_path: P
 
 
 SUPERVISOR = (
-    "from vlm_train import config, launch; launch.CHILD = 'fake_child'; "
-    "launch.run_child(config.compose(['recipe=llava15_stage1', 'run_name=first']))"
+    "import sys; from vlm_train import cli, config, launch; launch.CHILD = 'fake_child'; "
+    "cfg = config.compose(['recipe=llava15_stage1', 'run_name=first']); "
+    "sys.exit(cli.guarded(lambda: launch.run_child(cfg)))"
 )
 
 
@@ -143,7 +165,13 @@ def _wait_for(path: Path) -> None:
 
 def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(launch, "_supervise", lambda command, folder: (seen.append(list(command)), (0, []))[1])
+
+    def supervise(command: list[str], folder: Path) -> launch.Ended:
+        seen.append(command)
+        record.update(folder, status="done")
+        return launch.Ended(0)
+
+    monkeypatch.setattr(launch, "_supervise", supervise)
     launch.run_child(cfg, 1)
     launch.run_child(cfg, 4)
     path = str(config.run_dir(cfg) / "config.yaml")
@@ -168,6 +196,14 @@ def test_folder_of_another_configuration_is_refused(cfg: DictConfig) -> None:
         launch.prepare(cfg, "origins")
 
 
+def test_only_training_runs_in_several_processes(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg.mode, cfg.launch.kind = "eval", "torchrun"
+    with pytest.raises(ConfigError, match="mode: eval runs in one process, but torchrun started several"):
+        launch.check_environment(cfg)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -187,6 +223,6 @@ def test_started_by(environment: dict[str, str], expected: str, monkeypatch: pyt
 
 
 def test_status_of_a_missing_run_is_empty(tmp_path: Path) -> None:
-    assert launch.read_status(tmp_path) == {}
+    assert record.read(tmp_path) == {}
     (tmp_path / "run.json").write_text(json.dumps({"status": "done"}))
     assert launch.read_result(tmp_path) == {}

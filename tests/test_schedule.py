@@ -204,3 +204,31 @@ def test_our_schedules_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for path in (config.recipes_dir() / "schedule").glob("*.yaml"):
         name, stages = schedule.plan([f"schedule={path.stem}", "dry_run=true"])
         assert name == path.stem and len({stage.folder for stage in stages}) == len(stages)
+
+
+def test_launchers_are_refused(folder: Path, ran: list[DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.kind: torchrun starts the processes"):
+        run(folder, "launch=torchrun")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"schedule: torchrun started several .*docs/slurm\.md"):
+        run(folder, "launch=torchrun")
+    assert ran == [] and not (folder / "runs").exists()
+
+
+def test_interruption_stops_the_schedule(
+    folder: Path, ran: list[DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(cfg: DictConfig) -> dict[str, Any]:
+        raise launch.Interrupted(143)
+
+    monkeypatch.setattr(launch, "run_child", interrupted)
+    assert cli.main(["--config-dir", str(folder), "schedule=pair"]) == 143
+    assert capsys.readouterr().err == "Interrupted. The same command resumes.\n"
+    assert next((folder / "runs").glob("pair-*/schedule.json")).is_file()
+
+
+def test_unknown_schedule_is_all_that_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--config-dir", str(folder), "schedule=piar"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("ConfigError: schedule=piar: no such option. Did you mean pair?") and "batch" not in text

@@ -61,9 +61,17 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
             if folder == "???":
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."
             elif not Path(folder).is_dir():
-                yield f"{path}: {folder} does not exist. Build shards there, or set paths.data."
+                yield f"{path}: {folder} does not exist. {_how_to_build(cfg, Path(folder))}"
             elif not (Path(folder) / "manifest.json").is_file():
                 yield f"{path}: {folder} has no manifest.json: it holds no finished shards."
+
+
+def _how_to_build(cfg: DictConfig, folder: Path) -> str:
+    """What to do about a missing folder of shards; the made pictures of size=tiny take one command."""
+    if folder.parent != Path(cfg.paths.data) / "tiny":
+        return "Build shards there, or set paths.data."
+    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    return f"Build it: python -m data_pipelines.build source=tiny split={folder.name} output={shown}"
 
 
 def _shards(path: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """The command line: compose -> check -> one mode. Console script `vlm-train` and `python -m vlm_train`.
 
-Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong.
+Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong, 130 and 143 it was interrupted (Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import argparse
 import importlib
 import logging
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from data_pipelines.errors import DataError
 from vlm_train import config, launch, provenance
 from vlm_train.check import check
 from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
@@ -36,7 +39,13 @@ MODES = {
 }
 """Mode -> the function that carries it out, imported only then: `(cfg) -> dict | None`."""
 
+TOKENIZER = "tokenizer"
+"""Where a run keeps its tokenizer."""
+
 DRY_RUN = "vlm_train.dryrun.report:dry_run"
+
+EXPECTED = (VLMTrainError, DataError, OSError)
+"""Errors of the user's settings, data and machine (a full disk, a folder that may not be written): one line each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = get_args_parser().parse_args(argv)
     dirs = [args.config_dir] if args.config_dir else []
+    if problems := _refused_flags(args):
+        return _report(error := ConfigError(problems), error)
     if _is_single(args):
         return guarded(lambda: run(args.overrides, dirs), args.overrides, dirs)
     return guarded(lambda: _hydra(argv), args.overrides, dirs)
@@ -57,14 +68,30 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
     except Composition as error:
         return _report(ConfigError(explain(overrides, dirs, error)), error)
     except Interrupted as error:
-        print(f"Interrupted: {error}", file=sys.stderr)
+        if launch.rank() == 0:
+            print(f"Interrupted: {error}", file=sys.stderr)
         return error.code
-    except VLMTrainError as error:
+    except EXPECTED as error:
         return _report(error, error)
-    except KeyboardInterrupt:
-        print("Interrupted. The same command resumes.", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = _interruption(error)
+        if code is None:
+            raise
+        if launch.rank() == 0:
+            print("Interrupted. The same command resumes.", file=sys.stderr)
+        return code
     return 0
+
+
+def _interruption(error: BaseException) -> int | None:
+    """The exit code of a run that a signal ended; None for an exit of another kind."""
+    if isinstance(error, launch.Interrupted):
+        return int(error.code or 1)
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):  # Lightning: exit(1)
+        return 128 + signal.SIGINT
+    if type(error).__name__ == "SIGTERMException" or (isinstance(error, SystemExit) and error.code == 143):
+        return 128 + signal.SIGTERM
+    return None
 
 
 def run(overrides: Sequence[str], dirs: Sequence[str | Path] = (), fresh: bool = False) -> dict[str, Any] | None:
@@ -95,7 +122,10 @@ def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[Dict
     """The configuration of `run=<folder>` with this command line's groups and values on top, and its origins."""
     folder = Path(str(_value(overrides, "run"))).absolute()
     cfg = config.load_config(config.run_file(folder))
+    cfg.allow_targets = []  # the folder may be somebody else's: trust is extended on the command line only
     found = {str(key): provenance.Origin("run", str(config.run_file(folder))) for key in cfg}
+    if (folder / TOKENIZER / "tokenizer.json").is_file():  # what the ids meant, wherever the shards are now
+        cfg.tokenizer = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(folder / TOKENIZER)}
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     groups = [override for override in parsed if override.key_or_group in config.groups(dirs)]
     chosen = config.compose([str(override.input_line) for override in groups], dirs)
@@ -119,6 +149,18 @@ def dispatch(cfg: DictConfig) -> dict[str, Any] | None:
     module, _, name = (DRY_RUN if cfg.dry_run else MODES[cfg.mode]).partition(":")
     function: Callable[[DictConfig], dict[str, Any] | None] = getattr(importlib.import_module(module), name)
     return function(cfg)
+
+
+def _refused_flags(args: argparse.Namespace) -> list[str]:
+    """Hydra's flags that would be ignored or lead elsewhere."""
+    problems = []
+    for name in ("config_name", "config_path", "experimental_rerun"):
+        if getattr(args, name, None):
+            flag = "--" + name.replace("_", "-")
+            problems.append(f"{flag}: there is one root configuration. Choose with recipe=<name> and --config-dir.")
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        problems.append(f"--config-dir: {args.config_dir} is no folder. Expected one with recipe/<name>.yaml.")
+    return problems
 
 
 def _is_single(args: argparse.Namespace) -> bool:
@@ -158,7 +200,7 @@ def _job(cfg: DictConfig) -> float | None:
     dirs = [source.path for source in state.runtime.config_sources if source.provider == "command-line"]
     try:
         result = run(list(state.overrides.task), dirs, fresh=True) or {}
-    except VLMTrainError as error:
+    except EXPECTED as error:
         _print(error)  # at once: Hydra reports a failed job after the last one
         raise
     return _objective(cfg, result)
@@ -174,7 +216,7 @@ def _objective(cfg: DictConfig, result: dict[str, Any]) -> float | None:
     return float(result[cfg.sweep_metric])
 
 
-def _report(error: VLMTrainError, cause: BaseException) -> int:
+def _report(error: Exception, cause: BaseException) -> int:
     """Prints an error that speaks to the user, without a traceback unless one is asked for."""
     if os.environ.get("VLM_TRAIN_TRACEBACK") == "1" or os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise cause
@@ -183,9 +225,20 @@ def _report(error: VLMTrainError, cause: BaseException) -> int:
     return 2 if isinstance(error, ConfigError) else 1
 
 
-def _print(error: VLMTrainError) -> None:
+def _print(error: Exception) -> None:
     lines = error.problems if isinstance(error, ConfigError) else [str(error)]
+    if isinstance(error, OSError) and error.filename is not None:
+        lines = [f"{error.filename}: {error.strerror}. VLM_TRAIN_TRACEBACK=1 shows who wanted it."]
+    lines = [_own_words(line) for line in lines]
     title = f"{type(error).__name__}: "
     if len(lines) > 1:
         title, lines = f"{title}{len(lines)} problems", ["", *lines]
     print(title + "\n  - ".join(lines), file=sys.stderr)
+
+
+def _own_words(text: str) -> str:
+    """The message alone, where a data loader's worker has put it at the end of its traceback."""
+    caught = re.match(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback", text)
+    if caught is None:
+        return text
+    return re.split(rf"^(?:\w+\.)*{caught[1]}: ", text, flags=re.MULTILINE)[-1].strip()

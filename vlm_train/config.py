@@ -18,6 +18,8 @@ from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -94,6 +96,7 @@ def compose(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
 
     `config_dirs` are further folders to search, as `--config-dir` adds them. Raises Hydra's own errors.
     """
+    overrides = list(overrides)
     with hydra_session(config_dirs) as searched, composition_errors():
         cfg = hydra_compose(CONFIG_NAME, overrides=[*overrides, *searched], return_hydra_config=True)
     choices = dict(cfg.hydra.runtime.choices)
@@ -101,7 +104,7 @@ def compose(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
         check_recipe(str(choices["recipe"]), cfg, config_dirs)
     with open_dict(cfg):
         del cfg["hydra"]
-    return finish(cfg, choices)
+    return finish(cfg, choices, overrides)
 
 
 def find_recipe(name: str, config_dirs: Iterable[str | Path] = ()) -> Path | None:
@@ -152,22 +155,49 @@ def tiny(*overrides: str) -> DictConfig:
     return compose([*overrides, "size=tiny"])
 
 
-def finish(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
+def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str] = ()) -> DictConfig:
     """Names the configuration after its recipe and pins its folders to the directory the command was started in.
 
-    Under `size` a group that its overlay exchanged is that file alone: what the recipe had said about the exchanged
-    component does not apply. An overlay over a part that the recipe lacks adds none.
+    Under `size` a group that its overlay exchanged is that file alone, with the values of the command line on top: what
+    the recipe had said about the exchanged component does not apply. An overlay over a part that the recipe lacks adds
+    none.
     """
     for group in PART_GROUPS if choices.get("size") else ():
         if str(choices.get(group)).startswith("_"):
             cfg[group] = OmegaConf.load(config_dir() / group / f"{choices[group]}.yaml")
+            _apply(cfg, group, choices[group], overrides)
         elif OmegaConf.is_dict(cfg[group]) and "_target_" not in cfg[group]:
             cfg[group] = None
+            for override in values_below(group, overrides):
+                key = override.key_or_group
+                raise ConfigError(f"{key}: {group} is empty. Choose an option for it first, {group}=<option>.")
     if cfg.recipe_name == "custom" and choices.get("recipe"):
         cfg.recipe_name = Path(str(choices["recipe"])).name
     for name in cfg.paths:
         cfg.paths[name] = os.path.abspath(os.path.expanduser(cfg.paths[name]))
     return cfg
+
+
+def values_below(group: str, overrides: Iterable[str]) -> list[Override]:
+    """The command line's values, not choices, below a group."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override for override in parsed if override.key_or_group.startswith(f"{group}.")]
+
+
+def _apply(cfg: DictConfig, group: str, option: str, overrides: Iterable[str]) -> None:
+    """Puts the command line's values on top of a group's file."""
+    for override in values_below(group, overrides):
+        key, line = override.key_or_group, str(override.input_line)
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent)
+        if line.startswith("~"):
+            if OmegaConf.is_dict(node):
+                node.pop(name, None)
+        elif line.startswith("+") or (OmegaConf.is_dict(node) and name in node) or OmegaConf.is_list(node):
+            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+        else:
+            known = ", ".join(str(other) for other in cfg[group] if other != "_target_")
+            raise ConfigError(f"{key}: {group}={option} of size has no such option. Options: {known}.")
 
 
 def training_config(cfg: DictConfig) -> dict[str, Any]:

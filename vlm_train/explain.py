@@ -27,7 +27,7 @@ def explain(overrides: Sequence[str], dirs: Sequence[str | Path], error: BaseExc
     while True:
         problem, culprit = _describe(error, remaining, dirs)
         problems.append(problem)
-        if culprit is None:
+        if culprit is None or _key(culprit) in ("recipe", "schedule"):  # what the others mean depends on these
             return problems
         remaining.remove(culprit)
         try:

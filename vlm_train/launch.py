@@ -7,7 +7,6 @@ Several devices, every stage of a schedule and every job of a multirun go throug
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -16,20 +15,24 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train import config
+from vlm_train import config, record
 from vlm_train.errors import ConfigError, TrainingError
 
 log = logging.getLogger("vlm_train")
 
-PARALLEL_MODES = ("fit", "eval")
+PARALLEL_MODES = ("fit",)
 """Modes that use several devices; the others run in one process."""
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a run, which resumes when it is started again."""
+
+FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
 
 INHERITED_STATE = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -51,6 +54,10 @@ class ChildError(TrainingError):
         self.code = code
 
 
+class Interrupted(SystemExit):
+    """A signal ended the run. Not an error: it must stop a schedule and a multirun too. `code` is 128 + its number."""
+
+
 def rank() -> int:
     """This process's global rank as torchrun or srun set it; 0 without either."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
@@ -67,6 +74,8 @@ def started_by() -> str:
 def check_environment(cfg: DictConfig) -> None:
     """Raises ConfigError when `launch` contradicts the way this process was started."""
     found, kind = started_by(), cfg.launch.kind
+    if found != "local" and cfg.mode not in PARALLEL_MODES:
+        raise ConfigError(f"mode: {cfg.mode} runs in one process, but {found} started several. Start it without.")
     if kind == "local" and found != "local":
         raise ConfigError(f"launch.kind: got local, but {found} started this process. Use launch={found}.")
     if kind == "torchrun" and "RANK" not in os.environ:
@@ -107,7 +116,8 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     """Runs `cfg` in a fresh process tree of `devices` processes and returns the final metrics from its run.json.
 
     The child's output goes to our terminal, or, where there is none, to our output and `<run>/output.log`.
-    Signals are forwarded. Raises ChildError with the exit code and where to look.
+    Signals are forwarded. Raises ChildError with the exit code and where to look, also when a training ended without
+    being done, and Interrupted when a signal ended it.
     """
     devices = cfg.launch.devices if devices is None else devices
     folder = config.run_dir(cfg)
@@ -115,22 +125,20 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
         command = [sys.executable, "-m"]
         if devices > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), "-m"]
-        code, last = _supervise([*command, CHILD, str(path)], folder if cfg.mode == "fit" else None)
-    if code != 0:
-        _mark_failed(folder, code)
-        raise ChildError(_describe(cfg, folder, code, last), code)
-    return read_result(folder)
+        ended = _supervise([*command, CHILD, str(path)], folder if cfg.mode == "fit" else None)
+    trains = cfg.mode == "fit" and not cfg.dry_run
+    if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
+        return read_result(folder)
+    if trains:
+        _mark_failed(folder, ended.code)
+    if ended.signal:
+        raise Interrupted(128 + ended.signal)
+    raise ChildError(_describe(cfg, folder, ended), ended.code)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The final metrics that a finished run left in its run.json; empty without one."""
-    return dict(read_status(folder).get("metrics") or {})
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """The run.json of a run folder; empty without one."""
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return dict(record.read(folder).get("metrics") or {})
 
 
 @contextmanager
@@ -145,8 +153,17 @@ def _config_file(cfg: DictConfig, folder: Path) -> Iterator[Path]:
             yield config.run_file(temporary)
 
 
-def _supervise(command: Sequence[str], folder: Path | None) -> tuple[int, list[str]]:
-    """Starts a process tree, forwards signals and waits. Returns its exit code and last lines, where we see them."""
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit code, its last lines where we see them, and the signal that stopped it, or 0."""
+
+    code: int
+    last: list[str] = field(default_factory=list)
+    signal: int = 0
+
+
+def _supervise(command: Sequence[str], folder: Path | None) -> Ended:
+    """Starts a process tree, forwards signals and waits for its end."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -162,9 +179,16 @@ def _supervise(command: Sequence[str], folder: Path | None) -> tuple[int, list[s
         start_new_session=True,  # Ctrl-C reaches the child once, through us
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
-    with _forwarding(child):
+    with _forwarding(child) as received:
         last = _copy_output(child, folder) if piped else []
-        return child.wait(), last
+        code = child.wait()
+    stopped = [number for number in received if number in ENDING]
+    return Ended(code, last, stopped[0] if stopped else _stopping_signal(code))
+
+
+def _stopping_signal(code: int) -> int:
+    """The signal that stopped a child which got it from others than us, a batch system for example; 0 for none."""
+    return next((int(number) for number in ENDING if code in (-number, 128 + number)), 0)
 
 
 def _die_with_parent() -> None:
@@ -173,16 +197,22 @@ def _die_with_parent() -> None:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Sends the signals that reach us on to the child. Python allows handlers in the main thread only."""
+def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Sends the signals that reach us on to the child, and yields their list. Handlers need the main thread."""
     previous = {}
+    received: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
+        child.send_signal(number)
+
     try:
         for number in FORWARDED:
-            previous[number] = signal.signal(number, lambda received, _: child.send_signal(received))
+            previous[number] = signal.signal(number, forward)
     except ValueError:
         pass
     try:
-        yield
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -202,20 +232,21 @@ def _copy_output(child: subprocess.Popen[bytes], folder: Path | None) -> list[st
     return last
 
 
-def _describe(cfg: DictConfig, folder: Path, code: int, last: list[str]) -> str:
-    ended = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-    where = f"Its output: {folder / 'output.log'}" if last and cfg.mode == "fit" else "Its messages are above"
-    tail = "".join(f"\n    | {line}" for line in last if line)
-    return f"{cfg.mode} of {folder.name} failed ({ended}). {where}; the same command resumes.{tail}"
+def _describe(cfg: DictConfig, folder: Path, ended: Ended) -> str:
+    if ended.code == 0:
+        how = f"ended without finishing (exit code 0, status {record.read(folder).get('status', 'missing')!r})"
+    else:
+        code = ended.code
+        how = f"failed ({f'exit code {code}' if code > 0 else f'killed by {signal.Signals(-code).name}'})"
+    where = f"Its output: {folder / 'output.log'}" if ended.last and cfg.mode == "fit" else "Its messages are above"
+    tail = "".join(f"\n    | {line}" for line in ended.last if line)
+    return f"{cfg.mode} of {folder.name} {how}. {where}; the same command resumes.{tail}"
 
 
 def _mark_failed(folder: Path, code: int) -> None:
     """A child that was killed could not say so itself."""
-    status = read_status(folder)
-    if status.get("status") == "running":
-        partial = folder / "run.json.partial"
-        partial.write_text(json.dumps({**status, "status": "failed", "exit_code": code}, indent=2), encoding="utf-8")
-        partial.replace(folder / "run.json")
+    if record.read(folder).get("status") == "running":
+        record.update(folder, status="failed", exit_code=code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

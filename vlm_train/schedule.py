@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train import config, launch, provenance
+from vlm_train import config, launch, provenance, record
 from vlm_train.assets import missing_assets
 from vlm_train.check import check
 from vlm_train.errors import AssetError, ConfigError, VLMTrainError
@@ -43,7 +42,7 @@ class PlannedStage:
     @property
     def done(self) -> bool:
         """Whether a run of exactly this configuration has finished."""
-        return launch.read_status(self.folder).get("status") == "done"
+        return record.read(self.folder).get("status") == "done"
 
 
 def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
@@ -51,6 +50,7 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
 
     Raises ConfigError with the problems of all stages before any starts, or the error of the first stage that fails.
     """
+    _refuse_launcher()
     name, stages = plan(overrides, dirs)
     if any(stage.cfg.mode == "config" for stage in stages):
         for stage in stages:
@@ -58,6 +58,8 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
         return {}
     if any(stage.cfg.dry_run for stage in stages):
         return _dry_run(stages)
+    for stage in stages:
+        launch.check_environment(stage.cfg)
     folder = Path(stages[0].cfg.paths.runs) / f"{name}-{_hash(stages)}"
     log.info("Schedule %s: %s", name, folder)
     results: dict[str, Any] = {}
@@ -70,6 +72,15 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
         _report(folder)
         log.info("%s", summary(stages))
     return results
+
+
+def _refuse_launcher() -> None:
+    """A schedule starts the processes of its stages itself; several schedules would start every stage several times."""
+    if (found := launch.started_by()) != "local":
+        raise ConfigError(
+            f"schedule: {found} started several processes, and each would run the whole schedule. On one node start it "
+            f"once, without {found}, with launch.devices=<n>; on several run the stages one by one (docs/slurm.md)."
+        )
 
 
 def plan(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str, list[PlannedStage]]:
@@ -202,7 +213,7 @@ def summary(stages: Sequence[PlannedStage]) -> str:
     """A table of stage, status, steps and run folder."""
     rows = [("stage", "status", "step", "run")]
     for stage in stages:
-        state = launch.read_status(stage.folder)
+        state = record.read(stage.folder)
         rows.append((stage.recipe, state.get("status", "-"), str(state.get("step", "-")), str(stage.folder)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
@@ -214,18 +225,15 @@ def _hash(stages: Sequence[PlannedStage]) -> str:
 
 def _write_state(folder: Path, name: str, stages: Sequence[PlannedStage]) -> None:
     """`schedule.json`, which the report reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     listed = [
         {
             "recipe": stage.recipe,
             "run": str(stage.folder),
-            "status": launch.read_status(stage.folder).get("status", "pending"),
+            "status": record.read(stage.folder).get("status", "pending"),
         }
         for stage in stages
     ]
-    partial = folder / "schedule.json.partial"
-    partial.write_text(json.dumps({"name": name, "stages": listed}, indent=2), encoding="utf-8")
-    partial.replace(folder / "schedule.json")
+    record.write_json(folder / "schedule.json", {"name": name, "stages": listed})
 
 
 def _report(folder: Path) -> None:

@@ -75,7 +75,7 @@ class Launch:
     """How processes come to be. `local` starts them itself; torchrun and srun find them started."""
 
     kind: str = "local"  # local | torchrun | srun
-    devices: int = 1  # processes per node
+    devices: int = 1  # processes per node that train; every other mode, eval too, runs in one process
     nodes: int = 1
     timeout_minutes: float = 30.0  # collective timeout
 
@@ -86,7 +86,6 @@ class Paths:
 
     data: str = "data"
     runs: str = "runs"
-    cache: str = "${oc.env:VLM_TRAIN_CACHE,${oc.env:HOME,.}/.cache/vlm_train}"
 
 
 @dataclass

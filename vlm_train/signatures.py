@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import _locate
+
 OURS = ("vlm_train", "data_pipelines")
 """Packages whose source is read; every other target has to be imported to be checked."""
 
@@ -27,6 +29,7 @@ class Parameter:
     name: str
     annotation: str | None
     required: bool
+    default: str | None = None  # as written in the source
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,45 @@ def read_signature(target: str) -> Signature:
     listed = [p for p in _parameters(found) if p.name not in ("self", "cls")]
     return Signature(
         {
-            p.name: Parameter(p.name, None if p.annotation is None else str(p.annotation), p.default is None)
+            p.name: Parameter(
+                p.name,
+                None if p.annotation is None else str(p.annotation),
+                p.default is None,
+                None if p.default is None else str(p.default),
+            )
             for p in listed
             if p.kind not in variadic
         },
         open=any(p.kind is griffe.ParameterKind.var_keyword for p in listed),
         aliases=_aliases_of(found.module),
     )
+
+
+def members(target: str) -> set[str]:
+    """Names of what a class of ours has: methods and attributes, those of its bases of ours too."""
+    found = _find(target)
+    names = set(found.members)
+    for base in found.bases:
+        path = base if isinstance(base, str) else base.canonical_path
+        if is_ours(path):
+            names |= members(path)
+    return names
+
+
+def uses(target: str, argument: str) -> set[str]:
+    """What the module of a target of ours asks of `argument`: names of its attributes; `forward` where it is called."""
+    path = Path(_find(target).filepath)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and _is_name(node.value, argument):
+            names.add(node.attr)
+        elif isinstance(node, ast.Call) and _is_name(node.func, argument):
+            names.add("forward")
+    return names
+
+
+def _is_name(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def _parameters(found: Any) -> list[Any]:
@@ -152,21 +187,34 @@ def _aliases_of(module: Any) -> Aliases:
     return alias
 
 
-def import_signature(target: str) -> Signature:
-    """The signature of a target of another package, which is imported. Raises UnknownTarget."""
+def import_target(target: str) -> Any:
+    """What a target of another package names: an attribute of a module, or of a class in one. Raises UnknownTarget.
+
+    Modules are only found by importing them, so no name reaches what a module has imported for itself from elsewhere.
+    """
     path, _, name = target.rpartition(".")
     try:
-        found = importlib.import_module(path)
-    except ImportError:
-        outer, _, inner = path.rpartition(".")
+        outer = importlib.import_module(path)
+    except (ImportError, ValueError):
+        module, _, inner = path.rpartition(".")
         try:
-            found = getattr(importlib.import_module(outer), inner)
+            outer = getattr(importlib.import_module(module), inner)
         except (ImportError, AttributeError, ValueError) as error:
             raise UnknownTarget(f"{target} cannot be imported: {error}") from error
-    if not hasattr(found, name):
-        raise UnknownTarget(f"{path} has no '{name}'.{hint(name, dir(found), path + '.')}")
+        if inspect.ismodule(outer):
+            raise UnknownTarget(f"{path} is no module of its own: name {outer.__name__}.{name}.") from None
+    if not hasattr(outer, name):
+        raise UnknownTarget(f"{path} has no '{name}'.{hint(name, dir(outer), path + '.')}")
+    found = getattr(outer, name)
+    if inspect.ismodule(found) or _locate(target) is not found:  # what Hydra is going to call
+        raise UnknownTarget(f"{target} is a module, or hidden by something else of that name.")
+    return found
+
+
+def import_signature(target: str) -> Signature:
+    """The signature of a target of another package, which is imported. Raises UnknownTarget."""
     try:
-        listed = inspect.signature(getattr(found, name)).parameters.values()
+        listed = inspect.signature(import_target(target)).parameters.values()
     except (TypeError, ValueError):
         return Signature({}, open=True)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -10,12 +10,13 @@ from pathlib import Path
 import easy_vqa
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
 from data_pipelines.sources.easy_vqa import EasyVQA, Question, caption, describe
 from data_pipelines.sources.llava_json import LlavaJSON
+from data_pipelines.sources.tiny import Tiny
 
 RGB = {
     "black": 0x000000,
@@ -180,3 +181,26 @@ def test_llava_files_are_checked_first(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(DataError, match="expected a list of records"):
         LlavaJSON(file=str(tmp_path / "x.json"))
+
+
+def test_tiny_is_the_same_every_time_and_differs_between_splits():
+    first, again, more = list(Tiny(count=6)), list(Tiny(count=6)), list(Tiny(count=8))
+    assert first == again == more[:6] and len(Tiny(count=8)) == len(more) == 8
+    assert [blobs for _, blobs in Tiny(split="val", count=6)] != [blobs for _, blobs in first]
+
+
+def test_tiny_answers_agree_with_the_pixels():
+    for sample, (blob,) in Tiny(count=20):
+        colour, shape = sample.meta["colour"], sample.meta["shape"]
+        assert [annotation.turns[1].text for annotation in sample.annotations] == [f"a {colour} {shape}", colour]
+        image = Image.open(io.BytesIO(blob))
+        assert image.size == (sample.media[0].width, sample.media[0].height)
+        seen = {count_and_value[1] for count_and_value in image.getcolors()}
+        assert seen == {(255, 255, 255), ImageColor.getrgb(colour)}
+
+
+def test_tiny_refuses_what_it_does_not_know():
+    with pytest.raises(DataError, match="split: got 'dev'; allowed: train, val, test"):
+        Tiny(split="dev")
+    with pytest.raises(DataError, match="count: got 0; allowed: 1 or more"):
+        Tiny(count=0)

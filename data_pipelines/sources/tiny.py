@@ -1,0 +1,77 @@
+"""Made pictures for `size=tiny`: a coloured shape each, with a question that asks for both and one for the colour."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+
+from PIL import Image, ImageDraw
+
+from data_pipelines.errors import DataError
+from data_pipelines.media import image_item
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.sources import Record
+
+SPLITS = ("train", "val", "test")
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SIZE = (48, 40)  # width, height
+
+
+class Tiny:
+    """`count` samples with one picture and two independent annotations; equal on every machine.
+
+    Sample n of a split is the same whatever `count` is.
+    """
+
+    name = "tiny"
+    licence = "CC0-1.0"
+
+    def __init__(self, *, split: str = "train", count: int = 64) -> None:
+        if split not in SPLITS:
+            raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
+        if count < 1:
+            raise DataError(f"count: got {count}; allowed: 1 or more")
+        self.split, self.count = split, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._record(number) for number in range(self.count))
+
+    def _record(self, number: int) -> Record:
+        # A hash chooses, so that the pictures depend on no random generator and no version of one.
+        draw = hashlib.sha256(f"tiny-{self.split}-{number}".encode()).digest()
+        colour, shape = COLOURS[draw[0] % len(COLOURS)], SHAPES[draw[1] % len(SHAPES)]
+        blob = picture(colour, shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
+        return Sample(
+            key=f"{self.split}-{number:05d}",
+            media=(image_item(0, blob),),
+            annotations=(
+                _annotation("What is in the picture?", f"a {colour} {shape}"),
+                _annotation(f"Which colour is the {shape}?", colour),
+            ),
+            source=self.name,
+            licence=self.licence,
+            meta={"colour": colour, "shape": shape},
+        ), [blob]
+
+
+def picture(colour: str, shape: str, *, left: int, top: int, side: int) -> bytes:
+    """A PNG with one shape in a square of `side` pixels on white."""
+    image = Image.new("RGB", SIZE, "white")
+    draw, right, bottom = ImageDraw.Draw(image), left + side, top + side
+    if shape == "triangle":
+        draw.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=colour)
+    else:
+        (draw.ellipse if shape == "circle" else draw.rectangle)((left, top, right, bottom), fill=colour)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _annotation(question: str, answer: str) -> Annotation:
+    ask = Turn(role="user", parts=(Media(item=0), Text(text=question)))
+    return Annotation(turns=(ask, Turn(role="assistant", parts=(Text(text=answer),))))

@@ -1,0 +1,34 @@
+"""run.json: tolerant reading, whole writing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlm_train import record
+
+
+def test_a_missing_or_corrupt_record_reads_as_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert record.read(tmp_path) == {} and not caplog.records
+    for content in ("", "{", "[1]", "\x00"):
+        (tmp_path / "run.json").write_text(content)
+        caplog.clear()
+        assert record.read(tmp_path) == {}
+        assert str(tmp_path / "run.json") in caplog.text
+
+
+def test_update_keeps_the_other_keys_and_leaves_no_other_file(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    record.update(folder, status="running", step=1)
+    record.update(folder, status="done")
+    assert record.read(folder) == {"status": "done", "step": 1}
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_a_value_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    record.update(tmp_path, step=1)
+    with pytest.raises(TypeError):
+        record.update(tmp_path, step=object())
+    assert record.read(tmp_path) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -1,0 +1,128 @@
+"""Rules about which parts a run needs and which fit together, from their source: nothing is imported or built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train.check_settings import plan
+from vlm_train.config import resolved
+from vlm_train.errors import ConfigError
+from vlm_train.schema import DICT_GROUPS, PART_GROUPS
+from vlm_train.signatures import UnknownTarget, hint, is_ours, members, read_signature, uses
+
+PARTS = ("vision", "connector", "llm")
+"""Arguments of a model's constructor that are groups of their own."""
+
+ALWAYS = ("model", "tokenizer", "template", "data", "optim", "lr_schedule")
+"""Groups that every run needs; those of `PARTS` follow from the model, and `image` from a vision tower."""
+
+TOKEN_STREAMS = ("llm",)
+"""Token streams that training renders."""
+
+MODULE_MEMBERS = frozenset({"training", "parameters", "named_parameters", "modules", "named_modules", "train", "eval"})
+"""What every model has from `nn.Module`."""
+
+
+def check_groups(cfg: DictConfig) -> Iterator[str]:
+    """Groups hold components, and only where components belong; those that the run needs are there."""
+    wanted = _wanted_parts(resolved(cfg, "model"))
+    required = {*ALWAYS, *wanted, *(("image",) if "vision" in wanted else ())}
+    for group in PART_GROUPS:
+        node = resolved(cfg, group)
+        if node is None and group in required:
+            yield f"{group} is empty: choose an option, {group}=<option> (--help lists them)."
+        elif node is not None and (not isinstance(node, dict) or "_target_" not in node):
+            choose = f"Choose an option, {group}=<option>."
+            yield f"{group} has no _target_: it needs one component, got {short(node)}. {choose}"
+    for group in DICT_GROUPS:
+        node = resolved(cfg, group) or {}
+        if not isinstance(node, dict):
+            yield f"{group} must map names to components, got {short(node)}."
+            continue
+        for name, inner in node.items():
+            if inner is not None and (not isinstance(inner, dict) or "_target_" not in inner):
+                yield f"{group}.{name} has no _target_: expected a component or null, got {short(inner)}."
+    objectives = resolved(cfg, "objective") or {}
+    if isinstance(objectives, dict) and not any(node is not None for node in objectives.values()):
+        yield "objective is empty: there is no loss. Choose an option, objective=<option> (--help lists them)."
+
+
+def _wanted_parts(model: Any) -> list[str]:
+    """Parts that the model's constructor cannot do without."""
+    target = _our_target(model)
+    try:
+        known = read_signature(target).parameters if target else {}
+    except UnknownTarget:
+        return []
+    return [name for name, parameter in known.items() if name in PARTS and parameter.required]
+
+
+def _our_target(node: Any) -> str | None:
+    target = node.get("_target_") if isinstance(node, dict) else None
+    return target if isinstance(target, str) and is_ours(target) else None
+
+
+def check_objectives(cfg: DictConfig) -> Iterator[str]:
+    """Every loss finds what it reads: a token stream, the model's methods, all samples of a step at once."""
+    objectives = resolved(cfg, "objective")
+    for name, node in objectives.items() if isinstance(objectives, dict) else ():
+        target = _our_target(node)
+        try:
+            known = read_signature(target).parameters if target else {}
+            if target:
+                yield from _check_model(f"objective.{name}", target, resolved(cfg, "model"))
+        except UnknownTarget:  # reported with the target
+            continue
+        if "stream" not in known:
+            continue
+        stream, default = node.get("stream"), str(known["stream"].default).strip("'\"")
+        allowed = {"stream": ("samples",) if default == "samples" else TOKEN_STREAMS, "text": TOKEN_STREAMS}
+        for key, words in allowed.items():
+            if key in node and node[key] not in words:
+                suggestion = hint(str(node[key]), words)
+                yield f"objective.{name}.{key}: got {node[key]!r}.{suggestion} Allowed: {', '.join(words)}."
+        if (stream or default) == "samples":
+            yield from _check_whole_step(f"objective.{name}", cfg)
+
+
+def _check_model(path: str, target: str, model: Any) -> Iterator[str]:
+    """The model has what the objective asks of it."""
+    family = _our_target(model)
+    missing = uses(target, "model") - members(family) - MODULE_MEMBERS if family else set()
+    if missing:
+        yield (
+            f"{path}: needs {', '.join(f'model.{name}' for name in sorted(missing))}, which {family} does not have. "
+            "Choose another objective or another model."
+        )
+
+
+def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
+    """Samples that are contrasted with each other cannot be cut into micro-batches."""
+    try:
+        dealt = plan(cfg)
+    except ConfigError:  # reported with the batch
+        return
+    if dealt and (dealt.micro_count > 1 or dealt.batch % (dealt.world * dealt.micro)):
+        yield (
+            f"{path}: contrasts all samples of a step with each other, so batch.micro={dealt.micro} cannot cut the "
+            f"{dealt.batch // dealt.world} samples of a process; allowed: batch.micro={dealt.batch // dealt.world}."
+        )
+
+
+def check_compile(cfg: DictConfig) -> Iterator[str]:
+    """Only a model with a forward pass can be compiled."""
+    family = _our_target(resolved(cfg, "model"))
+    try:
+        if cfg.trainer.compile and family and "forward" not in members(family):
+            yield f"trainer.compile: {family} has no forward pass of its own to compile. Use trainer.compile=false."
+    except UnknownTarget:  # reported with the target
+        return
+
+
+def short(value: Any) -> str:
+    """A value in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

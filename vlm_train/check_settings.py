@@ -1,0 +1,212 @@
+"""Rules about values and how they go together, each found without a target's source, a weight or another package."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train.config import resolved
+from vlm_train.errors import ConfigError
+from vlm_train.signatures import hint
+
+LITERALS: dict[str, tuple[Any, ...]] = {
+    "mode": ("fit", "eval", "export", "show", "import", "config"),
+    "batch.normalise": ("token", "sample", "source", "sqrt_length"),
+    "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "launch.kind": ("local", "torchrun", "srun"),
+    "init_from.*.which": ("last", "best"),
+}
+
+POSITIVE = (
+    "batch.samples", "batch.tokens", "batch.micro", "trainer.epochs", "trainer.max_steps", "trainer.val_every",
+    "trainer.save_every", "trainer.log_every", "trainer.clip_norm", "launch.devices", "launch.nodes",
+)  # fmt: skip
+
+RANGES: dict[str, str] = {
+    "optim.lr": ">= 0",
+    "optim.betas.*": ">= 0, < 1",
+    "optim.eps": "> 0",
+    "optim.momentum": ">= 0, < 1",
+    "optim.weight_decay": ">= 0",
+    "params.rules.*.lr": ">= 0",
+    "params.rules.*.weight_decay": ">= 0",
+    "params.rules.*.layer_decay": "> 0, <= 1",
+    "lr_schedule.warmup_ratio": ">= 0, <= 1",
+    "lr_schedule.warmup_steps": ">= 0",
+    "lr_schedule.min_ratio": ">= 0, <= 1",
+    "trainer.threads": ">= 1",
+    "trainer.keep_last": ">= 1",
+    "trainer.min_supervised_ratio": ">= 0, <= 1",
+    "trainer.max_bad_samples": ">= 0",
+    "launch.timeout_minutes": "> 0",
+    "data.train.*.samples": ">= 1",
+    "data.val.*.samples": ">= 1",
+    "data.limit": ">= 1",
+    "data.val_limit": ">= 1",
+    "data.val_share": ">= 0, < 1",
+    "data.max_length": ">= 1",
+    "data.workers": ">= 0",
+    "data.prefetch": ">= 1",
+    "model.embed_dim": ">= 1",
+    "model.init_temperature": "> 0",
+    "model.max_scale": "> 0",
+    "connector.depth": ">= 1",
+    "connector.pool": ">= 1",
+    "objective.*.weight": ">= 0",
+    "objective.*.chunk": ">= 1",
+    "tokenizer.min_count": ">= 1",
+    "tokenizer.max_words": ">= 1",
+    "peft.rank": ">= 1",
+    "peft.alpha": "> 0",
+    "peft.dropout": ">= 0, < 1",
+    "eval.*.limit": ">= 1",
+    "eval.*.batch": ">= 1",
+    "eval.*.max_new_tokens": ">= 1",
+    "target.gpus": ">= 1",
+    "target.memory_gib": "> 0",
+    "target.text_tokens": ">= 1",
+    "target.supervised_tokens": ">= 1",
+}
+"""Setting -> what its number must fulfil; `*` stands for every name or index. Absent and null ones are skipped."""
+
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+SHARD_KEYS = ("shards", "samples")
+"""What an entry of `data.train` and `data.val` says."""
+
+
+def select(cfg: DictConfig, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Every setting that fits a dotted path with `*` for any name or index, and its value; those that resolve."""
+    first, *rest = pattern.split(".")
+    yield from _select(first, resolved(cfg, first), rest)
+
+
+def _select(path: str, value: Any, rest: list[str]) -> Iterator[tuple[str, Any]]:
+    if not rest:
+        if value != "???":
+            yield path, value
+        return
+    step, *further = rest
+    if isinstance(value, dict):
+        inner = list(value.items())
+    else:
+        inner = [(str(index), item) for index, item in enumerate(value)] if isinstance(value, list) else []
+    for name, item in inner:
+        if step in ("*", name):
+            yield from _select(f"{path}.{name}", item, further)
+
+
+def check_literals(cfg: DictConfig) -> Iterator[str]:
+    """Words are among the known ones."""
+    for pattern, allowed in LITERALS.items():
+        for key, value in select(cfg, pattern):
+            if value not in allowed:
+                yield f"{key}: got {value!r}.{hint(str(value), allowed)} Allowed: {', '.join(allowed)}."
+
+
+def check_numbers(cfg: DictConfig) -> Iterator[str]:
+    """Lengths, intervals, sizes and shares are where they can be. A wrong type is reported elsewhere."""
+    for pattern in POSITIVE:
+        for key, value in select(cfg, pattern):
+            if _is_number(value) and value <= 0:
+                yield f"{key}: expected a positive number or null, got {value}."
+    for pattern, condition in RANGES.items():
+        for key, value in select(cfg, pattern):
+            if _is_number(value) and not _fulfils(value, condition):
+                yield f"{key}: expected a number {condition.replace(', ', ' and ')}, got {value}."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _fulfils(value: float, condition: str) -> bool:
+    parts = [part.split() for part in condition.split(", ")]
+    return all(COMPARISONS[sign](value, float(bound)) for sign, bound in parts)
+
+
+def check_data(cfg: DictConfig) -> Iterator[str]:
+    """Sources of data are lists of entries that name shards and nothing that training would ignore."""
+    data = resolved(cfg, "data")
+    for name in ("train", "val"):
+        entries = data.get(name) if isinstance(data, dict) else None
+        if name == "train" and entries == []:
+            yield "data.train: expected at least one entry, {shards: <folder>}, got none."
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            yield from _check_entry(f"data.{name}.{index}", entry)
+
+
+def _check_entry(path: str, entry: Any) -> Iterator[str]:
+    if not isinstance(entry, dict):
+        yield f"{path}: expected an entry such as {{shards: <folder>}}, got {entry!r}."
+        return
+    listed = ", ".join(SHARD_KEYS)
+    for key in entry:
+        if key not in SHARD_KEYS:
+            yield f"{path}.{key}: unknown key.{hint(key, SHARD_KEYS, path + '.')} Keys of an entry: {listed}."
+    if entry.get("shards") is None:
+        yield f"{path}.shards is missing: name a folder of shards. Keys of an entry: {listed}."
+    elif not isinstance(entry["shards"], (str, dict)):  # a dict is a component, which check_targets judges
+        yield f"{path}.shards: expected one folder, got {entry['shards']!r}."
+
+
+def check_batch(cfg: DictConfig) -> Iterator[str]:
+    """The batch size is given once, and can be dealt to the processes that are known to start."""
+    given = [name for name in ("samples", "tokens") if cfg.batch[name] is not None]
+    if len(given) != 1:
+        got = "both" if given else "neither"
+        yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
+    elif given == ["tokens"]:
+        yield "batch.tokens: token budgets need packing, which is not available yet; set batch.samples."
+    try:
+        plan(cfg)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def plan(cfg: DictConfig) -> Any:
+    """How the batch is dealt to ranks and micro-batches, with the rules of training; None while it is not known."""
+    from vlm_train.data.order import Plan  # imports numpy
+
+    numbers = [resolved(cfg.batch, name) for name in ("samples", "micro")]
+    numbers += [resolved(cfg.launch, name) for name in ("devices", "nodes")]
+    if cfg.mode != "fit" or not all(isinstance(number, int) and number > 0 for number in numbers):
+        return None
+    samples, micro, devices, nodes = numbers
+    return Plan(samples=1, batch=samples, total=samples, seed=0, world=devices * nodes, micro=micro)
+
+
+def check_length(cfg: DictConfig) -> Iterator[str]:
+    """Training ends."""
+    if cfg.trainer.epochs is None and cfg.trainer.max_steps is None:
+        yield "trainer: give trainer.epochs or trainer.max_steps, got neither."
+
+
+def check_warmup(cfg: DictConfig) -> Iterator[str]:
+    """The warm-up is given once."""
+    schedule = resolved(cfg, "lr_schedule")
+    steps, ratio = (
+        schedule.get(f"warmup_{name}") if isinstance(schedule, dict) else None for name in ("steps", "ratio")
+    )
+    if _is_number(steps) and _is_number(ratio) and ratio:
+        yield f"lr_schedule: give warmup_steps or warmup_ratio, got both ({steps} and {ratio})."
+
+
+def check_launch(cfg: DictConfig) -> Iterator[str]:
+    """Several nodes need a launcher that spans them."""
+    if cfg.launch.kind == "local" and cfg.launch.nodes > 1:
+        yield f"launch.nodes: launch=local starts one node, got {cfg.launch.nodes}. Use launch=torchrun or launch=srun."
+
+
+def check_run(cfg: DictConfig) -> Iterator[str]:
+    """Modes that look at a run name one; the run's name is a folder name."""
+    if cfg.mode in ("eval", "export") and not cfg.run:
+        yield f"run is missing: mode={cfg.mode} needs run=<run folder>."
+    if cfg.mode == "fit" and cfg.run:
+        yield "run: mode=fit names its own folder; use init_from or resume to start from another run."
+    if cfg.run_name is not None and (not cfg.run_name or set(cfg.run_name) & set("/\\") or cfg.run_name in (".", "..")):
+        yield f"run_name: expected a folder name, got {cfg.run_name!r}."
