@@ -76,16 +76,41 @@ def test_export_and_import_give_the_weights_back(trained: Path, data: Path, tmp_
     ]
     again = command(data, tmp_path, "mode=import", f"init_from=[{{run: {run / 'export'}}}]", name="imported")
     assert cli.main(again) == 0
+    imported = tmp_path / "imported"
     learned = load_file(run / "checkpoints/step-00000006/weights.safetensors")
-    imported = load_file(tmp_path / "imported" / "model.safetensors")
-    assert learned.keys() <= imported.keys()
-    assert all(torch.equal(learned[name], imported[name]) for name in learned)
+    read = load_file(imported / "checkpoints/step-00000000/weights.safetensors")
+    assert learned.keys() <= read.keys()
+    assert all(torch.equal(learned[name], read[name]) for name in learned)
 
-    weights = f"init_from=[{{run: {tmp_path / 'imported' / 'model.safetensors'}}}]"
     still = ["trainer.max_steps=1", "optim.lr=0", "optim.weight_decay=0", "params=all"]
-    assert cli.main(command(data, tmp_path, *still, weights, name="started")) == 0
+    assert cli.main(command(data, tmp_path, *still, f"init_from=[{{run: {imported}}}]", name="started")) == 0
     kept = load_file(tmp_path / "started/checkpoints/step-00000001/weights.safetensors")
-    assert all(torch.equal(kept[name], imported[name]) for name in kept)
+    assert all(torch.equal(kept[name], read[name]) for name in kept)
+
+
+def test_an_imported_run_is_evaluated_and_exported(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    assert cli.main(["mode=export", f"run={run}"]) == 0
+    overrides = command(data, tmp_path, "mode=import", f"init_from=[{{run: {run / 'export'}}}]")
+    assert cli.main([o for o in overrides if not o.startswith("run_name=")]) == 0
+    (imported,) = tmp_path.glob("easyvqa_stage2-*-imported")
+    assert record(imported)["status"] == "imported"
+    assert cli.main(["mode=eval", f"run={imported}", "eval=easyvqa", "eval.answers.controls=[]"]) == 0
+    assert cli.main(["mode=export", f"run={imported}"]) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (imported / "export" / name).read_bytes() == (run / "export" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("init_from", "said"),
+    [("[]", "takes one LLaVA folder"), ("[{run: RUN, parts: [llm]}]", "whole LLaVA"), ("[{run: RUN}]", "config.json")],
+)
+def test_import_refuses(
+    init_from: str, said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init_from = init_from.replace("RUN", str(data))
+    assert cli.main(command(data, tmp_path, "mode=import", f"init_from={init_from}")) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_show_saves_what_the_model_sees(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
