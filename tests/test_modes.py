@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.small_run import command, make_data, train
-from vlm_train import cli
+from vlm_train import cli, config
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,43 @@ def test_eval_adds_results_to_the_run(trained: Path, tmp_path: Path, capsys: pyt
     rows = record(run)["results"]
     assert [row["name"] for row in rows][:2] == ["this run", "images shuffled"]
     assert rows[0]["n"] == 4 and 0 <= rows[0]["value"] <= 1
-    predictions = [json.loads(line) for line in (run / "eval/answers/predictions.jsonl").read_text().splitlines()]
+    folder = run / "eval" / rows[0]["eval"]
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == 4
     assert rows[0]["value"] == sum(p["correct"] for p in predictions) / 4
     assert "images shuffled" in capsys.readouterr().out
     assert (run / "report.html").is_file()
+
+
+def test_every_number_has_one_place(trained: Path, tmp_path: Path) -> None:
+    """Another way of evaluating stands beside the run's own results; the same way again replaces what it found."""
+    run = copy_of(trained, tmp_path)
+    cfg = OmegaConf.load(run / "config.yaml")
+    cfg.eval = OmegaConf.load(config.config_dir() / "eval/easyvqa.yaml")
+    OmegaConf.save(cfg, run / "config.yaml")  # as if it had been trained with eval=easyvqa
+    old = [{"name": "this run", "value": 0.5, "n": 4, "note": "from training"}]
+    before = record(run)
+    (run / "run.json").write_text(
+        json.dumps(before | {"results": old, "metrics": {"answers/accuracy": 0.5, "loss": 1}})
+    )
+
+    few = ["mode=eval", f"run={run}", "eval.answers.limit=2"]
+    assert cli.main(few) == cli.main(few) == 0
+    found = record(run)
+    labels = [row.get("eval") for row in found["results"]]
+    assert found["results"][0] == old[0] and found["metrics"]["answers/accuracy"] == 0.5
+    (label,) = set(labels[1:])
+    assert re.fullmatch("answers-[0-9a-f]{8}", label) and labels.count(label) == 4
+    assert found["metrics"][f"{label}/accuracy"] == found["results"][1]["value"]
+    assert [path.name for path in (run / "eval").iterdir()] == [label]
+
+    assert cli.main(["mode=eval", f"run={run}"]) == 0
+    found = record(run)
+    assert [row["eval"] for row in found["results"]] == ["answers"] * 4 + [label] * 4
+    assert found["metrics"]["answers/accuracy"] == found["results"][0]["value"]
+    assert found["metrics"]["loss"] == 1 and found["status"] == "done"
+    assert cli.main(["mode=eval", f"run={run}", "template=vicuna_v1"]) == 0, "another prompt is another evaluation"
+    assert len({row["eval"] for row in record(run)["results"]}) == 3
 
 
 def test_eval_needs_an_evaluator(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Exported chat templates: the ids of a served prompt are those that our own renderer gives, or there is no template."""
+"""Exported chat templates: a served prompt has the ids that our own renderer gives, or there is no template."""
 
 from __future__ import annotations
 
