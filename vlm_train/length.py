@@ -10,7 +10,7 @@ from vlm_train.errors import ConfigError
 
 
 def one_pass(cfg: DictConfig, samples: int) -> int:
-    """Training samples of one pass, of `samples` in the shards: `data.limit`, then without what `val_share` holds out."""
+    """Training samples of one pass, of `samples` in the shards: after `data.limit`, less what `val_share` holds out."""
     limit, share = cfg.data.get("limit"), cfg.data.get("val_share")
     size = min(samples, limit) if limit else samples
     return size - max(1, int(size * share)) if share and not cfg.data.get("val") else size

@@ -53,13 +53,14 @@ def _samples(cfg: DictConfig) -> int | None:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of one checkpoint and of all that are kept: what learned, in fp32, and its optimizer state."""
+    """Bytes of one checkpoint and of all that are kept: what learned and its optimizer state, each once."""
 
     checkpoint: int
     kept: int
 
 
 def disk(cfg: DictConfig, trainable: int, states: int) -> Disk:
-    """Frozen parameters are never saved: the manifest names where they came from."""
-    checkpoint = trainable * 4 * (1 + states)
+    """Frozen parameters are never saved: the manifest names where they came from. bf16-true keeps 16 bits of all."""
+    size = 2 if cfg.trainer.precision == "bf16-true" else 4
+    checkpoint = trainable * size * (1 + states)
     return Disk(checkpoint, checkpoint * (cfg.trainer.keep_last + 1))  # besides the newest ones the best

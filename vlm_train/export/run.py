@@ -88,7 +88,7 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     import_llava(cast(Any, built.model), source)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, run_file(folder))
-    weights = {name: p.detach() for name, p in built.model.named_parameters()}
+    weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
     checkpoint.save_weights(folder / "checkpoints", weights, run_id=run_id(cfg), step=0)
     record.update(folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute()))
     print(f"Imported {source} as {folder}. Start from it with init_from=[{{run: {folder}}}].", flush=True)
