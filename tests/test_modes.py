@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -192,3 +193,34 @@ def test_wandb_offline(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = train(command(data, tmp_path, "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=2"))
     assert list(run.glob("wandb/offline-run-*-run/run-run.wandb"))
+
+
+def readme_block(start: str) -> str:
+    """The README's code block that starts so."""
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    return next(block for block in re.findall(r"```\w+\n(.*?)```", text, re.DOTALL) if block.startswith(start))
+
+
+def test_the_readmes_import_works(data: Path, tmp_path: Path) -> None:
+    """On the export of a tiny run of the same recipe, instead of a 7B folder."""
+    small = command(data, tmp_path, "trainer.max_steps=1", "trainer.export=true")
+    run = train([override.replace("easyvqa_stage2", "llava15_stage2") for override in small])
+    words = shlex.split(readme_block("python -m vlm_train mode=import"))
+    words = [word.replace("models/llava-1.5-7b-hf", str(run / "export")) for word in words[3:] if word != "\n"]
+    tiny = ["size=tiny", "tokenizer=pretrained", f"paths.data={tmp_path / 'none'}", f"paths.runs={tmp_path}"]
+    assert cli.main([*words, "data.val=[]", *tiny]) == 0
+    assert cli.main(["mode=export", f"run={tmp_path / 'llava'}"]) == 0
+    before, after = (load_file(one / "export" / "model.safetensors") for one in (run, tmp_path / "llava"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name][: len(after[name])], after[name]) for name in before)  # but for padded rows
+
+
+def test_the_readmes_recipe_is_a_recipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine" / "recipe" / "my_recipe.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(readme_block("# @package _global_"))
+    small = ["size=tiny", f"data.train=[{{shards: {data / 'tiny/train'}}}]", "trainer.max_steps=1"]
+    folders = [f"paths.data={data}", f"paths.runs={tmp_path}", "run_name=mine"]
+    assert cli.main(["--config-dir", str(tmp_path / "mine"), "recipe=my_recipe", *small, *folders]) == 0
+    assert record(tmp_path / "mine")["recipe"] == "my_recipe"
+    assert "connector" in capsys.readouterr().out
