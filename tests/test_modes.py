@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.small_run import command, make_data, train
-from vlm_train import cli
+from vlm_train import cli, config
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,43 @@ def test_eval_adds_results_to_the_run(trained: Path, tmp_path: Path, capsys: pyt
     rows = record(run)["results"]
     assert [row["name"] for row in rows][:2] == ["this run", "images shuffled"]
     assert rows[0]["n"] == 4 and 0 <= rows[0]["value"] <= 1
-    predictions = [json.loads(line) for line in (run / "eval/answers/predictions.jsonl").read_text().splitlines()]
+    folder = run / "eval" / rows[0]["eval"]
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == 4
     assert rows[0]["value"] == sum(p["correct"] for p in predictions) / 4
     assert "images shuffled" in capsys.readouterr().out
     assert (run / "report.html").is_file()
+
+
+def test_every_number_has_one_place(trained: Path, tmp_path: Path) -> None:
+    """Another way of evaluating stands beside the run's own results; the same way again replaces what it found."""
+    run = copy_of(trained, tmp_path)
+    cfg = OmegaConf.load(run / "config.yaml")
+    cfg.eval = OmegaConf.load(config.config_dir() / "eval/easyvqa.yaml")
+    OmegaConf.save(cfg, run / "config.yaml")  # as if it had been trained with eval=easyvqa
+    old = [{"name": "this run", "value": 0.5, "n": 4, "note": "from training"}]
+    before = record(run)
+    (run / "run.json").write_text(
+        json.dumps(before | {"results": old, "metrics": {"answers/accuracy": 0.5, "loss": 1}})
+    )
+
+    few = ["mode=eval", f"run={run}", "eval.answers.limit=2"]
+    assert cli.main(few) == cli.main(few) == 0
+    found = record(run)
+    labels = [row.get("eval") for row in found["results"]]
+    assert found["results"][0] == old[0] and found["metrics"]["answers/accuracy"] == 0.5
+    (label,) = set(labels[1:])
+    assert re.fullmatch("answers-[0-9a-f]{8}", label) and labels.count(label) == 4
+    assert found["metrics"][f"{label}/accuracy"] == found["results"][1]["value"]
+    assert [path.name for path in (run / "eval").iterdir()] == [label]
+
+    assert cli.main(["mode=eval", f"run={run}"]) == 0
+    found = record(run)
+    assert [row["eval"] for row in found["results"]] == ["answers"] * 4 + [label] * 4
+    assert found["metrics"]["answers/accuracy"] == found["results"][0]["value"]
+    assert found["metrics"]["loss"] == 1 and found["status"] == "done"
+    assert cli.main(["mode=eval", f"run={run}", "template=vicuna_v1"]) == 0, "another prompt is another evaluation"
+    assert len({row["eval"] for row in record(run)["results"]}) == 3
 
 
 def test_eval_needs_an_evaluator(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,16 +109,41 @@ def test_export_and_import_give_the_weights_back(trained: Path, data: Path, tmp_
     ]
     again = command(data, tmp_path, "mode=import", f"init_from=[{{run: {run / 'export'}}}]", name="imported")
     assert cli.main(again) == 0
+    imported = tmp_path / "imported"
     learned = load_file(run / "checkpoints/step-00000006/weights.safetensors")
-    imported = load_file(tmp_path / "imported" / "model.safetensors")
-    assert learned.keys() <= imported.keys()
-    assert all(torch.equal(learned[name], imported[name]) for name in learned)
+    read = load_file(imported / "checkpoints/step-00000000/weights.safetensors")
+    assert learned.keys() <= read.keys()
+    assert all(torch.equal(learned[name], read[name]) for name in learned)
 
-    weights = f"init_from=[{{run: {tmp_path / 'imported' / 'model.safetensors'}}}]"
     still = ["trainer.max_steps=1", "optim.lr=0", "optim.weight_decay=0", "params=all"]
-    assert cli.main(command(data, tmp_path, *still, weights, name="started")) == 0
+    assert cli.main(command(data, tmp_path, *still, f"init_from=[{{run: {imported}}}]", name="started")) == 0
     kept = load_file(tmp_path / "started/checkpoints/step-00000001/weights.safetensors")
-    assert all(torch.equal(kept[name], imported[name]) for name in kept)
+    assert all(torch.equal(kept[name], read[name]) for name in kept)
+
+
+def test_an_imported_run_is_evaluated_and_exported(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    assert cli.main(["mode=export", f"run={run}"]) == 0
+    overrides = command(data, tmp_path, "mode=import", f"init_from=[{{run: {run / 'export'}}}]")
+    assert cli.main([o for o in overrides if not o.startswith("run_name=")]) == 0
+    (imported,) = tmp_path.glob("easyvqa_stage2-*-imported")
+    assert record(imported)["status"] == "imported"
+    assert cli.main(["mode=eval", f"run={imported}", "eval=easyvqa", "eval.answers.controls=[]"]) == 0
+    assert cli.main(["mode=export", f"run={imported}"]) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (imported / "export" / name).read_bytes() == (run / "export" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("init_from", "said"),
+    [("[]", "takes one LLaVA folder"), ("[{run: RUN, parts: [llm]}]", "whole LLaVA"), ("[{run: RUN}]", "config.json")],
+)
+def test_import_refuses(
+    init_from: str, said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init_from = init_from.replace("RUN", str(data))
+    assert cli.main(command(data, tmp_path, "mode=import", f"init_from={init_from}")) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_show_saves_what_the_model_sees(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,3 +193,34 @@ def test_wandb_offline(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = train(command(data, tmp_path, "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=2"))
     assert list(run.glob("wandb/offline-run-*-run/run-run.wandb"))
+
+
+def readme_block(start: str) -> str:
+    """The README's code block that starts so."""
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    return next(block for block in re.findall(r"```\w+\n(.*?)```", text, re.DOTALL) if block.startswith(start))
+
+
+def test_the_readmes_import_works(data: Path, tmp_path: Path) -> None:
+    """On the export of a tiny run of the same recipe, instead of a 7B folder."""
+    small = command(data, tmp_path, "trainer.max_steps=1", "trainer.export=true")
+    run = train([override.replace("easyvqa_stage2", "llava15_stage2") for override in small])
+    words = shlex.split(readme_block("python -m vlm_train mode=import"))
+    words = [word.replace("models/llava-1.5-7b-hf", str(run / "export")) for word in words[3:] if word != "\n"]
+    tiny = ["size=tiny", "tokenizer=pretrained", f"paths.data={tmp_path / 'none'}", f"paths.runs={tmp_path}"]
+    assert cli.main([*words, "data.val=[]", *tiny]) == 0
+    assert cli.main(["mode=export", f"run={tmp_path / 'llava'}"]) == 0
+    before, after = (load_file(one / "export" / "model.safetensors") for one in (run, tmp_path / "llava"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name][: len(after[name])], after[name]) for name in before)  # but for padded rows
+
+
+def test_the_readmes_recipe_is_a_recipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine" / "recipe" / "my_recipe.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(readme_block("# @package _global_"))
+    small = ["size=tiny", f"data.train=[{{shards: {data / 'tiny/train'}}}]", "trainer.max_steps=1"]
+    folders = [f"paths.data={data}", f"paths.runs={tmp_path}", "run_name=mine"]
+    assert cli.main(["--config-dir", str(tmp_path / "mine"), "recipe=my_recipe", *small, *folders]) == 0
+    assert record(tmp_path / "mine")["recipe"] == "my_recipe"
+    assert "connector" in capsys.readouterr().out

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from vlm_train.dryrun.memory import RUNTIME, STRATEGIES, Needs, cheapest, peak
+from vlm_train import config
+from vlm_train.dryrun.memory import RUNTIME, RUNTIME_CPU, STRATEGIES, Needs, cheapest, peak
+from vlm_train.dryrun.report import dry_run
 
 NEEDS = Needs(
     parameters=1000, trainable=1000, largest_layer=0, states=2, precision="bf16-mixed", activations=0, logits=0
@@ -53,3 +55,14 @@ def test_the_cheapest_that_fits_is_named() -> None:
     assert cheapest(peaks, RUNTIME + 10**6, gpus=1) == "single"
     assert cheapest(peaks, RUNTIME + 2000, gpus=8) == "zero3"
     assert cheapest(peaks, RUNTIME, gpus=8) is None
+
+
+def test_the_columns_add_up_and_say_what_the_device_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for accelerator, device, runtime in (("cpu", "process", RUNTIME_CPU), ("gpu", "GPU", RUNTIME)):
+        plan = dry_run(config.tiny("recipe=llava15_stage2", "dry_run=true", f"trainer.accelerator={accelerator}"))
+        header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("GiB a "))
+        names = header.removeprefix(f"GiB a {device}").split()
+        assert names == ["weights", "gradients", "optimizer", "activations", "logits", "runtime", "peak", "fits"]
+        for peaks in plan["memory"].values():
+            assert sum(peaks[name] for name in names[:6]) == pytest.approx(peaks["total"])
+            assert peaks["runtime"] == runtime

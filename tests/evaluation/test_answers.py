@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout
@@ -18,7 +19,10 @@ from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation import answers
-from vlm_train.evaluation.answers import AnswerAccuracy, derangement
+from vlm_train.evaluation.answers import Answer, AnswerAccuracy, derangement, pictured
+
+unreadable: set[int] = set()
+broken: set[int] = set()
 
 
 class Constant(torch.nn.Module):
@@ -38,8 +42,8 @@ class Constant(torch.nn.Module):
 class Shards:
     """Three samples of two questions; the image of sample i is of brightness 40 x i."""
 
-    def __init__(self, folder: object) -> None:
-        self.folder = folder
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
 
     def __len__(self) -> int:
         return 3
@@ -50,7 +54,15 @@ class Shards:
     def annotations(self, i: int) -> int:
         return 2
 
+    def shard(self, i: int) -> str:
+        return "0.tar"
+
+    def key(self, i: int) -> str:
+        return f"s{i}"
+
     def load(self, i: int):
+        if i in unreadable:
+            raise BadSample(f"x/0.tar, key 's{i}': member 0.png is corrupt")
         data = io.BytesIO()
         Image.new("RGB", (8, 8), (40 * i,) * 3).save(data, format="PNG")
         pairs = [("dark?", "yes" if i else "no"), ("colour?", "gray")]
@@ -66,7 +78,7 @@ class Shards:
         sample = Sample(
             key=f"s{i}", media=(MediaItem(name="0.png", width=8, height=8),), annotations=tuple(annotations)
         )
-        return sample, [data.getvalue()]
+        return sample, [data.getvalue()[: 50 if i in broken else None]]
 
 
 def one_token(size: object) -> tuple[int, int]:
@@ -76,6 +88,8 @@ def one_token(size: object) -> tuple[int, int]:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(answers, "ShardSet", Shards)
+    unreadable.clear()
+    broken.clear()
     tokenizer = byte_level()
     model = Constant(tokenizer("Yes ", add_special_tokens=False)["input_ids"])
     image = ImageTransform(mode="resize", size=(8, 8))
@@ -105,6 +119,35 @@ def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tm
         "image": "images/1.png",
     }  # fmt: skip
     assert (tmp_path / "images/1.png").is_file() and rows[4]["image"] is None
+
+
+def test_unusable_samples_are_named_and_left_out(
+    built: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unreadable.add(0)
+    broken.add(2)
+    evaluator = AnswerAccuracy(shards="x", controls=["shuffled_images"], majority_shards="x")
+    assert evaluator.run(built, tmp_path, final=False)["n"] == 2
+    found = evaluator.run(built, tmp_path, final=True)
+    assert (found["accuracy"], found["n"]) == (1 / 2, 2)
+    assert [row["name"] for row in found["results"]] == ["this run", "question only"]
+    assert found["results"][0]["note"] == "generation, exact match, 2 samples unusable"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "eval: unusable, left out: x/0.tar, key 's0': member 0.png is corrupt"
+    assert said[1].startswith("eval: unusable, left out: x/0.tar, key 's2': image: cannot decode")
+    assert sum("s2" in line for line in said) == 1, "named once"
+
+
+def test_nothing_usable_is_an_error(built: SimpleNamespace, tmp_path: Path) -> None:
+    unreadable.update(range(3))
+    with pytest.raises(ConfigError, match="none of the 3 samples of x can be used: x/0.tar, key 's0'"):
+        AnswerAccuracy(shards="x").run(built, tmp_path, final=True)
+
+
+def test_pictures_show_wrong_answers_and_a_spread_of_the_others() -> None:
+    asked = [Answer(number, f"s{number}", "?", "yes", "no" if number in (70, 90) else "yes") for number in range(100)]
+    assert pictured(asked, 10) == [0, 12, 24, 36, 49, 61, 70, 74, 86, 90]
+    assert pictured(asked[:3], 48) == [0, 1, 2] and pictured(asked, 0) == []
 
 
 def test_validation_is_limited_and_writes_nothing(built: SimpleNamespace, tmp_path: Path) -> None:

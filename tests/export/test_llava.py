@@ -22,7 +22,7 @@ from tests.tiny_models import (
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export import llava
-from vlm_train.export.llava import export_llava, import_llava, verify_export
+from vlm_train.export.llava import export_llava, exportable, import_llava, verify_export
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.prefix import PrefixVLM
@@ -71,7 +71,7 @@ def test_export_reload_and_import_back(tmp_path, name):
 def test_a_served_prompt_gives_our_logits(tmp_path):
     """The whole path of a user: processor and model from the folder, an image file, a text."""
     model = tiny_vlm().eval()
-    export_llava(model, tokenizer_of(97), tmp_path, chat_template="{{ messages }}", eos_ids=[7])
+    export_llava(model, tokenizer_of(97), tmp_path, eos_ids=[7])
     processor = AutoProcessor.from_pretrained(tmp_path)
     served = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert served.generation_config.eos_token_id in (7, [7])
@@ -134,6 +134,22 @@ def test_compositions_without_an_equivalent_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="llm.config.logits_scaling"):
         export_llava(scaled, tokenizer_of(97), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_known_before_any_weight():
+    with torch.device("meta"):
+        vision, llm = tiny_vision(), tiny_llm()
+        exportable(compose(vision, llm))
+        pooled = PrefixVLM(vision=vision, connector=PooledMLP(in_dim=vision.out_dim, out_dim=llm.dim), llm=llm)
+    with pytest.raises(ConfigError, match="connector: PooledMLP"):
+        exportable(pooled)
+    model = tiny_vlm()
+    lora(model=model, match=r"llm\..*q_proj", rank=4)
+    exportable(model)
+    base = model.llm.layers[0].self_attn.q_proj.get_base_layer()
+    base.weight = torch.nn.Parameter(base.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ConfigError, match="q_proj: is quantised"):
+        exportable(model)
 
 
 def test_imports_that_do_not_fit_are_refused(tmp_path):

@@ -76,9 +76,9 @@ def write_run(folder: Path, name: str, start: float = START) -> Path:
 def write_params(folder: Path) -> None:
     """The parameter table that a run prints at its start."""
     rows = [
-        {"name": "vision", "parameters": 1_204_352, "trainable": 0, "lr": None, "weight_decay": None},
-        {"name": "connector", "parameters": 82_176, "trainable": 82_176, "lr": 1e-3, "weight_decay": 0.0},
-        {"name": "llm", "parameters": 1_573_248, "trainable": 1_573_248, "lr": 5e-4, "weight_decay": 0.01},
+        {"name": "vision", "parameters": 1_204_352, "trainable": False, "lr": None, "weight_decay": None},
+        {"name": "connector", "parameters": 82_176, "trainable": True, "lr": 1e-3, "weight_decay": 0.0},
+        {"name": "llm", "parameters": 1_573_248, "trainable": True, "lr": 5e-4, "weight_decay": 0.01},
     ]
     (folder / "params.json").write_text(json.dumps(rows))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from tests.report.fake import RESULTS, STAGES, write_run, write_schedule
 from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
-from vlm_train.report.charts import plotly_script, short_names, thin
+from vlm_train.report.charts import accuracy_chart, controls_of, loss_chart, plotly_script, short_names, thin
 from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings
-from vlm_train.report.read import Point, Prediction, Result, read_curves, read_predictions, read_report
+from vlm_train.report.read import Point, Prediction, Result, active_seconds, read_curves, read_predictions, read_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -143,14 +144,62 @@ def test_results_table_is_aligned_and_empty_without_results(tmp_path: Path) -> N
     assert results_table(tmp_path / "runs" / "easyvqa_lm") == ""
 
 
-def test_choice_spreads_evenly_and_adds_wrong_answers() -> None:
+def test_choice_takes_wrong_answers_up_to_half_and_rows_with_an_image() -> None:
     rows = [Prediction(str(index), "a", "a", index % 50 != 7, None) for index in range(1000)]
-    chosen = choose(rows, 40)
-    assert len(chosen) == 40
-    assert sum(not row.correct for row in chosen) >= 10
-    assert int(chosen[29].question) > 900
-    assert len({row.question for row in chosen}) == 40
-    assert choose(rows[:7], 40) == rows[:7]
+    chosen = choose(rows, 30)
+    assert [row.correct for row in chosen] == [False] * 15 + [True] * 15
+    assert int(chosen[14].question) > 900 and int(chosen[29].question) > 900
+    assert len({row.question for row in chosen}) == 30
+    assert sorted(choose(rows[:9], 40), key=lambda row: int(row.question)) == rows[:9]
+    pictured = [replace(row, image=Path("x.png")) if index < 100 else row for index, row in enumerate(rows)]
+    assert {int(row.question) for row in choose(pictured, 40)} < set(range(100))
+    assert sum(row.correct for row in choose([replace(row, correct=False) for row in rows[:99]], 40)) == 0
+
+
+def test_pauses_are_not_training_time() -> None:
+    """A run that was stopped overnight and resumed; a slow one whose every record takes minutes."""
+    times = [100.0, 101.0, 102.0, 9_000.0, 9_001.0]
+    assert list(active_seconds(times).values()) == [0, 1, 2, 3, 4]
+    assert list(active_seconds([0.0, 300.0, 620.0, 900.0]).values()) == [0, 300, 620, 900]
+    assert active_seconds([5.0, 5.0]) == {5.0: 0.0} and active_seconds([]) == {}
+
+
+def test_one_point_stands_in_a_readable_frame(tmp_path: Path) -> None:
+    lines(tmp_path / "metrics.jsonl", {"step": 4, "time": 1.0, "split": "val", "loss": 2.0, "answers/accuracy": 0.5})
+    lines(tmp_path / "run.json", {"run_id": "one", "recipe": "one", "status": "done"})
+    report = read_report(tmp_path)
+    loss, seconds, steps = (
+        loss_chart(report.stages[0], "l"),
+        accuracy_chart(report, "seconds", "s"),
+        accuracy_chart(report, "steps", "a"),
+    )
+    assert '"range":[0,4.08]' in loss and '"range":[0.0,2.5]' in loss
+    assert '"range":[0,1]' in seconds and '"range":[0,4.08]' in steps and '"range":[0.0,0.625]' in steps
+    assert '"one: val answers"' in steps, "a curve is named after its evaluator"
+
+
+def test_a_loss_that_is_the_total_is_drawn_once(tmp_path: Path) -> None:
+    rows = [{"step": n, "time": n, "split": "train", "loss": 1 / n, "lm_loss": 1 / n} for n in (1, 2)]
+    lines(tmp_path / "metrics.jsonl", *rows)
+    lines(tmp_path / "run.json", {"run_id": "one"})
+    assert "lm_loss" not in loss_chart(read_report(tmp_path).stages[0], "l")
+
+
+def test_results_of_another_evaluation_are_told_apart(tmp_path: Path) -> None:
+    own = {"name": "this run", "value": 0.9, "n": 100, "note": "all"}
+    published = {"name": "elsewhere", "value": 0.8, "note": "published"}
+    few = [{**own, "value": 0.7, "eval": "answers-12ab34cd"}, {**published, "eval": "answers-12ab34cd"}]
+    lines(tmp_path / "run.json", {"run_id": "one", "results": [own, published, *few]})
+    lines(tmp_path / "metrics.jsonl", {"step": 4, "time": 1.0, "split": "val", "accuracy": 0.5})
+    report = read_report(tmp_path)
+    assert [row.name for row in report.results] == ["this run", "elsewhere", "this run (answers-12ab34cd)"]
+    assert [row.name for row in controls_of(report.results)] == ["elsewhere"]
+
+
+def test_parameters_that_learn_are_counted(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path / "run", "easyvqa_stage2"))
+    assert text.count('<td class="number">82,176</td>') == 2, "the connector learns"
+    assert text.count('<td class="number">1,204,352</td>') == 1 and '<td class="number">0</td>' in text, "vision not"
 
 
 def test_thinning_keeps_the_mean_and_the_last_step() -> None:

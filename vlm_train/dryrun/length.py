@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipelines.manifest import MANIFEST, Manifest
+from vlm_train.length import one_pass, planned_samples
 from vlm_train.optim import warmup_length
 
 
@@ -24,13 +25,10 @@ class Length:
 
 def length(cfg: DictConfig, tokens_per_sample: int) -> Length:
     """Optimizer steps from samples, batch and epochs; `tokens_per_sample` serves a batch given in tokens."""
-    samples = _samples(cfg)
-    steps = None
-    if samples is not None and cfg.trainer.epochs is not None:
+    samples, steps = _samples(cfg), cfg.trainer.max_steps
+    if samples is not None:
         per_step = cfg.batch.samples or max(cfg.batch.tokens / tokens_per_sample, 1)
-        steps = math.ceil(round(samples * cfg.trainer.epochs) / per_step)
-    if cfg.trainer.max_steps is not None:
-        steps = cfg.trainer.max_steps if steps is None else min(steps, cfg.trainer.max_steps)
+        steps = math.ceil(planned_samples(cfg, samples, per_step) / per_step)
     return Length(samples, steps, None if steps is None else _warmup(cfg, steps))
 
 
@@ -42,27 +40,27 @@ def _warmup(cfg: DictConfig, steps: int) -> int:
 
 
 def _samples(cfg: DictConfig) -> int | None:
-    """Samples of one pass over all sources: the shards' own count, or the published one."""
+    """Training samples of one pass over all sources: by the shards' own count, or the published one."""
     total = 0
     for source in cfg.data.train:
         folder = Path(str(source.shards))
         count = Manifest.read(folder).samples if (folder / MANIFEST).is_file() else source.get("samples")
         if count is None:
             return None
-        total += round(count * (source.get("epochs") or 1))
-    limit = cfg.data.get("limit")
-    return total if limit is None else min(total, limit)
+        total += count
+    return one_pass(cfg, total)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of one checkpoint and of all that are kept: what learned, in fp32, and its optimizer state."""
+    """Bytes of one checkpoint and of all that are kept: what learned and its optimizer state, each once."""
 
     checkpoint: int
     kept: int
 
 
 def disk(cfg: DictConfig, trainable: int, states: int) -> Disk:
-    """Frozen parameters are never saved: the manifest names where they came from."""
-    checkpoint = trainable * 4 * (1 + states)
+    """Frozen parameters are never saved: the manifest names where they came from. bf16-true keeps 16 bits of all."""
+    size = 2 if cfg.trainer.precision == "bf16-true" else 4
+    checkpoint = trainable * size * (1 + states)
     return Disk(checkpoint, checkpoint * (cfg.trainer.keep_last + 1))  # besides the newest ones the best

@@ -13,6 +13,9 @@ GIB = 1024**3
 RUNTIME = 1.5 * GIB
 """CUDA context, cuBLAS and NCCL workspaces."""
 
+RUNTIME_CPU = 0.5 * GIB
+"""Python, torch, Lightning and transformers in one process, measured on a tiny run."""
+
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
 """From the least to the most communication: the first that fits is the cheapest."""
 
@@ -41,22 +44,23 @@ class Needs:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes per GPU."""
+    """Bytes per GPU (or process, on a CPU)."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     logits: float
+    runtime: float
 
     @property
     def total(self) -> float:
-        """Everything, with the runtime's own share."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + RUNTIME
+        """Everything."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.runtime
 
 
-def peak(strategy: str, needs: Needs, gpus: int) -> Peak:
-    """Peak bytes per GPU under one of `STRATEGIES`."""
+def peak(strategy: str, needs: Needs, gpus: int, runtime: float = RUNTIME) -> Peak:
+    """Peak bytes per GPU under one of `STRATEGIES`; `runtime` is what the libraries take themselves."""
     weights, gradients, optimizer = {
         "single": _replicated,
         "ddp": _replicated,
@@ -65,7 +69,7 @@ def peak(strategy: str, needs: Needs, gpus: int) -> Peak:
         "zero3": _zero,
         "fsdp": _fsdp,
     }[strategy](strategy, needs, 1 if strategy == "single" else gpus)
-    return Peak(weights, gradients, optimizer, needs.activations, needs.logits)
+    return Peak(weights, gradients, optimizer, needs.activations, needs.logits, runtime)
 
 
 def _replicated(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:

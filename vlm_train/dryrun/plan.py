@@ -12,7 +12,7 @@ from torch import nn
 
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
-from vlm_train.dryrun.memory import STRATEGIES, Needs, Peak, peak
+from vlm_train.dryrun.memory import RUNTIME, RUNTIME_CPU, STRATEGIES, Needs, Peak, peak
 from vlm_train.dryrun.trace import Trace, blocks, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
 from vlm_train.objectives.base import identity_gather
@@ -96,7 +96,8 @@ def _peaks(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
         activations=activations * cfg.batch.micro,
         logits=_logits(cfg, model),
     )
-    return {strategy: peak(strategy, needs, cfg.target.gpus) for strategy in STRATEGIES}
+    runtime = RUNTIME_CPU if cfg.trainer.accelerator == "cpu" else RUNTIME
+    return {strategy: peak(strategy, needs, cfg.target.gpus, runtime) for strategy in STRATEGIES}
 
 
 def _logits(cfg: DictConfig, model: Any) -> int:

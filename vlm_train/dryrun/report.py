@@ -15,14 +15,20 @@ from vlm_train.dryrun.plan import Plan, make_plan
 ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""
 
+ASSUMED_NOTE = (
+    f"Note        there is no tokenizer yet: llm and total are those of an assumed vocabulary of {ASSUMED_VOCABULARY:,}"
+)
+
 
 def dry_run(cfg: DictConfig) -> dict[str, Any]:
     """Build the model of `cfg` on the meta device, print its plan, and return it as plain data."""
     from vlm_train.build import build_model
 
     cfg, notes = without_assets(cfg)
+    assumed = ASSUMED_NOTE in notes
     plan = make_plan(cfg, build_model(cfg, meta=True))
-    print("\n\n".join([*text(cfg, plan), "\n".join(notes)]).rstrip())
+    rest = "\n".join(note for note in notes if note != ASSUMED_NOTE)
+    print("\n\n".join([*text(cfg, plan, assumed_vocabulary=assumed), rest]).rstrip())
     return as_dict(cfg, plan)
 
 
@@ -40,7 +46,7 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
     if cfg.llm is not None and cfg.llm.config.get("vocab_size") is None:
         cfg.llm.config.vocab_size, known = _vocabulary(cfg)
         if not known:
-            notes.append(f"Note        there is no tokenizer yet: a vocabulary of {ASSUMED_VOCABULARY} is assumed")
+            notes.append(ASSUMED_NOTE)
     return cfg, notes
 
 
@@ -76,11 +82,12 @@ def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def text(cfg: DictConfig, plan: Plan) -> list[str]:
+def text(cfg: DictConfig, plan: Plan, *, assumed_vocabulary: bool = False) -> list[str]:
     """The plan as sections of aligned text."""
+    guess = f"\n{ASSUMED_NOTE}" if assumed_vocabulary else ""
     return [
         f"Dry run of {plan.recipe}: built on the meta device, nothing trained",
-        plan.policy.table(),
+        plan.policy.table() + guess,
         _tokens(cfg, plan),
         _flops(plan),
         _memory(cfg, plan),
@@ -106,15 +113,19 @@ def _flops(plan: Plan) -> str:
     return table(rows)
 
 
+DEVICE = {"gpu": "GPU", "cpu": "process"}
+"""What `trainer.accelerator` runs on; `auto` is decided where the run starts."""
+
+
 def _memory(cfg: DictConfig, plan: Plan) -> str:
     peaks = _chosen_peaks(cfg, plan)
     other = plan.peaks if cfg.trainer.activation_checkpointing else plan.peaks_checkpointed
-    rows: list[Sequence[str]] = [
-        ("GiB a GPU", "weights", "gradients", "optimizer", "activations", "logits", "peak", "fits")
-    ]
+    device = DEVICE.get(cfg.trainer.accelerator, "device")
+    columns = ("weights", "gradients", "optimizer", "activations", "logits", "runtime")
+    rows: list[Sequence[str]] = [(f"GiB a {device}", *columns, "peak", "fits")]
     limit = cfg.target.memory_gib * GIB
     for name, peak in peaks.items():
-        parts = (peak.weights, peak.gradients, peak.optimizer, peak.activations, peak.logits, peak.total)
+        parts = (*(getattr(peak, column) for column in columns), peak.total)
         rows.append((name, *(_gib(part) for part in parts), "yes" if peak.total <= limit else "no"))
     best = cheapest(peaks, limit, cfg.target.gpus)
     change = next(iter(other.values())).activations - next(iter(peaks.values())).activations

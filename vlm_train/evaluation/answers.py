@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +20,7 @@ from data_pipelines.stream import ShardSet
 from vlm_train.data.render import Rendered, render
 from vlm_train.data.show import save_views
 from vlm_train.errors import ConfigError
+from vlm_train.evaluation.common import Unusable, evaluating, progress_bar, views_of
 from vlm_train.launch import rank
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class AnswerAccuracy:
         controls: `shuffled_images`: every question with another sample's image.
         majority_shards: shard set whose most frequent answer to the same question is another control.
         published: results from elsewhere to stand beside ours: `{name, value, note}`.
-        pictures: first samples whose image is saved with the predictions.
+        pictures: samples whose image is saved with the predictions; up to half of them were answered wrongly.
         at_validation: also run at every validation, without controls.
         validation_shards: shard set used there; null: `shards`.
         validation_limit: `limit` used there.
@@ -86,6 +86,7 @@ class AnswerAccuracy:
         self.controls, self.majority_shards, self.published = controls or [], majority_shards, published or []
         self.pictures, self.at_validation, self.seed = pictures, at_validation, seed
         self.validation_shards, self.validation_limit = validation_shards or shards, validation_limit
+        self.reported: set[tuple[Path, int]] = set()
 
     def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
         """Answer the questions. `final` adds the controls and writes `predictions.jsonl` and images to `folder`.
@@ -96,26 +97,32 @@ class AnswerAccuracy:
         shards = ShardSet(self.shards if final else self.validation_shards)
         limit = self.limit if final else self.validation_limit
         count = len(shards) if limit is None else min(limit, len(shards))
-        answers = self.answers(built, shards, range(count))
+        unusable = Unusable(shards, self.reported)
+        answers = self.answers(built, shards, [(number, number) for number in range(count)], unusable)
+        unusable.check(count)
         found: dict[str, Any] = {"accuracy": accuracy(answers), "n": len(answers), "results": []}
         if final:
-            note = "generation, exact match" + ("" if count == len(shards) else f", first {count} samples")
+            note = (
+                "generation, exact match" + ("" if count == len(shards) else f", first {count} samples") + unusable.note
+            )
             own = {"name": "this run", "value": found["accuracy"], "n": len(answers), "note": note}
-            found["results"] = [own, *self._controls(built, shards, answers, count), *self.published]
+            found["results"] = [own, *self._controls(built, shards, answers, unusable), *self.published]
             if rank() == 0:
-                write_predictions(folder, answers, self._save_pictures(built, shards, count, folder))
+                write_predictions(folder, answers, self._save_pictures(built, shards, answers, folder))
         return found
 
-    def answers(self, built: Built, shards: ShardSet, images: Sequence[int]) -> list[Answer]:
-        """Answers to all questions of samples 0, 1, ..., sample i with the images of sample `images[i]`."""
+    def answers(
+        self, built: Built, shards: ShardSet, pairs: Sequence[tuple[int, int]], unusable: Unusable
+    ) -> list[Answer]:
+        """Answers to all questions of every pair's first sample, asked with the images of its second."""
         from vlm_train.data.collate import collate_prompts
 
         eos_ids, model = end_ids(built), cast(Any, built.model)
         answers = []
         with evaluating(built.model):
             device = next(built.model.parameters()).device
-            progress = progress_bar("questions", sum(shards.annotations(i) for i in range(len(images))))
-            for group in _groups(self._prompts(built, shards, images), self.batch):
+            progress = progress_bar("questions", sum(shards.annotations(number) for number, _ in pairs))
+            for group in _groups(self._prompts(built, shards, pairs, unusable), self.batch):
                 batch = collate_prompts([(prompt, views) for _, _, prompt, views in group], built.image_size)
                 ids = model.generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=eos_ids)
                 for (sample, asked, prompt, _), row in zip(group, ids.tolist(), strict=True):
@@ -125,31 +132,30 @@ class AnswerAccuracy:
         return answers
 
     def _prompts(
-        self, built: Built, shards: ShardSet, images: Sequence[int]
+        self, built: Built, shards: ShardSet, pairs: Sequence[tuple[int, int]], unusable: Unusable
     ) -> Iterator[tuple[int, str, Rendered, list[np.ndarray]]]:
-        for number, other in enumerate(images):
-            sample, blobs = shards.load(number)
-            if other != number:
-                donor, blobs = shards.load(other)
-                if len(donor.media) != len(sample.media):
-                    raise ConfigError(
-                        f"eval: {SHUFFLED_IMAGES} needs samples with equally many images, but {sample.key!r} has "
-                        f"{len(sample.media)} and {donor.key!r} {len(donor.media)} ({shards.folder})"
-                    )
-                sample = replace(sample, media=donor.media)
-            views = views_of(built, blobs)
-            for k, annotation in enumerate(sample.annotations):
-                yield number, question(annotation), self._prompt(built, sample, k), views
+        for number, other in pairs:
+            with unusable.watch(number):
+                sample, blobs = shards.load(number)
+                if other != number:
+                    sample, blobs = _with_media_of(sample, *shards.load(other), shards)
+                views = views_of(built, blobs)
+                prompts = [self._prompt(built, sample, k) for k in range(len(sample.annotations))]
+            if number not in unusable:
+                for annotation, prompt in zip(sample.annotations, prompts, strict=True):
+                    yield number, question(annotation), prompt, views
 
     def _prompt(self, built: Built, sample: Sample, k: int) -> Rendered:
         parts = built.template, built.tokenizer, built.layout
         return render(sample, *parts, annotations="first", annotation=k, generation=True)
 
     def _controls(
-        self, built: Built, shards: ShardSet, answers: Sequence[Answer], count: int
+        self, built: Built, shards: ShardSet, answers: Sequence[Answer], unusable: Unusable
     ) -> Iterator[dict[str, Any]]:
-        if SHUFFLED_IMAGES in self.controls and count > 1:
-            shuffled = self.answers(built, shards, derangement(count, self.seed))
+        usable = list(dict.fromkeys(answer.sample for answer in answers))
+        if SHUFFLED_IMAGES in self.controls and len(usable) > 1:
+            pairs = [(usable[i], usable[j]) for i, j in enumerate(derangement(len(usable), self.seed))]
+            shuffled = self.answers(built, shards, pairs, unusable)
             note = "this run's model, each question with another sample's image"
             yield {"name": "images shuffled", "value": accuracy(shuffled), "n": len(shuffled), "note": note}
         if self.majority_shards:
@@ -163,15 +169,38 @@ class AnswerAccuracy:
                 "note": note,
             }
 
-    def _save_pictures(self, built: Built, shards: ShardSet, count: int, folder: Path) -> dict[int, str]:
-        """Saves what the model sees of the first samples; returns sample number -> path relative to `folder`."""
+    def _save_pictures(self, built: Built, shards: ShardSet, answers: Sequence[Answer], folder: Path) -> dict[int, str]:
+        """Saves what the model sees of some samples; returns sample number -> path relative to `folder`."""
         paths = {}
-        for number in range(min(self.pictures, count)):
+        for number in pictured(answers, self.pictures):
             _, blobs = shards.load(number)
             if views := views_of(built, blobs):
                 paths[number] = f"images/{number}.png"
                 save_views(np.concatenate(views), folder / paths[number])
         return paths
+
+
+def _with_media_of(sample: Sample, donor: Sample, blobs: list[bytes], shards: ShardSet) -> tuple[Sample, list[bytes]]:
+    if len(donor.media) != len(sample.media):
+        raise ConfigError(
+            f"eval: {SHUFFLED_IMAGES} needs samples with equally many images, but {sample.key!r} has "
+            f"{len(sample.media)} and {donor.key!r} {len(donor.media)} ({shards.folder})"
+        )
+    return replace(sample, media=donor.media), blobs
+
+
+def pictured(answers: Sequence[Answer], most: int) -> list[int]:
+    """Samples whose picture is worth keeping: up to half with a wrong answer, the others spread evenly over all."""
+    wrong = list(dict.fromkeys(answer.sample for answer in answers if not answer.correct))
+    chosen = dict.fromkeys(spread(wrong, most // 2))
+    others = [number for number in dict.fromkeys(answer.sample for answer in answers) if number not in chosen]
+    return sorted([*chosen, *spread(others, most - len(chosen))])
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` items, evenly spread over all."""
+    count = min(len(items), most)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def normalised(text: str) -> str:
@@ -206,16 +235,14 @@ def derangement(count: int, seed: int) -> list[int]:
 def majority(shards: ShardSet) -> Callable[[str], str]:
     """Question text -> its most frequent answer in `shards`, or the most frequent of all for an unknown question."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample, _ in shards:
-        for annotation in sample.annotations:
-            counts[normalised(question(annotation))][normalised(reference(annotation))] += 1
+    unusable = Unusable(shards)
+    for number in range(len(shards)):
+        with unusable.watch(number):
+            for annotation in shards.load(number)[0].annotations:
+                counts[normalised(question(annotation))][normalised(reference(annotation))] += 1
+    unusable.check(len(shards))
     total = sum(counts.values(), Counter[str]())
     return lambda asked: counts.get(normalised(asked), total).most_common(1)[0][0]
-
-
-def views_of(built: Built, blobs: Sequence[bytes]) -> list[np.ndarray]:
-    """Views `[V, 3, H, W]` of encoded images; none for a model without a vision tower."""
-    return [] if built.image is None else [built.image(blob) for blob in blobs]
 
 
 def end_ids(built: Built) -> list[int]:
@@ -241,28 +268,6 @@ def write_predictions(folder: Path, answers: Sequence[Answer], pictures: dict[in
         for answer in answers:
             row = {name: getattr(answer, name) for name in ("key", "question", "reference", "prediction", "correct")}
             file.write(json.dumps(row | {"image": pictures.get(answer.sample)}, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is restored afterwards."""
-    import torch
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def progress_bar(unit: str, total: int) -> Callable[[int], Any]:
-    """A function that advances a progress bar, which shows on a terminal only."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(total=total, unit=f" {unit}", leave=False, disable=True if rank() else None).update
 
 
 def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config import run_dir
+from vlm_train.config import load_config, resolved, run_dir, run_file
 from vlm_train.errors import ConfigError
 from vlm_train.launch import rank
 
@@ -28,11 +30,12 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if not evaluators:
         raise ConfigError("eval: no evaluator is configured. Choose one, for example eval=easyvqa.")
     folder = run_dir(cfg)
+    labels = labels_of(cfg, folder)
     built = build(cfg)
     load_run_weights(built.model, cfg.init_from, folder)
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
         built.model.to("cuda")
-    found = run_evaluators(built, evaluators, folder)
+    found = run_evaluators(built, evaluators, folder, labels)
     if rank() == 0:
         print(results_table(folder))
     return found
@@ -46,22 +49,62 @@ def make_evaluators(cfg: DictConfig) -> dict[str, Any]:
     return {str(name): instantiate(nodes[name], _convert_="all") for name in nodes if nodes[name] is not None}
 
 
-def run_evaluators(built: Built, evaluators: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run every evaluator for good, into `folder/eval/<name>`, and save the results of all in the run's record."""
-    found = {name: one.run(built, folder / "eval" / name, final=True) for name, one in evaluators.items()}
-    rows = [row for one in found.values() for row in one["results"]]
+def run_evaluators(
+    built: Built, evaluators: dict[str, Any], folder: Path, labels: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run every evaluator for good, into `folder/eval/<label>`, and add the results to the run's record.
+
+    Returns:
+        `results` (table rows, `eval` naming their label), `<label>/accuracy`, and each evaluator's findings by name.
+    """
+    labels = labels or {name: name for name in evaluators}
+    found = {name: one.run(built, folder / "eval" / labels[name], final=True) for name, one in evaluators.items()}
+    rows = [row | {"eval": labels[name]} for name, one in found.items() for row in one["results"]]
+    metrics = {f"{labels[name]}/accuracy": one["accuracy"] for name, one in found.items()}
     if rank() == 0:
-        save_results(folder, rows)
-    return {**found, "results": rows}
+        save_results(folder, rows, metrics, official={name for name, label in labels.items() if name == label})
+    return {**found, **metrics, "results": rows}
 
 
-def save_results(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Put `rows` into `run.json` as `results` and write the report anew."""
+SEEN = ("model", "vision", "connector", "llm", "peft", "tokenizer", "template", "image")
+"""Groups that decide, besides the evaluator's own options, what an evaluation finds."""
+
+
+def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
+    """What to call each evaluation: its name if the run itself is configured so, else `<name>-<hash of the options>`.
+
+    One label stands for one way of evaluating, so that results of a few samples never replace those of all.
+    """
+    own = load_config(run_file(folder))
+    changed = {group: resolved(cfg, group) for group in SEEN if resolved(cfg, group) != resolved(own, group)}
+    nodes, ours = resolved(cfg, "eval") or {}, resolved(own, "eval") or {}
+    labels = {}
+    for name, node in nodes.items():
+        text = json.dumps([node, changed], sort_keys=True, default=str)
+        same = node == ours.get(name) and not changed
+        labels[name] = name if same else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return labels
+
+
+def save_results(
+    folder: Path, rows: list[dict[str, Any]], metrics: dict[str, float], official: Collection[str]
+) -> None:
+    """Put `rows` and `metrics` into `run.json`, in place of earlier ones of the same label, and renew the report.
+
+    Rows without a label are from the end of the training and give way to `official` ones of their name.
+    """
+    from vlm_train import record
     from vlm_train.report import write_report
 
-    path = folder / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"run_id": folder.name}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record | {"results": rows}, indent=2), encoding="utf-8")
-    partial.replace(path)
+    before = record.read(folder)
+    labels = {row["eval"] for row in rows}
+    renewed = {row["name"] for row in rows if row["eval"] in official}
+    kept = [
+        row
+        for row in before.get("results") or []
+        if (row["eval"] not in labels if "eval" in row else row["name"] not in renewed)
+    ]
+    first = [row for row in rows if row["eval"] in official]
+    results = [*first, *kept, *(row for row in rows if row["eval"] not in official)]
+    record.update(folder, results=results, metrics={**(before.get("metrics") or {}), **metrics})
     write_report(folder)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.export.merged import merged_state
+from vlm_train.export.chat import IMAGE_TOKEN
+from vlm_train.export.merged import merged_state, quantised
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.prefix import PrefixVLM
 from vlm_train.models.vision.hf import HFVision
 
-IMAGE_TOKEN = "<image>"
 _ROW_MULTIPLE = 64  # vocabulary rows are padded to this, as in the published LLaVA conversions
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
@@ -32,17 +32,17 @@ def export_llava(
     folder: str | Path,
     *,
     image_mode: str = "pad",
-    chat_template: str | None = None,
     eos_ids: Sequence[int] = (),
 ) -> Path:
-    """Write `model` as a `LlavaForConditionalGeneration` folder with tokenizer and processor, and verify it.
+    """Write `model` as a `LlavaForConditionalGeneration` folder with tokenizer and processor, and verify its logits.
+
+    The processor has no chat template, not even the tokenizer's own; see `chat.add_chat_template`.
 
     Args:
         model: a composition that LLaVA can express, in eval mode; adapters on its llm are merged into the copy.
         tokenizer: the tokenizer it was trained with; the copy that is written gains `<image>` if it has none.
-        folder: where to write; created.
+        folder: where to write; created. A failure leaves what it had written: `write_export` gives a temporary one.
         image_mode: `crop`, `pad` or `resize`, see `ImageTransform`.
-        chat_template: Jinja template for the processor.
         eos_ids: end-of-turn token ids for `generation_config.json`; empty: the tokenizer's end-of-text.
 
     Returns:
@@ -52,11 +52,12 @@ def export_llava(
         ConfigError: LLaVA has no such composition.
         AssetError: the folder read back does not give the same logits.
     """
-    _check_composition(model)
+    exportable(model)
     from transformers import GenerationConfig, LlavaForConditionalGeneration
 
     folder = Path(folder)
     tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -69,7 +70,7 @@ def export_llava(
     eos = list(eos_ids) or tokenizer.eos_token_id
     llava.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, do_sample=False)
     llava.save_pretrained(folder)
-    _processor(model.vision, tokenizer, image_mode, chat_template).save_pretrained(folder)
+    make_processor(model.vision, tokenizer, image_mode).save_pretrained(folder)
     verify_export(model, folder)
     return folder
 
@@ -103,7 +104,7 @@ def verify_export(model: PrefixVLM, folder: str | Path) -> float:
 
 
 def import_llava(model: PrefixVLM, folder: str | Path) -> None:
-    """Load the weights of a `LlavaForConditionalGeneration` folder (or hub name) into `model`.
+    """Load the weights of a local `LlavaForConditionalGeneration` folder into `model`.
 
     Vocabulary rows beyond the model's are left out (`<image>` and padding rows).
 
@@ -111,7 +112,7 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
         ConfigError: LLaVA has no such composition.
         AssetError: the checkpoint's parts are of another shape.
     """
-    _check_composition(model)
+    exportable(model)
     from transformers import LlavaForConditionalGeneration
 
     dtype = next(model.llm.parameters()).dtype
@@ -135,8 +136,8 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
     _fill_rows(model.llm, table, state["lm_head.weight"])
 
 
-def _check_composition(model: Any) -> None:
-    """Raise `ConfigError` with every reason why LLaVA cannot express `model`."""
+def exportable(model: Any) -> None:
+    """Raise `ConfigError` with every reason why LLaVA cannot express `model`. Reads no weight: it may be on meta."""
     if not isinstance(model, PrefixVLM):
         raise ConfigError(f"model: {type(model).__name__} has no LLaVA equivalent; only PrefixVLM does")
     problems = []
@@ -152,6 +153,8 @@ def _check_composition(model: Any) -> None:
             problems.append(f"llm.config.{scaled[0]}: LLaVA does not scale its logits")
         if getattr(head, "bias", None) is not None:
             problems.append("llm: LLaVA's head has no bias")
+    if layer := quantised(model):
+        problems.append(f"{layer}: is quantised; its adapter can only be merged into an unquantised base model")
     if problems:
         raise ConfigError(problems)
 
@@ -182,10 +185,10 @@ def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:
 def _llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
     """Our weights under LLaVA's names, the vocabulary filled up with mean rows."""
     name = _embedding_name(model.llm)
-    state = {f"model.vision_tower.{key}": value for key, value in model.vision.model.state_dict().items()}
-    for ours, theirs in ((0, 1), (2, 2)):
-        for key, value in model.connector.layers[ours].state_dict().items():
-            state[f"model.multi_modal_projector.linear_{theirs}.{key}"] = value
+    state = {f"model.vision_tower.{key}": value for key, value in merged_state(model.vision.model).items()}
+    for key, value in merged_state(model.connector.layers).items():
+        layer, _, kind = key.partition(".")
+        state[f"model.multi_modal_projector.linear_{1 if layer == '0' else 2}.{kind}"] = value
     for key, value in merged_state(model.llm.decoder).items():
         if not key.startswith(f"{name}."):
             state[f"model.language_model.{key}"] = value
@@ -235,7 +238,8 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _processor(vision: HFVision, tokenizer: Any, image_mode: str, chat_template: str | None) -> Any:
+def make_processor(vision: HFVision, tokenizer: Any, image_mode: str) -> Any:
+    """LLaVA's processor for a tower and a tokenizer that has `<image>`; without a chat template."""
     # The PIL variant runs without torchvision; it is saved under the name that both variants share.
     from transformers import LlavaImageProcessorPil, LlavaProcessor
 
@@ -256,7 +260,6 @@ def _processor(vision: HFVision, tokenizer: Any, image_mode: str, chat_template:
         patch_size=height // vision.grid[0],
         vision_feature_select_strategy="full" if vision.keep_cls or not vision.prefix_tokens else "default",
         num_additional_image_tokens=vision.prefix_tokens,
-        chat_template=chat_template,
         image_token=IMAGE_TOKEN,
     )
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig
 
-from vlm_train.config import run_dir, run_file, save_config
-from vlm_train.errors import ConfigError
+from vlm_train.config import run_dir, run_file, run_id, save_config
+from vlm_train.errors import AssetError, ConfigError
 
 EXPORT_FOLDER = "export"
-WEIGHTS = "model.safetensors"
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
@@ -26,38 +28,84 @@ def export(cfg: DictConfig) -> dict[str, Any]:
 
 
 def write_export(built: Any, folder: Path) -> Path:
-    """Write `<folder>/export` from a trained model and compare its logits."""
+    """Write `<folder>/export` from a trained model, once its logits and prompts were compared. A failure keeps the old.
+
+    Raises:
+        ConfigError: `transformers` has no such model. AssetError: what was written does not give the same logits.
+    """
     from vlm_train.evaluation.answers import end_ids
+    from vlm_train.export.chat import add_chat_template
     from vlm_train.export.llava import export_llava
 
     mode = getattr(built.image, "mode", "pad")
     model: Any = built.model.eval()
-    out = export_llava(model, built.tokenizer, folder / EXPORT_FOLDER, image_mode=mode, eos_ids=end_ids(built))
-    print(f"Exported to {out}; its logits equal the run's.")
+    out = folder / EXPORT_FOLDER
+    with replacing(out) as partial:
+        export_llava(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built))
+        problem = add_chat_template(partial, built.template, built.tokenizer, built.layout, built.image_size)
+    chat = f"it has no chat template: {problem}" if problem else "its chat template gives the prompts of training"
+    print(f"Exported to {out}; its logits equal the run's; {chat}.", flush=True)
     return out
 
 
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `final` when the block ends well and is deleted when it does not."""
+    partial, old = (final.with_name(f"{final.name}.{kind}") for kind in ("partial", "old"))
+    for leftover in (partial, old):
+        if leftover == old and old.exists() and not final.exists():
+            old.rename(final)  # a kill between the two renames below
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def import_(cfg: DictConfig) -> dict[str, Any]:
-    """Turn the LLaVA folder named by `init_from` into `<run>/model.safetensors`, which other runs can start from.
+    """Turn the local LLaVA folder that `init_from` names into a run that others can start from, evaluate and export.
 
     Raises:
-        ConfigError: `init_from` does not name exactly one folder.
+        ConfigError: `init_from` does not name exactly one whole LLaVA folder.
     """
-    from safetensors.torch import save_file
-
+    from vlm_train import checkpoint, record
     from vlm_train.build import build
     from vlm_train.export.llava import import_llava
 
-    if len(cfg.init_from) != 1:
-        raise ConfigError(f"init_from: mode=import takes one LLaVA folder, got {len(cfg.init_from)} entries.")
-    source, folder = Path(cfg.init_from[0].run), run_dir(cfg)
+    source = _llava_folder(cfg)
     cfg = cfg.copy()
+    cfg.run_name = cfg.run_name or f"{run_id(cfg)}-imported"  # never the folder of the run that trains this recipe
+    folder = run_dir(cfg)
     cfg.init_from = []
+    if (folder / "checkpoints").exists():
+        raise ConfigError(f"run_name: {folder} already holds checkpoints. Choose another run_name, or delete it.")
     built = build(cfg)
     import_llava(cast(Any, built.model), source)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, run_file(folder))
     weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
-    save_file(weights, folder / WEIGHTS)
-    print(f"Imported {source} as {folder / WEIGHTS}. Start from it with init_from=[{{run: {folder / WEIGHTS}}}].")
-    return {"weights": str(folder / WEIGHTS)}
+    checkpoint.save_weights(folder / "checkpoints", weights, run_id=run_id(cfg), step=0)
+    record.update(folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute()))
+    print(f"Imported {source} as {folder}. Start from it with init_from=[{{run: {folder}}}].", flush=True)
+    return {"run": str(folder)}
+
+
+def _llava_folder(cfg: DictConfig) -> Path:
+    if len(cfg.init_from) != 1:
+        raise ConfigError(f"init_from: mode=import takes one LLaVA folder, got {len(cfg.init_from)} entries.")
+    (entry,) = cfg.init_from
+    if entry.parts is not None:
+        raise ConfigError(
+            "init_from.0.parts: mode=import takes the whole LLaVA; name parts where a run starts from it."
+        )
+    if not (Path(entry.run) / "config.json").is_file():
+        raise AssetError(
+            f"init_from.0.run: {entry.run} has no config.json. Expected a local folder with the config.json, weights "
+            "(safetensors) and tokenizer of a LlavaForConditionalGeneration; download it first."
+        )
+    return Path(entry.run)

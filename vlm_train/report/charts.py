@@ -18,59 +18,56 @@ GRID = "rgba(138, 143, 152, 0.22)"
 MAX_POINTS = 1500  # per curve: more cannot be told apart on a screen
 LABEL_GAP = 0.02  # controls closer than this share a label
 LABEL_SHARE = 0.07  # of the axis: narrower stages get no label
+PAD = 1.02  # room to the right of the last point
+ROOM = 0.06  # above and below, as a share of the values' range
 LOG_RANGE = 15  # a loss that falls by more than this factor is drawn on a logarithmic axis
 
 
 def loss_chart(stage: Stage, name: str) -> str:
     """Training and validation losses of one stage over its steps; empty where none was recorded."""
-    curves = {key: points for key, points in stage.curves.items() if "loss" in key[1].lower()}
+    curves = {key: thin(points) for key, points in stage.curves.items() if "loss" in key[1].lower()}
+    total = {split: points for (split, metric), points in curves.items() if metric == "loss"}
+    curves = {key: points for key, points in curves.items() if key[1] == "loss" or points != total.get(key[0])}
     metrics = sorted({metric for _, metric in curves}, key=lambda metric: (metric != "loss", metric))
     figure = go.Figure()
-    values: list[float] = []
     for index, metric in enumerate(metrics):
         for split in sorted({split for split, other in curves if other == metric}, key=lambda split: split != "train"):
-            points = thin(curves[split, metric])
-            values += [point.value for point in points]
+            points = curves[split, metric]
             label = split if metric == "loss" else f"{split} {metric}"
             colour = COLOURS[(2 * index + (split != "train")) % len(COLOURS)]
             mode = "lines" if split == "train" and len(points) > 1 else "lines+markers"
-            figure.add_scatter(
-                x=[point.step for point in points],
-                y=[point.value for point in points],
-                name=escape(label),
-                mode=mode,
-                line={"color": colour, "width": 1.6 if split == "train" else 2.2},
-            )
+            line = {"color": colour, "width": 1.6 if split == "train" else 2.2}
+            _draw(figure, [(point.step, point.value) for point in points], label, mode=mode, line=line)
+    values = [point.value for points in curves.values() for point in points]
     if not values:
         return ""
-    figure.update_xaxes(title_text="step")
+    figure.update_xaxes(title_text="step", range=[0, PAD * max(points[-1].step for points in curves.values())])
     if min(values) > 0 and max(values) / min(values) > LOG_RANGE:
         ticks = _log_ticks(min(values), max(values))
         texts = [f"{tick:g}" for tick in ticks]
         figure.update_yaxes(title_text="loss (log scale)", type="log", tickvals=ticks, ticktext=texts)
     else:
-        figure.update_yaxes(title_text="loss")
+        figure.update_yaxes(title_text="loss", range=_around(values))
     return _html(figure, name, height=300)
 
 
 def accuracy_chart(report: Report, axis: str, name: str) -> str:
     """Accuracies of every stage, one after the other, over `axis` ("seconds" or "steps"); controls as dotted lines."""
-    figure, start, ends, drawn = go.Figure(), 0.0, [0.0], False
+    figure, start, ends = go.Figure(), 0.0, [0.0]
+    values = [control.value for control in controls_of(report.results)]
     names = short_names([stage.name for stage in report.stages])
     for index, stage in enumerate(report.stages):
-        curves = {key: points for key, points in stage.curves.items() if "accuracy" in key[1].lower()}
-        for (split, metric), points in curves.items():
-            drawn = True
-            figure.add_scatter(
-                x=[start + (point.seconds if axis == "seconds" else point.step) for point in points],
-                y=[point.value for point in points],
-                name=escape(f"{names[index]}: {split} {metric}"),
-                mode="lines+markers",
-                line={"color": COLOURS[index % len(COLOURS)], "dash": "dot" if split == "train" else "solid"},
-            )
+        for (split, metric), points in stage.curves.items():
+            if "accuracy" not in metric.lower():
+                continue
+            values += [point.value for point in points]
+            places = [(start + (point.seconds if axis == "seconds" else point.step), point.value) for point in points]
+            label = f"{names[index]}: {split} {metric.removesuffix('/accuracy')}"
+            line = {"color": COLOURS[index % len(COLOURS)], "dash": "dot" if split == "train" else "solid"}
+            _draw(figure, places, label, mode="lines+markers", line=line)
         length = stage.seconds if axis == "seconds" else _steps(stage)
         ends.append(start := start + length)
-    if not drawn:
+    if not figure.data:
         return ""
     if len(report.stages) > 1:
         _mark_stages(figure, names, ends)
@@ -79,9 +76,24 @@ def accuracy_chart(report: Report, axis: str, name: str) -> str:
             figure.add_hline(y=control.value, line={"color": MUTED, "width": 1, "dash": "dot"})
         text = ", ".join(escape(control.name) for control in controls)
         _note(figure, text, x=1, xref="paper", xanchor="right", y=controls[-1].value, yanchor="bottom")
-    figure.update_xaxes(title_text="training time (s)" if axis == "seconds" else "optimizer steps", range=[0, ends[-1]])
-    figure.update_yaxes(title_text="accuracy", tickformat=".0%")
+    title = "training time (s)" if axis == "seconds" else "optimizer steps"
+    figure.update_xaxes(title_text=title, range=[0, (PAD * ends[-1]) or 1])
+    figure.update_yaxes(title_text="accuracy", tickformat=".0%", range=_around(values))
     return _html(figure, name, height=360)
+
+
+def _draw(figure: Any, places: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
+    """A curve through (x, y); points on the frame are drawn whole."""
+    xs, ys = [x for x, _ in places], [y for _, y in places]
+    figure.add_scatter(x=xs, y=ys, name=escape(label), cliponaxis=False, **style)
+
+
+def _around(values: Sequence[float]) -> list[float]:
+    """An axis range with room around the values; one value alone stands above zero, as its bar would."""
+    low, high = min(values), max(values)
+    if low == high:
+        return sorted([0.0, 1.25 * high]) if high else [-1.0, 1.0]
+    return [low - ROOM * (high - low), high + ROOM * (high - low)]
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
@@ -104,10 +116,15 @@ def plotly_script() -> str:
     return str(get_plotlyjs())
 
 
+def controls_of(results: Sequence[Result]) -> list[Result]:
+    """What to compare with: every row of the first evaluation but the run's own."""
+    return [row for row in results[1:] if row.is_fraction and row.evaluation == results[0].evaluation]
+
+
 def _control_groups(results: Sequence[Result]) -> list[list[Result]]:
-    """What to compare with, lowest first: every row but the run's own; rows too close to be labelled apart together."""
+    """`controls_of`, lowest first; those too close to be labelled apart together."""
     groups: list[list[Result]] = []
-    for row in sorted((row for row in results[1:] if row.is_fraction), key=lambda row: row.value):
+    for row in sorted(controls_of(results), key=lambda row: row.value):
         if groups and row.value - groups[-1][-1].value < LABEL_GAP:
             groups[-1].append(row)
         else:
@@ -149,7 +166,7 @@ def _html(figure: Any, name: str, height: int) -> str:
         margin={"l": 8, "r": 12, "t": 28, "b": 8},
         height=height,
         showlegend=True,
-        legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"},
+        legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
         hovermode="x unified",
         hoverlabel={"font": {"color": "#1f2328"}, "bgcolor": "#ffffff"},
     )

@@ -52,6 +52,7 @@ def render(report: Report) -> str:
     environment.filters["duration"] = duration
     environment.filters["steps"] = steps
     environment.filters["count"] = lambda number: f"{number:,}" if isinstance(number, int) else number
+    environment.filters["trainable"] = trainable
     stages = [(stage, loss_chart(stage, f"loss-{index}")) for index, stage in enumerate(report.stages)]
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -84,13 +85,23 @@ def galleries(report: Report) -> list[tuple[str, int, int, list[Card]]]:
 
 
 def choose(rows: list[Prediction], most: int) -> list[Prediction]:
-    """At most `most` rows: three quarters spread evenly over all, then wrong ones, which are rare and tell most."""
-    if len(rows) <= most:
-        return rows
-    even = most - min(most // 4, sum(not row.correct for row in rows))
-    chosen = dict.fromkeys(index * len(rows) // even for index in range(even))
-    others = sorted((index for index in range(len(rows)) if index not in chosen), key=lambda index: rows[index].correct)
-    return [rows[index] for index in (*chosen, *others[: most - even])]
+    """At most `most` rows, those with an image if any has one: wrong ones up to half, the others spread evenly."""
+    rows = [row for row in rows if row.image is not None] or rows
+    wrong = [row for row in rows if not row.correct]
+    right = [row for row in rows if row.correct]
+    few = min(len(wrong), max(most // 2, most - len(right)))
+    return [*_spread(wrong, few), *_spread(right, most - few)]
+
+
+def _spread(rows: list[Prediction], most: int) -> list[Prediction]:
+    count = min(len(rows), most)
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def trainable(row: dict[str, Any]) -> int | str:
+    """How many parameters of a part learn: `trainable` says so, or says whether all do."""
+    value = row.get("trainable", "")
+    return (row.get("parameters", "") if value else 0) if isinstance(value, bool) else value
 
 
 def card(row: Prediction) -> Card:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from dataclasses import dataclass, field
+import statistics
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_train.errors import ConfigError
+
+PAUSE = 60.0  # seconds without a record after which nothing was running, if records usually come more often
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Result:
     value: float
     n: int | None
     note: str
+    evaluation: str = ""  # rows of one evaluation share it; "": written at the end of the training
 
     @property
     def is_fraction(self) -> bool:
@@ -36,7 +41,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Point:
-    """A metric's value at one step; `seconds` counts from the start of its stage."""
+    """A metric's value at one step; `seconds` counts from the first record of its stage, without pauses."""
 
     step: int
     seconds: float
@@ -68,7 +73,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time from the first to the last recorded metric."""
+        """Time from the first to the last recorded metric, pauses between two starts left out."""
         return max((points[-1].seconds for points in self.curves.values()), default=0.0)
 
     @property
@@ -128,14 +133,26 @@ def read_stage(folder: Path, name: str) -> Stage:
 def read_curves(path: Path) -> dict[tuple[str, str], list[Point]]:
     """`(split, metric) -> points` in step order. A step repeated after a resume counts once, as it was last."""
     records = [row for row in _json_lines(path) if _finite(row.get("step")) and _finite(row.get("time"))]
-    start = min((row["time"] for row in records), default=0.0)
+    seconds = active_seconds([float(row["time"]) for row in records])
     curves: dict[tuple[str, str], dict[int, Point]] = {}
     for row in records:
         for metric, value in row.items():
             if metric not in ("step", "time", "split") and _finite(value):
                 curve = curves.setdefault((str(row.get("split", "train")), metric), {})
-                curve[int(row["step"])] = Point(int(row["step"]), float(row["time"] - start), float(value))
+                curve[int(row["step"])] = Point(int(row["step"]), seconds[float(row["time"])], float(value))
     return {key: [curve[step] for step in sorted(curve)] for key, curve in curves.items()}
+
+
+def active_seconds(times: list[float]) -> dict[float, float]:
+    """Time of a record -> seconds since the first one. A pause (a run that was stopped and resumed) hardly counts.
+
+    A pause is longer than `PAUSE` and than ten usual gaps between records; it counts as one usual gap.
+    """
+    known = sorted(set(times))
+    gaps = [after - before for before, after in itertools.pairwise(known)]
+    usual = statistics.median(gaps) if gaps else 0.0
+    counted = [gap if gap <= max(PAUSE, 10 * usual) else usual for gap in gaps]
+    return dict(zip(known, itertools.accumulate(counted, initial=0.0), strict=False))
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -158,13 +175,20 @@ def _status(stages: list[Stage], expected: int) -> str:
 
 
 def _results(rows: object) -> list[Result]:
-    """The valid rows of `results`."""
-    found = []
+    """The valid rows of `results`, each once; a name that another evaluation used before is followed by its own."""
+    found: list[Result] = []
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict) and _finite(row.get("value")):
             n = int(row["n"]) if _finite(row.get("n")) else None
-            found.append(Result(str(row.get("name", "")), float(row["value"]), n, str(row.get("note") or "")))
-    return found
+            name, note, evaluation = (str(row.get(key) or "") for key in ("name", "note", "eval"))
+            found.append(Result(name, float(row["value"]), n, note, evaluation))
+    first = {row.name: row for row in reversed(found)}
+    same = [row for row in found if row == replace(first[row.name], evaluation=row.evaluation)]  # published values
+    return [
+        replace(row, name=f"{row.name} ({row.evaluation})") if row.evaluation != first[row.name].evaluation else row
+        for row in found
+        if row == first[row.name] or row not in same
+    ]
 
 
 def _stage_folder(schedule: Path, run: str) -> Path | None:

@@ -1,0 +1,77 @@
+"""Caption retrieval, with towers that read the number of a sample from its image and its caption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data_pipelines.media import image_item
+from data_pipelines.sample import Annotation, Media, Sample, Turn
+from data_pipelines.shards import ShardWriter
+from tests.data.rendering import assistant, load
+from tests.small_run import picture
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.layout import NoMedia
+from vlm_train.data.tokenizer import byte_level
+from vlm_train.errors import ConfigError
+from vlm_train.evaluation.retrieval import CaptionRetrieval
+
+COUNT = 5
+
+
+class Towers(torch.nn.Module):
+    """Image vectors point at the image's place in the set, caption vectors at the caption's length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def encode_image(self, media) -> torch.Tensor:
+        return torch.eye(COUNT)[: media.real]
+
+    def encode_text(self, stream) -> torch.Tensor:
+        return torch.eye(COUNT)[stream.segment_ids.sum(dim=1) - 3]  # bos, at least one letter, eos
+
+
+def shards(folder: Path, bad: tuple[int, ...]) -> str:
+    with ShardWriter(folder, source="test", licence="CC0", split="val", samples_per_shard=5) as writer:
+        for number in range(COUNT):
+            blob = picture(number)
+            if number in bad:
+                blob = blob[: len(blob) // 2]
+            turns = (Turn(role="user", parts=(Media(item=0),)), assistant("a" * (number + 1)))
+            sample = Sample(key=f"s{number}", media=(image_item(0, blob),), annotations=(Annotation(turns=turns),))
+            writer.write(sample, [blob])
+    return str(folder)
+
+
+@pytest.fixture
+def built() -> SimpleNamespace:
+    image = ImageTransform(mode="resize", size=(8, 8))
+    return SimpleNamespace(
+        model=Towers(),
+        tokenizer=byte_level(),
+        template=load("caption"),
+        layout=NoMedia(),
+        image=image,
+        image_size=(8, 8),
+    )
+
+
+def test_unusable_samples_are_left_out(
+    built: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shards(tmp_path / "set", bad=(COUNT - 1,))
+    found = CaptionRetrieval(shards=folder).run(built, tmp_path, final=True)
+    assert (found["accuracy"], found["n"]) == (1.0, COUNT - 1)
+    assert found["results"][0]["note"].endswith("(chance 0.250), 1 sample unusable")
+    assert "key 's4': image: cannot decode" in capsys.readouterr().out
+
+
+def test_nothing_usable_is_an_error(built: SimpleNamespace, tmp_path: Path) -> None:
+    folder = shards(tmp_path / "set", bad=tuple(range(COUNT)))
+    with pytest.raises(ConfigError, match="none of the 5 samples"):
+        CaptionRetrieval(shards=folder, batch=2).run(built, tmp_path, final=True)

@@ -1,0 +1,73 @@
+"""Writing `<run>/export`: complete and verified, or the earlier one stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from tests.data.rendering import load
+from tests.tiny_models import tiny_llm, tiny_vision
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.layout import GridLayout
+from vlm_train.data.tokenizer import byte_level
+from vlm_train.errors import AssetError
+from vlm_train.export import llava
+from vlm_train.export.run import replacing, write_export
+from vlm_train.models.connectors.mlp import MLP
+from vlm_train.models.prefix import PrefixVLM
+
+
+def two_by_two(size: object) -> tuple[int, int]:
+    return 2, 2
+
+
+def built(template: str = "vicuna_v1") -> SimpleNamespace:
+    torch.manual_seed(0)
+    tokenizer = byte_level()
+    config = {"model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32}
+    vision, llm = tiny_vision(), tiny_llm(config | {"num_hidden_layers": 1, "num_attention_heads": 2})
+    model = PrefixVLM(vision=vision, connector=MLP(in_dim=vision.out_dim, out_dim=llm.dim), llm=llm)
+    image = ImageTransform(mode="pad", size=(32, 32))
+    layout = GridLayout(two_by_two, two_by_two)
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, template=load(template), layout=layout, image=image, image_size=(32, 32)
+    )
+
+
+def test_export_carries_the_template_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = write_export(built(), tmp_path)
+    assert "its chat template gives the prompts of training" in capsys.readouterr().out
+    processor = AutoProcessor.from_pretrained(out)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    assert text.startswith("<bos>A chat between") and text.endswith("USER: <image>\nWhat color? ASSISTANT:")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write_export(built(), tmp_path)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def refuse(*_: object) -> None:
+        raise AssetError("export: logits differ")
+
+    monkeypatch.setattr(llava, "verify_export", refuse)
+    with pytest.raises(AssetError):
+        write_export(built("qa"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "export.old").mkdir()
+    (tmp_path / "export.old" / "kept").touch()
+    with pytest.raises(RuntimeError), replacing(tmp_path / "export"):
+        raise RuntimeError
+    assert (tmp_path / "export" / "kept").exists()
+    with replacing(tmp_path / "export") as partial:
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "new"]

@@ -1,0 +1,93 @@
+"""What every evaluator needs: the model in evaluation mode, what it sees of an image, samples that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipelines.errors import BadSample
+from data_pipelines.stream import ShardSet
+from vlm_train.errors import ConfigError
+from vlm_train.launch import rank
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vlm_train.build import Built
+
+NAMED = 10
+"""Unusable samples of a shard set that are named in full."""
+
+
+class Unusable:
+    """Samples of `shards` that cannot be read: noted and named, so that one of them does not end an evaluation.
+
+    Args:
+        reported: samples named before, to be named once only; shared by the evaluations of one run.
+    """
+
+    def __init__(self, shards: ShardSet, reported: set[tuple[Path, int]] | None = None) -> None:
+        self.shards = shards
+        self.reported = set() if reported is None else reported
+        self.reasons: dict[int, str] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self.reasons
+
+    @contextmanager
+    def watch(self, number: int) -> Iterator[None]:
+        """Notes and swallows a `BadSample` of sample `number`, naming its shard and key."""
+        try:
+            yield
+        except BadSample as error:
+            where = f"{self.shards.folder / self.shards.shard(number)}, key {self.shards.key(number)!r}"
+            self.reasons[number] = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            self._report(number)
+
+    def _report(self, number: int) -> None:
+        known = (self.shards.folder, number)
+        if rank() == 0 and known not in self.reported and len(self.reasons) <= NAMED:
+            more = "; further ones are only counted" if len(self.reasons) == NAMED else ""
+            print(f"eval: unusable, left out: {self.reasons[number]}{more}", flush=True)
+        self.reported.add(known)
+
+    @property
+    def note(self) -> str:
+        """ ", 2 samples unusable", or nothing."""
+        count = len(self.reasons)
+        return f", {count:,} sample{'s' * (count > 1)} unusable" if count else ""
+
+    def check(self, count: int) -> None:
+        """Raises `ConfigError` if all `count` samples (one or more) are unusable."""
+        if self.reasons and len(self.reasons) == count:
+            first = next(iter(self.reasons.values()))
+            raise ConfigError(f"eval: none of the {count:,} samples of {self.shards.folder} can be used: {first}")
+
+
+def views_of(built: Built, blobs: Sequence[bytes]) -> list[np.ndarray]:
+    """Views `[V, 3, H, W]` of encoded images; none for a model without a vision tower."""
+    return [] if built.image is None else [built.image(blob) for blob in blobs]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is restored afterwards."""
+    import torch
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def progress_bar(unit: str, total: int) -> Callable[[int], Any]:
+    """A function that advances a progress bar, which shows on a terminal only."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, unit=f" {unit}", leave=False, disable=True if rank() else None).update

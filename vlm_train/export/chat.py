@@ -1,0 +1,223 @@
+"""A run's conversation template as a Jinja chat template, so that a served prompt has the ids that training had.
+
+The chat template writes the bos token itself, as servers expect, and the exported tokenizer adds none. What cannot be
+written this way, or gives other ids than our own renderer, is left out: no template is better than a wrong one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadSample
+from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
+from vlm_train.data.layout import PLACEHOLDER_ID, MediaLayout
+from vlm_train.data.render import render
+from vlm_train.data.segments import ContentStyle
+from vlm_train.data.template import ChatTemplate, TokenizerTemplate
+
+IMAGE_TOKEN = "<image>"
+
+
+def add_chat_template(
+    folder: Path, template: Any, tokenizer: Any, layout: MediaLayout, image_size: tuple[int, int]
+) -> str | None:
+    """Give the exported processor in `folder` the chat template that reproduces `template`.
+
+    Args:
+        tokenizer: the one that the run was trained with.
+        layout: the run's media layout.
+        image_size: (height, width) in pixels of one view.
+
+    Returns:
+        None, or why the folder has no chat template; its tokenizer then adds the bos token if training did.
+    """
+    problem: str | None = f"{type(template).__name__} cannot be written as one"
+    for jinja in jinja_templates(template, tokenizer):
+        _write(folder, jinja, add_bos=False)
+        problem = difference(_processor(folder), template, tokenizer, layout, image_size)
+        if problem is None:
+            return None
+    _write(folder, None, add_bos=template.bos and tokenizer.bos_token is not None)
+    return problem
+
+
+def difference(
+    processor: Any, template: Any, tokenizer: Any, layout: MediaLayout, image_size: tuple[int, int]
+) -> str | None:
+    """Where the processor's prompt ids differ from those of training, over sample conversations; None: nowhere."""
+    from PIL import Image
+
+    height, width = image_size
+    for turns in _conversations():
+        count = sum(isinstance(part, Media) for turn in turns for part in turn.parts)
+        media = tuple(MediaItem(name=f"{item}.png", width=width, height=height) for item in range(count))
+        sample = Sample(key="chat", media=media, annotations=(Annotation(turns=turns),))
+        try:
+            ours = render(sample, template, tokenizer, layout, annotations="first", generation=True).llm.ids.tolist()
+        except BadSample:  # a conversation that the template does not allow
+            continue
+        expected = [processor.image_token_id if token == PLACEHOLDER_ID else token for token in ours]
+        images = [Image.new("RGB", (width, height)) for _ in range(count)] or None
+        try:
+            text = processor.apply_chat_template([_message(turn) for turn in turns], add_generation_prompt=True)
+            found = list(processor(text=text, images=images)["input_ids"][0])
+        except Exception as error:  # libraries differ in what they raise, and any of it means the same here
+            return f"transformers cannot use it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if found != expected:
+            return _first_difference(found, expected, "-".join(turn.role for turn in turns))
+    return None
+
+
+def jinja_templates(template: Any, tokenizer: Any) -> Iterator[str]:
+    """Jinja chat templates for `template`, to be tried in order; none if it cannot be written as one.
+
+    Tokenizers that mark the start of a text (sentencepiece) may do so only at its very start, while ours sees every
+    stretch between two images as a text of its own. The second form writes the space that makes up for it.
+    """
+    if type(template) is ChatTemplate:
+        body = _chat(template, tokenizer)
+    elif type(template) is TokenizerTemplate:
+        yield _own(template, tokenizer)
+        return
+    else:
+        return
+    bos = "{{- bos_token -}}\n" if template.bos and tokenizer.bos_token is not None else ""
+    yield f"{bos}{body}"
+    yield f"{bos}{{%- set whole -%}}\n{body}\n{{%- endset -%}}\n{_SPACED}"
+
+
+_SPACED = """{%- for stretch in whole.split('<image>') -%}
+{{- '' if loop.first else '<image>' -}}{{- ' ' if stretch and stretch[0] != ' ' else '' -}}{{- stretch -}}
+{%- endfor -%}"""
+
+
+def _chat(template: ChatTemplate, tokenizer: Any) -> str:
+    """The body of a template of fixed strings: `ChatTemplate.segments` in Jinja."""
+
+    def text(value: str) -> str:
+        value = value.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
+        return quoted(value)
+
+    system_prefix, system_suffix = text(template.system_prefix), text(template.system_suffix)
+    default = "''" if template.system is None else f"{system_prefix} ~ {quoted(template.system)} ~ {system_suffix}"
+    head, in_user = ("", "ns.system ~ ") if template.system_in_user else ("{{- ns.system -}}", "")
+    question = f"content(message, {'true' if template.user_text else 'false'})"
+    user = f"{text(template.user_prefix)} ~ {in_user}{question} ~ {text(template.user_suffix)}"
+    assistant = text(template.assistant_prefix)
+    answer = f"{assistant} ~ {text(template.answer_lead)} ~ content(message, true) ~ {text(template.assistant_suffix)}"
+    return f"""{_content(template.style)}
+{{%- set ns = namespace(system={default}, answered=false) -%}}
+{{%- if messages and messages[0]['role'] == 'system' -%}}
+{{%- set said = content(messages[0], true) -%}}
+{{%- set ns.system = {system_prefix} ~ said ~ {system_suffix} if said else '' -%}}
+{{%- set messages = messages[1:] -%}}
+{{%- endif -%}}
+{head}
+{{%- for message in messages -%}}
+{{%- if message['role'] == 'user' -%}}
+{{{{- {text(template.separator)} if ns.answered else '' -}}}}{{{{- {user} -}}}}
+{{%- set ns.system = '' -%}}
+{{%- elif message['role'] == 'assistant' -%}}
+{{{{- {answer} -}}}}
+{{%- else -%}}
+{{{{- raise_exception('roles: a system message first, then user and assistant; got ' ~ message['role']) -}}}}
+{{%- endif -%}}
+{{%- set ns.answered = message['role'] == 'assistant' -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- {assistant} -}}}}{{%- endif -%}}"""
+
+
+def _own(template: TokenizerTemplate, tokenizer: Any) -> str:
+    """The tokenizer's own chat template, given messages in which images are already text."""
+    system = ""
+    if template.system is not None:
+        first = f"[{{'role': 'system', 'content': {quoted(template.system)}}}]"
+        test = "not messages or messages[0]['role'] != 'system'"
+        system = f"{{%- if {test} -%}}{{%- set messages = {first} + messages -%}}{{%- endif -%}}\n"
+    return f"""{_content(template.style)}
+{system}{{%- set ns = namespace(messages=[]) -%}}
+{{%- for message in messages -%}}
+{{%- set plain = {{'role': message['role'], 'content': content(message, true)}} -%}}
+{{%- set ns.messages = ns.messages + [plain] -%}}
+{{%- endfor -%}}
+{{%- set messages = ns.messages %}}{tokenizer.get_chat_template()}"""
+
+
+def _content(style: ContentStyle) -> str:
+    """Macro `content(message, with_text)`: `ContentStyle.content` in Jinja."""
+    image = quoted(style.media_prefix + IMAGE_TOKEN + style.media_suffix)
+    trimmed = {
+        "first": "c.media ~ (c.text | trim if c.media or STRIP else c.text)",
+        "drop": "c.text | trim if STRIP else c.text",
+        "inline": f"(c.text | trim if STRIP else c.text) | replace('{IMAGE_TOKEN}', {image})",
+    }[style.media].replace("STRIP", "true" if style.strip else "false")
+    placed = {"first": f"{{%- set c.media = c.media ~ {image} -%}}", "drop": ""}
+    return f"""{{%- macro content(message, with_text) -%}}
+{{%- set c = namespace(media='', text='') -%}}
+{{%- for part in ([{{'type': 'text', 'text': message['content']}}] if message['content'] is string
+    else message['content']) -%}}
+{{%- if part['type'] == 'image' -%}}
+{placed.get(style.media, f"{{%- set c.text = c.text ~ '{IMAGE_TOKEN}' -%}}")}
+{{%- elif part['type'] == 'text' and with_text -%}}
+{{%- set c.text = c.text ~ part['text'] -%}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{{{- {trimmed} -}}}}
+{{%- endmacro -%}}"""
+
+
+def quoted(text: str) -> str:
+    """`text` as a Jinja string literal."""
+    return "'" + text.encode("unicode_escape").decode("ascii").replace("'", "\\'") + "'"
+
+
+def _write(folder: Path, jinja: str | None, *, add_bos: bool) -> None:
+    """Save the processor in `folder` anew with this chat template, or none, and a tokenizer that adds bos, or not."""
+    for old in ("chat_template.jinja", "chat_template.json"):
+        (folder / old).unlink(missing_ok=True)
+    processor = _processor(folder)
+    processor.chat_template = processor.tokenizer.chat_template = jinja
+    if processor.tokenizer.add_eos_token:
+        processor.tokenizer.add_eos_token = False
+    processor.tokenizer.add_bos_token = add_bos  # also drops whatever else the tokenizer puts around a text
+    processor.save_pretrained(folder)
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+def _conversations() -> Iterator[tuple[Turn, ...]]:
+    """One question with an image, several turns with two, a system message, text alone."""
+    system, answer = _turn("system", "Answer with one word."), _turn("assistant", "Red.")
+    first, second = _turn("user", "What color is it?", 0), _turn("user", "And is that one yes or no?", 1)
+    yield (first,)
+    yield first, answer, second
+    yield system, first
+    yield (_turn("user", "What is a square?"), answer, _turn("user", "Is it round?"))
+
+
+def _turn(role: Any, text: str, *items: int) -> Turn:
+    return Turn(role=role, parts=(*(Media(item=item) for item in items), Text(text=text)))
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn as `transformers` writes messages."""
+    parts: list[dict[str, str]] = []
+    for part in turn.parts:
+        parts.append({"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"})
+    return {"role": turn.role, "content": parts}
+
+
+def _first_difference(found: Sequence[int], expected: Sequence[int], roles: str) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+    )
+    return (
+        f"its ids for a {roles} conversation differ from training's at token {at}: {list(found[at : at + 4])}, "
+        f"training {list(expected[at : at + 4])}"
+    )
