@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
 from vlm_train import cli, config, launch
-from vlm_train.errors import BatchError, ConfigError, TrainingError
+from vlm_train.errors import BatchError, ConfigError, Interrupted, TrainingError
 
 STAGE = "recipe=llava15_stage1"
 
@@ -270,12 +270,12 @@ def _lightnings_exit() -> None:
         (_lightnings_exit, 130),
         (lambda: _raise(SIGTERMException()), 143),
         (lambda: sys.exit(143), 143),
-        (lambda: _raise(launch.Interrupted(129)), 129),
+        (lambda: _raise(Interrupted(1)), 129),
     ],
 )
 def test_interruptions_have_their_exit_codes(work: Callable[[], None], code: int, capsys) -> None:
     assert cli.guarded(work) == code
-    assert capsys.readouterr().err == "Interrupted. The same command resumes.\n"
+    assert capsys.readouterr().err.endswith("The same command resumes.\n")
 
 
 def test_other_exits_are_left_alone() -> None:

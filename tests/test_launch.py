@@ -15,7 +15,7 @@ import pytest
 from omegaconf import DictConfig
 
 from vlm_train import config, launch, record
-from vlm_train.errors import ConfigError
+from vlm_train.errors import ConfigError, Interrupted
 
 FAKE_CHILD = """
 import json, os, signal, sys, time
@@ -99,7 +99,7 @@ def test_exit_code_0_without_a_finished_run_is_a_failure(cfg: DictConfig, child)
 )
 def test_child_stopped_by_others_counts_as_interrupted(cfg: DictConfig, child, ending: str, code: int) -> None:
     child(ending)
-    with pytest.raises(launch.Interrupted) as caught:
+    with pytest.raises(Interrupted) as caught:
         launch.run_child(cfg)
     assert caught.value.code == code
 

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig
 
 from vlm_train import cli, config, launch, schedule
-from vlm_train.errors import AssetError, ConfigError
+from vlm_train.errors import AssetError, ConfigError, Interrupted
 
 FIRST = "# @package _global_\nbatch: {samples: 4}\noptim: {lr: 0.5}\n"
 SECOND = '# @package _global_\nbatch: {samples: 8}\ninit_from:\n  - {run: "???", parts: [connector]}\n'
@@ -220,11 +220,11 @@ def test_interruption_stops_the_schedule(
     folder: Path, ran: list[DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(cfg: DictConfig) -> dict[str, Any]:
-        raise launch.Interrupted(143)
+        raise Interrupted(15)
 
     monkeypatch.setattr(launch, "run_child", interrupted)
     assert cli.main(["--config-dir", str(folder), "schedule=pair"]) == 143
-    assert capsys.readouterr().err == "Interrupted. The same command resumes.\n"
+    assert capsys.readouterr().err == "Interrupted: SIGTERM. The same command resumes.\n"
     assert next((folder / "runs").glob("pair-*/schedule.json")).is_file()
 
 

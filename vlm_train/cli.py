@@ -67,10 +67,6 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
         work()
     except Composition as error:
         return _report(ConfigError(explain(overrides, dirs, error)), error)
-    except Interrupted as error:
-        if launch.rank() == 0:
-            print(f"Interrupted: {error}", file=sys.stderr)
-        return error.code
     except EXPECTED as error:
         return _report(error, error)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -78,15 +74,16 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
         if code is None:
             raise
         if launch.rank() == 0:
-            print("Interrupted. The same command resumes.", file=sys.stderr)
+            said = error if isinstance(error, Interrupted) else "The same command resumes."
+            print(f"Interrupted: {said}", file=sys.stderr)
         return code
     return 0
 
 
 def _interruption(error: BaseException) -> int | None:
     """The exit code of a run that a signal ended; None for an exit of another kind."""
-    if isinstance(error, launch.Interrupted):
-        return int(error.code or 1)
+    if isinstance(error, Interrupted):
+        return error.code
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):  # Lightning: exit(1)
         return 128 + signal.SIGINT
     if type(error).__name__ == "SIGTERMException" or (isinstance(error, SystemExit) and error.code == 143):

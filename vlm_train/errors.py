@@ -37,9 +37,15 @@ class TrainingError(VLMTrainError):
     """Training cannot go on: non-finite loss, too few supervised tokens, too many bad samples."""
 
 
-class Interrupted(VLMTrainError):
-    """A run that was asked to stop and did so with a checkpoint. `code` is the exit code: 128 + the signal's number."""
+class Interrupted(SystemExit):
+    """A signal ended the run, with a checkpoint if `step` says so. Not an error: it stops schedules and sweeps too.
 
-    def __init__(self, number: int, step: int) -> None:
+    `code` is the exit code: 128 + the signal's number.
+    """
+
+    code: int
+
+    def __init__(self, number: int, step: int | None = None) -> None:
+        where = "" if step is None else f" at step {step}, which is saved"
+        super().__init__(f"{signal.Signals(number).name}{where}. The same command resumes.")
         self.code = 128 + number
-        super().__init__(f"stopped at step {step} by {signal.Signals(number).name}. The same command resumes.")

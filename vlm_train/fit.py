@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -18,9 +17,10 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train import checkpoint, config
+from vlm_train import checkpoint, config, record
 from vlm_train.errors import ConfigError, Interrupted, TrainingError
 from vlm_train.launch import rank
+from vlm_train.length import planned_samples
 
 TOKENIZER = "tokenizer"
 
@@ -29,7 +29,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     """Train the configured run to its end, resuming it where it stopped. Returns its final metrics."""
     folder, identity = config.run_dir(cfg), config.run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    status = _status(folder)
+    status = record.read(folder)
     if status.get("status") == "done" and cfg.resume == "auto":
         print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
         return dict(status.get("metrics") or {})
@@ -162,20 +162,13 @@ def _policy(cfg: DictConfig, model: Any) -> Any:
 def _plan(cfg: DictConfig, samples: int) -> Any:
     from vlm_train.data.order import Plan
 
-    if cfg.batch.samples is None:
-        raise ConfigError("batch.tokens: token budgets need packing, which is not available yet; set batch.samples")
-    limits = []
-    if cfg.trainer.epochs is not None:
-        limits.append(math.ceil(cfg.trainer.epochs * samples))
-    if cfg.trainer.max_steps is not None:
-        limits.append(cfg.trainer.max_steps * cfg.batch.samples)
     world = (
         int(os.environ.get("WORLD_SIZE", 1)) if cfg.launch.kind != "srun" else int(os.environ.get("SLURM_NTASKS", 1))
     )
     return Plan(
         samples=samples,
         batch=cfg.batch.samples,
-        total=min(limits),
+        total=planned_samples(cfg, samples),
         seed=cfg.seed,
         world=world,
         micro=cfg.batch.micro,
@@ -329,17 +322,9 @@ def _last(folder: Path, split: str) -> dict[str, Any]:
     return found[-1] if found else {}
 
 
-def _status(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _write_status(folder: Path, **changes: Any) -> None:
-    if rank() != 0:
-        return
-    temporary = folder / f"run.json.{os.getpid()}.partial"
-    temporary.write_text(json.dumps(_status(folder) | changes, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / "run.json")
+    if rank() == 0:
+        record.update(folder, **changes)
 
 
 def _write_parameters(folder: Path, policy: Any) -> None:
@@ -353,7 +338,7 @@ def _write_parameters(folder: Path, policy: Any) -> None:
         }
         for r in policy.rows
     ]
-    (folder / "params.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    record.write_json(folder / "params.json", rows)
 
 
 def _keep_metrics(folder: Path, step: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train import config, record
-from vlm_train.errors import ConfigError, TrainingError
+from vlm_train.errors import ConfigError, Interrupted, TrainingError
 
 log = logging.getLogger("vlm_train")
 
@@ -52,10 +52,6 @@ class ChildError(TrainingError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
-
-
-class Interrupted(SystemExit):
-    """A signal ended the run. Not an error: it must stop a schedule and a multirun too. `code` is 128 + its number."""
 
 
 def rank() -> int:
@@ -132,7 +128,7 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     if trains:
         _mark_failed(folder, ended.code)
     if ended.signal:
-        raise Interrupted(128 + ended.signal)
+        raise Interrupted(ended.signal)
     raise ChildError(_describe(cfg, folder, ended), ended.code)
 
 
