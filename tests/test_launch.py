@@ -102,6 +102,7 @@ def test_child_stopped_by_others_counts_as_interrupted(cfg: DictConfig, child, e
     with pytest.raises(Interrupted) as caught:
         launch.run_child(cfg)
     assert caught.value.code == code
+    assert record.read(config.run_dir(cfg))["status"] == "interrupted"
 
 
 def test_only_training_writes_the_runs_config(cfg: DictConfig, child) -> None:

@@ -41,7 +41,7 @@ from vlm_train.trust import check_unsafe_keys, components, untrusted, untrusted_
 THREADED: dict[str, frozenset[str]] = {
     "model": frozenset(PARTS),
     "connector": frozenset({"in_dim", "out_dim"}),
-    "llm": frozenset({"vocab_size"}),
+    "llm": frozenset({"vocab_size", "new_tokens"}),  # one of them: does the configuration fix the vocabulary?
     "image": frozenset({"size", "mean"}),
     "data": frozenset({"built", "seed"}),
     "peft": frozenset({"model"}),

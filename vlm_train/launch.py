@@ -126,7 +126,7 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
         return read_result(folder)
     if trains:
-        _mark_failed(folder, ended.code)
+        _mark_ended(folder, ended)
     if ended.signal:
         raise Interrupted(ended.signal)
     raise ChildError(_describe(cfg, folder, ended), ended.code)
@@ -239,10 +239,10 @@ def _describe(cfg: DictConfig, folder: Path, ended: Ended) -> str:
     return f"{cfg.mode} of {folder.name} {how}. {where}; the same command resumes.{tail}"
 
 
-def _mark_failed(folder: Path, code: int) -> None:
+def _mark_ended(folder: Path, ended: Ended) -> None:
     """A child that was killed could not say so itself."""
     if record.read(folder).get("status") == "running":
-        record.update(folder, status="failed", exit_code=code)
+        record.update(folder, status="interrupted" if ended.signal else "failed", exit_code=ended.code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
