@@ -274,21 +274,19 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
     """Final evaluation, run.json and report, on rank 0."""
     if not trainer.is_global_zero:
         return {}
+    from vlm_train.evaluation.run import run_evaluators
+
     metrics: dict[str, float] = {}
-    results: list[dict[str, Any]] = []
-    for name, evaluator in evaluators.items():
-        result = evaluator.run(built, folder / "eval" / name, final=True)
-        metrics[f"{name}/accuracy"] = result["accuracy"]
-        results += result["results"]
-        module.write("test", {f"{name}/accuracy": result["accuracy"]})
+    if evaluators:
+        found = run_evaluators(built, evaluators, folder)  # which also records the results
+        metrics = {f"{name}/accuracy": found[name]["accuracy"] for name in evaluators}
+        module.write("test", metrics)
     for name, split in (("loss", "train"), ("val_loss", "val")):
         if last := _last(folder, split):
             metrics[name] = last["loss"]
     if built.cfg.trainer.export:
         _export(built, folder)
-    _write_status(
-        folder, status="done", step=trainer.global_step, metrics=metrics, results=results, finished=time.time()
-    )
+    _write_status(folder, status="done", step=trainer.global_step, metrics=metrics, finished=time.time())
     from vlm_train.report import write_report
 
     print(f"report: {write_report(folder)}", flush=True)

@@ -66,7 +66,7 @@ def run_evaluators(
     return {**found, **metrics, "results": rows}
 
 
-SEEN = ("model", "vision", "connector", "llm", "peft", "tokenizer", "template", "image")
+SEEN = ("model", "vision", "connector", "llm", "peft", "template", "image")
 """Groups that decide, besides the evaluator's own options, what an evaluation finds."""
 
 
