@@ -203,7 +203,7 @@ def newest_valid(root: Path) -> Resume | None:
 
 
 def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
-    """What to resume from: this run's own (`auto`), a given checkpoint of this run, or nothing (`never`).
+    """What to resume from: this run's own (`auto`), a given checkpoint of this run, or nothing (`never`, `restart`).
 
     Raises:
         CheckpointError: damaged, of another run, without an optimizer's state, or `never` with checkpoints there.
@@ -214,6 +214,8 @@ def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
             raise CheckpointError(
                 f"resume=never, but {root} holds checkpoints. Choose another run_name, or delete the folder."
             )
+        return None
+    if resume == "restart":
         return None
     if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
         raise CheckpointError(f"resume: {resume} is a run; give one of its checkpoints, {resume}/checkpoints/step-...")

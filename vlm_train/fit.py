@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -34,6 +35,8 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
         return dict(status.get("metrics") or {})
     with _alone(folder):
+        if cfg.resume == "restart" and rank() == 0:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         resumed = checkpoint.find_resume(cfg.resume, folder, identity)
         _keep_metrics(folder, resumed.step if resumed else -1)
         print(f"{identity}: {_start(resumed)}", flush=True)

@@ -57,8 +57,8 @@ class Trainer:
     max_steps: int | None = None  # stop here even if epochs would go on
     precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true | 16-mixed
     clip_norm: float | None = None  # gradient norm clip; null: none
-    val_every: int | None = None  # validation loss and evaluators; null: only at the end
-    save_every: int | None = None  # checkpoints; null: only at the end
+    val_every: int | None = None  # validation loss and evaluators; they also run at the end
+    save_every: int | None = 500  # checkpoints; null: only at the end (and when the run is asked to stop)
     log_every: int = 10
     keep_last: int = 2  # newest checkpoints kept, besides the best
     activation_checkpointing: bool = False
@@ -124,7 +124,7 @@ class Root:
     seed: int = 42
     run_name: str | None = None  # null: <recipe>-<hash of the training-relevant config>
     run: str | None = None  # eval, export, show: an existing run folder, whose config is used
-    resume: str = "auto"  # auto: this run's newest valid checkpoint | never | path of a checkpoint
+    resume: str = "auto"  # auto: this run's newest valid checkpoint | never | path | restart: delete its checkpoints
     init_from: list[InitFrom] = field(default_factory=list)
     allow_targets: list[str] = field(default_factory=list)  # further `_target_` prefixes to trust
     recipe_name: str = "custom"  # set by each recipe; names the run
