@@ -75,8 +75,12 @@ def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
 
     One label stands for one way of evaluating, so that results of a few samples never replace those of all.
     """
+    from vlm_train.fit import TOKENIZER
+
     own = load_config(run_file(folder))
     changed = {group: resolved(cfg, group) for group in SEEN if resolved(cfg, group) != resolved(own, group)}
+    if (changed.get("tokenizer") or {}).get("name") == str(folder / TOKENIZER):
+        del changed["tokenizer"]  # the copy that the run kept
     nodes, ours = resolved(cfg, "eval") or {}, resolved(own, "eval") or {}
     labels = {}
     for name, node in nodes.items():

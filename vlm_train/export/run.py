@@ -76,6 +76,7 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     from vlm_train import checkpoint, record
     from vlm_train.build import build
     from vlm_train.export.llava import import_llava
+    from vlm_train.fit import TOKENIZER
 
     source = _llava_folder(cfg)
     cfg = cfg.copy()
@@ -90,6 +91,7 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     save_config(cfg, run_file(folder))
     weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
     checkpoint.save_weights(folder / "checkpoints", weights, run_id=run_id(cfg), step=0)
+    built.tokenizer.save_pretrained(folder / TOKENIZER)
     record.update(folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute()))
     print(f"Imported {source} as {folder}. Start from it with init_from=[{{run: {folder}}}].", flush=True)
     return {"run": str(folder)}
