@@ -19,6 +19,8 @@ HUB_TIMEOUT = 5.0
 
 def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str]:
     """One line per asset that is named by a setting and missing. `expected`: run folders yet to be filled."""
+    if cfg.mode == "import":  # brings weights and tokenizer itself
+        return list(_missing_runs(cfg, expected))
     problems = [*_missing_weights(cfg), *_missing_shards(cfg), *_missing_runs(cfg, expected)]
     return list(dict.fromkeys(problems))
 
@@ -55,8 +57,8 @@ def _absent(name: str, probe: str) -> str | None:
 
 
 def _missing_shards(cfg: DictConfig) -> Iterator[str]:
-    """Every `shards` below `data` or `eval` is a folder with a manifest."""
-    for group in ("data", "eval", "tokenizer"):
+    """Every `shards` that the mode reads is a folder with a manifest."""
+    for group in {"eval": ("eval", "tokenizer"), "export": ("tokenizer",)}.get(cfg.mode, ("data", "eval", "tokenizer")):
         for path, folder in _shards(group, resolved(cfg, group)):
             if folder == "???":
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."
@@ -95,5 +97,5 @@ def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
             yield f"{key} is missing: this recipe starts from another run's weights, {key}=<run folder>."
         elif Path(run).absolute() not in expected and not Path(run).exists():
             yield f"{key}: {run} does not exist. Expected a run folder, a checkpoint or .safetensors."
-    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
-        yield f"resume: {cfg.resume} does not exist. Allowed: auto, never, or the path of a checkpoint."
+    if cfg.resume not in ("auto", "never", "restart") and not Path(cfg.resume).exists():
+        yield f"resume: {cfg.resume} does not exist. Allowed: auto, never, restart, or the path of a checkpoint."

@@ -92,6 +92,8 @@ def _threaded(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any)
         size = cfg.llm.config.get("vocab_size")
         if size is None:
             return {"vocab_size": len(tokenizer)}
+        if "new_tokens" in cfg.llm:
+            return {}
         return {"new_tokens": max(0, len(tokenizer) - size)}  # padded tables have room; others get rows of their own
     return {}
 

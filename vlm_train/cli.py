@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequence[str | Path] = ()) -> int:
     """Runs `work`, prints errors that speak to the user, and returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStdout()])
     try:
         work()
     except Composition as error:
@@ -78,6 +78,14 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
             print(f"Interrupted: {said}", file=sys.stderr)
         return code
     return 0
+
+
+class _ToStdout(logging.StreamHandler[Any]):
+    """Writes to what sys.stdout is at the time, which callers of `main` may have redirected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
 
 
 def _interruption(error: BaseException) -> int | None:

@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train import checkpoint, config, record
-from vlm_train.errors import ConfigError, Interrupted, TrainingError
+from vlm_train.errors import AssetError, ConfigError, Interrupted, TrainingError
 from vlm_train.launch import rank
 from vlm_train.length import planned_samples
 
@@ -302,6 +302,8 @@ def _export(built: Any, folder: Path) -> None:
 
     try:
         write_export(built, folder)
+    except AssetError as error:
+        print(f"trainer.export: failed, an earlier export is kept: {error}", flush=True)
     except ConfigError as error:
         print(f"trainer.export: not exported, because `transformers` has no such model: {error}", flush=True)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.config import run_dir, run_file, run_id, save_config
 from vlm_train.errors import AssetError, ConfigError
@@ -83,6 +83,11 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     cfg.run_name = cfg.run_name or f"{run_id(cfg)}-imported"  # never the folder of the run that trains this recipe
     folder = run_dir(cfg)
     cfg.init_from = []
+    for part in ("vision", "llm"):
+        cfg[part].weights = None
+    if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
+        cfg.tokenizer.name = str(source.absolute())
+    OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
     if (folder / "checkpoints").exists():
         raise ConfigError(f"run_name: {folder} already holds checkpoints. Choose another run_name, or delete it.")
     built = build(cfg)
