@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
 import sys
@@ -38,7 +36,8 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         if cfg.resume == "restart" and rank() == 0:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         resumed = checkpoint.find_resume(cfg.resume, folder, identity)
-        _keep_metrics(folder, resumed.step if resumed else -1)
+        if rank() == 0:  # before any other rank can log
+            record.keep_metrics(folder, resumed.step if resumed else -1)
         print(f"{identity}: {_start(resumed)}", flush=True)
         try:
             return _train(cfg, folder, identity, resumed)
@@ -72,8 +71,10 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     import torch
 
     from vlm_train.build import build, halve
+    from vlm_train.callbacks.loop import Evaluation
     from vlm_train.data.datamodule import VLMData
     from vlm_train.data.tokenizer import vocabulary
+    from vlm_train.trainer import loop_callbacks, make_trainer
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
@@ -91,21 +92,19 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
         resumed.require(**facts)
     module = _module(cfg, built.model, policy, data.plan, folder)
     evaluators = {k: instantiate(v, _convert_="all") for k, v in (cfg.eval or {}).items() if v is not None}
-    trainer = _trainer(cfg, data.plan, _callbacks(cfg, built, data, evaluators, folder, facts, resumed), folder)
+    held_out = len(data.val) > 0
+    evaluation = Evaluation(built, evaluators, folder, every=None if held_out else cfg.trainer.val_every)
+    callbacks = loop_callbacks(cfg, data.plan, evaluation, folder, facts, resumed)
+    trainer = make_trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
-        print(policy.table(), flush=True)
-        _write_parameters(folder, policy)
-        built.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
-        _write_status(folder, **_facts(cfg, identity, data.plan.steps))
-        for logger in trainer.loggers:
-            logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
+        _describe(cfg, built, policy, trainer, folder, identity)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, datamodule=data, ckpt_path=resumed.state if resumed else None, weights_only=True)
     if trainer.global_step < data.plan.steps:
         raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
-    validated = trainer.strategy.broadcast(_last(folder, "val").get("step"))
-    if len(data.val) and validated != data.plan.steps:  # no interval ended here
+    validated = trainer.strategy.broadcast(record.last_loss(folder, "val").get("step"))
+    if held_out and validated != data.plan.steps:  # no interval ended here
         trainer.validate(module, datamodule=data, verbose=False)
     built.model.to(trainer.strategy.root_device)  # where Lightning took it away when it was done
     metrics = _finish(built, module, evaluators, folder, trainer)
@@ -114,40 +113,15 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     return metrics
 
 
-def _facts(cfg: DictConfig, identity: str, steps: int) -> dict[str, Any]:
-    return {
-        "run_id": identity,
-        "recipe": cfg.recipe_name,
-        "status": "running",
-        "total_steps": steps,
-        "started": time.time(),
-    }
-
-
-def _callbacks(
-    cfg: DictConfig,
-    built: Any,
-    data: Any,
-    evaluators: dict[str, Any],
-    folder: Path,
-    facts: dict[str, Any],
-    resumed: checkpoint.Resume | None,
-) -> list[Any]:
-    """Evaluators before checkpoints, so that a checkpoint never lacks the scores of its step."""
-    from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log, StopSignals
-
-    interval, held_out = cfg.trainer.val_every, len(data.val) > 0
-    checkpoints = Checkpoints(
-        folder,
-        facts,
-        every=cfg.trainer.save_every,
-        val_every=interval if held_out else None,
-        total=data.plan.steps,
-        keep_last=cfg.trainer.keep_last,
-        resumed=resumed.step if resumed else None,
-    )
-    evaluation = Evaluation(built, evaluators, folder, every=None if held_out else interval)
-    return [StopSignals(), Log(every=cfg.trainer.log_every, total=data.plan.steps), evaluation, checkpoints]
+def _describe(cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Path, identity: str) -> None:
+    """Say and record what is about to be trained."""
+    print(policy.table(), flush=True)
+    _write_parameters(folder, policy)
+    built.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
+    names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
+    _write_status(folder, **names, status="running", started=time.time())
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
 
 
 def _policy(cfg: DictConfig, model: Any) -> Any:
@@ -216,63 +190,6 @@ def _call(node: DictConfig, value: Any, **options: Any) -> Any:
     return instantiate(node, _partial_=True, _convert_="all")(value, **options)
 
 
-def _trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> Any:
-    import lightning.pytorch as pl
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    own = [instantiate(v, _convert_="all") for v in (cfg.callbacks or {}).values() if v is not None]
-    loggers = [
-        instantiate(v, _partial_=True, _convert_="all")(folder=folder)
-        for v in (cfg.logger or {}).values()
-        if v is not None
-    ]
-    every = cfg.trainer.val_every
-    return pl.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        devices=plan.world // cfg.launch.nodes,
-        num_nodes=cfg.launch.nodes,
-        strategy=_strategy(cfg, plan.world),
-        precision="32-true" if cfg.trainer.precision == "bf16-true" else cfg.trainer.precision,
-        plugins=[_environment(cfg)],
-        max_steps=plan.steps,
-        max_epochs=-1,
-        accumulate_grad_batches=plan.micro_count,
-        gradient_clip_val=cfg.trainer.clip_norm,
-        val_check_interval=(every or plan.steps + 1) * plan.micro_count,  # `_train` validates at the end
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=loggers,
-        callbacks=[*own, *callbacks],
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
-        use_distributed_sampler=False,
-    )
-
-
-def _environment(cfg: DictConfig) -> Any:
-    """Who started the processes. Named here, because Lightning guesses, and requeues SLURM jobs behind our back."""
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
-    if cfg.launch.kind == "srun":
-        return SLURMEnvironment(auto_requeue=False)
-    return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
-
-
-def _strategy(cfg: DictConfig, world: int) -> Any:
-    """The configured strategy; by default none for one process and DDP for several."""
-    from datetime import timedelta
-
-    from lightning.pytorch.strategies import DDPStrategy
-
-    if cfg.strategy is not None:
-        return instantiate(cfg.strategy, _convert_="all")
-    return DDPStrategy(timeout=timedelta(minutes=cfg.launch.timeout_minutes)) if world > 1 else "auto"
-
-
 def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
     """Final evaluation, run.json and report, on rank 0."""
     if not trainer.is_global_zero:
@@ -285,7 +202,7 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
         metrics = {f"{name}/accuracy": found[name]["accuracy"] for name in evaluators}
         module.write("test", metrics)
     for name, split in (("loss", "train"), ("val_loss", "val")):
-        if last := _last(folder, split):
+        if last := record.last_loss(folder, split):
             metrics[name] = last["loss"]
     if built.cfg.trainer.export:
         _export(built, folder)
@@ -308,23 +225,6 @@ def _export(built: Any, folder: Path) -> None:
         print(f"trainer.export: not exported, because `transformers` has no such model: {error}", flush=True)
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
-    path, rows = folder / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _last(folder: Path, split: str) -> dict[str, Any]:
-    """The last line of metrics.jsonl that has a loss of this split; empty without one."""
-    found = [row for row in _rows(folder) if row["split"] == split and "loss" in row]
-    return found[-1] if found else {}
-
-
 def _write_status(folder: Path, **changes: Any) -> None:
     if rank() == 0:
         record.update(folder, **changes)
@@ -342,13 +242,3 @@ def _write_parameters(folder: Path, policy: Any) -> None:
         for r in policy.rows
     ]
     record.write_json(folder / "params.json", rows)
-
-
-def _keep_metrics(folder: Path, step: int) -> None:
-    """Drop the log lines after a step, which will be written again. On rank 0, before any other rank can log."""
-    if rank() != 0:
-        return
-    kept = [row for row in _rows(folder) if row["step"] <= step]
-    partial = folder / "metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    partial.replace(folder / "metrics.jsonl")

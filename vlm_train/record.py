@@ -1,4 +1,4 @@
-"""`run.json`, the record of a run, and other small JSON files: read with tolerance, written whole or not at all."""
+"""What a run says of itself, `run.json` and `metrics.jsonl`: read with tolerance, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 log = logging.getLogger("vlm_train")
 
-RECORD = "run.json"
+RECORD, METRICS = "run.json", "metrics.jsonl"
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -43,3 +43,28 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
+    path, rows = folder / METRICS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def last_loss(folder: Path, split: str) -> dict[str, Any]:
+    """The last line of metrics.jsonl that has a loss of this split; empty without one."""
+    found = [row for row in metrics(folder) if row["split"] == split and "loss" in row]
+    return found[-1] if found else {}
+
+
+def keep_metrics(folder: Path, step: int) -> None:
+    """Drop the log lines after a step, which will be written again."""
+    kept = [row for row in metrics(folder) if row["step"] <= step]
+    partial = folder / f"{METRICS}.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(folder / METRICS)
