@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.small_run import command, make_data, train
@@ -75,12 +77,12 @@ def assert_same_end(one: Path, other: Path, step: int = 6) -> None:
     assert states[0]["optimizer_states"][0]["state"]
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Training steps after `step` raise, as a crash would."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, micro: int = 0) -> None:
+    """The micro-batch `micro` of the training step after `step` raises, as a crash would."""
     inner = VLMModule.training_step
 
     def training_step(self: VLMModule, batch: Any, batch_idx: int) -> Any:
-        if self.global_step >= step:
+        if self.global_step >= step and batch.window.micro == micro:
             raise RuntimeError("stopped")
         return inner(self, batch, batch_idx)
 
@@ -291,6 +293,54 @@ def test_full_disk_loses_nothing(stopped: Path, data: Path, whole: Path, capsys:
     assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["LATEST", "step-00000002", "step-00000004"]
     train(command(data, stopped.parent))
     assert_same_end(stopped, whole)
+
+
+@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("micro", [0, 1])
+def test_crash_anywhere_resumes_exactly(step: int, micro: int, data: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, step, micro)
+        train(command(data, tmp_path))
+    assert_same_end(train(command(data, tmp_path)), whole)
+
+
+def test_crash_in_the_final_evaluation_trains_nothing_again(data: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="too late"):
+        patch.setattr("vlm_train.fit._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("too late")))
+        train(command(data, tmp_path))
+    before = lines(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 0)
+        run = train(command(data, tmp_path))
+    assert lines(run) == before and json.loads((run / "run.json").read_text())["status"] == "done"
+    assert_same_end(run, whole)
+
+
+def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "BEST").write_text("step-00000001\n")
+    checkpoint._retain(tmp_path, 1, "step-00000003")  # a later one is damaged or left behind
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["1", "3", "9"]
+
+
+def test_rates_follow_the_schedule_at_every_step(whole: Path) -> None:
+    """Cosine over 6 steps after one of warm-up; the log shows the rate that comes next."""
+    rows = metrics(whole)
+    base = OmegaConf.load(whole / "config.yaml").optim.lr
+    expected = [base * 0.5 * (1 + math.cos(math.pi * max(step - 1, 0) / 5)) for step in range(1, 7)]
+    assert [row["lr/connector"] for row in rows] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_clipping_bounds_the_update(data: Path, tmp_path: Path) -> None:
+    more = ["optim=sgd", "~optim.betas", "optim.weight_decay=0", "trainer.max_steps=1", "lr_schedule.warmup_ratio=0"]
+    still, moved = (
+        load_file(checkpoint_of(train(command(data, tmp_path, *more, f"optim.lr={lr}", *clip, name=f"lr{lr}")), 1)
+                  / "weights.safetensors")
+        for lr, clip in ((0, []), (1, ["trainer.clip_norm=0.01"]))
+    )  # fmt: skip
+    change = torch.cat([(moved[name] - still[name]).flatten() for name in still]).norm()
+    assert float(change) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_done_run_trains_nothing(data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,20 @@ def test_installed_wheel_runs_elsewhere_offline(
 
 
 @pytest.mark.slow
+def test_installed_wheel_trains_elsewhere_offline(installed: Path, tmp_path: Path) -> None:
+    python, settings = [*_offline(), sys.executable], {"cwd": tmp_path, "env": _environment(installed, tmp_path)}
+    for split in ("train", "val"):
+        _run(
+            [*python, "-m", "data_pipelines.build", "source=tiny", f"split={split}", f"output=data/tiny/{split}"],
+            **settings,
+        )
+    result = _run([*python, "-m", "vlm_train", "recipe=llava15_stage1", "size=tiny", "trainer.max_steps=2"], **settings)
+    assert "step      2/2" in result.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "report.html").is_file() and (run / "checkpoints" / "step-00000002" / "weights.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_installed_modules_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = "import vlm_train, vlm_train.config as c; print(vlm_train.__file__)"
     result = _run([sys.executable, "-c", code], cwd=tmp_path, env=_environment(installed, tmp_path))

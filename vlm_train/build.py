@@ -107,7 +107,9 @@ def build_image(cfg: DictConfig, model: Any) -> ImageTransform | None:
 
 
 def build_layout(model: Any, image: ImageTransform | None) -> MediaLayout:
-    """The media layout: a picklable object without weights."""
+    """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own."""
+    if hasattr(model, "media_layout"):
+        return cast(MediaLayout, model.media_layout(image))
     connector = getattr(model, "connector", None)
     if connector is None or image is None:
         return NoMedia()

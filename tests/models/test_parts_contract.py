@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from vlm_train.build import build_layout
 from vlm_train.data.layout import GridLayout, MediaSize
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -115,3 +116,11 @@ def test_llm(option):
     assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, 50)
     assert_gradients(llm, logits)
     assert_state_round_trip(llm, hydra.utils.instantiate(node("llm", option, tiny=True), vocab_size=50))
+
+
+def test_a_family_may_lay_out_its_media_itself():
+    class Family(torch.nn.Module):
+        def media_layout(self, image):
+            return ("its own", image)
+
+    assert build_layout(Family(), None) == ("its own", None)

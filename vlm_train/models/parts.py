@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from vlm_train.data.layout import Grid, MediaSize
+from vlm_train.data.layout import Grid, MediaLayout, MediaSize
 
 
 class VisionEncoder(Protocol):
@@ -93,3 +93,12 @@ class ReadsContext(Protocol):
 
     reads_context: bool
     context: Any
+
+
+class LaysOutMedia(Protocol):
+    """A family whose media do not stand as the connector's token grid: tiles with newlines, one token for a resampler's
+    64 latents, a processor's own layout. `build.py` asks it instead."""
+
+    def media_layout(self, image: Any) -> MediaLayout:
+        """The layout: a picklable object without weights. `image` is the transform of `vlm_train.data.image`."""
+        ...

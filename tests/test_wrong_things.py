@@ -1,0 +1,92 @@
+"""What goes wrong most often: one clear sentence on the command line, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import command, make_data
+from vlm_train import cli
+from vlm_train.models.connectors.pool import PooledMLP
+
+Case = Callable[[Path, Path, pytest.MonkeyPatch], list[str]]
+
+
+def recipe_with(line: str) -> Case:
+    """A user's recipe with one more line."""
+
+    def case(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        (folder / "mine" / "recipe").mkdir(parents=True)
+        text = f"# @package _global_\ndefaults:\n  - easyvqa_stage2\n  - _self_\n{line}\n"
+        (folder / "mine" / "recipe" / "mine.yaml").write_text(text)
+        return ["--config-dir", str(folder / "mine"), "recipe=mine", *command(data, folder)[1:]]
+
+    return case
+
+
+def override(*more: str) -> Case:
+    return lambda data, folder, monkeypatch: command(data, folder, *more)
+
+
+def damaged_shard(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    copy = Path(shutil.copytree(data, folder / "data"))
+    next((copy / "tiny" / "train").glob("*.tar")).unlink()
+    return command(copy, folder)
+
+
+def lying_connector(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    forward = PooledMLP.forward
+    monkeypatch.setattr(PooledMLP, "forward", lambda self, features, grid: forward(self, features, grid)[:, :-1])
+    return command(data, folder, "connector=pool2x2_mlp")
+
+
+def damaged_checkpoint(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    assert cli.main(command(data, folder, "trainer.max_steps=2", name="first")) == 0
+    (weights,) = (folder / "first").glob("checkpoints/*/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    return command(data, folder, f"init_from=[{{run: {folder / 'first'}}}]")
+
+
+def folder_of_another_run(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    assert cli.main(command(data, folder, "trainer.max_steps=2")) == 0
+    return command(data, folder, "optim.lr=0.5")
+
+
+CASES: dict[str, tuple[Case, int, list[str]]] = {
+    "unknown recipe": (override("recipe=easyvqa_stage3"), 2, ["easyvqa_stage3", "easyvqa_stage2"]),
+    "misspelt key": (override("optim.lrr=1"), 2, ["optim.lrr", "optim.lr"]),
+    "misspelt key in a recipe": (recipe_with("optim: {lrr: 1}"), 2, ["optim.lrr", "optim.lr"]),
+    "misspelt group in a recipe": (recipe_with("trainr: {epochs: 1}"), 2, ["trainr", "trainer"]),
+    "wrong type": (override("batch.samples=many"), 2, ["batch.samples", "many"]),
+    "wrong type in a recipe": (recipe_with("optim: {lr: fast}"), 2, ["optim.lr", "fast"]),
+    "rule that matches nothing": (
+        override("params.rules=[{match: 'conector.*', lr: 1e-3}]"),
+        2,
+        ["params.rules[0]", "conector", "vision, connector, llm"],
+    ),
+    "missing weights": (override("llm.weights=/nowhere/vicuna"), 2, ["llm.weights", "/nowhere/vicuna"]),
+    "missing shards": (override("data.train=[{shards: /nowhere}]"), 2, ["data.train.0.shards", "/nowhere"]),
+    "missing shard": (damaged_shard, 1, [".tar", "data/tiny/train"]),
+    "features that do not fill their placeholders": (lying_connector, 1, ["3 image features but 4 placeholders", "sample-"]),
+    "too few supervised tokens": (override("trainer.min_supervised_ratio=0.99"), 1, ["supervised", "mode=show"]),
+    "corrupt checkpoint": (damaged_checkpoint, 1, ["weights.safetensors", "damaged"]),
+    "folder of another run": (folder_of_another_run, 2, ["optim.lr: 0.001 -> 0.5", "run_name"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_thing_gets_a_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data(tmp_path / "given")
+    case, code, words = CASES[name]
+    arguments = case(data, tmp_path, monkeypatch)
+    capsys.readouterr()
+    assert cli.main(arguments) == code
+    said = capsys.readouterr()
+    assert [word for word in words if word not in said.err] == [], said.err
+    assert "Traceback" not in said.err + said.out
+    assert len(said.err.splitlines()) <= 3, said.err
