@@ -70,7 +70,11 @@ CASES: dict[str, tuple[Case, int, list[str]]] = {
     "missing weights": (override("llm.weights=/nowhere/vicuna"), 2, ["llm.weights", "/nowhere/vicuna"]),
     "missing shards": (override("data.train=[{shards: /nowhere}]"), 2, ["data.train.0.shards", "/nowhere"]),
     "missing shard": (damaged_shard, 1, [".tar", "data/tiny/train"]),
-    "features that do not fill their placeholders": (lying_connector, 1, ["3 image features but 4 placeholders", "sample-"]),
+    "features that do not fill their placeholders": (
+        lying_connector,
+        1,
+        ["3 image features but 4 placeholders", "sample-"],
+    ),
     "too few supervised tokens": (override("trainer.min_supervised_ratio=0.99"), 1, ["supervised", "mode=show"]),
     "corrupt checkpoint": (damaged_checkpoint, 1, ["weights.safetensors", "damaged"]),
     "folder of another run": (folder_of_another_run, 2, ["optim.lr: 0.001 -> 0.5", "run_name"]),

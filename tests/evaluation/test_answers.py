@@ -103,7 +103,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tmp_path: Path) -> None:
     published = {"name": "elsewhere", "value": 0.5, "note": "published"}
     evaluator = AnswerAccuracy(
-        shards="x", batch=4, controls=["shuffled_images"], majority_shards="x", published=[published], pictures=2
+        shards="x", batch=4, controls=["shuffled_images"], majority_shards=["x"], published=[published], pictures=2
     )
     built.model.train()
     found = evaluator.run(built, tmp_path, final=True)
@@ -126,7 +126,7 @@ def test_unusable_samples_are_named_and_left_out(
 ) -> None:
     unreadable.add(0)
     broken.add(2)
-    evaluator = AnswerAccuracy(shards="x", controls=["shuffled_images"], majority_shards="x")
+    evaluator = AnswerAccuracy(shards="x", controls=["shuffled_images"], majority_shards=["x"])
     assert evaluator.run(built, tmp_path, final=False)["n"] == 2
     found = evaluator.run(built, tmp_path, final=True)
     assert (found["accuracy"], found["n"]) == (1 / 2, 2)

@@ -55,7 +55,7 @@ class AnswerAccuracy:
         batch: questions a call of the model.
         max_new_tokens: most tokens of an answer.
         controls: `shuffled_images`: every question with another sample's image.
-        majority_shards: shard set whose most frequent answer to the same question is another control.
+        majority_shards: shard sets whose most frequent answer to the same question is another control.
         published: results from elsewhere to stand beside ours: `{name, value, note}`.
         pictures: samples whose image is saved with the predictions; up to half of them were answered wrongly.
         at_validation: also run at every validation, without controls.
@@ -72,7 +72,7 @@ class AnswerAccuracy:
         batch: int = 256,
         max_new_tokens: int = 8,
         controls: list[str] | None = None,
-        majority_shards: str | None = None,
+        majority_shards: list[str] | None = None,
         published: list[dict[str, Any]] | None = None,
         pictures: int = 48,
         at_validation: bool = True,
@@ -159,7 +159,7 @@ class AnswerAccuracy:
             note = "this run's model, each question with another sample's image"
             yield {"name": "images shuffled", "value": accuracy(shuffled), "n": len(shuffled), "note": note}
         if self.majority_shards:
-            guess = majority(ShardSet(self.majority_shards))
+            guess = majority([ShardSet(folder) for folder in self.majority_shards])
             hits = [normalised(a.reference) == guess(a.question) for a in answers]
             note = "most frequent training answer to the same question"
             yield {
@@ -232,15 +232,16 @@ def derangement(count: int, seed: int) -> list[int]:
     return [int(number) for number in moved]
 
 
-def majority(shards: ShardSet) -> Callable[[str], str]:
-    """Question text -> its most frequent answer in `shards`, or the most frequent of all for an unknown question."""
+def majority(sets: Sequence[ShardSet]) -> Callable[[str], str]:
+    """Question text -> its most frequent answer in `sets`, or the most frequent of all for an unknown question."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    unusable = Unusable(shards)
-    for number in range(len(shards)):
-        with unusable.watch(number):
-            for annotation in shards.load(number)[0].annotations:
-                counts[normalised(question(annotation))][normalised(reference(annotation))] += 1
-    unusable.check(len(shards))
+    for shards in sets:
+        unusable = Unusable(shards)
+        for number in range(len(shards)):
+            with unusable.watch(number):
+                for annotation in shards.load(number)[0].annotations:
+                    counts[normalised(question(annotation))][normalised(reference(annotation))] += 1
+        unusable.check(len(shards))
     total = sum(counts.values(), Counter[str]())
     return lambda asked: counts.get(normalised(asked), total).most_common(1)[0][0]
 
