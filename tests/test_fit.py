@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.small_run import command, make_data, train
 from vlm_train import checkpoint, cli
-from vlm_train.errors import CheckpointError, ConfigError, TrainingError
+from vlm_train.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from vlm_train.modules.base import VLMModule
 
 TIMING = ("time", "samples_per_second", "tokens_per_second")
@@ -275,6 +275,39 @@ def test_resumed_run_validates_as_the_whole_one(data: Path, tmp_path: Path) -> N
     best = min(rows[0], key=lambda row: row[1])[0]
     for run in (one, two):
         assert (run / "checkpoints" / "BEST").read_text().strip() == checkpoint_of(run, best).name
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_stop_makes_up_for_the_validation_it_cuts_off(where: str, data: Path, tmp_path: Path) -> None:
+    more = ["trainer.val_every=2", "trainer.max_steps=4", "trainer.save_every=null"]
+    one = train(command(data, tmp_path / "one", *more))
+    inner = getattr(VLMModule, where)
+
+    def ask(self: VLMModule, batch: Any, batch_idx: int) -> Any:
+        self.interrupt = signal.SIGTERM if (self.global_step, where) in ((1, "training_step"), (2, where)) else 0
+        return inner(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setattr(VLMModule, where, ask)
+        train(command(data, tmp_path / "two", *more))
+    assert stop.value.code == 143 and checkpoint_of(tmp_path / "two" / "run", 2).is_dir()
+    two = train(command(data, tmp_path / "two", *more))
+    assert [(row["step"], row["loss"]) for row in metrics(one, "val")] == [
+        (row["step"], row["loss"]) for row in metrics(two, "val")
+    ]
+    assert_same_weights(one, two, 4)
+    assert (one / "checkpoints" / "BEST").read_text() == (two / "checkpoints" / "BEST").read_text()
+
+
+def test_moved_source_of_frozen_weights_is_noticed(whole: Path, data: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(whole, tmp_path / "source"))
+    more = [f"init_from=[{{run: {source}, parts: [connector]}}]"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, 3)
+        train(command(data, tmp_path, *more))
+    (source / "checkpoints" / "LATEST").write_text("step-00000002\n")
+    with pytest.raises(CheckpointError, match="init_from changed"):
+        train(command(data, tmp_path, *more))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are a Unix matter")

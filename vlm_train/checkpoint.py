@@ -176,9 +176,8 @@ class Resume:
         for name, value in facts.items():
             if name in self.manifest and self.manifest[name] != value:
                 raise CheckpointError(
-                    f"resume: {name} changed since {self.folder} was written ({self.manifest[name]} -> {value}), so "
-                    "the run cannot go on exactly. Restore it, or start another run (run_name=...) from its weights "
-                    "(init_from)."
+                    f"{name} changed since {self.folder} was written ({self.manifest[name]} -> {value}). Restore it, "
+                    "or start another run (run_name=...) from these weights (init_from)."
                 )
 
 
@@ -295,17 +294,27 @@ def _frozen(file: Path) -> set[str]:
     return set(_manifest(file.parent)["frozen"]) if (file.parent / MANIFEST).is_file() else set()
 
 
-def hand_over(model: nn.Module, init_from: Sequence[Any]) -> None:
-    """Load the weights that `init_from` names, in order."""
+def hand_over(model: nn.Module, init_from: Sequence[Any]) -> list[str]:
+    """Load the weights that `init_from` names, in order. Returns their SHA-256, which the run's checkpoints keep."""
+    digests = []
     for one in init_from:
-        count = load_weights(model, weights_file(one.run, one.which), one.parts)
+        file = weights_file(one.run, one.which)
+        count = load_weights(model, file, one.parts)
         print(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})", flush=True)
+        known = _manifest(file.parent)["files"][file.name]["sha256"] if (file.parent / MANIFEST).is_file() else None
+        digests.append(known or _sha256(file))
+    return digests
 
 
 def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, which: str = "last") -> None:
-    """The weights of a run: what it started from (its frozen parts), then what it learned."""
-    hand_over(model, init_from)
-    load_weights(model, weights_file(run, which))
+    """The weights of a run: what it started from (its frozen parts), then what it learned.
+
+    Raises:
+        CheckpointError: damaged, or it did not start from what `init_from` holds now.
+    """
+    file = weights_file(run, which)
+    Resume(file.parent, _manifest(file.parent)).require(init_from=hand_over(model, init_from))
+    load_weights(model, file)
 
 
 def _sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train import checkpoint, config, record
-from vlm_train.errors import AssetError, ConfigError, Interrupted, TrainingError
+from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.launch import rank
 from vlm_train.length import planned_samples
 
@@ -34,7 +34,10 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         return dict(status.get("metrics") or {})
     with _alone(folder):
         if cfg.resume == "restart" and rank() == 0:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            for leftover in (folder / "checkpoints", folder / "eval"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in folder.glob("quarantine-*.jsonl"):
+                leftover.unlink()
         resumed = checkpoint.find_resume(cfg.resume, folder, identity)
         if rank() == 0:  # before any other rank can log
             record.keep_metrics(folder, resumed.step if resumed else -1)
@@ -42,7 +45,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         try:
             return _train(cfg, folder, identity, resumed)
         except BaseException as error:
-            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            stopped = isinstance(error, SystemExit | KeyboardInterrupt)  # ours, or what Lightning makes of a signal
             _write_status(folder, status="interrupted" if stopped else "failed")
             raise
 
@@ -74,12 +77,13 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     from vlm_train.callbacks.loop import Evaluation
     from vlm_train.data.datamodule import VLMData
     from vlm_train.data.tokenizer import vocabulary
+    from vlm_train.evaluation.run import make_evaluators
     from vlm_train.trainer import loop_callbacks, make_trainer
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     built = build(cfg)
-    checkpoint.hand_over(built.model, cfg.init_from)
+    sources = checkpoint.hand_over(built.model, cfg.init_from)
     if resumed:
         checkpoint.load_weights(built.model, resumed.folder / checkpoint.WEIGHTS)
     if cfg.trainer.precision == "bf16-true":
@@ -87,11 +91,12 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     policy = _policy(cfg, built.model)
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
     data.plan = _plan(cfg, len(data.train))
-    facts = {"run_id": identity, "data": data.fingerprint(), "vocabulary": vocabulary(built.tokenizer)}
+    facts = {"run_id": identity, "init_from": sources, "data": data.fingerprint()}
+    facts |= {"vocabulary": vocabulary(built.tokenizer)}
     if resumed:
         resumed.require(**facts)
     module = _module(cfg, built.model, policy, data.plan, folder)
-    evaluators = {k: instantiate(v, _convert_="all") for k, v in (cfg.eval or {}).items() if v is not None}
+    evaluators = make_evaluators(cfg)
     held_out = len(data.val) > 0
     evaluation = Evaluation(built, evaluators, folder, every=None if held_out else cfg.trainer.val_every)
     callbacks = loop_callbacks(cfg, data.plan, evaluation, folder, facts, resumed)
@@ -101,11 +106,11 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, datamodule=data, ckpt_path=resumed.state if resumed else None, weights_only=True)
-    if trainer.global_step < data.plan.steps:
-        raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
-    validated = trainer.strategy.broadcast(record.last_loss(folder, "val").get("step"))
-    if held_out and validated != data.plan.steps:  # no interval ended here
-        trainer.validate(module, datamodule=data, verbose=False)
+        if trainer.global_step < data.plan.steps:
+            raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
+        validated = trainer.strategy.broadcast(record.last_loss(folder, "val").get("step"))
+        if held_out and validated != data.plan.steps:  # no interval ended here
+            trainer.validate(module, datamodule=data, verbose=False)
     built.model.to(trainer.strategy.root_device)  # where Lightning took it away when it was done
     metrics = _finish(built, module, evaluators, folder, trainer)
     if trainer.world_size > 1:
@@ -119,7 +124,7 @@ def _describe(cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Pa
     _write_parameters(folder, policy)
     built.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
-    _write_status(folder, **names, status="running", started=time.time())
+    _write_status(folder, **names, status="running", started=time.time(), exit_code=None)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
 

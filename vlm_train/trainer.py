@@ -14,11 +14,13 @@ from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log, StopSignals
 from vlm_train.checkpoint import Resume
+from vlm_train.errors import ConfigError
 
 
 def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> pl.Trainer:
@@ -27,28 +29,31 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
     own = [instantiate(node, _convert_="all") for node in _named(cfg.callbacks)]
     loggers = [instantiate(node, _partial_=True, _convert_="all")(folder=folder) for node in _named(cfg.logger)]
     every = cfg.trainer.val_every
-    return pl.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        devices=plan.world // cfg.launch.nodes,
-        num_nodes=cfg.launch.nodes,
-        strategy=_strategy(cfg, plan.world),
-        precision="32-true" if cfg.trainer.precision == "bf16-true" else cfg.trainer.precision,
-        plugins=[_environment(cfg)],
-        max_steps=plan.steps,
-        max_epochs=-1,
-        accumulate_grad_batches=plan.micro_count,
-        gradient_clip_val=cfg.trainer.clip_norm,
-        val_check_interval=(every or plan.steps + 1) * plan.micro_count,  # `_train` validates at the end
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=loggers,
-        callbacks=[*own, *callbacks],
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
-        use_distributed_sampler=False,
-    )
+    try:
+        return pl.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            devices=plan.world // cfg.launch.nodes,
+            num_nodes=cfg.launch.nodes,
+            strategy=_strategy(cfg, plan.world),
+            precision="32-true" if cfg.trainer.precision == "bf16-true" else cfg.trainer.precision,
+            plugins=[_environment(cfg)],
+            max_steps=plan.steps,
+            max_epochs=-1,
+            accumulate_grad_batches=plan.micro_count,
+            gradient_clip_val=cfg.trainer.clip_norm,
+            val_check_interval=(every or plan.steps + 1) * plan.micro_count,  # `_train` validates at the end
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=loggers,
+            callbacks=[*own, *callbacks],
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer.accelerator={cfg.trainer.accelerator}: {str(error).splitlines()[0]}") from error
 
 
 def _environment(cfg: DictConfig) -> Any:

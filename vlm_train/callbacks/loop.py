@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from vlm_train import checkpoint
+from vlm_train import checkpoint, record
 from vlm_train.data.batch import Batch
 from vlm_train.errors import Interrupted
 from vlm_train.modules.base import ends_step
@@ -38,7 +38,7 @@ class Checkpoints(pl.Callback):
     """Saves every `every` optimizer steps and at the end; BEST follows the lowest validation loss.
 
     A step that is validated is saved after its validation, so that no resumed run lacks it. A run that is asked to stop
-    saves the step it is in and raises `Interrupted`, on every rank.
+    saves the step it is in and raises `Interrupted`, on every rank; a validation that this cuts off is made up for.
 
     Args:
         facts: what the manifest says about the run besides the step.
@@ -74,8 +74,7 @@ class Checkpoints(pl.Callback):
         if not ends_step(batch):
             return
         if pl_module.stopping:
-            self._save(trainer, best=False)
-            raise Interrupted(pl_module.interrupt or signal.SIGTERM, step)  # type: ignore[arg-type]
+            self._stop(trainer, pl_module)
         if self._due(step) and not (self.val_every and step % self.val_every == 0):
             self._save(trainer, best=False)
 
@@ -87,6 +86,27 @@ class Checkpoints(pl.Callback):
         self.lowest = min(loss, self.lowest)
         if best or self._due(trainer.global_step):
             self._save(trainer, best=best)
+        if trainer.state.fn == "fit" and pl_module.asked_to_stop():  # type: ignore[operator]
+            self._stop(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for the validation that a stop cut off."""
+        step = trainer.global_step
+        if step and self.val_every and step % self.val_every == 0:
+            held = {row["step"] for row in record.metrics(self.root.parent) if row["split"] == "val"}
+            if trainer.strategy.broadcast(step not in held):
+                trainer.validating = True
+                trainer.fit_loop.epoch_loop.val_loop.run()
+                trainer.training = True
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.state.fn == "fit" and pl_module.asked_to_stop():  # type: ignore[operator]
+            self._stop(trainer, pl_module)
+
+    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step not in self.written:
+            self._save(trainer, best=False)
+        raise Interrupted(pl_module.interrupt or signal.SIGTERM, trainer.global_step)  # type: ignore[arg-type]
 
     def _due(self, step: int) -> bool:
         return step == self.total or bool(self.every and step % self.every == 0)
@@ -117,7 +137,7 @@ class StopSignals(pl.Callback):
         def ask(number: int, frame: FrameType | None) -> None:
             signal.signal(number, self.usual[signal.Signals(number)])
             pl_module.interrupt = number  # type: ignore[assignment]
-            print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint", flush=True)
+            print(f"{signal.Signals(number).name}: stopping after this step or evaluation, and saving", flush=True)
 
         self._set(dict.fromkeys(STOPPING, ask))
 

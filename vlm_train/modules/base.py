@@ -164,6 +164,11 @@ class VLMModule(pl.LightningModule):
         row = self._means(self.totals)
         self.counts = self._over_ranks(self.counts)
         self._require_finite("training", row)
+        if self.counts["skipped"] and not self.counts["samples"]:
+            raise TrainingError(
+                f"data.train: all {self.counts['skipped']:.0f} samples since the last log line were left out; "
+                f"{self.folder}/quarantine-*.jsonl says why."
+            )
         ratio = self.counts["supervised"] / max(self.counts["tokens"], 1)
         if "lm" in self.objectives and ratio < self.min_supervised:
             raise TrainingError(
@@ -179,7 +184,7 @@ class VLMModule(pl.LightningModule):
             "tokens_per_second": self.counts["tokens"] / seconds,
         }
         row |= {"supervised_share": ratio, "skipped": self.counts["skipped"]}
-        if self.grad_norm is not None:
+        if self.grad_norm is not None and math.isfinite(float(self.grad_norm)):  # 16-mixed skips steps that overflow
             row["grad_norm"] = float(self.grad_norm)
         self.write("train", row)
         self.totals = {}
@@ -215,6 +220,10 @@ class VLMModule(pl.LightningModule):
     def _require_finite(self, what: str, row: Mapping[str, float]) -> None:
         if not all(math.isfinite(value) for value in row.values()):
             raise TrainingError(f"{what}: the loss is not finite at step {self.global_step}: {row}")
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank is. A collective: every rank calls it."""
+        return self._over_ranks({"asked": float(bool(self.interrupt))})["asked"] > 0
 
     def require_healthy(self) -> None:
         """Raises TrainingError, on every rank, if a loss since the last log line or a weight is not finite."""
