@@ -13,7 +13,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
 from vlm_train.report.charts import accuracy_chart, controls_of, loss_chart, plotly_script, short_names, thin
-from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings
+from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings, render
 from vlm_train.report.read import Point, Prediction, Result, active_seconds, read_curves, read_predictions, read_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -254,5 +254,5 @@ def test_runs_that_were_interrupted_or_imported_say_so(tmp_path: Path) -> None:
     lines(tmp_path / "run.json", {"run_id": "one", "status": "interrupted"})
     assert "the same command resumes" in render(read_report(tmp_path))
     lines(tmp_path / "run.json", {"run_id": "one", "status": "imported", "source": "/models/llava"})
-    page = render(read_report(tmp_path))
-    assert "from <code>/models/llava</code>" in page and "the same command resumes" not in page
+    text = render(read_report(tmp_path))
+    assert "from <code>/models/llava</code>" in text and "the same command resumes" not in text
