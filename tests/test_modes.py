@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.small_run import command, make_data, train
-from vlm_train import cli, config
+from vlm_train import cli, config, loggers
+from vlm_train.errors import ConfigError
+from vlm_train.evaluation.run import labels_of, require_own_weights
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_every_number_has_one_place(trained: Path, tmp_path: Path) -> None:
     cfg = OmegaConf.load(run / "config.yaml")
     cfg.eval = OmegaConf.load(config.config_dir() / "eval/easyvqa.yaml")
     OmegaConf.save(cfg, run / "config.yaml")  # as if it had been trained with eval=easyvqa
-    old = [{"name": "this run", "value": 0.5, "n": 4, "note": "from training"}]
+    old = [{"name": "this run", "value": 0.5, "n": 4, "note": "from training", "eval": "answers"}]
     before = record(run)
     (run / "run.json").write_text(
         json.dumps(before | {"results": old, "metrics": {"answers/accuracy": 0.5, "loss": 1}})
@@ -88,6 +90,53 @@ def test_every_number_has_one_place(trained: Path, tmp_path: Path) -> None:
     assert found["metrics"]["loss"] == 1 and found["status"] == "done"
     assert cli.main(["mode=eval", f"run={run}", "template=vicuna_v1"]) == 0, "another prompt is another evaluation"
     assert len({row["eval"] for row in record(run)["results"]}) == 3
+
+
+@pytest.mark.parametrize("mode", ["eval", "export"])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("init_from=[{run: RUN}]", "init_from"),
+        ("seed=7", "seed"),
+        ("vision.layer=-2", "vision.layer"),
+        ("connector=linear", "connector._target_"),
+        ("llm.config.hidden_size=32", "llm.config.hidden_size"),
+    ],
+)
+def test_nothing_exchanges_the_weights_of_a_run(
+    trained: Path, mode: str, override: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    override = override.replace("RUN", str(trained))
+    assert cli.main([f"mode={mode}", f"run={trained}", "eval=easyvqa", override]) == 2
+    assert f"{named}: decides the weights of this run; leave it out" in capsys.readouterr().err
+
+
+def test_weights_and_folders_may_have_moved(tmp_path: Path) -> None:
+    own = config.tiny("recipe=llava15_stage2", "run_name=own", f"paths.runs={tmp_path}")
+    own.vision.weights = "here"
+    config.save_config(own, tmp_path / "own" / "config.yaml")
+    now = own.copy()
+    now.vision.weights, now.llm.attention, now.paths.data = "there", "eager", "there"
+    require_own_weights(now, tmp_path / "own")
+    now.vision.weights = None
+    with pytest.raises(ConfigError, match=r"vision\.weights"):
+        require_own_weights(now, tmp_path / "own")
+
+
+def test_another_tokenizer_is_another_evaluation(tmp_path: Path) -> None:
+    own = config.tiny("recipe=easyvqa_stage2", "run_name=own", "eval=easyvqa", f"paths.runs={tmp_path}")
+    config.save_config(own, tmp_path / "own" / "config.yaml")
+    folder = tmp_path / "own"
+    copy = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(folder / "tokenizer")}
+
+    def label(tokenizer: dict) -> str:
+        now = own.copy()
+        now.tokenizer = tokenizer
+        return labels_of(now, folder)["answers"]
+
+    assert labels_of(own, folder)["answers"] == label(copy) == "answers"
+    added = {"_target_": "vlm_train.data.tokenizer.byte_level", "add": ["zzz"]}
+    assert len({label(added), label(copy | {"add": ["zzz"]}), "answers"}) == 3
 
 
 def test_eval_needs_an_evaluator(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +242,18 @@ def test_wandb_offline(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = train(command(data, tmp_path, "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=2"))
     assert list(run.glob("wandb/offline-run-*-run/run-run.wandb"))
+
+
+def test_wandb_without_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nMore")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(wandb, "run", None)  # of another test
+    with pytest.raises(ConfigError, match=r"logger\.wandb: No API key configured\. .*wandb login.*mode=offline"):
+        loggers.wandb(folder=tmp_path)
 
 
 def readme_block(start: str) -> str:

@@ -34,7 +34,7 @@ def wandb(
 
     name = folder.name
     try:
-        return WandbLogger(
+        logger = WandbLogger(
             name=name,
             id=name,
             save_dir=folder,
@@ -46,3 +46,11 @@ def wandb(
         )
     except ModuleNotFoundError as error:
         raise ConfigError("logger: wandb is not installed: pip install 'vlm-train[loggers]'.") from error
+    from wandb.errors import Error
+
+    try:
+        _ = logger.experiment  # logs in, on rank 0, before anything is trained
+    except Error as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"logger.wandb: {said}. Run wandb login, or set logger.wandb.mode=offline.") from error
+    return logger

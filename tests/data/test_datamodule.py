@@ -168,3 +168,22 @@ def test_images_that_nothing_shows_and_images_shown_twice(tmp_path: Path) -> Non
     assert batch.media.real == 1 and batch.media.slot_counts == (4,)
     assert batch.text["llm"].slots.feature_index.tolist() == [0, 1, 2, 3] * 2
     assert batch.text["llm"].plain_causal
+
+
+def test_bad_held_out_samples_are_named(root: Path, tmp_path: Path) -> None:
+    bad = make_data(tmp_path, bad=3) / "tiny" / "train"
+    module = data(root / "train", val=[{"shards": str(bad)}])
+    batches = list(module.val_dataloader())
+    assert [len(batch.problems) for batch in batches] == [0, 1, 0, 0, 0, 0]
+    assert "sample-03" in batches[1].problems[0] and batches[1].keys == (("sample-02",),)
+    assert batches[1].to("cpu").problems == batches[1].problems
+
+
+def test_validation_weighs_as_training_does(root: Path) -> None:
+    val = [{"shards": str(root / "val")}]
+    found = {}
+    for rule in ("token", "source", "sample"):
+        (batch, *_) = data(root / "train", val=val, normalise=rule).val_dataloader()
+        found[rule] = batch.text["llm"].weights.sum(1)
+    assert torch.equal(found["token"], found["source"]) and not torch.allclose(found["token"], found["sample"])
+    assert torch.allclose(found["sample"], torch.ones(2))

@@ -296,3 +296,23 @@ def test_weights_of_a_gguf_file(tmp_path):
     stream = text_stream(ROWS)
     logits = [m.head(decode_stream(m, m.embed(stream.ids), stream)) for m in (saved, llm)]
     assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_checkpointed_layers_compile(reads):
+    """`torch.compile` refuses a `context_fn`, which layers that read a context need."""
+
+    class Layer(torch.nn.Linear):
+        reads_context = True
+        context = None
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*((Layer if reads else torch.nn.Linear)(4, 4) for _ in range(2)))
+    x = torch.randn(3, 4)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    checkpoint_layers(model)
+    torch.compile(model, backend="aot_eager")(x).square().sum().backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert_close(p.grad, grad)

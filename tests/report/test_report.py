@@ -13,7 +13,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
 from vlm_train.report.charts import accuracy_chart, controls_of, loss_chart, plotly_script, short_names, thin
-from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings
+from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings, render
 from vlm_train.report.read import Point, Prediction, Result, active_seconds, read_curves, read_predictions, read_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -121,6 +121,8 @@ def test_schedule_status_is_that_of_its_worst_stage(tmp_path: Path) -> None:
     folder = write_schedule(tmp_path / "runs")
     lines(tmp_path / "runs" / "easyvqa_lm" / "run.json", {"run_id": "easyvqa_lm", "status": "failed"})
     assert read_report(folder).status == "failed"
+    lines(tmp_path / "runs" / "easyvqa_lm" / "run.json", {"run_id": "easyvqa_lm", "status": "interrupted"})
+    assert read_report(folder).status == "interrupted"
 
 
 def test_schedule_is_not_done_while_stages_are_missing(tmp_path: Path) -> None:
@@ -246,3 +248,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_importing_the_report_imports_no_plotly() -> None:
     code = "import sys, vlm_train.report; sys.exit(any(m in sys.modules for m in ('plotly', 'jinja2', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_runs_that_were_interrupted_or_imported_say_so(tmp_path: Path) -> None:
+    lines(tmp_path / "run.json", {"run_id": "one", "status": "interrupted"})
+    assert "the same command resumes" in render(read_report(tmp_path))
+    lines(tmp_path / "run.json", {"run_id": "one", "status": "imported", "source": "/models/llava"})
+    text = render(read_report(tmp_path))
+    assert "from <code>/models/llava</code>" in text and "the same command resumes" not in text

@@ -116,7 +116,8 @@ class Batch:
     """A micro-batch: named token streams, media, and the accumulation window it belongs to.
 
     `keys[b][s - 1]` and `sources[b][s - 1]` name the sample in segment s of row b and where it comes from; `references`
-    carries what evaluation needs (the expected answers), never read by a model.
+    carries what evaluation needs (the expected answers), never read by a model. `problems` says which held-out samples
+    were left out, and why; those of a training step are in its window.
     """
 
     text: Mapping[str, TokenStream]
@@ -125,6 +126,7 @@ class Batch:
     sources: tuple[tuple[str, ...], ...] = ()
     keys: tuple[tuple[str, ...], ...] = ()
     references: tuple[Any, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device`."""

@@ -163,12 +163,17 @@ class MicroBatches:
 
 @dataclass
 class ValidationStream(IterableDataset):
-    """The held-out samples in order, each once, dealt to ranks and workers."""
+    """The held-out samples in order, each once, dealt to ranks and workers; bad ones are named in `Batch.problems`.
+
+    `normalise` is that of training, so that the best checkpoint is best by what is trained. `source` is `token` here:
+    its factors depend on what else is in a training step.
+    """
 
     samples: Samples
     rows: int
     rank: int
     world: int
+    normalise: str = "token"
 
     @property
     def batches(self) -> int:
@@ -180,13 +185,15 @@ class ValidationStream(IterableDataset):
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in range(number, self.batches, count):
             first = (batch * self.world + self.rank) * self.rows
-            items = []
+            items: list[Item] = []
+            problems: list[str] = []
             for index in range(first, min(first + self.rows, len(self.samples))):
                 try:
                     items.append(self.samples.item(Address(index, 0), training=False))
-                except BadSample:
-                    continue
-            yield collate(items, self.samples.image_size, streams=self.samples.streams)
+                except BadSample as error:
+                    problems.append(str(error))
+            how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
+            yield replace(collate(items, self.samples.image_size, **how), problems=tuple(problems))
 
 
 class VLMData(pl.LightningDataModule):
@@ -251,7 +258,8 @@ class VLMData(pl.LightningDataModule):
         """Validation micro-batches."""
         if not len(self.val) or self.trainer is None:
             return []
-        stream = ValidationStream(self.val, self.micro, self.trainer.global_rank, self.trainer.world_size)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        stream = ValidationStream(self.val, self.micro, rank, world, self.normalise)
         return self._loader(stream, min(self.workers, stream.batches))
 
     def _loader(self, stream: IterableDataset, workers: int) -> DataLoader[Any]:

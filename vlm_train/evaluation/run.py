@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if not evaluators:
         raise ConfigError("eval: no evaluator is configured. Choose one, for example eval=easyvqa.")
     folder = run_dir(cfg)
+    require_own_weights(cfg, folder)
     labels = labels_of(cfg, folder)
     built = build(cfg)
     load_run_weights(built.model, cfg.init_from, folder)
@@ -66,8 +67,36 @@ def run_evaluators(
     return {**found, **metrics, "results": rows}
 
 
-SEEN = ("model", "vision", "connector", "llm", "peft", "template", "image")
-"""Groups that decide, besides the evaluator's own options, what an evaluation finds."""
+DECIDE_WEIGHTS = ("seed", "init_from", "model", "vision", "connector", "llm", "peft")
+"""Keys that decide the weights that a run's checkpoint lacks: those of its frozen parts."""
+
+SEEN = ("tokenizer", "template", "image")
+"""Groups that decide, besides the evaluator's own options and the weights, what an evaluation finds."""
+
+
+def require_own_weights(cfg: DictConfig, folder: Path) -> None:
+    """Raises ConfigError for every key that would give the run in `folder` other weights than its own.
+
+    `weights` may name another place, for they may have moved, and `attention` another kernel.
+    """
+    now, own = cfg.copy(), load_config(run_file(folder))
+    for one in (now, own):
+        for name in one.paths:
+            one.paths[name] = name  # folders may have moved, too
+    keys = [key for group in DECIDE_WEIGHTS for key in _different(group, resolved(now, group), resolved(own, group))]
+    if keys:
+        where = f"If a folder has moved, change {run_file(folder)}."
+        raise ConfigError([f"{key}: decides the weights of this run; leave it out. {where}" for key in keys])
+
+
+def _different(key: str, now: Any, own: Any) -> Iterator[str]:
+    """The dotted keys at and below `key` where the two differ in what decides weights."""
+    name = key.rpartition(".")[2]
+    if isinstance(now, dict) and isinstance(own, dict):
+        for inner in sorted(now.keys() | own.keys()):
+            yield from _different(f"{key}.{inner}", now.get(inner), own.get(inner))
+    elif now != own and name != "attention" and not (name == "weights" and now and own):
+        yield key
 
 
 def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
@@ -79,8 +108,9 @@ def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
 
     own = load_config(run_file(folder))
     changed = {group: resolved(cfg, group) for group in SEEN if resolved(cfg, group) != resolved(own, group)}
-    if (changed.get("tokenizer") or {}).get("name") == str(folder / TOKENIZER):
-        del changed["tokenizer"]  # the copy that the run kept
+    copy = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(folder / TOKENIZER)}
+    if changed.get("tokenizer") == copy:  # as `run=` sets it
+        del changed["tokenizer"]
     nodes, ours = resolved(cfg, "eval") or {}, resolved(own, "eval") or {}
     labels = {}
     for name, node in nodes.items():
@@ -95,19 +125,14 @@ def save_results(
 ) -> None:
     """Put `rows` and `metrics` into `run.json`, in place of earlier ones of the same label, and renew the report.
 
-    Rows without a label are from the end of the training and give way to `official` ones of their name.
+    Rows of `official` labels come first.
     """
     from vlm_train import record
     from vlm_train.report import write_report
 
     before = record.read(folder)
     labels = {row["eval"] for row in rows}
-    renewed = {row["name"] for row in rows if row["eval"] in official}
-    kept = [
-        row
-        for row in before.get("results") or []
-        if (row["eval"] not in labels if "eval" in row else row["name"] not in renewed)
-    ]
+    kept = [row for row in before.get("results") or [] if row.get("eval") not in labels]
     first = [row for row in rows if row["eval"] in official]
     results = [*first, *kept, *(row for row in rows if row["eval"] not in official)]
     record.update(folder, results=results, metrics={**(before.get("metrics") or {}), **metrics})

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.config import run_dir, run_file, run_id, save_config
 from vlm_train.errors import AssetError, ConfigError
+from vlm_train.evaluation.run import require_own_weights
 
 EXPORT_FOLDER = "export"
 
@@ -22,6 +23,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     from vlm_train.checkpoint import load_run_weights
 
     folder = run_dir(cfg)
+    require_own_weights(cfg, folder)
     built = build(cfg)
     load_run_weights(built.model, cfg.init_from, folder)
     return {"export": str(write_export(built, folder))}

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm_train.models.context import recomputed_context
+from vlm_train.models.context import context_readers, recomputed_context
 
 
 def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
@@ -22,6 +24,11 @@ def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
     """
     for layer in layers:
         if not isinstance(layer.forward, partial):
-            layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, context_fn=recomputed_context(layer)
-            )
+            layer.forward = partial(_checkpoint_of(layer), layer.forward, use_reentrant=False)
+
+
+def _checkpoint_of(layer: nn.Module) -> Any:
+    """`checkpoint`, for layers that read a context one that `torch.compile` leaves alone: it refuses a `context_fn`."""
+    if not context_readers(layer):
+        return checkpoint
+    return torch.compiler.disable(partial(checkpoint, context_fn=recomputed_context(layer)))

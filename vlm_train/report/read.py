@@ -23,7 +23,7 @@ class Result:
     value: float
     n: int | None
     note: str
-    evaluation: str = ""  # rows of one evaluation share it; "": written at the end of the training
+    evaluation: str = ""  # rows of one evaluation share it
 
     @property
     def is_fraction(self) -> bool:
@@ -78,7 +78,7 @@ class Stage:
 
     @property
     def status(self) -> str:
-        """running | done | failed, or unknown."""
+        """running | done | failed | interrupted | imported, or unknown."""
         return str(self.record.get("status", "unknown"))
 
 
@@ -168,9 +168,9 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _status(stages: list[Stage], expected: int) -> str:
-    """The status of a whole schedule: the first of failed and running that a stage has, else the last stage's."""
+    """The status of a whole schedule: the first of failed, interrupted, running that a stage has, else the last's."""
     statuses = [stage.status for stage in stages]
-    worst = next((name for name in ("failed", "running") if name in statuses), None)
+    worst = next((name for name in ("failed", "interrupted", "running") if name in statuses), None)
     return worst or (statuses[-1] if stages and len(stages) == expected else "incomplete")
 
 
