@@ -177,8 +177,7 @@ def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytes
     launch.run_child(cfg, 4)
     path = str(config.run_dir(cfg) / "config.yaml")
     assert seen[0][1:] == ["-m", "vlm_train.launch", path]
-    assert seen[1][1:4] == ["-m", "torch.distributed.run", "--standalone"]
-    assert seen[1][-5:] == ["--nproc-per-node", "4", "-m", "vlm_train.launch", path]
+    assert seen[1][1:] == ["-m", "vlm_train.launch", "agent", "4", "vlm_train.launch", path]
 
 
 def test_child_reports_its_errors_without_a_traceback(cfg: DictConfig, tmp_path: Path, capsys) -> None:
