@@ -136,8 +136,8 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     devices = cfg.launch.devices if devices is None else devices
     folder = config.run_dir(cfg)
     with _config_file(cfg, folder) as path:
-        command = [sys.executable, "-m", *(["vlm_train.launch", AGENT, str(devices)] if devices > 1 else []), CHILD, str(path)]
-        ended = _supervise(command, folder if cfg.mode == "fit" else None)
+        several = ["vlm_train.launch", AGENT, str(devices)] if devices > 1 else []
+        ended = _supervise([sys.executable, "-m", *several, CHILD, str(path)], folder if cfg.mode == "fit" else None)
     trains = cfg.mode == "fit" and not cfg.dry_run
     if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
         return read_result(folder)
