@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -276,6 +278,37 @@ def _lightnings_exit() -> None:
 def test_interruptions_have_their_exit_codes(work: Callable[[], None], code: int, capsys) -> None:
     assert cli.guarded(work) == code
     assert capsys.readouterr().err.endswith("The same command resumes.\n")
+
+
+def test_sigterm_is_an_interruption_where_nothing_else_handles_it(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned: list[int] = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            cleaned.append(1)
+
+    assert cli.guarded(work) == 143 and cleaned == [1]
+    assert "SIGTERM. The same command resumes." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_handlers_of_the_caller_stay() -> None:
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        assert cli.guarded(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0 and seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize(("samples", "micro", "refused"), [(4, 8, False), (4, 4, False), (4, 2, True), (4, 3, True)])
+def test_contrasts_need_a_whole_step(samples: int, micro: int, refused: bool) -> None:
+    from vlm_train.check_parts import _check_whole_step
+
+    cfg = config.compose([STAGE, f"batch.samples={samples}", f"batch.micro={micro}"])
+    assert bool(list(_check_whole_step("objective.mine", cfg))) == refused
 
 
 def test_other_exits_are_left_alone() -> None:

@@ -164,6 +164,75 @@ def _wait_for(path: Path) -> None:
     pytest.fail(f"{path} did not appear")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torchrun's own handlers stay")
+def test_a_signal_reaches_every_worker_once_and_they_end_themselves(cfg: DictConfig, child, tmp_path: Path) -> None:
+    child(
+        """
+        import threading
+        from vlm_train import launch
+        launch._die_with_agent()
+        received, rank = [], os.environ["RANK"]
+        signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+        (folder / f"ready{rank}").touch()
+        while not received:
+            time.sleep(0.05)
+        time.sleep(1)
+        (folder / f"received{rank}").write_text(str(len(received)))
+        sys.exit(143)
+        """
+    )
+    command = [sys.executable, "-c", SUPERVISOR.replace("run_child(cfg)", "run_child(cfg, 2)")]
+    parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = config.run_dir(cfg)
+    for rank in "01":
+        _wait_for(folder / f"ready{rank}")
+    parent.send_signal(signal.SIGTERM)
+    output, _ = parent.communicate(timeout=30)
+    assert parent.returncode == 143 and "Traceback" not in output, output
+    assert [(folder / f"received{rank}").read_text() for rank in "01"] == ["1", "1"]
+    assert record.read(folder)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("code", "status"), [(2, "running"), (3, "failed")])
+def test_exit_code_of_a_worker_comes_through(cfg: DictConfig, child, code: int, status: str, capsys) -> None:
+    child(f"sys.exit({code})")
+    with pytest.raises(launch.ChildError) as caught:
+        launch.run_child(cfg, 2)
+    assert caught.value.code == code and "Traceback" not in capsys.readouterr().out
+    assert record.read(config.run_dir(cfg))["status"] == status, "a refused command says nothing of the run"
+
+
+def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch._forwarding(subprocess.Popen(["true"])):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is Unix's")
+def test_a_live_run_is_left_alone(cfg: DictConfig) -> None:
+    import fcntl
+
+    folder = launch.prepare(cfg, "origins")
+    before = (folder / "config.yaml").read_text()
+    cfg.seed = 43
+    with open(folder / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"run_name: .*first is being trained by another process"):
+            launch.prepare(cfg, "others")
+    assert (folder / "config.yaml").read_text() == before
+    assert (folder / "config_origins.txt").read_text() == "origins\n"
+    launch.prepare(cfg, "others")
+
+
+def test_record_drops_what_is_none(tmp_path: Path) -> None:
+    record.update(tmp_path, status="failed", exit_code=1)
+    record.update(tmp_path, status="running", exit_code=None)
+    assert record.read(tmp_path) == {"status": "running"}
+
+
 def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
@@ -177,8 +246,7 @@ def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytes
     launch.run_child(cfg, 4)
     path = str(config.run_dir(cfg) / "config.yaml")
     assert seen[0][1:] == ["-m", "vlm_train.launch", path]
-    assert seen[1][1:4] == ["-m", "torch.distributed.run", "--standalone"]
-    assert seen[1][-5:] == ["--nproc-per-node", "4", "-m", "vlm_train.launch", path]
+    assert seen[1][1:] == ["-m", "vlm_train.launch", "agent", "4", "vlm_train.launch", path]
 
 
 def test_child_reports_its_errors_without_a_traceback(cfg: DictConfig, tmp_path: Path, capsys) -> None:

@@ -105,7 +105,7 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
         dealt = plan(cfg)
     except ConfigError:  # reported with the batch
         return
-    if dealt and (dealt.micro_count > 1 or dealt.batch % (dealt.world * dealt.micro)):
+    if dealt and dealt.micro_count > 1:
         yield (
             f"{path}: contrasts all samples of a step with each other, so batch.micro={dealt.micro} cannot cut the "
             f"{dealt.batch // dealt.world} samples of a process; allowed: batch.micro={dealt.batch // dealt.world}."

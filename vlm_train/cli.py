@@ -12,7 +12,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
     """Runs `work`, prints errors that speak to the user, and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStdout()])
     try:
-        work()
+        with _sigterm_interrupts():
+            work()
     except Composition as error:
         return _report(ConfigError(explain(overrides, dirs, error)), error)
     except EXPECTED as error:
@@ -78,6 +81,28 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
             print(f"Interrupted: {said}", file=sys.stderr)
         return code
     return 0
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Makes SIGTERM an exception wherever nothing else handles it, so that a run can say how it ended.
+
+    A second one kills. Training and `run_child` have handlers of their own meanwhile.
+    """
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the caller's choice stays
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _ToStdout(logging.StreamHandler[Any]):

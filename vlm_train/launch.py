@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
 
 INHERITED_STATE = (
+    "VLM_TRAIN_AGENT",
     "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
@@ -42,6 +43,9 @@ INHERITED_STATE = (
 
 CHILD = "vlm_train.launch"
 """The module that a child process runs."""
+
+AGENT, AGENT_PID = "agent", "VLM_TRAIN_AGENT"
+"""First argument of the process that starts several workers, and the variable that tells these its id."""
 
 LAST_LINES = 15
 
@@ -83,15 +87,29 @@ def check_environment(cfg: DictConfig) -> None:
 def prepare(cfg: DictConfig, origins: str) -> Path:
     """Fills a new run folder: `config.yaml` with interpolations kept, and `config_origins.txt`. Returns the folder.
 
-    Raises ConfigError when the folder holds checkpoints of another training configuration.
+    Raises ConfigError when the folder holds checkpoints of another training configuration, or a run that is going on.
     """
     folder = config.run_dir(cfg)
+    _refuse_live_run(folder)
     previous = config.run_file(folder)
     if previous.is_file() and any((folder / "checkpoints").glob("*/")):
         _refuse_other_run(cfg, config.load_config(previous), folder)
     config.save_config(cfg, previous)
     (folder / "config_origins.txt").write_text(origins + "\n", encoding="utf-8")
     return folder
+
+
+def _refuse_live_run(folder: Path) -> None:
+    """Tries the lock that a training holds (`fit._alone`), before anything of that run is overwritten."""
+    if sys.platform == "win32" or not (folder / ".lock").is_file():
+        return
+    import fcntl
+
+    with open(folder / ".lock") as file:  # closing it gives the lock back
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
 
 
 def _refuse_other_run(cfg: DictConfig, previous: DictConfig, folder: Path) -> None:
@@ -118,10 +136,8 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     devices = cfg.launch.devices if devices is None else devices
     folder = config.run_dir(cfg)
     with _config_file(cfg, folder) as path:
-        command = [sys.executable, "-m"]
-        if devices > 1:
-            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), "-m"]
-        ended = _supervise([*command, CHILD, str(path)], folder if cfg.mode == "fit" else None)
+        several = ["vlm_train.launch", AGENT, str(devices)] if devices > 1 else []
+        ended = _supervise([sys.executable, "-m", *several, CHILD, str(path)], folder if cfg.mode == "fit" else None)
     trains = cfg.mode == "fit" and not cfg.dry_run
     if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
         return read_result(folder)
@@ -204,7 +220,8 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     try:
         for number in FORWARDED:
-            previous[number] = signal.signal(number, forward)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                previous[number] = signal.signal(number, forward)
     except ValueError:
         pass
     try:
@@ -240,17 +257,82 @@ def _describe(cfg: DictConfig, folder: Path, ended: Ended) -> str:
 
 
 def _mark_ended(folder: Path, ended: Ended) -> None:
-    """A child that was killed could not say so itself."""
-    if record.read(folder).get("status") == "running":
+    """A child that was killed could not say so itself. One that was refused (exit code 2) says nothing of the run."""
+    if ended.code != 2 and record.read(folder).get("status") == "running":
         record.update(folder, status="interrupted" if ended.signal else "failed", exit_code=ended.code)
+
+
+def agent(devices: str, module: str, path: str) -> int:
+    """torchrun's agent, except that signals go to its workers, whose end it awaits. Returns the exit code.
+
+    torchrun's own handlers kill workers 30 s after a signal, which may be within a step, and print tracebacks.
+    A third signal kills: a worker that hangs in a collective never runs its Python handlers.
+    """
+    received: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        workers = _children()
+        if number in ENDING:
+            received.append(number)
+            if not workers:
+                raise Interrupted(number)
+            logging.disable()  # torch would report the workers' exit codes as failures
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if len(received) > 2 else number)
+
+    linux = sys.platform == "linux"  # elsewhere there is no /proc to find the workers in
+    for number in FORWARDED if linux else ():  # not ignored: workers would inherit that
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ[AGENT_PID] = str(os.getpid())
+    own = ["--signals-to-handle", "SIGQUIT"] if linux else []
+    try:
+        torchrun([*own, "--standalone", "--nproc-per-node", devices, "-m", module, path])
+    except ChildFailedError as error:
+        if received:
+            return 128 + received[0]
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return int(failure.exitcode)  # the worker has said why
+        print(f"Rank {rank} was killed by {signal.Signals(-failure.exitcode).name}.", file=sys.stderr)
+        return 128 - int(failure.exitcode)
+    return 0
+
+
+def _children() -> list[int]:
+    """Ids of this process's children, from Linux's /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def _die_with_agent() -> None:
+    """Ends this worker with its agent, which can be killed too. torch does not see to that."""
+    if sys.platform == "linux" and (pid := os.environ.get(AGENT_PID)):
+        _die_with_parent()
+        if os.getppid() != int(pid):  # it was killed before we asked
+            raise SystemExit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The child's side: runs one composed configuration file. Returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[0] == AGENT:
+        return agent(*arguments[1:])
     from vlm_train import cli
     from vlm_train.check import check
 
-    (path,) = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        _die_with_agent()
+    (path,) = arguments
 
     def work() -> None:
         cfg = config.load_config(path)

@@ -30,8 +30,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def update(folder: Path, **changes: Any) -> None:
-    """Merges `changes` into the run.json of a run folder, which is created where missing."""
-    write_json(folder / RECORD, read(folder) | changes)
+    """Merges `changes` into the run.json of a run folder, which is created where missing. None removes a key."""
+    kept = {key: value for key, value in read(folder).items() if key not in changes}
+    write_json(folder / RECORD, kept | {key: value for key, value in changes.items() if value is not None})
 
 
 def write_json(path: Path, value: Any) -> None:
