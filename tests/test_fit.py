@@ -486,6 +486,15 @@ def test_bad_sample_is_left_out_and_recorded(tmp_path: Path) -> None:
     assert "sample-03" in json.loads(line)["problem"]
 
 
+def test_held_out_set_without_a_usable_sample(tmp_path: Path) -> None:
+    root = make_data(tmp_path / "data", bad=0)
+    same = f"data.val=[{{shards: {root / 'tiny/train'}}}]"
+    run = train(command(root, tmp_path, same, "trainer.max_steps=1", name="some"))
+    assert "sample-00" in (run / "quarantine-0.jsonl").read_text() and metrics(run, "val")
+    with pytest.raises(TrainingError, match="none of the 1 held-out samples"):
+        train(command(root, tmp_path, same, "data.val_limit=1", "trainer.max_steps=1", name="none"))
+
+
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     bad = make_data(tmp_path / "data", bad=3)
     with pytest.raises(TrainingError, match="bad samples in a row"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +56,7 @@ class VLMModule(pl.LightningModule):
         self.folder = folder
         self.totals: dict[str, Tensor] = {}
         self.validation: dict[str, Tensor] = {}
+        self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
@@ -122,18 +123,22 @@ class VLMModule(pl.LightningModule):
         """Record bad samples, each once, and stop when nothing but bad ones comes."""
         self.counts["skipped"] += len(window.problems)
         self.bad_in_a_row = len(window.problems) + (0 if window.samples else self.bad_in_a_row)
-        path = self.folder / f"quarantine-{self.global_rank}.jsonl"
-        new = [problem for problem in dict.fromkeys(window.problems) if problem not in self.known_problems]
-        if new and not self.known_problems:
-            print(f"left out: {new[0]} (all such samples: {path})", flush=True)
-        self.known_problems.update(new)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": window.step, "problem": problem}) + "\n" for problem in new)
+        self._record_bad("left out", window.step, window.problems)
         if self.bad_in_a_row > self.max_bad:
             raise TrainingError(
                 f"data.train: {self.bad_in_a_row} bad samples in a row; trainer.max_bad_samples={self.max_bad}. "
                 f"Last: {window.problems[-1]}"
             )
+
+    def _record_bad(self, what: str, step: int, problems: Iterable[str]) -> None:
+        """Write each bad sample once to `quarantine-<rank>.jsonl`, and say the first one aloud."""
+        path = self.folder / f"quarantine-{self.global_rank}.jsonl"
+        new = [problem for problem in dict.fromkeys(problems) if problem not in self.known_problems]
+        if new and not self.known_problems:
+            print(f"{what}: {new[0]} (all such samples: {path})", flush=True)
+        self.known_problems.update(new)
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, "problem": problem}) + "\n" for problem in new)
 
     def _add(self, name: str, loss: Loss) -> None:
         self.loss_weights[name] = loss.weight
@@ -237,6 +242,10 @@ class VLMModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the losses of a held-out batch."""
+        self.held_out += len(batch.references)
+        if batch.problems:
+            self.held_out_bad += len(batch.problems)
+            self._record_bad("held out, but left out", self.global_step, batch.problems)
         if not batch.references:
             return
         gather = identity_gather  # ranks may hold unequal numbers of held-out samples
@@ -257,10 +266,16 @@ class VLMModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
-        self.validation = {}
+        self.validation, self.held_out, self.held_out_bad = {}, 0, 0
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss."""
+        seen = self._over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
+        if seen["bad"] and not seen["good"]:
+            raise TrainingError(
+                f"data.val: none of the {seen['bad']:.0f} held-out samples is usable; {self.folder}/quarantine-*.jsonl "
+                "says why."
+            )
         self.validation_metrics = self._means(self.validation)
         self._require_finite("validation", self.validation_metrics)
         if self.validation_metrics:
