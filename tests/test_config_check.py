@@ -116,8 +116,7 @@ def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() ->
     assert found.startswith("batch.tokens: ") and "not available yet" in found
     (found,) = problems("batch.micro=8", recipe="easyvqa_clip")
     assert found.startswith("objective.contrastive: ") and "allowed: batch.micro=32" in found
-    (found,) = problems("launch.devices=2", recipe="easyvqa_clip")
-    assert found.endswith("allowed: batch.micro=16.")
+    assert problems("launch.devices=2", recipe="easyvqa_clip") == []  # micro 32 holds the 16 of a process
     assert problems("launch.devices=2", "batch.micro=16", recipe="easyvqa_clip") == []
     (found,) = problems("trainer.compile=true", recipe="easyvqa_clip")
     assert found.startswith("trainer.compile: vlm_train.models.two_tower.TwoTower has no forward pass")

@@ -170,7 +170,7 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
         model.compile()
     objectives = {k: instantiate(v, _convert_="all") for k, v in cfg.objective.items() if v is not None}
     for name, objective in objectives.items():
-        if objective.stream == "samples" and (plan.micro_count > 1 or plan.batch % (plan.world * plan.micro)):
+        if objective.stream == "samples" and plan.micro_count > 1:
             raise ConfigError(
                 f"objective.{name}: contrasts all samples of a step with each other, so it cannot be cut into "
                 f"{plan.micro_count} micro-batches; allowed: batch.micro={plan.batch // plan.world}"

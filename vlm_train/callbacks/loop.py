@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +20,8 @@ from vlm_train.errors import Interrupted
 from vlm_train.modules.base import ends_step
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+REPEATED = 3.0
+"""Seconds in which a signal counts as the same one: schedulers signal every process, and supervisors forward it too."""
 
 
 class Log(pl.Callback):
@@ -127,17 +132,24 @@ class Checkpoints(pl.Callback):
 
 
 class StopSignals(pl.Callback):
-    """Ctrl-C, and SIGTERM as schedulers send it: the first asks for a checkpoint and a stop at the end of the step, the
-    second acts as usual."""
+    """Ctrl-C, and SIGTERM as schedulers send it: the first asks for a checkpoint and a stop at the end of the step, a
+    later one acts as usual."""
 
     def __init__(self) -> None:
+        self.asked = 0.0
         self.usual = {number: signal.getsignal(number) for number in STOPPING}  # before Lightning sets its own
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         def ask(number: int, frame: FrameType | None) -> None:
-            signal.signal(number, self.usual[signal.Signals(number)])
+            if pl_module.interrupt:
+                if time.monotonic() - self.asked > REPEATED:
+                    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else self.usual[number])  # type: ignore[index]
+                    os.kill(os.getpid(), number)
+                return
+            self.asked = time.monotonic()
             pl_module.interrupt = number  # type: ignore[assignment]
-            print(f"{signal.Signals(number).name}: stopping after this step or evaluation, and saving", flush=True)
+            with suppress(OSError):  # whoever read our output may be gone
+                print(f"{signal.Signals(number).name}: stopping after this step or evaluation, and saving", flush=True)
 
         self._set(dict.fromkeys(STOPPING, ask))
 
