@@ -486,6 +486,13 @@ def test_bad_sample_is_left_out_and_recorded(tmp_path: Path) -> None:
     assert "sample-03" in json.loads(line)["problem"]
 
 
+def test_step_of_bad_samples_only_is_passed_over(tmp_path: Path) -> None:
+    bad = make_data(tmp_path / "data", bad=3)
+    more = ["batch.samples=1", "batch.micro=1", "trainer.max_steps=12", "trainer.val_every=null"]  # one epoch
+    rows = metrics(train(command(bad, tmp_path, *more)))
+    assert len(rows) == 12 and [row["skipped"] for row in rows].count(1) == 1
+
+
 def test_held_out_set_without_a_usable_sample(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data", bad=0)
     same = f"data.val=[{{shards: {root / 'tiny/train'}}}]"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
     if status.get("status") == "done" and cfg.resume == "auto":
         print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
         return dict(status.get("metrics") or {})
-    with _alone(folder):
+    with record.lock(folder) if rank() == 0 else nullcontext():
         if cfg.resume == "restart" and rank() == 0:
             for leftover in (folder / "checkpoints", folder / "eval"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -52,22 +50,6 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
 
 def _start(resumed: checkpoint.Resume | None) -> str:
     return f"resuming from {resumed.folder}" if resumed else "starting at step 0"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the run folder's lock on rank 0, so that the same command, started twice, does not write to it twice."""
-    if rank() != 0 or sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
-        yield
 
 
 def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Resume | None) -> dict[str, Any]:

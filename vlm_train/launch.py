@@ -90,26 +90,14 @@ def prepare(cfg: DictConfig, origins: str) -> Path:
     Raises ConfigError when the folder holds checkpoints of another training configuration, or a run that is going on.
     """
     folder = config.run_dir(cfg)
-    _refuse_live_run(folder)
+    with record.lock(folder):  # a training holds it: nothing of a live run is overwritten
+        pass
     previous = config.run_file(folder)
     if previous.is_file() and any((folder / "checkpoints").glob("*/")):
         _refuse_other_run(cfg, config.load_config(previous), folder)
     config.save_config(cfg, previous)
     (folder / "config_origins.txt").write_text(origins + "\n", encoding="utf-8")
     return folder
-
-
-def _refuse_live_run(folder: Path) -> None:
-    """Tries the lock that a training holds (`fit._alone`), before anything of that run is overwritten."""
-    if sys.platform == "win32" or not (folder / ".lock").is_file():
-        return
-    import fcntl
-
-    with open(folder / ".lock") as file:  # closing it gives the lock back
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
 
 
 def _refuse_other_run(cfg: DictConfig, previous: DictConfig, folder: Path) -> None:

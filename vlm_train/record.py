@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from vlm_train.errors import ConfigError
 
 log = logging.getLogger("vlm_train")
 
@@ -69,3 +74,24 @@ def keep_metrics(folder: Path, step: int) -> None:
     partial = folder / f"{METRICS}.partial"
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     partial.replace(folder / METRICS)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds a run folder, so that the same command, started twice, does not write to it twice.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:  # closing it gives the lock back
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
+        yield

@@ -169,13 +169,8 @@ class VLMModule(pl.LightningModule):
         row = self._means(self.totals)
         self.counts = self._over_ranks(self.counts)
         self._require_finite("training", row)
-        if self.counts["skipped"] and not self.counts["samples"]:
-            raise TrainingError(
-                f"data.train: all {self.counts['skipped']:.0f} samples since the last log line were left out; "
-                f"{self.folder}/quarantine-*.jsonl says why."
-            )
         ratio = self.counts["supervised"] / max(self.counts["tokens"], 1)
-        if "lm" in self.objectives and ratio < self.min_supervised:
+        if "lm" in self.objectives and self.counts["tokens"] and ratio < self.min_supervised:  # none: all left out
             raise TrainingError(
                 f"data: only {ratio:.2%} of the last {self.counts['tokens']:.0f} tokens are supervised, less than "
                 f"trainer.min_supervised_ratio={self.min_supervised:.2%}. Look at what is learned with mode=show."
