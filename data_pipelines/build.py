@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.manifest import MANIFEST, Manifest
 from data_pipelines.shards import ShardWriter
-from data_pipelines.sources import Record, Source
+from data_pipelines.sources import Record, Source, records
 from data_pipelines.stream import ShardSet
 
 QUARANTINE = "quarantine.jsonl"
@@ -86,7 +86,7 @@ def write(
     )
     bad: list[str] = []
     with writer:
-        for number, record in enumerate(_progress(source, len(source), str(output))):
+        for number, record in enumerate(_progress(source, str(output))):
             try:
                 if isinstance(record, BadSample):
                     raise record
@@ -139,16 +139,18 @@ def _write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _progress(records: Iterable[Record], total: int, name: str) -> Iterator[Record]:
+def _progress(source: Source, name: str) -> Iterator[Record]:
     """A bar on a terminal; elsewhere a line now and then."""
     if sys.stderr.isatty():
-        yield from track(records, total=total, description=name, console=Console(stderr=True))
+        parts = track(range(source.parts), description=name, console=Console(stderr=True))
+        for part in parts:
+            yield from source.read(part)
         return
     last = time.monotonic()
-    for number, record in enumerate(records):
+    for number, record in enumerate(records(source)):
         if time.monotonic() - last > PLAIN_SECONDS:
             last = time.monotonic()
-            print(f"{name}: {number} of {total} records", file=sys.stderr, flush=True)
+            print(f"{name}: {number} records", file=sys.stderr, flush=True)
         yield record
 
 

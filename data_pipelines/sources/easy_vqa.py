@@ -6,13 +6,12 @@ Source: github.com/vzhou842/easy-VQA. 4,000 training images with 38,575 question
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_pipelines.errors import DataError
 from data_pipelines.media import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from data_pipelines.sources import Record
+from data_pipelines.sources import ListSource
 
 SPLITS = ("train", "val", "trainval", "test")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -26,7 +25,7 @@ class Question(NamedTuple):
     answer: str
 
 
-class EasyVQA:
+class EasyVQA(ListSource):
     """One sample per image; each question is an independent annotation.
 
     `split`: `test` is the official one; `val` is a fixed share `val_share` of the official training images, `train` the
@@ -61,9 +60,6 @@ class EasyVQA:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self._record(image) for image in self._ids)
-
     def _choose(self) -> list[int]:
         ids = sorted(self._questions)
         if self.split in ("train", "val"):
@@ -75,7 +71,9 @@ class EasyVQA:
             ids = [image for image in ids if caption(*describe(self._questions[image]))]
         return ids
 
-    def _record(self, image: int) -> Record:
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """All questions about one image, or its caption."""
+        image = self._ids[i]
         colour, shape = describe(self._questions[image])
         blobs = [self._read(image)] if self.images else []
         show: tuple[Media | Text, ...] = (Media(item=0),) if self.images else ()

@@ -17,13 +17,13 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media import image_item
 from data_pipelines.members import safe_key
 from data_pipelines.sample import Annotation, Media, Part, Role, Sample, Text, Turn
-from data_pipelines.sources import Record
+from data_pipelines.sources import ListSource
 
 TAG = "<image>"
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-class LlavaJSON:
+class LlavaJSON(ListSource):
     """One sample per record, with one annotation. `file` is the JSON, `images` the folder its paths start from.
 
     Images are numbered in the order of their tags in the human turns. A turn's only image comes before its text with
@@ -51,17 +51,14 @@ class LlavaJSON:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __iter__(self) -> Iterator[Record]:
-        for position, record in enumerate(self._records):
-            name = record.get("id", position) if isinstance(record, dict) else position
-            try:
-                yield self._record(position, record)
-            except BadSample as error:
-                yield BadSample(f"record {name!r}: {error}")
-            except (KeyError, TypeError, AttributeError) as error:
-                yield BadSample(f"record {name!r}: malformed: {type(error).__name__}: {error}")
+    def label(self, i: int) -> str:
+        """The record's own id, where it has one."""
+        record = self._records[i]
+        return f"record {record.get('id', i) if isinstance(record, dict) else i!r}"
 
-    def _record(self, position: int, record: Mapping[str, Any]) -> Record:
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Record i of the file."""
+        record = self._records[i]
         image = record.get("image") or []
         paths = [image] if isinstance(image, str) else list(image)
         conversations = record["conversations"]
@@ -70,7 +67,7 @@ class LlavaJSON:
             raise BadSample(f"{tags} {TAG} tags in its human turns, {len(paths)} images")
         blobs = [self._read_image(path) for path in paths]
         return Sample(
-            key=safe_key(f"{position:07d}-{record.get('id', '')}"),
+            key=safe_key(f"{i:07d}-{record.get('id', '')}"),
             media=tuple(image_item(number, blob) for number, blob in enumerate(blobs)),
             annotations=(Annotation(turns=tuple(self._turns(conversations))),),
             source=self.name,

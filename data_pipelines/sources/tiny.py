@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
 
 from PIL import Image, ImageDraw
 
 from data_pipelines.errors import DataError
 from data_pipelines.media import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from data_pipelines.sources import Record
+from data_pipelines.sources import ListSource
 
 SPLITS = ("train", "val", "test")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -19,7 +18,7 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIZE = (48, 40)  # width, height
 
 
-class Tiny:
+class Tiny(ListSource):
     """`count` samples with one picture and two independent annotations; equal on every machine.
 
     Sample n of a split is the same whatever `count` is.
@@ -38,16 +37,14 @@ class Tiny:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self._record(number) for number in range(self.count))
-
-    def _record(self, number: int) -> Record:
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Picture i."""
         # A hash chooses, so that the pictures depend on no random generator and no version of one.
-        draw = hashlib.sha256(f"tiny-{self.split}-{number}".encode()).digest()
+        draw = hashlib.sha256(f"tiny-{self.split}-{i}".encode()).digest()
         colour, shape = COLOURS[draw[0] % len(COLOURS)], SHAPES[draw[1] % len(SHAPES)]
         blob = picture(colour, shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
         return Sample(
-            key=f"{self.split}-{number:05d}",
+            key=f"{self.split}-{i:05d}",
             media=(image_item(0, blob),),
             annotations=(
                 _annotation("What is in the picture?", f"a {colour} {shape}"),
