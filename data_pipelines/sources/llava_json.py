@@ -6,18 +6,17 @@ Format: `[{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines.errors import BadSample
 from data_pipelines.media import image_item
 from data_pipelines.members import safe_key
 from data_pipelines.sample import Annotation, Media, Part, Role, Sample, Text, Turn
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.files import ImageFolder, read_records
 
 TAG = "<image>"
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -43,13 +42,12 @@ class LlavaJSON(ListSource):
         limit: int | None = None,
     ) -> None:
         self.name, self.licence, self.split, self.image_first = name, licence, split, image_first
-        self.images = Path(images) if images is not None else None
-        if self.images is not None and not self.images.is_dir():
-            raise DataError(f"images: no such folder: {self.images}")
-        self._records = _read(Path(file))[:limit]
+        self._images = ImageFolder(images)
+        self._records = read_records(Path(file))
+        self._count = min(len(self._records), len(self._records) if limit is None else limit)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._count
 
     def label(self, i: int) -> str:
         """The record's own id, where it has one."""
@@ -65,7 +63,7 @@ class LlavaJSON(ListSource):
         tags = sum(turn["value"].count(TAG) for turn in conversations if turn["from"] == "human")
         if tags != len(paths):
             raise BadSample(f"{tags} {TAG} tags in its human turns, {len(paths)} images")
-        blobs = [self._read_image(path) for path in paths]
+        blobs = [self._images.read(path) for path in paths]
         return Sample(
             key=safe_key(f"{i:07d}-{record.get('id', '')}"),
             media=tuple(image_item(number, blob) for number, blob in enumerate(blobs)),
@@ -100,25 +98,3 @@ class LlavaJSON(ListSource):
             elif piece:
                 parts.append(Text(text=piece))
         return tuple(parts)
-
-    def _read_image(self, path: str) -> bytes:
-        if self.images is None:
-            raise BadSample(f"names image {path!r}, but no folder was given (images=<folder>)")
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise BadSample(f"image path {path!r} leaves the image folder")
-        try:
-            return (self.images / path).read_bytes()
-        except OSError as error:
-            raise BadSample(f"image {self.images / path}: {error.strerror}") from error
-
-
-def _read(path: Path) -> list[Any]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"file: {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"file: {path} is not JSON: {error}") from error
-    if not isinstance(records, list):
-        raise DataError(f"file: {path} holds a {type(records).__name__}; expected a list of records")
-    return records
