@@ -128,6 +128,17 @@ def read_records(path: Path) -> Sequence[Any]:
     return records
 
 
+def place(records: Sequence[Any], i: int) -> str:
+    """What messages call record i: by its own id where it has one, by its line in JSON Lines."""
+    try:
+        record = records[i]
+    except BadSample:
+        record = None
+    if isinstance(record, dict) and "id" in record:
+        return f"record {record['id']!r}"
+    return f"line {records.line(i)}" if isinstance(records, JsonLines) else f"record {i}"
+
+
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file without tags that make objects. Raises `DataError`."""
     try:
