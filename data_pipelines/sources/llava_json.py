@@ -1,7 +1,7 @@
 """LLaVA JSON + image folder: the 558K pre-training format, the 665K mix, LLaVA-NeXT's and OneVision's files.
 
-Format: `[{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}]}]`, or those records as
-JSON Lines (github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md); `image` may be a list.
+Format: `[{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}]}]`, or such records
+as JSON Lines (github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md); `image` may be a list.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import tarfile
 
 import pyarrow as pa
@@ -50,6 +51,7 @@ def test_tars_are_parts_and_columns_become_meta(tmp_path, tar, picture):
     (tmp_path / "00000.parquet").touch()  # img2dataset writes them, and _stats.json, beside its tars
     source = Img2Dataset(folder=str(tmp_path), columns=["similarity", "punsafe"], name="cc3m")
     assert source.parts == 2
+    source = pickle.loads(pickle.dumps(source))  # as builds on several processes do
     (second, _), (first, blobs) = *source.read(1), next(source.read(0))
     assert (second.key, first.key, first.source) == ("000010000", "000000000", "cc3m") and blobs == [image]
     (annotation,) = first.annotations
