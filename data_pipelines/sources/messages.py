@@ -35,7 +35,7 @@ ROLES: dict[str, Role] = {
 
 
 class Messages(ListSource):
-    """One sample per line of `file`. `images` is the folder that its image paths start from."""
+    """One sample per line of `file`. Image paths start from the folder `images`, or from that of `file`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Messages(ListSource):
         split: str = "train",
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
-        self._images = ImageFolder(images)
+        self._images = ImageFolder(str(Path(file).parent) if images is None else images)
         self._records = JsonLines(Path(file))
 
     def __len__(self) -> int:

@@ -49,6 +49,14 @@ def test_tags_mark_the_places_of_images(read, picture):
     assert (sample.key, sample.source, sample.licence) == ("0000000-x", "mine", "CC0")
 
 
+def test_paths_start_from_the_file_s_own_folder(read, tmp_path):
+    expected = read({"images": ["1.png"], "messages": _talk("<image>", "y")})
+    assert list(Messages(file=str(tmp_path / "x.jsonl"), name="mine", licence="CC0")) == expected
+    (tmp_path / "none").mkdir()
+    (error,) = Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path / "none"))
+    assert "none/1.png: No such file" in str(error)
+
+
 def test_unmarked_images_come_first(read):
     first, second = read(
         {"images": ["1.png", "2.png"], "messages": [{"role": "system", "content": "Be kind."}, *_talk("Hm?", "y")]},
