@@ -19,6 +19,7 @@ MAX_LINE = 2 * MAX_BYTES
 """Bytes of a line of JSON Lines: room for the largest image in base64."""
 
 _PIECE = 2**20
+_ROWS = 64
 
 
 class ImageFolder:
@@ -157,6 +158,24 @@ def find_files(folder: Path, *suffixes: str) -> list[Path]:
     if not found:
         raise DataError(f"folder: {folder} holds no {' or '.join(suffixes)} files")
     return found
+
+
+def open_parquet(path: Path) -> Any:
+    """The `pyarrow.parquet.ParquetFile` of `path`. Raises `DataError`."""
+    parquet = needs("pyarrow.parquet")
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def parquet_rows(path: Path, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, or of some of its row groups, few at a time in memory. Raises `DataError`."""
+    try:
+        for batch in open_parquet(path).iter_batches(_ROWS, row_groups=groups, columns=list(columns)):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged: {error}") from error
 
 
 def needs(module: str) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sources import PART_SIZE, Record
-from data_pipelines.sources.files import ImageFolder, needs
+from data_pipelines.sources.files import ImageFolder, needs, open_parquet, parquet_rows
 from data_pipelines.sources.messages import sample
 
 COLUMNS = ("id", "messages", "conversations", "prompt", "chosen", "rejected", "images", "image")
-BATCH = 64  # rows in memory at once
+BATCH = 64  # rows of a saved dataset in memory at once
 
 
 class HFMessages:
@@ -95,13 +95,9 @@ def _check(where: Path, columns: list[str]) -> None:
 
 
 def _row_groups(folder: Path, pattern: str) -> list[Part]:
-    parquet = needs("pyarrow.parquet")
     parts: list[Part] = []
     for number, path in enumerate(sorted(folder.glob(pattern))):
-        try:
-            file = parquet.ParquetFile(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: {error}") from error
+        file = open_parquet(path)
         _check(path, file.schema_arrow.names)
         start = 0
         for group in range(file.num_row_groups):
@@ -113,10 +109,8 @@ def _row_groups(folder: Path, pattern: str) -> list[Part]:
 
 
 def _parquet_rows(path: Path, group: int) -> Iterator[dict[str, Any]]:
-    file = needs("pyarrow.parquet").ParquetFile(path)
-    columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-    for batch in file.iter_batches(batch_size=BATCH, row_groups=[group], columns=columns):
-        yield from batch.to_pylist()
+    known = open_parquet(path).schema_arrow.names
+    return parquet_rows(path, [name for name in COLUMNS if name in known], [group])
 
 
 def _load(path: Path) -> Any:

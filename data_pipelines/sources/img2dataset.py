@@ -21,7 +21,7 @@ from data_pipelines.media import MAX_BYTES, image_item
 from data_pipelines.members import ALLOWED, IMAGES, JSON, TEXT, captioned, extension, safe_key
 from data_pipelines.sample import Sample
 from data_pipelines.sources import Record
-from data_pipelines.sources.files import find_files, needs, parse_json
+from data_pipelines.sources.files import find_files, open_parquet, parquet_rows, parse_json
 
 FORMATS = ("webdataset", "parquet", "files")
 FAILED = ("bad", "drop")
@@ -89,24 +89,22 @@ class Img2Dataset:
         return self._sample(key, images[0], row)
 
     def _rows(self, path: Path) -> Iterator[Record]:
-        file = needs("pyarrow.parquet").ParquetFile(path)
-        known = set(file.schema_arrow.names)
+        known = set(open_parquet(path).schema_arrow.names)
         missing = {"key", "jpg", *self._columns} - known
         if missing or not known & {"caption", TEXT}:
             raise DataError(f"{path} has no column {', '.join(sorted(missing or {TEXT}))}; it has {sorted(known)}")
         columns = {"key", "jpg", "caption", TEXT, "status", "error_message", *self._columns} & known
-        for batch in file.iter_batches(batch_size=64, columns=sorted(columns)):
-            for row in batch.to_pylist():
-                failed = row["jpg"] is None or row.get("status", "success") != "success"
-                if failed and self._drop:
-                    continue
-                try:
-                    if failed:
-                        raise BadSample(f"status {row.get('status')!r}: {row.get('error_message')}")
-                    row["caption"] = row[TEXT] if row.get("caption") is None else row["caption"]
-                    yield self._sample(str(row["key"]), row["jpg"], row)
-                except (BadSample, KeyError) as error:
-                    yield BadSample(f"{path}: {row['key']!r}: {error}")
+        for row in parquet_rows(path, sorted(columns)):
+            failed = row["jpg"] is None or row.get("status", "success") != "success"
+            if failed and self._drop:
+                continue
+            try:
+                if failed:
+                    raise BadSample(f"status {row.get('status')!r}: {row.get('error_message')}")
+                caption = row.get(TEXT) if row.get("caption") is None else row["caption"]
+                yield self._sample(str(row["key"]), row["jpg"], {**row, "caption": caption})
+            except BadSample as error:
+                yield BadSample(f"{path}: {row['key']!r}: {error}")
 
     def _sample(self, key: str, image: bytes, row: Mapping[str, Any]) -> tuple[Sample, list[bytes]]:
         missing = [column for column in self._columns if column not in row]

@@ -74,8 +74,8 @@ class LlavaFormat:
         first = next((number for number, (role, _) in enumerate(conversations) if role == "user"), None)
         if self.untagged == "bad" or first is None:
             raise BadSample(f"0 {TAG} tags in its human turns, {len(paths)} images")
-        tagged = ("user", TAG * len(paths) + conversations[first][1])
-        return paths, [*conversations[:first], tagged, *conversations[first + 1 :]]  # type: ignore[list-item]
+        tagged: tuple[Role, str] = ("user", TAG * len(paths) + conversations[first][1])
+        return paths, [*conversations[:first], tagged, *conversations[first + 1 :]]
 
     def _turns(self, conversations: list[tuple[Role, str]]) -> Iterator[Turn]:
         numbers = count()

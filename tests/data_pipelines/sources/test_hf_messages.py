@@ -112,5 +112,15 @@ def test_wrong_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match="no column messages, conversations or chosen; it has text"):
         HFMessages(folder=str(tmp_path))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="x.parquet: "):
+    with pytest.raises(DataError, match="x.parquet: not a readable parquet file"):
         HFMessages(folder=str(tmp_path))
+
+
+def test_damaged_pages_are_an_error_that_names_the_file(tmp_path, picture):
+    _write(tmp_path / "x.parquet", [_vsft(picture, 0)], compression="none", use_dictionary=False)
+    source = HFMessages(folder=str(tmp_path))
+    data = bytearray((tmp_path / "x.parquet").read_bytes())
+    data[4:64] = bytes([255]) * 60
+    (tmp_path / "x.parquet").write_bytes(data)
+    with pytest.raises(DataError, match="x.parquet: damaged: "):
+        list(records(source))
