@@ -120,8 +120,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_records(path: Path) -> Sequence[Any]:
-    """The records of a `.jsonl` file, or of a JSON file that holds a list. Raises `DataError`."""
-    if path.suffix == ".jsonl":
+    """The records of a JSON Lines file (.jsonl, .ndjson), or of a JSON file that holds a list. Raises `DataError`."""
+    if path.suffix in (".jsonl", ".ndjson"):
         return JsonLines(path)
     records = read_json(path)
     if not isinstance(records, list):

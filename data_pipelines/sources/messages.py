@@ -1,4 +1,4 @@
-"""Conversations as messages: one JSON object a line, the format for data of one's own.
+"""Conversations as messages: one JSON object a line, or a JSON list, the format for data of one's own.
 
 `{"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A cat."}]}` with
 `images` (a path below the image folder, or a data URI, each), `id`, and `rejected`, an answer that the last one is
@@ -22,7 +22,7 @@ from data_pipelines.media import image_item
 from data_pipelines.members import safe_key
 from data_pipelines.sample import Annotation, Media, Part, Role, Sample, Text, Turn
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.files import ImageFolder, JsonLines, place
+from data_pipelines.sources.files import ImageFolder, place, read_records
 from data_pipelines.sources.llava_json import split_tags
 
 ROLES: dict[str, Role] = {
@@ -47,8 +47,8 @@ class Messages(ListSource):
         split: str = "train",
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
+        self._records = read_records(Path(file))
         self._images = ImageFolder(str(Path(file).parent) if images is None else images)
-        self._records = JsonLines(Path(file))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -58,7 +58,7 @@ class Messages(ListSource):
         return place(self._records, i)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
-        """Line i of the file, blank lines not counted."""
+        """Record i of the file; blank lines are none."""
         record = self._records[i]
         key = safe_key(f"{i:07d}-{record['id']}" if "id" in record else f"{i:07d}")
         return sample(record, key, self._read, source=self.name, licence=self.licence)

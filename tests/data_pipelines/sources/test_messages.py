@@ -8,7 +8,7 @@ import json
 import pytest
 
 from data_pipelines.build import write
-from data_pipelines.errors import BadSample
+from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
 from data_pipelines.sources.messages import Messages
 from data_pipelines.stream import ShardSet
@@ -52,6 +52,10 @@ def test_tags_mark_the_places_of_images(read, picture):
 def test_paths_start_from_the_file_s_own_folder(read, tmp_path):
     expected = read({"images": ["1.png"], "messages": _talk("<image>", "y")})
     assert list(Messages(file=str(tmp_path / "x.jsonl"), name="mine", licence="CC0")) == expected
+    (tmp_path / "x.json").write_text(f"[{(tmp_path / 'x.jsonl').read_text()}]")
+    assert list(Messages(file=str(tmp_path / "x.json"), name="mine", licence="CC0")) == expected
+    with pytest.raises(DataError, match="file: .*nowhere/x.jsonl: No such file"):
+        Messages(file=str(tmp_path / "nowhere" / "x.jsonl"))
     (tmp_path / "none").mkdir()
     (error,) = Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path / "none"))
     assert "none/1.png: No such file" in str(error)
