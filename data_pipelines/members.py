@@ -125,8 +125,13 @@ def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, An
     except UnicodeDecodeError as error:
         raise BadSample(f"sample {key!r}: member txt is not UTF-8: {error}") from error
     media = tuple(image_item(number, data) for number, data in enumerate(images))
+    return Sample(key=key, media=media, annotations=(captioned(caption, images=len(media)),), meta=meta), images
+
+
+def captioned(caption: str, images: int = 1) -> Annotation:
+    """A caption as an annotation: a user turn with the images alone, an assistant turn with the text."""
     turns = (
-        Turn(role="user", parts=tuple(Media(item=number) for number in range(len(media)))),
+        Turn(role="user", parts=tuple(Media(item=number) for number in range(images))),
         Turn(role="assistant", parts=(Text(text=caption),)),
     )
-    return Sample(key=key, media=media, annotations=(Annotation(turns=turns),), meta=meta), images
+    return Annotation(turns=turns)
