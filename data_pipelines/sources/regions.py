@@ -6,7 +6,6 @@ Boxes are `Box` parts in fractions of the image; the template spells them.
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import Any
 
 from data_pipelines.errors import BadSample
@@ -60,10 +59,10 @@ def box(xywh: Any, width: int, height: int) -> Box:
         x, y, w, h = (float(value) for value in xywh)
     except (TypeError, ValueError, OverflowError) as error:
         raise BadSample(f"box {xywh!r}; expected x, y, w, h in pixels") from error
-    low, right, bottom = min(x, y), x + w - width, y + h - height
-    if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
-        raise BadSample(f"box x, y, w, h = {x}, {y}, {w}, {h} has no area")
-    if low < -TOLERANCE or right > TOLERANCE or bottom > TOLERANCE or x >= width or y >= height:
-        raise BadSample(f"box x, y, w, h = {x}, {y}, {w}, {h} leaves the image of {width} x {height} pixels")
-    x1, y1, x2, y2 = x / width, y / height, (x + w) / width, (y + h) / height
-    return Box(item=0, xyxy=(max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0)))
+    what = f"box x, y, w, h = {x:g}, {y:g}, {w:g}, {h:g}"
+    if min(x, y) < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE:
+        raise BadSample(f"{what} leaves the image of {width} x {height} pixels")
+    x1, y1, x2, y2 = max(x, 0.0) / width, max(y, 0.0) / height, min((x + w) / width, 1.0), min((y + h) / height, 1.0)
+    if not (x1 < x2 and y1 < y2):  # also false for NaN
+        raise BadSample(f"{what} has no area in the image of {width} x {height} pixels")
+    return Box(item=0, xyxy=(x1, y1, x2, y2))
