@@ -21,6 +21,7 @@ from data_pipelines.sources.tasks import (
     one_image,
     read_list,
     text,
+    texts,
 )
 
 
@@ -64,9 +65,6 @@ class DocVQA(ListSource):
 
     def _annotate(self, question: dict[str, Any]) -> Annotated:
         prompt = self._prompt.fill(question=text(question["question"]))
-        note = {
-            "question_id": question["questionId"],
-            "answers": question["answers"],
-            "types": question.get("question_types") or [],
-        }
-        return [(exchange(prompt, text(question["answers"][0])), note)]
+        answers, types = texts(question["answers"]), question.get("question_types") or []
+        note = {"question_id": question["questionId"], "answers": answers, "types": types}
+        return [(exchange(prompt, text(answers[0])), note)]

@@ -22,6 +22,7 @@ from data_pipelines.sources.tasks import (
     one_image,
     read_json,
     text,
+    texts,
 )
 
 SPLITS = {"train": 1, "val": 2, "test": 3}
@@ -66,7 +67,7 @@ class OCRVQA(ListSource):
         book = self._books[i]
         extension = PurePosixPath(str(book.get("imageURL", ""))).suffix
         blob = self._folder.read(f"{book['id']}.jpg", *([f"{book['id']}{extension}"] if extension else []))
-        questions, answers = book["questions"], book["answers"]
+        questions, answers = texts(book["questions"]), texts(book["answers"])
         if len(questions) != len(answers):
             raise BadSample(f"{len(questions)} questions, {len(answers)} answers")
         pairs = list(enumerate(zip(questions, answers, strict=True)))

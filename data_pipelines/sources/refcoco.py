@@ -20,7 +20,7 @@ from data_pipelines.media import image_item
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
 from data_pipelines.sources.regions import GROUNDING_PROMPT, REFERRING_PROMPT, RegionTask, box, check_size
-from data_pipelines.sources.tasks import MALFORMED, Annotated, ImageFolder, of_split, one_image, read_json, text
+from data_pipelines.sources.tasks import MALFORMED, Annotated, ImageFolder, of_split, one_image, read_json, text, whole
 
 CONVERT = (
     "python -c \"import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb'), encoding='latin1'), "
@@ -76,7 +76,7 @@ class RefCOCO(ListSource):
         name = Path(text(image["file_name"])).name
         blob = self._folder.read(name)
         item = image_item(0, blob)
-        check_size((int(image["width"]), int(image["height"])), item.width, item.height)
+        check_size((whole(image["width"]), whole(image["height"])), item.width, item.height)
         annotate = partial(self._annotate, width=item.width, height=item.height)
         return one_image(self, f"{self.split}-{Path(name).stem}", blob, regions, annotate, {"image": name})
 

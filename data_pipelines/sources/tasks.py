@@ -39,8 +39,9 @@ class ImageFolder:
         for name in names:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise BadSample(f"image path {name!r} leaves the image folder")
-        path = self.path / next((name for name in names if (self.path / name).is_file()), names[0])
+        path = self.path / names[0]
         try:
+            path = next((self.path / name for name in names if (self.path / name).is_file()), path)
             if path.stat().st_size > MAX_BYTES:
                 raise BadSample(f"image {path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
             return path.read_bytes()
@@ -133,6 +134,22 @@ def text(value: Any) -> str:
     return value.strip()
 
 
+def texts(value: Any) -> list[str]:
+    """A list of texts, empty ones included. Raises `BadSample`."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise BadSample(f"expected a list of texts, got {value!r}")
+    return value
+
+
+def whole(value: Any) -> int:
+    """A whole number, or digits. Raises `BadSample`."""
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if not isinstance(value, int):
+        raise BadSample(f"expected a whole number, got {value!r}")
+    return value
+
+
 def exchange(prompt: Sequence[Part], answer: str | Box, weight: float = 1.0) -> Annotation:
     """A user turn about the image and its answer."""
     reply = answer if isinstance(answer, Box) else Text(text=answer)
@@ -168,9 +185,10 @@ def one_image(
     skipped: list[str] = []
     for number, item in enumerate(raw):
         try:
-            for annotation, note in annotate(item):
-                annotations.append(annotation)
-                notes.append(note)
+            found = annotate(item)
+            json.dumps([note for _, note in found], ensure_ascii=False).encode()  # see `text`
+            annotations += [annotation for annotation, _ in found]
+            notes += [note for _, note in found]
         except BadSample as error:
             skipped.append(f"{number}: {error}")
         except MALFORMED as error:

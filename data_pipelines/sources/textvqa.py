@@ -23,6 +23,7 @@ from data_pipelines.sources.tasks import (
     one_image,
     read_list,
     text,
+    texts,
 )
 
 
@@ -75,7 +76,7 @@ class TextVQA(ListSource):
     def _annotate(self, question: dict[str, Any]) -> Annotated:
         tokens = ", ".join(self._tokens.get(question["image_id"], ()))
         prompt = self._prompt.fill(question=text(question["question"]), ocr=tokens)
-        return answered(prompt, question["answers"], self._answers, {"question_id": question["question_id"]})
+        return answered(prompt, texts(question["answers"]), self._answers, {"question_id": question["question_id"]})
 
 
 def _tokens(path: str) -> dict[Any, list[str]]:

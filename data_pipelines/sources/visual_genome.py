@@ -25,6 +25,7 @@ from data_pipelines.sources.tasks import (
     one_image,
     read_list,
     text,
+    whole,
 )
 
 QA = "qa"
@@ -76,7 +77,7 @@ class VisualGenome(ListSource):
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All regions or questions of one image."""
-        image = int(_id(self._images[i]))
+        image = whole(_id(self._images[i]))
         blob = self._folder.read(f"VG_100K/{image}.jpg", f"VG_100K_2/{image}.jpg", f"{image}.jpg")
         key, meta = f"{self.split}-{image:07d}", {"image_id": image}
         if self._task == QA:

@@ -25,6 +25,7 @@ from data_pipelines.sources.tasks import (
     read_json,
     read_list,
     text,
+    whole,
 )
 
 
@@ -68,7 +69,7 @@ class VQA(ListSource):
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one image."""
-        image = int(self._images[i][0]["image_id"])
+        image = whole(self._images[i][0]["image_id"])
         # COCO 2014 and 2017 hold the same images under two names.
         blob = self._folder.read(f"COCO_{self._subset}_{image:012d}.jpg", f"{image:012d}.jpg")
         key, meta = f"{self._subset}-{image:012d}", {"image_id": image}

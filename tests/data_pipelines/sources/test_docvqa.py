@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sources.docvqa import DocVQA
 
 
@@ -31,6 +32,18 @@ def test_pages_are_found_with_and_without_their_folder(published):
     for path in images.glob("*.png"):
         shutil.move(path, images / "documents")
     assert [blobs for _, blobs in DocVQA(**options)] == flat
+
+
+def test_answers_must_be_texts_in_a_list(published):
+    options = published("docvqa")
+    pages = json.loads(Path(options["file"]).read_text())
+    pages["data"][1]["answers"] = "P. Carter"
+    pages["data"][2]["questionId"] = "\ud800"  # no UTF-8: could not be written
+    Path(options["file"]).write_text(json.dumps(pages))
+    (first, _), second = DocVQA(**options)
+    assert len(first.annotations) == 1
+    assert first.meta["skipped"] == ["1: expected a list of texts, got 'P. Carter'"]
+    assert isinstance(second, BadSample) and "UnicodeEncodeError" in str(second)
 
 
 def test_another_split_is_refused(published):

@@ -12,7 +12,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inspect import main as inspect
 from data_pipelines.lint import problems, sample_problems
 from data_pipelines.sample import Box, Text
-from data_pipelines.sources.tasks import ImageFolder, Prompt, answered, exchange, grouped, text
+from data_pipelines.sources.tasks import ImageFolder, Prompt, answered, exchange, grouped, text, whole
 from data_pipelines.stream import ShardSet
 
 COUNTS = {  # samples, annotations
@@ -98,6 +98,13 @@ def test_what_is_no_text_is_refused(value):
         text(value)
 
 
+def test_whole_numbers():
+    assert [whole(3), whole("0012")] == [3, 12]
+    for value in (float("inf"), 1.5, "x", None):
+        with pytest.raises(BadSample, match="expected a whole number"):
+            whole(value)
+
+
 def test_lone_surrogates_cannot_reach_a_shard():
     with pytest.raises(ValueError, match="surrogates"):
         text(json.loads('"\\ud800"'))
@@ -111,5 +118,7 @@ def test_images_are_read_from_their_folder_only(raw):
             folder.read(*names)
     with pytest.raises(BadSample, match=r"image .*b.jpg: No such file"):
         folder.read("b.jpg", "c.jpg")
+    with pytest.raises(BadSample, match="File name too long"):
+        folder.read("a" * 999)
     with pytest.raises(DataError, match="images: no such folder"):
         ImageFolder(str(raw.folder / "none"))
