@@ -149,24 +149,26 @@ def test_token_steps_end_where_they_are_told_to():
 def test_windows_follow_each_other_without_a_gap():
     """Every sample comes once a pass, and what waits at the end of a window opens the next one."""
     endless = by_tokens(1000, total=None, most=1000)
-    drawn = [a for step in range(3 * STEPS) for row in all_rows(endless, step) for a in row]
+    steps = endless.steps_per_window
+    assert steps == 21 < STEPS  # a pass: 1,000 samples of about 700 tokens
+    drawn = [a for step in range(3 * steps) for row in all_rows(endless, step) for a in row]
     assert len(set(drawn)) == len(drawn)
     place = endless.place(3)
     waiting = {endless.mixture.draw(position) for position in place.waiting}
     assert set(drawn) | waiting == {endless.mixture.draw(position) for position in range(place.next)}
     assert 0 < len(place.waiting) <= 64 and min(place.waiting) > place.next - 200
-    assert {len(all_rows(endless, step)) for step in range(3 * STEPS)} == {8}
+    assert {len(all_rows(endless, step)) for step in range(3 * steps)} == {8}
 
 
 def test_a_remembered_place_saves_packing_what_lies_before_it(monkeypatch):
     whole = by_tokens(total=None, most=1000)
-    expected, place = all_rows(whole, 500), whole.place(500 // STEPS)
+    expected, place = all_rows(whole, 500), whole.place(500 // whole.steps_per_window)
     packed_windows: list[int] = []
     pack = budget._packed_window.__wrapped__
     monkeypatch.setattr(budget, "_packed_window", lambda plan, w: packed_windows.append(w) or pack(plan, w))
     resumed = by_tokens(total=None, most=1000)
-    resumed.remember(500 // STEPS, place)
-    assert all_rows(resumed, 500) == expected and set(packed_windows) == {500 // STEPS}
+    resumed.remember(500 // whole.steps_per_window, place)
+    assert all_rows(resumed, 500) == expected and set(packed_windows) == {500 // whole.steps_per_window}
 
 
 @pytest.mark.parametrize("world", [8, 64])

@@ -19,7 +19,7 @@ RUNG = 64
 
 
 STEPS = 64
-"""Steps whose rows are packed and dealt together under a token budget."""
+"""Steps whose rows are packed and dealt together, at most."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Place:
 class TokenPlan:
     """Packed rows up to a token budget per optimizer step.
 
-    The order is packed in windows of `STEPS` steps; the samples that still wait for a row at a window's end open the
-    next one. The rows of a window are sorted by cost and dealt to its steps in rungs of like cost, in random order.
+    The order is packed in windows of `STEPS` steps, or of a pass where that is less; the samples that still wait for a
+    row at a window's end open the next one. The rows of a window are sorted by cost and dealt to its steps in rungs of
+    like cost, in random order.
 
     Attributes:
         tokens: budget of an optimizer step, over all ranks.
@@ -63,11 +64,18 @@ class TokenPlan:
         return self.tokens // self.packing.length
 
     @cached_property
+    def steps_per_window(self) -> int:
+        """Steps that are packed and dealt together: passes over the samples should not mix."""
+        sizes, total = self.packing.sizes, self.mixture.samples
+        one_pass = total * max(float(sizes.tokens.mean()), 1.0) / (self.rows * self.packing.length)
+        return min(STEPS, max(1, int(one_pass)))
+
+    @cached_property
     def steps(self) -> int:
         """Optimizer steps of the whole run. Packs all of it, unless `most` ends it earlier."""
         window, steps = 0, 0
         while (self.most is None or steps < self.most) and not self._ended(window):
-            steps += STEPS if self.total is None else len(_packed_window(self, window))
+            steps += self.steps_per_window if self.total is None else len(_packed_window(self, window))
             window += 1
         return min(steps, self.most or steps)
 
@@ -90,7 +98,8 @@ class TokenPlan:
 
     def step(self, step: int, rank: int = 0) -> list[Micro]:
         """The micro-batches of one rank."""
-        rows = _packed_window(self, step // STEPS)[step % STEPS]
+        window, place = divmod(step, self.steps_per_window)
+        rows = _packed_window(self, window)[place]
         rows = [*rows, *[()] * (self.rows - len(rows))]
         costs = self.packing.sizes.costs
         turns = deal([sum(float(costs[address.index]) for address in row) for row in rows], self.world)
@@ -100,7 +109,7 @@ class TokenPlan:
 @lru_cache(maxsize=2)
 def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
     """The steps of a window, as rows. Notes where the next window starts."""
-    place, sizes, most = plan.place(window), plan.packing.sizes, STEPS * plan.rows
+    place, sizes, most = plan.place(window), plan.packing.sizes, plan.steps_per_window * plan.rows
     enough = 1.05 * most * plan.packing.length / max(float(sizes.tokens.mean()), 1.0)
     while True:
         stop = place.next + math.ceil(enough)

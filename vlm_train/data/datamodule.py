@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader, IterableDataset
 
 from vlm_train.build import Built
-from vlm_train.data.budget import STEPS, Place, TokenPlan
+from vlm_train.data.budget import Place, TokenPlan
 from vlm_train.data.cost import Cost
 from vlm_train.data.mixture import Mixture
 from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes
@@ -148,7 +148,7 @@ class VLMData(pl.LightningDataModule):
         """Where a token plan stands, so that a resumed run packs nothing twice. It decides no order."""
         if not isinstance(self.plan, TokenPlan) or self.trainer is None:
             return {}
-        window = self.trainer.global_step // STEPS
+        window = self.trainer.global_step // self.plan.steps_per_window
         place = self.plan.place(window)
         return {"window": window, "next": place.next, "waiting": list(place.waiting)}
 
