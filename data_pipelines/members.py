@@ -91,8 +91,8 @@ def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tup
 def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
     """The sample of members `(name, bytes)`. Raises `BadSample`.
 
-    Shards of other programs, whose JSON is not ours, are read as captioned media: a user turn with the images and videos
-    and an assistant turn with the `txt` member; their JSON becomes `meta`.
+    Shards of other programs, whose JSON is not ours, are read as captioned media: a user turn with the images and
+    videos and an assistant turn with the `txt` member; their JSON becomes `meta`.
     """
     by_name = dict(parts)
     data = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
@@ -120,9 +120,7 @@ def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, An
     blobs = [data for name, data in parts if extension(name) in MEDIA]
     if len(texts) != 1 or not blobs:
         names = [name for name, _ in parts]
-        raise BadSample(
-            f"sample {key!r}: members {names}; expected our json, or one txt and some media"
-        )
+        raise BadSample(f"sample {key!r}: members {names}; expected our json, or one txt and some media")
     try:
         caption = texts[0].decode("utf-8").strip()
     except UnicodeDecodeError as error:

@@ -59,8 +59,9 @@ def one_view(size: MediaSize) -> int:
 class GridLayout:
     """One run of placeholders an item, optionally between literal boundary tokens.
 
-    `patch_grid(size)` is the vision tower's patch grid for an item, `token_grid(grid)` what the connector makes of it,
-    `views(size)` the views that the image transform makes of the item, whose grids stand below each other. All are module-level functions or `functools.partial`s of them, so that the layout pickles without weights.
+    `patch_grid(size)` is the vision tower's patch grid for a view of an item, `token_grid(grid)` what the connector
+    makes of it, and `views(size)` how many views the item has, whose grids stand below each other. All three are
+    functions that pickle without weights.
     """
 
     patch_grid: Callable[[MediaSize], Grid]
