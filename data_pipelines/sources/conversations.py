@@ -6,12 +6,13 @@ import csv
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import media_item
+from data_pipelines.media import image_item, media_item
 from data_pipelines.sample import Annotation, Media, Part, Role, Sample, Text, Turn
 from data_pipelines.sources import Record
 from data_pipelines.video import MAX_BYTES
@@ -60,7 +61,7 @@ def read_records(path: Path) -> list[Any]:
         raise DataError(f"file: {path}; allowed: {', '.join(SUFFIXES)}")
     try:
         if path.suffix == ".parquet":
-            return needs("pyarrow.parquet").read_table(path).to_pylist()  # type: ignore[no-any-return]
+            return needs("pyarrow.parquet").read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines(keepends=True)))
@@ -185,3 +186,40 @@ def question(ask: str, answer: str, rejected: str | None = None, *, items: Seque
     worse = None if rejected is None else Turn(role="assistant", parts=(Text(text=rejected),))
     answers = Turn(role="assistant", parts=(Text(text=answer),))
     return Annotation(turns=(Turn(role="user", parts=parts), answers), rejected=worse)
+
+
+def document(pieces: Iterable[str | bytes], joint: str) -> tuple[Annotation, list[bytes]]:
+    """An interleaved document as one learned turn: texts, and images as bytes, in their order.
+
+    `joint` stands between texts that follow each other; white space beside an image belongs to templates.
+    """
+    parts: list[Part] = []
+    blobs: list[bytes] = []
+    for shown, run in groupby(pieces, key=lambda piece: isinstance(piece, bytes)):
+        if shown:
+            for blob in run:
+                parts.append(Media(item=len(blobs)))
+                blobs.append(blob)  # type: ignore[arg-type]
+        elif text := joint.join(piece.strip() for piece in run if isinstance(piece, str)).strip():
+            parts.append(Text(text=text))
+    return Annotation(turns=(Turn(role="assistant", parts=tuple(parts)),)), blobs
+
+
+def readable(read: Callable[[], bytes], min_bytes: int = 0) -> bytes | None:
+    """The image that `read` gives; None for one that is not there, is smaller, or is no image (a dead link's page)."""
+    try:
+        data = read()
+        image_item(0, data)
+    except BadSample:
+        return None
+    return data if len(data) >= min_bytes else None
+
+
+def find_files(folder: str, *suffixes: str) -> list[Path]:
+    """The files of a folder that end in one of `suffixes`, by name. Raises `DataError` if there are none."""
+    if not Path(folder).is_dir():
+        raise DataError(f"folder: no such folder: {folder}")
+    found = sorted(path for path in Path(folder).iterdir() if path.name.endswith(suffixes) and path.is_file())
+    if not found:
+        raise DataError(f"folder: {folder} holds no {' or '.join(suffixes)} files")
+    return found

@@ -97,7 +97,8 @@ class PreferencePairs(ListSource):
 def changed(first: str, second: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The character spans of the words of two texts that the other one has not there."""
     words = [list(re.finditer(r"\w+|[^\w\s]", text)) for text in (first, second)]
-    matcher = difflib.SequenceMatcher(None, *([word.group() for word in some] for some in words), autojunk=False)
+    old, new = ([word.group() for word in some] for some in words)
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     for what, *bounds in matcher.get_opcodes():
         if what == "equal":
