@@ -16,7 +16,7 @@ from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media import check_pixels
 from data_pipelines.members import scan
-from data_pipelines.sample import Media, Sample, Text
+from data_pipelines.sample import Box, Media, Sample, Text
 from data_pipelines.stream import ShardSet
 
 TAG = "<image>"
@@ -59,7 +59,7 @@ def sample_problems(sample: Sample, blobs: list[bytes]) -> Iterator[str]:
         if len(set(items)) < len(items):
             yield f"annotation {number}: places a media item more than once: {items}"
         for turn in annotation.turns:
-            if turn.role == "assistant" and not turn.text.strip():
+            if turn.role == "assistant" and not turn.text.strip() and not any(isinstance(p, Box) for p in turn.parts):
                 yield f"annotation {number}: empty answer"
             if turn.role == "user" and any(TAG in part.text for part in turn.parts if isinstance(part, Text)):
                 yield f"annotation {number}: {TAG} left in the text of a user turn"
