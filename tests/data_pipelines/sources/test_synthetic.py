@@ -111,7 +111,7 @@ def test_videos_move_as_their_answer_says(as_images):
 
 def test_written_words_differ_and_are_black():
     images = {answers(sample)[0]: pixels(blob) for sample, (blob,) in of("ocr", 30)}
-    assert len(images) > 10 and all((image < 60).all(-1).sum() > 20 for image in images.values())
+    assert len(images) > 6 and all((image < 60).all(-1).sum() > 20 for image in images.values())
     assert all((image[:, -1] == 255).all() for image in images.values())  # none is cut off
 
 
