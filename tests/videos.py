@@ -18,10 +18,12 @@ def video(
     container: str = "mp4",
     gop: int = 5,
     rate: int = 10,
+    index_first: bool = False,
 ) -> bytes:
-    """`frames` grey frames of `size` (width, height) with a key frame every `gop`."""
+    """`frames` grey frames of `size` (width, height) with a key frame every `gop`; `index_first`: before the frames."""
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
+    options = {"moov_size": "4096"} if index_first else {}
+    with av.open(file, "w", format=container, options=options) as output:
         stream = output.add_stream(codec, rate=rate)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"

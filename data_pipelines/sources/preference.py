@@ -94,6 +94,32 @@ class PreferencePairs(ListSource):
         return self._images.read(image["path"] if isinstance(image, Mapping) else image)
 
 
+class RLHFV(ListSource):
+    """RLHF-V-Dataset and RLAIF-V-Dataset as published: parquet with the images inside. See `PreferencePairs`."""
+
+    def __init__(
+        self,
+        *,
+        file: str,
+        changed_weight: float = 5.0,
+        name: str = "rlhf_v",
+        licence: str = "CC-BY-NC-4.0",
+        split: str = "train",
+        limit: int | None = None,
+    ) -> None:
+        self.name, self.licence, self.split = name, licence, split
+        self._pairs = PreferencePairs(
+            file=file, changed_weight=changed_weight, name=name, licence=licence, split=split, limit=limit
+        )
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Pair i of the file."""
+        return self._pairs.record(i)
+
+
 def changed(first: str, second: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The character spans of the words of two texts that the other one has not there."""
     words = [list(re.finditer(r"\w+|[^\w\s]", text)) for text in (first, second)]

@@ -21,6 +21,7 @@ from data_pipelines.sources.drawing import (
     written,
 )
 
+TASKS = ("caption", "vqa", "count", "ocr", "box", "multi_image", "video", "preference", "interleaved", "text")
 SPLITS = ("train", "val", "test")
 DIRECTIONS = ("left", "right", "up", "down")
 ORDINALS = ("first", "second", "third")
@@ -60,19 +61,18 @@ class Synthetic(ListSource):
         *,
         split: str = "train",
         count: int = 256,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str] = TASKS,
         seed: int = 0,
         frames: int = 8,
         video_as_images: bool = False,
     ) -> None:
         makers = tasks_of(frames, video_as_images)
-        tasks = list(makers) if tasks is None else list(tasks)
         if split not in SPLITS:
             raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
-        if unknown := sorted(set(tasks) - set(makers)):
-            raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(makers)}")
+        if unknown := sorted(set(tasks) - set(TASKS)):
+            raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
         if count < 1 or frames < 2 or not tasks:
-            raise DataError(f"count {count}, frames {frames}, tasks {tasks}; allowed: from 1, from 2, at least one")
+            raise DataError(f"count {count}, frames {frames}, {len(tasks)} tasks; allowed: from 1, from 2, from 1")
         if "video" in tasks and not video_as_images:
             needs("av")
         self.split, self.count, self.seed = split, count, seed

@@ -113,6 +113,29 @@ def test_damaged_videos_decode_or_are_bad_samples(index):
             check_pixels(data[: int(len(data) * share)])
 
 
+def test_a_video_whose_end_is_missing_is_refused():
+    data = video(index_first=True)
+    reasons = set()
+    for cut in range(data.index(b"mdat") + 8, len(data)):
+        with pytest.raises(BadSample, match="packet .* corrupt|cut off") as error:
+            read_video_header(data[:cut])
+        reasons.add(str(error.value))
+    assert "video is cut off: 10 of its 20 frames are there" in reasons  # between two frames
+
+
+def test_frames_that_a_decoder_makes_up_are_refused():
+    data = video(10, codec="mpeg4")
+    reasons = []
+    for at in range(data.index(b"mdat") + 40, data.index(b"moov"), 29):
+        damaged = bytearray(data)
+        damaged[at] ^= 0xFF
+        try:
+            check_pixels(bytes(damaged))
+        except BadSample as error:
+            reasons.append(str(error))
+    assert any(reason.endswith("pixels, corrupt; the video is 48 x 40") for reason in reasons)
+
+
 def test_playlists_and_other_containers_are_no_videos(tmp_path, clip):
     (tmp_path / "clip.mp4").write_bytes(clip)
     playlist = f"#EXTM3U\n#EXTINF:1,\n{tmp_path / 'clip.mp4'}\n#EXT-X-ENDLIST\n".encode()

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
-from data_pipelines.sources.preference import PreferencePairs, changed
+from data_pipelines.sources.preference import RLHFV, PreferencePairs, changed
 
 PAIR = {"question": "What is it?", "chosen": "A red cat, asleep.", "rejected": "A blue dog, asleep."}
 
@@ -31,7 +31,7 @@ def rlhf_v(tmp_path, picture, text):
 
 def test_rlhf_v_parquet(tmp_path, picture):
     file = rlhf_v(tmp_path, picture, json.dumps(PAIR))
-    ((sample, blobs),) = PreferencePairs(file=file, changed_weight=5.0)
+    ((sample, blobs),) = RLHFV(file=file)
     assert blobs == [picture(1, "JPEG")] and sample.key == "0000000-17" and sample.meta["origin_dataset"] == "VQAv2"
     (annotation,) = sample.annotations
     ask, chosen = annotation.turns
