@@ -1,7 +1,7 @@
 """Check a shard set: `python -m data_pipelines.lint folder=<folder>`. Exit code 1 if anything is wrong with it.
 
 Reports, with shard and key: damaged or missing files, truncated tars, duplicate keys, placeholders that do not fit the
-media, empty answers, images that do not decode.
+media, empty answers, images and videos that do not decode.
 """
 
 from __future__ import annotations

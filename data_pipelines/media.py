@@ -1,4 +1,4 @@
-"""Image headers: size and format without decoding, under limits that stop decompression bombs."""
+"""Headers of images and videos: size and format without decoding, under limits that stop decompression bombs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import MediaItem
+from data_pipelines.video import read_frames, read_video_header, video_extension
 
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 64 * 2**20
@@ -37,15 +38,43 @@ def image_item(number: int, data: bytes) -> MediaItem:
     return MediaItem(name=f"{number}.{FORMATS[kind]}", width=width, height=height)
 
 
-def check_image(item: MediaItem, data: bytes) -> None:
-    """Raise `BadSample` unless the header of `data` says what `item` says."""
-    width, height, _ = read_header(data)
-    if (width, height) != (item.width, item.height):
-        raise BadSample(f"{item.name} is {width} x {height} pixels, its entry says {item.width} x {item.height}")
+def media_item(number: int, data: bytes) -> MediaItem:
+    """The `MediaItem` of the bytes of an image or a video, told apart by their first bytes. Raises `BadSample`."""
+    if video_extension(data) is None:
+        return image_item(number, data)
+    header = read_video_header(data)
+    return MediaItem(
+        name=f"{number}.{header.extension}",
+        width=header.width,
+        height=header.height,
+        kind="video",
+        frames=header.frames,
+        seconds=header.seconds,
+    )
+
+
+def check_media(item: MediaItem, data: bytes) -> None:
+    """Raise `BadSample` unless the header of `data` says what `item` says (but for a video's seconds, which are not
+    exact)."""
+    found = media_item(0, data)
+    if (found.kind, found.frames) != (item.kind, item.frames):
+        raise BadSample(f"{item.name} is {_length(found)}, its entry says {_length(item)}")
+    if (found.width, found.height) != (item.width, item.height):
+        raise BadSample(
+            f"{item.name} is {found.width} x {found.height} pixels, its entry says {item.width} x {item.height}"
+        )
+
+
+def _length(item: MediaItem) -> str:
+    return f"{item.kind} of {item.frames} frames"
 
 
 def check_pixels(data: bytes) -> None:
-    """Decode an image completely. Raises `BadSample` if it is cut off or damaged."""
+    """Decode an image or a video completely. Raises `BadSample` if it is cut off or damaged."""
+    if video_extension(data) is not None:
+        for _ in read_frames(data, range(read_video_header(data).frames)):
+            pass
+        return
     read_header(data)
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:

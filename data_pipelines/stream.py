@@ -16,7 +16,7 @@ from typing import BinaryIO
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import Index
 from data_pipelines.manifest import FileInfo, Manifest
-from data_pipelines.media import check_image
+from data_pipelines.media import check_media
 from data_pipelines.members import to_sample
 from data_pipelines.sample import MediaItem, Sample
 
@@ -90,7 +90,7 @@ class ShardSet:
         try:
             sample, blobs = to_sample(key, parts)
             for item, blob in zip(sample.media, blobs, strict=True):
-                check_image(item, blob)
+                check_media(item, blob)
         except BadSample as error:
             raise BadSample(f"{where}: {error}") from error
         return sample, blobs

@@ -144,7 +144,7 @@ def test_interleaved_and_duplicate_samples_are_errors(tmp_path, tar, picture):
     assert not list(tmp_path.glob("*/manifest.json"))
 
 
-@pytest.mark.parametrize("name", ["a.pkl", "a.pyd", "a.pth", "a.png.pickle", "noextension", "a.mp4"])
+@pytest.mark.parametrize("name", ["a.pkl", "a.pyd", "a.pth", "a.png.pickle", "noextension", "a.avi"])
 def test_other_members_are_refused(tmp_path, tar, picture, name):
     tar(tmp_path / "0.tar", [*_members(picture, "a"), (name, pickle.dumps(_Exploit()))])
     with pytest.raises(DataError, match=f"0.tar: member '{name}' refused"):

@@ -1,4 +1,4 @@
-"""Image bytes -> the uint8 views that a vision tower sees. Normalisation happens on the device, in the tower.
+"""Image and video bytes -> the uint8 views that a vision tower sees. Normalisation happens on the device, in the tower.
 
 Decoding is bounded (`Image.MAX_IMAGE_PIXELS`, no truncated files), and any random choice comes from the given
 generator, so that it depends on the sample's address only.
@@ -14,14 +14,17 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import BadSample
+from data_pipelines.video import video_extension
 from vlm_train.data.layout import MediaSize
+from vlm_train.data.video import decode_frames
+from vlm_train.errors import ConfigError
 
 Mode = Literal["crop", "pad", "resize"]
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class ImageTransform:
-    """One square or rectangular view of every image.
+    """One square or rectangular view of every image, and of every used frame of a video.
 
     Args:
         mode: "crop": shortest side to the tower's size, centre crop, as the CLIP processor does; "pad": expand to a
@@ -29,7 +32,8 @@ class ImageTransform:
             ignored.
         size: (height, width) in pixels of the tower's view; given by `build.py`.
         mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
-        flip: mirror at random with probability 0.5 while training.
+        flip: mirror at random with probability 0.5 while training; all frames of a video alike.
+        frames: most frames of a video that are used, evenly spaced.
     """
 
     def __init__(
@@ -39,11 +43,15 @@ class ImageTransform:
         size: tuple[int, int],
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         flip: bool = False,
+        frames: int = 8,
     ) -> None:
+        if frames < 1:
+            raise ConfigError(f"image.frames: {frames}; allowed: at least 1")
         self.mode = mode
         self.size = size
         self.fill = tuple(int(channel * 255) for channel in mean)
         self.flip = flip
+        self.frames = frames
 
     def view_size(self, size: MediaSize) -> MediaSize:
         """The size in pixels of the view made of an image, which decides its patch grid."""
@@ -51,12 +59,11 @@ class ImageTransform:
         return MediaSize(width=self.size[1], height=self.size[0])
 
     def view_count(self, size: MediaSize) -> int:
-        """Views made of a media item of this size."""
-        del size
-        return 1
+        """How many views are made of an image (1) or a video."""
+        return min(size.frames, self.frames)
 
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> np.ndarray:
-        """Decode and transform one image.
+        """Decode and transform one image, or the used frames of one video; its first bytes tell which it is.
 
         Args:
             data: the encoded file.
@@ -64,12 +71,21 @@ class ImageTransform:
             where: shard and key, for the message.
 
         Returns:
-            uint8 `[1, 3, H, W]`.
+            uint8 `[V, 3, H, W]`; V is 1 for an image, see `view_count`.
 
         Raises:
-            BadSample: the bytes are not a sound JPEG, PNG or WebP image of acceptable size.
+            BadSample: the bytes are not a sound JPEG, PNG or WebP image, or MP4, WebM or Matroska video, of acceptable
+                size.
         """
-        image = decode_rgb(data, where)
+        if video_extension(data) is None:
+            images = [decode_rgb(data, where)]
+        else:
+            images = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
+        mirror = self.flip and generator is not None and generator.random() < 0.5
+        return np.stack([self._view(image, mirror) for image in images])
+
+    def _view(self, image: Image.Image, mirror: bool) -> np.ndarray:
+        """`[3, H, W]` of one decoded image."""
         height, width = self.size
         if self.mode == "crop":
             image = _shortest_side_then_crop(image, height, width)
@@ -77,9 +93,9 @@ class ImageTransform:
             if self.mode == "pad":
                 image = _expand_to_square(image, self.fill)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        if self.flip and generator is not None and generator.random() < 0.5:
+        if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))[None]
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 def decode_rgb(data: bytes, where: str = "image") -> Image.Image:
