@@ -19,6 +19,8 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "launch.kind": ("local", "torchrun", "srun"),
     "data.mixture": ("concat", "weights", "sqrt", "temperature"),
+    "data.over_length": ("truncate", "drop", "split", "error"),
+    "data.annotations": ("dialogue", "independent", "first"),
     "data.shuffle": ("full", "shards", "none"),
     "data.group": (None, "modality", "length", "modality_length"),
     "init_from.*.which": ("last", "best"),

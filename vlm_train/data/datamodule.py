@@ -38,7 +38,8 @@ class VLMData(pl.LightningDataModule):
         cache: folder of measured lengths, which packing and grouping by length need.
         val_share: share of every train source held out at its end when `val` is empty.
         annotations: dialogue | independent | first, see `vlm_train.data.render`.
-        max_length: tokens of a sample, image tokens included; over_length: truncate | drop | error.
+        max_length: tokens of a sample, image tokens included; over_length: truncate | drop | split (whole turns, as
+            samples of their own) | error.
         rejected: also the stream "rejected", for preference objectives.
         limit, val_limit: use the first samples of every source only.
         workers, prefetch: loader processes, and windows each keeps ready.
@@ -62,7 +63,7 @@ class VLMData(pl.LightningDataModule):
         val_share: float = 0.0,
         annotations: Literal["dialogue", "independent", "first"] = "dialogue",
         max_length: int | None = 2048,
-        over_length: Literal["truncate", "drop", "error"] = "truncate",
+        over_length: Literal["truncate", "drop", "split", "error"] = "truncate",
         rejected: bool = False,
         limit: int | None = None,
         val_limit: int | None = None,
@@ -81,6 +82,9 @@ class VLMData(pl.LightningDataModule):
         self.val = Samples(val, built, options, seed=seed, limit=val_limit)
         if val_share and not val:
             self.val = self.train.split(val_share, val_limit)
+        if over_length == "split":  # after the held-out samples are taken: pieces of one sample stay together
+            self.train.split_long(Path(cache))
+            self.val.split_long(Path(cache))
         self.mixture = Mixture(
             sources=self.train.shares(),
             seed=seed,

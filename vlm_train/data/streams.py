@@ -163,7 +163,7 @@ def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
     message = f"{len(stream)} tokens, but data.max_length is {max_length}"
     if over_length == "error":
         raise ConfigError(f"{message} (data.over_length=error)")
-    if over_length == "drop":
+    if over_length in ("drop", "split"):  # split: the rejected answer, which is cut nowhere
         raise BadSample(message)
     if stream.slots and stream.slots[-1].end > max_length:
         raise BadSample(f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}")
