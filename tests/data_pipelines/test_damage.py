@@ -66,7 +66,7 @@ class _Exploit:
 
 def test_index_never_unpickles(tmp_path):
     np.savez(tmp_path / "index.npz", shard=np.array([_Exploit()], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="allow_pickle=False"):
+    with pytest.raises(DataError, match="object of shape .*only flat arrays of numbers"):
         Index.load(tmp_path / "index.npz")
 
 
@@ -174,7 +174,7 @@ def test_compressed_tar_and_pipe_names_are_never_run(tmp_path):
     (tmp_path / "0.tar").write_bytes(zlib.compress(b"x" * 2000))
     with pytest.raises(DataError, match="truncated or not an uncompressed tar"):
         index_folder(tmp_path)
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="not read from there; allowed: a folder, file://, http://"):
         ShardSet(f"pipe:touch {tmp_path}/executed")
     assert not (tmp_path / "executed").exists()
 
