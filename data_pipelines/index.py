@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import sys
 from array import array
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from data_pipelines.sample import Sample
 
 INDEX = "index.npz"
 MAX_KEY = 80  # bytes, as `members.KEY` allows
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, RecursionError, NotImplementedError, struct.error, BadZipFile)
+"""What reading a damaged zip, array header or list of names can raise."""
 PER_MEMBER = {"name": "i", "offset": "q", "size": "q", "crc": "q"}
 PER_MEDIA = {"width": "i", "height": "i", "frames": "i", "seconds": "d"}
 
@@ -102,7 +105,7 @@ class Index:
         """Map the file into memory. Raises `DataError` if it is missing or damaged."""
         try:
             return cls(map_arrays(path))
-        except (OSError, ValueError, KeyError, EOFError, RecursionError, BadZipFile) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
 
 

@@ -3,8 +3,8 @@ share what they use, and a damaged file cannot make any of them read elsewhere o
 
 from __future__ import annotations
 
-import io
 import mmap
+import re
 import struct
 from pathlib import Path
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
@@ -12,7 +12,11 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 
 LOCAL_HEADER = 30  # bytes before name and extra field in a zip's local file header
-MAX_HEADER = 4096  # bytes of an array's header that are looked at; flat arrays need 128
+HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|][iuf][1248])', 'fortran_order': \w+, 'shape': \((\d{1,18}),\), \} *\n",
+    re.DOTALL,
+)
+"""How numpy begins a flat array of numbers. Its own reader hands more than that to Python's parser."""
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -32,12 +36,13 @@ def _array(memory: mmap.mmap, info: ZipInfo) -> np.ndarray:
     start = info.header_offset + LOCAL_HEADER + sum(struct.unpack_from("<HH", local, 26))
     if start + info.file_size > len(memory):
         raise ValueError(f"{info.filename}: {info.file_size} bytes at {start}, the file has {len(memory)}")
-    header = io.BytesIO(memory[start : start + min(info.file_size, MAX_HEADER)])
-    version = np.lib.format.read_magic(header)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(header, max_header_size=MAX_HEADER)
-    if len(shape) != 1 or dtype.kind not in "iuf":
-        raise ValueError(f"{info.filename}: {dtype} of shape {shape}; only flat arrays of numbers are read")
-    if shape[0] < 0 or header.tell() + shape[0] * dtype.itemsize != info.file_size:
-        raise ValueError(f"{info.filename}: {shape[0]} items of {dtype} in {info.file_size} bytes")
-    return np.frombuffer(memory, dtype, shape[0], start + header.tell())
+    (length,) = struct.unpack_from("<8xH", memory[start : start + 10].ljust(10, b"\0"))
+    header = HEADER.fullmatch(memory[start : min(start + 10 + length, start + info.file_size)])
+    if not header:
+        raise ValueError(
+            f"{info.filename}: {memory[start + 10 : start + 90].strip()!r}; only flat arrays of numbers are read"
+        )
+    dtype, count, start = np.dtype(header[1].decode()), int(header[2]), start + header.end()
+    if header.end() + count * dtype.itemsize != info.file_size:
+        raise ValueError(f"{info.filename}: {count} items of {dtype} in {info.file_size} bytes")
+    return np.frombuffer(memory, dtype, count, start)
