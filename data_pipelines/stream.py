@@ -94,9 +94,13 @@ class ShardSet:
         """The file name of the shard that holds sample i."""
         return self.manifest.shards[self._shard_number(i)].name
 
+    def path(self, i: int) -> str:
+        """Path or address of the shard that holds sample i."""
+        return self._path(self.manifest.shards[self._shard_number(i)])
+
     def where(self, i: int) -> str:
         """Shard and key of sample i as messages name them."""
-        return f"{self._path(self.manifest.shards[self._shard_number(i)])}, key {self.index.key(i)!r}"
+        return f"{self.path(i)}, key {self.index.key(i)!r}"
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
@@ -134,7 +138,7 @@ class ShardSet:
             self._check_media(i, sample, blobs)
         except BadSample as error:
             kind = "malformed" if error.kind == "other" else error.kind
-            raise BadSample(f"{self.where(i)}: {error}", kind=kind, shard=self.shard(i), key=key) from error
+            raise BadSample(f"{self.where(i)}: {error}", kind=kind, shard=self.path(i), key=key) from error
         return sample, blobs
 
     def _read(self, i: int, number: int) -> list[tuple[str, bytes]]:

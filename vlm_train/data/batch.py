@@ -5,12 +5,14 @@ Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, N media views, S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from data_pipelines.errors import BadSample
 
 IGNORE = -100
 """Label of a position that is not learned."""
@@ -92,6 +94,30 @@ class MediaBatch:
         return sum(self.view_counts)
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a sample was left out; `kind` is the word it is counted under."""
+
+    reason: str
+    kind: str = "other"
+    shard: str = ""
+    key: str = ""
+
+    @classmethod
+    def of(cls, error: BadSample) -> Problem:
+        """The problem that an error tells."""
+        return cls(str(error), error.kind, error.shard, error.key)
+
+    @classmethod
+    def all_of(cls, problems: Iterable[Problem | str]) -> list[Problem]:
+        """Problems, some of them perhaps only told by a message."""
+        return [cls(one) if isinstance(one, str) else one for one in problems]
+
+    def __str__(self) -> str:
+        known = not self.key or (self.shard in self.reason and self.key in self.reason)
+        return self.reason if known else f"{self.shard}, key {self.key!r}: {self.reason}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Where a micro-batch stands in its optimizer step, and what the step holds on this rank.
@@ -108,7 +134,7 @@ class Window:
     samples: int = 0
     tokens: int = 0
     supervised: int = 0
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem | str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +152,7 @@ class Batch:
     sources: tuple[tuple[str, ...], ...] = ()
     keys: tuple[tuple[str, ...], ...] = ()
     references: tuple[Any, ...] = field(default=())
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem | str, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device`."""
