@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
@@ -38,6 +39,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
+        self.sent = 0  # bytes of spoilt answers
         outer = self
 
         class Handler(SimpleHTTPRequestHandler):
@@ -54,11 +56,16 @@ class Server:
                 self.send_response(200)
                 if fault == "long":  # no length is promised, and it does not end where it should
                     body = data * 3
+                elif fault == "endless":
+                    body = bytes(100 * 2**20)
                 else:
                     self.send_header("Content-Length", str(len(data)))
                     body = data[: len(data) // 2] if fault == "cut" else bytes(len(data))
                 self.end_headers()
-                self.wfile.write(body)
+                with suppress(OSError):  # whoever asked may have heard enough
+                    for start in range(0, len(body), 2**16):
+                        self.wfile.write(body[start : start + 2**16])
+                        outer.sent += 2**16
                 return None
 
             def log_message(self, *args: object) -> None:
@@ -115,6 +122,14 @@ def test_passing_trouble_is_waited_out(server, opened, tmp_path, faults):
     assert opened().load(5) == ShardSet(tmp_path / "set").load(5)
     assert server.requests["shard-000001.tar"] == len(faults) + 1
     assert not [name for name in _cached(tmp_path / "cache") if "partial" in name]
+
+
+def test_what_does_not_end_is_not_read_to_its_end(server, opened, tmp_path):
+    server.faults = {"manifest.json": ["endless"], "shard-000000.tar": ["endless"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "MAX_MANIFEST", 10**6)
+        assert opened().load(0) == ShardSet(tmp_path / "set").load(0)
+    assert server.sent < 50 * 2**20
 
 
 @pytest.mark.parametrize(
