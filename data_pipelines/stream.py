@@ -104,8 +104,16 @@ class ShardSet:
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
-        """`[shards]` int64, the number of the first sample of each shard: reading from there on stays in one file."""
-        return np.cumsum([0, *(info.samples for info in self.manifest.shards[:-1])], dtype=np.int64)
+        """`[shards]` int64, the number of the first sample of each shard: reading from there on stays in one file.
+
+        Raises `DataError` if the samples do not lie shard by shard.
+        """
+        ends = np.cumsum([info.samples for info in self.manifest.shards], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        (held,) = np.nonzero(ends > starts)
+        if (self.index.shard[starts[held]] != held).any() or (self.index.shard[ends[held] - 1] != held).any():
+            raise DataError(f"{self.address}: the index does not have as many samples of each shard as the manifest")
+        return starts
 
     def media(self, i: int) -> list[MediaItem]:
         """Sizes of sample i's media, without reading a shard. Their names are their numbers."""

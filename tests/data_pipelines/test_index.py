@@ -185,3 +185,6 @@ def test_first_samples_of_shards(shard_set):
     shards = ShardSet(shard_set())
     assert shards.shard_starts.tolist() == [0, 4, 8]
     assert [shards.shard(int(i)) for i in shards.shard_starts] == [info.name for info in shards.manifest.shards]
+    _edit(shards.folder, shard=_column(shards.folder, "shard", 4, 0))
+    with pytest.raises(DataError, match="as many samples of each shard"):
+        _ = ShardSet(shards.folder).shard_starts

@@ -230,6 +230,15 @@ def test_content_decides_the_name_so_sets_share_files(tmp_path, monkeypatch):
         cache.open("s3://a/x", FileInfo(name="x", bytes=4, sha256="../escape"))
 
 
+def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
+    def get(*_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(remote, "_get", get)
+    with pytest.raises(DataError, match=r"s3://a/set/manifest.json: .*pip install 'vlm-train\[remote\]'.*s3fs"):
+        ShardSet("s3://a/set")
+
+
 @pytest.mark.parametrize("error", [TypeError("a bug"), KeyError("a bug")])
 def test_programming_errors_are_neither_retried_nor_hidden(tmp_path, monkeypatch, error):
     calls = []
