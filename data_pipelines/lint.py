@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import check_pixels
+from data_pipelines.media import check_media, check_pixels
 from data_pipelines.members import scan
 from data_pipelines.sample import Box, Media, Sample, Text
 from data_pipelines.stream import ShardSet
@@ -49,6 +49,7 @@ def sample_problems(sample: Sample, blobs: list[bytes]) -> Iterator[str]:
     """What is wrong inside one readable sample."""
     for item, blob in zip(sample.media, blobs, strict=True):
         try:
+            check_media(item, blob)
             check_pixels(blob)
         except BadSample as error:
             yield f"{item.name}: {error}"

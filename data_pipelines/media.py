@@ -19,16 +19,16 @@ FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int, str]:
     """Width and height in pixels, as stored (EXIF rotation not applied), and the format. Raises `BadSample`."""
     if len(data) > max_bytes:
-        raise BadSample(f"image of {len(data)} bytes; at most {max_bytes} are read")
+        raise BadSample(f"image of {len(data)} bytes; at most {max_bytes} are read", kind="image")
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
             (width, height), kind = image.size, str(image.format)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(f"image too large: {error}") from error
+        raise BadSample(f"image too large: {error}", kind="image") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample(f"not a readable image ({', '.join(FORMATS)}): {error}") from error
+        raise BadSample(f"not a readable image ({', '.join(FORMATS)}): {error}", kind="image") from error
     if width * height > max_pixels:
-        raise BadSample(f"image of {width} x {height} pixels; at most {max_pixels} pixels are read")
+        raise BadSample(f"image of {width} x {height} pixels; at most {max_pixels} pixels are read", kind="image")
     return width, height, kind
 
 
@@ -58,10 +58,11 @@ def check_media(item: MediaItem, data: bytes) -> None:
     exact)."""
     found = media_item(0, data)
     if (found.kind, found.frames) != (item.kind, item.frames):
-        raise BadSample(f"{item.name} is {_length(found)}, its entry says {_length(item)}")
+        raise BadSample(f"{item.name} is {_length(found)}, its entry says {_length(item)}", kind="image")
     if (found.width, found.height) != (item.width, item.height):
         raise BadSample(
-            f"{item.name} is {found.width} x {found.height} pixels, its entry says {item.width} x {item.height}"
+            f"{item.name} is {found.width} x {found.height} pixels, its entry says {item.width} x {item.height}",
+            kind="image",
         )
 
 
@@ -80,4 +81,4 @@ def check_pixels(data: bytes) -> None:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
             image.load()
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample(f"image does not decode: {error}") from error
+        raise BadSample(f"image does not decode: {error}", kind="image") from error

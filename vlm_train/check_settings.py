@@ -47,6 +47,7 @@ RANGES: dict[str, str] = {
     "trainer.keep_last": ">= 1",
     "trainer.min_supervised_ratio": ">= 0, <= 1",
     "trainer.max_bad_samples": ">= 0",
+    "trainer.max_bad_share": ">= 0, <= 1",
     "launch.timeout_minutes": "> 0",
     "data.train.*.samples": ">= 1",
     "data.val.*.samples": ">= 1",

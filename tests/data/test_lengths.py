@@ -88,7 +88,7 @@ def test_samples_that_cannot_be_used_stay_holes(tmp_path: Path) -> None:
     assert tokens[1] == 0 and tokens[0] == tokens[2] > 0
     (batch, *_) = module.train_dataloader()
     assert {key for row in batch.keys for key in row} == {"k0", "k2"} and batch.window.samples == 3  # of 4
-    assert len(batch.window.problems) == 1 and "k1" in batch.window.problems[0]
+    assert len(batch.window.problems) == 1 and "k1" in batch.window.problems[0].reason
 
 
 class Layout:

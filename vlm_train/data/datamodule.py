@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, IterableDataset
 
+from data_pipelines.remote import CACHE_BYTES
 from vlm_train.build import Built
 from vlm_train.data.budget import Place, TokenPlan
 from vlm_train.data.cost import Cost
@@ -36,6 +37,8 @@ class VLMData(pl.LightningDataModule):
         group: modality | length | modality_length | null, see `vlm_train.data.order.SamplePlan`.
         pack: tokens of a packed row; null: one sample a row. pack_views: views (images, tiles, frames) of one at most.
         cache: folder of measured lengths, which packing and grouping by length need.
+        shard_cache, shard_cache_bytes: where remote shards (s3, gs, https) are kept, and how much of them; null:
+            $VLM_TRAIN_CACHE or ~/.cache/vlm_train/shards.
         val_share: share of every train source held out at its end when `val` is empty.
         annotations: dialogue | independent | first, see `vlm_train.data.render`.
         max_length: tokens of a sample, image tokens included; over_length: truncate | drop | split (whole turns, as
@@ -60,6 +63,8 @@ class VLMData(pl.LightningDataModule):
         pack: int | None = None,
         pack_views: int | None = None,
         cache: str = "data/.lengths",
+        shard_cache: str | None = None,
+        shard_cache_bytes: int = CACHE_BYTES,
         val_share: float = 0.0,
         annotations: Literal["dialogue", "independent", "first"] = "dialogue",
         max_length: int | None = 2048,
@@ -78,8 +83,9 @@ class VLMData(pl.LightningDataModule):
         _check(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected}
-        self.train = Samples(train, built, options, seed=seed, limit=limit)
-        self.val = Samples(val, built, options, seed=seed, limit=val_limit)
+        remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
+        self.train = Samples(train, built, options, seed=seed, limit=limit, remote=remote)
+        self.val = Samples(val, built, options, seed=seed, limit=val_limit, remote=remote)
         if val_share and not val:
             self.val = self.train.split(val_share, val_limit)
         if over_length == "split":  # after the held-out samples are taken: pieces of one sample stay together

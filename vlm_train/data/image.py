@@ -106,7 +106,7 @@ def decode_rgb(data: bytes, where: str = "image") -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}") from error
+        raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
 
 
 def _shortest_side_then_crop(image: Image.Image, height: int, width: int) -> Image.Image:

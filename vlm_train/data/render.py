@@ -105,7 +105,7 @@ def render(
     except NoPiece:
         raise
     except BadSample as error:
-        raise BadSample(f"sample {sample.key!r}: {error}") from error
+        raise BadSample(f"sample {sample.key!r}: {error}", kind=error.kind) from error
     except ConfigError as error:
         raise type(error)(f"sample {sample.key!r}: {error}") from error
 
@@ -128,7 +128,7 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 def _choose(all_annotations: Sequence[Annotation], mode: str, number: int | None) -> list[Annotation]:
     if number is not None and not 0 <= number < len(all_annotations):
-        raise BadSample(f"no annotation {number}; it has {len(all_annotations)}")
+        raise BadSample(f"no annotation {number}; it has {len(all_annotations)}", kind="malformed")
     if number is not None or mode == "first":
         return [all_annotations[number or 0]]
     return [join(all_annotations)] if mode == "dialogue" else list(all_annotations)
@@ -155,7 +155,7 @@ def join(annotations: Sequence[Annotation]) -> Annotation:
 
 def _rejected(annotation: Annotation) -> Annotation:
     if annotation.rejected is None:
-        raise BadSample("no rejected answer, but the objective compares a chosen and a rejected one")
+        raise BadSample("no rejected answer, but the objective compares two", kind="no_rejected")
     return replace(annotation, turns=(*annotation.turns[:-1], annotation.rejected))
 
 

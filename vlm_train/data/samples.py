@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Sample
 from data_pipelines.stream import ShardSet
 from vlm_train.build import Built
@@ -48,11 +49,11 @@ class Source:
     pieces: NDArray[np.int32] | None = None
 
     @classmethod
-    def open(cls, entry: dict[str, Any], limit: int | None) -> Source:
-        """Raises `DataError` if the folder is no shard set, or holds no sample."""
-        shards = ShardSet(entry["shards"])
+    def open(cls, entry: dict[str, Any], limit: int | None, **remote: Any) -> Source:
+        """Raises `DataError` if the folder is no shard set, or holds no sample. `remote`: see `ShardSet`."""
+        shards = ShardSet(entry["shards"], **remote)
         if not len(shards):
-            raise DataError(f"{shards.folder}: a shard set without samples; build it again or take it out")
+            raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
         size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])
         share = Share(size=size, **{k: entry[k] for k in ("repeat", "weight", "share") if entry.get(k) is not None})
         return cls(
@@ -88,9 +89,16 @@ class Samples:
     """
 
     def __init__(
-        self, entries: Sequence[dict[str, Any]], built: Built, options: dict[str, Any], *, seed: int, limit: int | None
+        self,
+        entries: Sequence[dict[str, Any]],
+        built: Built,
+        options: dict[str, Any],
+        *,
+        seed: int,
+        limit: int | None,
+        remote: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.sources = [Source.open(entry, limit) for entry in entries]
+        self.sources = [Source.open(entry, limit, **remote) for entry in entries]
         self.template, self.tokenizer, self.layout, self.image = (
             built.template,
             built.tokenizer,
@@ -122,20 +130,30 @@ class Samples:
     def item(self, address: Address, *, training: bool) -> Item:
         """Load, decode and render one sample. Raises `BadSample` naming shard and key."""
         source, number, piece = self.locate(address.index)
-        sample, blobs = source.shards.load(number)
-        where = f"{source.shards.shard(number)}, {sample.key!r}"
-        generator = (
-            np.random.default_rng(derive_seed(self.seed, "sample", address.epoch, address.index)) if training else None
-        )
-        rendered = self._render(sample, piece)
-        if training and self.lengths is not None:
-            self._require_planned(address.index, rendered, where)
-        views: list[np.ndarray | None] = []
-        if self.image is not None:
-            views = [None] * len(blobs)
-            for one in rendered.media:
-                views[one] = self.image(blobs[one], generator, where)
+        shards = source.shards
+        try:
+            sample, blobs = shards.load(number)
+            rendered = self._render(sample, piece)
+            if training and self.lengths is not None:
+                self._require_planned(address.index, rendered, shards.where(number))
+            views = self._views(address, rendered, blobs, shards.where(number), training)
+        except BadSample as error:
+            error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
+            raise
         return Item(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
+
+    def _views(
+        self, address: Address, rendered: Rendered, blobs: Sequence[bytes], where: str, training: bool
+    ) -> list[np.ndarray | None]:
+        """Those of the media items that the sample shows."""
+        if self.image is None:
+            return []
+        seed = derive_seed(self.seed, "sample", address.epoch, address.index)
+        generator = np.random.default_rng(seed) if training else None
+        views: list[np.ndarray | None] = [None] * len(blobs)
+        for number in rendered.media:
+            views[number] = self.image(blobs[number], generator, where)
+        return views
 
     def split(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""
@@ -143,7 +161,7 @@ class Samples:
         for source, tail_size in zip(self.sources, held):
             if tail_size >= source.size:
                 raise ConfigError(
-                    f"data.val_share: {share} of the {source.size} samples in {source.shards.folder} leaves none to "
+                    f"data.val_share: {share} of the {source.size} samples in {source.shards.address} leaves none to "
                     "train on"
                 )
         tail = copy.copy(self)
@@ -190,7 +208,7 @@ class Samples:
             sample, _ = shards.load(number)
             return self._sizes(sample)
 
-        whole = cached_lengths(str(shards.folder), len(shards), key, measure, cache, workers)
+        whole = cached_lengths(shards.address, len(shards), key, measure, cache, workers)
         used = source.samples
         return whole.of(int(used[0]), int(used[-1]) + 1) if len(used) else whole.of(0, 0)
 

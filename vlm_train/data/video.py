@@ -43,4 +43,4 @@ def decode_frames(
             )
         return np.stack(list(read_frames(data, numbers)))
     except BadSample as error:
-        raise BadSample(f"{where}: cannot decode video ({len(data)} bytes): {error}") from error
+        raise BadSample(f"{where}: cannot decode video ({len(data)} bytes): {error}", kind="video") from error

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipelines.errors import BadSample
-from vlm_train.data.batch import Batch, Window
+from vlm_train.data.batch import Batch, Problem, Window
 from vlm_train.data.collate import Item, collate, target_weights
 from vlm_train.data.mixture import Address
 from vlm_train.data.order import Plan
@@ -40,7 +40,7 @@ class WindowStream(IterableDataset):
     def window(self, step: int) -> list[Batch]:
         """All micro-batches of one optimizer step. A bad sample leaves a hole in its place."""
         micros: list[list[list[Item]]] = []
-        problems: list[str] = []
+        problems: list[Problem] = []
         for rows in self.plan.step(step, self.rank):
             loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
             micros.append([row for row in loaded if row])
@@ -51,7 +51,7 @@ class WindowStream(IterableDataset):
             for m, rows in enumerate(micros)
         ]
 
-    def _window(self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[str, ...]) -> Window:
+    def _window(self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[Problem, ...]) -> Window:
         # Ranks reduce the sums by name, so a rank without samples needs all names, too.
         names = ("samples", *self.samples.streams)
         sums: dict[str, dict[str, float]] = {name: {} for name in names}
@@ -77,14 +77,14 @@ class WindowStream(IterableDataset):
         )
 
 
-def load_row(samples: Samples, row: Sequence[Address], problems: list[str], *, training: bool) -> list[Item]:
+def load_row(samples: Samples, row: Sequence[Address], problems: list[Problem], *, training: bool) -> list[Item]:
     """The usable samples of a row; why the others are not goes to `problems`."""
     items = []
     for address in row:
         try:
             items.append(samples.item(address, training=training))
         except BadSample as error:
-            problems.append(str(error))
+            problems.append(Problem.of(error))
     return items
 
 
@@ -128,7 +128,7 @@ class ValidationStream(IterableDataset):
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in range(number, self.batches, count):
             first = (batch * self.world + self.rank) * self.rows
-            problems: list[str] = []
+            problems: list[Problem] = []
             row = [Address(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
             items = load_row(self.samples, row, problems, training=False)
             how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
