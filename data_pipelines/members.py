@@ -96,13 +96,22 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
     """
     by_name = dict(parts)
     data = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
-    if not {"version", "annotations"} <= data.keys():
+    sample = _own(key, data)
+    if sample is None:
         return _caption_sample(key, parts, data)
-    sample = Sample.from_json(key, data)
     expected, got = [JSON, *(item.name for item in sample.media)], list(by_name)
     if sorted(expected) != sorted(got):
         raise BadSample(f"sample {key!r}: members {got}, its JSON names {expected}")
     return sample, [by_name[item.name] for item in sample.media]
+
+
+def text_sample(key: str, data: bytes) -> Sample | None:
+    """The sample that our own JSON tells without its media; None if it is another program's. Raises `BadSample`."""
+    return _own(key, _parse_json(key, data))
+
+
+def _own(key: str, data: dict[str, Any]) -> Sample | None:
+    return Sample.from_json(key, data) if {"version", "annotations"} <= data.keys() else None
 
 
 def _parse_json(key: str, data: bytes) -> dict[str, Any]:

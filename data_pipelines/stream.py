@@ -21,7 +21,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import Index
 from data_pipelines.manifest import FileInfo, Manifest
 from data_pipelines.media import MAX_BYTES, MAX_PIXELS
-from data_pipelines.members import to_sample
+from data_pipelines.members import JSON, text_sample, to_sample
 from data_pipelines.remote import CACHE_BYTES, Cache, default_cache, is_remote, join, local_path, read_manifest
 from data_pipelines.sample import MediaItem, Sample
 
@@ -149,10 +149,21 @@ class ShardSet:
             raise BadSample(f"{self.where(i)}: {error}", kind=kind, shard=self.path(i), key=key) from error
         return sample, blobs
 
-    def _read(self, i: int, number: int) -> list[tuple[str, bytes]]:
+    def sample(self, i: int) -> Sample:
+        """Sample i without its media, which are not read where our own JSON says what they are. Raises as `load`."""
+        key, number = self.index.key(i), self._shard_number(i)
+        try:
+            own = [text_sample(key, data) for _, data in self._read(i, number, only=JSON)]
+        except BadSample as error:
+            raise BadSample(f"{self.where(i)}: {error}", kind=error.kind, shard=self.path(i), key=key) from error
+        return next((sample for sample in own if sample is not None), None) or self.load(i)[0]
+
+    def _read(self, i: int, number: int, only: str | None = None) -> list[tuple[str, bytes]]:
         parts, end = [], self.manifest.shards[number].bytes
         file = self._open(number)
         for name, offset, size, crc in self.index.rows(i):
+            if only is not None and name != only:
+                continue
             if offset < 0 or not 0 <= size <= MAX_MEMBER or offset + size > end:
                 raise BadSample(f"member {name}: {size} bytes at {offset} of {end}, says the index", kind="corrupt")
             data = os.pread(file.fileno(), size, offset)

@@ -42,14 +42,14 @@ def make(node: DictConfig, **threaded: Any) -> Any:
     return instantiate(node, _partial_=True, _convert_="all")(**threaded)
 
 
-def build(cfg: DictConfig) -> Built:
-    """Build everything a run needs but its data."""
+def build(cfg: DictConfig, *, meta: bool = False) -> Built:
+    """Build everything a run needs but its data; with `meta` the model has shapes, but no weights."""
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, which writes bars into log files
     tokenizer = make(cfg.tokenizer)
     template = make(cfg.template)
     template.check(tokenizer)
-    model = build_model(cfg, tokenizer)
+    model = build_model(cfg, tokenizer, meta=meta)
     image = build_image(cfg, model)
     return Built(cfg, model, tokenizer, template, build_layout(model, image), image)
 

@@ -13,7 +13,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.signatures import hint
 
 LITERALS: dict[str, tuple[Any, ...]] = {
-    "mode": ("fit", "eval", "export", "show", "import", "config"),
+    "mode": ("fit", "eval", "export", "show", "lengths", "import", "config"),
     "batch.normalise": ("token", "sample", "source", "sqrt_length"),
     "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),

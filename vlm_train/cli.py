@@ -38,6 +38,7 @@ MODES = {
     "export": "vlm_train.export.run:export",
     "import": "vlm_train.export.run:import_",
     "show": "vlm_train.data.show:show",
+    "lengths": "vlm_train.data.survey:survey",
 }
 """Mode -> the function that carries it out, imported only then: `(cfg) -> dict | None`."""
 
@@ -137,7 +138,7 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = (), fresh: bool =
     if cfg.mode == "config":
         print(provenance.table(cfg, found))
         return None
-    check(cfg, need_assets=not cfg.dry_run)
+    check(cfg, need_assets=not cfg.dry_run and cfg.mode != "lengths")
     launch.check_environment(cfg)
     if cfg.mode == "fit" and not cfg.dry_run and launch.rank() == 0:
         log.info("Run folder: %s\n%s\n", config.run_dir(cfg), provenance.table(cfg, found, only_changed=True))

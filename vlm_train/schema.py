@@ -121,7 +121,7 @@ class Target:
 class Root:
     """The whole configuration. `python -m vlm_train --cfg job` prints it composed."""
 
-    mode: str = "fit"  # fit | eval | export | show | import | config
+    mode: str = "fit"  # fit | eval | export | show | lengths | import | config
     dry_run: bool = False  # build on the meta device, print the plan, train nothing
     seed: int = 42
     run_name: str | None = None  # null: <recipe>-<hash of the training-relevant config>

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.index import index_folder
 from data_pipelines.sample import Sample
 from data_pipelines.shards import ShardWriter
 from data_pipelines.stream import ShardSet
@@ -161,3 +162,15 @@ def test_many_shards_keep_few_files_open(tmp_path, sample, monkeypatch):
     shards = ShardSet(tmp_path / "set")
     assert [record.key for record, _ in shards] == shards.keys()
     assert len(shards._local.files) == 3
+
+
+def test_a_sample_without_its_media_is_the_same(shard_set, tmp_path, tar, picture):
+    ours = ShardSet(shard_set())
+    assert [ours.sample(i) for i in range(len(ours))] == [ours.load(i)[0] for i in range(len(ours))]
+    tar(
+        tmp_path / "foreign" / "0.tar",
+        [("a.jpg", picture(1, "JPEG")), ("a.txt", b"a cat"), ("a.json", b'{"url": "x"}')],
+    )
+    index_folder(tmp_path / "foreign")
+    foreign = ShardSet(tmp_path / "foreign")
+    assert foreign.sample(0) == foreign.load(0)[0] and foreign.sample(0).meta == {"url": "x"}

@@ -205,8 +205,7 @@ class Samples:
         )
 
         def measure(number: int) -> list[tuple[int, int]]:
-            sample, _ = shards.load(number)
-            return self._sizes(sample)
+            return self._sizes(shards.sample(number))
 
         whole = cached_lengths(shards.address, len(shards), key, measure, cache, workers)
         used = source.samples

@@ -1,0 +1,52 @@
+"""`mode=lengths`: how long the training samples are, and how full rows get. Needs no weights and no GPU.
+
+It leaves the length index behind, so that a run on expensive machines need not make it first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from hydra.utils import instantiate
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+
+from vlm_train.data.pack import fill_rows
+
+PACKED = 8192
+"""Samples that are packed to see how full rows get."""
+
+
+def survey(cfg: DictConfig) -> None:
+    """Measure every training source, and print a line for each."""
+    from vlm_train.build import build
+    from vlm_train.data.datamodule import VLMData
+
+    data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=build(cfg, meta=True), seed=cfg.seed)
+    tokens = data.train.measure(Path(data.cache)).tokens
+    assert data.train.lengths is not None
+    views, first = data.train.lengths.views, 0
+    for source in data.train.sources:
+        part = slice(first, first + source.size)
+        print(f"{source.name or source.shards.address}: {describe(tokens[part], views[part])}")
+        first += source.size
+    if data.pack is not None:
+        drawn = [data.mixture.draw(position).index for position in range(min(PACKED, data.mixture.samples))]
+        rows = fill_rows(tokens[drawn].tolist(), data.pack, views=views[drawn].tolist(), max_views=data.pack_views)
+        share = tokens[drawn].sum() / (len(rows) * data.pack)
+        print(f"rows of {data.pack:,} tokens: {len(drawn) / len(rows):.1f} samples each, {share:.1%} real tokens")
+
+
+def describe(tokens: NDArray[np.int32], views: NDArray[np.int32]) -> str:
+    """Samples of these lengths `[N]` in a line."""
+    usable = tokens[tokens > 0]
+    bad = f"; {len(tokens) - len(usable):,} cannot be used" if len(usable) < len(tokens) else ""
+    if not len(usable):
+        return f"{len(tokens):,} samples{bad}"
+    low, half, high, most = (f"{number:,.0f}" for number in np.quantile(usable, [0.0, 0.5, 0.99, 1.0]))
+    seen = f"{views.sum():,} views, at most {views.max()} a sample"
+    return (
+        f"{len(tokens):,} samples, {usable.sum():,} tokens: least {low}, median {half}, mean {usable.mean():,.0f}, "
+        f"99th percentile {high}, most {most}; {seen}{bad}"
+    )
