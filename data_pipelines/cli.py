@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipelines.errors import DataError
+from data_pipelines.manifest import Manifest
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -37,6 +41,35 @@ def usage(name: str, doc: str) -> str:
     files = [CONF / f"{name}.yaml", *(sorted((CONF / "source").glob("*.yaml")) if name == "build" else ())]
     options = [f"--- {file.relative_to(CONF).with_suffix('')}\n{file.read_text(encoding='utf-8')}" for file in files]
     return "\n".join([doc, *options])
+
+
+def make(options: Mapping[str, Any], trusted: tuple[str, ...]) -> Any:
+    """The object that `options` describe: `_target_`, which must be trusted, and its keyword arguments."""
+    target = str(options.get("_target_", ""))
+    if not target.startswith(trusted):
+        raise DataError(
+            f"_target_: {target!r} is not trusted; allowed prefixes: {', '.join(trusted)} (allow_targets=[...])"
+        )
+    component = get_class(target)
+    known = inspect.signature(component).parameters
+    options = {name: value for name, value in options.items() if name != "_target_"}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise DataError(f"{target} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
+    return component(**options)
+
+
+def check_same(output: Path, arguments: Mapping[str, Any]) -> None:
+    """Raise `DataError` unless the finished set was made with these arguments."""
+    built = Manifest.read(output).build
+    names = sorted({*built, *arguments})
+    differing = [
+        f"{n}: {built.get(n)!r} there, {arguments.get(n)!r} now" for n in names if built.get(n) != arguments.get(n)
+    ]
+    if differing:
+        raise DataError(
+            f"{output} holds a shard set built otherwise ({'; '.join(differing)}); choose another output or force=true"
+        )
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:

@@ -1,5 +1,12 @@
 """Errors of the data half: always with the shard and key (or the raw file and record) they come from."""
 
+from __future__ import annotations
+
+import re
+
+VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\d+(?:\.\d+)?")
+NAMES = re.compile(r"^(?:\w+ \S*…\S*: )+")
+
 
 class DataError(Exception):
     """Data that cannot be used as it is. The message names where it is and what is wrong with it."""
@@ -7,3 +14,8 @@ class DataError(Exception):
 
 class BadSample(DataError):
     """One sample is unusable (corrupt image, placeholder mismatch, ...): skipped, counted, quarantined."""
+
+
+def kind(message: str) -> str:
+    """What `message` has in common with others like it: no names of records, quoted values, paths or numbers."""
+    return NAMES.sub("", VARYING.sub("…", message))[:120]
