@@ -18,6 +18,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.manifest import Manifest
 
 CONF = Path(__file__).resolve().parent / "conf"
+GROUPS = {"build": "source", "filter": "filter"}  # by command, the group of components that it takes
 
 
 def run(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] | None = None) -> int:
@@ -37,18 +38,21 @@ def run(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] 
 
 
 def usage(name: str, doc: str) -> str:
-    """What the command does, its options, and each source's own."""
-    files = [CONF / f"{name}.yaml", *(sorted((CONF / "source").glob("*.yaml")) if name == "build" else ())]
+    """What the command does, its options, and those of each source or filter."""
+    files = [CONF / f"{name}.yaml", *(sorted((CONF / GROUPS[name]).glob("*.yaml")) if name in GROUPS else ())]
     options = [f"--- {file.relative_to(CONF).with_suffix('')}\n{file.read_text(encoding='utf-8')}" for file in files]
     return "\n".join([doc, *options])
 
 
-def make(options: Mapping[str, Any], trusted: tuple[str, ...]) -> Any:
-    """The object that `options` describe: `_target_`, which must be trusted, and its keyword arguments."""
+def make(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: str = "") -> Any:
+    """The object that `options` describe: `_target_`, which must be trusted, and its keyword arguments.
+
+    `at` is where the options stand in the config.
+    """
     target = str(options.get("_target_", ""))
     if not target.startswith(trusted):
         raise DataError(
-            f"_target_: {target!r} is not trusted; allowed prefixes: {', '.join(trusted)} (allow_targets=[...])"
+            f"{at}_target_: {target!r} is not trusted; allowed prefixes: {', '.join(trusted)} (allow_targets=[...])"
         )
     component = get_class(target)
     known = inspect.signature(component).parameters

@@ -126,7 +126,9 @@ class ShardSet:
         options = " ".join(_option(name, value) for name, value in self.manifest.build.items() if name != "_target_")
         if not options:
             return f"Restore the files, then: python -m data_pipelines.index folder={self.folder} force=true"
-        return f"Rebuild with: python -m data_pipelines.build {options} output={self.folder} force=true"
+        return (
+            f"Rebuild with: python -m data_pipelines.{self.manifest.command} {options} output={self.folder} force=true"
+        )
 
     def _open(self, number: int) -> BinaryIO:
         """Shard `number`, opened lazily; each thread keeps its own few files, so that none closes another's."""
