@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +30,7 @@ def run(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] 
     try:
         return task(_compose(name, overrides))
     except (DataError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"{type(error).__name__}: {_plain(error)}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_plain(name, error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -89,7 +89,10 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def _plain(error: BaseException) -> str:
-    """The message of `error`, with its cause where Hydra hides the reason there."""
+def _plain(name: str, error: BaseException) -> str:
+    """The message of `error`, with its cause where Hydra hides the reason there, and the options it does not list."""
+    if isinstance(error, MissingConfigException) and name in GROUPS and not error.options:
+        options = sorted(path.stem for path in (CONF / GROUPS[name]).glob("*.yaml"))
+        return f"{str(error).splitlines()[0]} Available: {', '.join(options)}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\d+(?:\.\d+)?")
-NAMES = re.compile(r"^(?:\w+ \S*…\S*: )+")
+NAMES = re.compile(r"^(?:\S*… )?(?:\w+ \S*…\S*: )+")
 
 
 class DataError(Exception):

@@ -132,7 +132,7 @@ def write_copy(
 def filter_set(config: DictConfig) -> int:
     """Filter what the composed `config` says; returns the exit code."""
     output, shards = Path(config.output), ShardSet(config.folder)
-    nodes: dict[str, dict[str, Any]] = OmegaConf.to_container(config.get("filters") or {}, resolve=True)  # type: ignore
+    nodes: dict[str, dict[str, Any]] = OmegaConf.to_container(config, resolve=True).get("filters", {})  # type: ignore
     filters = {
         name: make(options, ("data_pipelines.", *config.allow_targets), at=f"filters.{name}.")
         for name, options in nodes.items()
