@@ -55,7 +55,7 @@ def _part(part: Part) -> str:
         case Media():
             return f"[media {part.item}] "
         case Box():
-            return f"[box {part.xyxy} of media {part.item}] "
+            return f"[box {' '.join(f'{value:.3f}' for value in part.xyxy)} of media {part.item}] "
 
 
 def _chosen(shards: ShardSet, config: DictConfig) -> list[int]:

@@ -27,14 +27,17 @@ STYLE = """
 *{box-sizing:border-box}body{margin:0;background:var(--soft);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:66rem;margin:0 auto;padding:2rem 1.2rem}h1{font-size:1.35rem;margin:0;overflow-wrap:anywhere}
 .dim{color:var(--dim);font-size:.85rem}.card{background:#fff;border:1px solid var(--line);border-radius:10px;
-padding:1.1rem 1.3rem;margin-top:1.1rem}.tiles,.stats,.media{display:flex;flex-wrap:wrap;gap:.8rem;margin-top:.9rem}
-.tile{background:var(--soft);border-radius:8px;padding:.5rem .9rem;min-width:7rem}.tile b{display:block;font-size:1.2rem}
-.stat{flex:1 1 13rem;max-width:20rem}.bars{display:flex;align-items:flex-end;gap:2px;height:52px;margin:.35rem 0 .1rem}
+padding:1.1rem 1.3rem;margin-top:1.1rem}.tiles,.media{display:flex;flex-wrap:wrap;gap:.8rem;margin-top:.9rem}
+.tile{background:var(--soft);border-radius:8px;padding:.5rem .9rem;min-width:7rem}
+.tile b{display:block;font-size:1.2rem}
+.stats{margin-top:1.2rem;display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:1.1rem 1.6rem}
+.bars{display:flex;align-items:flex-end;gap:2px;height:52px;margin:.35rem 0 .1rem}
 .bars i{flex:1;background:#7aa7dc;border-radius:2px 2px 0 0;min-height:1px}.ends{display:flex;
 justify-content:space-between}.head{display:flex;justify-content:space-between;gap:1rem;flex-wrap:wrap}
 .head b{overflow-wrap:anywhere}figure{margin:0;max-width:100%}.frame{position:relative;display:inline-block;
-border:1px solid var(--line);line-height:0}.frame img,.frame video{height:16rem;max-width:100%;object-fit:fill;
-display:block}.box{position:absolute;border:2px solid}.box span,.chip{border-radius:3px;color:#fff;font:600 12px/1.35
+border:1px solid var(--line);line-height:0}.frame img,.frame video{min-height:9rem;max-height:18rem;
+max-width:100%;display:block}.box{position:absolute;border:2px solid}
+.box span,.chip{border-radius:3px;color:#fff;font:600 12px/1.35
 system-ui;padding:0 .35em}.box span{position:absolute;left:-2px;top:-2px}.chip{margin-right:.3em;white-space:nowrap}
 .talk{border-top:1px solid var(--line);margin-top:.9rem;padding-top:.7rem}.turn{display:flex;gap:.8rem;margin:.35rem 0}
 .role{flex:0 0 5.2rem;color:var(--dim);font-size:.8rem;text-align:right;padding-top:.35rem}.say{border-radius:9px;
@@ -49,12 +52,14 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="v
 <section class="card"><h1>{{ title }}</h1><div class="dim">{{ about | join(" · ") }}</div>
 <div class="tiles">{% for name, value in tiles %}<div class="tile"><b>{{ value }}</b>{{ name }}</div>{% endfor %}</div>
 <div class="stats">{% for stat in stats %}<div class="stat"><b>{{ stat.name }}</b>
-<span class="dim">5 % {{ stat.p5 }} · half {{ stat.p50 }} · 95 % {{ stat.p95 }}</span>
-<div class="bars">{% for low, count, share in stat.bars %}<i style="height:{{ share }}%" title="from {{ low }}: {{ count }}">
-</i>{% endfor %}</div><div class="ends dim"><span>{{ stat.min }}</span><span>{{ stat.max }}</span></div></div>{% endfor %}
-</div>{% if left_out %}<table>{% for reason, count in left_out %}<tr><td>{{ count }}</td><td>{{ reason }}</td></tr>
+<div class="dim">median {{ stat.p50 }}, 90 % within {{ stat.p5 }} – {{ stat.p95 }}</div>
+<div class="bars">{% for low, count, share in stat.bars -%}
+<i style="height:{{ share }}%" title="from {{ low }}: {{ count }}"></i>{% endfor %}</div>
+<div class="ends dim"><span>{{ stat.min }}</span><span>{{ stat.max }}</span></div></div>{% endfor %}
+</div>{% if left_out %}<table><tr><td><b>left out</b></td></tr>{% for reason, count in left_out %}<tr><td>{{ count }}</td><td>{{ reason }}</td></tr>
 {% endfor %}</table>{% endif %}</section>
-{% for s in samples %}<section class="card"><div class="head"><b>{{ s.key }}</b><span class="dim">{{ s.where }}</span></div>
+{% for s in samples %}<section class="card">
+<div class="head"><b>{{ s.key }}</b><span class="dim">{{ s.where }}</span></div>
 {% if s.error %}<p class="bad">{{ s.error }}</p>{% endif %}
 <div class="media">{% for m in s.media %}<figure><div class="frame">
 {%- if m.image %}<img alt="{{ m.name }}" src="{{ m.image }}">
@@ -142,7 +147,7 @@ def _part(part: Part, boxes: dict[int, list[dict[str, Any]]]) -> dict[str, str]:
             place = f"left:{left:.3f}%;top:{top:.3f}%;width:{right - left:.3f}%;height:{bottom - top:.3f}%"
             box = {"place": place, "colour": colour, "number": number}
             boxes.setdefault(part.item, []).append(box)
-            title = f"box {part.xyxy} of media {part.item}"
+            title = f"{part.xyxy} of media {part.item}"
             return {"text": f"box {number}", "colour": colour, "title": title}
 
 

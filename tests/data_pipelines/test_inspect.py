@@ -56,7 +56,7 @@ def test_boxes_are_drawn_where_they_are(tmp_path, boxed, capsys):
         ("left:25.000%", "top:10.000%", "width:25.000%", "height:50.000%"),
         ("left:25.000%", "top:10.000%", "width:50.000%", "height:50.000%"),
     ]
-    assert "[box (0.25, 0.1, 0.5, 0.6) of media 0]" in out and "rejected  nowhere" in out
+    assert "[box 0.250 0.100 0.500 0.600 of media 0]" in out and "rejected  nowhere" in out
     assert "rejected" in page and "nowhere" in page
 
 
