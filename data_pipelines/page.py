@@ -56,7 +56,8 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="v
 <div class="bars">{% for low, count, share in stat.bars -%}
 <i style="height:{{ share }}%" title="from {{ low }}: {{ count }}"></i>{% endfor %}</div>
 <div class="ends dim"><span>{{ stat.min }}</span><span>{{ stat.max }}</span></div></div>{% endfor %}
-</div>{% if left_out %}<table><tr><td><b>left out</b></td></tr>{% for reason, count in left_out %}<tr><td>{{ count }}</td><td>{{ reason }}</td></tr>
+</div>{% if left_out %}<table><tr><td><b>left out</b></td></tr>
+{% for reason, count in left_out %}<tr><td>{{ count }}</td><td>{{ reason }}</td></tr>
 {% endfor %}</table>{% endif %}</section>
 {% for s in samples %}<section class="card">
 <div class="head"><b>{{ s.key }}</b><span class="dim">{{ s.where }}</span></div>

@@ -11,15 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipelines import engines
 from data_pipelines.build import main as build
 from data_pipelines.build import write
 from data_pipelines.errors import DataError, kind
-from data_pipelines.index import Index, index_folder
+from data_pipelines.index import Index, IndexBuilder, index_folder
 from data_pipelines.manifest import Manifest
 from data_pipelines.shards import _Shard
+from data_pipelines.stats import Stats
 from data_pipelines.stream import ShardSet
 from tests.data_pipelines.made_source import MadeSource
 
@@ -147,13 +149,26 @@ def _half_done(tmp_path: Path) -> bool:
     return {"part-000000", "part-000001"} <= names and len(names) > 2
 
 
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_build_goes_on(tmp_path, stop):
     (tmp_path / "gate").touch()
     process = _start(tmp_path, "workers=2")
     _wait_for(lambda: _half_done(tmp_path))
+    workers = _children(process.pid)
     process.send_signal(stop)
+    _wait_for(lambda: not any(map(_lives, workers)))
     error = process.communicate(timeout=60)[1]
     assert "Traceback" not in error
     if stop != signal.SIGKILL:
@@ -281,22 +296,28 @@ def test_ray_missing_says_what_to_install(tmp_path, monkeypatch):
         _write(tmp_path / "set", engine="ray")
 
 
-def test_index_of_parts_equals_index_of_all(tmp_path, shard_set):
-    from data_pipelines.index import IndexBuilder
+def test_statistics_of_parts_are_those_of_all():
+    whole, first, second = Stats(), Stats(), Stats()
+    values = [0, 1, 3, 7, 8, 99, 100, 199, 200, 123456]
+    for i, value in enumerate(values):
+        whole.add([("x", value)])
+        (first if i < 4 else second).add([("x", value)])
+    first.merge(json.loads(json.dumps(second.state())))
+    assert first.to_json() == whole.to_json()
+    assert first.to_json()["x"] == {
+        "count": 10, "min": 0, "mean": 12407.3, "max": 123456, "p5": 0, "p50": 8, "p95": 120000,
+        "histogram": {"0": 1, "1": 1, "2": 1, "4": 1, "8": 1, "64": 2, "128": 2, "65536": 1},
+    }  # fmt: skip
 
+
+def test_index_of_parts_equals_index_of_all(tmp_path, shard_set):
     one, two = (Index.load(shard_set(name, count) / "index.npz") for name, count in (("a", 10), ("b", 7)))
     builder = IndexBuilder()
-    builder.extend(one, [0, 1, 2], rows=one_rows(one, 7))
+    builder.extend(one, [0, 1, 2], rows=np.arange(7))
     builder.save(tmp_path / "part.npz")
     assert (tmp_path / "part.npz").read_bytes() == (tmp_path / "b" / "index.npz").read_bytes()
     with pytest.raises(DataError, match="duplicate key 'sample-000'"):
         builder.extend(two, [3, 4])
-
-
-def one_rows(index: Index, count: int):
-    import numpy as np
-
-    return np.arange(len(index))[:count]
 
 
 @pytest.mark.parametrize(
