@@ -17,9 +17,10 @@ import pytest
 from data_pipelines import engines
 from data_pipelines.build import main as build
 from data_pipelines.build import write
-from data_pipelines.errors import DataError, kind
+from data_pipelines.errors import BadSample, DataError, kind
 from data_pipelines.index import Index, IndexBuilder, index_folder
 from data_pipelines.manifest import Manifest
+from data_pipelines.members import Member
 from data_pipelines.shards import _Shard
 from data_pipelines.stats import Stats
 from data_pipelines.stream import ShardSet
@@ -248,6 +249,22 @@ def test_a_part_with_too_many_bad_records_is_not_read_to_its_end(tmp_path):
         write(Endless(counts=[1]), tmp_path / "set", max_bad=2)
 
 
+def test_a_part_stopped_by_the_budget_is_not_taken_for_a_finished_one(tmp_path):
+    class Alternating(MadeSource):
+        def read(self, part):
+            for i in range(6):
+                yield BadSample(f"record {i}: bad") if i % 2 else (self.sample(part, i), [])
+
+    source = Alternating(counts=[6, 6])
+    with pytest.raises(DataError, match="6 bad records among 12, max_bad=4"):
+        write(source, tmp_path / "set", max_bad=4)
+    assert sorted(path.name for path in (tmp_path / ".set.partial").glob("part-*")) == ["part-000000", "part-000001"]
+    with pytest.raises(DataError, match="1 bad records among 2, max_bad=0"):
+        write(source, tmp_path / "other", max_bad=0)
+    assert not (tmp_path / ".other.partial").exists()
+    assert write(source, tmp_path / "set", max_bad=6).samples == 6
+
+
 def test_unpicklable_sources_and_wrong_options_are_plain_errors(tmp_path):
     source = MadeSource(counts=[1, 1])
     source.file = (line for line in ())
@@ -318,6 +335,26 @@ def test_index_of_parts_equals_index_of_all(tmp_path, shard_set):
     assert (tmp_path / "part.npz").read_bytes() == (tmp_path / "b" / "index.npz").read_bytes()
     with pytest.raises(DataError, match="duplicate key 'sample-000'"):
         builder.extend(two, [3, 4])
+
+
+def test_indexes_with_other_member_names_are_joined(tmp_path, sample):
+    joined = IndexBuilder()
+    for number, name in enumerate(("0.png", "0.jpg", "0.png")):
+        builder = IndexBuilder()
+        record, _ = sample(number)
+        builder.add(0, record, [Member(name, 512, 9, 7), Member("json", 2048, number, 8)])
+        builder.save(tmp_path / "part.npz")
+        joined.extend(Index.load(tmp_path / "part.npz"), [number])
+    joined.save(tmp_path / "all.npz")
+    index = Index.load(tmp_path / "all.npz")
+    names = [[member.name for member in index.members(i)] for i in range(3)]
+    assert names == [["0.png", "json"], ["0.jpg", "json"], ["0.png", "json"]]
+    assert index.shard.tolist() == [0, 1, 2] and [index.members(i)[1].size for i in range(3)] == [0, 1, 2]
+    assert index.width.tolist() == [12, 13, 14]
+
+
+def test_results_are_put_in_order():
+    assert list(engines.in_order([(2, "c"), (0, "a"), (3, "d"), (1, "b")])) == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(

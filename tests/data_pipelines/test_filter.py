@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from data_pipelines.cli import CONF
 from data_pipelines.errors import DataError
-from data_pipelines.filter import judge
+from data_pipelines.filter import Verdicts, judge, write_view
 from data_pipelines.filter import main as filter_command
 from data_pipelines.filters.common import Duplicates, Scores
 from data_pipelines.filters.image import AspectRatio, Corrupt, ImageSize, SimilarImages
@@ -20,6 +20,7 @@ from data_pipelines.manifest import Manifest
 from data_pipelines.media import image_item
 from data_pipelines.sample import Annotation, Sample, Text, Turn
 from data_pipelines.shards import ShardWriter
+from data_pipelines.stats import Stats
 from data_pipelines.stream import ShardSet
 
 FOX = "The quick brown fox jumps over the lazy dog and then runs away into the dark forest behind the old house"
@@ -73,8 +74,8 @@ def test_sizes_and_ratios(made):
 def test_pictures_that_do_not_decode(made):
     shards = made(_sample("cut", blobs=(_png(), _png(quality=90)[:-900])), _sample("fine", blobs=(_png(),)))
     assert _dropped(shards, Corrupt()) == {"cut": "picture does not decode"}
-    dropped = judge(shards, {"similar": SimilarImages()}).dropped
-    assert [(row["key"], row["filter"]) for row in dropped] == [("cut", "read")]
+    for filters, name in (({"similar": SimilarImages()}, "read"), ({"cut": Corrupt(), "s": SimilarImages()}, "cut")):
+        assert [(row["key"], row["filter"]) for row in judge(shards, filters).dropped] == [("cut", name)]
 
 
 def test_members_that_cannot_be_read_are_dropped(made):
@@ -217,6 +218,16 @@ def test_a_view_of_a_view_and_its_fingerprint(made, tmp_path):
     assert len(one) == 6 and two.keys() == other.keys() == ["k2", "k3", "k6", "k7"]
     assert two.fingerprint == other.fingerprint != one.fingerprint
     assert {info.name.split("/")[1] for info in two.manifest.shards} == {"set"}
+
+
+def test_views_of_other_samples_have_other_fingerprints(made, tmp_path):
+    shards = made(_sample("a", "x"), _sample("b", "xx"))
+    for name in ("one", "two", "same"):
+        kept = np.array([1 if name == "two" else 0])
+        write_view(shards, tmp_path / name, Verdicts(kept=kept, stats=Stats(), dropped=[]), {}, overwrite=False)
+    one, two, same = (ShardSet(tmp_path / name) for name in ("one", "two", "same"))
+    assert [info.samples for info in one.manifest.shards] == [info.samples for info in two.manifest.shards] == [1]
+    assert one.fingerprint == same.fingerprint != two.fingerprint
 
 
 def test_filtering_twice_and_again(made, tmp_path, capsys):
