@@ -99,8 +99,9 @@ def write(
 ) -> Manifest | None:
     """Write all records of `source`; returns the manifest, or `None` where `node` of several wrote its share.
 
-    A shard holds records of one part. Bad records go to `quarantine.jsonl` in the output, or, when more than `max_bad`
-    of them stop the build with a `DataError`, to `<output>.quarantine.jsonl`.
+    A shard holds records of one part. What an interrupted call with the same `build` finished is not written again. Bad
+    records go to `quarantine.jsonl` in the output, or, when more than `max_bad` of them stop the build with a
+    `DataError`, to `<output>.quarantine.jsonl`.
     """
     if not 0 <= node < nodes:
         raise DataError(f"node: got {node} with nodes={nodes}; allowed: 0 to nodes - 1")
@@ -186,14 +187,17 @@ def _write_parts(
     writer: PartWriter, numbers: Sequence[int], parts: dict[int, Part], output: Path, workers: int | None, engine: str
 ) -> dict[int, Part]:
     """Write the parts `numbers`; returns them with those of `parts` that were there. Raises if too many are bad."""
-    parts = dict(parts)
+    parts, bad = dict(parts), sum(len(part.bad) for part in parts.values())
     results = engines.run(write_part, writer, numbers, workers=workers, engine=engine)
     with closing(results), Progress(str(output), len(numbers), "parts") as progress:
         for number, part in results:
             parts[number] = part
+            bad += len(part.bad)
             progress.step(part.records)
-            _check_bad(bad_rows(parts), parts, writer.max_bad, output)
-    _check_bad(bad_rows(parts), parts, writer.max_bad, output)
+            if bad > writer.max_bad:
+                break
+    if bad > writer.max_bad:
+        raise _too_many(bad_rows(parts), parts, writer.max_bad, output)
     return parts
 
 
@@ -209,19 +213,18 @@ def _write_again(
         for number, keys in refused.items()
         for key in sorted(keys)
     ]
-    _check_bad(bad_rows(parts) + again, parts, writer.max_bad, output)
+    if len(rows := bad_rows(parts) + again) > writer.max_bad:
+        raise _too_many(rows, parts, writer.max_bad, output)
     kept = {number: part for number, part in parts.items() if number not in refused}
     return _write_parts(replace(writer, refused=refused), list(refused), kept, output, workers, engine)
 
 
-def _check_bad(rows: list[dict[str, Any]], parts: Mapping[int, Part], max_bad: int, output: Path) -> None:
-    if len(rows) <= max_bad:
-        return
+def _too_many(rows: list[dict[str, Any]], parts: Mapping[int, Part], max_bad: int, output: Path) -> DataError:
     report = output.with_name(f"{output.name}.{QUARANTINE}")
     write_lines(report, rows)
     records = sum(part.records for part in parts.values())
     first = "\n".join(f"  part {row['part']}, record {row['record']}: {row['reason']}" for row in rows[:3])
-    raise DataError(f"{len(rows)} bad records among {records}, max_bad={max_bad}; all in {report}, first:\n{first}")
+    return DataError(f"{len(rows)} bad records among {records}, max_bad={max_bad}; all in {report}, first:\n{first}")
 
 
 def _clear_half_written(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> None:

@@ -40,11 +40,14 @@ class Part:
 
     @classmethod
     def read(cls, folder: Path) -> Part:
-        """The part that lies in `folder`."""
-        data = json.loads((folder / PART).read_text(encoding="utf-8"))
-        data["shards"] = tuple(FileInfo(**info) for info in data["shards"])
-        data["bad"] = tuple((number, reason) for number, reason in data["bad"])
-        return cls(**data)
+        """The part that lies in `folder`. Raises `DataError` if it is damaged."""
+        try:
+            data = json.loads((folder / PART).read_text(encoding="utf-8"))
+            data["shards"] = tuple(FileInfo(**info) for info in data["shards"])
+            data["bad"] = tuple((number, reason) for number, reason in data["bad"])
+            return cls(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: a damaged part ({error}); remove it, and the same command goes on") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,6 +188,15 @@ def test_a_stopped_build_goes_on(tmp_path, stop):
     assert (tmp_path / "set" / "index.npz").read_bytes() == (tmp_path / "whole" / "index.npz").read_bytes()
 
 
+def test_a_damaged_part_is_named(tmp_path):
+    source = MadeSource(counts=[1, 1])
+    write(source, tmp_path / "set", node=0, nodes=2)
+    (tmp_path / ".set.partial" / "part-000000" / "part.json").write_text("{")
+    with pytest.raises(DataError, match="part-000000: a damaged part .*remove it"):
+        write(source, tmp_path / "set")
+    assert (tmp_path / ".set.partial" / "part-000000").is_dir()
+
+
 def test_nodes_build_shares_and_the_plain_command_finishes(tmp_path):
     _write(tmp_path / "whole")
     for node in (2, 0):
