@@ -16,6 +16,6 @@ class BadSample(DataError):
     """One sample is unusable (corrupt image, placeholder mismatch, ...): skipped, counted, quarantined."""
 
 
-def kind(message: str) -> str:
+def common_reason(message: str) -> str:
     """What `message` has in common with others like it: no names of records, quoted values, paths or numbers."""
     return NAMES.sub("", VARYING.sub("…", message))[:120]

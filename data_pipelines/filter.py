@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines import engines
 from data_pipelines.cli import CONF, check_same, make, run
-from data_pipelines.errors import BadSample, DataError, kind
+from data_pipelines.errors import BadSample, DataError, common_reason
 from data_pipelines.filters import Drop, Filter
 from data_pipelines.index import INDEX, IndexBuilder
 from data_pipelines.manifest import MANIFEST, SHARED, FileInfo, Manifest
@@ -56,7 +56,7 @@ class Verdicts:
 
     def counts(self) -> dict[str, int]:
         """Dropped samples by filter and reason."""
-        rows = ((r["filter"], kind(r["reason"]) if r["filter"] == READ else r["reason"]) for r in self.dropped)
+        rows = ((r["filter"], common_reason(r["reason"]) if r["filter"] == READ else r["reason"]) for r in self.dropped)
         counts = Counter(f"{name}: {reason}" for name, reason in rows)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import DataError, kind
+from data_pipelines.errors import DataError, common_reason
 from data_pipelines.index import INDEX, Index, IndexBuilder
 from data_pipelines.manifest import FileInfo, Manifest
 from data_pipelines.parts import Part, part_folder
@@ -72,7 +72,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def count_kinds(reasons: Iterable[str]) -> dict[str, int]:
     """How often each kind of reason occurs, the most frequent first."""
-    counts = Counter(map(kind, reasons))
+    counts = Counter(map(common_reason, reasons))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ordered[MAX_KINDS:])
     return dict(ordered[:MAX_KINDS]) | ({"other": rest} if rest else {})

@@ -17,7 +17,7 @@ import pytest
 from data_pipelines import engines
 from data_pipelines.build import main as build
 from data_pipelines.build import write
-from data_pipelines.errors import BadSample, DataError, kind
+from data_pipelines.errors import BadSample, DataError, common_reason
 from data_pipelines.index import Index, IndexBuilder, index_folder
 from data_pipelines.manifest import Manifest
 from data_pipelines.members import Member
@@ -375,4 +375,4 @@ def test_results_are_put_in_order():
     ],
 )
 def test_reasons_are_counted_without_names_and_numbers(message, expected):
-    assert kind(message) == expected
+    assert common_reason(message) == expected
