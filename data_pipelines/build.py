@@ -1,35 +1,49 @@
 """Build a shard set: `python -m data_pipelines.build source=<name> output=<folder> [option=value ...]`
 
-A finished set with the same arguments is left alone. An interrupted build leaves nothing under the output's name.
-"""
+A finished set with the same arguments is left alone. Every part of the source is written alone by one of `workers`
+processes into a hidden folder beside the output; when all are there they become the set, which is the same to the byte
+whatever the number of workers, nodes and interruptions. After an interruption or an error the same command goes on with
+the finished parts; other arguments throw them away.
+
+Several machines with a shared file system: `node=<0, 1, ...> nodes=<n>` builds one share of the parts and stops. The
+same command without them then builds what is missing and finishes the set. On SLURM:
+
+    job=$(sbatch --parsable --array=0-15 --wrap 'python -m data_pipelines.build <arguments> nodes=16 node=$SLURM_ARRAY_TASK_ID')
+    sbatch --dependency=afterany:$job --wrap 'python -m data_pipelines.build <arguments>'
+"""  # noqa: E501
 
 from __future__ import annotations
 
-import inspect
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import track
 
-from data_pipelines.cli import run
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines import engines
+from data_pipelines.cli import check_same, make, run
+from data_pipelines.errors import DataError
 from data_pipelines.manifest import MANIFEST, Manifest
-from data_pipelines.shards import ShardWriter
-from data_pipelines.sources import Record, Source, records
+from data_pipelines.merge import QUARANTINE, bad_rows, duplicates, merge, write_lines
+from data_pipelines.partial import Partial
+from data_pipelines.parts import PART, Part, PartWriter, part_folder, write_part
+from data_pipelines.progress import Progress
+from data_pipelines.sample import SCHEMA_VERSION
+from data_pipelines.shards import MAX_SHARD_BYTES, SAMPLES_PER_SHARD
+from data_pipelines.sources import Source
 from data_pipelines.stream import ShardSet
 
-QUARANTINE = "quarantine.jsonl"
-RUNNING = ("output", "force", "max_bad", "allow_targets")  # options that do not change what a finished set holds
+PLAN = "plan.json"
+RUNNING = ("output", "force", "max_bad", "allow_targets", "workers", "engine", "node", "nodes")
+"""Options that do not change what a finished set holds."""
 WRITER = ("samples_per_shard", "max_shard_bytes")
-PLAIN_SECONDS = 10.0  # between progress lines when the output is no terminal
 
 
 def build(config: DictConfig) -> int:
@@ -38,24 +52,34 @@ def build(config: DictConfig) -> int:
     arguments: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     arguments = {name: value for name, value in arguments.items() if name not in RUNNING}
     if (output / MANIFEST).is_file() and not config.force:
-        _check_same(output, arguments)
+        check_same(output, arguments)
         print(f"{output}: already built ({len(ShardSet(output))} samples); force=true builds it again")
         return 0
     start = time.perf_counter()
-    source = _source(arguments, ("data_pipelines.", *config.allow_targets))
-    manifest, bad = write(
-        source,
+    manifest = write(
+        _source(arguments, ("data_pipelines.", *config.allow_targets)),
         output,
         build=arguments,
         samples_per_shard=config.samples_per_shard,
         max_shard_bytes=config.max_shard_bytes,
         max_bad=config.max_bad,
         overwrite=config.force,
+        workers=config.workers,
+        engine=config.engine,
+        node=config.node,
+        nodes=config.nodes,
     )
-    skipped = f", {bad} bad records in {output / QUARANTINE}" if bad else ""
     seconds = time.perf_counter() - start
+    if manifest is None:
+        print(
+            f"{output}: share {config.node} of {config.nodes} done, {seconds:.1f} s; without node= the set is finished"
+        )
+        return 0
     size = f"{manifest.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
-    print(f"{output}: {manifest.samples} samples, {size}, {seconds:.1f} s{skipped}")
+    print(f"{output}: {manifest.samples} samples, {size}, {seconds:.1f} s")
+    if manifest.bad:
+        print(f"{sum(manifest.bad.values())} bad records in {output / QUARANTINE}:")
+        print("\n".join(f"  {count:>8}  {reason}" for reason, count in manifest.bad.items()))
     return 0
 
 
@@ -63,95 +87,160 @@ def write(
     source: Source,
     output: Path,
     *,
-    build: dict[str, Any] | None = None,
-    samples_per_shard: int = 1000,
-    max_shard_bytes: int = 256 * 2**20,
+    build: Mapping[str, Any] | None = None,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     max_bad: int = 100,
     overwrite: bool = False,
-) -> tuple[Manifest, int]:
-    """Write all records of `source`; returns the manifest and the number of bad records.
+    workers: int | None = 1,
+    engine: str = "local",
+    node: int = 0,
+    nodes: int = 1,
+) -> Manifest | None:
+    """Write all records of `source`; returns the manifest, or `None` where `node` of several wrote its share.
 
-    Bad records go to `quarantine.jsonl` in the output, or, when more than `max_bad` of them stop the build with a
+    A shard holds records of one part. What an interrupted call with the same `build` finished is not written again. Bad
+    records go to `quarantine.jsonl` in the output, or, when more than `max_bad` of them stop the build with a
     `DataError`, to `<output>.quarantine.jsonl`.
     """
-    writer = ShardWriter(
-        output,
-        source=source.name,
-        licence=source.licence,
-        split=source.split,
-        build=build,
-        samples_per_shard=samples_per_shard,
-        max_bytes=max_shard_bytes,
-        overwrite=overwrite,
-    )
-    bad: list[str] = []
-    with writer:
-        for number, record in enumerate(_progress(source, str(output))):
-            try:
-                if isinstance(record, BadSample):
-                    raise record
-                writer.write(*record)
-            except BadSample as error:
-                bad.append(json.dumps({"record": number, "reason": str(error)}))
-                if len(bad) > max_bad:
-                    report = output.with_name(f"{output.name}.{QUARANTINE}")
-                    _write_lines(report, bad)
-                    raise DataError(_too_many(bad, max_bad, number + 1, report)) from error
-        if bad:
-            _write_lines(writer.partial / QUARANTINE, bad)
-    return Manifest.read(output), len(bad)
+    if not 0 <= node < nodes:
+        raise DataError(f"node: got {node} with nodes={nodes}; allowed: 0 to nodes - 1")
+    with Partial(output, overwrite=overwrite, shared=nodes > 1) as hidden:
+        writer = PartWriter(
+            source=source,
+            folder=hidden.path,
+            samples_per_shard=samples_per_shard,
+            max_shard_bytes=max_shard_bytes,
+            max_bad=max_bad,
+        )
+        numbers = range(node, source.parts, nodes)
+        _open(hidden, _plan(writer, build), numbers, shared=nodes > 1)
+        about = {"source": source.name, "licence": source.licence, "split": source.split, "build": dict(build or {})}
+        try:
+            if not (hidden.path / MANIFEST).is_file():  # else only the last renaming was missing
+                parts = _write_missing(writer, numbers, output, workers, engine)
+                if nodes > 1:
+                    return None
+                parts |= _write_again(writer, parts, output, workers, engine)
+                if not any(part.samples for part in parts.values()):
+                    raise DataError(f"{output}: the source gave no usable sample")
+                merge(hidden.path, [parts[number] for number in numbers], about)
+            hidden.clear("part-*")
+            hidden.publish()
+            (hidden.folder / PLAN).unlink()  # until then it says what the hidden folder holds
+        except BaseException:
+            _keep_finished(hidden, numbers, shared=nodes > 1)
+            raise
+    return Manifest.read(output)
 
 
 def _source(arguments: dict[str, Any], trusted: tuple[str, ...]) -> Source:
     options = {name: value for name, value in arguments.items() if name not in (*WRITER, "source")}
-    target = str(options.get("_target_", ""))
-    if not target.startswith(trusted):
-        raise DataError(
-            f"_target_: {target!r} is not trusted; allowed prefixes: {', '.join(trusted)} (allow_targets=[...])"
-        )
-    component = get_class(str(options.pop("_target_")))
-    known = inspect.signature(component).parameters
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise DataError(f"{target} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
-    return component(**options)
+    return make(options, trusted)
 
 
-def _check_same(output: Path, arguments: dict[str, Any]) -> None:
-    built = Manifest.read(output).build
-    names = sorted({*built, *arguments})
-    differing = [
-        f"{n}: {built.get(n)!r} there, {arguments.get(n)!r} now" for n in names if built.get(n) != arguments.get(n)
-    ]
-    if differing:
-        raise DataError(
-            f"{output} holds a shard set built otherwise ({'; '.join(differing)}); choose another output or force=true"
-        )
+def _plan(writer: PartWriter, build: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What must not change while a set is built."""
+    source = writer.source
+    plan = {
+        "build": dict(build or {}),
+        "source": [source.name, source.licence, source.split, source.parts],
+        "shards": [writer.samples_per_shard, writer.max_shard_bytes],
+        "sample_version": SCHEMA_VERSION,
+    }
+    return json.loads(json.dumps(plan))
 
 
-def _too_many(bad: list[str], max_bad: int, records: int, report: Path) -> str:
-    reasons = "\n".join(f"  record {r['record']}: {r['reason']}" for r in map(json.loads, bad[:3]))
-    return f"{len(bad)} bad records among the first {records}, max_bad={max_bad}; all in {report}, first:\n{reasons}"
-
-
-def _write_lines(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _progress(source: Source, name: str) -> Iterator[Record]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    if sys.stderr.isatty():
-        parts = track(range(source.parts), description=name, console=Console(stderr=True))
-        for part in parts:
-            yield from source.read(part)
+def _open(hidden: Partial, plan: dict[str, Any], numbers: Sequence[int], *, shared: bool) -> None:
+    """Take up the hidden folder if it was begun with the same plan, else begin it."""
+    path = hidden.path / PLAN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found == plan:
+        _clear_half_written(hidden, numbers, shared=shared)
         return
-    last = time.monotonic()
-    for number, record in enumerate(records(source)):
-        if time.monotonic() - last > PLAIN_SECONDS:
-            last = time.monotonic()
-            print(f"{name}: {number} records", file=sys.stderr, flush=True)
-        yield record
+    if found is not None and shared:
+        raise DataError(f"{hidden.path} holds parts of a build with other arguments; finish that one or remove it")
+    if found is not None:
+        print(f"{hidden.path}: finished parts of a build with other arguments are thrown away", file=sys.stderr)
+    if not shared:
+        hidden.clear()
+    beside = hidden.path / f"{PLAN}.{os.getpid()}"
+    beside.write_text(json.dumps(plan), encoding="utf-8")
+    beside.rename(path)
+
+
+def _write_missing(
+    writer: PartWriter, numbers: Sequence[int], output: Path, workers: int | None, engine: str
+) -> dict[int, Part]:
+    folders = {number: part_folder(writer.folder, number) for number in numbers}
+    parts = {number: Part.read(folder) for number, folder in folders.items() if (folder / PART).is_file()}
+    if parts:
+        print(f"{output}: going on with {len(parts)} of {len(numbers)} parts found in {writer.folder}", file=sys.stderr)
+    missing = [number for number in numbers if number not in parts]
+    return _write_parts(writer, missing, parts, output, workers, engine)
+
+
+def _write_parts(
+    writer: PartWriter, numbers: Sequence[int], parts: dict[int, Part], output: Path, workers: int | None, engine: str
+) -> dict[int, Part]:
+    """Write the parts `numbers`; returns them with those of `parts` that were there. Raises if too many are bad."""
+    parts, bad = dict(parts), sum(len(part.bad) for part in parts.values())
+    results = engines.run(write_part, writer, numbers, workers=workers, engine=engine)
+    with closing(results), Progress(str(output), len(numbers), "parts") as progress:
+        for number, part in results:
+            parts[number] = part
+            bad += len(part.bad)
+            progress.step(part.records)
+            if bad > writer.max_bad:
+                break
+    if bad > writer.max_bad:
+        raise _too_many(bad_rows(parts), parts, writer.max_bad, output)
+    return parts
+
+
+def _write_again(
+    writer: PartWriter, parts: dict[int, Part], output: Path, workers: int | None, engine: str
+) -> dict[int, Part]:
+    """Parts with keys of an earlier part, written without them."""
+    refused = duplicates(writer.folder, len(parts))
+    if not refused:
+        return {}
+    again = [
+        {"part": number, "record": None, "reason": f"sample {key!r}: duplicate key, also in an earlier part"}
+        for number, keys in refused.items()
+        for key in sorted(keys)
+    ]
+    if len(rows := bad_rows(parts) + again) > writer.max_bad:
+        raise _too_many(rows, parts, writer.max_bad, output)
+    kept = {number: part for number, part in parts.items() if number not in refused}
+    return _write_parts(replace(writer, refused=refused), list(refused), kept, output, workers, engine)
+
+
+def _too_many(rows: list[dict[str, Any]], parts: Mapping[int, Part], max_bad: int, output: Path) -> DataError:
+    report = output.with_name(f"{output.name}.{QUARANTINE}")
+    write_lines(report, rows)
+    records = sum(part.records for part in parts.values())
+    first = "\n".join(f"  part {row['part']}, record {row['record']}: {row['reason']}" for row in rows[:3])
+    return DataError(f"{len(rows)} bad records among {records}, max_bad={max_bad}; all in {report}, first:\n{first}")
+
+
+def _clear_half_written(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> None:
+    for pattern in [f"part-{number:06d}.*" for number in numbers] if shared else ["part-??????.*"]:
+        hidden.clear(pattern)
+
+
+def _keep_finished(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> None:
+    """After an error: say what is kept, or leave nothing."""
+    _clear_half_written(hidden, numbers, shared=shared)
+    kept = sum(part_folder(hidden.path, number).is_dir() for number in numbers)
+    if kept:
+        where = f"{kept} of {len(numbers)} parts are finished and kept in {hidden.path}"
+        print(f"{where}; the same command goes on with them", file=sys.stderr)
+    elif not shared and not (hidden.path / MANIFEST).is_file():
+        hidden.remove()
 
 
 def _interrupt(*_: object) -> None:
@@ -160,7 +249,7 @@ def _interrupt(*_: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's SIGTERM cleans up like Ctrl-C
+    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's SIGTERM stops it like Ctrl-C
     return run(build, "build", __doc__ or "", argv)
 
 

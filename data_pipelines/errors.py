@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\d+(?:\.\d+)?")
+NAMES = re.compile(r"^(?:\S*… )?(?:\w+ \S*…\S*: )+")
+
 
 class DataError(Exception):
     """Data that cannot be used as it is. The message names where it is and what is wrong with it."""
@@ -17,3 +22,8 @@ class BadSample(DataError):
     def __init__(self, message: str, *, kind: str = "other", shard: str = "", key: str = "") -> None:
         super().__init__(message)
         self.kind, self.shard, self.key = kind, shard, key
+
+
+def common_reason(message: str) -> str:
+    """What `message` has in common with others like it: no names of records, quoted values, paths or numbers."""
+    return NAMES.sub("", VARYING.sub("…", message))[:120]

@@ -18,11 +18,12 @@ from zipfile import BadZipFile
 import numpy as np
 
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import MANIFEST, FileInfo, Manifest, Stats
+from data_pipelines.manifest import MANIFEST, FileInfo, Manifest
 from data_pipelines.mapped import map_arrays
 from data_pipelines.media import check_media
 from data_pipelines.members import Member, scan, to_sample
 from data_pipelines.sample import Sample
+from data_pipelines.stats import Stats, lengths
 
 INDEX = "index.npz"
 MAX_KEY = 80  # bytes, as `members.KEY` allows
@@ -62,6 +63,10 @@ class Index:
             raise DataError(f"the index is damaged: the key of sample {i} has {len(key)} bytes")
         return key.decode("ascii")
 
+    def keys(self) -> list[str]:
+        """All keys in order."""
+        return [self.key(i) for i in range(len(self))]
+
     def members(self, i: int) -> list[Member]:
         """The members of sample i in file order."""
         return [Member(*row) for row in self.rows(i)]
@@ -99,6 +104,10 @@ class Index:
             fits = fits and len(starts) == samples + 1 and {len(column) for column in columns} == {int(starts[-1])}
         if not fits or not all(isinstance(name, str) for name in self.names):
             raise ValueError("its arrays do not fit together")
+
+    def columns(self) -> list[np.ndarray]:
+        """The arrays `PER_MEMBER` of all samples."""
+        return self._members
 
     @classmethod
     def load(cls, path: Path) -> Index:
@@ -142,6 +151,26 @@ class IndexBuilder:
         self._member_start.append(len(self._columns["name"]))
         self._media_start.append(len(self._columns["width"]))
 
+    def extend(self, index: Index, shards: Sequence[int], rows: np.ndarray | None = None) -> None:
+        """Append the samples `rows` of another index, or all; its shard number s is number `shards[s]` here."""
+        rows = np.arange(len(index)) if rows is None else rows
+        for i in rows.tolist():
+            if (key := index.key(i)) in self._keys:
+                raise DataError(f"duplicate key {key!r}; keys must be unique in a shard set")
+            self._keys[key] = None
+        names = [self._names.setdefault(name, len(self._names)) for name in index.names]
+        members, counts = _spans(index.member_start, rows)
+        for column, values in zip(PER_MEMBER, index.columns(), strict=True):
+            values = np.array(names, dtype=np.int64)[values[members]] if column == "name" else values[members]
+            _append(self._columns[column], values)
+        _append(self._member_start, self._member_start[-1] + np.cumsum(counts))
+        media, counts = _spans(index.media_start, rows)
+        for column in PER_MEDIA:
+            _append(self._columns[column], getattr(index, column)[media])
+        _append(self._media_start, self._media_start[-1] + np.cumsum(counts))
+        _append(self._shard, np.array(shards, dtype=np.int64)[index.shard[rows]])
+        _append(self._annotations, index.annotations[rows])
+
     def save(self, path: Path) -> FileInfo:
         """Write the index; the same samples give the same bytes."""
         keys = list(self._keys)
@@ -157,6 +186,17 @@ class IndexBuilder:
         partial.rename(path)  # readers have the old one mapped
         data = path.read_bytes()
         return FileInfo(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _spans(start: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions that belong to `rows` of a ragged array, one after another, and how many each row has."""
+    counts = start[rows + 1] - start[rows]
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)[:-1]])[: len(rows)]
+    return np.repeat(start[rows] - first, counts) + np.arange(counts.sum()), counts
+
+
+def _append(column: array[Any], values: np.ndarray) -> None:
+    column.frombytes(values.astype(column.typecode).tobytes())
 
 
 def index_folder(folder: Path, *, source: str = "", licence: str = "", split: str = "") -> Manifest:
@@ -179,7 +219,7 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
                 builder.add(number, sample, [member for member, _ in members])
             except DataError as error:
                 raise DataError(f"{path}: {error}") from error
-            stats.add(sample, blobs)
+            stats.add(lengths(sample, blobs))
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         count = len(builder) - before
@@ -191,6 +231,7 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
         source=source,
         licence=licence,
         split=split,
+        command="index",
         stats=stats.to_json(),
     )
     manifest.write(folder)

@@ -1,25 +1,34 @@
-"""Show samples of a shard set: `python -m data_pipelines.inspect folder=<folder> [n=5] [start=0] [html=<file>]`"""
+"""Show samples of a shard set: `python -m data_pipelines.inspect folder=<folder> [n=5] [start=0] [html=<file>]`
+
+`key=<key>` shows that sample, `random=<n>` some drawn by `seed`. The page shows pictures with the boxes drawn, and the
+statistics of the set.
+"""
 
 from __future__ import annotations
 
-import base64
+import random
 import sys
-from html import escape
-from io import BytesIO
 from pathlib import Path
 
 from omegaconf import DictConfig
-from PIL import Image
 
 from data_pipelines.cli import run
-from data_pipelines.errors import BadSample
-from data_pipelines.members import extension
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.manifest import Manifest
+from data_pipelines.page import page, shown, unusable
 from data_pipelines.sample import Annotation, Box, Media, MediaItem, Part, Sample, Text
 from data_pipelines.stream import ShardSet
-from data_pipelines.video import read_frames, spread
 
-STYLE = "body{font:15px sans-serif;max-width:60em;margin:2em auto}img{max-height:20em;min-height:8em;margin:.3em}"
-FRAMES = 4  # of a video in the page
+
+def about(manifest: Manifest) -> str:
+    """The set's statistics for the terminal."""
+    lines = [f"{manifest.source or 'source unknown'}, {manifest.licence or 'licence unknown'}, {manifest.bytes} bytes"]
+    for name, stat in manifest.stats.items():
+        rest = " ".join(f"{key}={stat[key]}" for key in ("min", "p5", "p50", "p95", "max") if key in stat)
+        lines.append(f"  {name:<12}{stat['count']:>10}  {rest}")
+    for what, counts in (("bad", manifest.bad), ("dropped", manifest.dropped)):
+        lines += [f"  {what:<12}{count:>10}  {reason}" for reason, count in counts.items()]
+    return "\n".join(lines)
 
 
 def as_text(sample: Sample, blobs: list[bytes], where: str) -> str:
@@ -33,16 +42,8 @@ def as_text(sample: Sample, blobs: list[bytes], where: str) -> str:
     return "\n".join(lines)
 
 
-def as_html(sample: Sample, blobs: list[bytes], where: str) -> str:
-    """One sample as a section of a page, pictures included."""
-    pictures = [_show(item, blob) for item, blob in zip(sample.media, blobs, strict=True)]
-    rows = [
-        f"<tr><td>{number}</td><td>{escape(role)}</td><td>{escape(text)}</td></tr>"
-        for number, annotation in enumerate(sample.annotations)
-        for role, text in _turns(annotation)
-    ]
-    title = f"<h2>{escape(sample.key)}</h2><p>{escape(where)}; {escape(sample.source)}, {escape(sample.licence)}</p>"
-    return f"<section>{title}{''.join(pictures)}<table>{''.join(rows)}</table></section>"
+def _length(item: MediaItem) -> str:
+    return f", {item.frames} frames in {item.seconds} s" if item.kind == "video" else ""
 
 
 def _turns(annotation: Annotation) -> list[tuple[str, str]]:
@@ -58,30 +59,20 @@ def _part(part: Part) -> str:
         case Media():
             return f"[media {part.item}] "
         case Box():
-            return f"[box {part.xyxy} of media {part.item}] "
+            return f"[box {' '.join(f'{value:.3f}' for value in part.xyxy)} of media {part.item}] "
 
 
-def _length(item: MediaItem) -> str:
-    return f", {item.frames} frames in {item.seconds} s" if item.kind == "video" else ""
-
-
-def _show(item: MediaItem, blob: bytes) -> str:
-    """An image, or some frames of a video."""
-    if item.kind == "image":
-        return _picture(item.name, blob)
-    pictures = []
-    try:
-        for pixels in read_frames(blob, spread(item.frames, FRAMES)):
-            Image.fromarray(pixels).save(file := BytesIO(), "JPEG")
-            pictures.append(_picture(f"{item.name}.jpg", file.getvalue()))
-    except BadSample as error:
-        pictures.append(f"<p>{escape(f'{item.name}: {error}')}</p>")
-    return "".join(pictures)
-
-
-def _picture(name: str, blob: bytes) -> str:
-    kind = extension(name).replace("jpg", "jpeg")
-    return f'<img alt="{escape(name)}" src="data:image/{escape(kind)};base64,{base64.b64encode(blob).decode()}">'
+def _chosen(shards: ShardSet, config: DictConfig) -> list[int]:
+    """The numbers of the samples to show."""
+    if config.key is not None:
+        key = str(config.key)
+        found = next((i for i in range(len(shards)) if shards.key(i) == key), None)
+        if found is None:
+            raise DataError(f"{config.folder}: no sample {key!r}; the first keys: {', '.join(shards.keys()[:3])}")
+        return [found]
+    if config.random:
+        return sorted(random.Random(config.seed).sample(range(len(shards)), min(config.random, len(shards))))
+    return list(range(config.start, min(config.start + config.n, len(shards))))
 
 
 def inspect(config: DictConfig) -> int:
@@ -89,18 +80,19 @@ def inspect(config: DictConfig) -> int:
     shards = ShardSet(config.folder)
     sections = []
     print(f"{config.folder}: {len(shards)} samples in {len(shards.manifest.shards)} shards")
-    for i in range(config.start, min(config.start + config.n, len(shards))):
+    print(about(shards.manifest))
+    for i in _chosen(shards, config):
         try:
             sample, blobs = shards.load(i)
         except BadSample as error:
             print(f"\nunusable: {error}")
+            sections.append(unusable(shards.key(i), shards.shard(i), error))
             continue
         print("\n" + as_text(sample, blobs, shards.shard(i)))
-        sections.append(as_html(sample, blobs, shards.shard(i)))
+        if config.html:
+            sections.append(shown(sample, blobs, shards.shard(i)))
     if config.html:
-        title = escape(str(config.folder))
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-        Path(config.html).write_text(page + "".join(sections), encoding="utf-8")
+        Path(config.html).write_text(page(str(config.folder), shards.manifest, sections), encoding="utf-8")
         print(f"\nwrote {config.html}")
     return 0
 

@@ -1,97 +1,191 @@
 """Check a shard set: `python -m data_pipelines.lint folder=<folder>`. Exit code 1 if anything is wrong with it.
 
-Reports, with shard and key: damaged or missing files, truncated tars, duplicate keys, placeholders that do not fit the
-media, empty answers, images and videos that do not decode.
+Reports, with shard and key: damaged, truncated or missing files, duplicate keys, samples that cannot be read, images and
+videos that do not decode, placeholders that do not fit the media, empty questions and answers, boxes outside their
+picture, negative weights; as a warning, samples of unknown source or licence. Ends with the counts by kind.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from data_pipelines import engines
 from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.manifest import FileInfo
 from data_pipelines.media import check_media, check_pixels
 from data_pipelines.members import scan
-from data_pipelines.sample import Box, Media, Sample, Text
+from data_pipelines.progress import Progress
+from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
 from data_pipelines.stream import ShardSet
 
 TAG = "<image>"
+CHUNK = 64  # samples that a process checks before it answers
+WARNINGS = ("unknown source", "unknown licence")
 
 
-def problems(folder: Path) -> Iterator[str]:
-    """Everything wrong with the shard set in `folder`, one line each."""
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: what kind it is, and where and what exactly."""
+
+    kind: str
+    text: str
+
+
+def problems(folder: Path, *, workers: int | None = 1) -> Iterator[Problem]:
+    """Everything wrong with the shard set in `folder`."""
     try:
         shards = ShardSet(folder)
     except DataError as error:
-        yield str(error)
-        yield from _scan_problems(sorted(folder.glob("*.tar")))
+        yield Problem("files", str(error))
+        yield from _shards(folder, [FileInfo(name=p.name, bytes=0, sha256="") for p in _tars(folder)], workers)
         return
-    try:
-        shards.verify()
-    except DataError as error:
-        yield str(error)
-    yield from _scan_problems([folder / info.name for info in shards.manifest.shards])
-    for i in range(len(shards)):
-        where = f"{folder / shards.shard(i)}, key {shards.key(i)!r}"
-        try:
-            sample, blobs = shards.load(i)
-        except BadSample as error:
-            yield str(error)
-            continue
-        yield from (f"{where}: {problem}" for problem in sample_problems(sample, blobs))
+    yield from _shards(folder, shards.manifest.shards, workers)
+    chunks = range(-(-len(shards) // CHUNK))
+    results = engines.run(_check_samples, shards, chunks, workers=workers)
+    with closing(results), Progress(f"{folder}: samples", len(chunks), "chunks") as progress:
+        for found in engines.in_order(results):
+            progress.step(CHUNK)
+            yield from found
 
 
-def sample_problems(sample: Sample, blobs: list[bytes]) -> Iterator[str]:
+def sample_problems(sample: Sample, blobs: Sequence[bytes]) -> Iterator[Problem]:
     """What is wrong inside one readable sample."""
     for item, blob in zip(sample.media, blobs, strict=True):
         try:
             check_media(item, blob)
             check_pixels(blob)
         except BadSample as error:
-            yield f"{item.name}: {error}"
+            yield Problem(f"damaged {item.kind}", f"{item.name}: {error}")
+    if not _is_weight(sample.weight):
+        yield Problem("weight", f"sample weight {sample.weight}")
     used: set[int] = set()
     for number, annotation in enumerate(sample.annotations):
         items = [part.item for turn in annotation.turns for part in turn.parts if isinstance(part, Media)]
         used.update(items)
         if len(set(items)) < len(items):
-            yield f"annotation {number}: places a media item more than once: {items}"
-        for turn in annotation.turns:
-            boxes = any(isinstance(part, Box) for part in turn.parts)
-            if turn.role == "assistant" and not boxes and not turn.text.strip():
-                yield f"annotation {number}: empty answer"
-            if turn.role == "user" and any(TAG in part.text for part in turn.parts if isinstance(part, Text)):
-                yield f"annotation {number}: {TAG} left in the text of a user turn"
-        if not any(turn.role == "assistant" for turn in annotation.turns):
-            yield f"annotation {number}: no answer"
+            yield Problem("placeholder", f"annotation {number}: places a media item more than once: {items}")
+        for problem in _annotation_problems(annotation):
+            yield Problem(problem.kind, f"annotation {number}: {problem.text}")
     if used and len(used) < len(sample.media):
-        yield f"{len(sample.media)} media items, but only {sorted(used)} are placed in its turns"
+        text = f"{len(sample.media)} media items, but only {sorted(used)} are placed in its turns"
+        yield Problem("placeholder", text)
 
 
-def _scan_problems(paths: list[Path]) -> Iterator[str]:
-    seen: dict[str, Path] = {}
-    for path in paths:
+def _annotation_problems(annotation: Annotation) -> Iterator[Problem]:
+    if not _is_weight(annotation.weight):
+        yield Problem("weight", f"weight {annotation.weight}")
+    if not any(turn.role == "assistant" for turn in annotation.turns):
+        yield Problem("no answer", "no answer")
+    for number, turn in enumerate((*annotation.turns, *([annotation.rejected] if annotation.rejected else []))):
+        for problem in _turn_problems(turn):
+            yield Problem(problem.kind, f"turn {number}: {problem.text}")
+
+
+def _turn_problems(turn: Turn) -> Iterator[Problem]:
+    if turn.role == "assistant" and not turn.text.strip() and not any(isinstance(part, Box) for part in turn.parts):
+        yield Problem("empty answer", "empty answer")
+    if turn.role == "user":
+        if not turn.text.strip() and all(isinstance(part, Text) for part in turn.parts):
+            yield Problem("empty question", "neither text nor media")
+        if any(TAG in part.text for part in turn.parts if isinstance(part, Text)):
+            yield Problem("placeholder", f"{TAG} left in the text of a user turn")
+    if not _is_weight(turn.weight):
+        yield Problem("weight", f"weight {turn.weight}")
+    for part in turn.parts:
+        if isinstance(part, Box) and not _is_box(part.xyxy):
+            yield Problem("box", f"box {part.xyxy}; expected 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
+        if isinstance(part, Text):
+            for start, stop, weight in part.weights:
+                if not (_is_weight(weight) and 0 <= start < stop <= len(part.text)):
+                    yield Problem("weight", f"segment {(start, stop, weight)} of a text of {len(part.text)} characters")
+
+
+def _is_weight(weight: float) -> bool:
+    return math.isfinite(weight) and weight >= 0
+
+
+def _is_box(xyxy: tuple[float, float, float, float]) -> bool:
+    x1, y1, x2, y2 = xyxy
+    return 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+
+
+def _check_samples(shards: ShardSet, chunk: int) -> list[Problem]:
+    found = []
+    about = shards.manifest
+    for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(shards))):
+        where = f"{shards.folder / shards.shard(i)}, key {shards.key(i)!r}"
         try:
-            for key, _ in scan(path):
+            sample, blobs = shards.load(i)
+        except BadSample as error:
+            found.append(Problem("unreadable sample", str(error)))
+            continue
+        found += [Problem(problem.kind, f"{where}: {problem.text}") for problem in sample_problems(sample, blobs)]
+        for warning, known in zip(WARNINGS, (sample.source or about.source, sample.licence or about.licence)):
+            if not known:
+                found.append(Problem(warning, f"{where}: {warning}"))
+    return found
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.tar"))
+
+
+def _shards(folder: Path, infos: Sequence[FileInfo], workers: int | None) -> Iterator[Problem]:
+    """What is wrong with the tars as such; `sha256` is "" where it is not known."""
+    seen: dict[str, Path] = {}
+    results = engines.run(_check_shard, (folder, infos), range(len(infos)), workers=workers)
+    with closing(results), Progress(f"{folder}: shards", len(infos), "shards") as progress:
+        for info, (keys, found) in zip(infos, engines.in_order(results), strict=True):
+            path = folder / info.name
+            for key in keys:
                 if key in seen:
-                    yield f"{path}, key {key!r}: duplicate, also in {seen[key]}"
+                    yield Problem("duplicate key", f"{path}, key {key!r}: duplicate, also in {seen[key]}")
                 seen[key] = path
-        except (DataError, OSError) as error:
-            yield str(error)
+            yield from found
+            progress.step(len(keys))
+
+
+def _check_shard(shared: tuple[Path, Sequence[FileInfo]], number: int) -> tuple[list[str], list[Problem]]:
+    """The keys of a shard, and what is wrong with it."""
+    folder, info = shared[0], shared[1][number]
+    path, keys, found = folder / info.name, list[str](), list[Problem]()
+    try:
+        if info.sha256:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != info.sha256:
+                text = f"{path}: sha256 {digest[:12]}, manifest says {info.sha256[:12]}"
+                found.append(Problem("damaged shard", text))
+        keys.extend(key for key, _ in scan(path))
+    except (DataError, OSError) as error:
+        found.append(Problem("damaged shard", str(error)))
+    return keys, found
 
 
 def lint(config: DictConfig) -> int:
-    """Print the problems; returns the exit code."""
-    count = 0
-    for problem in problems(Path(config.folder)):
-        count += 1
-        if count <= config.max_problems:
-            print(problem)
-    print(f"{config.folder}: {count} problems" if count else f"{config.folder}: no problems")
-    return 1 if count else 0
+    """Print the problems and their counts; returns the exit code."""
+    counts: Counter[str] = Counter()
+    for problem in problems(Path(config.folder), workers=config.workers):
+        counts[problem.kind] += 1
+        if counts[problem.kind] <= config.max_problems:
+            print(f"{'warning: ' if problem.kind in WARNINGS else ''}{problem.text}")
+        elif counts[problem.kind] == config.max_problems + 1:
+            print(f"... and more of this kind: {problem.kind}")
+    for name, count in sorted(counts.items(), key=lambda item: (item[0] in WARNINGS, -item[1], item[0])):
+        print(f"  {count:>8}  {name}{' (warning)' if name in WARNINGS else ''}")
+    wrong = sum(count for name, count in counts.items() if name not in WARNINGS)
+    print(f"{config.folder}: {wrong or 'no'} problems")
+    return 1 if wrong else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.sample import SCHEMA_VERSION, Sample
+from data_pipelines.sample import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
 VERSION = 1
+SHARED = re.compile(r"\.\./[\w-][\w.-]*/[\w-][\w.-]*\.tar", re.ASCII)  # a shard of a set beside this one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,12 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A complete shard set. `build` holds the arguments that made it, `stats` min, mean and max of lengths."""
+    """A complete shard set. `command` made it with the arguments `build`; `stats` describes its lengths (see `Stats`).
+
+    `bad` counts the unusable records that were left out by reason, `dropped` the samples that filters left out. A view
+    is a set without shards of its own: it names those of a set beside it as `../<folder>/<shard>.tar`, and its index
+    holds the samples that were kept.
+    """
 
     samples: int
     shards: tuple[FileInfo, ...]
@@ -38,7 +45,10 @@ class Manifest:
     licence: str = ""
     split: str = ""
     build: Mapping[str, Any] = field(default_factory=dict)
+    command: str = "build"
     stats: Mapping[str, Any] = field(default_factory=dict)
+    bad: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
     version: int = VERSION
     sample_version: int = SCHEMA_VERSION
 
@@ -48,9 +58,17 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     @property
+    def is_view(self) -> bool:
+        """Whether the shards lie in another set's folder."""
+        return any("/" in shard.name for shard in self.shards)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the samples and their order; the same data built elsewhere has the same one."""
-        content = [self.version, self.sample_version, [(shard.samples, shard.sha256) for shard in self.shards]]
+        content: list[Any] = [self.version, self.sample_version]
+        content.append([(shard.samples, shard.sha256) for shard in self.shards])
+        if self.is_view:
+            content.append(self.index.sha256)  # other samples of the same shards
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
@@ -74,49 +92,18 @@ class Manifest:
                 raise DataError(f"{path}: version {data['version']!r}, this program reads {VERSION}; rebuild the set")
             for derived in ("bytes", "fingerprint"):
                 data.pop(derived, None)
-            shards = tuple(_file_info(shard) for shard in data.pop("shards"))
+            shards = tuple(_file_info(shard, shared=True) for shard in data.pop("shards"))
             return cls(shards=shards, index=_file_info(data.pop("index")), **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: malformed: {type(error).__name__}: {error}") from error
 
 
-class Stats:
-    """Running minimum, mean and maximum of what describes a sample's length."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, list[float]] = {}
-
-    def add(self, sample: Sample, blobs: list[bytes]) -> None:
-        """Count one sample."""
-        self._count("annotations", len(sample.annotations))
-        self._count("media", len(sample.media))
-        for annotation in sample.annotations:
-            self._count("turns", len(annotation.turns))
-            self._count("chars", sum(len(turn.text) for turn in annotation.turns))
-        for item, blob in zip(sample.media, blobs, strict=True):
-            self._count("width", item.width)
-            self._count("height", item.height)
-            self._count("media_bytes", len(blob))
-            if item.kind == "video":
-                self._count("frames", item.frames)
-                self._count("seconds", item.seconds)
-
-    def _count(self, name: str, value: float) -> None:
-        count, total, low, high = self._totals.get(name, (0, 0, value, value))
-        self._totals[name] = [count + 1, total + value, min(low, value), max(high, value)]
-
-    def to_json(self) -> dict[str, dict[str, float]]:
-        """`{name: {count, min, mean, max}}`; chars and turns are per annotation, sizes per media item."""
-        return {
-            name: {"count": int(count), "min": low, "mean": round(total / count, 3), "max": high}
-            for name, (count, total, low, high) in self._totals.items()
-        }
-
-
-def _file_info(data: Mapping[str, Any]) -> FileInfo:
+def _file_info(data: Mapping[str, Any], *, shared: bool = False) -> FileInfo:
+    """A file of the set; a `shared` one may lie in a set beside it, but nowhere else."""
     info = FileInfo(**data)
-    if Path(info.name).name != info.name:
-        raise ValueError(f"file name {info.name!r} is a path")
+    plain = Path(info.name).name == info.name and info.name not in ("", ".", "..")
+    if not plain and not (shared and SHARED.fullmatch(info.name)):
+        raise ValueError(f"file name {info.name!r} is a path; only ../<folder>/<shard>.tar may lie outside the folder")
     return info
 
 

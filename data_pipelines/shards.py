@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,15 @@ from typing import Any, BinaryIO
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import INDEX, IndexBuilder
-from data_pipelines.manifest import MANIFEST, FileInfo, Manifest, Stats
+from data_pipelines.manifest import FileInfo, Manifest
 from data_pipelines.media import check_media
 from data_pipelines.members import BLOCK, JSON, KEY, MEDIA, Member, extension
+from data_pipelines.partial import Partial
 from data_pipelines.sample import Sample
+from data_pipelines.stats import Stats, lengths
+
+SAMPLES_PER_SHARD = 1000
+MAX_SHARD_BYTES = 256 * 2**20
 
 
 class ShardWriter:
@@ -38,74 +42,44 @@ class ShardWriter:
         licence: str = "",
         split: str = "",
         build: Mapping[str, Any] | None = None,
-        samples_per_shard: int = 1000,
-        max_bytes: int = 256 * 2**20,
+        samples_per_shard: int = SAMPLES_PER_SHARD,
+        max_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
     ) -> None:
-        if samples_per_shard < 1 or max_bytes < 1:
-            raise DataError(f"samples_per_shard {samples_per_shard} and max_bytes {max_bytes} must be positive")
-        self.folder = Path(os.path.abspath(folder))
-        self._about: dict[str, Any] = {"source": source, "licence": licence, "split": split, "build": dict(build or {})}
-        self._samples_per_shard, self._max_bytes = samples_per_shard, max_bytes
-        _check_free(self.folder, overwrite)
-        self.partial = self.folder.parent / f".{self.folder.name}.partial"
-        self._lock = _claim(self.partial)
-        self._shards: list[FileInfo] = []
-        self._shard: _Shard | None = None
-        self._index, self._stats = IndexBuilder(), Stats()
+        self.about: dict[str, Any] = {"source": source, "licence": licence, "split": split, "build": dict(build or {})}
+        self._hidden = Partial(folder, overwrite=overwrite)
+        self.folder, self.partial = self._hidden.folder, self._hidden.path
+        try:
+            self._hidden.clear()
+            self._shards = Shards(self.partial, samples_per_shard=samples_per_shard, max_bytes=max_bytes)
+        except BaseException:
+            self._hidden.remove()
+            raise
 
     def write(self, sample: Sample, blobs: Sequence[bytes]) -> None:
         """Append a sample with the bytes of its media. Raises `BadSample`, and then nothing of it is written."""
-        _check(sample, blobs)
-        if sample.key in self._index:
-            raise BadSample(f"sample {sample.key!r}: duplicate key")
-        text = json.dumps(sample.to_json(), ensure_ascii=False, separators=(",", ":")).encode()
-        parts = [(JSON, text), *((item.name, blob) for item, blob in zip(sample.media, blobs, strict=True))]
-        size = sum(BLOCK + _padded(len(data)) for _, data in parts)
-        if self._shard and (
-            self._shard.samples >= self._samples_per_shard or self._shard.size + size > self._max_bytes
-        ):
-            self._close_shard()
-        if self._shard is None:
-            self._shard = _Shard(self.partial / f"shard-{len(self._shards):06d}.tar")
-        members = [self._shard.add(sample.key, name, data) for name, data in parts]
-        self._shard.samples += 1
-        self._index.add(len(self._shards), sample, members)
-        self._stats.add(sample, list(blobs))
+        self._shards.write(sample, blobs)
 
     def finish(self) -> Manifest:
         """Write index and manifest and give the folder its name. Raises `DataError` if there are no samples."""
-        if not len(self._index):
+        shards = self._shards
+        if not len(shards.index):
             raise DataError(f"{self.folder}: the source gave no usable sample")
-        self._close_shard()
         manifest = Manifest(
-            samples=len(self._index),
-            shards=tuple(self._shards),
-            index=self._index.save(self.partial / INDEX),
-            stats=self._stats.to_json(),
-            **self._about,
+            samples=len(shards.index),
+            shards=shards.close(),
+            index=shards.index.save(self.partial / INDEX),
+            stats=shards.stats.to_json(),
+            **self.about,
         )
         manifest.write(self.partial)
-        old = self.folder.parent / f".{self.folder.name}.old"
-        if self.folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.rename(old)
-        self.partial.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-        os.close(self._lock)
+        self._hidden.publish()
         return manifest
 
     def abandon(self) -> None:
         """Remove what was written."""
-        if self._shard:
-            self._shard.file.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
-
-    def _close_shard(self) -> None:
-        if self._shard:
-            self._shards.append(self._shard.close())
-            self._shard = None
+        self._shards.abandon()
+        self._hidden.remove()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -121,6 +95,58 @@ class ShardWriter:
         except BaseException:
             self.abandon()
             raise
+
+
+class Shards:
+    """Tars `shard-<number>.tar` in `folder`, with the `index` and `stats` of what is in them."""
+
+    def __init__(self, folder: Path, *, samples_per_shard: int, max_bytes: int) -> None:
+        if samples_per_shard < 1 or max_bytes < 1:
+            raise DataError(f"samples_per_shard {samples_per_shard} and max_bytes {max_bytes} must be positive")
+        self._folder, self._samples_per_shard, self._max_bytes = folder, samples_per_shard, max_bytes
+        self._done: list[FileInfo] = []
+        self._shard: _Shard | None = None
+        self.index, self.stats = IndexBuilder(), Stats()
+
+    def write(self, sample: Sample, blobs: Sequence[bytes]) -> None:
+        """Append a sample with the bytes of its media. Raises `BadSample`, and then nothing of it is written."""
+        _check(sample, blobs)
+        if sample.key in self.index:
+            raise BadSample(f"sample {sample.key!r}: duplicate key")
+        text = json.dumps(sample.to_json(), ensure_ascii=False, separators=(",", ":")).encode()
+        parts = [(JSON, text), *((item.name, blob) for item, blob in zip(sample.media, blobs, strict=True))]
+        size = sum(BLOCK + _padded(len(data)) for _, data in parts)
+        if self._shard and (
+            self._shard.samples >= self._samples_per_shard or self._shard.size + size > self._max_bytes
+        ):
+            self._close_shard()
+        if self._shard is None:
+            self._shard = _Shard(self._folder / shard_name(len(self._done)))
+        members = [self._shard.add(sample.key, name, data) for name, data in parts]
+        self._shard.samples += 1
+        self.index.add(len(self._done), sample, members)
+        self.stats.add(lengths(sample, blobs))
+
+    def close(self) -> tuple[FileInfo, ...]:
+        """Complete the last tar; returns all of them."""
+        self._close_shard()
+        return tuple(self._done)
+
+    def abandon(self) -> None:
+        """Close the file being written."""
+        if self._shard:
+            with contextlib.suppress(OSError):  # a full disk refuses what was still to be written
+                self._shard.file.close()
+
+    def _close_shard(self) -> None:
+        if self._shard:
+            self._done.append(self._shard.close())
+            self._shard = None
+
+
+def shard_name(number: int) -> str:
+    """The file name of shard `number`."""
+    return f"shard-{number:06d}.tar"
 
 
 class _Shard:
@@ -172,26 +198,3 @@ def _check(sample: Sample, blobs: Sequence[bytes]) -> None:
             check_media(item, blob)
         except BadSample as error:
             raise BadSample(f"{where}: {error}") from error
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / MANIFEST).is_file():
-        raise DataError(f"{folder} exists and is not a shard set; choose another folder or remove it")
-    if not overwrite:
-        raise DataError(f"{folder} already holds a shard set; choose another folder, or overwrite it with force=true")
-
-
-def _claim(partial: Path) -> int:
-    """Create `partial` empty and lock it; what a killed process left there is removed."""
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise DataError(f"{partial}: another process is writing this shard set") from error
-    for path in partial.iterdir():
-        path.unlink()
-    return lock

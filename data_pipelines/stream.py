@@ -226,7 +226,9 @@ class ShardSet:
         options = " ".join(_option(name, value) for name, value in self.manifest.build.items() if name != "_target_")
         if not options:
             return f"Restore the files, then: python -m data_pipelines.index folder={self.folder} force=true"
-        return f"Rebuild with: python -m data_pipelines.build {options} output={self.folder} force=true"
+        return (
+            f"Rebuild with: python -m data_pipelines.{self.manifest.command} {options} output={self.folder} force=true"
+        )
 
     def _path(self, info: FileInfo) -> str:
         return join(self.address, info.name) if self._cache else str(self.folder / info.name)

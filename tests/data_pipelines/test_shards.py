@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -69,8 +68,17 @@ def test_manifest_says_what_is_there(shard_set):
     manifest = ShardSet(shard_set(count=9)).manifest
     assert (manifest.samples, manifest.source, manifest.licence, manifest.split) == (9, "test", "CC0", "train")
     assert [shard.samples for shard in manifest.shards] == [4, 4, 1]
-    assert manifest.stats["media"] == {"count": 9, "min": 0, "mean": 1.0, "max": 2}
-    assert manifest.stats["turns"] == {"count": 9, "min": 2, "mean": 2.0, "max": 2}
+    assert manifest.stats["media"] == {
+        "count": 9,
+        "min": 0,
+        "mean": 1.0,
+        "max": 2,
+        "p5": 0,
+        "p50": 1,
+        "p95": 2,
+        "histogram": {"0": 3, "1": 3, "2": 3},
+    }
+    assert manifest.stats["turns"]["histogram"] == {"2": 9}
     assert manifest.stats["width"]["max"] == 20
 
 
@@ -114,7 +122,7 @@ def test_leftovers_of_a_killed_process_are_replaced_and_a_living_one_is_respecte
     with pytest.raises(DataError, match="another process is writing"):
         ShardWriter(tmp_path / "set")
     (killed.partial / "shard-000009.tar").write_bytes(b"half")
-    os.close(killed._lock)  # what the death of the process does
+    killed._hidden.release()  # what the death of the process does
     with ShardWriter(tmp_path / "set") as writer:
         writer.write(*sample(0))
     assert ShardSet(tmp_path / "set").keys() == ["sample-000"]

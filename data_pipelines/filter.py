@@ -1,0 +1,220 @@
+"""Filter a shard set: `python -m data_pipelines.filter folder=<set> output=<new set> filter=[<name>,...] [filters.<name>.<option>=value ...]`
+
+The filters are asked in the order given. The result is a view beside the set: an index of the samples that were kept,
+and a manifest that refers to the shards where they are; `copy=true` writes shards instead. `dropped.jsonl` holds every
+sample that was dropped, with the filter and its reason; samples that cannot be read are dropped, too.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from data_pipelines import engines
+from data_pipelines.cli import CONF, check_same, make, run
+from data_pipelines.errors import BadSample, DataError, common_reason
+from data_pipelines.filters import Drop, Filter
+from data_pipelines.index import INDEX, IndexBuilder
+from data_pipelines.manifest import MANIFEST, SHARED, FileInfo, Manifest
+from data_pipelines.merge import write_lines
+from data_pipelines.partial import Partial
+from data_pipelines.progress import Progress
+from data_pipelines.shards import MAX_SHARD_BYTES, SAMPLES_PER_SHARD, ShardWriter
+from data_pipelines.stats import Stats, lengths
+from data_pipelines.stream import ShardSet
+
+DROPPED = "dropped.jsonl"
+CHUNK = 64  # samples that a process looks at before it answers
+READ = "read"  # in place of a filter's name where a sample cannot be read
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What a process saw of one sample: a value per filter up to the first that drops it, or why it is unreadable."""
+
+    measured: Sequence[Any]
+    lengths: Sequence[tuple[str, float]] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdicts:
+    """Numbers of the kept samples with their stats; key, filter and reason of the others."""
+
+    kept: np.ndarray
+    stats: Stats
+    dropped: list[dict[str, str]]
+
+    def counts(self) -> dict[str, int]:
+        """Dropped samples by filter and reason."""
+        rows = ((r["filter"], common_reason(r["reason"]) if r["filter"] == READ else r["reason"]) for r in self.dropped)
+        counts = Counter(f"{name}: {reason}" for name, reason in rows)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def judge(shards: ShardSet, filters: Mapping[str, Filter], *, workers: int | None = 1) -> Verdicts:
+    """Ask `filters` about every sample: measured in parallel, judged in order."""
+    kept, stats, dropped = list[int](), Stats(), list[dict[str, str]]()
+    chunks = range(-(-len(shards) // CHUNK))
+    results = engines.run(_look, (shards, list(filters.values())), chunks, workers=workers)
+    with closing(results), Progress(str(shards.folder), len(chunks), "chunks") as progress:
+        for i, looked in enumerate(_samples(engines.in_order(results), progress)):
+            if found := _verdict(filters, shards.key(i), looked):
+                dropped.append({"key": shards.key(i), "filter": found[0], "reason": found[1]})
+            else:
+                kept.append(i)
+                stats.add(looked.lengths)
+    return Verdicts(kept=np.array(kept, dtype=np.int64), stats=stats, dropped=dropped)
+
+
+def write_view(shards: ShardSet, output: Path, verdicts: Verdicts, about: Mapping[str, Any], overwrite: bool) -> None:
+    """Write the kept samples as a view. Raises `DataError` unless `output` lies beside the set."""
+    folder = Path(os.path.abspath(shards.folder))
+    names = [info.name if "/" in info.name else f"../{folder.name}/{info.name}" for info in shards.manifest.shards]
+    beside = Path(os.path.abspath(output)).parent == folder.parent
+    if not beside or not all(SHARED.fullmatch(name) for name in names):
+        raise DataError(
+            f"output {output} is no view of {shards.folder}: a view lies beside the set, whose name and shards' names "
+            "are of A-Z a-z 0-9 _ - . alone; copy=true writes the samples anywhere"
+        )
+    used, counts = np.unique(shards.index.shard[verdicts.kept], return_counts=True)
+    numbers = np.full(len(names), -1)
+    numbers[used] = np.arange(len(used))
+    index = IndexBuilder()
+    index.extend(shards.index, numbers.tolist(), verdicts.kept)
+    infos: list[FileInfo] = [
+        replace(shards.manifest.shards[number], name=names[number], samples=count)
+        for number, count in zip(used.tolist(), counts.tolist())
+    ]
+    with Partial(output, overwrite=overwrite) as hidden:
+        try:
+            hidden.clear()
+            write_lines(hidden.path / DROPPED, verdicts.dropped)
+            saved = index.save(hidden.path / INDEX)
+            stats = verdicts.stats.to_json()
+            Manifest(samples=len(index), shards=tuple(infos), index=saved, stats=stats, **about).write(hidden.path)
+            hidden.publish()
+        except BaseException:
+            hidden.remove()
+            raise
+
+
+def write_copy(
+    shards: ShardSet,
+    output: Path,
+    verdicts: Verdicts,
+    about: Mapping[str, Any],
+    overwrite: bool,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the kept samples as shards."""
+    with ShardWriter(
+        output, samples_per_shard=samples_per_shard, max_bytes=max_shard_bytes, overwrite=overwrite
+    ) as writer:
+        writer.about.update(about)
+        write_lines(writer.partial / DROPPED, verdicts.dropped)
+        with Progress(str(output), len(verdicts.kept), "samples") as progress:
+            for i in verdicts.kept.tolist():
+                writer.write(*shards.load(i))
+                progress.step(1)
+
+
+def filter_set(config: DictConfig) -> int:
+    """Filter what the composed `config` says; returns the exit code."""
+    output, shards = Path(config.output), ShardSet(config.folder)
+    nodes: dict[str, dict[str, Any]] = OmegaConf.to_container(config, resolve=True).get("filters", {})  # type: ignore
+    filters = {
+        name: make(options, ("data_pipelines.", *config.allow_targets), at=f"filters.{name}.")
+        for name, options in nodes.items()
+    }
+    if not filters:
+        raise DataError("filter: none is given; filter=[<name>,...], see --help")
+    arguments = _arguments(config, nodes)
+    if (output / MANIFEST).is_file() and not config.force:
+        check_same(output, arguments)
+        print(f"{output}: already filtered ({len(ShardSet(output))} samples); force=true filters again")
+        return 0
+    verdicts = judge(shards, filters, workers=config.workers)
+    if not len(verdicts.kept):
+        raise DataError(f"{config.folder}: no sample is left: {verdicts.counts()}")
+    origin = shards.manifest
+    about: dict[str, Any] = {name: getattr(origin, name) for name in ("source", "licence", "split", "bad")}
+    about |= {"command": "filter", "build": arguments, "dropped": verdicts.counts()}
+    if config["copy"]:
+        limits = (config.samples_per_shard, config.max_shard_bytes)
+        write_copy(shards, output, verdicts, about, config.force, *limits)
+    else:
+        write_view(shards, output, verdicts, about, config.force)
+    print(f"{output}: {len(verdicts.kept)} of {len(shards)} samples kept; the others, in {output / DROPPED}:")
+    print("\n".join(f"  {count:>8}  {reason}" for reason, count in verdicts.counts().items()))
+    return 0
+
+
+def _arguments(config: DictConfig, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the set is made by, named as on the command line."""
+    names = [name for name in nodes if (CONF / "filter" / f"{name}.yaml").is_file()]
+    arguments: dict[str, Any] = {"folder": str(config.folder), "filter": names}
+    for name, options in nodes.items():
+        for option, value in options.items():
+            if option != "_target_" or name not in names:
+                known = name in names and not isinstance(value, dict)
+                inside = value if isinstance(value, dict) else {"": value}
+                for key, item in inside.items():
+                    full = ".".join(word for word in ("filters", name, option, key) if word)
+                    arguments[full if known else f"++{full}"] = item
+    if config["copy"]:
+        arguments |= {key: config[key] for key in ("copy", "samples_per_shard", "max_shard_bytes")}
+    return arguments
+
+
+def _look(shared: tuple[ShardSet, list[Filter]], chunk: int) -> list[Looked]:
+    shards, filters = shared
+    return [_measure(shards, filters, i) for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(shards)))]
+
+
+def _measure(shards: ShardSet, filters: Sequence[Filter], i: int) -> Looked:
+    try:
+        sample, blobs = shards.load(i)
+        measured: list[Any] = []
+        for one in filters:
+            measured.append(one.measure(sample, blobs))
+            if isinstance(measured[-1], Drop):
+                break
+        return Looked(measured, lengths(sample, blobs))
+    except BadSample as error:
+        return Looked((), error=str(error))
+
+
+def _samples(chunks: Iterator[list[Looked]], progress: Progress) -> Iterator[Looked]:
+    for chunk in chunks:
+        yield from chunk
+        progress.step(len(chunk))
+
+
+def _verdict(filters: Mapping[str, Filter], key: str, looked: Looked) -> tuple[str, str] | None:
+    if looked.error:
+        return READ, looked.error
+    for (name, one), value in zip(filters.items(), looked.measured):
+        reason = value if isinstance(value, Drop) else one.verdict(key, value)
+        if reason:
+            return name, str(reason)
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    return run(filter_set, "filter", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
