@@ -107,14 +107,10 @@ class HFCausalLM(nn.Module):
         blocks that read one, see `ReadsContext`.
         """
         segments = mask if isinstance(mask, Segments) else None
-        if segments is not None and not self.takes_segments:
-            raise ConfigError("llm.attention: decode got segments, which only packed takes")
-        kinds = set() if mask is None else self._layer_kinds()
-        library_mask = self._library_mask(mask, positions[0], embeds.dtype, kinds) if isinstance(mask, Tensor) else None
         with given_context(self.model, context), given_segments(segments), _no_guessed_packing():
             output = self.decoder(
                 inputs_embeds=embeds,
-                attention_mask=library_mask,
+                attention_mask=None if mask is None else self._library_mask(mask, positions[0], embeds.dtype),
                 position_ids=None if mask is None else self._library_positions(positions),
                 use_cache=False,
             )
@@ -220,18 +216,22 @@ class HFCausalLM(nn.Module):
             )
         return positions
 
-    def _layer_kinds(self) -> set[str]:
-        """The kinds of layers, if the model has any. Raises `ConfigError` where one attends in a way of its own."""
-        kinds = set(getattr(self.model.config, "layer_types", None) or ())
+    def _library_mask(self, mask: Tensor | Segments, positions: Tensor, dtype: torch.dtype) -> Any:
+        """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer.
+
+        None in place of segments, which packed attention gets by itself. Raises `ConfigError` where a kind of layer, or
+        the attention, cannot take them.
+        """
+        config = self.model.config
+        kinds = set(getattr(config, "layer_types", None) or ())
         if unknown := kinds - {"full_attention", "sliding_attention"}:
             raise ConfigError(
                 f"llm.config.layer_types: {', '.join(sorted(unknown))} can take neither segments nor an explicit mask"
             )
-        return kinds
-
-    def _library_mask(self, mask: Tensor, positions: Tensor, dtype: torch.dtype, kinds: set[str]) -> Any:
-        """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer."""
-        config = self.model.config
+        if isinstance(mask, Segments):
+            if not self.takes_segments:
+                raise ConfigError(f"llm.attention: {config._attn_implementation} takes no segments; choose packed")
+            return None
         window = getattr(config, "sliding_window", None)
         near = mask
         if window is not None:
