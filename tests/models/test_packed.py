@@ -168,6 +168,17 @@ def test_nothing_leaks_into_other_samples(llm, attention):
         assert not (differs & ~own).any() and differs[own].sum() > 10
 
 
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 20])
+def test_windows_of_a_segment_are_those_of_a_row_of_its_own(length):
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, length, 8) for heads in (4, 2, 2)]
+    spans = Spans(segments=segments_of([[length]], length), window=7)
+    index = torch.arange(length)
+    back = index[:, None] - index[None]
+    expected = F.scaled_dot_product_attention(*states, ((back >= 0) & (back < 7)), enable_gqa=True)
+    assert_close(packed_attention(torch.nn.Module(), *states, spans)[0], expected.transpose(1, 2))
+
+
 def test_packed_computes_no_more_than_the_samples(monkeypatch):
     """No mask is built, and no kernel call is longer than a sample."""
     seen, kernel = [], F.scaled_dot_product_attention
