@@ -87,18 +87,19 @@ def packed_attention(
     """The attention function of `transformers`: `[B, H, T, C]`, twice `[B, K, T, C]` -> `[B, T, H, C]`.
 
     Raises:
-        ConfigError: there are segments, but they did not reach this layer, or it adds something to its scores.
+        ConfigError: the layer adds something to its scores (older releases drop it silently), or there are segments
+            that did not reach it.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if extra := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
+        raise ConfigError(f"llm.attention: packed knows no {', '.join(extra)}, which this model uses; choose eager")
     if not isinstance(attention_mask, Spans):
         if _given.get() is not None:
             raise ConfigError(
                 "llm.attention: packed got no segments, for this model makes its masks itself; choose sdpa"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    if extra := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
-        raise ConfigError(f"llm.attention: packed knows no {', '.join(extra)}, which this model uses; choose eager")
     shape = (query.shape[0], query.shape[2])
     query, key, value = (_flat(states) for states in (query, key, value))
     if _kernel_fits(query, value, dropout):
@@ -130,20 +131,19 @@ def _kernel_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float | None) -> Tensor:
     """All segments in one call: `[N, H, C]`, twice `[N, K, C]` -> `[N, H, C]`."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    kernel: Any = varlen.varlen_attn
     options: dict[str, Any] = {}
     if (groups := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 has it not
+        if "enable_gqa" in inspect.signature(kernel).parameters:  # torch 2.11 has it not
             options["enable_gqa"] = True
         else:
             key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     starts, longest = spans.segments.starts, max(spans.segments.lengths)
     back = -1 if spans.window is None else spans.window - 1  # the kernel does not count the query's own token
     window = (back, 0)
-    return varlen_attn(
-        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **options
-    )
+    return kernel(query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **options)
 
 
 def _one_by_one(

@@ -71,7 +71,8 @@ class HFCausalLM(nn.Module):
         register_packed()
         self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, *ATTENTION))
         if self.takes_segments and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
-            raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run packed; choose sdpa or eager")
+            other = "sdpa" if self.model._supports_sdpa else "eager"
+            raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run packed; choose {other}")
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
