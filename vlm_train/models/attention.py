@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,13 @@ from vlm_train.errors import ConfigError
 
 PACKED = "packed"
 
-_given: ContextVar[Segments | None] = ContextVar("given_segments", default=None)
+
+@dataclass
+class _Given:
+    segments: Segments | None = None
+
+
+_given = _Given()  # no ContextVar: `torch.compile` breaks its graphs there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +48,11 @@ class Spans:
 @contextmanager
 def given_segments(segments: Segments | None) -> Iterator[None]:
     """A model with packed attention, given no mask, attends along `segments` inside the `with`."""
-    token = _given.set(segments)
+    before, _given.segments = _given.segments, segments
     try:
         yield
     finally:
-        _given.reset(token)
+        _given.segments = before
 
 
 def register_packed() -> None:
@@ -66,7 +71,7 @@ def packed_mask(*, local_size: int | None = None, allow_is_causal_skip: bool = T
     """
     from transformers.masking_utils import sdpa_mask
 
-    segments = _given.get()
+    segments = _given.segments
     if segments is None:
         return sdpa_mask(local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **options)
     if not allow_is_causal_skip:  # the library's sign of a mask that `is_causal` cannot replace
@@ -95,7 +100,7 @@ def packed_attention(
     if extra := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ConfigError(f"llm.attention: packed knows no {', '.join(extra)}, which this model uses; choose eager")
     if not isinstance(attention_mask, Spans):
-        if _given.get() is not None:
+        if _given.segments is not None:
             raise ConfigError(
                 "llm.attention: packed got no segments, for this model makes its masks itself; choose sdpa"
             )
