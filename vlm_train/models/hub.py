@@ -56,14 +56,16 @@ def build_config(setting: str, values: Mapping[str, Any]) -> Any:
         raise
 
 
-def build_model(auto_class: Any, part: str, values: Mapping[str, Any], attention: str) -> Any:
+def build_model(
+    auto_class: Any, part: str, values: Mapping[str, Any], attention: str, allowed: Sequence[str] = ATTENTION
+) -> Any:
     """A randomly initialised model of `auto_class` (such as AutoModel) for the part named `part`.
 
     Raises:
         ConfigError: as `build_config`, or the architecture does not run with this attention implementation.
     """
-    if attention not in ATTENTION:
-        raise ConfigError(f"{part}.attention: {attention!r}; allowed: {', '.join(ATTENTION)}")
+    if attention not in allowed:
+        raise ConfigError(f"{part}.attention: {attention!r}; allowed: {', '.join(allowed)}")
     config = build_config(f"{part}.config", values)
     try:
         return auto_class.from_config(config, attn_implementation=attention)

@@ -1,4 +1,4 @@
-"""The one mask builder: segments and attention groups -> who may attend to whom.
+"""The one mask builder: segments and attention groups -> who may attend to whom, in the form an attention takes.
 
 Every attention pattern of the framework is this one rule over two integer tensors:
 
@@ -15,6 +15,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from vlm_train.data.batch import Segments, TokenStream
+
+
+def attention_of(stream: TokenStream, takes_segments: bool) -> Tensor | Segments | None:
+    """Who may attend to whom in `stream`, as cheap as it can be said.
+
+    None: plain causal rows. Segments: causal samples in packed rows, where the attention takes them. Otherwise the
+    mask `[B, 1, T, T]`.
+    """
+    if stream.plain_causal:
+        return None
+    if takes_segments and stream.segments is not None:
+        return stream.segments
+    return attention_mask(stream.segment_ids, stream.attention_group)
 
 
 def attention_mask(segment_ids: Tensor, attention_group: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from vlm_train.data.batch import Segments
 from vlm_train.data.layout import Grid, MediaLayout, MediaSize
 
 
@@ -53,20 +54,22 @@ class LanguageModel(Protocol):
         dim: width D_t of embeddings and hidden states.
         vocab_size: rows of the output head.
         layers: the decoder blocks, for layer-wise learning rates, inserted blocks and activation checkpointing.
+        takes_segments: whether `decode` takes segments in place of a mask.
     """
 
     dim: int
     vocab_size: int
     layers: nn.ModuleList
+    takes_segments: bool
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> embeddings `[B, T, D_t]`. Negative ids (placeholders) give any finite embedding."""
         ...
 
-    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, context: Any = None) -> Tensor:
+    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, context: Any = None) -> Tensor:
         """Embeddings `[B, T, D_t]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None = plain causal
-        from position 0 on) -> final hidden states `[B, T, D_t]`. `context` is opaque: only inserted blocks (or the
-        cross-attention of an encoder-decoder) read it."""
+        from position 0 on; segments = each causal by itself) -> final hidden states `[B, T, D_t]`. `context` is
+        opaque: only inserted blocks (or the cross-attention of an encoder-decoder) read it."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.data.batch import Batch, TokenStream
-from vlm_train.models.masks import attention_mask
+from vlm_train.models.masks import attention_of
 
 
 def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, context: Any = None) -> Tensor:
     """Run `llm` over embeddings `[B, T, D]` with the stream's positions, segments and groups -> `[B, T, D]`."""
-    mask = None if stream.plain_causal else attention_mask(stream.segment_ids, stream.attention_group)
-    return llm.decode(embeds, stream.positions, mask, context)
+    return llm.decode(embeds, stream.positions, attention_of(stream, llm.takes_segments), context)
 
 
 def generate_from(llm: Any, embeds: Tensor, stream: TokenStream, **settings: Any) -> Tensor:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.data.batch import Segments
 from vlm_train.errors import ConfigError
+from vlm_train.models.attention import PACKED, given_segments, register_packed
 from vlm_train.models.context import given_context
-from vlm_train.models.hub import build_model, load_pretrained
+from vlm_train.models.hub import ATTENTION, build_model, load_pretrained
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 
 
@@ -23,7 +25,7 @@ def _no_guessed_packing() -> Iterator[None]:
     """Keep the library from reading packed sequences out of position ids where it is given no mask.
 
     Its guess asks the device, and an explicit mask follows from it where kernels would do without one. What is packed
-    is known: it comes with an explicit mask.
+    is known: it comes with segments or an explicit mask.
     """
     from transformers import masking_utils
 
@@ -44,7 +46,7 @@ class HFCausalLM(nn.Module):
         weights: hub name, local folder or `*.gguf` file, read by `load_weights`; None: random.
         vocab_size: length of the tokenizer.
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
-        attention: `sdpa` or `eager`.
+        attention: `packed` (as `sdpa`, but packed samples each by themselves), `sdpa` or `eager`.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class HFCausalLM(nn.Module):
         weights: str | None = None,
         vocab_size: int | None = None,
         new_tokens: int = 0,
-        attention: str = "sdpa",
+        attention: str = PACKED,
     ) -> None:
         super().__init__()
         from transformers import AutoModelForCausalLM
@@ -66,7 +68,11 @@ class HFCausalLM(nn.Module):
             self.numbers["vocab_size"] = vocab_size
         self.weights = weights
         self.new_tokens = new_tokens
-        self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention)
+        register_packed()
+        self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, *ATTENTION))
+        if self.takes_segments and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
+            other = "sdpa" if self.model._supports_sdpa else "eager"
+            raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run packed; choose {other}")
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
@@ -85,17 +91,24 @@ class HFCausalLM(nn.Module):
                 return getattr(self.decoder, name)
         raise ConfigError(f"llm.config.model_type: {type(self.decoder).__name__} does not expose its layers")
 
+    @property
+    def takes_segments(self) -> bool:
+        """Whether `decode` takes segments in place of a mask."""
+        return self.model.config._attn_implementation == PACKED
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> embeddings `[B, T, D]`; negative ids (placeholders) give token 0's."""
         return self.model.get_input_embeddings()(ids.clamp(min=0))
 
-    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, context: Any = None) -> Tensor:
+    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, context: Any = None) -> Tensor:
         """Embeddings `[B, T, D]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend) -> hidden `[B, T, D]`.
 
         Without a mask attention is plain causal and positions count from 0 (padding on the right does no harm then);
-        fast kernels run only so. `context` is held by the inserted blocks that read one, see `ReadsContext`.
+        with segments the same is true of each of them. Fast kernels run only so. `context` is held by the inserted
+        blocks that read one, see `ReadsContext`.
         """
-        with given_context(self.model, context), _no_guessed_packing():
+        segments = mask if isinstance(mask, Segments) else None
+        with given_context(self.model, context), given_segments(segments), _no_guessed_packing():
             output = self.decoder(
                 inputs_embeds=embeds,
                 attention_mask=None if mask is None else self._library_mask(mask, positions[0], embeds.dtype),
@@ -204,10 +217,22 @@ class HFCausalLM(nn.Module):
             )
         return positions
 
-    def _library_mask(self, mask: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:
-        """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer."""
+    def _library_mask(self, mask: Tensor | Segments, positions: Tensor, dtype: torch.dtype) -> Any:
+        """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer.
+
+        None in place of segments, which packed attention gets by itself. Raises `ConfigError` where a kind of layer, or
+        the attention, cannot take them.
+        """
         config = self.model.config
         kinds = set(getattr(config, "layer_types", None) or ())
+        if unknown := kinds - {"full_attention", "sliding_attention"}:
+            raise ConfigError(
+                f"llm.config.layer_types: {', '.join(sorted(unknown))} can take neither segments nor an explicit mask"
+            )
+        if isinstance(mask, Segments):
+            if not self.takes_segments:
+                raise ConfigError(f"llm.attention: {config._attn_implementation} takes no segments; choose packed")
+            return None
         window = getattr(config, "sliding_window", None)
         near = mask
         if window is not None:
@@ -219,9 +244,4 @@ class HFCausalLM(nn.Module):
             )
         if not kinds:
             return near
-        unknown = kinds - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise ConfigError(
-                f"llm.config.layer_types: {', '.join(sorted(unknown))} cannot take an explicit attention mask"
-            )
         return {"full_attention": mask, "sliding_attention": near}

@@ -1,0 +1,284 @@
+"""Packed rows through the real collate: equal to every sample alone, for every attention, and nothing leaks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data_pipelines.sample import Sample
+from tests.data.rendering import assistant, load, sample, user
+from tests.tiny_models import assert_close, llama_config, text_stream, tiny_llm, tiny_vision
+from vlm_train.data.batch import Batch, segments_of
+from vlm_train.data.collate import Item, collate
+from vlm_train.data.layout import GridLayout, NoMedia
+from vlm_train.data.render import render
+from vlm_train.data.tokenizer import byte_level
+from vlm_train.errors import ConfigError
+from vlm_train.models import attention as attention_module
+from vlm_train.models import masks
+from vlm_train.models.attention import Spans, given_segments, packed_attention
+from vlm_train.models.checkpointing import checkpoint_layers
+from vlm_train.models.connectors.mlp import MLP
+from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.text_only import TextOnly, generate_from
+
+ATTENTIONS = ["packed", "sdpa", "eager"]
+SMALL = llama_config(hidden_size=32, intermediate_size=48)  # 4 heads share 2 key heads
+MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+LLMS = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2"},
+    "mistral window": {"model_type": "mistral", "sliding_window": 7},
+    "gemma3 mixed": {"model_type": "gemma3_text", "head_dim": 8, **MIXED},
+    "gemma2 soft cap": {"model_type": "gemma2", "head_dim": 8, "attn_logit_softcapping": 2.0, **MIXED},
+}
+CASES = [(llm, way) for llm in LLMS for way in ATTENTIONS if llm != "gemma2 soft cap" or way == "eager"]
+TOKENIZER, QA = byte_level(), load("qa")
+
+SAMPLES = [
+    sample((user("What?", 0), assistant("A cat.")), media=1),
+    sample((user("Say so"), assistant("so"))),
+    sample((user("Which?", 0, 1), assistant("The left")), media=2),
+    sample((user("One?", 1), assistant("yes"), user("Two?", 0), assistant("no")), media=2),
+    sample((user("Hi"), assistant("Hello there, you"))),
+]
+BRANCHED = sample(*((user(f"Q{n}?", 0), assistant("yes" * n)) for n in (1, 2, 3)), media=1)
+PACKS = ((0, 1, 2), (3, 4))  # which samples share a row; the second is padded
+
+
+def tiny_model(llm: str, attention: str, family: type = PrefixVLM) -> PrefixVLM | TextOnly:
+    """A random model in training mode, its weights large enough for every token to matter."""
+    torch.manual_seed(0)
+    language = tiny_llm(SMALL | LLMS[llm] | {"vocab_size": len(TOKENIZER)}, attention=attention)
+    if family is TextOnly:
+        model = TextOnly(llm=language)
+    else:
+        vision = tiny_vision()
+        model = PrefixVLM(vision=vision, connector=MLP(in_dim=vision.out_dim, out_dim=language.dim), llm=language)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model.train()
+
+
+def items_of(model: PrefixVLM | TextOnly, samples: list[Sample]) -> list[Item]:
+    """The samples as the loader would hand them to collate, with random images of their own."""
+    generator = torch.Generator().manual_seed(1)
+    layout = NoMedia()
+    if isinstance(model, PrefixVLM):
+        layout = GridLayout(model.vision.patch_grid, model.connector.token_grid)
+    items = []
+    for number, one in enumerate(samples):
+        rendered = render(one, QA, TOKENIZER, layout)
+        views = [torch.randint(0, 256, (1, 3, 32, 32), generator=generator).byte().numpy() for _ in one.media]
+        shown = views if isinstance(model, PrefixVLM) else []
+        items.append(Item(replace(rendered, key=f"s{number}", media=rendered.media if shown else ()), shown))
+    return items
+
+
+def batch_of(items: list[Item], packs: tuple[tuple[int, ...], ...]) -> Batch:
+    return collate([[items[index] for index in row] for row in packs], (32, 32))
+
+
+def token_losses(model: PrefixVLM | TextOnly, batch: Batch) -> torch.Tensor:
+    """Losses of the supervised tokens, sample after sample."""
+    stream = batch.text["llm"]
+    hidden = model(batch).flatten(0, 1)[stream.supervised]
+    return F.cross_entropy(model.logits(hidden), stream.labels.flatten()[stream.supervised], reduction="none")
+
+
+def losses_and_gradients(model: PrefixVLM | TextOnly, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """Token losses, and the gradients of all parameters and of the images, summed over `batches`."""
+    model.zero_grad()
+    losses, images = [], []
+    for batch in batches:
+        pixels = batch.media.pixels.float().requires_grad_()
+        loss = token_losses(model, replace(batch, media=replace(batch.media, pixels=pixels)))
+        loss.sum().backward()
+        losses.append(loss.detach())
+        if batch.media.real:
+            images.append(pixels.grad)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"losses": torch.cat(losses)} | ({"images": torch.cat(images)} if images else {})
+
+
+def assert_packed_equals_alone(model: PrefixVLM | TextOnly, samples: list[Sample], packs=PACKS) -> None:
+    items = items_of(model, samples)
+    alone = losses_and_gradients(model, [batch_of(items, ((n,),)) for row in packs for n in row])
+    packed = losses_and_gradients(model, [batch_of(items, packs)])
+    assert packed.keys() == alone.keys() and len(alone["losses"]) > 20
+    for name, expected in alone.items():
+        if name.startswith("vision") and name.endswith("k_proj.bias"):  # zero in exact arithmetic
+            assert packed[name].abs().max() <= 1e-5 * alone[name.replace("k_proj", "q_proj")].abs().max(), name
+        else:
+            assert_close(packed[name], expected, name)
+
+
+@pytest.mark.parametrize(("llm", "attention"), CASES)
+def test_packed_equals_alone(llm, attention):
+    assert_packed_equals_alone(tiny_model(llm, attention), SAMPLES)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_packed_equals_alone_without_images(attention):
+    assert_packed_equals_alone(tiny_model("llama", attention, TextOnly), SAMPLES)
+
+
+@pytest.mark.parametrize(("llm", "attention"), [("llama", "packed"), ("mistral window", "sdpa"), ("llama", "eager")])
+def test_packed_branches_equal_alone(llm, attention):
+    """Independent annotations need the explicit mask, whatever the attention."""
+    model = tiny_model(llm, attention)
+    samples = [SAMPLES[0], BRANCHED, SAMPLES[1], BRANCHED, SAMPLES[3]]
+    assert batch_of(items_of(model, samples), PACKS).text["llm"].segments is None
+    assert_packed_equals_alone(model, samples)
+
+
+@pytest.mark.parametrize(("llm", "attention"), CASES[:3] + [("gemma3 mixed", "packed")])
+def test_packed_equals_alone_with_checkpointed_layers(llm, attention):
+    plain, again = tiny_model(llm, attention), tiny_model(llm, attention)
+    checkpoint_layers(again.llm.layers)
+    assert_packed_equals_alone(again, SAMPLES)
+    batch = batch_of(items_of(plain, SAMPLES), PACKS)
+    expected, got = (losses_and_gradients(model, [batch]) for model in (plain, again))
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize(("llm", "attention"), CASES)
+def test_nothing_leaks_into_other_samples(llm, attention):
+    model = tiny_model(llm, attention)
+    before = items_of(model, SAMPLES)
+    other = sample((user("Where", 0), assistant("In bed")), media=1)  # as long as the first
+    changed = items_of(model, [other, *SAMPLES[1:]])
+    changed[0] = replace(changed[0], views=[255 - view for view in changed[0].views])
+    for row in ((0, 1, 2), (1, 0, 2), (1, 2, 0)):
+        hidden, stream = [], None
+        for items in (before, changed):
+            batch = batch_of(items, (row, (3, 4)))
+            stream = batch.text["llm"]
+            hidden.append(model(batch).detach())
+        differs = (hidden[0] != hidden[1]).any(dim=-1)
+        own = torch.zeros_like(differs)
+        own[0] = stream.segment_ids[0] == row.index(0) + 1
+        assert not (differs & ~own).any() and differs[own].sum() > 10
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 20])
+def test_windows_of_a_segment_are_those_of_a_row_of_its_own(length):
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, length, 8) for heads in (4, 2, 2)]
+    spans = Spans(segments=segments_of([[length]], length), window=7)
+    index = torch.arange(length)
+    back = index[:, None] - index[None]
+    expected = F.scaled_dot_product_attention(*states, ((back >= 0) & (back < 7)), enable_gqa=True)
+    assert_close(packed_attention(torch.nn.Module(), *states, spans)[0], expected.transpose(1, 2))
+
+
+def test_packed_computes_no_more_than_the_samples(monkeypatch):
+    """No mask is built, and no kernel call is longer than a sample."""
+    seen, kernel = [], F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, *args, is_causal=False, **options):
+        seen.append((query.shape[2], attn_mask is None and is_causal))
+        return kernel(query, key, value, attn_mask, *args, is_causal=is_causal, **options)
+
+    model = tiny_model("llama", "packed", TextOnly)
+    batch = batch_of(items_of(model, SAMPLES), PACKS)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(masks, "attention_mask", None)
+    model(batch)
+    assert seen == [(length, True) for length in batch.text["llm"].segments.lengths] * 2
+
+
+def flash_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """`torch.nn.attention.varlen.varlen_attn` as documented: `window_size` counts the tokens besides the query's."""
+    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and enable_gqa == (query.shape[1] > key.shape[1])
+    starts = cu_seq_q.tolist()
+    assert max_q == max_k == max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    index = torch.arange(len(query))
+    segment = (index[:, None] >= cu_seq_q[None, 1:]).sum(1)
+    back, ahead = (len(query) if size < 0 else size for size in window_size)
+    near = (index[None] >= index[:, None] - back) & (index[None] <= index[:, None] + ahead)
+    mask = near & (segment[:, None] == segment[None])
+    q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
+
+
+def old_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """The same in torch 2.11, which leaves shared key heads unsaid."""
+    return flash_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("flash", [flash_by_hand, old_flash])
+@pytest.mark.parametrize("llm", ["llama", "mistral window", "gemma3 mixed"])
+def test_the_kernel_is_asked_for_the_same(monkeypatch, llm, flash):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", flash)
+    monkeypatch.setattr(attention_module, "_kernel_fits", lambda *_: True)
+    assert_packed_equals_alone(tiny_model(llm, "packed"), SAMPLES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_kernel_itself(window, autocast):
+    torch.manual_seed(0)
+    lengths = [[5, 30], [17, 12]]
+    spans = Spans(segments=segments_of(lengths, 35), window=window)
+    on_gpu = Spans(segments=replace(spans.segments, starts=spans.segments.starts.cuda()), window=window)
+    given = [torch.randn(2, heads, 35, 64).bfloat16().float() for heads in (4, 2, 2)]
+    results = []
+    for device, where in (("cpu", spans), ("cuda", on_gpu)):
+        dtype = torch.float32 if autocast or device == "cpu" else torch.bfloat16
+        states = [one.to(device, dtype, copy=True).requires_grad_() for one in given]
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out, _ = packed_attention(torch.nn.Module(), *states, where, scaling=0.3)
+        out.float().square().sum().backward()
+        results.append([one.detach().float().cpu() for one in (out, *(state.grad for state in states))])
+    assert results[1][0].shape == (2, 35, 4, 64)
+    for got, expected in zip(*results[::-1], strict=True):
+        assert_close(got, expected, tolerance=2e-2)
+
+
+def test_generation_is_that_of_sdpa():
+    stream = text_stream([[5, 6, 7, 8], [9, 10]], left=True)
+    answers = []
+    for attention in ATTENTIONS:
+        llm = tiny_model("mistral window", attention, TextOnly).llm.eval()
+        answers.append(generate_from(llm, llm.embed(stream.ids), stream, max_new_tokens=12, eos_ids=[]))
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+
+
+def test_saved_models_do_not_name_the_attention(tmp_path):
+    """Others could not load them."""
+    tiny_llm(SMALL).model.save_pretrained(tmp_path)
+    assert "packed" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+def test_models_that_need_more_are_refused():
+    segments = segments_of([[2, 3]], 5)
+    positions, embeds = torch.tensor([[[0, 1, 0, 1, 2]]]), torch.zeros(1, 5, 32)
+    with pytest.raises(ConfigError, match=r"llm.attention: 'stablelm' cannot run packed; choose sdpa"):
+        tiny_llm(SMALL | {"model_type": "stablelm"})
+    with pytest.raises(ConfigError, match=r"packed.*; choose eager"):  # older releases build it all the same
+        tiny_model("gemma2 soft cap", "packed").llm.decode(embeds, positions, None)
+    with pytest.raises(ConfigError, match=r"llm.attention: sdpa takes no segments; choose packed"):
+        tiny_llm(SMALL, attention="sdpa").decode(embeds, positions, segments)
+    both_ways = LLMS["gemma3 mixed"] | {"use_bidirectional_attention": True}
+    with pytest.raises(ConfigError, match=r"packed is causal, but this model wants another mask"):
+        tiny_llm(SMALL | both_ways).decode(embeds, positions, segments)
+    chunked = tiny_llm(SMALL)
+    chunked.model.config.layer_types = ["chunked_attention"] * 2
+    with pytest.raises(ConfigError, match=r"chunked_attention can take neither segments nor an explicit mask"):
+        chunked.decode(embeds, positions, segments)
+    states, spans = [torch.zeros(1, 2, 5, 8)] * 3, Spans(segments=segments, window=None)
+    with pytest.raises(ConfigError, match=r"packed knows no s_aux, which this model uses; choose eager"):
+        packed_attention(torch.nn.Module(), *states, spans, s_aux=torch.zeros(2))
+    with given_segments(segments), pytest.raises(ConfigError, match=r"this model makes its masks itself; choose sdpa"):
+        packed_attention(torch.nn.Module(), *states, None)
