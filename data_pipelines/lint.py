@@ -1,6 +1,6 @@
 """Check a shard set: `python -m data_pipelines.lint folder=<folder>`. Exit code 1 if anything is wrong with it.
 
-Reports, with shard and key: damaged, truncated or missing files, duplicate keys, samples that cannot be read, images and
+Reports, with shard and key: damaged, truncated or missing files, duplicate keys, samples that cannot be read, images or
 videos that do not decode, placeholders that do not fit the media, empty questions and answers, boxes outside their
 picture, negative weights; as a warning, samples of unknown source or licence. Ends with the counts by kind.
 """
