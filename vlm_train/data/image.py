@@ -7,7 +7,10 @@ generator, so that it depends on the sample's address only.
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -30,6 +33,9 @@ class ImageTransform:
         size: (height, width) in pixels of the tower's view; given by `build.py`.
         mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
         flip: mirror at random with probability 0.5 while training.
+        draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8, never below what the resize makes of the image. Faster for
+            images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and 2048 x 1536
+            -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7, at most 56.
     """
 
     def __init__(
@@ -39,11 +45,13 @@ class ImageTransform:
         size: tuple[int, int],
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         flip: bool = False,
+        draft: bool = False,
     ) -> None:
         self.mode = mode
         self.size = size
         self.fill = tuple(int(channel * 255) for channel in mean)
         self.flip = flip
+        self.draft = draft
 
     def view_size(self, size: MediaSize) -> MediaSize:
         """The size in pixels of the view made of an image, which decides its patch grid."""
@@ -64,38 +72,54 @@ class ImageTransform:
         Raises:
             BadSample: the bytes are not a sound JPEG, PNG or WebP image of acceptable size.
         """
-        image = decode_rgb(data, where)
+        with _opened(data, where) as file:
+            resized = self._resized(*file.size)
+            if self.draft:
+                file.draft("RGB", resized)  # does nothing to other formats than JPEG
+            image = _rgb(file)
         height, width = self.size
         if self.mode == "crop":
-            image = _shortest_side_then_crop(image, height, width)
+            left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+            image = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
         else:
             if self.mode == "pad":
                 image = _expand_to_square(image, self.fill)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if self.flip and generator is not None and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))[None]
+        return np.stack([np.asarray(channel) for channel in image.split()])[None]
+
+    def _resized(self, w: int, h: int) -> tuple[int, int]:
+        """Width and height that the resize makes of an image of `w` x `h` pixels: before the crop, without padding."""
+        height, width = self.size
+        if self.mode == "crop":  # rounded as the CLIP processor rounds
+            short = min(height, width)
+            return (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+        if self.mode == "pad":
+            return math.ceil(width * w / max(w, h)), math.ceil(height * h / max(w, h))
+        return width, height
 
 
 def decode_rgb(data: bytes, where: str = "image") -> Image.Image:
     """Decode an image file to RGB. Raises `BadSample` if it is corrupt, truncated, too large or of another format."""
+    with _opened(data, where) as file:
+        return _rgb(file)
+
+
+@contextmanager
+def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
+    """The image file, its pixels still encoded. What goes wrong inside the block is a `BadSample`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
-            return image.convert("RGB")
+            yield Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}") from error
 
 
-def _shortest_side_then_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize so that the shorter side fits, then crop the centre (rounding as the CLIP processor rounds)."""
-    short = min(height, width)
-    w, h = image.size
-    new_w, new_h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-    image = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
-    left, top = (new_w - width) // 2, (new_h - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def _rgb(file: Image.Image) -> Image.Image:
+    file.load()
+    return file if file.mode == "RGB" else file.convert("RGB")  # `convert` copies even what is RGB already
 
 
 def _expand_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
