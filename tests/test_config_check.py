@@ -113,7 +113,7 @@ def test_parts_that_the_model_needs_are_there() -> None:
 
 def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() -> None:
     (found,) = problems("batch.samples=null", "batch.tokens=4096", "dry_run=true")
-    assert found.startswith("batch.tokens: ") and "not available yet" in found
+    assert found.startswith("batch.tokens: ") and "data.pack" in found
     (found,) = problems("batch.micro=8", recipe="easyvqa_clip")
     assert found.startswith("objective.contrastive: ") and "allowed: batch.micro=32" in found
     assert problems("launch.devices=2", recipe="easyvqa_clip") == []  # micro 32 holds the 16 of a process

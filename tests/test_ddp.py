@@ -28,7 +28,7 @@ OVERRIDES = [
         ("easyvqa_stage1", (1, 1), []),
         ("easyvqa_clip", (4, 2), []),
         # Five samples in steps of four: in the last step one rank holds nothing.
-        ("easyvqa_stage1", (2, 2), ["data.limit=5", "trainer.max_steps=2", "data.shuffle=false"]),
+        ("easyvqa_stage1", (2, 2), ["data.limit=5", "trainer.max_steps=2", "data.shuffle=none"]),
         ("easyvqa_clip", (4, 2), ["data.limit=5", "trainer.max_steps=null", "trainer.epochs=1"]),
     ],
 )

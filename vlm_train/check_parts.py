@@ -7,9 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train.check_settings import plan
+from vlm_train.check_settings import packed, ranks
 from vlm_train.config import resolved
-from vlm_train.errors import ConfigError
 from vlm_train.schema import DICT_GROUPS, PART_GROUPS
 from vlm_train.signatures import UnknownTarget, hint, is_ours, members, read_signature, uses
 
@@ -100,15 +99,15 @@ def _check_model(path: str, target: str, model: Any) -> Iterator[str]:
 
 
 def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
-    """Samples that are contrasted with each other cannot be cut into micro-batches."""
-    try:
-        dealt = plan(cfg)
-    except ConfigError:  # reported with the batch
-        return
-    if dealt and dealt.micro_count > 1:
+    """Samples that are contrasted with each other cannot be packed, or cut into micro-batches."""
+    world = ranks(cfg)
+    samples, micro = (resolved(cfg.batch, name) for name in ("samples", "micro"))
+    if packed(cfg):
+        yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
+    if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
         yield (
-            f"{path}: contrasts all samples of a step with each other, so batch.micro={dealt.micro} cannot cut the "
-            f"{dealt.batch // dealt.world} samples of a process; allowed: batch.micro={dealt.batch // dealt.world}."
+            f"{path}: contrasts all samples of a step with each other, so batch.micro={micro} cannot cut the "
+            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}."
         )
 
 

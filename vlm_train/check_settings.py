@@ -18,6 +18,9 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "launch.kind": ("local", "torchrun", "srun"),
+    "data.mixture": ("concat", "weights", "sqrt", "temperature"),
+    "data.shuffle": ("full", "shards", "none"),
+    "data.group": (None, "modality", "length", "modality_length"),
     "init_from.*.which": ("last", "best"),
 }
 
@@ -45,6 +48,18 @@ RANGES: dict[str, str] = {
     "launch.timeout_minutes": "> 0",
     "data.train.*.samples": ">= 1",
     "data.val.*.samples": ">= 1",
+    "data.train.*.limit": ">= 1",
+    "data.val.*.limit": ">= 1",
+    "data.train.*.loss_weight": ">= 0",
+    "data.val.*.loss_weight": ">= 0",
+    "data.train.*.repeat": "> 0",
+    "data.train.*.weight": "> 0",
+    "data.train.*.share": "> 0, < 1",
+    "data.temperature": "> 0",
+    "data.window": ">= 1",
+    "data.pool": ">= 1",
+    "data.pack": ">= 1",
+    "data.pack_views": ">= 1",
     "data.limit": ">= 1",
     "data.val_limit": ">= 1",
     "data.val_share": ">= 0, < 1",
@@ -75,8 +90,11 @@ RANGES: dict[str, str] = {
 
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
-SHARD_KEYS = ("shards", "samples")
-"""What an entry of `data.train` and `data.val` says."""
+VAL_KEYS = ("shards", "name", "limit", "loss_weight", "samples")
+"""What an entry of `data.val` says, see `vlm_train.data.samples.Source`."""
+
+TRAIN_KEYS = (*VAL_KEYS, "repeat", "weight", "share")
+"""What an entry of `data.train` says."""
 
 
 def select(cfg: DictConfig, pattern: str) -> Iterator[tuple[str, Any]]:
@@ -105,7 +123,8 @@ def check_literals(cfg: DictConfig) -> Iterator[str]:
     for pattern, allowed in LITERALS.items():
         for key, value in select(cfg, pattern):
             if value not in allowed:
-                yield f"{key}: got {value!r}.{hint(str(value), allowed)} Allowed: {', '.join(allowed)}."
+                words = ["null" if word is None else word for word in allowed]
+                yield f"{key}: got {value!r}.{hint(str(value), words)} Allowed: {', '.join(words)}."
 
 
 def check_numbers(cfg: DictConfig) -> Iterator[str]:
@@ -137,17 +156,32 @@ def check_data(cfg: DictConfig) -> Iterator[str]:
         if name == "train" and entries == []:
             yield "data.train: expected at least one entry, {shards: <folder>}, got none."
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            yield from _check_entry(f"data.{name}.{index}", entry)
+            yield from _check_entry(f"data.{name}.{index}", entry, TRAIN_KEYS if name == "train" else VAL_KEYS)
+    yield from _check_mixture(data) if isinstance(data, dict) else ()
 
 
-def _check_entry(path: str, entry: Any) -> Iterator[str]:
+def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
+    """Settings of the order that would be ignored, or that cannot go together."""
+    entries = [entry for entry in data.get("train") or [] if isinstance(entry, dict)]
+    if data.get("mixture") != "weights" and any(entry.get("weight") is not None for entry in entries):
+        yield f"data.train: a weight counts only with data.mixture=weights, got {data.get('mixture')!r}."
+    pack, longest = data.get("pack"), data.get("max_length")
+    if data.get("pack_views") is not None and pack is None:
+        yield "data.pack_views: bounds packed rows, but data.pack is null."
+    if data.get("group") in ("length", "modality_length") and pack is not None:
+        yield f"data.group: packed rows are evened out by themselves; use null or modality, got {data['group']!r}."
+    if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):
+        yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; lower data.max_length."
+
+
+def _check_entry(path: str, entry: Any, known: tuple[str, ...]) -> Iterator[str]:
     if not isinstance(entry, dict):
         yield f"{path}: expected an entry such as {{shards: <folder>}}, got {entry!r}."
         return
-    listed = ", ".join(SHARD_KEYS)
+    listed = ", ".join(known)
     for key in entry:
-        if key not in SHARD_KEYS:
-            yield f"{path}.{key}: unknown key.{hint(key, SHARD_KEYS, path + '.')} Keys of an entry: {listed}."
+        if key not in known:
+            yield f"{path}.{key}: unknown key.{hint(key, known, path + '.')} Keys of an entry: {listed}."
     if entry.get("shards") is None:
         yield f"{path}.shards is missing: name a folder of shards. Keys of an entry: {listed}."
     elif not isinstance(entry["shards"], (str, dict)):  # a dict is a component, which check_targets judges
@@ -160,24 +194,39 @@ def check_batch(cfg: DictConfig) -> Iterator[str]:
     if len(given) != 1:
         got = "both" if given else "neither"
         yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
-    elif given == ["tokens"]:
-        yield "batch.tokens: token budgets need packing, which is not available yet; set batch.samples."
+    elif given == ["tokens"] and not packed(cfg):
+        yield "batch.tokens: a token budget fills packed rows; set data.pack to their length, or give batch.samples."
     try:
-        plan(cfg)
+        _check_dealing(cfg)
     except ConfigError as error:
         yield from error.problems
 
 
-def plan(cfg: DictConfig) -> Any:
-    """How the batch is dealt to ranks and micro-batches, with the rules of training; None while it is not known."""
-    from vlm_train.data.order import Plan  # imports numpy
+def packed(cfg: DictConfig) -> Any:
+    """Tokens of a packed row; None: rows hold one sample."""
+    data = resolved(cfg, "data")
+    return data.get("pack") if isinstance(data, dict) else None
 
-    numbers = [resolved(cfg.batch, name) for name in ("samples", "micro")]
-    numbers += [resolved(cfg.launch, name) for name in ("devices", "nodes")]
+
+def ranks(cfg: DictConfig) -> int | None:
+    """Processes that will train; None while that is not known."""
+    numbers = [resolved(cfg.launch, name) for name in ("devices", "nodes")]
     if cfg.mode != "fit" or not all(isinstance(number, int) and number > 0 for number in numbers):
         return None
-    samples, micro, devices, nodes = numbers
-    return Plan(samples=1, batch=samples, total=samples, seed=0, world=devices * nodes, micro=micro)
+    return int(numbers[0] * numbers[1])
+
+
+def _check_dealing(cfg: DictConfig) -> None:
+    """The ranks can share the batch, by the rules of training."""
+    from vlm_train.data.order import check_batch, check_tokens  # imports numpy
+
+    world = ranks(cfg)
+    samples, tokens, micro = (resolved(cfg.batch, name) for name in ("samples", "tokens", "micro"))
+    pack = packed(cfg)
+    if world and isinstance(samples, int) and samples > 0:
+        check_batch(samples, world)
+    if world and all(isinstance(number, int) and number > 0 for number in (tokens, micro, pack)):
+        check_tokens(tokens, pack, world, micro)
 
 
 def check_length(cfg: DictConfig) -> Iterator[str]:

@@ -42,7 +42,7 @@ TRAINING_KEYS = (
 COSMETIC_KEYS = {
     "trainer": ("val_every", "save_every", "log_every", "keep_last", "activation_checkpointing", "compile",
                 "accelerator", "threads", "max_bad_samples", "export"),
-    "data": ("workers", "prefetch"),
+    "data": ("workers", "prefetch", "cache"),
 }  # fmt: skip
 """Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""
 

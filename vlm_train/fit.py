@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from vlm_train import checkpoint, config, record
 from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.launch import rank
-from vlm_train.length import planned_samples
 
 TOKENIZER = "tokenizer"
 
@@ -72,7 +71,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
         halve(built.model)
     policy = _policy(cfg, built.model)
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
-    data.plan = _plan(cfg, len(data.train))
+    data.plan = _plan(cfg, data, built.model)
     facts = {"run_id": identity, "init_from": sources, "data": data.fingerprint()}
     facts |= {"vocabulary": vocabulary(built.tokenizer)}
     if resumed:
@@ -123,20 +122,17 @@ def _policy(cfg: DictConfig, model: Any) -> Any:
     )
 
 
-def _plan(cfg: DictConfig, samples: int) -> Any:
-    from vlm_train.data.order import Plan
+def _plan(cfg: DictConfig, data: Any, model: Any) -> Any:
+    from vlm_train.data.cost import cost_of
 
-    world = (
-        int(os.environ.get("WORLD_SIZE", 1)) if cfg.launch.kind != "srun" else int(os.environ.get("SLURM_NTASKS", 1))
-    )
-    return Plan(
-        samples=samples,
+    tasks = "SLURM_NTASKS" if cfg.launch.kind == "srun" else "WORLD_SIZE"
+    return data.make_plan(
         batch=cfg.batch.samples,
-        total=planned_samples(cfg, samples),
-        seed=cfg.seed,
-        world=world,
-        micro=cfg.batch.micro,
-        shuffle=cfg.data.get("shuffle", True),
+        tokens=cfg.batch.tokens,
+        epochs=cfg.trainer.epochs,
+        most=cfg.trainer.max_steps,
+        world=int(os.environ.get(tasks, 1)),
+        cost=cost_of(model),
     )
 
 
@@ -152,10 +148,10 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
         model.compile()
     objectives = {k: instantiate(v, _convert_="all") for k, v in cfg.objective.items() if v is not None}
     for name, objective in objectives.items():
-        if objective.stream == "samples" and plan.micro_count > 1:
+        if objective.stream == "samples" and (plan.packing or cfg.batch.micro * plan.world < cfg.batch.samples):
             raise ConfigError(
-                f"objective.{name}: contrasts all samples of a step with each other, so it cannot be cut into "
-                f"{plan.micro_count} micro-batches; allowed: batch.micro={plan.batch // plan.world}"
+                f"objective.{name}: contrasts all samples of a step with each other, so they cannot be packed or cut "
+                f"into micro-batches; allowed: data.pack=null batch.micro={cfg.batch.samples // plan.world}"
             )
     return VLMModule(
         model,

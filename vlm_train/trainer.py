@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
+from vlm_train.callbacks.accumulation import NEVER, Accumulation
 from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log, StopSignals
 from vlm_train.checkpoint import Resume
 from vlm_train.errors import ConfigError
@@ -28,7 +29,6 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     own = [instantiate(node, _convert_="all") for node in _named(cfg.callbacks)]
     loggers = [instantiate(node, _partial_=True, _convert_="all")(folder=folder) for node in _named(cfg.logger)]
-    every = cfg.trainer.val_every
     try:
         return pl.Trainer(
             accelerator=cfg.trainer.accelerator,
@@ -39,13 +39,12 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
             plugins=[_environment(cfg)],
             max_steps=plan.steps,
             max_epochs=-1,
-            accumulate_grad_batches=plan.micro_count,
             gradient_clip_val=cfg.trainer.clip_norm,
-            val_check_interval=(every or plan.steps + 1) * plan.micro_count,  # `_train` validates at the end
+            val_check_interval=NEVER,  # `Accumulation` says when; `_train` validates at the end
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             logger=loggers,
-            callbacks=[*own, *callbacks],
+            callbacks=[Accumulation(val_every=cfg.trainer.val_every), *own, *callbacks],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,

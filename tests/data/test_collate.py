@@ -9,13 +9,19 @@ import pytest
 import torch
 
 from vlm_train.data.batch import IGNORE
-from vlm_train.data.collate import Item, collate, collate_prompts
+from vlm_train.data.collate import Item, collate_prompts
+from vlm_train.data.collate import collate as collate_rows
 from vlm_train.data.layout import PLACEHOLDER_ID, Slot
 from vlm_train.data.render import Rendered
 from vlm_train.data.streams import PlacedSlot, Stream
 from vlm_train.errors import BatchError
 
 SIZE = (4, 6)
+
+
+def collate(items, *args, **options):
+    """Every item in a row of its own."""
+    return collate_rows([[item] for item in items], *args, **options)
 
 
 def stream(length: int, learned: int, slots: tuple[tuple[int, int], ...] = (), weight: float = 1.0) -> Stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,9 @@ from data_pipelines.sample import Annotation, Sample
 from data_pipelines.shards import ShardWriter
 from tests.data.rendering import assistant, layout, load, user
 from tests.small_run import make_data, picture
+from vlm_train.data.cost import Cost
 from vlm_train.data.datamodule import VLMData
 from vlm_train.data.image import ImageTransform
-from vlm_train.data.order import Plan
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 
@@ -28,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data")) / "tiny"
 
 
-def data(*train: Path | str, val: list[Any] | None = None, normalise: str = "token", **options: Any) -> VLMData:
+def data(*train: Any, val: list[Any] | None = None, normalise: str = "token", **options: Any) -> VLMData:
     """A data module over `train`, as `fit` makes it, on a pretended device."""
     built = SimpleNamespace(
         template=load("qa"),
@@ -38,9 +39,11 @@ def data(*train: Path | str, val: list[Any] | None = None, normalise: str = "tok
         image_size=(8, 8),
         cfg=SimpleNamespace(batch=SimpleNamespace(micro=2, normalise=normalise)),
     )
-    made = VLMData(train=[{"shards": str(one)} for one in train], val=val or [], built=built, workers=0, **options)
+    entries = [one if isinstance(one, dict) else {"shards": str(one)} for one in train]
+    options = {"shuffle": "none", "workers": 0, "cache": "/nonexistent"} | options
+    made = VLMData(train=entries, val=val or [], built=built, **options)
     made.trainer = trainer("cpu")
-    made.plan = Plan(samples=len(made.train), batch=4, total=2 * len(made.train), seed=0, micro=2, shuffle=False)
+    made.plan = made.make_plan(batch=4, tokens=None, epochs=2, most=None, world=1, cost=Cost())
     return made
 
 
@@ -149,14 +152,14 @@ def test_validation_has_workers_and_their_number_changes_nothing(root: Path) -> 
     assert loader.num_workers == 2
     for one, other in zip(alone, loader, strict=True):
         assert one.keys == other.keys and torch.equal(one.text["llm"].ids, other.text["llm"].ids)
-    module.val.size = 2  # one batch
+    module.val.sources = [module.val.sources[0].part(0, 2)]  # one batch
     assert module.val_dataloader().num_workers == 1
 
 
 def test_a_rank_without_samples_names_the_same_sums(root: Path) -> None:
     """Ranks reduce `Window.sums` by name: a short last step must not leave one of them with fewer."""
     module = data(root / "train", rejected=True)
-    module.plan = Plan(samples=12, batch=4, total=1, seed=0, world=2, micro=2)
+    module.plan = replace(module.plan, total=1, world=2)
     module.trainer.global_rank = 1
     (batch,) = module.train_dataloader()
     assert batch.window.sums == {"samples": {}, "llm": {}, "rejected": {}} and list(batch.text) == ["llm", "rejected"]

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_train.data.order import Address, Plan
+from vlm_train.data.mixture import Address, Mixture, Share
+from vlm_train.data.order import SamplePlan
 from vlm_train.errors import ConfigError
 
 
-def plan(**changes):
-    return Plan(**{"samples": 10, "batch": 4, "total": 30, "seed": 3} | changes)
+def plan(samples: int = 10, seed: int = 3, shuffle: str = "full", **changes) -> SamplePlan:
+    mixture = Mixture(sources=(Share(size=samples),), seed=seed, shuffle=shuffle)
+    return SamplePlan(**{"mixture": mixture, "batch": 4, "total": 30} | changes)
 
 
-def step_of(which: Plan, step: int) -> list[Address]:
+def step_of(which: SamplePlan, step: int) -> list[Address]:
     """One global batch in the order of positions: the ranks' shares interleaved."""
-    shares = [[a for micro in which.step(step, rank) for a in micro] for rank in range(which.world)]
+    shares = [[a for micro in which.step(step, rank) for (a,) in micro] for rank in range(which.world)]
     return [share[row] for row in range(max(map(len, shares))) for share in shares if row < len(share)]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle", ["full", "shards", "none"])
 def test_each_sample_is_drawn_once_in_each_epoch(shuffle):
     drawn = [a for step in range(plan().steps) for a in step_of(plan(shuffle=shuffle), step)]
     assert len(drawn) == 30
     for epoch in range(3):
         assert sorted(a.index for a in drawn if a.epoch == epoch) == list(range(10))
     orders = {tuple(a.index for a in drawn if a.epoch == epoch) for epoch in range(3)}
-    assert len(orders) == (3 if shuffle else 1)
+    assert len(orders) == (1 if shuffle == "none" else 3)
 
 
 def test_the_seed_decides_the_order():

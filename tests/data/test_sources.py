@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.data.test_collate import SIZE, item, stream
-from vlm_train.data.collate import Item, collate
+from tests.data.test_collate import SIZE, collate, item, stream
+from vlm_train.data.collate import Item
 from vlm_train.data.sources import source_factors, weigh_sources
 
 

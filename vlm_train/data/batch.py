@@ -5,8 +5,9 @@ Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, N media views, S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,28 @@ class Slots:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Where the causal segments of packed rows lie, for kernels that need no mask.
+
+    The rows are read as one sequence of B x T tokens; the padding behind a row is a segment of its own.
+
+    Attributes:
+        lengths: of every segment, on the CPU; they add up to B x T.
+        starts: `[len(lengths) + 1]` int32, their starts and the end ("cu_seqlens").
+    """
+
+    lengths: tuple[int, ...]
+    starts: Tensor
+
+
+def segments_of(rows: Sequence[Sequence[int]], width: int) -> Segments:
+    """The segments of rows of `width` tokens, given as the lengths of their samples, padded on the right."""
+    padded = [[*row, width - sum(row)] for row in rows] or [[width]]
+    lengths = [length for row in padded for length in row if length]
+    return Segments(lengths=tuple(lengths), starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenStream:
     """One text stream of a batch, its labels already aligned: `labels[b, t]` is the target of position t.
 
@@ -52,6 +75,7 @@ class TokenStream:
             not ask the device for them; None: the loss finds them.
         plain_causal: every row is one segment of group 0 at positions 0, 1, ..., padded on the right. Then causal
             attention needs no mask, and fast kernels run. Decided by collate: a device would have to be asked.
+        segments: the same rows as causal segments, each of group 0 at positions 0, 1, ...; None: only a mask tells.
     """
 
     ids: Tensor
@@ -64,6 +88,7 @@ class TokenStream:
     alignment: Alignment = "causal"
     supervised: Tensor | None = None
     plain_causal: bool = False
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +122,8 @@ class Window:
     """Where a micro-batch stands in its optimizer step, and what the step holds on this rank.
 
     `sums[stream][source]` is the total loss weight of this rank's whole window (the stream "samples" counts samples);
-    one all-reduce of it before the first backward gives the global denominator. The other counts are for the log;
-    `problems` says which samples were left out, and why.
+    one all-reduce of it before the first backward gives the global denominator. The other counts are for the log
+    (`places`: tokens and padding); `problems` says which samples were left out, and why.
     """
 
     step: int
@@ -107,6 +132,7 @@ class Window:
     sums: Mapping[str, Mapping[str, float]]
     samples: int = 0
     tokens: int = 0
+    places: int = 0
     supervised: int = 0
     problems: tuple[str, ...] = ()
 

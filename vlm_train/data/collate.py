@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
+from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window, segments_of
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.data.render import Rendered
 from vlm_train.data.streams import Stream
@@ -35,7 +35,7 @@ class Item:
 
 
 def collate(
-    items: Sequence[Item],
+    rows: Sequence[Sequence[Item]],
     image_size: tuple[int, int],
     *,
     streams: Sequence[str] = ("llm",),
@@ -43,11 +43,14 @@ def collate(
     window: Window | None = None,
     left: bool = False,
 ) -> Batch:
-    """One row per item. An empty list gives one padding row of `streams`, so that every rank makes the same calls.
+    """Rows of one or several samples. No rows give one row of padding, so that every rank makes the same calls.
+
+    A packed row holds its samples one after the other, each a segment with positions of its own.
 
     Raises:
         BatchError: items with different streams, or a placeholder that no given view would fill. Names the sample.
     """
+    items = [item for row in rows for item in row]
     names = list(items[0].rendered.streams) if items else list(streams)
     for item in items:
         if list(item.rendered.streams) != names:
@@ -57,18 +60,18 @@ def collate(
             )
     shelf = _shelve(items)
     return Batch(
-        text={name: _stream(items, name, shelf, normalise, left) for name in names},
-        media=_media(items, shelf, image_size),
+        text={name: _stream(rows, name, shelf, normalise, left) for name in names},
+        media=_media(rows, items, shelf, image_size),
         window=window,
-        sources=tuple((i.source,) for i in items) or ((),),
-        keys=tuple((i.rendered.key,) for i in items) or ((),),
-        references=tuple(i.rendered.reference for i in items),
+        sources=tuple(tuple(item.source for item in row) for row in rows) or ((),),
+        keys=tuple(tuple(item.rendered.key for item in row) for row in rows) or ((),),
+        references=tuple(item.rendered.reference for item in items),
     )
 
 
 def collate_prompts(items: Sequence[tuple[Rendered, Views]], image_size: tuple[int, int]) -> Batch:
     """A batch of generation prompts, padded on the left."""
-    return collate([Item(rendered, views) for rendered, views in items], image_size, left=True)
+    return collate([[Item(rendered, views)] for rendered, views in items], image_size, left=True)
 
 
 def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
@@ -84,7 +87,7 @@ def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Shelf:
-    """The media of a batch: `(row, item) -> number in the batch`, and the features of each, joined in this order."""
+    """The media of a batch: `(sample, item) -> number in the batch`, and the features of each, joined in this order."""
 
     numbers: dict[tuple[int, int], int]
     counts: tuple[int, ...]
@@ -94,14 +97,14 @@ class _Shelf:
 def _shelve(items: Sequence[Item]) -> _Shelf:
     """Number the media that the model is given, and count their features as the slots of all streams want them."""
     numbers: dict[tuple[int, int], int] = {}
-    for row, item in enumerate(items):
+    for sample, item in enumerate(items):
         for number in (n for n in item.rendered.media if n < len(item.views)):
-            numbers[row, number] = len(numbers)
+            numbers[sample, number] = len(numbers)
     counts = [0] * len(numbers)
-    for row, item in enumerate(items):
+    for sample, item in enumerate(items):
         for stream in item.rendered.streams.values():
             for placed in stream.slots:
-                if (at := numbers.get((row, placed.slot.item))) is None:
+                if (at := numbers.get((sample, placed.slot.item))) is None:
                     raise BatchError(
                         f"collate: sample {item.rendered.key!r}: media item {placed.slot.item} has "
                         f"{placed.slot.count} placeholders, but 0 views ({len(item.views)} media items were given)"
@@ -110,21 +113,27 @@ def _shelve(items: Sequence[Item]) -> _Shelf:
     return _Shelf(numbers, tuple(counts), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
 
 
-def _stream(items: Sequence[Item], name: str, shelf: _Shelf, normalise: str, left: bool) -> TokenStream:
-    streams = [item.rendered.streams[name] for item in items]
-    rows, width = max(len(streams), 1), max((len(s) for s in streams), default=1)
-    axes = max((len(s.positions) for s in streams), default=1)
-    ids = np.zeros((rows, width), np.int64)
-    labels = np.full((rows, width), IGNORE, np.int64)
-    target = np.zeros((rows, width), np.float32)
-    positions = np.zeros((axes, rows, width), np.int64)
-    segments, groups = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-    for row, (stream, item) in enumerate(zip(streams, items, strict=True)):
-        where = slice(width - len(stream), width) if left else slice(0, len(stream))
-        ids[row, where], labels[row, where] = stream.ids, stream.labels
-        target[row, where] = target_weights(stream, normalise, item.weight)
-        positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
-        segments[row, where] = 1
+def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise: str, left: bool) -> TokenStream:
+    lengths = [[len(item.rendered.streams[name]) for item in row] for row in rows]
+    count, width = max(len(rows), 1), max((sum(one) for one in lengths), default=1)
+    axes = max((len(item.rendered.streams[name].positions) for row in rows for item in row), default=1)
+    ids = np.zeros((count, width), np.int64)
+    labels = np.full((count, width), IGNORE, np.int64)
+    target = np.zeros((count, width), np.float32)
+    positions = np.zeros((axes, count, width), np.int64)
+    segments, groups = np.zeros((count, width), np.int32), np.zeros((count, width), np.int32)
+    for row, items in enumerate(rows):
+        start = width - sum(lengths[row]) if left else 0
+        for segment, item in enumerate(items, start=1):
+            stream = item.rendered.streams[name]
+            where = slice(start, start + len(stream))
+            ids[row, where], labels[row, where] = stream.ids, stream.labels
+            target[row, where] = target_weights(stream, normalise, item.weight)
+            positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
+            segments[row, where] = segment
+            start += len(stream)
+    streams = [item.rendered.streams[name] for row in rows for item in row]
+    causal = all(map(_plain, streams))
     return TokenStream(
         ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -132,9 +141,10 @@ def _stream(items: Sequence[Item], name: str, shelf: _Shelf, normalise: str, lef
         positions=torch.from_numpy(positions),
         segment_ids=torch.from_numpy(segments),
         attention_group=torch.from_numpy(groups),
-        slots=_slots(items, name, shelf, ids, left),
+        slots=_slots(rows, name, shelf, ids, left),
         supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
-        plain_causal=all(map(_plain, streams)) and (not left or len({len(s) for s in streams}) < 2),
+        plain_causal=causal and all(len(row) == 1 for row in rows) and (not left or len(set(map(len, streams))) < 2),
+        segments=segments_of(lengths, width) if causal and not left else None,
     )
 
 
@@ -142,24 +152,28 @@ def _plain(stream: Stream) -> bool:
     return not stream.attention_group.any() and np.array_equal(stream.positions, np.arange(len(stream))[None])
 
 
-def _slots(items: Sequence[Item], name: str, shelf: _Shelf, ids: np.ndarray, left: bool) -> Slots:
+def _slots(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, ids: np.ndarray, left: bool) -> Slots:
     width = ids.shape[1]
     none = np.zeros(0, np.int64)
     index, features = [none], [none]
-    for row, item in enumerate(items):
-        stream = item.rendered.streams[name]
-        start = row * width + (width - len(stream) if left else 0)
-        run = np.concatenate([none, *(np.arange(p.start, p.end) for p in stream.slots)])
-        expected = np.flatnonzero(stream.ids == PLACEHOLDER_ID)
-        if not np.array_equal(np.sort(run), expected):
-            raise BatchError(
-                f"collate: sample {item.rendered.key!r}, stream {name!r}: the text has {len(expected)} placeholders, "
-                f"but not where its slots say that {len(run)} are"
-            )
-        index.append(start + run)
-        for placed in stream.slots:
-            first = shelf.starts[shelf.numbers[row, placed.slot.item]] + placed.offset
-            features.append(np.arange(first, first + placed.slot.count))
+    sample = 0
+    for number, row in enumerate(rows):
+        start = number * width
+        start += width - sum(len(item.rendered.streams[name]) for item in row) if left else 0
+        for item in row:
+            stream = item.rendered.streams[name]
+            run = np.concatenate([none, *(np.arange(p.start, p.end) for p in stream.slots)])
+            expected = np.flatnonzero(stream.ids == PLACEHOLDER_ID)
+            if not np.array_equal(np.sort(run), expected):
+                raise BatchError(
+                    f"collate: sample {item.rendered.key!r}, stream {name!r}: the text has {len(expected)} "
+                    f"placeholders, but not where its slots say that {len(run)} are"
+                )
+            index.append(start + run)
+            for placed in stream.slots:
+                first = shelf.starts[shelf.numbers[sample, placed.slot.item]] + placed.offset
+                features.append(np.arange(first, first + placed.slot.count))
+            start, sample = start + len(stream), sample + 1
     places, wanted = np.concatenate(index), np.concatenate(features)
     in_order = np.array_equal(wanted, np.arange(shelf.starts[-1]))
     return Slots(
@@ -169,14 +183,16 @@ def _slots(items: Sequence[Item], name: str, shelf: _Shelf, ids: np.ndarray, lef
     )
 
 
-def _media(items: Sequence[Item], shelf: _Shelf, image_size: tuple[int, int]) -> MediaBatch:
-    pixels = [np.asarray(items[row].views[number]) for row, number in shelf.numbers]
-    rows = [row for row, _ in shelf.numbers]
+def _media(
+    rows: Sequence[Sequence[Item]], items: Sequence[Item], shelf: _Shelf, image_size: tuple[int, int]
+) -> MediaBatch:
+    row_of = [number for number, row in enumerate(rows) for _ in row]
+    pixels = [np.asarray(items[sample].views[number]) for sample, number in shelf.numbers]
     blank = np.zeros((1, 3, *image_size), np.uint8)
     return MediaBatch(
         pixels=torch.from_numpy(np.concatenate(pixels) if pixels else blank),
         view_counts=tuple(len(views) for views in pixels),
         slot_counts=shelf.counts,
-        row=torch.tensor(rows, dtype=torch.int64),
-        keys=tuple(items[row].rendered.key for row in rows),
+        row=torch.tensor([row_of[sample] for sample, _ in shelf.numbers], dtype=torch.int64),
+        keys=tuple(items[sample].rendered.key for sample, _ in shelf.numbers),
     )

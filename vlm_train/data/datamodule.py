@@ -7,88 +7,26 @@ nothing. The only state is the number of finished optimizer steps.
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data_pipelines.errors import BadSample, DataError
-from data_pipelines.stream import ShardSet
+from data_pipelines.errors import BadSample
 from vlm_train.build import Built
 from vlm_train.data.batch import Batch, Window
 from vlm_train.data.collate import Item, collate, target_weights
-from vlm_train.data.order import Address, Plan
-from vlm_train.data.render import render
+from vlm_train.data.cost import Cost
+from vlm_train.data.mixture import Address, Mixture
+from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes, TokenPlan
+from vlm_train.data.samples import Samples
 from vlm_train.errors import ConfigError
-from vlm_train.randomness import derive_seed
-
-
-class Samples:
-    """The samples of several shard sets as one list, rendered on demand. Picklable: files open lazily per process.
-
-    Raises:
-        DataError: a folder is no shard set, or holds no sample.
-    """
-
-    def __init__(
-        self, shards: Sequence[str], built: Built, options: dict[str, Any], *, seed: int, limit: int | None
-    ) -> None:
-        self.sets = [ShardSet(folder) for folder in shards]
-        if empty := [str(one.folder) for one in self.sets if not len(one)]:
-            raise DataError(f"{', '.join(empty)}: a shard set without samples; build it again or take it out")
-        ends = np.cumsum([len(one) for one in self.sets]) if self.sets else np.zeros(0, np.int64)
-        self.starts = [0, *map(int, ends)]
-        self.first, self.size = 0, self.starts[-1] if limit is None else min(self.starts[-1], limit)
-        self.template, self.tokenizer, self.layout, self.image = (
-            built.template,
-            built.tokenizer,
-            built.layout,
-            built.image,
-        )
-        self.image_size = built.image_size
-        self.options = options
-        self.streams = ("llm", "rejected") if options.get("rejected") else ("llm",)
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.size
-
-    def item(self, address: Address, *, training: bool) -> Item:
-        """Load, decode and render one sample. Raises `BadSample` naming shard and key."""
-        index = self.first + address.index
-        which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        shards, local = self.sets[which], index - self.starts[which]
-        sample, blobs = shards.load(local)
-        where = f"{shards.shard(local)}, {sample.key!r}"
-        generator = (
-            np.random.default_rng(derive_seed(self.seed, "sample", address.epoch, address.index)) if training else None
-        )
-        rendered = render(sample, self.template, self.tokenizer, self.layout, **self.options)
-        views: list[np.ndarray | None] = []
-        if self.image is not None:
-            views = [None] * len(blobs)
-            for number in rendered.media:
-                views[number] = self.image(blobs[number], generator, where)
-        return Item(rendered, views, source=sample.source, weight=sample.weight)
-
-    def split(self, share: float, limit: int | None) -> Samples:
-        """Take the last share of the samples away and return it, or its first `limit` samples."""
-        held = max(1, int(self.size * share))
-        if held >= self.size:
-            folders = ", ".join(str(one.folder) for one in self.sets)
-            raise ConfigError(
-                f"data.val_share: {share} of the {self.size} samples in {folders} leaves none to train on"
-            )
-        self.size -= held
-        tail = copy.copy(self)
-        tail.first, tail.size = self.size, held if limit is None else min(held, limit)
-        return tail
 
 
 @dataclass
@@ -109,29 +47,25 @@ class WindowStream(IterableDataset):
 
     def window(self, step: int) -> list[Batch]:
         """All micro-batches of one optimizer step. A bad sample leaves a hole in its place."""
-        micros: list[list[Item]] = []
+        micros: list[list[list[Item]]] = []
         problems: list[str] = []
-        for addresses in self.plan.step(step, self.rank):
-            items = []
-            for address in addresses:
-                try:
-                    items.append(self.samples.item(address, training=True))
-                except BadSample as error:
-                    problems.append(str(error))
-            micros.append(items)
+        for rows in self.plan.step(step, self.rank):
+            loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
+            micros.append([row for row in loaded if row])
         window = self._window(step, micros, tuple(problems))
         how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
         return [
-            collate(items, self.samples.image_size, window=replace(window, micro=m), **how)
-            for m, items in enumerate(micros)
+            collate(rows, self.samples.image_size, window=replace(window, micro=m), **how)
+            for m, rows in enumerate(micros)
         ]
 
-    def _window(self, step: int, micros: Sequence[Sequence[Item]], problems: tuple[str, ...]) -> Window:
+    def _window(self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[str, ...]) -> Window:
         # Ranks reduce the sums by name, so a rank without samples needs all names, too.
         names = ("samples", *self.samples.streams)
         sums: dict[str, dict[str, float]] = {name: {} for name in names}
         tokens = supervised = 0
-        for item in (item for items in micros for item in items):
+        items = [item for rows in micros for row in rows for item in row]
+        for item in items:
             sums["samples"][item.source] = sums["samples"].get(item.source, 0.0) + 1.0
             for name, stream in item.rendered.streams.items():
                 total = float(target_weights(stream, self.normalise, item.weight).sum())
@@ -143,11 +77,28 @@ class WindowStream(IterableDataset):
             micro=0,
             micro_count=len(micros),
             sums=sums,
-            samples=sum(len(items) for items in micros),
+            samples=len(items),
             tokens=tokens,
+            places=sum(_places(rows, name) for rows in micros for name in self.samples.streams),
             supervised=supervised,
             problems=problems,
         )
+
+
+def load_row(samples: Samples, row: Sequence[Address], problems: list[str], *, training: bool) -> list[Item]:
+    """The usable samples of a row; why the others are not goes to `problems`."""
+    items = []
+    for address in row:
+        try:
+            items.append(samples.item(address, training=training))
+        except BadSample as error:
+            problems.append(str(error))
+    return items
+
+
+def _places(rows: Sequence[Sequence[Item]], name: str) -> int:
+    """Tokens of a stream in a micro-batch, padding included."""
+    return len(rows) * max((sum(len(item.rendered.streams[name]) for item in row) for row in rows), default=0)
 
 
 class MicroBatches:
@@ -185,28 +136,30 @@ class ValidationStream(IterableDataset):
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in range(number, self.batches, count):
             first = (batch * self.world + self.rank) * self.rows
-            items: list[Item] = []
             problems: list[str] = []
-            for index in range(first, min(first + self.rows, len(self.samples))):
-                try:
-                    items.append(self.samples.item(Address(index, 0), training=False))
-                except BadSample as error:
-                    problems.append(str(error))
+            row = [Address(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
+            items = load_row(self.samples, row, problems, training=False)
             how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
-            yield replace(collate(items, self.samples.image_size, **how), problems=tuple(problems))
+            yield replace(collate([[i] for i in items], self.samples.image_size, **how), problems=tuple(problems))
 
 
 class VLMData(pl.LightningDataModule):
     """Training and validation data.
 
     Args:
-        train, val: shard sets, `{shards: folder, samples: published size, only read by a dry run}`.
-        val_share: share of train held out at its end when `val` is empty.
+        train, val: shard sets, `{shards: folder, name, limit, loss_weight}` and, for train, how each takes part in the
+            mixture: `repeat`, `weight`, `share` (`vlm_train.data.mixture.Share`), and `samples`, its published size,
+            which only a dry run reads.
+        mixture, temperature, shuffle, window, pool: the order, see `vlm_train.data.mixture.Mixture` (its blocks are
+            `window` draws).
+        group: modality | length | modality_length | null, see `vlm_train.data.order.SamplePlan`.
+        pack: tokens of a packed row; null: one sample a row. pack_views: views (images, tiles, frames) of one at most.
+        cache: folder of measured lengths, which packing and grouping by length need.
+        val_share: share of every train source held out at its end when `val` is empty.
         annotations: dialogue | independent | first, see `vlm_train.data.render`.
-        max_length: tokens of a row, image tokens included; over_length: truncate | drop | error.
+        max_length: tokens of a sample, image tokens included; over_length: truncate | drop | error.
         rejected: also the stream "rejected", for preference objectives.
-        shuffle: read by `fit`, which makes the plan.
-        limit, val_limit: use the first samples only.
+        limit, val_limit: use the first samples of every source only.
         workers, prefetch: loader processes, and windows each keeps ready.
         built, seed: given by `fit`, as is the attribute `plan`.
     """
@@ -216,12 +169,20 @@ class VLMData(pl.LightningDataModule):
         *,
         train: list[dict[str, Any]],
         val: list[dict[str, Any]],
+        mixture: Literal["concat", "weights", "sqrt", "temperature"] = "concat",
+        temperature: float = 1.0,
+        shuffle: Literal["full", "shards", "none"] = "full",
+        window: int = 8192,
+        pool: int = 16,
+        group: Literal["modality", "length", "modality_length"] | None = None,
+        pack: int | None = None,
+        pack_views: int | None = None,
+        cache: str = "data/.lengths",
         val_share: float = 0.0,
         annotations: Literal["dialogue", "independent", "first"] = "dialogue",
         max_length: int | None = 2048,
         over_length: Literal["truncate", "drop", "error"] = "truncate",
         rejected: bool = False,
-        shuffle: bool = True,
         limit: int | None = None,
         val_limit: int | None = None,
         workers: int = 2,
@@ -230,16 +191,26 @@ class VLMData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        del shuffle
         if built is None:
             raise ConfigError("data: VLMData needs the built model parts")
         _check(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected}
-        self.train = Samples([one["shards"] for one in train], built, options, seed=seed, limit=limit)
-        self.val = Samples([one["shards"] for one in val], built, options, seed=seed, limit=val_limit)
+        self.train = Samples(train, built, options, seed=seed, limit=limit)
+        self.val = Samples(val, built, options, seed=seed, limit=val_limit)
         if val_share and not val:
             self.val = self.train.split(val_share, val_limit)
+        self.mixture = Mixture(
+            sources=self.train.shares(),
+            seed=seed,
+            rule=mixture,
+            temperature=temperature,
+            shuffle=shuffle,
+            block=window,
+            pool=pool,
+        )
+        self.pack, self.pack_views, self.group, self.window = pack, pack_views, group, window
+        self.cache = Path(cache)
         self.micro, self.normalise = built.cfg.batch.micro, built.cfg.batch.normalise
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None
@@ -247,6 +218,63 @@ class VLMData(pl.LightningDataModule):
     def fingerprint(self) -> str:
         """Hash of the training samples and their order, from the manifests: other shards have another one."""
         return hashlib.sha256("\n".join(one.fingerprint for one in self.train.sets).encode()).hexdigest()
+
+    def make_plan(
+        self, *, batch: int | None, tokens: int | None, epochs: float | None, most: int | None, world: int, cost: Cost
+    ) -> Plan:
+        """Which samples make up which step: `batch` samples, or rows of `pack` tokens within a budget of `tokens`.
+
+        Args:
+            epochs, most: passes over the mixture, and steps at most; None: no such limit.
+            cost: what a sample takes to compute; packed rows are dealt by it.
+        """
+        packing = self._packing(cost)
+        total = None if epochs is None else math.ceil(epochs * self.mixture.samples)
+        if tokens is not None:
+            assert packing is not None, "checked with the configuration"
+            return TokenPlan(
+                mixture=self.mixture,
+                packing=packing,
+                tokens=tokens,
+                total=total,
+                most=most,
+                world=world,
+                micro=self.micro,
+                window=self.window,
+            )
+        assert batch is not None
+        by_length = self.group in ("length", "modality_length")
+        return SamplePlan(
+            mixture=self.mixture,
+            batch=batch,
+            total=min(n for n in (total, None if most is None else most * batch) if n is not None),
+            world=world,
+            micro=self.micro,
+            packing=packing,
+            media=self.train.has_media() if self.group in ("modality", "modality_length") else None,
+            lengths=self.train.measure(self.cache).tokens if by_length else None,
+            group=self.group,
+            window=self.window,
+        )
+
+    def _packing(self, cost: Cost) -> Packing | None:
+        if self.pack is None:
+            return None
+        lengths = self.train.measure(self.cache)
+        tokens, views = lengths.tokens, lengths.views
+        return Packing(sizes=Sizes(tokens, views, cost(tokens, views)), length=self.pack, views=self.pack_views)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a token plan stands, so that a resumed run packs nothing twice. It decides no order."""
+        if not isinstance(self.plan, TokenPlan) or self.trainer is None:
+            return {}
+        window, first = self.plan.locate(self.trainer.global_step)
+        return {"window": window, "first": first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        if isinstance(self.plan, TokenPlan) and state_dict:
+            self.plan.remember(**state_dict)
 
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the trainer's current optimizer step on."""

@@ -58,6 +58,11 @@ class ImageTransform:
         del size
         return MediaSize(width=self.size[1], height=self.size[0])
 
+    def view_count(self, size: MediaSize) -> int:
+        """Views made of a media item of this size."""
+        del size
+        return 1
+
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> np.ndarray:
         """Decode and transform one image.
 

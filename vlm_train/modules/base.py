@@ -25,8 +25,8 @@ from vlm_train.randomness import derive_seed
 class VLMModule(pl.LightningModule):
     """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
 
-    The loss of a micro-batch is its sum over the denominator of the whole optimizer step on all ranks, times the
-    micro-batch and rank counts that Lightning and DDP divide by: the gradient does not depend on how a step is cut.
+    The loss of a micro-batch is its sum over the denominator of the whole optimizer step on all ranks, times what
+    Lightning and DDP divide by: the gradient does not depend on how a step is cut.
     """
 
     strict_loading = False  # checkpoints hold what learns; `checkpoint.py` checks that nothing else is missing
@@ -60,7 +60,8 @@ class VLMModule(pl.LightningModule):
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
-        self.counts = dict.fromkeys(("samples", "tokens", "supervised", "skipped"), 0.0)
+        self.counts = dict.fromkeys(("samples", "tokens", "places", "supervised", "skipped"), 0.0)
+        self.drawn: dict[str, float] = {}  # source -> samples since the last log line
         self.bad_in_a_row = 0
         self.grad_norm: Tensor | None = None
         self.loss_weights: dict[str, float] = {}
@@ -97,7 +98,9 @@ class VLMModule(pl.LightningModule):
                 value = loss.sum * (loss.weight / max(self.denominators.get(objective.stream, 0.0), 1e-8))
                 total = total + value
                 self._add(name, loss)
-        return total * (window.micro_count * self.trainer.world_size)
+        return total * (
+            self.trainer.accumulate_grad_batches * self.trainer.world_size
+        )  # Lightning and DDP divide by both
 
     def _open(self, window: Window) -> None:
         """Start an optimizer step: one all-reduce gives the denominators and whether any rank is asked to stop."""
@@ -112,7 +115,9 @@ class VLMModule(pl.LightningModule):
         if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
             streams = [name for name in names if name != "samples"]
             self.factors = {name: source_factors(self._over_ranks(dict(window.sums.get(name, {})))) for name in streams}
-        for name in ("samples", "tokens", "supervised"):
+        for source, count in window.sums["samples"].items():
+            self.drawn[source] = self.drawn.get(source, 0.0) + count
+        for name in ("samples", "tokens", "places", "supervised"):
             self.counts[name] += getattr(window, name)
         if window.problems:
             self._quarantine(window)
@@ -161,6 +166,7 @@ class VLMModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """An update, and the bounds that the family keeps after one (the temperature of two towers)."""
         super().optimizer_step(*args, **kwargs)
+        self.zero_grad(set_to_none=True)
         if hasattr(self.model, "clamp_"):
             cast(Any, self.model).clamp_()
 
@@ -184,10 +190,14 @@ class VLMModule(pl.LightningModule):
             "tokens_per_second": self.counts["tokens"] / seconds,
         }
         row |= {"supervised_share": ratio, "skipped": self.counts["skipped"]}
+        row["real_tokens_share"] = self.counts["tokens"] / max(self.counts["places"], 1)
+        drawn = self._over_ranks(self.drawn)
+        if len(drawn) > 1:
+            row |= {f"share/{name}": count / sum(drawn.values()) for name, count in sorted(drawn.items())}
         if self.grad_norm is not None and math.isfinite(float(self.grad_norm)):  # 16-mixed skips steps that overflow
             row["grad_norm"] = float(self.grad_norm)
         self.write("train", row)
-        self.totals = {}
+        self.totals, self.drawn = {}, {}
         self.counts = dict.fromkeys(self.counts, 0.0)
 
     def _over_ranks(self, values: dict[str, float]) -> dict[str, float]:
@@ -291,6 +301,9 @@ class VLMModule(pl.LightningModule):
         )
         print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown}", flush=True)
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Gradients are cleared after each update: Lightning would clear them after a fixed number of batches."""
+
     def configure_optimizers(self) -> Any:
         """One optimizer over the policy's groups, its schedule per optimizer step."""
         optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
@@ -304,6 +317,7 @@ class VLMModule(pl.LightningModule):
         checkpoint["since_log"] = {
             "totals": self._over_ranks(dict(zip(self.totals, sums, strict=True))),
             "counts": self._over_ranks(self.counts),
+            "drawn": self._over_ranks(self.drawn),
             "bad_in_a_row": self.bad_in_a_row,
         }
 
@@ -313,7 +327,7 @@ class VLMModule(pl.LightningModule):
         self.bad_in_a_row = held["bad_in_a_row"]
         if self.global_rank == 0:
             self.totals = {name: torch.tensor(value, device=self.device) for name, value in held["totals"].items()}
-            self.counts = dict(held["counts"])
+            self.counts, self.drawn = dict(held["counts"]), dict(held["drawn"])
 
 
 def ends_step(batch: Batch) -> bool:

@@ -1,0 +1,56 @@
+"""What a sample takes to compute, so that rows can be dealt to ranks that have to wait for each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from vlm_train.data.layout import MediaSize
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a training step, up to a factor: `token` a token, `pair` a squared token, `view` an image view."""
+
+    token: float = 1.0
+    pair: float = 0.0
+    view: float = 0.0
+
+    def __call__(self, tokens: NDArray[Any], views: NDArray[Any]) -> NDArray[np.float64]:
+        """Cost of samples of `tokens` and `views` `[N]`."""
+        length = tokens.astype(np.float64)
+        return self.token * length + self.pair * length**2 + self.view * views
+
+
+def cost_of(model: Any) -> Cost:
+    """The cost of a model's samples: 2 FLOPs a weight and token forward, as many for the gradient of its input and of
+    the weight. A frozen language model still passes gradients on to what comes before it; a frozen tower does not.
+
+    Causal attention adds 2 FLOPs a layer, channel and pair of tokens (performed on half of the pairs, for queries with
+    keys and for scores with values).
+    """
+    llm, vision = getattr(model, "llm", None), getattr(model, "vision", None)
+    if llm is None:
+        return Cost()
+    passes = 3.0 if _trains(llm) else 2.0
+    embedding = llm.base_vocab_size * llm.dim
+    token = passes * 2.0 * max(sum(p.numel() for p in llm.parameters()) - embedding, 1)
+    pair = passes * 2.0 * len(llm.layers) * llm.dim
+    if vision is None:
+        return Cost(token, pair)
+    rows, columns = vision.patch_grid(_view(vision))
+    weights = sum(p.numel() for p in vision.parameters())
+    return Cost(token, pair, (3.0 if _trains(vision) else 1.0) * 2.0 * weights * rows * columns)
+
+
+def _view(vision: Any) -> Any:
+    height, width = vision.image_size or (448, 448)
+    return MediaSize(width=width, height=height)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
