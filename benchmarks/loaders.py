@@ -1,7 +1,7 @@
 """Both sides of a comparison: our loader as `fit` drives it, and raw webdataset with Pillow, doing the same work.
 
-Theirs makes pixels only. Ours makes what training needs: it checks every member's checksum and header, shuffles over all
-samples, renders the conversation to tokens and labels, and collates all of it.
+Theirs makes pixels only. Ours makes what training needs: it checks checksums and headers, shuffles over all samples,
+renders the conversation to tokens and labels, and collates all of it.
 """
 
 from __future__ import annotations

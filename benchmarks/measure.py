@@ -104,7 +104,7 @@ class Report:
         for line in self.lines:
             table.add_row(line.name, *_cells(line))
         Console(width=None if os.isatty(1) else 180).print(table)
-        print(f"{self.about()['machine']}; load {os.getloadavg()[0]:.1f}: the ratios count, the absolute rates are noise")
+        print(f"{self.about()['machine']}; load {os.getloadavg()[0]:.1f}: ratios count, rates are noise")
 
     def markdown(self) -> str:
         """The table for a README."""

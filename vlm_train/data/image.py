@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from vlm_train.data.layout import MediaSize
+from vlm_train.data.resample import resized_part
 
 Mode = Literal["crop", "pad", "resize"]
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -85,7 +86,7 @@ class ImageTransform:
         height, width = self.size
         if self.mode == "crop":
             left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
-            image = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+            image = resized_part(image, resized, (left, top), (width, height))
         else:
             if self.mode == "pad":
                 image = _expand_to_square(image, self.fill)
