@@ -22,6 +22,7 @@ from benchmarks.corpus import tars
 from benchmarks.loaders import BATCH, CONF, PREFETCH, our_data, stack, their_transform
 from benchmarks.measure import rate
 from data_pipelines.stream import ShardSet
+from vlm_train.data.datamodule import MicroBatches
 
 ENDLESS = 10_000_000
 
@@ -52,9 +53,9 @@ def torchdata(folder: Path, workers: int) -> Iterator[Any]:
     loader = StatefulDataLoader(
         stream, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH if workers else None
     )
-    for window in loader:
+    for batch in MicroBatches(loader):
         loader.state_dict()
-        yield from window
+        yield batch
 
 
 def litdata(folder: Path, workers: int) -> Iterator[Any]:
