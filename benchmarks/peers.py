@@ -22,7 +22,7 @@ from benchmarks.corpus import tars
 from benchmarks.loaders import BATCH, CONF, PREFETCH, our_data, stack, their_transform
 from benchmarks.measure import rate
 from data_pipelines.stream import ShardSet
-from vlm_train.data.datamodule import MicroBatches
+from vlm_train.data.windows import MicroBatches
 
 ENDLESS = 10_000_000
 

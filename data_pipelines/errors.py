@@ -1,9 +1,19 @@
 """Errors of the data half: always with the shard and key (or the raw file and record) they come from."""
 
+from __future__ import annotations
+
 
 class DataError(Exception):
     """Data that cannot be used as it is. The message names where it is and what is wrong with it."""
 
 
 class BadSample(DataError):
-    """One sample is unusable (corrupt image, placeholder mismatch, ...): skipped, counted, quarantined."""
+    """One sample is unusable (corrupt image, placeholder mismatch, ...): skipped, counted, quarantined.
+
+    `kind` is the word it is counted under: corrupt (the bytes are not those that were indexed), malformed (they are no
+    sample), image (a picture that cannot be used), too_long, ...; `shard` and `key` say where it is, once known.
+    """
+
+    def __init__(self, message: str, *, kind: str = "other", shard: str = "", key: str = "") -> None:
+        super().__init__(message)
+        self.kind, self.shard, self.key = kind, shard, key

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import sys
 from array import array
 from collections.abc import Sequence
@@ -18,10 +19,15 @@ import numpy as np
 
 from data_pipelines.errors import DataError
 from data_pipelines.manifest import MANIFEST, FileInfo, Manifest, Stats
+from data_pipelines.mapped import map_arrays
+from data_pipelines.media import check_media
 from data_pipelines.members import Member, scan, to_sample
 from data_pipelines.sample import Sample
 
 INDEX = "index.npz"
+MAX_KEY = 80  # bytes, as `members.KEY` allows
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, RecursionError, NotImplementedError, struct.error, BadZipFile)
+"""What reading a damaged zip, array header or list of names can raise."""
 PER_MEMBER = {"name": "i", "offset": "q", "size": "q", "crc": "q"}
 PER_MEDIA = {"width": "i", "height": "i", "frames": "i", "seconds": "d"}
 
@@ -30,7 +36,8 @@ class Index:
     """N samples with M members and K media items, as flat arrays.
 
     shard, annotations [N]; member_start, media_start, key_start [N + 1]; name, offset, size, crc [M];
-    width, height, frames, seconds [K]. `names` are the distinct member names.
+    width, height, frames, seconds [K]. `names` are the distinct member names. What the numbers say is not believed:
+    those that lead outside the arrays raise `DataError`, those that lead outside a shard are its reader's to check.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -43,27 +50,62 @@ class Index:
         self.names: list[str] = json.loads(arrays["names"].tobytes())
         self._members = [arrays[name] for name in PER_MEMBER]
         self._key_start, self._keys = arrays["key_start"], arrays["keys"]
+        self._check()
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        return self._keys[self._key_start[i] : self._key_start[i + 1]].tobytes().decode("ascii")
+        key = self._keys[self._span(self._key_start, i, len(self._keys))].tobytes()
+        if not key or len(key) > MAX_KEY or not key.isascii():
+            raise DataError(f"the index is damaged: the key of sample {i} has {len(key)} bytes")
+        return key.decode("ascii")
 
     def members(self, i: int) -> list[Member]:
         """The members of sample i in file order."""
-        span = slice(self.member_start[i], self.member_start[i + 1])
-        rows = zip(*(column[span].tolist() for column in self._members), strict=True)
-        return [Member(self.names[name], offset, size, crc) for name, offset, size, crc in rows]
+        return [Member(*row) for row in self.rows(i)]
+
+    def rows(self, i: int) -> list[tuple[str, int, int, int]]:
+        """The members of sample i in file order as plain (name, offset, size, crc)."""
+        span = self._span(self.member_start, i, len(self._members[0]))
+        names, *columns = (column[span].tolist() for column in self._members)
+        if names and not 0 <= min(names) <= max(names) < len(self.names):
+            raise DataError(f"the index is damaged: member names {names} of sample {i}, it has {len(self.names)}")
+        return list(zip([self.names[name] for name in names], *columns))
+
+    def media(self, i: int) -> slice:
+        """Where the media items of sample i are in width, height, frames and seconds."""
+        return self._span(self.media_start, i, len(self.width))
+
+    def _span(self, starts: np.ndarray, i: int, end: int) -> slice:
+        if not 0 <= i < len(self.shard):
+            raise IndexError(f"sample {i} of {len(self.shard)}")
+        start, stop = starts[i : i + 2].tolist()
+        if not 0 <= start <= stop <= end:
+            raise DataError(f"the index is damaged: sample {i} is at {start} to {stop} of {end}")
+        return slice(start, stop)
+
+    def _check(self) -> None:
+        """The arrays fit together: lengths, and the ends of what they point to."""
+        samples = len(self.shard)
+        media = (self.width, self.height, self.frames, self.seconds)
+        fits = len(self.annotations) == samples and isinstance(self.names, list)
+        for starts, columns in (
+            (self.member_start, self._members),
+            (self.media_start, media),
+            (self._key_start, [self._keys]),
+        ):
+            fits = fits and len(starts) == samples + 1 and {len(column) for column in columns} == {int(starts[-1])}
+        if not fits or not all(isinstance(name, str) for name in self.names):
+            raise ValueError("its arrays do not fit together")
 
     @classmethod
     def load(cls, path: Path) -> Index:
-        """Raises `DataError` if the file is missing or damaged."""
+        """Map the file into memory. Raises `DataError` if it is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls({name: file[name] for name in file.files})
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            return cls(map_arrays(path))
+        except UNREADABLE as error:
             raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
 
 
@@ -110,7 +152,9 @@ class IndexBuilder:
         arrays["key_start"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         arrays["keys"] = np.frombuffer("".join(keys).encode("ascii"), dtype=np.uint8)
         arrays["names"] = np.frombuffer(json.dumps(list(self._names)).encode(), dtype=np.uint8)
-        np.savez(path, **arrays)
+        partial = path.with_name(f".{path.stem}.partial.npz")
+        np.savez(partial, **arrays)
+        partial.rename(path)  # readers have the old one mapped
         data = path.read_bytes()
         return FileInfo(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -130,6 +174,8 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
         for key, members in scan(path):
             try:
                 sample, blobs = to_sample(key, [(member.name, data) for member, data in members])
+                for item, blob in zip(sample.media, blobs, strict=True):
+                    check_media(item, blob)
                 builder.add(number, sample, [member for member, _ in members])
             except DataError as error:
                 raise DataError(f"{path}: {error}") from error

@@ -5,24 +5,28 @@ from __future__ import annotations
 import base64
 import sys
 from html import escape
+from io import BytesIO
 from pathlib import Path
 
 from omegaconf import DictConfig
+from PIL import Image
 
 from data_pipelines.cli import run
 from data_pipelines.errors import BadSample
 from data_pipelines.members import extension
-from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text
+from data_pipelines.sample import Annotation, Box, Media, MediaItem, Part, Sample, Text
 from data_pipelines.stream import ShardSet
+from data_pipelines.video import read_frames, spread
 
 STYLE = "body{font:15px sans-serif;max-width:60em;margin:2em auto}img{max-height:20em;min-height:8em;margin:.3em}"
+FRAMES = 4  # of a video in the page
 
 
 def as_text(sample: Sample, blobs: list[bytes], where: str) -> str:
     """One sample for the terminal."""
     lines = [f"{sample.key}  ({where}; {sample.source}, {sample.licence or 'licence unknown'})"]
     for number, (item, blob) in enumerate(zip(sample.media, blobs, strict=True)):
-        lines.append(f"  media {number}: {item.name}, {item.width} x {item.height}, {len(blob)} bytes")
+        lines.append(f"  media {number}: {item.name}, {item.width} x {item.height}{_length(item)}, {len(blob)} bytes")
     for number, annotation in enumerate(sample.annotations):
         lines.append(f"  annotation {number}")
         lines += [f"    {role:<10}{text}" for role, text in _turns(annotation)]
@@ -31,7 +35,7 @@ def as_text(sample: Sample, blobs: list[bytes], where: str) -> str:
 
 def as_html(sample: Sample, blobs: list[bytes], where: str) -> str:
     """One sample as a section of a page, pictures included."""
-    pictures = [_picture(item.name, blob) for item, blob in zip(sample.media, blobs, strict=True)]
+    pictures = [_show(item, blob) for item, blob in zip(sample.media, blobs, strict=True)]
     rows = [
         f"<tr><td>{number}</td><td>{escape(role)}</td><td>{escape(text)}</td></tr>"
         for number, annotation in enumerate(sample.annotations)
@@ -55,6 +59,24 @@ def _part(part: Part) -> str:
             return f"[media {part.item}] "
         case Box():
             return f"[box {part.xyxy} of media {part.item}] "
+
+
+def _length(item: MediaItem) -> str:
+    return f", {item.frames} frames in {item.seconds} s" if item.kind == "video" else ""
+
+
+def _show(item: MediaItem, blob: bytes) -> str:
+    """An image, or some frames of a video."""
+    if item.kind == "image":
+        return _picture(item.name, blob)
+    pictures = []
+    try:
+        for pixels in read_frames(blob, spread(item.frames, FRAMES)):
+            Image.fromarray(pixels).save(file := BytesIO(), "JPEG")
+            pictures.append(_picture(f"{item.name}.jpg", file.getvalue()))
+    except BadSample as error:
+        pictures.append(f"<p>{escape(f'{item.name}: {error}')}</p>")
+    return "".join(pictures)
 
 
 def _picture(name: str, blob: bytes) -> str:

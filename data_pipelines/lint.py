@@ -1,7 +1,7 @@
 """Check a shard set: `python -m data_pipelines.lint folder=<folder>`. Exit code 1 if anything is wrong with it.
 
 Reports, with shard and key: damaged or missing files, truncated tars, duplicate keys, placeholders that do not fit the
-media, empty answers, images that do not decode.
+media, empty answers, images and videos that do not decode.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 
 from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import check_pixels
+from data_pipelines.media import check_media, check_pixels
 from data_pipelines.members import scan
-from data_pipelines.sample import Media, Sample, Text
+from data_pipelines.sample import Box, Media, Sample, Text
 from data_pipelines.stream import ShardSet
 
 TAG = "<image>"
@@ -49,6 +49,7 @@ def sample_problems(sample: Sample, blobs: list[bytes]) -> Iterator[str]:
     """What is wrong inside one readable sample."""
     for item, blob in zip(sample.media, blobs, strict=True):
         try:
+            check_media(item, blob)
             check_pixels(blob)
         except BadSample as error:
             yield f"{item.name}: {error}"
@@ -59,7 +60,8 @@ def sample_problems(sample: Sample, blobs: list[bytes]) -> Iterator[str]:
         if len(set(items)) < len(items):
             yield f"annotation {number}: places a media item more than once: {items}"
         for turn in annotation.turns:
-            if turn.role == "assistant" and not turn.text.strip():
+            boxes = any(isinstance(part, Box) for part in turn.parts)
+            if turn.role == "assistant" and not boxes and not turn.text.strip():
                 yield f"annotation {number}: empty answer"
             if turn.role == "user" and any(TAG in part.text for part in turn.parts if isinstance(part, Text)):
                 yield f"annotation {number}: {TAG} left in the text of a user turn"

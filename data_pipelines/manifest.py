@@ -97,6 +97,9 @@ class Stats:
             self._count("width", item.width)
             self._count("height", item.height)
             self._count("media_bytes", len(blob))
+            if item.kind == "video":
+                self._count("frames", item.frames)
+                self._count("seconds", item.seconds)
 
     def _count(self, name: str, value: float) -> None:
         count, total, low, high = self._totals.get(name, (0, 0, value, value))

@@ -1,6 +1,6 @@
 """The tar level of a shard: consecutive members `<key>.<name>` form one sample (the WebDataset convention).
 
-Only JSON, text and image members are read. Anything else (pickles, tensors, links) is refused, never decoded.
+Only JSON, text, image and video members are read. Anything else (pickles, tensors, links) is refused, never decoded.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import image_item
+from data_pipelines.media import media_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.video import DEMUXERS
 
 JSON, TEXT = "json", "txt"
-IMAGES = ("jpg", "jpeg", "png", "webp")
-ALLOWED = (JSON, TEXT, *IMAGES)
+MEDIA = ("jpg", "jpeg", "png", "webp", *DEMUXERS)
+ALLOWED = (JSON, TEXT, *MEDIA)
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 BLOCK = 512  # tar block size
 
@@ -90,8 +91,8 @@ def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tup
 def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
     """The sample of members `(name, bytes)`. Raises `BadSample`.
 
-    Shards of other programs, whose JSON is not ours, are read as captioned images: a user turn with the images and an
-    assistant turn with the `txt` member; their JSON becomes `meta`.
+    Shards of other programs, whose JSON is not ours, are read as captioned media: a user turn with the images and
+    videos and an assistant turn with the `txt` member; their JSON becomes `meta`.
     """
     by_name = dict(parts)
     data = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
@@ -116,17 +117,22 @@ def _parse_json(key: str, data: bytes) -> dict[str, Any]:
 
 def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, Any]) -> tuple[Sample, list[bytes]]:
     texts = [data for name, data in parts if extension(name) == TEXT]
-    images = [data for name, data in parts if extension(name) in IMAGES]
-    if len(texts) != 1 or not images:
+    blobs = [data for name, data in parts if extension(name) in MEDIA]
+    if len(texts) != 1 or not blobs:
         names = [name for name, _ in parts]
-        raise BadSample(f"sample {key!r}: members {names}; expected our json, or one txt and at least one image")
+        raise BadSample(f"sample {key!r}: members {names}; expected our json, or one txt and some media")
     try:
         caption = texts[0].decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSample(f"sample {key!r}: member txt is not UTF-8: {error}") from error
-    media = tuple(image_item(number, data) for number, data in enumerate(images))
+    media = tuple(media_item(number, data) for number, data in enumerate(blobs))
+    return Sample(key=key, media=media, annotations=(captioned(caption, images=len(media)),), meta=meta), blobs
+
+
+def captioned(caption: str, images: int = 1) -> Annotation:
+    """A caption as an annotation: a user turn with the images alone, an assistant turn with the text."""
     turns = (
-        Turn(role="user", parts=tuple(Media(item=number) for number in range(len(media)))),
+        Turn(role="user", parts=tuple(Media(item=number) for number in range(images))),
         Turn(role="assistant", parts=(Text(text=caption),)),
     )
-    return Sample(key=key, media=media, annotations=(Annotation(turns=turns),), meta=meta), images
+    return Annotation(turns=turns)

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import INDEX, IndexBuilder
 from data_pipelines.manifest import MANIFEST, FileInfo, Manifest, Stats
-from data_pipelines.media import check_image
-from data_pipelines.members import BLOCK, IMAGES, JSON, KEY, Member, extension
+from data_pipelines.media import check_media
+from data_pipelines.members import BLOCK, JSON, KEY, MEDIA, Member, extension
 from data_pipelines.sample import Sample
 
 
@@ -165,11 +165,11 @@ def _check(sample: Sample, blobs: Sequence[bytes]) -> None:
     if len(blobs) != len(sample.media):
         raise BadSample(f"{where}: {len(blobs)} media files for {len(sample.media)} media items")
     names = [item.name for item in sample.media]
-    if len(set(names)) != len(names) or any(len(name) > 16 or extension(name) not in IMAGES for name in names):
-        raise BadSample(f"{where}: media names {names}; each must differ and end in {', '.join(IMAGES)}")
+    if len(set(names)) != len(names) or any(len(name) > 16 or extension(name) not in MEDIA for name in names):
+        raise BadSample(f"{where}: media names {names}; each must differ and end in {', '.join(MEDIA)}")
     for item, blob in zip(sample.media, blobs, strict=True):
         try:
-            check_image(item, blob)
+            check_media(item, blob)
         except BadSample as error:
             raise BadSample(f"{where}: {error}") from error
 

@@ -62,6 +62,8 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
         for path, folder in _shards(group, resolved(cfg, group)):
             if folder == "???":
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."
+            elif "://" in folder:
+                continue  # reading its manifest tells
             elif not Path(folder).is_dir():
                 yield f"{path}: {folder} does not exist. {_how_to_build(cfg, Path(folder))}"
             elif not (Path(folder) / "manifest.json").is_file():

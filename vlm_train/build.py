@@ -113,7 +113,7 @@ def build_layout(model: Any, image: ImageTransform | None) -> MediaLayout:
     connector = getattr(model, "connector", None)
     if connector is None or image is None:
         return NoMedia()
-    return GridLayout(ViewGrid(image, model.vision.patch_grid), connector.token_grid)
+    return GridLayout(ViewGrid(image, model.vision.patch_grid), connector.token_grid, views=image.view_count)
 
 
 @dataclass(frozen=True)

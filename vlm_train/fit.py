@@ -163,6 +163,8 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
         total_steps=plan.steps,
         normalise=cfg.batch.normalise,
         max_bad_samples=cfg.trainer.max_bad_samples,
+        max_bad_share=cfg.trainer.max_bad_share,
+        strict=cfg.trainer.strict,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
         folder=folder,
     )

@@ -94,4 +94,6 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
+        # Loader processes may outlive a killed run for seconds: they must not go on holding it.
+        os.register_at_fork(after_in_child=file.close)
         yield

@@ -65,7 +65,9 @@ class Trainer:
     compile: bool = False
     accelerator: str = "auto"  # auto | cpu | gpu
     min_supervised_ratio: float = 0.001  # stop when a window of steps supervises fewer of its text tokens than this
-    max_bad_samples: int = 100  # bad samples in a row that stop the run
+    max_bad_samples: int = 100  # bad samples in a row that are borne; one more stops the run
+    max_bad_share: float = 0.05  # share of bad ones among all drawn samples, from the 1000th on, that is borne
+    strict: bool = False  # the first bad sample stops the run
     export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
     threads: int | None = None  # CPU threads; null: torch's choice
 

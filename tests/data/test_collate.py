@@ -198,3 +198,34 @@ def test_an_empty_list_gives_one_padding_row():
 def test_prompts_are_padded_on_the_left():
     text = collate_prompts([(one.rendered, one.views) for one in ITEMS], SIZE).text["llm"]
     assert (text.segment_ids[:, -1] == 1).all() and text.segment_ids[1].tolist() == [0] * 5 + [1] * 4
+
+
+def plain(length: int, learned: int, slots: tuple[tuple[int, int], ...] = ()) -> Stream:
+    return replace(stream(length, learned, slots), attention_group=np.zeros(length, np.int32))
+
+
+def test_a_packed_row_holds_its_samples_as_segments():
+    one, two, three = item(plain(9, 2, ((1, 3),))), item(plain(4, 1), "b"), item(plain(5, 1, ((0, 2), (3, 1))), "c")
+    batch = collate_rows([[one, two], [three]], SIZE)
+    text = batch.text["llm"]
+    assert text.ids.shape == (2, 13) and batch.keys == (("a", "b"), ("c",)) and batch.sources == (("s", "s"), ("s",))
+    assert text.segment_ids.tolist() == [[1] * 9 + [2] * 4, [1] * 5 + [0] * 8]
+    assert text.positions[0].tolist() == [[*range(9), *range(4)], [*range(5), *[0] * 8]]
+    for row, start, of in ((0, 0, one), (0, 9, two), (1, 0, three)):
+        stretch = slice(start, start + len(of.rendered.llm))
+        for name in ("ids", "labels", "weights"):
+            assert np.array_equal(getattr(text, name)[row, stretch], getattr(of.rendered.llm, name)), name
+    assert not text.plain_causal and text.segments.lengths == (9, 4, 5, 8)
+    assert text.segments.starts.tolist() == [0, 9, 13, 18, 26]
+    assert text.slots.index.tolist() == [1, 2, 3, 13, 14, 16] and text.slots.feature_index is None
+    assert batch.media.row.tolist() == [0, 1, 1] and batch.media.slot_counts == (3, 2, 1)
+    assert batch.media.view_counts == (1, 1, 2) and batch.media.keys == ("a", "c", "c")
+
+
+def test_segments_are_for_causal_rows_only():
+    branches = item(stream(6, 1))  # attention groups
+    assert collate_rows([[item(plain(3, 1)), branches]], SIZE).text["llm"].segments is None
+    assert collate_rows([[item(plain(3, 1))]], SIZE, left=True).text["llm"].segments is None
+    single = collate_rows([[item(plain(3, 1))], [item(plain(5, 1))]], SIZE).text["llm"]
+    assert single.plain_causal and single.segments.lengths == (3, 2, 5)
+    assert collate_rows([], SIZE).text["llm"].segments.lengths == (1,)

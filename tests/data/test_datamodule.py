@@ -179,7 +179,7 @@ def test_bad_held_out_samples_are_named(root: Path, tmp_path: Path) -> None:
     module = data(root / "train", val=[{"shards": str(bad)}])
     batches = list(module.val_dataloader())
     assert [len(batch.problems) for batch in batches] == [0, 1, 0, 0, 0, 0]
-    assert "sample-03" in batches[1].problems[0] and batches[1].keys == (("sample-02",),)
+    assert "sample-03" in batches[1].problems[0].reason and batches[1].keys == (("sample-02",),)
     assert batches[1].to("cpu").problems == batches[1].problems
 
 

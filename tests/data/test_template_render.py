@@ -246,7 +246,7 @@ def test_over_length(tokenizer) -> None:
         render(item, **how, max_length=5, over_length="truncate")
     with pytest.raises(BadSample, match="cut an image that ends at token 4"):
         render(item, **how, max_length=3, over_length="truncate")
-    with pytest.raises(ConfigError, match=r"data\.over_length: 'cut'; allowed: drop, truncate, error"):
+    with pytest.raises(ConfigError, match=r"data\.over_length: 'cut'; allowed: drop, truncate, split, error"):
         render(item, **how, over_length="cut")  # type: ignore[arg-type]
 
 

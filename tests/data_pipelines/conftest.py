@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def _sample(number: int, media: int = 1, key: str | None = None) -> tuple[Sample
         licence="CC0",
         meta={"number": number},
     ), blobs
+
+
+@pytest.fixture(autouse=True)
+def usual_sigterm() -> Iterator[None]:
+    """Commands set a handler for their process; pools, which end their workers by SIGTERM, hang if these inherit it."""
+    usual = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, usual)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -66,7 +67,7 @@ class _Exploit:
 
 def test_index_never_unpickles(tmp_path):
     np.savez(tmp_path / "index.npz", shard=np.array([_Exploit()], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="allow_pickle=False"):
+    with pytest.raises(DataError, match="O.*only flat arrays of numbers"):
         Index.load(tmp_path / "index.npz")
 
 
@@ -144,7 +145,7 @@ def test_interleaved_and_duplicate_samples_are_errors(tmp_path, tar, picture):
     assert not list(tmp_path.glob("*/manifest.json"))
 
 
-@pytest.mark.parametrize("name", ["a.pkl", "a.pyd", "a.pth", "a.png.pickle", "noextension", "a.mp4"])
+@pytest.mark.parametrize("name", ["a.pkl", "a.pyd", "a.pth", "a.png.pickle", "noextension", "a.avi"])
 def test_other_members_are_refused(tmp_path, tar, picture, name):
     tar(tmp_path / "0.tar", [*_members(picture, "a"), (name, pickle.dumps(_Exploit()))])
     with pytest.raises(DataError, match=f"0.tar: member '{name}' refused"):
@@ -174,7 +175,7 @@ def test_compressed_tar_and_pipe_names_are_never_run(tmp_path):
     (tmp_path / "0.tar").write_bytes(zlib.compress(b"x" * 2000))
     with pytest.raises(DataError, match="truncated or not an uncompressed tar"):
         index_folder(tmp_path)
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="not read from there; allowed: a folder, file://, http://"):
         ShardSet(f"pipe:touch {tmp_path}/executed")
     assert not (tmp_path / "executed").exists()
 
@@ -242,3 +243,27 @@ def test_lint_names_truncated_and_duplicated(shard_set, capsys):
     out = capsys.readouterr().out
     assert "shard-000001.tar: 1500 bytes" in out and "key 'sample-000': duplicate" in out
     assert io.StringIO(out).readlines()[-1].endswith("problems\n")
+
+
+def _png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+@pytest.mark.parametrize(
+    "name, head", [(b"zTXt", b"Comment\0\0"), (b"iTXt", b"Comment\0\1\0\0\0"), (b"iCCP", b"icc\0\0")]
+)
+@pytest.mark.parametrize("early", [True, False])
+def test_chunks_that_unpack_to_much_are_refused(picture, name, head, early):
+    data = picture()
+    bomb = _png_chunk(name, head + zlib.compress(bytes(64 * 2**20), 9))
+    place = 33 if early else len(data) - 12  # after IHDR, or before IEND
+    bad = data[:place] + bomb + data[place:]
+    assert len(bad) < 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadSample, match="too large|does not decode|not a readable image") as error:
+            check_pixels(bad)
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert error.value.kind == "image"

@@ -162,7 +162,7 @@ def test_llava_mix_format(llava):
         ({"conversations": [{"from": "bot", "value": "x"}]}, "turn from 'bot'; allowed: human, gpt, system"),
         ({"conversations": []}, "no turns"),
         ({"conversation": []}, "malformed: KeyError: 'conversations'"),
-        ({"conversations": [{"from": "human", "value": None}]}, "malformed: AttributeError"),
+        ({"conversations": [{"from": "human", "value": None}]}, "malformed: TypeError: a turn's value is None"),
     ],
 )
 def test_unusable_llava_records_stand_in_their_place(llava, record, reason):

@@ -43,7 +43,10 @@ class Shards:
     """Three samples of two questions; the image of sample i is of brightness 40 x i."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+        self.address = folder
+
+    def where(self, i: int) -> str:
+        return f"{self.address}/0.tar, key {self.key(i)!r}"
 
     def __len__(self) -> int:
         return 3
@@ -53,9 +56,6 @@ class Shards:
 
     def annotations(self, i: int) -> int:
         return 2
-
-    def shard(self, i: int) -> str:
-        return "0.tar"
 
     def key(self, i: int) -> str:
         return f"s{i}"

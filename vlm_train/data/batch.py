@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from data_pipelines.errors import BadSample
+
 IGNORE = -100
 """Label of a position that is not learned."""
 
@@ -117,6 +119,25 @@ class MediaBatch:
         return sum(self.view_counts)
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a sample was left out; `kind` is the word it is counted under."""
+
+    reason: str
+    kind: str = "other"
+    shard: str = ""
+    key: str = ""
+
+    @classmethod
+    def of(cls, error: BadSample) -> Problem:
+        """The problem that an error tells."""
+        return cls(str(error), error.kind, error.shard, error.key)
+
+    def __str__(self) -> str:
+        known = not self.key or (self.shard in self.reason and self.key in self.reason)
+        return self.reason if known else f"{self.shard}, key {self.key!r}: {self.reason}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Where a micro-batch stands in its optimizer step, and what the step holds on this rank.
@@ -134,7 +155,7 @@ class Window:
     tokens: int = 0
     places: int = 0
     supervised: int = 0
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +173,7 @@ class Batch:
     sources: tuple[tuple[str, ...], ...] = ()
     keys: tuple[tuple[str, ...], ...] = ()
     references: tuple[Any, ...] = field(default=())
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device`."""
@@ -164,7 +185,7 @@ class Batch:
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """Apply `function` to every tensor (or other `kind`) of a (nested) dataclass or mapping; leave the rest as it is."""
+    """Apply `function` to every tensor (or other `kind`) of a nested dataclass or mapping; leave the rest as it is."""
     if isinstance(value, kind):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):

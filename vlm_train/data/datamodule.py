@@ -1,8 +1,6 @@
 """Shards -> windows of micro-batches -> the trainer, resumable at any optimizer step.
 
-Every loader worker makes whole accumulation windows (all micro-batches of an optimizer step of this rank), because only
-the whole window knows the denominator of its losses. Step s is made by worker s modulo workers: their number changes
-nothing. The only state is the number of finished optimizer steps.
+The only state is the number of finished optimizer steps (`vlm_train.data.windows`, `vlm_train.data.order`).
 """
 
 from __future__ import annotations
@@ -10,139 +8,21 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from data_pipelines.errors import BadSample
+from data_pipelines.remote import CACHE_BYTES
 from vlm_train.build import Built
-from vlm_train.data.batch import Batch, Window
-from vlm_train.data.collate import Item, collate, target_weights
+from vlm_train.data.budget import Place, TokenPlan
 from vlm_train.data.cost import Cost
-from vlm_train.data.mixture import Address, Mixture
-from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes, TokenPlan
-from vlm_train.data.parcel import Parcel
+from vlm_train.data.mixture import Mixture
+from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes
 from vlm_train.data.samples import Samples
+from vlm_train.data.windows import MicroBatches, ValidationStream, WindowStream
 from vlm_train.errors import ConfigError
-
-
-@dataclass
-class WindowStream(IterableDataset):
-    """Optimizer steps `first` to the plan's end, as lists of micro-batches of one rank."""
-
-    samples: Samples
-    plan: Plan
-    first: int
-    rank: int
-    normalise: str
-
-    def __iter__(self) -> Iterator[list[Batch] | Parcel]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for step in range(self.first + number, self.plan.steps, count):
-            window = self.window(step)
-            yield Parcel.of(window) if worker else window
-
-    def window(self, step: int) -> list[Batch]:
-        """All micro-batches of one optimizer step. A bad sample leaves a hole in its place."""
-        micros: list[list[list[Item]]] = []
-        problems: list[str] = []
-        for rows in self.plan.step(step, self.rank):
-            loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
-            micros.append([row for row in loaded if row])
-        window = self._window(step, micros, tuple(problems))
-        how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
-        return [
-            collate(rows, self.samples.image_size, window=replace(window, micro=m), **how)
-            for m, rows in enumerate(micros)
-        ]
-
-    def _window(self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[str, ...]) -> Window:
-        # Ranks reduce the sums by name, so a rank without samples needs all names, too.
-        names = ("samples", *self.samples.streams)
-        sums: dict[str, dict[str, float]] = {name: {} for name in names}
-        tokens = supervised = 0
-        items = [item for rows in micros for row in rows for item in row]
-        for item in items:
-            sums["samples"][item.source] = sums["samples"].get(item.source, 0.0) + 1.0
-            for name, stream in item.rendered.streams.items():
-                total = float(target_weights(stream, self.normalise, item.weight).sum())
-                sums[name][item.source] = sums[name].get(item.source, 0.0) + total
-                tokens += len(stream)
-                supervised += stream.supervised
-        return Window(
-            step=step,
-            micro=0,
-            micro_count=len(micros),
-            sums=sums,
-            samples=len(items),
-            tokens=tokens,
-            places=sum(_places(rows, name) for rows in micros for name in self.samples.streams),
-            supervised=supervised,
-            problems=problems,
-        )
-
-
-def load_row(samples: Samples, row: Sequence[Address], problems: list[str], *, training: bool) -> list[Item]:
-    """The usable samples of a row; why the others are not goes to `problems`."""
-    items = []
-    for address in row:
-        try:
-            items.append(samples.item(address, training=training))
-        except BadSample as error:
-            problems.append(str(error))
-    return items
-
-
-def _places(rows: Sequence[Sequence[Item]], name: str) -> int:
-    """Tokens of a stream in a micro-batch, padding included."""
-    return len(rows) * max((sum(len(item.rendered.streams[name]) for item in row) for row in rows), default=0)
-
-
-class MicroBatches:
-    """Unrolls a loader's windows into micro-batches."""
-
-    def __init__(self, loader: DataLoader[list[Batch] | Parcel]) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Batch]:
-        for window in self.loader:
-            yield from window.unpack() if isinstance(window, Parcel) else window
-
-
-@dataclass
-class ValidationStream(IterableDataset):
-    """The held-out samples in order, each once, dealt to ranks and workers; bad ones are named in `Batch.problems`.
-
-    `normalise` is that of training, so that the best checkpoint is best by what is trained. `source` is `token` here:
-    its factors depend on what else is in a training step.
-    """
-
-    samples: Samples
-    rows: int
-    rank: int
-    world: int
-    normalise: str = "token"
-
-    @property
-    def batches(self) -> int:
-        """Batches of every rank."""
-        return -(-len(self.samples) // (self.rows * self.world))
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for batch in range(number, self.batches, count):
-            first = (batch * self.world + self.rank) * self.rows
-            problems: list[str] = []
-            row = [Address(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
-            items = load_row(self.samples, row, problems, training=False)
-            how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
-            yield replace(collate([[i] for i in items], self.samples.image_size, **how), problems=tuple(problems))
 
 
 class VLMData(pl.LightningDataModule):
@@ -157,9 +37,12 @@ class VLMData(pl.LightningDataModule):
         group: modality | length | modality_length | null, see `vlm_train.data.order.SamplePlan`.
         pack: tokens of a packed row; null: one sample a row. pack_views: views (images, tiles, frames) of one at most.
         cache: folder of measured lengths, which packing and grouping by length need.
+        shard_cache, shard_cache_bytes: where remote shards (s3, gs, https) are kept, and how much of them; null:
+            $VLM_TRAIN_CACHE or ~/.cache/vlm_train/shards.
         val_share: share of every train source held out at its end when `val` is empty.
         annotations: dialogue | independent | first, see `vlm_train.data.render`.
-        max_length: tokens of a sample, image tokens included; over_length: truncate | drop | error.
+        max_length: tokens of a sample, image tokens included; over_length: truncate | drop | split (whole turns, as
+            samples of their own) | error.
         rejected: also the stream "rejected", for preference objectives.
         limit, val_limit: use the first samples of every source only.
         workers, prefetch: loader processes, and windows each keeps ready.
@@ -180,10 +63,12 @@ class VLMData(pl.LightningDataModule):
         pack: int | None = None,
         pack_views: int | None = None,
         cache: str = "data/.lengths",
+        shard_cache: str | None = None,
+        shard_cache_bytes: int = CACHE_BYTES,
         val_share: float = 0.0,
         annotations: Literal["dialogue", "independent", "first"] = "dialogue",
         max_length: int | None = 2048,
-        over_length: Literal["truncate", "drop", "error"] = "truncate",
+        over_length: Literal["truncate", "drop", "split", "error"] = "truncate",
         rejected: bool = False,
         limit: int | None = None,
         val_limit: int | None = None,
@@ -198,10 +83,14 @@ class VLMData(pl.LightningDataModule):
         _check(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected}
-        self.train = Samples(train, built, options, seed=seed, limit=limit)
-        self.val = Samples(val, built, options, seed=seed, limit=val_limit)
+        remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
+        self.train = Samples(train, built, options, seed=seed, limit=limit, remote=remote)
+        self.val = Samples(val, built, options, seed=seed, limit=val_limit, remote=remote)
         if val_share and not val:
             self.val = self.train.split(val_share, val_limit)
+        if over_length == "split":  # after the held-out samples are taken: pieces of one sample stay together
+            self.train.split_long(Path(cache))
+            self.val.split_long(Path(cache))
         self.mixture = Mixture(
             sources=self.train.shares(),
             seed=seed,
@@ -242,7 +131,6 @@ class VLMData(pl.LightningDataModule):
                 most=most,
                 world=world,
                 micro=self.micro,
-                window=self.window,
             )
         assert batch is not None
         by_length = self.group in ("length", "modality_length")
@@ -270,13 +158,14 @@ class VLMData(pl.LightningDataModule):
         """Where a token plan stands, so that a resumed run packs nothing twice. It decides no order."""
         if not isinstance(self.plan, TokenPlan) or self.trainer is None:
             return {}
-        window, first = self.plan.locate(self.trainer.global_step)
-        return {"window": window, "first": first}
+        window = self.trainer.global_step // self.plan.steps_per_window
+        place = self.plan.place(window)
+        return {"window": window, "next": place.next, "waiting": list(place.waiting)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         if isinstance(self.plan, TokenPlan) and state_dict:
-            self.plan.remember(**state_dict)
+            self.plan.remember(state_dict["window"], Place(state_dict["next"], tuple(state_dict["waiting"])))
 
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the trainer's current optimizer step on."""

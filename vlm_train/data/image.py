@@ -1,4 +1,4 @@
-"""Image bytes -> the uint8 views that a vision tower sees. Normalisation happens on the device, in the tower.
+"""Image and video bytes -> the uint8 views that a vision tower sees. Normalisation happens on the device, in the tower.
 
 Decoding is bounded (`Image.MAX_IMAGE_PIXELS`, no truncated files), and any random choice comes from the given
 generator, so that it depends on the sample's address only.
@@ -17,15 +17,18 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import BadSample
+from data_pipelines.video import video_extension
 from vlm_train.data.layout import MediaSize
 from vlm_train.data.resample import resized_part
+from vlm_train.data.video import decode_frames
+from vlm_train.errors import ConfigError
 
 Mode = Literal["crop", "pad", "resize"]
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class ImageTransform:
-    """One square or rectangular view of every image.
+    """One square or rectangular view of every image, and of every used frame of a video.
 
     Args:
         mode: "crop": shortest side to the tower's size, centre crop, as the CLIP processor does; "pad": expand to a
@@ -33,10 +36,11 @@ class ImageTransform:
             ignored.
         size: (height, width) in pixels of the tower's view; given by `build.py`.
         mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
-        flip: mirror at random with probability 0.5 while training.
+        flip: mirror at random with probability 0.5 while training; all frames of a video alike.
         draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8, never below what the resize makes of the image. Faster for
             images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and 2048 x 1536
             -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7, at most 56.
+        frames: most frames of a video that are used, evenly spaced.
     """
 
     def __init__(
@@ -47,12 +51,16 @@ class ImageTransform:
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         flip: bool = False,
         draft: bool = False,
+        frames: int = 8,
     ) -> None:
+        if frames < 1:
+            raise ConfigError(f"image.frames: {frames}; allowed: at least 1")
         self.mode = mode
         self.size = size
         self.fill = tuple(int(channel * 255) for channel in mean)
         self.flip = flip
         self.draft = draft
+        self.frames = frames
 
     def view_size(self, size: MediaSize) -> MediaSize:
         """The size in pixels of the view made of an image, which decides its patch grid."""
@@ -60,12 +68,11 @@ class ImageTransform:
         return MediaSize(width=self.size[1], height=self.size[0])
 
     def view_count(self, size: MediaSize) -> int:
-        """Views made of a media item of this size."""
-        del size
-        return 1
+        """How many views are made of an image (1) or a video."""
+        return min(size.frames, self.frames)
 
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> np.ndarray:
-        """Decode and transform one image.
+        """Decode and transform one image, or the used frames of one video; its first bytes tell which it is.
 
         Args:
             data: the encoded file.
@@ -73,16 +80,30 @@ class ImageTransform:
             where: shard and key, for the message.
 
         Returns:
-            uint8 `[1, 3, H, W]`.
+            uint8 `[V, 3, H, W]`; V is 1 for an image, see `view_count`.
 
         Raises:
-            BadSample: the bytes are not a sound JPEG, PNG or WebP image of acceptable size.
+            BadSample: the bytes are not a sound JPEG, PNG or WebP image, or MP4, WebM or Matroska video, of acceptable
+                size.
         """
+        if video_extension(data) is None:
+            pictures = [self._decoded(data, where)]
+        else:
+            frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
+            pictures = [(frame, self._resized(*frame.size)) for frame in frames]
+        mirror = self.flip and generator is not None and generator.random() < 0.5
+        return np.stack([self._view(image, resized, mirror) for image, resized in pictures])
+
+    def _decoded(self, data: bytes, where: str) -> tuple[Image.Image, tuple[int, int]]:
+        """An image in RGB, and the size that it is resized to."""
         with _opened(data, where) as file:
             resized = self._resized(*file.size)
             if self.draft:
                 file.draft("RGB", resized)  # does nothing to other formats than JPEG
-            image = _rgb(file)
+            return _rgb(file), resized
+
+    def _view(self, image: Image.Image, resized: tuple[int, int], mirror: bool) -> np.ndarray:
+        """`[3, H, W]` of one decoded image."""
         height, width = self.size
         if self.mode == "crop":
             left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
@@ -91,9 +112,9 @@ class ImageTransform:
             if self.mode == "pad":
                 image = _expand_to_square(image, self.fill)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        if self.flip and generator is not None and generator.random() < 0.5:
+        if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.stack([np.asarray(channel) for channel in image.split()])[None]
+        return np.stack([np.asarray(channel) for channel in image.split()])
 
     def _resized(self, w: int, h: int) -> tuple[int, int]:
         """Width and height that the resize makes of an image of `w` x `h` pixels: before the crop, without padding."""
@@ -120,7 +141,7 @@ def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}") from error
+        raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
 
 
 def _rgb(file: Image.Image) -> Image.Image:

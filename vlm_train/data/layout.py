@@ -49,23 +49,32 @@ class MediaLayout(Protocol):
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]: ...
 
 
+def one_view(size: MediaSize) -> int:
+    """Every image is one view, and so is every video."""
+    del size
+    return 1
+
+
 @dataclass(frozen=True)
 class GridLayout:
     """One run of placeholders an item, optionally between literal boundary tokens.
 
-    `patch_grid(size)` is the vision tower's patch grid for an item, `token_grid(grid)` what the connector makes of it.
-    Both are module-level functions or `functools.partial`s of them, so that the layout pickles without weights.
+    `patch_grid(size)` is the vision tower's patch grid for a view of an item, `token_grid(grid)` what the connector
+    makes of it, and `views(size)` how many views the item has, whose grids stand below each other. All three are
+    functions that pickle without weights.
     """
 
     patch_grid: Callable[[MediaSize], Grid]
     token_grid: Callable[[Grid], Grid]
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    views: Callable[[MediaSize], int] = one_view
 
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
         layouts: list[list[Piece]] = []
         for item, size in enumerate(sizes):
             rows, columns = self.token_grid(self.patch_grid(size))
+            rows *= self.views(size)
             layouts.append([*self.before, Slot(item, rows * columns, (rows, columns)), *self.after])
         return layouts
 

@@ -1,7 +1,7 @@
 """The length index: how many tokens and views every sample takes, known before any image is read.
 
 A length depends on the shards, the template, the tokenizer, the media layout and the options of rendering, so it is
-measured once for each such combination and kept in a small file (8 bytes a sample). What is measured is what training
+measured once for each such combination and kept in a small file (16 bytes a sample). What is measured is what training
 renders: a row that was planned fits.
 """
 
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from zipfile import BadZipFile
 
@@ -33,18 +34,28 @@ CHUNK = 512  # samples that a process measures at a time
 FEW = 2000  # samples that are not worth starting processes for
 PROGRESS_SECONDS = 10.0
 
-Measure = Callable[[int], tuple[int, int]]
+Measure = Callable[[int], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and views of every sample `[N]`; 0 tokens: it cannot be used, and stays a hole in the order."""
+    """Tokens and views of every piece of every sample `[P]`. A sample has one piece, unless it is split.
 
+    Attributes:
+        samples: the sample's number in its shard set, ascending.
+        pieces: number of the piece in its sample.
+        tokens: 0: the sample cannot be used, and stays a hole in the order.
+    """
+
+    samples: NDArray[np.int32]
+    pieces: NDArray[np.int32]
     tokens: NDArray[np.int32]
     views: NDArray[np.int32]
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def of(self, first: int, stop: int) -> Lengths:
+        """Those of samples `first` to `stop`."""
+        part = slice(*np.searchsorted(self.samples, [first, stop]))
+        return Lengths(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 def cached_lengths(name: str, count: int, key: str, measure: Measure, cache: Path, workers: int) -> Lengths:
@@ -53,7 +64,7 @@ def cached_lengths(name: str, count: int, key: str, measure: Measure, cache: Pat
     Args:
         name: what the progress calls these samples.
         key: fingerprint of everything that a length depends on.
-        measure: number of a sample -> tokens and views. Raises `BadSample` where there are none.
+        measure: number of a sample -> tokens and views of its pieces. Raises `BadSample` where it has none.
     """
     path = cache / f"{key[:24]}.npz"
     if (found := _read(path, count)) is not None:
@@ -63,7 +74,7 @@ def cached_lengths(name: str, count: int, key: str, measure: Measure, cache: Pat
         if (found := _read(path, count)) is None:
             found = _measure_all(name, count, measure, workers)
             partial_path = path.with_suffix(f".{os.getpid()}.partial.npz")
-            np.savez(partial_path, tokens=found.tokens, views=found.views)
+            np.savez(partial_path, allow_pickle=False, **{f.name: getattr(found, f.name) for f in fields(found)})
             partial_path.rename(path)
     return found
 
@@ -85,8 +96,8 @@ def _describe(thing: Any) -> Any:
     if hasattr(thing, "backend_tokenizer"):
         return hashlib.sha256(thing.backend_tokenizer.to_str().encode()).hexdigest()
     if hasattr(thing, "__qualname__"):
-        bound = getattr(thing, "__self__", None)
-        return [thing.__module__, thing.__qualname__, _describe(bound) if bound is not None else None]
+        bound = getattr(thing, "__self__", None)  # of a method; built-in functions are bound to their module
+        return [thing.__module__, thing.__qualname__, None if isinstance(bound, ModuleType) else _describe(bound)]
     values = {f.name: getattr(thing, f.name) for f in fields(thing)} if is_dataclass(thing) else vars(thing)
     return [type(thing).__module__, type(thing).__qualname__, _describe(values)]
 
@@ -94,10 +105,11 @@ def _describe(thing: Any) -> Any:
 def _read(path: Path, count: int) -> Lengths | None:
     try:
         with np.load(path, allow_pickle=False) as file:
-            lengths = Lengths(file["tokens"], file["views"])
+            lengths = Lengths(*(file[field.name] for field in fields(Lengths)))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None  # not there, or cut short: measured again
-    return lengths if lengths.tokens.shape == lengths.views.shape == (count,) else None
+    whole = len(np.unique(lengths.samples)) == count and len({len(getattr(lengths, f.name)) for f in fields(lengths)})
+    return lengths if whole == 1 else None
 
 
 @contextmanager
@@ -108,15 +120,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _measure_all(name: str, count: int, measure: Measure, workers: int) -> Lengths:
-    tokens, views = np.zeros(count, np.int32), np.zeros(count, np.int32)
     chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+    found = [np.zeros((0, 4), np.int32)]
     said = time.monotonic()
     for chunk, rows in zip(chunks, _results(measure, chunks, count, workers)):
-        tokens[chunk.start : chunk.stop], views[chunk.start : chunk.stop] = rows
+        found.append(rows)
         if time.monotonic() - said > PROGRESS_SECONDS:
             said = time.monotonic()
             print(f"{name}: measured {chunk.stop:,} of {count:,} samples", file=sys.stderr, flush=True)
-    return Lengths(tokens, views)
+    return Lengths(*np.concatenate(found).T.copy())
 
 
 def _results(measure: Measure, chunks: list[range], count: int, workers: int) -> Iterator[NDArray[np.int32]]:
@@ -137,11 +149,12 @@ _measure: Measure
 
 
 def _measure_chunk(chunk: range, measure: Measure | None = None) -> NDArray[np.int32]:
+    """`[P, 4]`: sample, piece, tokens, views."""
     measure = measure or _measure
-    rows = np.zeros((2, len(chunk)), np.int32)
-    for column, number in enumerate(chunk):
+    rows: list[tuple[int, int, int, int]] = []
+    for number in chunk:
         try:
-            rows[:, column] = measure(number)
+            rows += [(number, piece, tokens, views) for piece, (tokens, views) in enumerate(measure(number))]
         except BadSample:
-            continue  # training meets it, and says why
-    return rows
+            rows.append((number, 0, 0, 0))  # training meets it, and says why
+    return np.array(rows, np.int32).reshape(-1, 4)

@@ -26,7 +26,7 @@ Rule = Literal["concat", "weights", "sqrt", "temperature"]
 Shuffle = Literal["full", "shards", "none"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Address:
     """One drawn sample: its index among all samples, and the pass over its source that draws it (both seed its
     augmentation)."""

@@ -3,23 +3,23 @@
 A plan remembers nothing. The samples of step s follow from the seed and s, so a run resumes at any step in constant
 time with any number of workers, and another world size with the same global batch sees the same global batches.
 
-`SamplePlan` draws exactly G samples a step, one to a row or packed; `TokenPlan` fills steps of a token budget from
-closed windows of the order.
+`SamplePlan` draws exactly G samples a step, one to a row or packed; `vlm_train.data.budget.TokenPlan` fills steps of a
+token budget.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_train.data.mixture import Address, Mixture
-from vlm_train.data.pack import deal, fill_rows, share_rows
+from vlm_train.data.pack import deal, share_rows
 from vlm_train.errors import ConfigError
 from vlm_train.randomness import derive_seed
 
@@ -31,15 +31,19 @@ Micro = list[Row]
 
 Group = Literal["modality", "length", "modality_length"]
 
-RUNG = 64
-"""Rows of like cost that are dealt to the ranks together: as many ranks wait for each other as little as they can."""
-
 
 class Plan(Protocol):
     """What training asks of a plan."""
 
-    world: int
-    packing: Packing | None
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        ...
+
+    @property
+    def packing(self) -> Packing | None:
+        """How rows are packed; None: one sample a row."""
+        ...
 
     @property
     def steps(self) -> int:
@@ -53,7 +57,7 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of every sample, by index: tokens, views and cost `[N]`, and whether it has media."""
+    """What is known of every sample, by index: tokens, views and cost `[N]`."""
 
     tokens: NDArray[np.int32]
     views: NDArray[np.int32]
@@ -151,7 +155,7 @@ class SamplePlan:
         at_once = self.world * self.micro
         rows = share_rows(tokens, costs, packing.length, multiple=at_once, views=views, max_views=packing.views)
         turns = deal([sum(costs[i] for i in row) for row in rows], self.world)
-        return _micros([tuple(addresses[i] for i in rows[number]) for number in turns[:, rank]], self.micro)
+        return micro_batches([tuple(addresses[i] for i in rows[number]) for number in turns[:, rank]], self.micro)
 
 
 @lru_cache(maxsize=4)
@@ -168,77 +172,6 @@ def _by_modality(plan: SamplePlan, window: int, steps: int) -> list[list[Address
     return [*(pure[i] for i in order), *(rest[c : c + plan.batch] for c in range(0, len(rest), plan.batch))]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenPlan:
-    """Packed rows up to a token budget per optimizer step.
-
-    Every closed window of the order is packed by itself; its rows are sorted by cost and dealt to steps in rungs of
-    like cost, in random order. The steps of a window hold equally many rows, at most `tokens / packing.length`.
-
-    Attributes:
-        tokens: budget of an optimizer step, over all ranks.
-        total: samples of the whole run; None: without end.
-        most: steps of the whole run at most; None: until the samples end.
-        window: samples packed together; more where a step is large.
-    """
-
-    mixture: Mixture
-    packing: Packing
-    tokens: int
-    total: int | None = None
-    most: int | None = None
-    world: int = 1
-    micro: int = 1
-    window: int = 8192
-    _known: dict[int, int] = field(default_factory=lambda: {0: 0}, repr=False)  # first step of a window -> window
-
-    def __post_init__(self) -> None:
-        check_tokens(self.tokens, self.packing.length, self.world, self.micro)
-        if self.total is None and self.most is None:
-            raise ConfigError("trainer.epochs and trainer.max_steps are both null: give one of them")
-
-    @property
-    def rows(self) -> int:
-        """Rows of an optimizer step."""
-        return self.tokens // self.packing.length
-
-    @property
-    def samples_per_window(self) -> int:
-        """Samples that are packed together: `window`, but enough for eight steps."""
-        mean = max(float(self.packing.sizes.tokens.mean()), 1.0)
-        return max(self.window, math.ceil(8 * self.tokens / mean))
-
-    @cached_property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run. Packs every window of it, unless `most` ends it earlier."""
-        size, steps, window = self.samples_per_window, 0, 0
-        while (self.total is None or window * size < self.total) and (self.most is None or steps < self.most):
-            self._known[steps] = window
-            steps, window = steps + len(_packed_window(self, window)), window + 1
-        return min(steps, self.most or steps)
-
-    def locate(self, step: int) -> tuple[int, int]:
-        """The window of a step, and that window's first step."""
-        first = max(known for known in self._known if known <= step)
-        while step >= (end := first + len(_packed_window(self, self._known[first]))):
-            self._known[end] = self._known[first] + 1
-            first = end
-        return self._known[first], first
-
-    def remember(self, window: int, first: int) -> None:
-        """Where `locate` once found a step, so that a resumed run need not pack what lies before it."""
-        self._known[first] = window
-
-    def step(self, step: int, rank: int = 0) -> list[Micro]:
-        """The micro-batches of one rank."""
-        window, first = self.locate(step)
-        rows = _packed_window(self, window)[step - first]
-        rows = [*rows, *[()] * (self.rows - len(rows))]
-        costs = self.packing.sizes.costs
-        turns = deal([sum(float(costs[address.index]) for address in row) for row in rows], self.world)
-        return _micros([rows[number] for number in turns[:, rank]], self.micro)
-
-
 def check_tokens(tokens: int, length: int, world: int, micro: int) -> None:
     """Raises `ConfigError` unless a budget of `tokens` is whole rows of `length` tokens that the ranks can share."""
     unit = length * world * micro
@@ -249,30 +182,6 @@ def check_tokens(tokens: int, length: int, world: int, micro: int) -> None:
         )
 
 
-@lru_cache(maxsize=2)
-def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
-    """The steps of a window, as rows."""
-    size, sizes = plan.samples_per_window, plan.packing.sizes
-    stop = (window + 1) * size if plan.total is None else min((window + 1) * size, plan.total)
-    drawn = [plan.mixture.draw(position) for position in range(window * size, stop)]
-    index = [address.index for address in drawn]
-    tokens, views = sizes.tokens[index].tolist(), sizes.views[index].tolist()
-    packed = fill_rows(tokens, plan.packing.length, views=views, max_views=plan.packing.views)
-    costs = sizes.costs[index]
-    packed.sort(key=lambda row: -float(costs[row].sum()))
-    steps = -(-len(packed) // plan.rows)
-    rung = max(d for d in range(1, min(plan.rows, RUNG) + 1) if plan.rows % d == 0)
-    count = steps * (plan.rows // rung)
-    ends = np.linspace(0, len(packed), count + 1).round().astype(int)
-    order = np.random.default_rng(derive_seed(plan.mixture.seed, "deal", window)).permutation(count)
-    rungs = [packed[ends[i] : ends[i + 1]] for i in order]
-    each = plan.rows // rung
-    return [
-        [tuple(drawn[i] for i in row) for rows in rungs[s * each : (s + 1) * each] for row in rows]
-        for s in range(steps)
-    ]
-
-
-def _micros(rows: Sequence[Row], micro: int) -> list[Micro]:
+def micro_batches(rows: Sequence[Row], micro: int) -> list[Micro]:
     """A rank's rows as micro-batches; empty rows only hold a place."""
     return [[row for row in rows[first : first + micro] if row] for first in range(0, len(rows), micro)]

@@ -29,8 +29,9 @@ def fill_rows(
     views: Sequence[int] | None = None,
     max_views: int | None = None,
     buffer: int = BUFFER,
+    most: int | None = None,
 ) -> Rows:
-    """All samples in rows of at most `budget` tokens and `max_views` views, as full as they get.
+    """Samples in rows of at most `budget` tokens and `max_views` views, as full as they get.
 
     Every row takes the oldest sample that is left, so none waits longer than its turn, and with it the subset of the
     next `buffer` samples whose lengths add up closest to the budget.
@@ -38,6 +39,7 @@ def fill_rows(
     Args:
         tokens: length of every sample.
         views: views of every sample; read with `max_views` only.
+        most: rows at most; the next `buffer` samples have then been seen. None: rows for all samples.
 
     Returns:
         Indices, ascending inside every row.
@@ -50,7 +52,7 @@ def fill_rows(
     waiting = iter(range(len(tokens)))
     pool = _take(waiting, buffer)
     rows: Rows = []
-    while pool:
+    while pool and (most is None or len(rows) < most):
         oldest, rest = pool[0], pool[1:]
         room = None if max_views is None else max_views - counts[oldest]
         chosen = _best_subset([tokens[i] for i in rest], budget - tokens[oldest], [counts[i] for i in rest], room)
@@ -133,7 +135,7 @@ def _best_subset(tokens: Sequence[int], budget: int, views: Sequence[int], room:
             chosen.append(k)
             left -= tokens[k]
     if room is not None and sum(views[k] for k in chosen) > room:
-        half = len(tokens) // 2  # this takes much longer, and fewer lengths still fill well
+        half = BUFFER // 2  # this takes much longer, and fewer lengths still fill well
         return _best_subset_of_few_views(tokens[:half], budget, views[:half], room)
     return chosen[::-1]
 

@@ -17,13 +17,18 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Turn
 from vlm_train.data.layout import PLACEHOLDER_ID, MediaLayout, MediaSize, Piece, Slot
 from vlm_train.data.segments import Place, Run, Segment, stripped_turn
+from vlm_train.data.split import pieces
 from vlm_train.data.streams import PlacedSlot, Positions, Stream, Tokens, branch, fit, learned, single
 from vlm_train.data.template import Template
 from vlm_train.data.tokenizer import special_pattern
 from vlm_train.errors import ConfigError
 
 Annotations = Literal["independent", "dialogue", "first"]
-OverLength = Literal["drop", "truncate", "error"]
+OverLength = Literal["drop", "truncate", "split", "error"]
+
+
+class NoPiece(BadSample):
+    """A sample has fewer pieces than asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ def render(
     over_length: OverLength = "drop",
     generation: bool = False,
     rejected: bool = False,
+    piece: int = 0,
 ) -> Rendered:
     """Render a sample for training, or (with `generation`) the prompt of one annotation up to its last answer.
 
@@ -68,8 +74,10 @@ def render(
             first (one only).
         annotation: render only this one; with `generation` and `rejected` it is 0 if not given.
         max_length: most tokens of a stream, media included; null: no limit.
-        over_length: drop (`BadSample`) | truncate (cut whole text tokens off the end, never media) | error.
+        over_length: drop (`BadSample`) | truncate (cut whole text tokens off the end, never media) | split (at turns,
+            see `vlm_train.data.split`) | error.
         rejected: also render the stream "rejected", the annotation with its last turn replaced.
+        piece: which piece of a sample that is split.
 
     Raises:
         BadSample: nothing to learn, too long, or annotations that cannot share a prefix. Names the sample.
@@ -87,15 +95,30 @@ def render(
             stream, reference = writer.prompt(chosen[0])
             streams = {"llm": fit(stream, max_length, "drop")}
             return Rendered(key=sample.key, streams=streams, media=writer.shown(streams), reference=reference)
+        if over_length == "split" and max_length and (piece or len(writer.training(chosen)) > max_length):
+            chosen = _piece(writer, chosen, max_length, piece)
         streams = {"llm": writer.training(chosen)}
         if rejected:
             streams["rejected"] = writer.training([_rejected(chosen[0])])
         fitted = {name: learned(fit(stream, max_length, over_length)) for name, stream in streams.items()}
         return Rendered(key=sample.key, streams=fitted, media=writer.shown(fitted))
+    except NoPiece:
+        raise
     except BadSample as error:
-        raise BadSample(f"sample {sample.key!r}: {error}") from error
+        raise BadSample(f"sample {sample.key!r}: {error}", kind=error.kind) from error
     except ConfigError as error:
         raise type(error)(f"sample {sample.key!r}: {error}") from error
+
+
+def _piece(writer: _Writer, annotations: Sequence[Annotation], max_length: int, number: int) -> list[Annotation]:
+    def fits(tried: Sequence[Annotation]) -> bool:
+        stream = writer.training(tried)
+        return len(stream) <= max_length and stream.supervised > 0
+
+    found = pieces(annotations, fits)
+    if number >= len(found):
+        raise NoPiece(f"{len(found)} pieces of at most {max_length} tokens, so there is no piece {number}")
+    return found[number]
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -105,7 +128,7 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 def _choose(all_annotations: Sequence[Annotation], mode: str, number: int | None) -> list[Annotation]:
     if number is not None and not 0 <= number < len(all_annotations):
-        raise BadSample(f"no annotation {number}; it has {len(all_annotations)}")
+        raise BadSample(f"no annotation {number}; it has {len(all_annotations)}", kind="malformed")
     if number is not None or mode == "first":
         return [all_annotations[number or 0]]
     return [join(all_annotations)] if mode == "dialogue" else list(all_annotations)
@@ -132,7 +155,7 @@ def join(annotations: Sequence[Annotation]) -> Annotation:
 
 def _rejected(annotation: Annotation) -> Annotation:
     if annotation.rejected is None:
-        raise BadSample("no rejected answer, but the objective compares a chosen and a rejected one")
+        raise BadSample("no rejected answer, but the objective compares two", kind="no_rejected")
     return replace(annotation, turns=(*annotation.turns[:-1], annotation.rejected))
 
 

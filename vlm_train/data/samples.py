@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.sample import Sample
 from data_pipelines.stream import ShardSet
 from vlm_train.build import Built
 from vlm_train.data.collate import Item
 from vlm_train.data.layout import MediaSize
 from vlm_train.data.lengths import Lengths, cached_lengths, fingerprint
 from vlm_train.data.mixture import Address, Share
-from vlm_train.data.render import Rendered, render
+from vlm_train.data.render import NoPiece, Rendered, render
 from vlm_train.errors import ConfigError
 from vlm_train.randomness import derive_seed
 
@@ -33,6 +37,7 @@ class Source:
         name: what the log, and `batch.normalise=source`, call it; empty: what each sample says.
         loss_weight: factor on the weight of its targets.
         share: its part in the mixture.
+        pieces: `[size, 2]`, sample and piece of each number, where over-long samples are split.
     """
 
     shards: ShardSet
@@ -41,13 +46,14 @@ class Source:
     name: str = ""
     loss_weight: float = 1.0
     share: Share
+    pieces: NDArray[np.int32] | None = None
 
     @classmethod
-    def open(cls, entry: dict[str, Any], limit: int | None) -> Source:
-        """Raises `DataError` if the folder is no shard set, or holds no sample."""
-        shards = ShardSet(entry["shards"])
+    def open(cls, entry: dict[str, Any], limit: int | None, **remote: Any) -> Source:
+        """Raises `DataError` if the folder is no shard set, or holds no sample. `remote`: see `ShardSet`."""
+        shards = ShardSet(entry["shards"], **remote)
         if not len(shards):
-            raise DataError(f"{shards.folder}: a shard set without samples; build it again or take it out")
+            raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
         size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])
         share = Share(size=size, **{k: entry[k] for k in ("repeat", "weight", "share") if entry.get(k) is not None})
         return cls(
@@ -63,6 +69,17 @@ class Source:
         """A stretch of it."""
         return replace(self, first=self.first + first, size=size, share=replace(self.share, size=size))
 
+    def sample(self, number: int) -> tuple[int, int]:
+        """Number of a sample in the shard set, and of its piece."""
+        if self.pieces is None:
+            return self.first + number, 0
+        return int(self.pieces[number, 0]), int(self.pieces[number, 1])
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """Numbers in the shard set `[size]`."""
+        return np.arange(self.first, self.first + self.size) if self.pieces is None else self.pieces[:, 0].astype(int)
+
 
 class Samples:
     """The samples of several sources, numbered through. Picklable: files open lazily per process.
@@ -72,9 +89,16 @@ class Samples:
     """
 
     def __init__(
-        self, entries: Sequence[dict[str, Any]], built: Built, options: dict[str, Any], *, seed: int, limit: int | None
+        self,
+        entries: Sequence[dict[str, Any]],
+        built: Built,
+        options: dict[str, Any],
+        *,
+        seed: int,
+        limit: int | None,
+        remote: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.sources = [Source.open(entry, limit) for entry in entries]
+        self.sources = [Source.open(entry, limit, **remote) for entry in entries]
         self.template, self.tokenizer, self.layout, self.image = (
             built.template,
             built.tokenizer,
@@ -95,48 +119,60 @@ class Samples:
     def __len__(self) -> int:
         return sum(source.size for source in self.sources)
 
-    def locate(self, index: int) -> tuple[Source, int]:
-        """The source of a sample, and its number in the source's shard set."""
+    def locate(self, index: int) -> tuple[Source, int, int]:
+        """The source of a sample, its number in the source's shard set, and its piece."""
         for source in self.sources:
             if index < source.size:
-                return source, source.first + index
+                return source, *source.sample(index)
             index -= source.size
         raise IndexError(index)
 
     def item(self, address: Address, *, training: bool) -> Item:
         """Load, decode and render one sample. Raises `BadSample` naming shard and key."""
-        source, number = self.locate(address.index)
-        sample, blobs = source.shards.load(number)
-        where = f"{source.shards.shard(number)}, {sample.key!r}"
-        generator = (
-            np.random.default_rng(derive_seed(self.seed, "sample", address.epoch, address.index)) if training else None
-        )
-        rendered = render(sample, self.template, self.tokenizer, self.layout, **self.options)
-        if training and self.lengths is not None:
-            self._require_planned(address.index, rendered, where)
-        views: list[np.ndarray | None] = []
-        if self.image is not None:
-            views = [None] * len(blobs)
-            for one in rendered.media:
-                views[one] = self.image(blobs[one], generator, where)
+        source, number, piece = self.locate(address.index)
+        shards = source.shards
+        try:
+            sample, blobs = shards.load(number)
+            rendered = self._render(sample, piece)
+            if training and self.lengths is not None:
+                self._require_planned(address.index, rendered, shards.where(number))
+            views = self._views(address, rendered, blobs, shards.where(number), training)
+        except BadSample as error:
+            error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
+            raise
         return Item(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
+
+    def _views(
+        self, address: Address, rendered: Rendered, blobs: Sequence[bytes], where: str, training: bool
+    ) -> list[np.ndarray | None]:
+        """Those of the media items that the sample shows."""
+        if self.image is None:
+            return []
+        seed = derive_seed(self.seed, "sample", address.epoch, address.index)
+        generator = np.random.default_rng(seed) if training else None
+        views: list[np.ndarray | None] = [None] * len(blobs)
+        for number in rendered.media:
+            views[number] = self.image(blobs[number], generator, where)
+        return views
 
     def split(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""
         held = [max(1, int(source.size * share)) for source in self.sources]
-        for source, count in zip(self.sources, held):
-            if count >= source.size:
+        for source, tail_size in zip(self.sources, held):
+            if tail_size >= source.size:
                 raise ConfigError(
-                    f"data.val_share: {share} of the {source.size} samples in {source.shards.folder} leaves none to "
+                    f"data.val_share: {share} of the {source.size} samples in {source.shards.address} leaves none to "
                     "train on"
                 )
         tail = copy.copy(self)
         tail.sources = [
-            source.part(source.size - count, min([count, *([limit] if limit is not None else [])]))
-            for source, count in zip(self.sources, held)
+            source.part(source.size - size, min(size, limit or size)) for source, size in zip(self.sources, held)
         ]
-        self.sources = [source.part(0, source.size - count) for source, count in zip(self.sources, held)]
+        self.sources = [source.part(0, source.size - size) for source, size in zip(self.sources, held)]
         return tail
+
+    def _render(self, sample: Sample, piece: int = 0) -> Rendered:
+        return render(sample, self.template, self.tokenizer, self.layout, piece=piece, **self.options)
 
     def shares(self) -> tuple[Share, ...]:
         """How every source takes part in the mixture, with the places of its shards."""
@@ -144,37 +180,48 @@ class Samples:
 
     def has_media(self) -> NDArray[np.bool_]:
         """Whether each sample has media `[N]`, from the index."""
-        return np.concatenate(
-            [
-                np.diff(source.shards.index.media_start[source.first : source.first + source.size + 1]) > 0
-                for source in self.sources
-            ]
-        )
+        counts = [np.diff(source.shards.index.media_start)[source.samples] for source in self.sources]
+        return np.concatenate(counts) > 0
 
     def measure(self, cache: Path, workers: int | None = None) -> Lengths:
         """Tokens and views of every sample `[N]`, kept in the folder `cache` and checked when a sample is loaded."""
         found = [self._measured(source, cache, workers or os.cpu_count() or 1) for source in self.sources]
-        self.lengths = Lengths(
-            np.concatenate([one.tokens for one in found]), np.concatenate([one.views for one in found])
-        )
+        self.lengths = Lengths(*(np.concatenate([getattr(one, f.name) for one in found]) for f in fields(Lengths)))
         return self.lengths
 
+    def split_long(self, cache: Path, workers: int | None = None) -> None:
+        """Number the pieces of over-long samples through as samples of their own."""
+        for number, source in enumerate(self.sources):
+            found = self._measured(source, cache, workers or os.cpu_count() or 1)
+            pieces = np.stack([found.samples, found.pieces], axis=1)
+            share = replace(source.share, size=len(pieces))
+            self.sources[number] = replace(source, size=len(pieces), share=share, pieces=pieces)
+
     def _measured(self, source: Source, cache: Path, workers: int) -> Lengths:
-        """Those of a source: of its whole shard set, so that other stretches of it are known as well."""
+        """Those of a source. The whole shard set is measured, so that other stretches of it are known as well."""
         shards = source.shards
         key = fingerprint(
             shards.fingerprint, self.template, self.tokenizer, self.layout, self.options, self.image is not None
         )
 
-        def size(number: int) -> tuple[int, int]:
+        def measure(number: int) -> list[tuple[int, int]]:
             sample, _ = shards.load(number)
-            return self._size(render(sample, self.template, self.tokenizer, self.layout, **self.options), sample)
+            return self._sizes(sample)
 
-        whole = cached_lengths(str(shards.folder), len(shards), key, size, cache, workers)
-        part = slice(source.first, source.first + source.size)
-        return Lengths(whole.tokens[part], whole.views[part])
+        whole = cached_lengths(shards.address, len(shards), key, measure, cache, workers)
+        used = source.samples
+        return whole.of(int(used[0]), int(used[-1]) + 1) if len(used) else whole.of(0, 0)
 
-    def _size(self, rendered: Rendered, sample: Any) -> tuple[int, int]:
+    def _sizes(self, sample: Sample) -> list[tuple[int, int]]:
+        """Tokens and views of a sample's pieces."""
+        sizes = [self._size(self._render(sample), sample)]
+        if self.options["over_length"] == "split":
+            with suppress(NoPiece):
+                for piece in count(1):
+                    sizes.append(self._size(self._render(sample, piece), sample))
+        return sizes
+
+    def _size(self, rendered: Rendered, sample: Sample) -> tuple[int, int]:
         tokens = max(len(stream) for stream in rendered.streams.values())
         if self.image is None:
             return tokens, 0
@@ -194,5 +241,5 @@ class Samples:
 
 def _shard_starts(source: Source) -> tuple[int, ...]:
     """First sample of every shard, counted from the source's own first sample."""
-    shard = source.shards.index.shard[source.first : source.first + source.size]
+    shard = source.shards.index.shard[source.samples]
     return tuple(np.flatnonzero(np.diff(shard, prepend=-1)).tolist())

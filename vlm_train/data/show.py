@@ -36,7 +36,7 @@ def show(cfg: DictConfig) -> None:
         over_length=cfg.data.over_length,
     )
     source = f", source {sample.source}" if sample.source else ""
-    print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.folder}{source}")
+    print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")
     print(format_tokens(rendered, built.tokenizer, sys.stdout.isatty()))
     if rendered.media and built.image is not None:
         folder = run_dir(cfg) if cfg.run else Path.cwd()

@@ -163,18 +163,19 @@ def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
     message = f"{len(stream)} tokens, but data.max_length is {max_length}"
     if over_length == "error":
         raise ConfigError(f"{message} (data.over_length=error)")
-    if over_length == "drop":
-        raise BadSample(message)
+    if over_length in ("drop", "split"):  # split: the rejected answer, which is cut nowhere
+        raise BadSample(message, kind="too_long")
     if stream.slots and stream.slots[-1].end > max_length:
-        raise BadSample(f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}")
+        cut = f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}"
+        raise BadSample(cut, kind="too_long")
     names = ("ids", "labels", "weights", "positions", "attention_group")
-    cut = {name: getattr(stream, name)[..., :max_length].copy() for name in names}
-    cut["labels"][-1], cut["weights"][-1] = IGNORE, 0.0  # its target was cut off
-    return Stream(**cut, slots=stream.slots)
+    kept = {name: getattr(stream, name)[..., :max_length].copy() for name in names}
+    kept["labels"][-1], kept["weights"][-1] = IGNORE, 0.0  # its target was cut off
+    return Stream(**kept, slots=stream.slots)
 
 
 def learned(stream: Stream) -> Stream:
     """`stream` itself. Raises `BadSample` if it learns nothing."""
     if not stream.supervised:
-        raise BadSample(f"no supervised token in {len(stream)} tokens")
+        raise BadSample(f"no supervised token in {len(stream)} tokens", kind="unsupervised")
     return stream

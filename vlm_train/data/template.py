@@ -125,7 +125,7 @@ class ChatTemplate:
         if turns and turns[0].role == "system":
             body, turns = self.style.content(turns[0]), turns[1:]
         if any(turn.role == "system" for turn in turns):
-            raise BadSample("a system turn must be the first turn")
+            raise BadSample("a system turn must be the first turn", kind="template")
         return ([Run(self.system_prefix), *body, Run(self.system_suffix)] if body else []), turns
 
     def _fill(self, segment: Segment, tokenizer: Any) -> Segment:
@@ -210,7 +210,11 @@ class TokenizerTemplate:
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         except TemplateError as error:
-            raise BadSample(f"the tokenizer's chat template refuses the conversation: {error}") from error
+            raise BadSample(
+                f"the tokenizer's chat template refuses the conversation: {error}", kind="template"
+            ) from error
         if re.findall("\ue000[0-9]+\ue001", text) != marks:
-            raise BadSample("the tokenizer's chat template drops or repeats a turn of the conversation")
+            raise BadSample(
+                "the tokenizer's chat template drops or repeats a turn of the conversation", kind="template"
+            )
         return re.split("\ue000[0-9]+\ue001", text)

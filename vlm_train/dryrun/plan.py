@@ -45,7 +45,7 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
     )
     visual = visual_tokens(model)
     typical = trace_step(cfg, model, text_tokens=cfg.target.text_tokens, supervised=cfg.target.supervised_tokens)
-    longest = cfg.data.get("max_length") or visual + cfg.target.text_tokens
+    longest = cfg.data.get("pack") or cfg.data.get("max_length") or visual + cfg.target.text_tokens
     if not cfg.trainer.precision.startswith("32"):
         model.to(torch.bfloat16)
     biggest = trace_step(cfg, model, text_tokens=max(longest - visual, 1), supervised=max(longest - visual, 1))

@@ -86,7 +86,7 @@ class AnswerAccuracy:
         self.controls, self.majority_shards, self.published = controls or [], majority_shards, published or []
         self.pictures, self.at_validation, self.seed = pictures, at_validation, seed
         self.validation_shards, self.validation_limit = validation_shards or shards, validation_limit
-        self.reported: set[tuple[Path, int]] = set()
+        self.reported: set[tuple[str, int]] = set()
 
     def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
         """Answer the questions. `final` adds the controls and writes `predictions.jsonl` and images to `folder`.
@@ -184,7 +184,7 @@ def _with_media_of(sample: Sample, donor: Sample, blobs: list[bytes], shards: Sh
     if len(donor.media) != len(sample.media):
         raise ConfigError(
             f"eval: {SHUFFLED_IMAGES} needs samples with equally many images, but {sample.key!r} has "
-            f"{len(sample.media)} and {donor.key!r} {len(donor.media)} ({shards.folder})"
+            f"{len(sample.media)} and {donor.key!r} {len(donor.media)} ({shards.address})"
         )
     return replace(sample, media=donor.media), blobs
 

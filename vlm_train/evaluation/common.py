@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import BadSample
@@ -28,7 +27,7 @@ class Unusable:
         reported: samples named before, to be named once only; shared by the evaluations of one run.
     """
 
-    def __init__(self, shards: ShardSet, reported: set[tuple[Path, int]] | None = None) -> None:
+    def __init__(self, shards: ShardSet, reported: set[tuple[str, int]] | None = None) -> None:
         self.shards = shards
         self.reported = set() if reported is None else reported
         self.reasons: dict[int, str] = {}
@@ -42,12 +41,12 @@ class Unusable:
         try:
             yield
         except BadSample as error:
-            where = f"{self.shards.folder / self.shards.shard(number)}, key {self.shards.key(number)!r}"
+            where = self.shards.where(number)
             self.reasons[number] = str(error) if str(error).startswith(where) else f"{where}: {error}"
             self._report(number)
 
     def _report(self, number: int) -> None:
-        known = (self.shards.folder, number)
+        known = (self.shards.address, number)
         if rank() == 0 and known not in self.reported and len(self.reasons) <= NAMED:
             more = "; further ones are only counted" if len(self.reasons) == NAMED else ""
             print(f"eval: unusable, left out: {self.reasons[number]}{more}", flush=True)
@@ -63,7 +62,7 @@ class Unusable:
         """Raises `ConfigError` if all `count` samples (one or more) are unusable."""
         if self.reasons and len(self.reasons) == count:
             first = next(iter(self.reasons.values()))
-            raise ConfigError(f"eval: none of the {count:,} samples of {self.shards.folder} can be used: {first}")
+            raise ConfigError(f"eval: none of the {count:,} samples of {self.shards.address} can be used: {first}")
 
 
 def views_of(built: Built, blobs: Sequence[bytes]) -> list[np.ndarray]:

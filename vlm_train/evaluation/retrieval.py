@@ -37,7 +37,7 @@ class CaptionRetrieval:
 
     def __init__(self, *, shards: str, limit: int | None = None, batch: int = 256, at_validation: bool = True) -> None:
         self.shards, self.limit, self.batch, self.at_validation = shards, limit, batch, at_validation
-        self.reported: set[tuple[Path, int]] = set()
+        self.reported: set[tuple[str, int]] = set()
 
     def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
         """Returns `accuracy` in [0, 1], `n` images, `results`: a row `{name, value, n, note}` if `final`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from vlm_train.data.batch import Batch, Window
 from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
+from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for
 from vlm_train.objectives.base import Loss, Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed
+
+COUNTS = ("samples", "tokens", "places", "supervised", "skipped")
+"""What is counted from one log line to the next, besides bad samples by kind."""
 
 
 class VLMModule(pl.LightningModule):
@@ -43,6 +47,8 @@ class VLMModule(pl.LightningModule):
         total_steps: int,
         normalise: str = "token",
         max_bad_samples: int = 100,
+        max_bad_share: float = 0.05,
+        strict: bool = False,
         min_supervised_ratio: float = 0.0,
         folder: Path,
     ) -> None:
@@ -52,20 +58,18 @@ class VLMModule(pl.LightningModule):
         self.policy = policy
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
         self.seed, self.total_steps, self.normalise = seed, total_steps, normalise
-        self.max_bad, self.min_supervised = max_bad_samples, min_supervised_ratio
-        self.folder = folder
+        self.min_supervised, self.folder = min_supervised_ratio, folder
+        self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         self.totals: dict[str, Tensor] = {}
         self.validation: dict[str, Tensor] = {}
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
-        self.counts = dict.fromkeys(("samples", "tokens", "places", "supervised", "skipped"), 0.0)
+        self.counts = dict.fromkeys(COUNTS, 0.0)
         self.drawn: dict[str, float] = {}  # source -> samples since the last log line
-        self.bad_in_a_row = 0
         self.grad_norm: Tensor | None = None
         self.loss_weights: dict[str, float] = {}
-        self.known_problems: set[str] = set()
         self.interrupt, self.stopping = 0, False
         self.since = time.perf_counter()
         self.train()  # Lightning keeps the modes it finds, so they are set here
@@ -98,52 +102,39 @@ class VLMModule(pl.LightningModule):
                 value = loss.sum * (loss.weight / max(self.denominators.get(objective.stream, 0.0), 1e-8))
                 total = total + value
                 self._add(name, loss)
-        return total * (
-            self.trainer.accumulate_grad_batches * self.trainer.world_size
-        )  # Lightning and DDP divide by both
+        # Lightning and DDP divide by both.
+        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def _open(self, window: Window) -> None:
-        """Start an optimizer step: one all-reduce gives the denominators and whether any rank is asked to stop."""
+        """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any
+        rank is asked to stop."""
         names = sorted({objective.stream for objective in self.objectives.values()})  # the same on every rank
-        sums = [sum(window.sums.get(name, {}).values()) for name in names] + [float(bool(self.interrupt))]
+        sums = [sum(window.sums.get(name, {}).values()) for name in names]
+        sums += [float(bool(self.interrupt)), float(window.samples), float(len(window.problems))]
         if self.trainer.world_size > 1:
             local = torch.tensor(sums, dtype=torch.float64).to(self.device)
             sums = self.trainer.strategy.reduce(local, reduce_op="sum").tolist()
-        *sums, asked = sums
+        *sums, asked, good, bad = sums
         self.stopping = asked > 0
         self.denominators = dict(zip(names, sums, strict=True))
         if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
             streams = [name for name in names if name != "samples"]
             self.factors = {name: source_factors(self._over_ranks(dict(window.sums.get(name, {})))) for name in streams}
-        for source, count in window.sums["samples"].items():
+        for source, count in window.sums.get("samples", {}).items():
             self.drawn[source] = self.drawn.get(source, 0.0) + count
         for name in ("samples", "tokens", "places", "supervised"):
             self.counts[name] += getattr(window, name)
-        if window.problems:
-            self._quarantine(window)
-        elif window.samples:
-            self.bad_in_a_row = 0
+        self._leave_out(window)
+        if reason := self.bad.judge(round(good), round(bad)):  # on every rank
+            raise TrainingError(f"data.train: {reason}. {self.bad.summary(self._over_ranks(dict(self.bad.kinds)))}")
 
-    def _quarantine(self, window: Window) -> None:
-        """Record bad samples, each once, and stop when nothing but bad ones comes."""
-        self.counts["skipped"] += len(window.problems)
-        self.bad_in_a_row = len(window.problems) + (0 if window.samples else self.bad_in_a_row)
-        self._record_bad("left out", window.step, window.problems)
-        if self.bad_in_a_row > self.max_bad:
-            raise TrainingError(
-                f"data.train: {self.bad_in_a_row} bad samples in a row; trainer.max_bad_samples={self.max_bad}. "
-                f"Last: {window.problems[-1]}"
-            )
-
-    def _record_bad(self, what: str, step: int, problems: Iterable[str]) -> None:
-        """Write each bad sample once to `quarantine-<rank>.jsonl`, and say the first one aloud."""
-        path = self.folder / f"quarantine-{self.global_rank}.jsonl"
-        new = [problem for problem in dict.fromkeys(problems) if problem not in self.known_problems]
-        if new and not self.known_problems:
-            print(f"{what}: {new[0]} (all such samples: {path})", flush=True)
-        self.known_problems.update(new)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, "problem": problem}) + "\n" for problem in new)
+    def _leave_out(self, window: Window) -> None:
+        """Count and record the bad samples of this rank."""
+        problems = window.problems
+        for name in (name for one in problems for name in ("skipped", f"skipped/{one.kind}")):
+            self.counts[name] = self.counts.get(name, 0.0) + 1.0
+        self.bad.add(problems)
+        self.bad.record("train", window.step, problems, self.global_rank)
 
     def _add(self, name: str, loss: Loss) -> None:
         self.loss_weights[name] = loss.weight
@@ -189,8 +180,8 @@ class VLMModule(pl.LightningModule):
             "samples_per_second": self.counts["samples"] / seconds,
             "tokens_per_second": self.counts["tokens"] / seconds,
         }
-        row |= {"supervised_share": ratio, "skipped": self.counts["skipped"]}
-        row["real_tokens_share"] = self.counts["tokens"] / max(self.counts["places"], 1)
+        row |= {"supervised_share": ratio, "real_tokens_share": self.counts["tokens"] / max(self.counts["places"], 1)}
+        row |= {name: count for name, count in sorted(self.counts.items()) if name.startswith("skipped")}
         drawn = self._over_ranks(self.drawn)
         if len(drawn) > 1:
             row |= {f"share/{name}": count / sum(drawn.values()) for name, count in sorted(drawn.items())}
@@ -198,7 +189,7 @@ class VLMModule(pl.LightningModule):
             row["grad_norm"] = float(self.grad_norm)
         self.write("train", row)
         self.totals, self.drawn = {}, {}
-        self.counts = dict.fromkeys(self.counts, 0.0)
+        self.counts = dict.fromkeys(COUNTS, 0.0)
 
     def _over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
@@ -250,7 +241,7 @@ class VLMModule(pl.LightningModule):
         self.held_out += len(batch.references)
         if batch.problems:
             self.held_out_bad += len(batch.problems)
-            self._record_bad("held out, but left out", self.global_step, batch.problems)
+            self.bad.record("val", self.global_step, batch.problems, self.global_rank)
         if not batch.references:
             return
         gather = identity_gather  # ranks may hold unequal numbers of held-out samples
@@ -276,6 +267,11 @@ class VLMModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss."""
         seen = self._over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
+        if seen["bad"] and self.bad.strict:
+            raise TrainingError(
+                f"data.val: {seen['bad']:.0f} bad samples, and trainer.strict=true; {self.folder}/quarantine-*.jsonl "
+                "says why."
+            )
         if seen["bad"] and not seen["good"]:
             raise TrainingError(
                 f"data.val: none of the {seen['bad']:.0f} held-out samples is usable; {self.folder}/quarantine-*.jsonl "
@@ -318,13 +314,13 @@ class VLMModule(pl.LightningModule):
             "totals": self._over_ranks(dict(zip(self.totals, sums, strict=True))),
             "counts": self._over_ranks(self.counts),
             "drawn": self._over_ranks(self.drawn),
-            "bad_in_a_row": self.bad_in_a_row,
+            "bad": self.bad.state(self._over_ranks(dict(self.bad.kinds))),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the sums: rank 0 takes those of all ranks."""
         held = checkpoint["since_log"]
-        self.bad_in_a_row = held["bad_in_a_row"]
+        self.bad.load(held["bad"], first_rank=self.global_rank == 0)
         if self.global_rank == 0:
             self.totals = {name: torch.tensor(value, device=self.device) for name, value in held["totals"].items()}
             self.counts, self.drawn = dict(held["counts"]), dict(held["drawn"])

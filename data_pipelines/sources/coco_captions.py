@@ -1,0 +1,131 @@
+"""COCO captions: the official annotations, and the Karpathy split, which exists for Flickr8k and Flickr30k, too.
+
+Official: `{"images": [{"id", "file_name", ...}], "annotations": [{"image_id", "caption", ...}]}` (cocodataset.org,
+format-data). Karpathy: `{"images": [{"filepath"?, "filename", "split", "sentences": [{"raw"}], "cocoid"?, "imgid"}]}`
+(cs.stanford.edu/people/karpathy/deepimagesent).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.media import image_item
+from data_pipelines.members import captioned
+from data_pipelines.sample import Sample
+from data_pipelines.sources import ListSource
+from data_pipelines.sources.files import ImageFolder, read_json
+
+CAPTIONS = ("all", "first")
+KARPATHY_SPLITS = ("train", "val", "test")
+
+
+class Image(NamedTuple):
+    """An image's number, its path below the image folder, and its captions."""
+
+    number: int
+    path: str
+    captions: tuple[str, ...]
+
+
+class _Captions(ListSource):
+    """One sample per image; each caption, or the first alone, is an independent annotation."""
+
+    def __init__(self, *, found: list[Image], images: str, captions: str) -> None:
+        if captions not in CAPTIONS:
+            raise DataError(f"captions: got {captions!r}; allowed: {', '.join(CAPTIONS)}")
+        self._found, self._images, self._first = found, ImageFolder(images), captions == "first"
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def label(self, i: int) -> str:
+        """The image's path."""
+        return f"image {self._found[i].path!r}"
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Image i of the file."""
+        number, path, found = self._found[i]
+        captions = [text for caption in found if (text := caption.strip())]
+        if not captions:
+            raise BadSample("has no caption")
+        blob = self._images.read(path)
+        return Sample(
+            key=f"{number:012d}",
+            media=(image_item(0, blob),),
+            annotations=tuple(captioned(caption) for caption in captions[: 1 if self._first else None]),
+            source=self.name,
+            licence=self.licence,
+            meta={"id": number, "images": [path]},
+        ), [blob]
+
+
+class CocoCaptions(_Captions):
+    """The official annotations. `images` is the folder of the split's pictures."""
+
+    def __init__(
+        self,
+        *,
+        file: str,
+        images: str,
+        captions: str = "all",
+        name: str = "coco_captions",
+        licence: str = "",
+        split: str = "train",
+    ) -> None:
+        self.name, self.licence, self.split = name, licence, split
+        super().__init__(found=_official(Path(file)), images=images, captions=captions)
+
+
+class KarpathyCaptions(_Captions):
+    """The Karpathy split. `images` is the folder that holds `train2014` and `val2014`.
+
+    `restval`, the images of val2014 that are neither in val nor in test, joins train unless it is left out.
+    """
+
+    def __init__(
+        self,
+        *,
+        file: str,
+        images: str,
+        split: str = "train",
+        restval: bool = True,
+        captions: str = "all",
+        name: str = "coco_karpathy",
+        licence: str = "",
+    ) -> None:
+        if split not in KARPATHY_SPLITS:
+            raise DataError(f"split: got {split!r}; allowed: {', '.join(KARPATHY_SPLITS)}")
+        self.name, self.licence, self.split = name, licence, split
+        splits = ("train", "restval") if split == "train" and restval else (split,)
+        super().__init__(found=_karpathy(Path(file), splits), images=images, captions=captions)
+
+
+def _official(path: Path) -> list[Image]:
+    data = read_json(path)
+    try:
+        captions: dict[int, list[str]] = {image["id"]: [] for image in data["images"]}
+        for annotation in data["annotations"]:
+            captions[annotation["image_id"]].append(str(annotation["caption"]))
+        return [Image(int(i["id"]), str(i["file_name"]), tuple(captions[i["id"]])) for i in data["images"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _foreign(path, "the official captions", error) from error
+
+
+def _karpathy(path: Path, splits: tuple[str, ...]) -> list[Image]:
+    data = read_json(path)
+    try:
+        return [_karpathy_image(image) for image in data["images"] if image["split"] in splits]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _foreign(path, "a Karpathy split", error) from error
+
+
+def _karpathy_image(image: dict[str, Any]) -> Image:
+    path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+    number = int(image["cocoid"] if "cocoid" in image else image["imgid"])
+    return Image(number, path, tuple(str(sentence["raw"]) for sentence in image["sentences"]))
+
+
+def _foreign(path: Path, what: str, error: Exception) -> DataError:
+    return DataError(f"file: {path} is not laid out as {what}: {type(error).__name__}: {error}")

@@ -1,0 +1,70 @@
+"""DocVQA (SP-DocVQA): questions about one page of a scanned document, each with one or more accepted answers.
+
+Format: `{"data": [{"questionId", "question", "question_types", "image": "documents/<page>.png", "answers": [str],
+"data_split"}]}` (rrc.cvc.uab.es/?ch=17).
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from data_pipelines.sample import Sample
+from data_pipelines.sources import ListSource
+from data_pipelines.sources.tasks import (
+    Annotated,
+    ImageFolder,
+    Prompt,
+    exchange,
+    grouped,
+    of_split,
+    one_image,
+    read_list,
+    text,
+    texts,
+)
+
+
+class DocVQA(ListSource):
+    """One sample per page, one annotation per question, trained on the first answer.
+
+    All accepted answers and the question's types stand in `meta["annotations"]`. `prompt` is the user turn, `limit`
+    takes the first pages only.
+    """
+
+    name = "docvqa"
+
+    def __init__(
+        self,
+        *,
+        file: str,
+        images: str,
+        split: str = "train",
+        prompt: str = "{question}",
+        licence: str = "",
+        limit: int | None = None,
+    ) -> None:
+        self.split, self.licence = split, licence
+        self._prompt = Prompt(prompt, "prompt", needs=["question"])
+        self._folder = ImageFolder(images)
+        self._pages = grouped(of_split(read_list(file, "file", "data"), "data_split", split), "image")[:limit]
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def label(self, i: int) -> str:
+        """The page."""
+        return f"page {self._pages[i][0].get('image')!r}"
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """All questions about one page."""
+        image = text(self._pages[i][0]["image"])
+        page = PurePosixPath(image)
+        blob = self._folder.read(image, page.name)  # spdocvqa_images.tar.gz has no folder documents/
+        return one_image(self, f"{self.split}-{page.stem}", blob, self._pages[i], self._annotate, {"image": image})
+
+    def _annotate(self, question: dict[str, Any]) -> Annotated:
+        prompt = self._prompt.fill(question=text(question["question"]))
+        answers, types = texts(question["answers"]), question.get("question_types") or []
+        note = {"question_id": question["questionId"], "answers": answers, "types": types}
+        return [(exchange(prompt, text(answers[0])), note)]

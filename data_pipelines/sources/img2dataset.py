@@ -1,0 +1,185 @@
+"""Web images with captions as img2dataset writes them: CC3M, CC12M, SBU, COYO, LAION and the like.
+
+Source: github.com/rom1504/img2dataset, img2dataset/writer.py. Its `output_format`s:
+webdataset: `00000.tar` with `<key>.jpg`, `<key>.txt`, `<key>.json`; failed downloads are left out of the tar.
+parquet: `00000.parquet`, one row per URL with `key`, `jpg` (null if it failed), `txt`, `status`, `error_message` ...
+files: `00000/<key>.jpg`, `.txt`, `.json`.
+"""
+
+from __future__ import annotations
+
+import math
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.media import MAX_BYTES, image_item
+from data_pipelines.members import ALLOWED, IMAGES, JSON, TEXT, captioned, extension, safe_key
+from data_pipelines.sample import Sample
+from data_pipelines.sources import Record
+from data_pipelines.sources.files import find_files, open_parquet, parquet_rows, parse_json
+
+FORMATS = ("webdataset", "parquet", "files")
+FAILED = ("bad", "drop")
+
+Group = tuple[str, list[tuple[str, bytes]]]
+"""A key and its members: name without the key, bytes."""
+
+
+class Img2Dataset:
+    """One sample per downloaded image; each tar, parquet file or folder is a part.
+
+    `columns` are taken from the JSON or the row into `meta`, for filters by a threshold. A row whose download failed is
+    a `BadSample` that says why, or, with `failed` drop, passed over. Raises `DataError` for a folder without parts.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        format: str = "webdataset",  # noqa: A002 (img2dataset's own word is output_format)
+        columns: Sequence[str] = ("url",),
+        failed: str = "bad",
+        name: str = "img2dataset",
+        licence: str = "",
+        split: str = "train",
+    ) -> None:
+        if format not in FORMATS:
+            raise DataError(f"format: got {format!r}; allowed: {', '.join(FORMATS)}")
+        if failed not in FAILED:
+            raise DataError(f"failed: got {failed!r}; allowed: {', '.join(FAILED)}")
+        self.name, self.licence, self.split = name, licence, split
+        self._format, self._columns, self._drop = format, tuple(columns), failed == "drop"
+        self._parts = _find(Path(folder), format)
+
+    @property
+    def parts(self) -> int:
+        """Number of tars, parquet files or folders."""
+        return len(self._parts)
+
+    def read(self, part: int) -> Iterator[Record]:
+        """The records of one of them."""
+        path = self._parts[part]
+        if self._format == "parquet":
+            yield from self._rows(path)
+            return
+        for group in _tar(path) if self._format == "webdataset" else _folder(path):
+            if isinstance(group, BadSample):
+                yield group
+                continue
+            try:
+                yield self._from_members(*group)
+            except BadSample as error:
+                yield BadSample(f"{path}: {group[0]!r}: {error}")
+
+    def _from_members(self, key: str, members: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
+        by_kind = {extension(name): data for name, data in members}
+        images = [data for name, data in members if extension(name) in IMAGES]
+        if len(by_kind) < len(members) or len(images) != 1:
+            raise BadSample(f"members {[name for name, _ in members]}; expected one image, one txt and one json")
+        row = parse_json(by_kind[JSON]) if JSON in by_kind else {}
+        if not isinstance(row, dict):
+            raise BadSample(f"its json holds a {type(row).__name__}, not an object")
+        if TEXT in by_kind:
+            row = {**row, "caption": by_kind[TEXT].decode("utf-8", errors="replace")}
+        return self._sample(key, images[0], row)
+
+    def _rows(self, path: Path) -> Iterator[Record]:
+        known = set(open_parquet(path).schema_arrow.names)
+        missing = {"key", "jpg", *self._columns} - known
+        if missing or not known & {"caption", TEXT}:
+            raise DataError(f"{path} has no column {', '.join(sorted(missing or {TEXT}))}; it has {sorted(known)}")
+        columns = {"key", "jpg", "caption", TEXT, "status", "error_message", *self._columns} & known
+        for row in parquet_rows(path, sorted(columns)):
+            failed = row["jpg"] is None or row.get("status", "success") != "success"
+            if failed and self._drop:
+                continue
+            try:
+                if failed:
+                    raise BadSample(f"status {row.get('status')!r}: {row.get('error_message')}")
+                caption = row.get(TEXT) if row.get("caption") is None else row["caption"]
+                yield self._sample(str(row["key"]), row["jpg"], {**row, "caption": caption})
+            except BadSample as error:
+                yield BadSample(f"{path}: {row['key']!r}: {error}")
+
+    def _sample(self, key: str, image: bytes, row: Mapping[str, Any]) -> tuple[Sample, list[bytes]]:
+        missing = [column for column in self._columns if column not in row]
+        if missing:
+            raise BadSample(f"has no column {', '.join(missing)}; it has {', '.join(row)}")
+        caption = row.get("caption")
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadSample("has no caption")
+        return Sample(
+            key=safe_key(key),
+            media=(image_item(0, image),),
+            annotations=(captioned(caption.strip()),),
+            source=self.name,
+            licence=self.licence,
+            meta={column: _plain(row[column]) for column in self._columns},
+        ), [image]
+
+
+def _find(folder: Path, kind: str) -> list[Path]:
+    if kind != "files":
+        return find_files(folder, ".tar" if kind == "webdataset" else ".parquet")
+    found = sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
+    if not found:
+        raise DataError(f"folder: {folder} holds no folders 00000, 00001 ...")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it: no NaN, and nothing but text and numbers."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def _tar(path: Path) -> Iterator[Group | BadSample]:
+    """The samples of a tar. What is refused costs its own sample alone; after a cut, what came before it stays."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for key, found in groupby(_members(tar), key=itemgetter(0)):
+                members = [(name, data) for _, name, data in found]
+                refused = [name for name, data in members if data is None]
+                if refused:
+                    yield BadSample(f"{path}: {key!r}: member {refused[0]!r} refused")
+                else:
+                    yield key, [(name, data) for name, data in members if data is not None]
+    except (tarfile.TarError, OSError) as error:
+        yield BadSample(f"{path}: truncated or not an uncompressed tar, the rest of it is lost: {error}")
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
+    """Key, name and bytes of every member; no bytes where it is a link, too large, or of a kind that is not read."""
+    for info in tar:
+        if info.isdir():
+            continue
+        folder, _, base = info.name.removeprefix("./").rpartition("/")
+        key, _, name = base.partition(".")
+        file = tar.extractfile(info) if info.isreg() and _wanted(name, info.size) else None
+        data = file.read() if file else None
+        if data is not None and len(data) != info.size:
+            raise tarfile.ReadError(f"{info.name!r} has {len(data)} of {info.size} bytes")
+        yield f"{folder}/{key}" if folder else key, name, data
+
+
+def _folder(path: Path) -> Iterator[Group | BadSample]:
+    files: Iterable[Path] = sorted(file for file in path.iterdir() if file.is_file())
+    for key, found in groupby(files, key=lambda file: file.name.partition(".")[0]):
+        members = [(file.name.partition(".")[2], file) for file in found]
+        refused = [file.name for name, file in members if not _wanted(name, file.stat().st_size)]
+        if refused:
+            yield BadSample(f"{path}: {key!r}: file {refused[0]!r} refused")
+        else:
+            yield key, [(name, file.read_bytes()) for name, file in members]
+
+
+def _wanted(name: str, size: int) -> bool:
+    return extension(name) in ALLOWED and size <= MAX_BYTES

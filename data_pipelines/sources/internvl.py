@@ -1,0 +1,128 @@
+"""InternVL's fine-tuning data: a meta file that names JSON Lines files of conversations.
+
+`{"name": {"root": image folder, "annotation": "x.jsonl", "data_augment": bool, "repeat_time": number, "length": n}}`,
+records `{"id", "image": path | [paths], "video": path, "width", "height" (or "width_list", "height_list"),
+"conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}]}`
+(github.com/OpenGVLab/InternVL, internvl_chat/internvl/train/internvl_chat_finetune.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.members import safe_key
+from data_pipelines.sample import Sample
+from data_pipelines.sources import ListSource
+from data_pipelines.sources.conversations import MediaFolder, dialogue, make_sample, parse_json, read_records
+
+
+class InternVL(ListSource):
+    """One sample per record, with one annotation; the data sets follow each other in the order of the meta file.
+
+    `folder` is where its `root` and `annotation` paths start from, and they cannot leave it. `names` takes some data
+    sets only. `repeat` follows `repeat_time`: below 1 the first share of the records, above 1 all of them so many times
+    (whole numbers only, as InternVL requires); false: every record once. Images without a tag come before the first
+    human turn's text. `data_augment` and `length` are not read.
+    """
+
+    def __init__(
+        self,
+        *,
+        meta: str,
+        folder: str = ".",
+        names: Sequence[str] | None = None,
+        repeat: bool = True,
+        licence: str = "",
+        split: str = "train",
+        limit: int | None = None,
+    ) -> None:
+        self.name, self.licence, self.split = "internvl", licence, split
+        sets = _read_meta(Path(meta), names)
+        self._sets = [_DataSet(name, entry, Path(folder), repeat) for name, entry in sets.items()]
+        self._ends = list(accumulate(len(one) for one in self._sets))
+        self._size = self._ends[-1] if limit is None else min(limit, self._ends[-1])
+
+    def __len__(self) -> int:
+        return self._size
+
+    def label(self, i: int) -> str:
+        """The data set and its line."""
+        which, number = self._place(i)
+        return f"{self._sets[which].name}, record {number % max(1, len(self._sets[which].records))}"
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Record i of all data sets."""
+        which, number = self._place(i)
+        return self._sets[which].sample(number, key=f"{i:08d}", licence=self.licence)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        which = bisect_right(self._ends, i)
+        return which, i - (self._ends[which - 1] if which else 0)
+
+
+class _DataSet:
+    """One entry of the meta file. The name is the `source` of its samples."""
+
+    def __init__(self, name: str, entry: Mapping[str, Any], folder: Path, repeat: bool) -> None:
+        self.name = name
+        try:
+            annotation, root = _inside(folder, entry["annotation"]), _inside(folder, entry["root"])
+            times = entry.get("repeat_time", 1) if repeat else 1
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"meta: {name}: malformed: {type(error).__name__}: {error}") from error
+        if not isinstance(times, int | float) or times <= 0 or (times > 1 and times != int(times)):
+            raise DataError(f"meta: {name}: repeat_time {times!r}; allowed: above 0, and whole above 1")
+        if annotation.suffix != ".jsonl":
+            raise DataError(f"meta: {name}: annotation {annotation}; allowed: .jsonl")
+        self._files = MediaFolder(root, f"meta: {name}: root")
+        records = read_records(annotation)
+        self.records = records[: int(len(records) * times)] if times < 1 else records
+        self._times = max(1, int(times))
+
+    def __len__(self) -> int:
+        return len(self.records) * self._times
+
+    def sample(self, number: int, *, key: str, licence: str) -> tuple[Sample, list[bytes]]:
+        """Record `number`, counted over all repetitions."""
+        record = self.records[number % len(self.records)]
+        if isinstance(record, BadSample):
+            raise record
+        images, videos = _paths(record, "image"), _paths(record, "video")
+        return make_sample(
+            safe_key(f"{key}-{record.get('id', '')}"),
+            [self._files.read(path) for path in (*images, *videos)],
+            [dialogue(record["conversations"], images=len(images), videos=len(videos))],
+            source=self.name,
+            licence=licence,
+            meta={"id": record.get("id"), "images": images, "videos": videos},
+        )
+
+
+def _paths(record: Mapping[str, Any], name: str) -> list[str]:
+    value = record.get(name) or []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _inside(folder: Path, path: str) -> Path:
+    """`path` below `folder`. Raises `DataError` if it leaves it."""
+    inside = folder / path
+    if not inside.is_relative_to(folder) or ".." in Path(path).parts:
+        raise DataError(f"meta: path {path!r} leaves the folder {folder} (folder=<folder>)")
+    return inside
+
+
+def _read_meta(path: Path, names: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+    try:
+        sets = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"meta: {path}: {error}") from error
+    if not isinstance(sets, dict) or not sets:
+        raise DataError(f"meta: {path}: expected an object of data sets, got {str(sets)[:80]}")
+    if unknown := sorted(set(names or ()) - set(sets)):
+        raise DataError(f"names: {', '.join(unknown)} not in {path}; allowed: {', '.join(sets)}")
+    return {name: entry for name, entry in sets.items() if names is None or name in names}

@@ -1,0 +1,127 @@
+"""OBELICS: web pages as interleaved images and texts.
+
+Parquet with `images` and `texts`, lists of equal length of which exactly one has a value at every place; images are
+URLs (huggingface.co/datasets/HuggingFaceM4/OBELICS, CC BY 4.0) or, in sets that carry them, bytes or {bytes, path}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.members import safe_key
+from data_pipelines.sample import Sample
+from data_pipelines.sources import Record
+from data_pipelines.sources.conversations import (
+    MediaFolder,
+    attempt,
+    document,
+    find_files,
+    make_sample,
+    needs,
+    readable,
+)
+
+NAMING = ("sha256", "md5", "basename")
+EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp")
+ROWS = 64  # read at once
+
+
+class Obelics:
+    """One sample per document, one part per parquet file; the document is one learned turn.
+
+    `images` is the folder of the downloaded images, `naming` how a file is named after its URL: the hash of the URL
+    (`sha256`, `md5`) or the last piece of its path (`basename`), with or without an extension. Images that are not
+    there or do not read are left out, images beyond `max_images` and documents with fewer than `min_images`, too.
+    """
+
+    name = "obelics"
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        images: str | None = None,
+        naming: Literal["sha256", "md5", "basename"] = "sha256",
+        max_images: int | None = None,
+        min_images: int = 1,
+        licence: str = "CC-BY-4.0",
+        split: str = "train",
+    ) -> None:
+        if naming not in NAMING:
+            raise DataError(f"naming: got {naming!r}; allowed: {', '.join(NAMING)}")
+        if min_images < 0 or (max_images is not None and max_images < max(min_images, 1)):
+            raise DataError(f"min_images {min_images}, max_images {max_images}; allowed: 0 <= min_images <= max_images")
+        self.licence, self.split, self.naming = licence, split, naming
+        self.max_images, self.min_images = max_images, min_images
+        self._images = MediaFolder(images, "images")
+        self._files = find_files(folder, ".parquet")
+
+    @property
+    def parts(self) -> int:
+        """Number of files."""
+        return len(self._files)
+
+    def read(self, part: int) -> Iterator[Record]:
+        """The documents of one file that have enough images. Raises `DataError` if the file cannot be read."""
+        path = self._files[part]
+        parquet, arrow = needs("pyarrow.parquet"), needs("pyarrow")
+        number = -1
+        try:
+            with parquet.ParquetFile(path) as file:
+                columns = [name for name in ("images", "texts", "general_metadata") if name in file.schema_arrow.names]
+                for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+                    for row in batch.to_pylist():
+                        number += 1
+                        key = f"{path.stem}-{number:07d}"
+                        record = attempt(f"{path.name}, row {number}", partial(self._sample, row, key))
+                        if isinstance(record, BadSample) or len(record[1]) >= self.min_images:
+                            yield record
+        except (OSError, arrow.ArrowException) as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def _sample(self, row: Mapping[str, Any], key: str) -> tuple[Sample, list[bytes]]:
+        images, texts = row["images"], row["texts"]
+        if len(images) != len(texts) or any((a is None) == (b is None) for a, b in zip(images, texts, strict=False)):
+            raise BadSample(f"{len(images)} images and {len(texts)} texts that do not complete each other")
+        pieces: list[str | bytes] = []
+        left = len(images) if self.max_images is None else self.max_images
+        for image, text in zip(images, texts, strict=True):
+            if image is None:
+                pieces.append(text)
+            elif left and (blob := readable(partial(self._read, image))):
+                pieces.append(blob)
+                left -= 1
+        annotation, blobs = document(pieces, joint="\n\n")
+        if not any(piece.strip() for piece in pieces if isinstance(piece, str)):
+            raise BadSample("no text")
+        return make_sample(
+            safe_key(key),
+            blobs,
+            [annotation],
+            source=self.name,
+            licence=self.licence,
+            meta={"general_metadata": row.get("general_metadata")},
+        )
+
+    def _read(self, image: Any) -> bytes:
+        if isinstance(image, Mapping):
+            image = image["bytes"] or image["path"]
+        if isinstance(image, bytes):
+            return image
+        name = file_name(image, self.naming)
+        folder = self._images.path or Path()
+        found = next((name + end for end in EXTENSIONS if (folder / (name + end)).is_file()), name)
+        return self._images.read(found)
+
+
+def file_name(url: str, naming: str) -> str:
+    """What the file of a downloaded image is called, without an extension of its own."""
+    if naming == "basename":
+        return unquote(urlsplit(url).path).rpartition("/")[2] or "_"
+    return hashlib.new(naming, url.encode(), usedforsecurity=False).hexdigest()

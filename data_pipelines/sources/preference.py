@@ -1,0 +1,135 @@
+"""Preference pairs: a question about an image, a chosen and a rejected answer.
+
+RLHF-V-Dataset (huggingface.co/datasets/openbmb/RLHF-V-Dataset, CC BY-NC 4.0): parquet with `ds_name`, `image`
+({bytes, path}), `text` (JSON with question, chosen, rejected), `origin_dataset`, `origin_split`, `idx`, `image_path`.
+RLAIF-V-Dataset has question, chosen and rejected as columns; so have pairs of one's own, with `image` as a path.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.members import safe_key
+from data_pipelines.sample import Annotation, Sample, Text, Turn
+from data_pipelines.sources import ListSource
+from data_pipelines.sources.conversations import MediaFolder, make_sample, question, read_records
+
+FIELDS = ("question", "chosen", "rejected")
+ORIGIN = ("ds_name", "origin_dataset", "origin_split", "idx", "image_path")
+
+
+class PreferencePairs(ListSource):
+    """One sample per pair. `file` is .parquet, .json, .jsonl or .csv; `images` the folder of images given as paths.
+
+    `changed_weight` weighs the words in which the two answers differ, in both of them (RLHF-V, arXiv:2312.00849, dense
+    DPO: 5; its code compares tokens, here words are compared).
+    """
+
+    def __init__(
+        self,
+        *,
+        file: str,
+        images: str | None = None,
+        changed_weight: float = 1.0,
+        name: str = "preference_pairs",
+        licence: str = "",
+        split: str = "train",
+        limit: int | None = None,
+    ) -> None:
+        if not changed_weight > 0:
+            raise DataError(f"changed_weight: got {changed_weight}; allowed: above 0")
+        self.name, self.licence, self.split, self.changed_weight = name, licence, split, changed_weight
+        self._images = MediaFolder(images, "images")
+        self._records = read_records(Path(file))[:limit]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Pair i of the file."""
+        record = self._records[i]
+        if isinstance(record, BadSample):
+            raise record
+        text = record.get("text")
+        pair = record if "chosen" in record else json.loads(text) if isinstance(text, str) else text
+        for name in FIELDS:
+            if not isinstance(pair[name], str) or not pair[name].strip():
+                raise BadSample(f"{name} is empty or no text")
+        image = record.get("image")
+        return make_sample(
+            safe_key(f"{i:07d}-{record.get('idx', '')}"),
+            [] if image is None else [self._read(image)],
+            [self._annotation(*(pair[name].strip() for name in FIELDS), shown=image is not None)],
+            source=self.name,
+            licence=self.licence,
+            meta={name: record[name] for name in ORIGIN if name in record},
+        )
+
+    def _annotation(self, ask: str, chosen: str, rejected: str, *, shown: bool) -> Annotation:
+        if chosen == rejected:
+            raise BadSample("the chosen answer is the rejected one")
+        made = question(ask, chosen, rejected, items=(0,) if shown else ())
+        if self.changed_weight == 1.0:
+            return made
+        better, worse = changed(chosen, rejected)
+        turns = (made.turns[0], self._weighted(made.turns[1], better))
+        return replace(made, turns=turns, rejected=self._weighted(made.rejected or made.turns[1], worse))
+
+    def _weighted(self, turn: Turn, spans: list[tuple[int, int]]) -> Turn:
+        weights = tuple((start, end, self.changed_weight) for start, end in spans)
+        return replace(turn, parts=(Text(text=turn.text, weights=weights),))
+
+    def _read(self, image: Any) -> bytes:
+        if isinstance(image, Mapping) and image.get("bytes"):
+            data = image["bytes"]
+            return base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(data)
+        return self._images.read(image["path"] if isinstance(image, Mapping) else image)
+
+
+class RLHFV(ListSource):
+    """RLHF-V-Dataset and RLAIF-V-Dataset as published: parquet with the images inside. See `PreferencePairs`."""
+
+    def __init__(
+        self,
+        *,
+        file: str,
+        changed_weight: float = 5.0,
+        name: str = "rlhf_v",
+        licence: str = "CC-BY-NC-4.0",
+        split: str = "train",
+        limit: int | None = None,
+    ) -> None:
+        self.name, self.licence, self.split = name, licence, split
+        self._pairs = PreferencePairs(
+            file=file, changed_weight=changed_weight, name=name, licence=licence, split=split, limit=limit
+        )
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Pair i of the file."""
+        return self._pairs.record(i)
+
+
+def changed(first: str, second: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The character spans of the words of two texts that the other one has not there."""
+    words = [list(re.finditer(r"\w+|[^\w\s]", text)) for text in (first, second)]
+    old, new = ([word.group() for word in some] for some in words)
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for what, *bounds in matcher.get_opcodes():
+        if what == "equal":
+            continue
+        for side, (start, end) in enumerate((bounds[:2], bounds[2:])):
+            if start < end:
+                spans[side].append((words[side][start].start(), words[side][end - 1].end()))
+    return spans

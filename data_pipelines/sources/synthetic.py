@@ -1,0 +1,198 @@
+"""Made samples of every kind, so that every recipe can be tried without a download: drawn shapes and written words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from data_pipelines.errors import DataError
+from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text, Turn
+from data_pipelines.sources import ListSource
+from data_pipelines.sources.conversations import document, make_sample, needs, question
+from data_pipelines.sources.drawing import (
+    COLOURS,
+    SHAPES,
+    Dice,
+    encode_mp4,
+    encode_png,
+    motion,
+    picture,
+    scene,
+    written,
+)
+
+TASKS = ("caption", "vqa", "count", "ocr", "box", "multi_image", "video", "preference", "interleaved", "text")
+SPLITS = ("train", "val", "test")
+DIRECTIONS = ("left", "right", "up", "down")
+ORDINALS = ("first", "second", "third")
+WORDS = (
+    "apple",
+    "bridge",
+    "cloud",
+    "door",
+    "flower",
+    "garden",
+    "house",
+    "jacket",
+    "lemon",
+    "mirror",
+    "pencil",
+    "table",
+)
+CHANGED = 5.0  # weight of the words in which two answers differ, as in RLHF-V
+
+Made = tuple[list[bytes], list[Annotation]]
+
+
+class Synthetic(ListSource):
+    """`count` samples; sample i is of task i modulo the number of `tasks`, and the same whatever `count` is.
+
+    Tasks: caption, vqa, count, ocr (a written word), box (a region from its words and the reverse), multi_image, video
+    (`frames` frames of a moving shape; needs PyAV, or comes as so many images with `video_as_images`), preference (the
+    rejected answer names another colour; the differing words weigh 5), interleaved (a document), text (a dialogue
+    without an image). Another `seed` gives other samples.
+    """
+
+    name = "synthetic"
+    licence = "CC0-1.0"
+
+    def __init__(
+        self,
+        *,
+        split: str = "train",
+        count: int = 256,
+        tasks: Sequence[str] = TASKS,
+        seed: int = 0,
+        frames: int = 8,
+        video_as_images: bool = False,
+    ) -> None:
+        makers = tasks_of(frames, video_as_images)
+        if split not in SPLITS:
+            raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
+        if unknown := sorted(set(tasks) - set(TASKS)):
+            raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
+        if count < 1 or frames < 2 or not tasks:
+            raise DataError(f"count {count}, frames {frames}, {len(tasks)} tasks; allowed: from 1, from 2, from 1")
+        if "video" in tasks and not video_as_images:
+            needs("av")
+        self.split, self.count, self.seed = split, count, seed
+        self._tasks = [(task, makers[task]) for task in tasks]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Sample i."""
+        task, make = self._tasks[i % len(self._tasks)]
+        blobs, annotations = make(Dice("synthetic", self.seed, self.split, task, i))
+        key, meta = f"{self.split}-{i:06d}-{task}", {"task": task}
+        return make_sample(key, blobs, annotations, source=self.name, licence=self.licence, meta=meta)
+
+
+def _caption(dice: Dice) -> Made:
+    things = scene(dice, 1 + dice.below(3))
+    caption = " and ".join(f"a {thing.name}" for thing in things)
+    return [encode_png(picture(things))], [question("", caption)]
+
+
+def _vqa(dice: Dice) -> Made:
+    (thing,) = scene(dice, 1)
+    other = dice.pick([colour for colour in COLOURS if colour != thing.colour])
+    asked = dice.pick([thing.colour, other])
+    return [encode_png(picture([thing]))], [
+        question(f"Which colour is the {thing.shape}?", thing.colour),
+        question(f"Which shape is {thing.colour}?", thing.shape),
+        question(f"Is there a {asked} shape?", "yes" if asked == thing.colour else "no"),
+    ]
+
+
+def _count(dice: Dice) -> Made:
+    things = scene(dice, 1 + dice.below(9))
+    shape = dice.pick(SHAPES)
+    found = sum(thing.shape == shape for thing in things)
+    return [encode_png(picture(things))], [
+        question("How many shapes are there?", str(len(things))),
+        question(f"How many {shape}s are there?", str(found)),
+    ]
+
+
+def _ocr(dice: Dice) -> Made:
+    word = dice.pick(WORDS)
+    return [encode_png(written(dice, word))], [question("Which word is written in the picture?", word)]
+
+
+def _box(dice: Dice) -> Made:
+    things = scene(dice, 2 + dice.below(3))
+    thing = dice.pick(things)
+    region = Box(item=0, xyxy=thing.xyxy)
+    where: tuple[Part, ...] = (Media(item=0), Text(text=f"Where is the {thing.name}?"))
+    what: tuple[Part, ...] = (Media(item=0), Text(text="What is in the region "), region, Text(text="?"))
+    pairs = ((where, region), (what, Text(text=f"a {thing.name}")))
+    return [encode_png(picture(things))], [
+        Annotation(turns=(Turn(role="user", parts=ask), Turn(role="assistant", parts=(answer,))))
+        for ask, answer in pairs
+    ]
+
+
+def _multi_image(dice: Dice) -> Made:
+    things = scene(dice, 2 + dice.below(2))
+    asked = dice.below(len(things))
+    ask = f"Which picture shows a {things[asked].name}?"
+    blobs = [encode_png(picture([thing])) for thing in things]
+    return blobs, [question(ask, f"the {ORDINALS[asked]} one", items=range(len(things)))]
+
+
+def _video(frames: int, as_images: bool, dice: Dice) -> Made:
+    (thing,) = scene(dice, 1)
+    direction = dice.pick(DIRECTIONS)
+    images = motion(thing, direction, frames)
+    blobs = [encode_png(image) for image in images] if as_images else [encode_mp4(images)]
+    ask = f"Which way does the {thing.name} move?"
+    return blobs, [question(ask, direction, items=range(len(blobs)))]
+
+
+def _preference(dice: Dice) -> Made:
+    (thing,) = scene(dice, 1)
+    wrong = dice.pick([colour for colour in COLOURS if colour != thing.colour])
+    chosen, rejected = (_answer(colour, thing.shape) for colour in (thing.colour, wrong))
+    ask = Turn(role="user", parts=(Media(item=0), Text(text="What is in the picture?")))
+    return [encode_png(picture([thing]))], [Annotation(turns=(ask, chosen), rejected=rejected)]
+
+
+def _answer(colour: str, shape: str) -> Turn:
+    weights = ((len("a "), len(f"a {colour}"), CHANGED),)
+    return Turn(role="assistant", parts=(Text(text=f"a {colour} {shape}", weights=weights),))
+
+
+def _interleaved(dice: Dice) -> Made:
+    things = scene(dice, 2 + dice.below(2))
+    pieces: list[str | bytes] = ["A page about shapes."]
+    for thing in things:
+        pieces += [encode_png(picture([thing])), f"This is a {thing.name}."]
+    annotation, blobs = document(pieces, joint=" ")
+    return blobs, [annotation]
+
+
+def _text(dice: Dice) -> Made:
+    first, second = 1 + dice.below(20), 1 + dice.below(20)
+    talk = (f"What is {first} plus {second}?", str(first + second), "And twice that?", str(2 * (first + second)))
+    turns = (
+        Turn(role="assistant" if number % 2 else "user", parts=(Text(text=text),)) for number, text in enumerate(talk)
+    )
+    return [], [Annotation(turns=tuple(turns))]
+
+
+def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], Made]]:
+    """What makes each task's samples, by the task's name."""
+    return {
+        "caption": _caption,
+        "vqa": _vqa,
+        "count": _count,
+        "ocr": _ocr,
+        "box": _box,
+        "multi_image": _multi_image,
+        "video": partial(_video, frames, video_as_images),
+        "preference": _preference,
+        "interleaved": _interleaved,
+        "text": _text,
+    }

@@ -1,0 +1,110 @@
+"""VQAv2 and OK-VQA: questions about COCO images with 10 human answers each.
+
+Format: `questions`: `{"data_subtype": "train2014", "questions": [{"question_id", "image_id", "question"}]}`;
+`annotations`: `{"annotations": [{"question_id", "answers": [{"answer"}], "multiple_choice_answer"}]}`, where OK-VQA has
+no `multiple_choice_answer` (visualqa.org/download.html, okvqa.allenai.org).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_pipelines.errors import DataError
+from data_pipelines.sample import Sample
+from data_pipelines.sources import ListSource
+from data_pipelines.sources.tasks import (
+    ANSWERS,
+    Annotated,
+    ImageFolder,
+    Prompt,
+    answered,
+    check,
+    exchange,
+    grouped,
+    one_image,
+    read_json,
+    read_list,
+    text,
+    whole,
+)
+
+
+class VQA(ListSource):
+    """One sample per image, one annotation per question; all human answers stand in `meta["annotations"]`.
+
+    `answers`: `majority` trains the published `multiple_choice_answer`, or the most frequent answer where there is
+    none; `all_weighted` makes every different answer an annotation whose weight is the share of people who gave it, as
+    BLIP trains (salesforce/LAVIS, coco_vqa_datasets.py). `prompt` is the user turn. `split` must begin the file's
+    `data_subtype`. `limit` takes the first images only.
+    """
+
+    def __init__(
+        self,
+        *,
+        questions: str,
+        annotations: str,
+        images: str,
+        name: str = "vqav2",
+        split: str = "train",
+        answers: str = "majority",
+        prompt: str = "{question}",
+        licence: str = "",
+        limit: int | None = None,
+    ) -> None:
+        self.name, self.split, self.licence = name, split, licence
+        self._answers = check("answers", answers, ANSWERS)
+        self._prompt = Prompt(prompt, "prompt", needs=["question"])
+        self._folder = ImageFolder(images)
+        self._subset, records = _questions(questions, split)
+        self._images = grouped(records, "image_id")[:limit]
+        self._answered = _by_question(annotations)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def label(self, i: int) -> str:
+        """The image."""
+        first = self._images[i][0]
+        return f"image {first.get('image_id') if isinstance(first, dict) else i!r}"
+
+    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+        """All questions about one image."""
+        image = whole(self._images[i][0]["image_id"])
+        # COCO 2014 and 2017 hold the same images under two names.
+        blob = self._folder.read(f"COCO_{self._subset}_{image:012d}.jpg", f"{image:012d}.jpg")
+        key, meta = f"{self._subset}-{image:012d}", {"image_id": image}
+        return one_image(self, key, blob, self._images[i], self._annotate, meta)
+
+    def _annotate(self, question: dict[str, Any]) -> Annotated:
+        answers, best = self._answered[question["question_id"]]
+        prompt = self._prompt.fill(question=text(question["question"]))
+        note = {"question_id": question["question_id"]}
+        if best is not None and self._answers == "majority":
+            return [(exchange(prompt, text(best)), {**note, "answers": list(answers)})]
+        return answered(prompt, answers, self._answers, note)
+
+
+def _questions(path: str, split: str) -> tuple[str, list[Any]]:
+    """The `data_subtype` and the questions."""
+    data = read_json(path, "questions")
+    if not isinstance(data, dict) or not isinstance(data.get("questions"), list):
+        raise DataError(f"questions: {path}: not VQA questions: expected a list under 'questions'")
+    subset = data.get("data_subtype", f"{split}2014")
+    if not isinstance(subset, str) or not subset.startswith(split):
+        raise DataError(f"split: got {split!r}; {path} holds data_subtype {subset!r}")
+    return subset, data["questions"]
+
+
+def _by_question(path: str) -> dict[Any, tuple[tuple[str, ...], str | None]]:
+    """Human answers and the published best one, by question; what else a record holds is dropped to save memory."""
+    records = read_list(path, "annotations", "annotations")
+    try:
+        return {
+            record["question_id"]: (
+                tuple(answer["answer"] for answer in record["answers"]),
+                record.get("multiple_choice_answer"),
+            )
+            for record in records
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"annotations: {path}: not VQA annotations: {type(error).__name__}: {error}") from error

@@ -1,0 +1,174 @@
+"""Videos in memory: size, frames and seconds from the packets, without decoding, and single frames by number.
+
+Only MP4, WebM and Matroska are read, from bytes and each by its own demuxer, so that no playlist can name a file or an
+address. Needs PyAV, which is imported when the first video is met.
+"""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.errors import BadSample, DataError
+
+MAX_BYTES = 256 * 2**20
+MAX_PIXELS = 16 * 2**20  # of one frame
+MAX_FRAMES = 400_000
+MAX_SECONDS = 4 * 3600.0
+DEMUXERS = {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}
+"""The file name extensions that videos are stored under, and what reads each."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoHeader:
+    """Width and height in pixels as stored (rotation not applied), frames, seconds and file name extension."""
+
+    width: int
+    height: int
+    frames: int
+    seconds: float
+    extension: str
+
+
+def video_extension(data: bytes) -> str | None:
+    """The extension of a video's container, told by its first bytes; None: no video that is read."""
+    if data[4:8] == b"ftyp":
+        return "mp4"
+    if data[:4] == b"\x1aE\xdf\xa3":
+        return "webm" if b"webm" in data[:64] else "mkv"
+    return None
+
+
+def read_video_header(data: bytes) -> VideoHeader:
+    """The header of an encoded video, all its packets counted. Raises `BadSample` for a broken or too large one."""
+    with _opened(data) as video:
+        return video.header
+
+
+def read_frames(data: bytes, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """The frames `numbers` (ascending, from 0, in the order they are shown) of an encoded video, `[H, W, 3]` uint8 RGB.
+
+    Stretches between them that start with a key frame are not decoded. Raises `BadSample` for a frame that is not there
+    or does not decode.
+    """
+    with _opened(data) as video:
+        if list(numbers) != sorted(numbers) or any(not 0 <= n < len(video.times) for n in numbers):
+            raise ValueError(f"numbers: {list(numbers)}; allowed: ascending, 0 to {len(video.times) - 1}")
+        yield from video.decode([video.times[number] for number in numbers])
+
+
+def frames_at(data: bytes, times: Sequence[float]) -> list[int]:
+    """The number of the frame shown at each of `times`, in seconds from the first frame. Raises `BadSample`."""
+    with _opened(data) as video:
+        start = video.times[0]
+        return [max(bisect_right(video.times, start + time / video.second) - 1, 0) for time in times]
+
+
+def spread(frames: int, count: int) -> list[int]:
+    """At most `count` frame numbers, evenly from the first to the last (rounded down); of one, the middle."""
+    if count == 1:
+        return [(frames - 1) // 2]
+    return np.linspace(0, frames - 1, min(count, frames), dtype=int).tolist()
+
+
+class _Video:
+    """An open video stream. `times` are its frames' times in display order, in units of `second` seconds."""
+
+    def __init__(self, stream: Any, packets: list[Any], header: VideoHeader) -> None:
+        self.header, self.packets, self.times = header, packets, sorted(p.pts for p in packets if not p.is_discard)
+        self.second = float(stream.time_base)
+        self._context = stream.codec_context
+        self._context.thread_count = 1
+        self._context.options = {"max_pixels": str(MAX_PIXELS)}
+        self._keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
+        self._fed = 0
+
+    def decode(self, times: Sequence[int]) -> Iterator[np.ndarray]:
+        """The first frame at or after each of the ascending `times`."""
+        frames, frame = self._frames(), None
+        for time in times:
+            while frame is None or frame.pts is None or frame.pts < time:
+                start = self._start(time)
+                if start > self._fed:
+                    self._context.flush_buffers()
+                    self._fed = start
+                frame = next(frames, None)
+                if frame is None:
+                    raise BadSample(f"no frame at time {time}, though the video has {len(self.times)} frames")
+            yield self._pixels(frame)
+
+    def _frames(self) -> Iterator[Any]:
+        while self._fed < len(self.packets):
+            self._fed += 1
+            yield from self._context.decode(self.packets[self._fed - 1])
+        yield from self._context.decode(None)
+
+    def _start(self, time: int) -> int:
+        """The packet to decode from for a frame at `time`: the last key frame up to it."""
+        key = bisect_right(self._keys, time, key=lambda number: self.packets[number].pts)
+        return self._keys[key - 1] if key else 0
+
+    def _pixels(self, frame: Any) -> np.ndarray:
+        if (frame.width, frame.height) != (self.header.width, self.header.height) or frame.is_corrupt:
+            raise BadSample(
+                f"frame at time {frame.pts} is {frame.width} x {frame.height} pixels{', corrupt' * frame.is_corrupt}; "
+                f"the video is {self.header.width} x {self.header.height}"
+            )
+        return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[_Video]:
+    try:
+        import av
+    except ImportError as error:
+        raise DataError("videos need PyAV: pip install 'vlm-train[data]'") from error
+    extension = video_extension(data)
+    if extension is None:
+        raise BadSample(f"not a readable video ({', '.join(DEMUXERS)})")
+    if len(data) > MAX_BYTES:
+        raise BadSample(f"video of {len(data)} bytes; at most {MAX_BYTES} are read")
+    try:
+        file, options = io.BytesIO(data), {"protocol_whitelist": "none"}
+        with av.open(file, format=DEMUXERS[extension], options=options, metadata_errors="replace") as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None or stream.time_base is None:
+                raise BadSample("no video stream of a known codec")
+            packets = _packets(container, stream)
+            yield _Video(stream, packets, _header(stream, packets, extension))
+    except av.FFmpegError as error:
+        raise BadSample(f"video does not decode: {error}") from error
+
+
+def _packets(container: Any, stream: Any) -> list[Any]:
+    packets: list[Any] = []
+    for packet in container.demux(stream):
+        if packet.size:  # the last one only says that it is the last
+            packets.append(packet)
+        if packet.size and (packet.pts is None or packet.is_corrupt):
+            raise BadSample(f"packet {len(packets) - 1} of the video is corrupt or has no time")
+        if len(packets) > MAX_FRAMES:
+            raise BadSample(f"video of more than {MAX_FRAMES} frames")
+    if len(packets) < stream.frames:
+        raise BadSample(f"video is cut off: {len(packets)} of its {stream.frames} frames are there")
+    return packets
+
+
+def _header(stream: Any, packets: list[Any], extension: str) -> VideoHeader:
+    shown = [packet for packet in packets if not packet.is_discard]
+    if len(shown) < 2:
+        raise BadSample(f"video of {len(shown)} frames; at least 2 make a video")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if not 0 < width * height <= MAX_PIXELS:
+        raise BadSample(f"video of {width} x {height} pixels; 1 to {MAX_PIXELS} pixels are read")
+    ticks = max(packet.pts + (packet.duration or 0) for packet in shown) - min(packet.pts for packet in shown)
+    seconds = round(float(ticks * stream.time_base), 3)
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise BadSample(f"video of {seconds:.0f} seconds; at most {MAX_SECONDS:.0f} are read")
+    return VideoHeader(width, height, len(shown), seconds, extension)

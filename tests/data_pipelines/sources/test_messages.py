@@ -1,0 +1,147 @@
+"""Messages: one JSON object a line."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from data_pipelines.build import write
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.sample import Media, Text
+from data_pipelines.sources.messages import Messages
+from data_pipelines.stream import ShardSet
+
+
+def _talk(*values):
+    return [{"role": ("user", "assistant")[n % 2], "content": value} for n, value in enumerate(values)]
+
+
+def _uri(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.fixture
+def read(tmp_path, picture):
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+
+    def make(*records):
+        text = "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
+        (tmp_path / "x.jsonl").write_text(text)
+        return list(Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path), name="mine", licence="CC0"))
+
+    return make
+
+
+def _parts(record, turn=0, annotation=0):
+    return record[0].annotations[annotation].turns[turn].parts
+
+
+def test_tags_mark_the_places_of_images(read, picture):
+    record = {"id": "x", "images": ["1.png", _uri(picture(2))], "messages": _talk("A:\n<image>\nB:<image>?", "<image>")}
+    ((sample, blobs),) = read(record)
+    user, assistant = sample.annotations[0].turns
+    assert user.parts == (Text(text="A:"), Media(item=0), Text(text="B:"), Media(item=1), Text(text="?"))
+    assert assistant.parts == (Text(text="<image>"),)  # in an answer it is text
+    assert blobs == [picture(1), picture(2)] and [item.name for item in sample.media] == ["0.png", "1.png"]
+    assert (sample.key, sample.source, sample.licence) == ("0000000-x", "mine", "CC0")
+
+
+def test_paths_start_from_the_file_s_own_folder(read, tmp_path):
+    expected = read({"images": ["1.png"], "messages": _talk("<image>", "y")})
+    assert list(Messages(file=str(tmp_path / "x.jsonl"), name="mine", licence="CC0")) == expected
+    (tmp_path / "x.json").write_text(f"[{(tmp_path / 'x.jsonl').read_text()}]")
+    assert list(Messages(file=str(tmp_path / "x.json"), name="mine", licence="CC0")) == expected
+    with pytest.raises(DataError, match="file: .*nowhere/x.jsonl: No such file"):
+        Messages(file=str(tmp_path / "nowhere" / "x.jsonl"))
+    (tmp_path / "none").mkdir()
+    (error,) = Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path / "none"))
+    assert "none/1.png: No such file" in str(error)
+
+
+def test_unmarked_images_come_first(read):
+    first, second = read(
+        {"images": ["1.png", "2.png"], "messages": [{"role": "system", "content": "Be kind."}, *_talk("Hm?", "y")]},
+        {"image": "1.png", "messages": _talk("What?", "y")},
+    )
+    assert _parts(first, 0) == (Text(text="Be kind."),)
+    assert _parts(first, 1) == (Media(item=0), Media(item=1), Text(text="Hm?"))
+    assert _parts(second) == (Media(item=0), Text(text="What?")) and second[0].key == "0000001"
+
+
+def test_content_as_parts(read, picture):
+    ask = [
+        {"type": "image"},
+        {"type": "text", "text": "<image> or"},
+        {"type": "image_url", "image_url": {"url": _uri(picture(2))}},
+        {"type": "image", "image": "2.png"},
+        {"type": "image", "image": "2.png"},
+    ]
+    (record,) = read({"images": ["1.png"], "messages": _talk(ask, [{"type": "text", "text": "y"}])})
+    assert [part.item if isinstance(part, Media) else part.text for part in _parts(record)] == [
+        0, "<image> or", 1, 2, 2,
+    ]  # fmt: skip
+    assert record[1] == [picture(1), picture(2), picture(2)] and _parts(record, 1) == (Text(text="y"),)
+
+
+def test_parts_may_name_the_number_of_their_image(read):
+    ask = [{"type": "image", "index": 1, "text": None}, {"type": "image", "index": 0, "text": None}]
+    (record, bad) = read(
+        {"images": ["1.png", "2.png"], "messages": _talk(ask, "y")},
+        {"images": ["1.png"], "messages": _talk(ask, "y")},
+    )
+    assert _parts(record) == (Media(item=1), Media(item=0))
+    assert "marks image 1 of the 1 it lists" in str(bad)
+
+
+def test_several_conversations_about_the_same_images(read):
+    several = [_talk("One?", "1"), _talk("<image>Two?", "2", "Three?", "3")]
+    (record,) = read({"images": ["1.png"], "messages": several})
+    assert [len(annotation.turns) for annotation in record[0].annotations] == [2, 4] and len(record[1]) == 1
+    assert _parts(record, annotation=0) == (Media(item=0), Text(text="One?"))
+    assert _parts(record, annotation=1) == (Media(item=0), Text(text="Two?"))
+
+
+@pytest.mark.parametrize("rejected", ["no", {"role": "assistant", "content": "no"}, _talk("", "no")[1:]])
+def test_rejected_answers(read, rejected):
+    ((sample, _),) = read({"messages": _talk("Is it?", "yes"), "rejected": rejected})
+    (annotation,) = sample.annotations
+    assert [turn.text for turn in annotation.turns] == ["Is it?", "yes"]
+    assert (annotation.rejected.role, annotation.rejected.text) == ("assistant", "no")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("{broken", "line 2: not JSON"),
+        ("[]", "line 2: malformed: AttributeError"),
+        ({"id": 9, "messages": []}, "record 9: its last turn is not an answer"),
+        ({"messages": _talk("Hi")}, "its last turn is not an answer"),
+        ({"messages": _talk("Hi", " ")}, "its last turn is not an answer"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn of 'tool'; allowed: user, human, assistant"),
+        ({"messages": _talk("<image>", "y")}, "marks more images than the 0 it lists"),
+        ({"images": ["1.png", "2.png"], "messages": _talk("<image>", "y")}, "marks 1 of the 2 images it lists"),
+        ({"images": ["../x"], "messages": _talk("<image>", "y")}, "leaves the image folder"),
+        ({"images": ["data:image/png,x"], "messages": _talk("<image>", "y")}, "is not data:<type>;base64"),
+        ({"images": ["data:image/png;base64,!"], "messages": _talk("<image>", "y")}, "non-alphabet|Only base64"),
+        ({"images": [7], "messages": _talk("<image>", "y")}, "malformed: TypeError"),
+        ({"messages": _talk([{"type": "video"}], "y")}, "part of type 'video'; allowed: text, image, image_url"),
+        ({"messages": _talk("Hi", "yes"), "rejected": _talk("Hi", "no")}, "an answer of 2 messages; expected one"),
+        ({"messages": _talk("Hi", "yes"), "rejected": ""}, "the rejected turn is not an answer"),
+        ({"messages": [_talk("Hi", "yes")], "rejected": "no"}, "several conversations and one rejected answer"),
+    ],
+)
+def test_unusable_lines_stand_in_their_place(read, record, reason):
+    good, bad, last = read({"messages": _talk("Hi", "Hello")}, record, {"messages": _talk("Hi", "Hello")})
+    assert isinstance(bad, BadSample) and good[0].key == "0000000" and last[0].key == "0000002"
+    with pytest.raises(BadSample, match=reason):
+        raise bad
+
+
+def test_shards_hold_what_was_read(read, tmp_path):
+    (record,) = read({"images": ["1.png"], "messages": _talk("What?", "yes"), "rejected": "no"})
+    write(Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path)), tmp_path / "out")
+    sample, blobs = ShardSet(tmp_path / "out").load(0)
+    assert (sample.annotations, blobs) == (record[0].annotations, record[1])

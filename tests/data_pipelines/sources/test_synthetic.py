@@ -1,0 +1,159 @@
+"""Made samples: the same every time, and their answers agree with what is drawn."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageColor
+
+from data_pipelines.cli import CONF
+from data_pipelines.errors import DataError
+from data_pipelines.lint import sample_problems
+from data_pipelines.sample import Box, Media
+from data_pipelines.sources.drawing import COLOURS, SHAPES, Dice
+from data_pipelines.sources.synthetic import TASKS, Synthetic
+from data_pipelines.video import read_frames
+
+
+def pixels(blob):
+    return np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")).astype(int)
+
+
+def found(image):
+    """The colours of a picture besides white, each with the box of its pixels (left, top, right, bottom)."""
+    boxes = {}
+    for colour in COLOURS:
+        rows, columns = np.nonzero((image == ImageColor.getrgb(colour)).all(-1))
+        if len(rows):
+            boxes[colour] = (columns.min(), rows.min(), columns.max(), rows.max())
+    return boxes
+
+
+def of(task, count=12, **options):
+    return list(Synthetic(tasks=[task], count=count, **options))
+
+
+def answers(sample):
+    return [annotation.turns[-1].text for annotation in sample.annotations]
+
+
+def test_samples_depend_on_seed_split_and_number_alone():
+    first = list(Synthetic(count=20))
+    random.seed(1)
+    np.random.seed(1)
+    assert list(Synthetic(count=30))[:20] == first
+    assert [sample.meta["task"] for sample, _ in first[:10]] == list(TASKS)
+    for other in ({"seed": 1}, {"split": "val"}):
+        assert [blobs for _, blobs in Synthetic(count=20, **other)] != [blobs for _, blobs in first]
+    assert not [problem for sample, blobs in first for problem in sample_problems(sample, blobs)]
+
+
+def test_the_file_lists_every_task():
+    assert yaml.safe_load((CONF / "source" / "synthetic.yaml").read_text())["tasks"] == list(TASKS)
+
+
+def test_captions_and_questions_agree_with_the_picture():
+    for sample, (blob,) in of("caption"):
+        named = [words.split()[1] for words in answers(sample)[0].split(" and ")]
+        assert set(named) == set(found(pixels(blob)))
+    for sample, (blob,) in of("vqa"):
+        (colour,) = found(pixels(blob))
+        asked = sample.annotations[2].turns[0].text.split()[3]
+        assert answers(sample)[0] == colour and answers(sample)[1] in SHAPES
+        assert answers(sample)[2] == ("yes" if asked == colour else "no")
+
+
+def test_counts_agree_with_the_picture():
+    seen = set()
+    for sample, (blob,) in of("count", 20):
+        cells = pixels(blob).reshape(3, 32, 3, 32, 3).transpose(0, 2, 1, 3, 4)
+        number = sum((cell != 255).any() for row in cells for cell in row)
+        assert answers(sample)[0] == str(number) and int(answers(sample)[1]) <= number
+        seen.add(number)
+    assert len(seen) > 4
+
+
+def test_boxes_agree_with_the_picture():
+    for sample, (blob,) in of("box"):
+        region = sample.annotations[0].turns[1].parts[0]
+        assert isinstance(region, Box) and region == sample.annotations[1].turns[0].parts[2]
+        left, top, right, bottom = (round(96 * edge) for edge in region.xyxy)
+        colour = answers(sample)[1].split()[1]
+        assert (pixels(blob)[(top + bottom) // 2, (left + right) // 2] == ImageColor.getrgb(colour)).all()
+
+
+def test_the_named_picture_of_several():
+    for sample, blobs in of("multi_image"):
+        ask, answer = sample.annotations[0].turns
+        assert [part.item for part in ask.parts if isinstance(part, Media)] == list(range(len(blobs)))
+        number = ("first", "second", "third").index(answer.text.split()[1])
+        assert list(found(pixels(blobs[number]))) == [ask.text.split()[4]]
+
+
+@pytest.mark.parametrize("as_images", [False, True])
+def test_videos_move_as_their_answer_says(as_images):
+    for sample, blobs in of("video", 6, frames=5, video_as_images=as_images):
+        assert [item.frames for item in sample.media] == ([1] * 5 if as_images else [5])
+        images = [pixels(blob) for blob in blobs] if as_images else list(read_frames(blobs[0], range(5)))
+        centres = [np.argwhere(image.astype(int).sum(-1) < 560).mean(0) for image in (images[0], images[-1])]
+        down, right = centres[1] - centres[0]
+        way = ("down" if down > 0 else "up") if abs(down) > abs(right) else ("right" if right > 0 else "left")
+        assert answers(sample) == [way]
+    assert of("video", 2) == of("video", 2)
+    assert not any(b"Lavf" in blob or b"Lavc" in blob for _, blobs in of("video", 2) for blob in blobs)  # its version
+
+
+def test_written_words_differ_and_are_black():
+    images = {answers(sample)[0]: pixels(blob) for sample, (blob,) in of("ocr", 30)}
+    assert len(images) > 6 and all((image < 60).all(-1).sum() > 20 for image in images.values())
+    assert all((image[:, -1] == 255).all() for image in images.values())  # none is cut off
+
+
+def test_preferences_weigh_the_wrong_word():
+    for sample, (blob,) in of("preference"):
+        (annotation,) = sample.annotations
+        (colour,) = found(pixels(blob))
+        for turn, right in ((annotation.turns[1], True), (annotation.rejected, False)):
+            ((start, end, weight),) = turn.parts[0].weights
+            assert (turn.text[start:end] == colour) == right and weight == 5.0
+
+
+def test_documents_and_dialogues():
+    for sample, blobs in of("interleaved"):
+        (turn,) = sample.annotations[0].turns
+        kinds = ["m" if isinstance(part, Media) else "t" for part in turn.parts]
+        assert turn.role == "assistant" and "".join(kinds) == "t" + "mt" * len(blobs)
+        for blob, text in zip(blobs, turn.parts[2::2], strict=True):
+            assert list(found(pixels(blob))) == [text.text.split()[3]]
+    for sample, blobs in of("text"):
+        turns = sample.annotations[0].turns
+        _, _, first, _, second = turns[0].text.rstrip("?").split()
+        assert not blobs and turns[1].text == str(int(first) + int(second))
+        assert int(turns[3].text) == 2 * int(turns[1].text)
+
+
+def test_wrong_options(monkeypatch):
+    for options, message in [
+        ({"split": "dev"}, "split: got 'dev'; allowed: train, val, test"),
+        ({"tasks": ["vqa", "sing"]}, "tasks: got sing; allowed: caption, vqa"),
+        ({"tasks": []}, "0 tasks"),
+        ({"count": 0}, "count 0"),
+        ({"frames": 1}, "frames 1"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            Synthetic(**options)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"av is not installed: pip install 'vlm-train\[data\]'"):
+        Synthetic()
+    assert len(Synthetic(video_as_images=True)) == 256
+
+
+def test_dice_are_fair_enough():
+    dice = Dice("x")
+    counts = np.bincount([dice.below(6) for _ in range(1200)])
+    assert counts.min() > 150 and sorted(Dice("y").some(range(5), 5)) == list(range(5))

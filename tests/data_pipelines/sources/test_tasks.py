@@ -1,0 +1,124 @@
+"""What the sources of questions and regions share, and that each of their sets builds and lints clean."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from data_pipelines.build import QUARANTINE, main
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.inspect import main as inspect
+from data_pipelines.lint import problems, sample_problems
+from data_pipelines.sample import Box, Text
+from data_pipelines.sources.tasks import ImageFolder, Prompt, answered, exchange, grouped, text, whole
+from data_pipelines.stream import ShardSet
+
+COUNTS = {  # samples, annotations
+    "vqav2": (2, 3),
+    "okvqa": (1, 1),
+    "gqa": (2, 3),
+    "textvqa": (2, 3),
+    "ocrvqa": (2, 4),
+    "docvqa": (2, 3),
+    "visual_genome": (2, 3),
+    "refcoco": (1, 3),
+}
+TASKS = [(name, {}) for name in COUNTS] + [
+    ("vqav2", {"prompt": '"{question}\nAnswer the question using a single word or phrase."'}),
+    ("visual_genome", {"task": "grounding"}),
+    ("refcoco", {"task": "grounding"}),
+    ("refcoco", {"task": "referring"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), TASKS)
+def test_published_sets_build_lint_and_show(name, options, published, tmp_path, capsys):
+    output = tmp_path / "set"
+    arguments = [f"{key}={value}" for key, value in {**published(name), **options}.items()]
+    assert main([f"source={name}", f"output={output}", *arguments]) == 0, capsys.readouterr().err
+    assert list(problems(output)) == [] and not (output / QUARANTINE).exists()
+    shards = ShardSet(output)
+    samples = [shards.load(i)[0] for i in range(len(shards))]
+    assert (len(samples), sum(len(sample.annotations) for sample in samples)) == COUNTS[name]
+    assert {sample.source for sample in samples} == {name} and not any("skipped" in s.meta for s in samples)
+    assert all(len(sample.meta["annotations"]) == len(sample.annotations) for sample in samples)
+    if "prompt" in options:
+        assert samples[0].annotations[0].turns[0].text.endswith("?\nAnswer the question using a single word or phrase.")
+    assert inspect([f"folder={output}"]) == 0 and samples[0].key in capsys.readouterr().out
+
+
+def test_box_only_answers_are_answers_and_empty_ones_are_not(sample):
+    one, blobs = sample(1)
+    prompt, box = [Text(text="Where?")], Box(item=0, xyxy=(0.0, 0.0, 1.0, 1.0))
+    assert list(sample_problems(replace(one, annotations=(exchange(prompt, box),)), blobs)) == []
+    assert list(sample_problems(replace(one, annotations=(exchange(prompt, " "),)), blobs)) == [
+        "annotation 0: empty answer"
+    ]
+
+
+def test_prompts_place_texts_and_boxes():
+    box = Box(item=0, xyxy=(0.0, 0.0, 1.0, 1.0))
+    assert Prompt("At {box}, say:", "prompt", needs=["box"]).fill(box=box) == (
+        Text(text="At "),
+        box,
+        Text(text=", say:"),
+    )
+    assert Prompt("{box}", "prompt", needs=["box"]).fill(box=box) == (box,)
+    prompt = Prompt("{question}\nOCR: {ocr}\nBriefly.", "prompt", needs=["question"], may=["ocr"])
+    assert prompt.fill(question="What {ocr}?", ocr="a, b") == (Text(text="What {ocr}?\nOCR: a, b\nBriefly."),)
+    assert prompt.fill(question="What?", ocr="") == (Text(text="What?\nBriefly."),)
+
+
+@pytest.mark.parametrize("pattern", ["", "Answer.", "{question} {image}", "{question!r}"])
+def test_prompts_with_other_fields_are_refused(pattern):
+    with pytest.raises(DataError, match=r"prompt: got .*; its fields must be: \{question\}, \{ocr\} \(optional\)"):
+        Prompt(pattern, "prompt", needs=["question"], may=["ocr"])
+
+
+def test_answers_are_weighed_by_how_many_gave_them():
+    answers = ["b", "a", "a ", "b", ""]
+    ((best, note),) = answered([Text(text="?")], answers, "majority", {"question_id": 1})
+    assert best.turns[1].text == "b" and note == {"question_id": 1, "answers": answers}  # the first of a tie
+    weighed = answered([Text(text="?")], answers, "all_weighted", {})
+    assert [(one.turns[1].text, one.weight) for one, _ in weighed] == [("b", 0.4), ("a", 0.4)]
+    with pytest.raises(BadSample, match="no answers"):
+        answered([], ["", " "], "majority", {})
+
+
+def test_records_are_grouped_and_malformed_ones_stand_alone():
+    records = [{"image": 2}, {"image": 1}, {}, {"image": [2]}, 7, {"image": 2, "x": 1}]
+    assert grouped(records, "image") == [[records[0], records[5]], [records[1]], [{}], [{"image": [2]}], [7]]
+
+
+@pytest.mark.parametrize("value", [None, 3, "", "  ", ["a"]])
+def test_what_is_no_text_is_refused(value):
+    with pytest.raises(BadSample, match="expected text"):
+        text(value)
+
+
+def test_whole_numbers():
+    assert [whole(3), whole("0012")] == [3, 12]
+    for value in (float("inf"), 1.5, "x", None):
+        with pytest.raises(BadSample, match="expected a whole number"):
+            whole(value)
+
+
+def test_lone_surrogates_cannot_reach_a_shard():
+    with pytest.raises(ValueError, match="surrogates"):
+        text(json.loads('"\\ud800"'))
+
+
+def test_images_are_read_from_their_folder_only(raw):
+    folder = ImageFolder(raw.images("a.jpg"))
+    assert folder.read("b.jpg", "a.jpg") == (raw.folder / "images" / "a.jpg").read_bytes()
+    for names in (("../images/a.jpg",), ("/etc/passwd",), ("a.jpg", "../x")):
+        with pytest.raises(BadSample, match="leaves the image folder"):
+            folder.read(*names)
+    with pytest.raises(BadSample, match=r"image .*b.jpg: No such file"):
+        folder.read("b.jpg", "c.jpg")
+    with pytest.raises(BadSample, match="File name too long"):
+        folder.read("a" * 999)
+    with pytest.raises(DataError, match="images: no such folder"):
+        ImageFolder(str(raw.folder / "none"))

@@ -1,0 +1,175 @@
+"""Runs over packed, mixed and budgeted streams: gradients as unpacked, exact resumption, audited samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.small_run import command, make_data, train
+from tests.test_fit import assert_same_weights, checkpoint_of, metrics, stop_after
+
+SGD = ["optim=sgd", "~optim.betas", "optim.lr=0.1", "optim.weight_decay=0", "trainer.clip_norm=null"]
+PACKED = ["data.pack=160", "data.max_length=120", "batch.micro=1"]
+BUDGET = ["batch.samples=null", "batch.tokens=320", *PACKED]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def two_sources(data: Path) -> str:
+    train_set, other = data / "tiny" / "train", data / "tiny" / "val"
+    return f"data.train=[{{shards: {train_set}, name: a}}, {{shards: {other}, name: b}}]"
+
+
+@pytest.mark.parametrize("normalise", ["token", "sample"])
+def test_packed_training_is_unpacked_training(normalise: str, data: Path, tmp_path: Path) -> None:
+    more = [
+        *SGD,
+        "trainer.max_steps=2",
+        "batch.samples=8",
+        "lr_schedule.warmup_ratio=0",
+        f"batch.normalise={normalise}",
+    ]
+    runs = [
+        train(command(data, tmp_path, *more, "data.max_length=120", name="single")),
+        train(command(data, tmp_path, *more, *PACKED, name="packed")),
+    ]
+    one, other = (load_file(checkpoint_of(run, 2) / "weights.safetensors") for run in runs)
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+    rows = [metrics(run) for run in runs]
+    for single, packed in zip(*rows, strict=True):
+        assert packed["loss"] == pytest.approx(single["loss"], rel=1e-5)
+        assert packed["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
+        assert packed["supervised_share"] == pytest.approx(single["supervised_share"])
+    assert rows[1][0]["real_tokens_share"] > 0.8
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        PACKED,
+        BUDGET,
+        [*BUDGET, "trainer.max_steps=null", "trainer.epochs=3"],
+        ["data.mixture=sqrt", "data.window=8", "trainer.log_every=4"],
+        ["data.shuffle=shards", "data.pool=2", "data.workers=2"],
+    ],
+    ids=["packed", "budget", "budget-epochs", "mixture", "by-shards"],
+)
+def test_streams_resume_exactly(more: list[str], data: Path, tmp_path: Path) -> None:
+    if "data.mixture=sqrt" in more:
+        more = [*more, two_sources(data)]
+    overrides = [command(data, tmp_path / name, *more) for name in ("one", "two")]
+    one = train(overrides[0])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, 3)
+        train(overrides[1])
+    two = train(overrides[1])
+    assert metrics(one) == metrics(two) and metrics(one)
+    assert_same_weights(one, two, metrics(one)[-1]["step"])
+
+
+def test_realised_shares_are_logged(data: Path, tmp_path: Path) -> None:
+    run = train(command(data, tmp_path, "data.mixture=sqrt", "data.window=8", "trainer.log_every=2", two_sources(data)))
+    for row in metrics(run):  # a block of 8: 5 of the 12 samples, 3 of the 4
+        assert (row["share/a"], row["share/b"]) == (5 / 8, 3 / 8)
+
+
+def test_a_weight_of_a_source_weighs_its_targets(data: Path, tmp_path: Path) -> None:
+    heavy = two_sources(data).replace("name: b", "name: b, loss_weight: 0.0")
+    runs = [
+        train(
+            command(data, tmp_path, "data.shuffle=none", "batch.samples=16", "trainer.max_steps=1", entries, name=name)
+        )
+        for name, entries in (("equal", two_sources(data)), ("none", heavy), ("alone", ""))
+        if entries
+    ]
+    equal, none = (metrics(run)[0]["loss"] for run in runs)
+    alone = train(command(data, tmp_path, "data.shuffle=none", "batch.samples=12", "trainer.max_steps=1", name="alone"))
+    assert none == pytest.approx(metrics(alone)[0]["loss"], rel=1e-6) and none != pytest.approx(equal, rel=1e-4)
+
+
+def test_stale_lengths_are_noticed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_pipelines.errors import DataError
+    from vlm_train.data.samples import Samples
+
+    measure = Samples._size
+    monkeypatch.setattr(Samples, "_size", lambda *args: (measure(*args)[0] - 1, 1))
+    with pytest.raises(DataError, match=r"tokens, but \d+ were planned: .* Remove the folder data\.cache names"):
+        train(command(data, tmp_path, *PACKED, f"data.cache={tmp_path}/lengths"))
+
+
+AUDIT = """
+import json, os, signal, sys
+from vlm_train import cli
+from vlm_train.modules.base import VLMModule
+inner = VLMModule.training_step
+def audited(self, batch, batch_idx):
+    step, micro = batch.window.step, batch.window.micro
+    if step == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(f"{self.folder}/audit-{self.global_rank}.jsonl", "a") as file:
+        file.write(json.dumps([step, micro, batch.keys]) + chr(10))
+    return inner(self, batch, batch_idx)
+VLMModule.training_step = audited
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def drawn(run: Path, rank: int) -> dict[tuple[int, int], Any]:
+    """The keys of every micro-batch; of one trained twice, because it came after the last checkpoint, the later."""
+    rows = [json.loads(line) for line in (run / f"audit-{rank}.jsonl").read_text().splitlines()]
+    return {(step, micro): keys for step, micro, keys in rows}
+
+
+def audited(overrides: list[str], kill_at: int) -> int:
+    environment = os.environ | {"KILL_AT": str(kill_at), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", AUDIT, *overrides], env=environment, timeout=120).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("stream", [PACKED, BUDGET], ids=["packed", "budget"])
+def test_audit_of_a_killed_run(stream: list[str], workers: int, data: Path, tmp_path: Path) -> None:
+    """Killed in its second pass and resumed with other workers: the same samples in the same places."""
+    more = [*stream, "trainer.save_every=3", "trainer.max_steps=9"]
+    whole, killed = (
+        command(data, tmp_path, *more, f"data.workers={n}", name=name)
+        for name, n in (("whole", 0), ("killed", workers))
+    )
+    assert audited(whole, -1) == 0 and audited(killed, 7) == -9
+    assert audited([*killed, f"data.workers={(workers + 1) % 3}"], -1) == 0
+    assert drawn(tmp_path / "killed", 0) == drawn(tmp_path / "whole", 0)
+    counts = Counter(key for keys in drawn(tmp_path / "whole", 0).values() for row in keys for key in row)
+    assert len(counts) == 12
+    if stream is PACKED:  # a packer that may choose among five passes ahead does so
+        assert max(counts.values()) == min(counts.values()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stream", [PACKED, BUDGET], ids=["packed", "budget"])
+def test_two_ranks_equal_one(stream: list[str], data: Path, tmp_path: Path) -> None:
+    more = [*SGD, *stream, "resume=never", "trainer.save_every=6"]
+    for devices in (1, 2):
+        arguments = command(data, tmp_path, *more, f"launch.devices={devices}", name=f"ranks{devices}")
+        subprocess.run([sys.executable, "-m", "vlm_train", *arguments], check=True, timeout=120)
+    one, two = (load_file(checkpoint_of(tmp_path / f"ranks{n}", 6) / "weights.safetensors") for n in (1, 2))
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-5 * one[name].abs().max() + 1e-9, name
+    rows = [metrics(tmp_path / f"ranks{n}") for n in (1, 2)]
+    for alone, shared in zip(*rows, strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert torch.isfinite(torch.tensor(shared["grad_norm"]))

@@ -1,0 +1,40 @@
+"""Small encoded videos: frame n is a grey of value 8 n."""
+
+from __future__ import annotations
+
+import io
+
+import av
+import numpy as np
+
+GREY = 8  # step between frames; codecs change values by less than half of it
+
+
+def video(
+    frames: int = 20,
+    size: tuple[int, int] = (48, 40),
+    *,
+    codec: str = "libx264",
+    container: str = "mp4",
+    gop: int = 5,
+    rate: int = 10,
+    index_first: bool = False,
+) -> bytes:
+    """`frames` grey frames of `size` (width, height) with a key frame every `gop`; `index_first`: before the frames."""
+    file = io.BytesIO()
+    options = {"moov_size": "4096"} if index_first else {}
+    with av.open(file, "w", format=container, options=options) as output:
+        stream = output.add_stream(codec, rate=rate)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.thread_count = gop, 1
+        for number in range(frames):
+            pixels = np.full((size[1], size[0], 3), GREY * number, np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    """Which frames these are, told by the grey of each `[..., H, W]` or `[..., H, W, 3]` picture's middle."""
+    return [round(float(frame.mean()) / GREY) for frame in frames]
