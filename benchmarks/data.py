@@ -1,6 +1,7 @@
 """Benchmarks of the data half: `python -m benchmarks.data [key=value ...]`, or `make bench ARGS="..."`.
 
-Options: quick=true (about 2 minutes; default) or false; lines=[loader,scaled,raw,position,resume,planner,peers];
+Options: quick=true (2 minutes; default) or false; lines=[loader,scaled,raw,position,resume,planner,peers] (by default
+all, when quick all but peers);
 peers_python=<interpreter with the peers installed>; folder=<where the made pictures are kept>; output=<file>.json.
 """
 
@@ -31,7 +32,7 @@ from data_pipelines.stream import ShardSet
 @dataclass
 class Settings:
     quick: bool = True
-    lines: list[str] = field(default_factory=lambda: list(LINES))
+    lines: list[str] = field(default_factory=list)
     peers_python: str = sys.executable
     folder: str = "data/bench"
     output: str = "data/bench/data.json"
@@ -197,13 +198,14 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(argv)))
-    if unknown := set(settings.lines) - set(LINES):
+    lines = settings.lines or [name for name in LINES if not (settings.quick and name == "peers")]
+    if unknown := set(lines) - set(LINES):
         print(f"lines: no {', '.join(sorted(unknown))}; allowed: {', '.join(LINES)}", file=sys.stderr)
         return 2
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(1)
     report = Report({"quick": settings.quick, "threads": 1, "batch": BATCH, "prefetch": PREFETCH})
-    for name in settings.lines:
+    for name in lines:
         for line in LINES[name](settings):
             report.add(line)
     report.show()

@@ -92,7 +92,8 @@ class ImageTransform:
             frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
             pictures = [(frame, self._resized(*frame.size)) for frame in frames]
         mirror = self.flip and generator is not None and generator.random() < 0.5
-        return np.stack([self._view(image, resized, mirror) for image, resized in pictures])
+        views = [self._view(image, resized, mirror) for image, resized in pictures]
+        return np.stack(views) if len(views) > 1 else views[0][None]
 
     def _decoded(self, data: bytes, where: str) -> tuple[Image.Image, tuple[int, int]]:
         """An image in RGB, and the size that it is resized to."""
