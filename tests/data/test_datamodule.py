@@ -21,6 +21,7 @@ from vlm_train.data.batch import map_tensors
 from vlm_train.data.cost import Cost
 from vlm_train.data.datamodule import VLMData
 from vlm_train.data.image import ImageTransform
+from vlm_train.data.parcel import Parcel
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 
@@ -209,21 +210,17 @@ def test_workers_send_the_same_batches_in_few_tensors(root: Path) -> None:
 
 
 def test_large_tensors_travel_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_train.data import parcel
-
     window = next(iter(data(root / "train").train_dataloader().loader))
-    monkeypatch.setattr(parcel, "LARGE", window[0].media.pixels.nbytes - 1)
-    packed = parcel.Parcel.of(window)
+    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.pixels.nbytes - 1)
+    packed = Parcel.of(window)
     assert packed.batches[0].media.pixels is window[0].media.pixels
     assert torch.equal(packed.unpack()[0].text["llm"].ids, window[0].text["llm"].ids)
 
 
 def test_a_parcel_is_pinned_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_train.data import parcel
-
     window = next(iter(data(root / "train").train_dataloader().loader))
-    monkeypatch.setattr(parcel, "LARGE", window[0].media.pixels.nbytes - 1)
-    packed = parcel.Parcel.of(window)
+    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.pixels.nbytes - 1)
+    packed = Parcel.of(window)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     pinned = packed.pin_memory()
     assert torch.equal(pinned.small, packed.small + 1)
@@ -234,3 +231,10 @@ def tensors_of(batch: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(batch, lambda tensor: found.append(tensor) or tensor)
     return found
+
+
+def test_a_parcel_takes_tensors_of_any_length(root: Path) -> None:
+    batch = next(iter(data(root / "train").train_dataloader()))
+    odd = replace(batch.text["llm"], ids=torch.tensor([1, 2, 3], dtype=torch.int16), labels=torch.tensor([4, 5]))
+    (back,) = Parcel.of([replace(batch, text={"llm": odd})]).unpack()
+    assert torch.equal(back.text["llm"].ids, odd.ids) and torch.equal(back.text["llm"].labels, odd.labels)
