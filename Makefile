@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format docs clean
+.PHONY: help setup demo test test-all bench lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,6 +54,9 @@ test: setup ## the tests that need neither a GPU nor minutes
 
 test-all: setup ## every test that this machine can run
 	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+bench: setup ## measure the data loader against others, see benchmarks/README.md (ARGS="quick=false" takes longer)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.data $(ARGS)
 
 lint: setup ## formatting, lint rules and types
 	$(BIN)/ruff format --check .

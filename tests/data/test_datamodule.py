@@ -17,9 +17,11 @@ from data_pipelines.sample import Annotation, Sample
 from data_pipelines.shards import ShardWriter
 from tests.data.rendering import assistant, layout, load, user
 from tests.small_run import make_data, picture
+from vlm_train.data.batch import map_tensors
 from vlm_train.data.cost import Cost
 from vlm_train.data.datamodule import VLMData
 from vlm_train.data.image import ImageTransform
+from vlm_train.data.parcel import Parcel
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 
@@ -190,3 +192,49 @@ def test_validation_weighs_as_training_does(root: Path) -> None:
         found[rule] = batch.text["llm"].weights.sum(1)
     assert torch.equal(found["token"], found["source"]) and not torch.allclose(found["token"], found["sample"])
     assert torch.allclose(found["sample"], torch.ones(2))
+
+
+def test_workers_send_the_same_batches_in_few_tensors(root: Path) -> None:
+    module = data(root / "train")
+    alone = list(module.train_dataloader())
+    module.workers = 1
+    loader = module.train_dataloader()
+    parcel = next(iter(loader.loader))
+    assert not any(tensors_of(batch) for batch in parcel.batches) and parcel.small.dtype == torch.uint8
+    sent = list(loader)
+    assert len(sent) == len(alone) > 2
+    for one, other in zip(alone, sent, strict=True):
+        assert (one.keys, one.window, one.sources) == (other.keys, other.window, other.sources)
+        pairs = list(zip(tensors_of(one), tensors_of(other), strict=True))
+        assert len(pairs) > 8 and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def test_large_tensors_travel_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = next(iter(data(root / "train").train_dataloader().loader))
+    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.pixels.nbytes - 1)
+    packed = Parcel.of(window)
+    assert packed.batches[0].media.pixels is window[0].media.pixels
+    assert torch.equal(packed.unpack()[0].text["llm"].ids, window[0].text["llm"].ids)
+
+
+def test_a_parcel_is_pinned_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = next(iter(data(root / "train").train_dataloader().loader))
+    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.pixels.nbytes - 1)
+    packed = Parcel.of(window)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    pinned = packed.pin_memory()
+    assert torch.equal(pinned.small, packed.small + 1)
+    assert torch.equal(pinned.batches[0].media.pixels, window[0].media.pixels + 1)
+
+
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(batch, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def test_a_parcel_takes_tensors_of_any_length(root: Path) -> None:
+    batch = next(iter(data(root / "train").train_dataloader()))
+    odd = replace(batch.text["llm"], ids=torch.tensor([1, 2, 3], dtype=torch.int16), labels=torch.tensor([4, 5]))
+    (back,) = Parcel.of([replace(batch, text={"llm": odd})]).unpack()
+    assert torch.equal(back.text["llm"].ids, odd.ids) and torch.equal(back.text["llm"].labels, odd.labels)

@@ -123,3 +123,66 @@ def test_flip_depends_on_the_generator_only():
     assert all(is_mirrored or np.array_equal(view, plain) for view, is_mirrored in zip(views, mirrored))
     assert 0 < sum(mirrored) < 20
     assert np.array_equal(flipping(data), plain)  # evaluation
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise whose spectrum falls as that of photographs does."""
+    generator = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = 1.0
+    spectrum = generator.normal(size=(3, *frequency.shape, 2)).view(np.complex128)[..., 0] / frequency**1.2
+    waves = np.fft.irfft2(spectrum, s=(height, width))
+    pixels = np.clip(128 + 55 * waves / waves.std(axis=(1, 2), keepdims=True), 0, 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "resize"])
+def test_scaled_decoding_changes_pixels_little(mode):
+    data = encode(photograph(1024, 768), "JPEG")
+    views = [ImageTransform(mode=mode, size=(336, 336), draft=draft)(data).astype(int) for draft in (False, True)]
+    difference = np.abs(views[0] - views[1])
+    assert 0.1 < difference.mean() < 3 and difference.max() < 30  # of 255; colours of photographs are closer
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "decoded", "resized"),
+    [
+        ("crop", (128, 96), (64, 48), (42, 32)),
+        ("crop", (126, 128), (63, 64), (32, 32)),
+        ("crop", (257, 131), (65, 33), (62, 32)),  # of the decoded sizes it would be 63
+        ("crop", (63, 200), (63, 200), (32, 101)),
+        ("pad", (256, 32), (32, 4), (32, 32)),
+        ("pad", (100, 130), (25, 33), (32, 32)),
+        ("resize", (256, 64), (128, 32), (32, 32)),
+        ("resize", (256, 256), (32, 32), (32, 32)),
+        ("resize", (255, 255), (64, 64), (32, 32)),
+    ],
+)
+def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded, resized, monkeypatch):
+    seen: list[tuple[int, int]] = []
+    load, resize = Image.Image.load, Image.Image.resize
+
+    def spy(image, target, *more):
+        seen.append(target)
+        return resize(image, target, *more)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    monkeypatch.setattr("vlm_train.data.image._rgb", lambda file: (load(file), seen.append(file.size), file)[-1])
+    view = ImageTransform(mode=mode, size=(32, 32), draft=True)(encode(picture(*size), "JPEG"))
+    assert seen[:2] == [decoded, resized] and view.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("form", "size"), [("PNG", (256, 192)), ("WEBP", (256, 192)), ("JPEG", (63, 62))])
+@pytest.mark.parametrize("mode", ["crop", "pad", "resize"])
+def test_scaled_decoding_is_of_large_jpegs_only(mode, form, size):
+    data = encode(picture(*size), form)
+    plain, scaled = (ImageTransform(mode=mode, size=(32, 32), draft=draft)(data) for draft in (False, True))
+    assert np.array_equal(plain, scaled)
+
+
+def test_scaled_decoding_takes_any_colours_and_no_truncated_file():
+    for colours in ("L", "CMYK"):
+        data = encode(picture(128, 128).convert(colours), "JPEG")
+        assert ImageTransform(size=(32, 32), draft=True)(data).shape == (1, 3, 32, 32)
+    with pytest.raises(BadSample, match="^here: cannot decode image"):
+        ImageTransform(size=(32, 32), draft=True)(data[:-400], where="here")

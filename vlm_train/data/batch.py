@@ -184,12 +184,12 @@ class Batch:
         return map_tensors(self, lambda t: t.pin_memory())
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `function` to every tensor of a (nested) dataclass or mapping, leaving the rest as it is."""
-    if isinstance(value, Tensor):
+def map_tensors(value: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """Apply `function` to every tensor (or other `kind`) of a nested dataclass or mapping; leave the rest as it is."""
+    if isinstance(value, kind):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function, kind) for f in fields(value)})
     if isinstance(value, Mapping):
-        return {key: map_tensors(item, function) for key, item in value.items()}
+        return {key: map_tensors(item, function, kind) for key, item in value.items()}
     return value

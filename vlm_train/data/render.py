@@ -253,11 +253,18 @@ def encode(runs: Sequence[Run], tokenizer: Any, special: Any) -> tuple[list[int]
             verbose=False,
         )
         ids += encoding["input_ids"]
-        span = char_weights[start:end]
-        for a, b in encoding["offset_mapping"]:
-            a = min(a, len(span) - 1)  # an empty span belongs to the character it stands before
-            weights.append(float(span[a : max(b, a + 1)].max()))
+        if spans := encoding["offset_mapping"]:
+            weights += _heaviest(char_weights[start:end], np.asarray(spans))
     return ids, weights
+
+
+def _heaviest(weights: np.ndarray, spans: np.ndarray) -> list[float]:
+    """The largest of `weights` in every span `[N, 2]`; an empty one belongs to the character it stands before."""
+    first = np.minimum(spans[:, 0], len(weights) - 1)
+    end = np.clip(spans[:, 1], first + 1, len(weights))
+    padded = np.append(weights, np.float32(0))  # `reduceat` takes no index at the end
+    heaviest: list[float] = np.maximum.reduceat(padded, np.stack([first, end], axis=1).ravel())[::2].tolist()
+    return heaviest
 
 
 def _cuts(text: str, runs: Sequence[Run], special: Any) -> list[int]:

@@ -18,6 +18,7 @@ from vlm_train.data.batch import Batch, Problem, Window
 from vlm_train.data.collate import Item, collate, target_weights
 from vlm_train.data.mixture import Address
 from vlm_train.data.order import Plan
+from vlm_train.data.parcel import Parcel
 from vlm_train.data.samples import Samples
 
 
@@ -31,11 +32,12 @@ class WindowStream(IterableDataset):
     rank: int
     normalise: str
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[Batch] | Parcel]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         for step in range(self.first + number, self.plan.steps, count):
-            yield self.window(step)
+            window = self.window(step)
+            yield Parcel.of(window) if worker else window
 
     def window(self, step: int) -> list[Batch]:
         """All micro-batches of one optimizer step. A bad sample leaves a hole in its place."""
@@ -96,12 +98,12 @@ def _places(rows: Sequence[Sequence[Item]], name: str) -> int:
 class MicroBatches:
     """Unrolls a loader's windows into micro-batches."""
 
-    def __init__(self, loader: DataLoader[list[Batch]]) -> None:
+    def __init__(self, loader: DataLoader[list[Batch] | Parcel]) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
         for window in self.loader:
-            yield from window
+            yield from window.unpack() if isinstance(window, Parcel) else window
 
 
 @dataclass

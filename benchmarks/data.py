@@ -1,0 +1,218 @@
+"""Benchmarks of the data half: `python -m benchmarks.data [key=value ...]`, or `make bench ARGS="..."`.
+
+Options: quick=true (2 minutes; default) or false; lines=[loader,scaled,raw,position,resume,planner,peers] (by default
+all, when quick all but peers);
+peers_python=<interpreter with the peers installed>; folder=<where the made pictures are kept>; output=<file>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from benchmarks import packing
+from benchmarks.corpus import SIZES, shard_set, tars
+from benchmarks.loaders import BATCH, CONF, PREFETCH, our_data, our_loader, webdataset_loader
+from benchmarks.measure import Line, Report, paired, rate
+from benchmarks.peers import PEERS, Peer
+from data_pipelines.stream import ShardSet
+
+
+@dataclass
+class Settings:
+    quick: bool = True
+    lines: list[str] = field(default_factory=list)
+    peers_python: str = sys.executable
+    folder: str = "data/bench"
+    output: str = "data/bench/data.json"
+
+    @property
+    def pairs(self) -> int:
+        return 7 if self.quick else 15
+
+    def samples(self, size: str) -> int:
+        return {"small": 256, "medium": 128, "large": 64}[size] * (1 if self.quick else 4)
+
+    def shards(self, size: str) -> Path:
+        return shard_set(Path(self.folder), size, self.samples(size))
+
+
+def loader(settings: Settings) -> Iterator[Line]:
+    """Our loader / raw webdataset + Pillow: the same pixels."""
+    folder = settings.shards("small")
+    check_pixels(folder)
+    for workers in (0, 1, 2):
+        yield _against_webdataset(f"loader, {workers} workers", settings, "small", workers=workers, must=1.0, aim=1.3)
+
+
+def scaled(settings: Settings) -> Iterator[Line]:
+    """The same with our scaled decoding: other pixels."""
+    for size, must, aim in (("medium", 1.7, 2.0), ("large", 3.0, 4.0)):
+        name = "scaled decode, {} x {}".format(*SIZES[size])
+        yield _against_webdataset(name, settings, size, draft=True, must=must, aim=aim)
+
+
+def _against_webdataset(
+    name: str, settings: Settings, size: str, *, must: float, aim: float, workers: int = 0, draft: bool = False
+) -> Line:
+    folder = settings.shards(size)
+    steps, skip = settings.samples(size) // BATCH, 1 + workers
+
+    def ours() -> float:
+        return rate(our_loader(folder, steps, workers=workers, draft=draft), lambda batch: batch.media.real, skip)
+
+    def theirs() -> float:
+        return rate(webdataset_loader(folder, workers=workers), len, skip)
+
+    return paired(name, ours, theirs, pairs=settings.pairs, must=must, aim=aim, unit="samples/s")
+
+
+def check_pixels(folder: Path) -> None:
+    """Both sides make the same pixels of the same samples, in every mode."""
+    for mode in ("crop", "pad", "resize"):
+        ours = next(our_loader(folder, 1, mode=mode, shuffle=False)).media.pixels
+        assert torch.equal(ours, next(iter(webdataset_loader(folder, mode=mode)))), f"pixels differ, mode {mode}"
+
+
+def raw(settings: Settings) -> Iterator[Line]:
+    """Encoded samples read, none decoded: ours at random places, checked and parsed; theirs in file order, as bytes."""
+    import webdataset
+
+    folder = settings.shards("small")
+    shards = ShardSet(folder)
+    order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def ours() -> float:
+        return rate((shards.load(i) for i in order), lambda _: 1)
+
+    def theirs() -> float:
+        return rate(webdataset.WebDataset(tars(folder), shardshuffle=False), lambda _: 1)
+
+    yield paired("raw reads", ours, theirs, pairs=3 * settings.pairs, must=2.0, aim=5.0, unit="samples/s")
+
+
+def position(settings: Settings) -> Iterator[Line]:
+    """The position (the finished optimizer step, the only state) written at every step, and not."""
+    folder, size = settings.shards("small"), settings.samples("small")
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "position.json"
+
+        def run(keep: bool) -> float:
+            data = our_data(folder, size // BATCH)
+
+            def batches() -> Iterator[Any]:
+                for step, batch in enumerate(data.train_dataloader()):
+                    if keep:
+                        path.write_text(json.dumps({"step": step, **data.state_dict()}), encoding="utf-8")
+                    yield batch
+
+            return rate(batches(), lambda batch: batch.media.real)
+
+        both = lambda keep: lambda: run(keep)  # noqa: E731
+        about: dict[str, Any] = {"must": 0.99, "aim": 0.995, "unit": "samples/s"}
+        yield paired("position kept / not kept", both(True), both(False), pairs=settings.pairs, **about)
+        size_kept = float(path.stat().st_size)
+    yield Line(
+        name="state bytes", value=size_kept, must=64 * 1024, aim=8 * 1024, less=True, note="for any number of workers"
+    )
+
+
+def resume(settings: Settings) -> Iterator[Line]:
+    """Seconds from nothing to the first batch in a fresh process: at step 10,000 / at step 10."""
+    folder = settings.shards("small")
+
+    def at(step: int) -> Callable[[], float]:
+        program = f"""
+import sys, time
+from pathlib import Path
+import torch
+from benchmarks.loaders import our_loader
+torch.set_num_threads(1)
+start = time.perf_counter()
+next(our_loader(Path(sys.argv[1]), 1, first={step}))
+print(time.perf_counter() - start)"""
+        command = [sys.executable, "-c", program, str(folder.resolve())]
+
+        def run() -> float:
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=CONF.parent)
+            return float(done.stdout)
+
+        return run
+
+    about: dict[str, Any] = {"must": 1.10, "aim": 1.02, "less": True, "unit": "s"}
+    yield paired("resume at step 10,000 / 10", at(10_000), at(10), pairs=settings.pairs, **about)
+
+
+def planner(settings: Settings) -> Iterator[Line]:
+    """Packing: time of a sample, and share of real tokens, of the shapes of published models."""
+    count = 8_192 if settings.quick else 50_000
+    for shape, length, must, aim in packing.GOALS:
+        tokens = packing.lengths(shape, count)
+        start = time.perf_counter()
+        rows = packing.pack(tokens, length)
+        micros = (time.perf_counter() - start) / count * 1e6
+        share = sum(tokens) / (len(rows) * length)
+        name = f"packed {shape}, {length}"
+        yield Line(name=f"{name}: real tokens", value=share, must=must, aim=aim)
+        yield Line(name=f"{name}: planner", value=micros, must=100, aim=25, less=True, unit="us/sample")
+
+
+def peers(settings: Settings) -> Iterator[Line]:
+    """Our loader / others on the same samples, each in a process of its own."""
+    count = 1_000 if settings.quick else 5_000
+    folder = shard_set(Path(settings.folder), "small", count)
+    batches = 16 if settings.quick else 64
+    for workers in (0, 2):
+        mine = Peer("ours", folder, workers, settings.peers_python)
+        for name in (one for one in PEERS if one != "ours"):
+            other = Peer(name, folder, workers, settings.peers_python)
+            about: dict[str, Any] = {"unit": "samples/s", "must": 1.0, "aim": 1.2}
+            if problem := mine.missing or other.missing:
+                yield Line(name=f"{name}, {workers} workers", note=problem)
+            else:
+                both = [lambda peer=peer: peer.rate(batches) for peer in (mine, other)]
+                yield paired(f"{name}, {workers} workers", both[0], both[1], pairs=settings.pairs, **about)
+            other.close()
+        mine.close()
+
+
+LINES: dict[str, Callable[[Settings], Iterator[Line]]] = {
+    one.__name__: one for one in (loader, scaled, raw, position, resume, planner, peers)
+}
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(argv)))
+    lines = settings.lines or [name for name in LINES if not (settings.quick and name == "peers")]
+    if unknown := set(lines) - set(LINES):
+        print(f"lines: no {', '.join(sorted(unknown))}; allowed: {', '.join(LINES)}", file=sys.stderr)
+        return 2
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    torch.set_num_threads(1)
+    report = Report({"quick": settings.quick, "threads": 1, "batch": BATCH, "prefetch": PREFETCH})
+    for name in lines:
+        for line in LINES[name](settings):
+            report.add(line)
+    report.show()
+    report.write(Path(settings.output))
+    print(f"written: {settings.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""Both sides of a comparison: our loader as `fit` drives it, and raw webdataset with Pillow, doing the same work.
+
+Theirs makes pixels only. Ours makes what training needs: it checks checksums and headers, shuffles over all samples,
+renders the conversation to tokens and labels, and collates all of it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+import yaml
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks.corpus import tars
+from vlm_train.data.batch import Batch
+from vlm_train.data.cost import Cost
+from vlm_train.data.datamodule import VLMData
+from vlm_train.data.image import ImageTransform, Mode
+from vlm_train.data.layout import Grid, GridLayout, MediaSize
+from vlm_train.data.template import ChatTemplate
+from vlm_train.data.tokenizer import byte_level
+
+SIDE = 336
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+BATCH = 8
+PREFETCH = 4
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def our_data(
+    folder: Path,
+    steps: int,
+    *,
+    first: int = 0,
+    workers: int = 0,
+    mode: Mode = "crop",
+    draft: bool = False,
+    shuffle: bool = True,
+) -> VLMData:
+    """The data module of a LLaVA-1.5 run (576 image tokens, one token a byte of text), `steps` before its end."""
+    options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
+    built: Any = SimpleNamespace(
+        template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),
+        tokenizer=byte_level(),
+        layout=GridLayout(patch_grid, token_grid),
+        image=ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, draft=draft),
+        image_size=(SIDE, SIDE),
+        cfg=SimpleNamespace(batch=SimpleNamespace(micro=BATCH, normalise="token")),
+    )
+    data = VLMData(
+        train=[{"shards": str(folder)}],
+        val=[],
+        built=built,
+        shuffle="full" if shuffle else "none",
+        workers=workers,
+        prefetch=PREFETCH,
+    )
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(global_step=first, global_rank=0, world_size=1, strategy=strategy)
+    data.trainer = trainer
+    data.plan = data.make_plan(batch=BATCH, tokens=None, epochs=None, most=first + steps, world=1, cost=Cost())
+    return data
+
+
+def our_loader(folder: Path, steps: int, **options: Any) -> Iterator[Batch]:
+    """The batches of `steps` optimizer steps; options as in `our_data`."""
+    yield from our_data(folder, steps, **options).train_dataloader()
+
+
+def webdataset_loader(folder: Path, *, mode: Mode = "crop", workers: int = 0) -> DataLoader[Any]:
+    """All samples in file order, as batches of pixels."""
+    stages = webdataset.WebDataset(tars(folder), shardshuffle=False).to_tuple("0.jpg")
+    pixels = stages.map(partial(first_view, mode=mode)).batched(BATCH, collation_fn=stack)
+    return DataLoader(pixels, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH if workers else None)
+
+
+def first_view(parts: tuple[bytes], mode: Mode) -> np.ndarray:
+    return their_transform(parts[0], mode)
+
+
+def stack(views: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(views))
+
+
+def patch_grid(size: MediaSize) -> Grid:
+    del size
+    return SIDE // 14, SIDE // 14
+
+
+def token_grid(grid: Grid) -> Grid:
+    return grid
+
+
+def their_transform(data: bytes, mode: Mode) -> np.ndarray:
+    """The view `[3, H, W]` as one writes it with Pillow."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    width, height = image.size
+    if mode == "crop":
+        new = (SIDE, int(SIDE * height / width)) if width <= height else (int(SIDE * width / height), SIDE)
+        image = image.resize(new, Image.Resampling.BICUBIC)
+        left, top = (new[0] - SIDE) // 2, (new[1] - SIDE) // 2
+        image = image.crop((left, top, left + SIDE, top + SIDE))
+    else:
+        if mode == "pad" and width != height:
+            side = max(width, height)
+            square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in MEAN))
+            square.paste(image, ((side - width) // 2, (side - height) // 2))
+            image = square
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
