@@ -18,7 +18,7 @@ from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media import MAX_BYTES, image_item
-from data_pipelines.members import ALLOWED, IMAGES, JSON, TEXT, captioned, extension, safe_key
+from data_pipelines.members import ALLOWED, JSON, MEDIA, TEXT, captioned, extension, safe_key
 from data_pipelines.sample import Sample
 from data_pipelines.sources import Record
 from data_pipelines.sources.files import find_files, open_parquet, parquet_rows, parse_json
@@ -78,7 +78,7 @@ class Img2Dataset:
 
     def _from_members(self, key: str, members: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
         by_kind = {extension(name): data for name, data in members}
-        images = [data for name, data in members if extension(name) in IMAGES]
+        images = [data for name, data in members if extension(name) in MEDIA]
         if len(by_kind) < len(members) or len(images) != 1:
             raise BadSample(f"members {[name for name, _ in members]}; expected one image, one txt and one json")
         row = parse_json(by_kind[JSON]) if JSON in by_kind else {}

@@ -46,7 +46,7 @@ class TextVQA(ListSource):
         split: str = "train",
         answers: str = "majority",
         prompt: str = "{question}",
-        licence: str = "",
+        licence: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
         self.split, self.licence = split, licence

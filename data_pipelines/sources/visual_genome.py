@@ -54,7 +54,7 @@ class VisualGenome(ListSource):
         prompt: str = "{question}",
         per_image: int | None = None,
         split: str = "train",
-        licence: str = "",
+        licence: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
         self.split, self.licence = split, licence

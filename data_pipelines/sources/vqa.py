@@ -48,7 +48,7 @@ class VQA(ListSource):
         split: str = "train",
         answers: str = "majority",
         prompt: str = "{question}",
-        licence: str = "",
+        licence: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
         self.name, self.split, self.licence = name, split, licence
