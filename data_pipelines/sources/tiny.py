@@ -8,8 +8,8 @@ import io
 from PIL import Image, ImageDraw
 
 from data_pipelines.errors import DataError
-from data_pipelines.media import image_item
-from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.raw.samples import check_choice, exchange, make_sample
+from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
 
 SPLITS = ("train", "val", "test")
@@ -28,11 +28,9 @@ class Tiny(ListSource):
     licence = "CC0-1.0"
 
     def __init__(self, *, split: str = "train", count: int = 64) -> None:
-        if split not in SPLITS:
-            raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
         if count < 1:
             raise DataError(f"count: got {count}; allowed: 1 or more")
-        self.split, self.count = split, count
+        self.split, self.count = check_choice("split", split, SPLITS), count
 
     def __len__(self) -> int:
         return self.count
@@ -43,17 +41,11 @@ class Tiny(ListSource):
         draw = hashlib.sha256(f"tiny-{self.split}-{i}".encode()).digest()
         colour, shape = COLOURS[draw[0] % len(COLOURS)], SHAPES[draw[1] % len(SHAPES)]
         blob = picture(colour, shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
-        return Sample(
-            key=f"{self.split}-{i:05d}",
-            media=(image_item(0, blob),),
-            annotations=(
-                _annotation("What is in the picture?", f"a {colour} {shape}"),
-                _annotation(f"Which colour is the {shape}?", colour),
-            ),
-            source=self.name,
-            licence=self.licence,
-            meta={"colour": colour, "shape": shape},
-        ), [blob]
+        annotations = [
+            exchange("What is in the picture?", f"a {colour} {shape}"),
+            exchange(f"Which colour is the {shape}?", colour),
+        ]
+        return make_sample(self, f"{self.split}-{i:05d}", [blob], annotations, {"colour": colour, "shape": shape})
 
 
 def picture(colour: str, shape: str, *, left: int, top: int, side: int) -> bytes:
@@ -67,8 +59,3 @@ def picture(colour: str, shape: str, *, left: int, top: int, side: int) -> bytes
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def _annotation(question: str, answer: str) -> Annotation:
-    ask = Turn(role="user", parts=(Media(item=0), Text(text=question)))
-    return Annotation(turns=(ask, Turn(role="assistant", parts=(Text(text=answer),))))

@@ -54,14 +54,14 @@ def test_pairs_of_ones_own(tmp_path, picture):
     shown, unseen, broken = PreferencePairs(file=str(tmp_path / "pairs.jsonl"), images=str(tmp_path))
     assert shown[0].media[0].name == "0.png" and shown[0].annotations[0].rejected.text == PAIR["rejected"]
     assert unseen[0].media == () and unseen[0].annotations[0].turns[0].parts == (Text(text="What is it?"),)
-    with pytest.raises(BadSample, match="record 2: not JSON"):
+    with pytest.raises(BadSample, match="line 4: not JSON"):
         raise broken
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({**PAIR, "image": "9.png"}, "9.png: no such file"),
+        ({**PAIR, "image": "9.png"}, "9.png: No such file"),
         ({**PAIR, "image": "../x.png"}, "leaves the folder"),
         ({**PAIR, "rejected": PAIR["chosen"]}, "the chosen answer is the rejected one"),
         ({**PAIR, "chosen": " "}, "chosen is empty or no text"),

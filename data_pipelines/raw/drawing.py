@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipelines.sources.conversations import needs
+from data_pipelines.raw.files import needs
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
