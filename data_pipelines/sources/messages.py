@@ -6,8 +6,8 @@ last one is preferred to. `content` is text, in which `<image>` and `<video>` ma
 in order, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}`, and with the image in it
 `{"type": "image", "image": "cat.png"}` or `{"type": "image_url", "image_url": {"url"}}`; videos alike. Images and
 videos that nothing marks come before the first user turn's text. Several conversations about the same media are a list
-of lists of messages. ms-swift (swift.readthedocs.io, Custom Dataset) and LLaMA-Factory (data/README.md, sharegpt
-format) read files of this layout, too.
+of lists of messages. ms-swift's layout is the same (swift.readthedocs.io, Customization/Custom-dataset), with
+`rejected_response` for `rejected`, which is read, too.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], Mappi
         return
     messages = record["messages"] if record.get("messages") is not None else record["conversations"]
     several = bool(messages) and isinstance(messages[0], list)
-    rejected = record.get("rejected")
+    rejected = record.get("rejected", record.get("rejected_response"))
     if several and rejected is not None:
         raise BadSample("has several conversations and one rejected answer")
     for conversation in messages if several else [messages]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import base64
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.raw.files import MediaFolder
+from data_pipelines.raw.files import MediaFolder, parse_json
 from data_pipelines.raw.samples import exchange, make_sample
 from data_pipelines.sample import Annotation, Sample, Text, Turn
 from data_pipelines.sources import FileSource
@@ -53,11 +52,11 @@ class PreferencePairs(FileSource):
         """Pair i of the file."""
         record = self.raw[i]
         text = record.get("text")
-        pair = record if "chosen" in record else json.loads(text) if isinstance(text, str) else text
+        pair = record if "chosen" in record else parse_json(text) if isinstance(text, str) else text
         for name in FIELDS:
             if not isinstance(pair[name], str) or not pair[name].strip():
                 raise BadSample(f"{name} is empty or no text")
-        image = record.get("image")
+        image = record.get("image") or None
         annotation = self._annotation(*(pair[name].strip() for name in FIELDS), shown=image is not None)
         meta = {name: record[name] for name in ORIGIN if name in record}
         blobs = [] if image is None else [self._read(image)]

@@ -13,8 +13,13 @@ from data_pipelines.raw.samples import make_sample
 from data_pipelines.sample import Annotation, Role, Sample, Text, Turn
 from data_pipelines.sources import FileSource
 
-SPEAKERS: dict[str, Role] = {**ROLES, "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-SPEAKERS["model"] = "assistant"
+SPEAKERS: dict[str, Role] = {
+    **ROLES,
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 
 
 class ShareGPT(FileSource):

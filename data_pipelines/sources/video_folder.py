@@ -1,7 +1,7 @@
 """A folder of videos and a file of captions, questions or conversations about them.
 
-Rows of a CSV, JSON or JSON Lines file: `video` (a path; without an extension, one of the extensions of videos is
-tried) with `caption`, with `question` and `answer`, or with `conversations` as in LLaVA-Video-178K
+Rows of a CSV, JSON, JSON Lines or parquet file: `video` (a path; without an extension, one of the extensions of videos
+is tried) with `caption`, with `question` and `answer`, or with `conversations` as in LLaVA-Video-178K
 (huggingface.co/datasets/lmms-lab/LLaVA-Video-178K: `[{"from": "human", "value": "<image>\\n..."}, ...]`).
 """
 

@@ -97,9 +97,9 @@ def test_a_prefix_model_reads_a_video(tmp_path, clip):
     layout = pickle.loads(pickle.dumps(build_layout(model, transform)))
     parts = {"template": load("qa"), "tokenizer": tokenizer, "layout": layout, "image": transform}
     built = SimpleNamespace(**parts, image_size=(32, 32))
-    samples = Samples([str(write(tmp_path / "set", clip))], built, {}, seed=0, limit=None)
+    samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], built, {}, seed=0, limit=None)
     items = [samples.item(Address(index, 0), training=True) for index in range(2)]
-    batch = collate(items, (32, 32))
+    batch = collate([[item] for item in items], (32, 32))
     assert batch.media.view_counts == (1, 3, 1) and batch.media.slot_counts == (4, 12, 4)
     hidden = model(batch)
     changed = batch.media.pixels.clone()

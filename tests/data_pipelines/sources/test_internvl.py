@@ -105,7 +105,7 @@ def test_unusable_records_name_their_set(folder):
     rows = [{"image": "1.png", "conversations": talk("<image><image>")}, {"image": "../one.jsonl"}]
     (folder / "data" / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     bad = list(read(folder, {"a": entry("bad")}))
-    reasons = ["a, line 1: 2 <image> tags .* 1 files", "a, line 2: .*leaves the folder", "a, line 2: not JSON"]
+    reasons = ["a, line 1: 2 <image> tags .* 1 files", "a, line 2: .*leaves the folder", "a, line 3: not JSON"]
     for error, reason in zip(bad, reasons, strict=True):
         with pytest.raises(BadSample, match=reason):
             raise error

@@ -126,8 +126,10 @@ def test_several_conversations_about_the_same_images(read):
 
 @pytest.mark.parametrize("rejected", ["no", {"role": "assistant", "content": "no"}, _talk("", "no")[1:]])
 def test_rejected_answers(read, rejected):
-    ((sample, _),) = read({"messages": _talk("Is it?", "yes"), "rejected": rejected})
+    record = {"messages": _talk("Is it?", "yes")}
+    ((sample, _), (swift, _)) = read({**record, "rejected": rejected}, {**record, "rejected_response": rejected})
     (annotation,) = sample.annotations
+    assert swift.annotations == sample.annotations
     assert [turn.text for turn in annotation.turns] == ["Is it?", "yes"]
     assert (annotation.rejected.role, annotation.rejected.text) == ("assistant", "no")
 

@@ -65,7 +65,7 @@ def test_pairs_of_ones_own(tmp_path, picture):
         ({**PAIR, "image": "../x.png"}, "leaves the folder"),
         ({**PAIR, "rejected": PAIR["chosen"]}, "the chosen answer is the rejected one"),
         ({**PAIR, "chosen": " "}, "chosen is empty or no text"),
-        ({"text": "{"}, "malformed: JSONDecodeError"),
+        ({"text": "{"}, "not JSON"),
         ({"image": None}, "malformed: TypeError"),
     ],
 )
