@@ -44,14 +44,15 @@ def test_parquet_rows_are_read_a_row_group_at_a_time(tmp_path, monkeypatch):
 
 
 def test_all_kinds_of_files_hold_the_same_records(tmp_path):
-    words = 'a\u2028b, "c"\nd'  # U+2028 ends a line for str.splitlines, but not in these files
-    (tmp_path / "x.json").write_text(json.dumps([{"a": words}], ensure_ascii=False), encoding="utf-8")
-    (tmp_path / "x.jsonl").write_text(json.dumps({"a": words}, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = [{"a": 'b, "c"\nd'}, {"a": "e\u2028f"}]  # U+2028 ends a line for str.splitlines, but not in these files
+    (tmp_path / "x.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "x.jsonl").write_text(lines, encoding="utf-8")
     with open(tmp_path / "x.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["a"], [words]])
-    pq.write_table(pa.table({"a": [words]}), tmp_path / "x.parquet")
+        csv.writer(file).writerows([["a"], *(row.values() for row in rows)])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     for kind in ("json", "jsonl", "csv", "parquet"):
-        assert list(read_records(tmp_path / f"x.{kind}")) == [{"a": words}], kind
+        assert list(read_records(tmp_path / f"x.{kind}")) == rows, kind
 
 
 def test_files_without_records_are_named(tmp_path):

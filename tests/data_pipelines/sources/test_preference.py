@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pyarrow as pa
@@ -56,6 +57,14 @@ def test_pairs_of_ones_own(tmp_path, picture):
     assert unseen[0].media == () and unseen[0].annotations[0].turns[0].parts == (Text(text="What is it?"),)
     with pytest.raises(BadSample, match="line 4: not JSON"):
         raise broken
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", *PAIR])
+        writer.writeheader()
+        writer.writerows(rows)  # an image that is not there is an empty field
+    assert [record[1] for record in PreferencePairs(file=str(tmp_path / "pairs.csv"), images=str(tmp_path))] == [
+        [picture()],
+        [],
+    ]
 
 
 @pytest.mark.parametrize(
