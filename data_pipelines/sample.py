@@ -7,6 +7,7 @@ slotted dataclass that converts to and from plain JSON; media bytes travel besid
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,8 +114,11 @@ class Sample:
                 raise BadSample(f"{where.format(self.key, index)}: {problem}")
 
     def to_json(self) -> dict[str, Any]:
-        """The sample as plain JSON data; media bytes are stored beside it under each item's `name`."""
-        return {
+        """The sample as plain JSON data; media bytes are stored beside it under each item's `name`.
+
+        Raises `BadSample` for what JSON in UTF-8 cannot hold.
+        """
+        data = {
             "version": SCHEMA_VERSION,
             "source": self.source,
             "licence": self.licence,
@@ -140,6 +144,11 @@ class Sample:
                 for a in self.annotations
             ],
         }
+        try:
+            check_json(data)
+        except BadSample as error:
+            raise BadSample(f"sample {self.key!r}: {error}") from error
+        return data
 
     @classmethod
     def from_json(cls, key: str, data: Mapping[str, Any]) -> Sample:
@@ -166,6 +175,15 @@ class Sample:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadSample(f"sample {key!r}: malformed: {type(error).__name__}: {error}") from error
+
+
+def check_json(value: Any) -> None:
+    """Raise `BadSample` unless `value` can be written as JSON in UTF-8: no NaN, no bytes, and no lone surrogates, which
+    raw JSON can spell."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadSample(f"not JSON in UTF-8: {error}") from error
 
 
 def _turn_to_json(turn: Turn) -> dict[str, Any]:

@@ -3,22 +3,24 @@
 A source is a class with explicit keyword arguments whose instances have `name`, `licence` and `split` and give their
 records in `parts`. Parts are read alone, in any order and in any process, and every part gives the same records every
 time: so a build can be spread, resumed, and still write the same shards. A source over a list of raw records derives
-from `ListSource`; one over files (tars, parquet) makes each file a part. A new source is one .py here and one .yaml in
-`data_pipelines/conf/source`.
+from `ListSource`, or from `FileSource` if they are those of one file; one over several files (tars, parquet) makes each
+file a part. A new source is one .py here and one .yaml in `data_pipelines/conf/source`; `data_pipelines/raw` has what
+sources share.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
-from data_pipelines.errors import BadSample
+from data_pipelines.raw.records import place, read_records
+from data_pipelines.raw.samples import Record, attempt
 from data_pipelines.sample import Sample
 
-Record = tuple[Sample, list[bytes]] | BadSample
-"""A sample with the encoded bytes of its media, or the error that stands for an unusable record."""
+__all__ = ["PART_SIZE", "FileSource", "ListSource", "Record", "Source", "records"]
 
 PART_SIZE = 1000
 """Records of a part of a `ListSource`. Part of what a shard set holds: another number gives other shards."""
@@ -69,15 +71,31 @@ class ListSource(ABC):
     def read(self, part: int) -> Iterator[Record]:
         """The records of one part; an unusable one is a `BadSample` that names it."""
         for i in range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(self))):
-            try:
-                yield self.record(i)
-            except BadSample as error:
-                yield BadSample(f"{self.label(i)}: {error}")
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                yield BadSample(f"{self.label(i)}: malformed: {type(error).__name__}: {error}")
+            yield attempt(partial(self.record, i), partial(self.label, i))
 
     def __iter__(self) -> Iterator[Record]:
         return records(self)
+
+
+class FileSource(ListSource):
+    """A source whose raw records are those of one file (.json with a list, .jsonl, .csv, .parquet), or the first
+    `limit` of them. Raises `DataError` for a file that does not read."""
+
+    def __init__(self, file: str, limit: int | None = None) -> None:
+        self.raw = read_records(file)
+        self._count = len(range(len(self.raw))[:limit])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def label(self, i: int) -> str:
+        """The record's own id, or its line."""
+        return place(self.raw, i)
+
+    def key(self, i: int, record: Mapping[str, Any]) -> str:
+        """A sample's key: the number of its record, and the record's own id where it has one."""
+        own = record.get("id")
+        return f"{i:07d}" if own is None else f"{i:07d}-{own}"
 
 
 def records(source: Source) -> Iterator[Record]:

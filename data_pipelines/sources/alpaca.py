@@ -5,12 +5,10 @@ Source: github.com/tatsu-lab/stanford_alpaca, alpaca_data.json; its prompts are 
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from data_pipelines.errors import BadSample, DataError
-from data_pipelines.sample import Annotation, Sample, Text, Turn
-from data_pipelines.sources import ListSource
-from data_pipelines.sources.files import place, read_records
+from data_pipelines.errors import BadSample
+from data_pipelines.raw.samples import check_choice, exchange, make_sample
+from data_pipelines.sample import Sample
+from data_pipelines.sources import FileSource
 
 PROMPTS = ("stanford", "plain")
 WITH_INPUT = (
@@ -25,7 +23,7 @@ WITHOUT_INPUT = (
 )
 
 
-class Alpaca(ListSource):
+class Alpaca(FileSource):
     """One sample per record of `file`, with one question and its answer.
 
     `prompt` composes the question. stanford: the published prompt, one with and one without `input`. plain: the
@@ -41,31 +39,18 @@ class Alpaca(ListSource):
         licence: str = "",
         split: str = "train",
     ) -> None:
-        if prompt not in PROMPTS:
-            raise DataError(f"prompt: got {prompt!r}; allowed: {', '.join(PROMPTS)}")
-        self.name, self.licence, self.split, self.prompt = name, licence, split, prompt
-        self._records = read_records(Path(file))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def label(self, i: int) -> str:
-        """The record's line or number."""
-        return place(self._records, i)
+        self.name, self.licence, self.split = name, licence, split
+        self.prompt = check_choice("prompt", prompt, PROMPTS)
+        super().__init__(file)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file."""
-        record = self._records[i]
+        record = self.raw[i]
         instruction, context, output = str(record["instruction"]), record.get("input") or "", record["output"]
         if not isinstance(output, str) or not output.strip():
             raise BadSample("has no output")
         if self.prompt == "plain":
-            question = "\n\n".join(filter(None, (instruction, context)))
+            ask = "\n\n".join(filter(None, (instruction, context)))
         else:
-            question = (WITH_INPUT if context else WITHOUT_INPUT).format(instruction=instruction, input=context)
-        turns = (
-            Turn(role="user", parts=(Text(text=question),)),
-            Turn(role="assistant", parts=(Text(text=output),)),
-        )
-        annotations = (Annotation(turns=turns),)
-        return Sample(key=f"{i:07d}", annotations=annotations, source=self.name, licence=self.licence), []
+            ask = (WITH_INPUT if context else WITHOUT_INPUT).format(instruction=instruction, input=context)
+        return make_sample(self, self.key(i, record), [], [exchange(ask, output, items=())])

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import image_item
 from data_pipelines.members import captioned
+from data_pipelines.raw.files import MediaFolder, read_json
+from data_pipelines.raw.samples import MALFORMED, check_choice, make_sample
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.files import ImageFolder, read_json
 
 CAPTIONS = ("all", "first")
 KARPATHY_SPLITS = ("train", "val", "test")
@@ -33,9 +33,8 @@ class _Captions(ListSource):
     """One sample per image; each caption, or the first alone, is an independent annotation."""
 
     def __init__(self, *, found: list[Image], images: str, captions: str) -> None:
-        if captions not in CAPTIONS:
-            raise DataError(f"captions: got {captions!r}; allowed: {', '.join(CAPTIONS)}")
-        self._found, self._images, self._first = found, ImageFolder(images), captions == "first"
+        self._first = check_choice("captions", captions, CAPTIONS) == "first"
+        self._found, self._images = found, MediaFolder(images)
 
     def __len__(self) -> int:
         return len(self._found)
@@ -51,14 +50,8 @@ class _Captions(ListSource):
         if not captions:
             raise BadSample("has no caption")
         blob = self._images.read(path)
-        return Sample(
-            key=f"{number:012d}",
-            media=(image_item(0, blob),),
-            annotations=tuple(captioned(caption) for caption in captions[: 1 if self._first else None]),
-            source=self.name,
-            licence=self.licence,
-            meta={"id": number, "images": [path]},
-        ), [blob]
+        annotations = [captioned(caption) for caption in captions[: 1 if self._first else None]]
+        return make_sample(self, f"{number:012d}", [blob], annotations, {"id": number, "images": [path]})
 
 
 class CocoCaptions(_Captions):
@@ -95,9 +88,7 @@ class KarpathyCaptions(_Captions):
         name: str = "coco_karpathy",
         licence: str = "",
     ) -> None:
-        if split not in KARPATHY_SPLITS:
-            raise DataError(f"split: got {split!r}; allowed: {', '.join(KARPATHY_SPLITS)}")
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.licence, self.split = name, licence, check_choice("split", split, KARPATHY_SPLITS)
         splits = ("train", "restval") if split == "train" and restval else (split,)
         super().__init__(found=_karpathy(Path(file), splits), images=images, captions=captions)
 
@@ -109,7 +100,7 @@ def _official(path: Path) -> list[Image]:
         for annotation in data["annotations"]:
             captions[annotation["image_id"]].append(str(annotation["caption"]))
         return [Image(int(i["id"]), str(i["file_name"]), tuple(captions[i["id"]])) for i in data["images"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise _foreign(path, "the official captions", error) from error
 
 
@@ -117,7 +108,7 @@ def _karpathy(path: Path, splits: tuple[str, ...]) -> list[Image]:
     data = read_json(path)
     try:
         return [_karpathy_image(image) for image in data["images"] if image["split"] in splits]
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise _foreign(path, "a Karpathy split", error) from error
 
 

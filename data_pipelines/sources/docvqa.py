@@ -9,20 +9,11 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_pipelines.raw.files import MediaFolder, read_list
+from data_pipelines.raw.questions import Annotated, Prompt, grouped, of_split, one_image, text, texts
+from data_pipelines.raw.samples import exchange
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.tasks import (
-    Annotated,
-    ImageFolder,
-    Prompt,
-    exchange,
-    grouped,
-    of_split,
-    one_image,
-    read_list,
-    text,
-    texts,
-)
 
 
 class DocVQA(ListSource):
@@ -46,7 +37,7 @@ class DocVQA(ListSource):
     ) -> None:
         self.split, self.licence = split, licence
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
-        self._folder = ImageFolder(images)
+        self._folder = MediaFolder(images)
         self._pages = grouped(of_split(read_list(file, "file", "data"), "data_split", split), "image")[:limit]
 
     def __len__(self) -> int:

@@ -9,8 +9,8 @@ import hashlib
 from typing import NamedTuple
 
 from data_pipelines.errors import DataError
-from data_pipelines.media import image_item
-from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.raw.samples import check_choice, exchange, make_sample
+from data_pipelines.sample import Annotation, Sample, Text, Turn
 from data_pipelines.sources import ListSource
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -47,8 +47,7 @@ class EasyVQA(ListSource):
         described: bool = False,
         val_share: float = 0.05,
     ) -> None:
-        if split not in SPLITS:
-            raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
+        check_choice("split", split, SPLITS)
         if not 0 < val_share < 1:
             raise DataError(f"val_share: got {val_share}; allowed: between 0 and 1")
         self.split, self.captions, self.images, self.val_share = split, captions, images, val_share
@@ -76,30 +75,18 @@ class EasyVQA(ListSource):
         image = self._ids[i]
         colour, shape = describe(self._questions[image])
         blobs = [self._read(image)] if self.images else []
-        show: tuple[Media | Text, ...] = (Media(item=0),) if self.images else ()
-        if self.described and (words := caption(colour, shape)):
-            show = (*show, Text(text=words + " "))
+        items = range(len(blobs))
+        words = caption(colour, shape)
+        lead = (Text(text=words + " "),) if self.described and words else ()
         if self.captions:
-            answer = Turn(role="assistant", parts=(Text(text=caption(colour, shape)),))
-            annotations = [Annotation(turns=(answer,))]
+            annotations = [Annotation(turns=(Turn(role="assistant", parts=(Text(text=words),)),))]
         else:
             annotations = [
-                Annotation(
-                    turns=(
-                        Turn(role="user", parts=(*show, Text(text=question.text))),
-                        Turn(role="assistant", parts=(Text(text=question.answer),)),
-                    )
-                )
+                exchange((*lead, Text(text=question.text)), question.answer, items=items)
                 for question in self._questions[image]
             ]
-        return Sample(
-            key=f"{self._official}-{image:05d}",
-            media=tuple(image_item(number, blob) for number, blob in enumerate(blobs)),
-            annotations=tuple(annotations),
-            source=self.name,
-            licence=self.licence,
-            meta={"image": image, "colour": colour, "shape": shape},
-        ), blobs
+        meta = {"image": image, "colour": colour, "shape": shape}
+        return make_sample(self, f"{self._official}-{image:05d}", blobs, annotations, meta)
 
     def _read(self, image: int) -> bytes:
         with open(self._paths[image], "rb") as file:

@@ -9,19 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipelines.errors import DataError
+from data_pipelines.raw.files import MediaFolder, read_json
+from data_pipelines.raw.questions import Annotated, Prompt, grouped, one_image, text
+from data_pipelines.raw.samples import check_choice, exchange
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.tasks import (
-    Annotated,
-    ImageFolder,
-    Prompt,
-    check,
-    exchange,
-    grouped,
-    one_image,
-    read_json,
-    text,
-)
 
 FIELDS = {"short": "answer", "full": "fullAnswer"}
 
@@ -47,9 +39,9 @@ class GQA(ListSource):
         limit: int | None = None,
     ) -> None:
         self.split, self.licence = split, licence
-        self._answer = FIELDS[check("answer", answer, tuple(FIELDS))]
+        self._answer = FIELDS[check_choice("answer", answer, tuple(FIELDS))]
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
-        self._folder = ImageFolder(images)
+        self._folder = MediaFolder(images)
         questions = read_json(file, "file")
         if not isinstance(questions, dict):
             raise DataError(f"file: {file} holds a {type(questions).__name__}; expected questions by their id")

@@ -1,30 +1,32 @@
-"""Conversations with images in Hugging Face `datasets`: parquet files of the hub, or a `save_to_disk` folder.
+"""Conversations with media in Hugging Face `datasets`: parquet files of the hub, or a `save_to_disk` folder.
 
 Columns: `messages` or `conversations` as in `messages` (content as text or as a list of parts), or TRL's preference
-layout `prompt`, `chosen`, `rejected` (huggingface.co/docs/trl, dataset_formats); and `images`, a list of
-`{"bytes", "path"}` as the Image feature stores them, or one such `image`.
+layout `prompt`, `chosen`, `rejected` (huggingface.co/docs/trl, dataset_formats); and `images` and `videos`, lists of
+`{"bytes", "path"}` as the Image and Video features store them, or one such `image` or `video`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines.errors import DataError
+from data_pipelines.raw.files import MediaFolder, needs, open_parquet, parquet_rows
+from data_pipelines.raw.samples import attempt
 from data_pipelines.sources import PART_SIZE, Record
-from data_pipelines.sources.files import ImageFolder, needs, open_parquet, parquet_rows
 from data_pipelines.sources.messages import sample
 
-COLUMNS = ("id", "messages", "conversations", "prompt", "chosen", "rejected", "images", "image")
+COLUMNS = ("id", "messages", "conversations", "prompt", "chosen", "rejected", "images", "image", "videos", "video")
 BATCH = 64  # rows of a saved dataset in memory at once
 
 
 class HFMessages:
     """One sample per row. A part is a row group of a parquet file, or a run of rows of a `save_to_disk` folder.
 
-    `pattern` chooses the parquet files below `folder`. `subset` names the split of a saved `DatasetDict`. `images` is
-    the folder for images that are stored as paths without bytes.
+    `pattern` chooses the parquet files below `folder`. `subset` names the split of a saved `DatasetDict`. `media` is
+    the folder for images and videos that are stored as paths without bytes.
     """
 
     def __init__(
@@ -33,13 +35,13 @@ class HFMessages:
         folder: str,
         pattern: str = "**/*.parquet",
         subset: str | None = None,
-        images: str | None = None,
+        media: str | None = None,
         name: str = "hf_messages",
         licence: str = "",
         split: str = "train",
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
-        self._images = ImageFolder(images)
+        self._media = MediaFolder(media, "media")
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise DataError(f"folder: no such folder: {folder}")
@@ -56,21 +58,16 @@ class HFMessages:
         path, file, start, group = self._parts[part]
         rows = _saved_rows(path, start) if self._saved else _parquet_rows(path, group)
         for number, row in enumerate(rows, start):
-            where = f"{path.relative_to(self._folder)}, row {number}"
-            try:
-                yield sample(row, f"{file:05d}-{number:08d}", self._read, source=self.name, licence=self.licence)
-            except BadSample as error:
-                yield BadSample(f"{where}: {error}")
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                yield BadSample(f"{where}: malformed: {type(error).__name__}: {error}")
+            make = partial(sample, row, f"{file:05d}-{number:08d}", self._read, self)
+            yield attempt(make, partial("{}, row {}".format, path.relative_to(self._folder), number))
 
-    def _read(self, image: Any) -> bytes:
-        if isinstance(image, bytes):
-            return image
-        if isinstance(image, str):
-            return self._images.read(image)
-        data = image.get("bytes")
-        return data if isinstance(data, bytes) else self._images.read(image["path"])
+    def _read(self, item: Any) -> bytes:
+        if isinstance(item, bytes):
+            return item
+        if isinstance(item, str):
+            return self._media.read(item)
+        data = item.get("bytes")
+        return data if isinstance(data, bytes) else self._media.read(item["path"])
 
 
 Part = tuple[Path, int, int, int]

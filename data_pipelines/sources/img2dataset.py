@@ -11,17 +11,19 @@ from __future__ import annotations
 import math
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import MAX_BYTES, image_item
-from data_pipelines.members import ALLOWED, IMAGES, JSON, TEXT, captioned, extension, safe_key
+from data_pipelines.media import MAX_BYTES
+from data_pipelines.members import ALLOWED, JSON, MEDIA, TEXT, captioned, extension
+from data_pipelines.raw.files import find_files, open_parquet, parquet_rows, parse_json
+from data_pipelines.raw.samples import attempt, check_choice, make_sample
 from data_pipelines.sample import Sample
 from data_pipelines.sources import Record
-from data_pipelines.sources.files import find_files, open_parquet, parquet_rows, parse_json
 
 FORMATS = ("webdataset", "parquet", "files")
 FAILED = ("bad", "drop")
@@ -48,12 +50,9 @@ class Img2Dataset:
         licence: str = "",
         split: str = "train",
     ) -> None:
-        if format not in FORMATS:
-            raise DataError(f"format: got {format!r}; allowed: {', '.join(FORMATS)}")
-        if failed not in FAILED:
-            raise DataError(f"failed: got {failed!r}; allowed: {', '.join(FAILED)}")
         self.name, self.licence, self.split = name, licence, split
-        self._format, self._columns, self._drop = format, tuple(columns), failed == "drop"
+        self._format, self._columns = check_choice("format", format, FORMATS), tuple(columns)
+        self._drop = check_choice("failed", failed, FAILED) == "drop"
         self._parts = _find(Path(folder), format)
 
     @property
@@ -70,15 +69,12 @@ class Img2Dataset:
         for group in _tar(path) if self._format == "webdataset" else _folder(path):
             if isinstance(group, BadSample):
                 yield group
-                continue
-            try:
-                yield self._from_members(*group)
-            except BadSample as error:
-                yield BadSample(f"{path}: {group[0]!r}: {error}")
+            else:
+                yield attempt(partial(self._from_members, *group), partial("{}: {!r}".format, path, group[0]))
 
     def _from_members(self, key: str, members: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
         by_kind = {extension(name): data for name, data in members}
-        images = [data for name, data in members if extension(name) in IMAGES]
+        images = [data for name, data in members if extension(name) in MEDIA]
         if len(by_kind) < len(members) or len(images) != 1:
             raise BadSample(f"members {[name for name, _ in members]}; expected one image, one txt and one json")
         row = parse_json(by_kind[JSON]) if JSON in by_kind else {}
@@ -95,16 +91,14 @@ class Img2Dataset:
             raise DataError(f"{path} has no column {', '.join(sorted(missing or {TEXT}))}; it has {sorted(known)}")
         columns = {"key", "jpg", "caption", TEXT, "status", "error_message", *self._columns} & known
         for row in parquet_rows(path, sorted(columns)):
-            failed = row["jpg"] is None or row.get("status", "success") != "success"
-            if failed and self._drop:
-                continue
-            try:
-                if failed:
-                    raise BadSample(f"status {row.get('status')!r}: {row.get('error_message')}")
-                caption = row.get(TEXT) if row.get("caption") is None else row["caption"]
-                yield self._sample(str(row["key"]), row["jpg"], {**row, "caption": caption})
-            except BadSample as error:
-                yield BadSample(f"{path}: {row['key']!r}: {error}")
+            if not (self._drop and _failed(row)):
+                yield attempt(partial(self._from_row, row), partial("{}: {!r}".format, path, row["key"]))
+
+    def _from_row(self, row: Mapping[str, Any]) -> tuple[Sample, list[bytes]]:
+        if _failed(row):
+            raise BadSample(f"status {row.get('status')!r}: {row.get('error_message')}")
+        caption = row.get(TEXT) if row.get("caption") is None else row["caption"]
+        return self._sample(str(row["key"]), row["jpg"], {**row, "caption": caption})
 
     def _sample(self, key: str, image: bytes, row: Mapping[str, Any]) -> tuple[Sample, list[bytes]]:
         missing = [column for column in self._columns if column not in row]
@@ -113,14 +107,8 @@ class Img2Dataset:
         caption = row.get("caption")
         if not isinstance(caption, str) or not caption.strip():
             raise BadSample("has no caption")
-        return Sample(
-            key=safe_key(key),
-            media=(image_item(0, image),),
-            annotations=(captioned(caption.strip()),),
-            source=self.name,
-            licence=self.licence,
-            meta={column: _plain(row[column]) for column in self._columns},
-        ), [image]
+        meta = {column: _plain(row[column]) for column in self._columns}
+        return make_sample(self, key, [image], [captioned(caption.strip())], meta)
 
 
 def _find(folder: Path, kind: str) -> list[Path]:
@@ -130,6 +118,10 @@ def _find(folder: Path, kind: str) -> list[Path]:
     if not found:
         raise DataError(f"folder: {folder} holds no folders 00000, 00001 ...")
     return found
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    return row["jpg"] is None or row.get("status", "success") != "success"
 
 
 def _plain(value: Any) -> Any:

@@ -14,11 +14,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import BadSample, DataError
-from data_pipelines.members import safe_key
+from data_pipelines.errors import DataError
+from data_pipelines.raw.conversations import dialogue
+from data_pipelines.raw.files import MediaFolder, read_json
+from data_pipelines.raw.records import place, read_records
+from data_pipelines.raw.samples import make_sample
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.conversations import MediaFolder, dialogue, make_sample, parse_json, read_records
 
 
 class InternVL(ListSource):
@@ -43,7 +45,7 @@ class InternVL(ListSource):
     ) -> None:
         self.name, self.licence, self.split = "internvl", licence, split
         sets = _read_meta(Path(meta), names)
-        self._sets = [_DataSet(name, entry, Path(folder), repeat) for name, entry in sets.items()]
+        self._sets = [_DataSet(name, licence, entry, Path(folder), repeat) for name, entry in sets.items()]
         self._ends = list(accumulate(len(one) for one in self._sets))
         self._size = self._ends[-1] if limit is None else min(limit, self._ends[-1])
 
@@ -51,14 +53,14 @@ class InternVL(ListSource):
         return self._size
 
     def label(self, i: int) -> str:
-        """The data set and its line."""
+        """The data set and the record's id or line."""
         which, number = self._place(i)
-        return f"{self._sets[which].name}, record {number % max(1, len(self._sets[which].records))}"
+        return self._sets[which].label(number)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of all data sets."""
         which, number = self._place(i)
-        return self._sets[which].sample(number, key=f"{i:08d}", licence=self.licence)
+        return self._sets[which].sample(number, key=f"{i:08d}")
 
     def _place(self, i: int) -> tuple[int, int]:
         which = bisect_right(self._ends, i)
@@ -68,8 +70,8 @@ class InternVL(ListSource):
 class _DataSet:
     """One entry of the meta file. The name is the `source` of its samples."""
 
-    def __init__(self, name: str, entry: Mapping[str, Any], folder: Path, repeat: bool) -> None:
-        self.name = name
+    def __init__(self, name: str, licence: str, entry: Mapping[str, Any], folder: Path, repeat: bool) -> None:
+        self.name, self.licence = name, licence
         try:
             annotation, root = _inside(folder, entry["annotation"]), _inside(folder, entry["root"])
             times = entry.get("repeat_time", 1) if repeat else 1
@@ -80,27 +82,25 @@ class _DataSet:
         if annotation.suffix != ".jsonl":
             raise DataError(f"meta: {name}: annotation {annotation}; allowed: .jsonl")
         self._files = MediaFolder(root, f"meta: {name}: root")
-        records = read_records(annotation)
-        self.records = records[: int(len(records) * times)] if times < 1 else records
+        self._records = read_records(annotation, f"meta: {name}: annotation")
+        self._taken = range(len(self._records))[: int(len(self._records) * min(times, 1))]
         self._times = max(1, int(times))
 
     def __len__(self) -> int:
-        return len(self.records) * self._times
+        return len(self._taken) * self._times
 
-    def sample(self, number: int, *, key: str, licence: str) -> tuple[Sample, list[bytes]]:
+    def label(self, number: int) -> str:
+        """The data set and the record's id or line."""
+        return f"{self.name}, {place(self._records, number % len(self._taken))}"
+
+    def sample(self, number: int, *, key: str) -> tuple[Sample, list[bytes]]:
         """Record `number`, counted over all repetitions."""
-        record = self.records[number % len(self.records)]
-        if isinstance(record, BadSample):
-            raise record
+        record = self._records[number % len(self._taken)]
         images, videos = _paths(record, "image"), _paths(record, "video")
-        return make_sample(
-            safe_key(f"{key}-{record.get('id', '')}"),
-            [self._files.read(path) for path in (*images, *videos)],
-            [dialogue(record["conversations"], images=len(images), videos=len(videos))],
-            source=self.name,
-            licence=licence,
-            meta={"id": record.get("id"), "images": images, "videos": videos},
-        )
+        blobs = [self._files.read(path) for path in (*images, *videos)]
+        annotation = dialogue(record["conversations"], images=len(images), videos=len(videos))
+        meta = {"id": record.get("id"), "images": images, "videos": videos}
+        return make_sample(self, f"{key}-{record.get('id', '')}", blobs, [annotation], meta)
 
 
 def _paths(record: Mapping[str, Any], name: str) -> list[str]:
@@ -117,10 +117,7 @@ def _inside(folder: Path, path: str) -> Path:
 
 
 def _read_meta(path: Path, names: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
-    try:
-        sets = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"meta: {path}: {error}") from error
+    sets = read_json(path, "meta")
     if not isinstance(sets, dict) or not sets:
         raise DataError(f"meta: {path}: expected an object of data sets, got {str(sets)[:80]}")
     if unknown := sorted(set(names or ()) - set(sets)):

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import DataError
-from data_pipelines.members import safe_key
+from data_pipelines.raw.files import MediaFolder, read_yaml
+from data_pipelines.raw.records import place, read_records
+from data_pipelines.raw.samples import check_choice
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.files import ImageFolder, place, read_records, read_yaml
 from data_pipelines.sources.llava_json import LlavaFormat
 
 STRATEGY = re.compile(r"(all)|(first|end|random):(\d+)(%?)")
@@ -50,10 +51,9 @@ class LlavaMixture(ListSource):
         image_first: bool = True,
         untagged: str = "bad",
     ) -> None:
-        if missing not in ("error", "skip"):
-            raise DataError(f"missing: got {missing!r}; allowed: error, skip")
+        check_choice("missing", missing, ("error", "skip"))
         self.name, self.licence, self.split = name, licence, split
-        self._format = LlavaFormat(images=ImageFolder(images), image_first=image_first, untagged=untagged)
+        self._format = LlavaFormat(images=MediaFolder(images), image_first=image_first, untagged=untagged)
         self._files: list[Sequence[Any]] = []
         self._of_file, self._of_record = array("l"), array("l")
         for number, (path, strategy) in enumerate(_datasets(Path(file), json_folder)):
@@ -80,8 +80,7 @@ class LlavaMixture(ListSource):
         """Chosen record i."""
         number, position = self._of_file[i], self._of_record[i]
         record = self._files[number][position]
-        key = safe_key(f"{number:03d}-{position:07d}-{record.get('id', '')}")
-        return self._format.sample(record, key, self.name, self.licence)
+        return self._format.sample(record, f"{number:03d}-{position:07d}-{record.get('id', '')}", self)
 
 
 class Strategy(NamedTuple):

@@ -17,22 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.members import safe_key
+from data_pipelines.raw.documents import document, readable
+from data_pipelines.raw.files import MediaFolder, find_files, parse_json
+from data_pipelines.raw.records import MAX_LINE
+from data_pipelines.raw.samples import Record, attempt, make_sample
 from data_pipelines.sample import Sample
-from data_pipelines.sources import Record
-from data_pipelines.sources.conversations import (
-    MediaFolder,
-    attempt,
-    document,
-    find_files,
-    make_sample,
-    parse_json,
-    readable,
-)
 from data_pipelines.video import MAX_BYTES
 
 Read = Callable[[str], bytes]
-MAX_LINE = 64 * 2**20
 
 
 class MMC4:
@@ -83,18 +75,15 @@ class MMC4:
                 number = -1
                 while line := file.readline(MAX_LINE):
                     number += 1
-                    record = attempt(
-                        f"{path.name}, line {number + 1}", partial(self._sample, line, f"{stem}-{number:06d}", image)
-                    )
+                    make = partial(self._sample, line, f"{stem}-{number:06d}", image)
+                    record = attempt(make, partial("{}, line {}".format, path.name, number + 1))
                     if isinstance(record, BadSample) or len(record[1]) >= self.min_images:
                         yield record
         except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise DataError(f"{path}: {error}") from error
 
     def _sample(self, line: bytes, key: str, image: Read) -> tuple[Sample, list[bytes]]:
-        record = parse_json(line.decode("utf-8"))
-        if isinstance(record, BadSample):
-            raise record
+        record = parse_json(line)
         shown: dict[int, list[bytes]] = {}
         for info in record["image_info"]:
             if sum(map(len, shown.values())) == self.max_images:
@@ -108,8 +97,7 @@ class MMC4:
             raise BadSample(f"images match the sentences {unknown}, but there are {len(sentences)}")
         pieces = [piece for number, text in enumerate(sentences) for piece in (*shown.get(number, ()), text)]
         annotation, blobs = document(pieces, joint=" ")
-        meta = {"url": record.get("url")}
-        return make_sample(safe_key(key), blobs, [annotation], source=self.name, licence=self.licence, meta=meta)
+        return make_sample(self, key, blobs, [annotation], {"url": record.get("url")})
 
     @contextmanager
     def _album(self, stem: str) -> Iterator[Read]:

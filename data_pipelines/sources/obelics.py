@@ -10,26 +10,18 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.members import safe_key
+from data_pipelines.raw.documents import document, readable
+from data_pipelines.raw.files import MediaFolder, find_files, open_parquet, parquet_rows
+from data_pipelines.raw.samples import Record, attempt, check_choice, make_sample
 from data_pipelines.sample import Sample
-from data_pipelines.sources import Record
-from data_pipelines.sources.conversations import (
-    MediaFolder,
-    attempt,
-    document,
-    find_files,
-    make_sample,
-    needs,
-    readable,
-)
 
 NAMING = ("sha256", "md5", "basename")
 EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp")
-ROWS = 64  # read at once
+COLUMNS = ("images", "texts", "general_metadata")
 
 
 class Obelics:
@@ -47,14 +39,13 @@ class Obelics:
         *,
         folder: str,
         images: str | None = None,
-        naming: Literal["sha256", "md5", "basename"] = "sha256",
+        naming: str = "sha256",
         max_images: int | None = None,
         min_images: int = 1,
         licence: str = "CC-BY-4.0",
         split: str = "train",
     ) -> None:
-        if naming not in NAMING:
-            raise DataError(f"naming: got {naming!r}; allowed: {', '.join(NAMING)}")
+        check_choice("naming", naming, NAMING)
         if min_images < 0 or (max_images is not None and max_images < max(min_images, 1)):
             raise DataError(f"min_images {min_images}, max_images {max_images}; allowed: 0 <= min_images <= max_images")
         self.licence, self.split, self.naming = licence, split, naming
@@ -70,20 +61,12 @@ class Obelics:
     def read(self, part: int) -> Iterator[Record]:
         """The documents of one file that have enough images. Raises `DataError` if the file cannot be read."""
         path = self._files[part]
-        parquet, arrow = needs("pyarrow.parquet"), needs("pyarrow")
-        number = -1
-        try:
-            with parquet.ParquetFile(path) as file:
-                columns = [name for name in ("images", "texts", "general_metadata") if name in file.schema_arrow.names]
-                for batch in file.iter_batches(batch_size=ROWS, columns=columns):
-                    for row in batch.to_pylist():
-                        number += 1
-                        key = f"{path.stem}-{number:07d}"
-                        record = attempt(f"{path.name}, row {number}", partial(self._sample, row, key))
-                        if isinstance(record, BadSample) or len(record[1]) >= self.min_images:
-                            yield record
-        except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{path}: {error}") from error
+        known = open_parquet(path).schema_arrow.names
+        for number, row in enumerate(parquet_rows(path, [name for name in COLUMNS if name in known])):
+            make = partial(self._sample, row, f"{path.stem}-{number:07d}")
+            record = attempt(make, partial("{}, row {}".format, path.name, number))
+            if isinstance(record, BadSample) or len(record[1]) >= self.min_images:
+                yield record
 
     def _sample(self, row: Mapping[str, Any], key: str) -> tuple[Sample, list[bytes]]:
         images, texts = row["images"], row["texts"]
@@ -100,14 +83,7 @@ class Obelics:
         annotation, blobs = document(pieces, joint="\n\n")
         if not any(piece.strip() for piece in pieces if isinstance(piece, str)):
             raise BadSample("no text")
-        return make_sample(
-            safe_key(key),
-            blobs,
-            [annotation],
-            source=self.name,
-            licence=self.licence,
-            meta={"general_metadata": row.get("general_metadata")},
-        )
+        return make_sample(self, key, blobs, [annotation], {"general_metadata": row.get("general_metadata")})
 
     def _read(self, image: Any) -> bytes:
         if isinstance(image, Mapping):

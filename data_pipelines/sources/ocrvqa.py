@@ -10,20 +10,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.raw.files import MediaFolder, read_json
+from data_pipelines.raw.questions import Annotated, Prompt, of_split, one_image, text, texts
+from data_pipelines.raw.samples import check_choice, exchange
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.tasks import (
-    Annotated,
-    ImageFolder,
-    Prompt,
-    check,
-    exchange,
-    of_split,
-    one_image,
-    read_json,
-    text,
-    texts,
-)
 
 SPLITS = {"train": 1, "val": 2, "test": 3}
 
@@ -46,9 +37,9 @@ class OCRVQA(ListSource):
         licence: str = "",
         limit: int | None = None,
     ) -> None:
-        self.split, self.licence = check("split", split, tuple(SPLITS)), licence
+        self.split, self.licence = check_choice("split", split, tuple(SPLITS)), licence
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
-        self._folder = ImageFolder(images)
+        self._folder = MediaFolder(images)
         books = read_json(file, "file")
         if not isinstance(books, dict):
             raise DataError(f"file: {file} holds a {type(books).__name__}; expected books by their id")

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import base64
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.members import safe_key
+from data_pipelines.raw.files import MediaFolder, parse_json
+from data_pipelines.raw.samples import exchange, make_sample
 from data_pipelines.sample import Annotation, Sample, Text, Turn
-from data_pipelines.sources import ListSource
-from data_pipelines.sources.conversations import MediaFolder, make_sample, question, read_records
+from data_pipelines.sources import FileSource
 
 FIELDS = ("question", "chosen", "rejected")
 ORIGIN = ("ds_name", "origin_dataset", "origin_split", "idx", "image_path")
 
 
-class PreferencePairs(ListSource):
+class PreferencePairs(FileSource):
     """One sample per pair. `file` is .parquet, .json, .jsonl or .csv; `images` the folder of images given as paths.
 
     `changed_weight` weighs the words in which the two answers differ, in both of them (RLHF-V, arXiv:2312.00849, dense
@@ -47,36 +45,27 @@ class PreferencePairs(ListSource):
         if not changed_weight > 0:
             raise DataError(f"changed_weight: got {changed_weight}; allowed: above 0")
         self.name, self.licence, self.split, self.changed_weight = name, licence, split, changed_weight
-        self._images = MediaFolder(images, "images")
-        self._records = read_records(Path(file))[:limit]
-
-    def __len__(self) -> int:
-        return len(self._records)
+        self._images = MediaFolder(images)
+        super().__init__(file, limit)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Pair i of the file."""
-        record = self._records[i]
-        if isinstance(record, BadSample):
-            raise record
+        record = self.raw[i]
         text = record.get("text")
-        pair = record if "chosen" in record else json.loads(text) if isinstance(text, str) else text
+        pair = record if "chosen" in record else parse_json(text) if isinstance(text, str) else text
         for name in FIELDS:
             if not isinstance(pair[name], str) or not pair[name].strip():
                 raise BadSample(f"{name} is empty or no text")
-        image = record.get("image")
-        return make_sample(
-            safe_key(f"{i:07d}-{record.get('idx', '')}"),
-            [] if image is None else [self._read(image)],
-            [self._annotation(*(pair[name].strip() for name in FIELDS), shown=image is not None)],
-            source=self.name,
-            licence=self.licence,
-            meta={name: record[name] for name in ORIGIN if name in record},
-        )
+        image = record.get("image") or None
+        annotation = self._annotation(*(pair[name].strip() for name in FIELDS), shown=image is not None)
+        meta = {name: record[name] for name in ORIGIN if name in record}
+        blobs = [] if image is None else [self._read(image)]
+        return make_sample(self, f"{i:07d}-{record.get('idx', '')}", blobs, [annotation], meta)
 
     def _annotation(self, ask: str, chosen: str, rejected: str, *, shown: bool) -> Annotation:
         if chosen == rejected:
             raise BadSample("the chosen answer is the rejected one")
-        made = question(ask, chosen, rejected, items=(0,) if shown else ())
+        made = exchange(ask, chosen, items=(0,) if shown else (), rejected=rejected)
         if self.changed_weight == 1.0:
             return made
         better, worse = changed(chosen, rejected)
@@ -94,7 +83,7 @@ class PreferencePairs(ListSource):
         return self._images.read(image["path"] if isinstance(image, Mapping) else image)
 
 
-class RLHFV(ListSource):
+class RLHFV(PreferencePairs):
     """RLHF-V-Dataset and RLAIF-V-Dataset as published: parquet with the images inside. See `PreferencePairs`."""
 
     def __init__(
@@ -107,17 +96,7 @@ class RLHFV(ListSource):
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
-        self._pairs = PreferencePairs(
-            file=file, changed_weight=changed_weight, name=name, licence=licence, split=split, limit=limit
-        )
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
-        """Pair i of the file."""
-        return self._pairs.record(i)
+        super().__init__(file=file, changed_weight=changed_weight, name=name, licence=licence, split=split, limit=limit)
 
 
 def changed(first: str, second: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from data_pipelines.errors import BadSample, DataError
-from data_pipelines.members import safe_key
+from data_pipelines.errors import BadSample
+from data_pipelines.raw.conversations import said
+from data_pipelines.raw.files import MediaFolder
+from data_pipelines.raw.samples import make_sample
 from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text, Turn
-from data_pipelines.sources import ListSource
-from data_pipelines.sources.conversations import ROLES, MediaFolder, make_sample, read_records
+from data_pipelines.sources import FileSource
 
 SCALE = 1000
 TOKEN = re.compile(r"(?:Picture \d+: )?<img>(?P<image>.*?)</img>\n?|<box>(?P<box>.*?)</box>", re.DOTALL)
 BOX = re.compile(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)")
 
 
-class QwenVL(ListSource):
+class QwenVL(FileSource):
     """One sample per record, with one annotation. `file` is the JSON (or JSON Lines), `images` the folder of its paths.
 
     "Picture n: " and the line break after an image belong to the template and are left out, and so are the tags
@@ -41,40 +41,21 @@ class QwenVL(ListSource):
         limit: int | None = None,
     ) -> None:
         self.name, self.licence, self.split, self.keep_refs = name, licence, split, keep_refs
-        self._images = MediaFolder(images, "images")
-        if not file.endswith((".json", ".jsonl")):
-            raise DataError(f"file: {file}; allowed: .json, .jsonl")
-        self._records = read_records(Path(file))[:limit]
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def label(self, i: int) -> str:
-        """The record's own id, where it has one."""
-        record = self._records[i]
-        return f"record {record.get('id', i) if isinstance(record, dict) else i!r}"
+        self._images = MediaFolder(images)
+        super().__init__(file, limit)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file."""
-        record = self._records[i]
-        if isinstance(record, BadSample):
-            raise record
+        record = self.raw[i]
         paths: list[str] = []
-        turns = []
-        for turn in record["conversations"]:
-            if turn["from"] not in ROLES:
-                raise BadSample(f"turn from {turn['from']!r}; allowed: {', '.join(ROLES)}")
-            turns.append(Turn(role=ROLES[turn["from"]], parts=tuple(self._parts(turn["value"], paths))))
+        turns = [
+            Turn(role=role, parts=tuple(self._parts(text, paths))) for role, text in map(said, record["conversations"])
+        ]
         if not any(turn.role == "assistant" for turn in turns):
             raise BadSample("no turn of the assistant")
-        return make_sample(
-            safe_key(f"{i:07d}-{record.get('id', '')}"),
-            [self._images.read(path) for path in paths],
-            [Annotation(turns=tuple(turns))],
-            source=self.name,
-            licence=self.licence,
-            meta={"id": record.get("id"), "images": paths},
-        )
+        blobs = [self._images.read(path) for path in paths]
+        meta = {"id": record.get("id"), "images": paths}
+        return make_sample(self, self.key(i, record), blobs, [Annotation(turns=tuple(turns))], meta)
 
     def _parts(self, value: str, paths: list[str]) -> Iterator[Part]:
         """The parts of a turn; the paths of its images are appended to `paths`."""

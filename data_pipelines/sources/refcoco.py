@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 from data_pipelines.errors import DataError
 from data_pipelines.media import image_item
+from data_pipelines.raw.files import MediaFolder, read_json
+from data_pipelines.raw.questions import Annotated, of_split, one_image, text, whole
+from data_pipelines.raw.regions import GROUNDING_PROMPT, REFERRING_PROMPT, RegionTask, box, check_size
+from data_pipelines.raw.samples import MALFORMED
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.regions import GROUNDING_PROMPT, REFERRING_PROMPT, RegionTask, box, check_size
-from data_pipelines.sources.tasks import MALFORMED, Annotated, ImageFolder, of_split, one_image, read_json, text, whole
 
 CONVERT = (
     "python -c \"import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb'), encoding='latin1'), "
@@ -60,7 +62,7 @@ class RefCOCO(ListSource):
     ) -> None:
         self.name, self.split, self.licence = name, split, licence
         self._task = RegionTask(task, grounding_prompt, referring_prompt)
-        self._folder = ImageFolder(images)
+        self._folder = MediaFolder(images)
         self._images = list(_read(file, instances, split).values())[:limit]
 
     def __len__(self) -> int:

@@ -7,29 +7,22 @@ a question without an answer at the end (github.com/lm-sys/FastChat, fastchat/tr
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from data_pipelines.errors import BadSample
-from data_pipelines.members import safe_key
+from data_pipelines.raw.conversations import ROLES, Said, said
+from data_pipelines.raw.samples import make_sample
 from data_pipelines.sample import Annotation, Role, Sample, Text, Turn
-from data_pipelines.sources import ListSource
-from data_pipelines.sources.files import place, read_records
+from data_pipelines.sources import FileSource
 
-ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+SPEAKERS: dict[str, Role] = {
+    **ROLES,
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
-    "system": "system",
 }
 
 
-class ShareGPT(ListSource):
+class ShareGPT(FileSource):
     """One sample per conversation of `file`; `limit` takes the first ones.
 
     A conversation whose turns do not alternate, or with an unknown speaker, is a `BadSample`.
@@ -45,53 +38,30 @@ class ShareGPT(ListSource):
         limit: int | None = None,
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
-        self._records = read_records(Path(file))
-        self._count = min(len(self._records), len(self._records) if limit is None else limit)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def label(self, i: int) -> str:
-        """The record's own id, where it has one."""
-        return place(self._records, i)
+        super().__init__(file, limit)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Conversation i of the file."""
-        record = self._records[i]
+        record = self.raw[i]
         conversation = record["messages"] if "messages" in record else record["conversations"]
-        turns = _trim([_turn(message) for message in conversation])
-        return Sample(
-            key=safe_key(f"{i:07d}-{record['id']}" if "id" in record else f"{i:07d}"),
-            annotations=(Annotation(turns=tuple(turns)),),
-            source=self.name,
-            licence=self.licence,
-            meta={"id": record.get("id")},
-        ), []
+        turns = _trim([said(turn, SPEAKERS) for turn in conversation])
+        annotation = Annotation(turns=tuple(Turn(role=role, parts=(Text(text=text),)) for role, text in turns))
+        return make_sample(self, self.key(i, record), [], [annotation], {"id": record.get("id")})
 
 
-def _turn(message: dict[str, Any]) -> Turn:
-    name = message["from"] if "from" in message else message["role"]
-    if name not in ROLES:
-        raise BadSample(f"turn from {name!r}; allowed: {', '.join(ROLES)}")
-    text = message["value"] if "value" in message else message["content"]
-    if not isinstance(text, str):
-        raise BadSample(f"turn of {name!r} holds {text!r}, not text")
-    return Turn(role=ROLES[name], parts=(Text(text=text),))
-
-
-def _trim(turns: list[Turn]) -> list[Turn]:
+def _trim(turns: list[Said]) -> list[Said]:
     """System turn, if there is one, then questions and answers in turn."""
-    system = [turn for turn in turns[:1] if turn.role == "system"]
+    system = [turn for turn in turns[:1] if turn[0] == "system"]
     talk = turns[len(system) :]
-    while talk and talk[0].role == "assistant":
+    while talk and talk[0][0] == "assistant":
         talk = talk[1:]
-    if talk and talk[-1].role == "user":
+    if talk and talk[-1][0] == "user":
         talk = talk[:-1]
     if not talk:
         raise BadSample("no question with an answer")
-    for number, turn in enumerate(talk):
-        if turn.role != ("user", "assistant")[number % 2]:
-            raise BadSample(f"turn {number + len(system)} is of {turn.role}; questions and answers must alternate")
-        if not turn.text.strip():
-            raise BadSample(f"turn {number + len(system)} is empty")
+    for number, (role, text) in enumerate(talk, len(system)):
+        if role != ("user", "assistant")[(number - len(system)) % 2]:
+            raise BadSample(f"turn {number} is of {role}; questions and answers must alternate")
+        if not text.strip():
+            raise BadSample(f"turn {number} is empty")
     return [*system, *talk]

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from data_pipelines.errors import DataError
-from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text, Turn
-from data_pipelines.sources import ListSource
-from data_pipelines.sources.conversations import document, make_sample, needs, question
-from data_pipelines.sources.drawing import (
+from data_pipelines.members import captioned
+from data_pipelines.raw.documents import document
+from data_pipelines.raw.drawing import (
     COLOURS,
     SHAPES,
     Dice,
@@ -20,6 +19,10 @@ from data_pipelines.sources.drawing import (
     scene,
     written,
 )
+from data_pipelines.raw.files import needs
+from data_pipelines.raw.samples import check_choice, exchange, make_sample
+from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
+from data_pipelines.sources import ListSource
 
 TASKS = ("caption", "vqa", "count", "ocr", "box", "multi_image", "video", "preference", "interleaved", "text")
 SPLITS = ("train", "val", "test")
@@ -67,15 +70,13 @@ class Synthetic(ListSource):
         video_as_images: bool = False,
     ) -> None:
         makers = tasks_of(frames, video_as_images)
-        if split not in SPLITS:
-            raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
         if unknown := sorted(set(tasks) - set(TASKS)):
             raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
         if count < 1 or frames < 2 or not tasks:
             raise DataError(f"count {count}, frames {frames}, {len(tasks)} tasks; allowed: from 1, from 2, from 1")
         if "video" in tasks and not video_as_images:
             needs("av")
-        self.split, self.count, self.seed = split, count, seed
+        self.split, self.count, self.seed = check_choice("split", split, SPLITS), count, seed
         self._tasks = [(task, makers[task]) for task in tasks]
 
     def __len__(self) -> int:
@@ -86,13 +87,13 @@ class Synthetic(ListSource):
         task, make = self._tasks[i % len(self._tasks)]
         blobs, annotations = make(Dice("synthetic", self.seed, self.split, task, i))
         key, meta = f"{self.split}-{i:06d}-{task}", {"task": task}
-        return make_sample(key, blobs, annotations, source=self.name, licence=self.licence, meta=meta)
+        return make_sample(self, key, blobs, annotations, meta)
 
 
 def _caption(dice: Dice) -> Made:
     things = scene(dice, 1 + dice.below(3))
     caption = " and ".join(f"a {thing.name}" for thing in things)
-    return [encode_png(picture(things))], [question("", caption)]
+    return [encode_png(picture(things))], [captioned(caption)]
 
 
 def _vqa(dice: Dice) -> Made:
@@ -100,9 +101,9 @@ def _vqa(dice: Dice) -> Made:
     other = dice.pick([colour for colour in COLOURS if colour != thing.colour])
     asked = dice.pick([thing.colour, other])
     return [encode_png(picture([thing]))], [
-        question(f"Which colour is the {thing.shape}?", thing.colour),
-        question(f"Which shape is {thing.colour}?", thing.shape),
-        question(f"Is there a {asked} shape?", "yes" if asked == thing.colour else "no"),
+        exchange(f"Which colour is the {thing.shape}?", thing.colour),
+        exchange(f"Which shape is {thing.colour}?", thing.shape),
+        exchange(f"Is there a {asked} shape?", "yes" if asked == thing.colour else "no"),
     ]
 
 
@@ -111,26 +112,23 @@ def _count(dice: Dice) -> Made:
     shape = dice.pick(SHAPES)
     found = sum(thing.shape == shape for thing in things)
     return [encode_png(picture(things))], [
-        question("How many shapes are there?", str(len(things))),
-        question(f"How many {shape}s are there?", str(found)),
+        exchange("How many shapes are there?", str(len(things))),
+        exchange(f"How many {shape}s are there?", str(found)),
     ]
 
 
 def _ocr(dice: Dice) -> Made:
     word = dice.pick(WORDS)
-    return [encode_png(written(dice, word))], [question("Which word is written in the picture?", word)]
+    return [encode_png(written(dice, word))], [exchange("Which word is written in the picture?", word)]
 
 
 def _box(dice: Dice) -> Made:
     things = scene(dice, 2 + dice.below(3))
     thing = dice.pick(things)
     region = Box(item=0, xyxy=thing.xyxy)
-    where: tuple[Part, ...] = (Media(item=0), Text(text=f"Where is the {thing.name}?"))
-    what: tuple[Part, ...] = (Media(item=0), Text(text="What is in the region "), region, Text(text="?"))
-    pairs = ((where, region), (what, Text(text=f"a {thing.name}")))
     return [encode_png(picture(things))], [
-        Annotation(turns=(Turn(role="user", parts=ask), Turn(role="assistant", parts=(answer,))))
-        for ask, answer in pairs
+        exchange(f"Where is the {thing.name}?", region),
+        exchange([Text(text="What is in the region "), region, Text(text="?")], f"a {thing.name}"),
     ]
 
 
@@ -139,7 +137,7 @@ def _multi_image(dice: Dice) -> Made:
     asked = dice.below(len(things))
     ask = f"Which picture shows a {things[asked].name}?"
     blobs = [encode_png(picture([thing])) for thing in things]
-    return blobs, [question(ask, f"the {ORDINALS[asked]} one", items=range(len(things)))]
+    return blobs, [exchange(ask, f"the {ORDINALS[asked]} one", items=range(len(things)))]
 
 
 def _video(frames: int, as_images: bool, dice: Dice) -> Made:
@@ -148,7 +146,7 @@ def _video(frames: int, as_images: bool, dice: Dice) -> Made:
     images = motion(thing, direction, frames)
     blobs = [encode_png(image) for image in images] if as_images else [encode_mp4(images)]
     ask = f"Which way does the {thing.name} move?"
-    return blobs, [question(ask, direction, items=range(len(blobs)))]
+    return blobs, [exchange(ask, direction, items=range(len(blobs)))]
 
 
 def _preference(dice: Dice) -> Made:

@@ -9,22 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipelines.errors import DataError
+from data_pipelines.raw.files import MediaFolder, read_list
+from data_pipelines.raw.questions import ANSWERS, Annotated, Prompt, answered, grouped, of_split, one_image, text, texts
+from data_pipelines.raw.samples import check_choice
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.tasks import (
-    ANSWERS,
-    Annotated,
-    ImageFolder,
-    Prompt,
-    answered,
-    check,
-    grouped,
-    of_split,
-    one_image,
-    read_list,
-    text,
-    texts,
-)
 
 
 class TextVQA(ListSource):
@@ -46,15 +35,15 @@ class TextVQA(ListSource):
         split: str = "train",
         answers: str = "majority",
         prompt: str = "{question}",
-        licence: str = "",
+        licence: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
         self.split, self.licence = split, licence
-        self._answers = check("answers", answers, ANSWERS)
+        self._answers = check_choice("answers", answers, ANSWERS)
         self._prompt = Prompt(prompt, "prompt", needs=["question"], may=["ocr"])
         if ("ocr" in self._prompt.fields) != (ocr is not None):
             raise DataError(f"ocr: got {ocr!r} with prompt {prompt!r}; give the file and the field {{ocr}}, or neither")
-        self._folder = ImageFolder(images)
+        self._folder = MediaFolder(images)
         records = of_split(read_list(file, "file", "data"), "set_name", split)
         self._images = grouped(records, "image_id")[:limit]
         self._tokens = _tokens(ocr) if ocr is not None else {}

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
-
-from PIL import Image, ImageDraw
 
 from data_pipelines.errors import DataError
-from data_pipelines.media import image_item
-from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.raw.drawing import COLOURS, Thing, encode_png, picture
+from data_pipelines.raw.samples import check_choice, exchange, make_sample
+from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
 
 SPLITS = ("train", "val", "test")
 SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIZE = (48, 40)  # width, height
 
 
@@ -28,11 +25,9 @@ class Tiny(ListSource):
     licence = "CC0-1.0"
 
     def __init__(self, *, split: str = "train", count: int = 64) -> None:
-        if split not in SPLITS:
-            raise DataError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
         if count < 1:
             raise DataError(f"count: got {count}; allowed: 1 or more")
-        self.split, self.count = split, count
+        self.split, self.count = check_choice("split", split, SPLITS), count
 
     def __len__(self) -> int:
         return self.count
@@ -42,33 +37,10 @@ class Tiny(ListSource):
         # A hash chooses, so that the pictures depend on no random generator and no version of one.
         draw = hashlib.sha256(f"tiny-{self.split}-{i}".encode()).digest()
         colour, shape = COLOURS[draw[0] % len(COLOURS)], SHAPES[draw[1] % len(SHAPES)]
-        blob = picture(colour, shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
-        return Sample(
-            key=f"{self.split}-{i:05d}",
-            media=(image_item(0, blob),),
-            annotations=(
-                _annotation("What is in the picture?", f"a {colour} {shape}"),
-                _annotation(f"Which colour is the {shape}?", colour),
-            ),
-            source=self.name,
-            licence=self.licence,
-            meta={"colour": colour, "shape": shape},
-        ), [blob]
-
-
-def picture(colour: str, shape: str, *, left: int, top: int, side: int) -> bytes:
-    """A PNG with one shape in a square of `side` pixels on white."""
-    image = Image.new("RGB", SIZE, "white")
-    draw, right, bottom = ImageDraw.Draw(image), left + side, top + side
-    if shape == "triangle":
-        draw.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=colour)
-    else:
-        (draw.ellipse if shape == "circle" else draw.rectangle)((left, top, right, bottom), fill=colour)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def _annotation(question: str, answer: str) -> Annotation:
-    ask = Turn(role="user", parts=(Media(item=0), Text(text=question)))
-    return Annotation(turns=(ask, Turn(role="assistant", parts=(Text(text=answer),))))
+        thing = Thing(colour=colour, shape=shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
+        blob = encode_png(picture([thing], SIZE))
+        annotations = [
+            exchange("What is in the picture?", f"a {colour} {shape}"),
+            exchange(f"Which colour is the {shape}?", colour),
+        ]
+        return make_sample(self, f"{self.split}-{i:05d}", [blob], annotations, {"colour": colour, "shape": shape})

@@ -1,7 +1,7 @@
 """A folder of videos and a file of captions, questions or conversations about them.
 
-Rows of a CSV, JSON or JSON Lines file: `video` (a path; without an extension, one of the extensions of videos is
-tried) with `caption`, with `question` and `answer`, or with `conversations` as in LLaVA-Video-178K
+Rows of a CSV, JSON, JSON Lines or parquet file: `video` (a path; without an extension, one of the extensions of videos
+is tried) with `caption`, with `question` and `answer`, or with `conversations` as in LLaVA-Video-178K
 (huggingface.co/datasets/lmms-lab/LLaVA-Video-178K: `[{"from": "human", "value": "<image>\\n..."}, ...]`).
 """
 
@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample
-from data_pipelines.members import safe_key
+from data_pipelines.members import captioned
+from data_pipelines.raw.conversations import dialogue
+from data_pipelines.raw.files import MediaFolder
+from data_pipelines.raw.records import place, read_records
+from data_pipelines.raw.samples import exchange, make_sample
 from data_pipelines.sample import Annotation, Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.conversations import MediaFolder, dialogue, make_sample, question, read_records
 from data_pipelines.video import DEMUXERS
 
 
@@ -39,39 +42,39 @@ class VideoFolder(ListSource):
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
         self._videos = MediaFolder(videos, "videos")
-        self._rows: dict[str, list[Any]] = {}
-        for number, row in enumerate(read_records(Path(file))[:limit]):
-            path = row.get(column) if isinstance(row, Mapping) else None
+        self._column, self._records = column, read_records(file)
+        groups: dict[str, list[int]] = {}
+        for number in range(len(self._records))[:limit]:
             # A row without a path stands alone, under a name that no path has.
-            self._rows.setdefault(path if isinstance(path, str) and path else f"\0{number}", []).append(row)
-        self._paths = list(self._rows)
-        self._column = column
+            groups.setdefault(self._path(number) or f"\0{number}", []).append(number)
+        self._rows = list(groups.values())
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._rows)
 
     def label(self, i: int) -> str:
         """The video's path, or the row without one."""
-        path = self._paths[i]
-        return f"row {path[1:]}" if path.startswith("\0") else f"video {path!r}"
+        first = self._rows[i][0]
+        path = self._path(first)
+        return f"video {path!r}" if path else place(self._records, first)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All rows of one video."""
-        path = self._paths[i]
-        rows = self._rows[path]
-        if isinstance(rows[0], BadSample):
-            raise rows[0]
-        if path.startswith("\0"):
+        rows = [self._records[number] for number in self._rows[i]]
+        path = self._path(self._rows[i][0])
+        if path is None:
             raise BadSample(f"names no video ({self._column}=<path>): {str(rows[0])[:80]!r}")
         annotations = [_annotation(row) for row in rows]
-        return make_sample(
-            safe_key(f"{i:07d}-{Path(path).stem}"),
-            [self._read(path)],
-            annotations,
-            source=self.name,
-            licence=self.licence,
-            meta={"video": path},
-        )
+        return make_sample(self, f"{i:07d}-{Path(path).stem}", [self._read(path)], annotations, {"video": path})
+
+    def _path(self, number: int) -> str | None:
+        """The path in a row; None without one."""
+        try:
+            row = self._records[number]
+        except BadSample:
+            return None
+        path = row.get(self._column) if isinstance(row, Mapping) else None
+        return path if isinstance(path, str) and path else None
 
     def _read(self, path: str) -> bytes:
         folder = self._videos.path
@@ -84,7 +87,8 @@ class VideoFolder(ListSource):
 def _annotation(row: Mapping[str, Any]) -> Annotation:
     if row.get("conversations"):
         return dialogue(row["conversations"], videos=1)
-    answer = row["answer"] if row.get("question") else row["caption"]
+    ask = (row.get("question") or "").strip()
+    answer = row["answer"] if ask else row["caption"]
     if not isinstance(answer, str) or not answer.strip():
         raise BadSample("its answer or caption is empty")
-    return question((row.get("question") or "").strip(), answer.strip())
+    return exchange(ask, answer.strip()) if ask else captioned(answer.strip())

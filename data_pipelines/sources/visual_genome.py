@@ -13,20 +13,12 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.media import image_item
+from data_pipelines.raw.files import MediaFolder, read_list
+from data_pipelines.raw.questions import Annotated, Prompt, one_image, text, whole
+from data_pipelines.raw.regions import GROUNDING_PROMPT, REFERRING_PROMPT, TASKS, RegionTask, box, check_size, draw
+from data_pipelines.raw.samples import check_choice, exchange
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.regions import GROUNDING_PROMPT, REFERRING_PROMPT, TASKS, RegionTask, box, check_size, draw
-from data_pipelines.sources.tasks import (
-    Annotated,
-    ImageFolder,
-    Prompt,
-    check,
-    exchange,
-    one_image,
-    read_list,
-    text,
-    whole,
-)
 
 QA = "qa"
 
@@ -54,17 +46,17 @@ class VisualGenome(ListSource):
         prompt: str = "{question}",
         per_image: int | None = None,
         split: str = "train",
-        licence: str = "",
+        licence: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
         self.split, self.licence = split, licence
-        self._task = check("task", task, (*TASKS, QA))
+        self._task = check_choice("task", task, (*TASKS, QA))
         if per_image is not None and per_image < 1:
             raise DataError(f"per_image: got {per_image}; allowed: null, or 1 or more")
         self._per_image = per_image
         self._regions = RegionTask(task if task != QA else "mixed", grounding_prompt, referring_prompt)
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
-        self._folder = ImageFolder(images)
+        self._folder = MediaFolder(images)
         self._images = read_list(file, "file")[:limit]
         self._sizes = _sizes(image_data) if image_data is not None else {}
 

@@ -10,23 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipelines.errors import DataError
+from data_pipelines.raw.files import MediaFolder, read_json, read_list
+from data_pipelines.raw.questions import ANSWERS, Annotated, Prompt, answered, grouped, one_image, text, whole
+from data_pipelines.raw.samples import check_choice, exchange
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.tasks import (
-    ANSWERS,
-    Annotated,
-    ImageFolder,
-    Prompt,
-    answered,
-    check,
-    exchange,
-    grouped,
-    one_image,
-    read_json,
-    read_list,
-    text,
-    whole,
-)
 
 
 class VQA(ListSource):
@@ -48,13 +36,13 @@ class VQA(ListSource):
         split: str = "train",
         answers: str = "majority",
         prompt: str = "{question}",
-        licence: str = "",
+        licence: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
         self.name, self.split, self.licence = name, split, licence
-        self._answers = check("answers", answers, ANSWERS)
+        self._answers = check_choice("answers", answers, ANSWERS)
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
-        self._folder = ImageFolder(images)
+        self._folder = MediaFolder(images)
         self._subset, records = _questions(questions, split)
         self._images = grouped(records, "image_id")[:limit]
         self._answered = _by_question(annotations)

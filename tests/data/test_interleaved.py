@@ -1,4 +1,4 @@
-"""An interleaved document, media inside a learned turn, is learned in its order with `media: inline`."""
+"""An interleaved document, media inside a learned turn, is learned in its order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PARTS = (Text(text="One. "), Media(item=0), Text(text="Two."), Media(item=1), Te
 def test_a_document_is_learned_in_its_order():
     tokenizer = byte_level()
     document = sample((Turn(role="assistant", parts=PARTS),), media=2)
-    stream = render(document, load("plain", media="inline"), tokenizer, layout).llm
+    stream = render(document, load("interleaved"), tokenizer, layout).llm
     assert [(placed.slot.item, placed.slot.count) for placed in stream.slots] == [(0, 3), (1, 4)]
     shown = "".join("#" if token == PLACEHOLDER_ID else tokenizer.decode([token]) for token in stream.ids.tolist())
-    assert shown.endswith("One. ###Two.####Three.\n")
+    assert shown.endswith("One. ###Two.####Three.<eos>")
     text = stream.ids[learned_tokens(stream)]
-    assert tokenizer.decode(text.tolist()) == "One. Two.Three.\n"  # all of it, the first character after an image too
+    assert tokenizer.decode(text.tolist()) == "One. Two.Three.<eos>"  # with what follows an image

@@ -17,6 +17,7 @@ from vlm_train.errors import ConfigError
 # What a template learns around an answer.
 LEARNED = {
     "plain": "{}\n",
+    "interleaved": "{}<eos>",
     "v0": " {}\n###",
     "vicuna_v1": " {}<eos>",
     "llama2": " {} <eos>",
@@ -99,6 +100,7 @@ def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenize
             "### Assistant: yes\n### Human: Why?\n### Assistant: No idea — ok.\n###",
         ),
         ("mistral", "<bos>[INST] \nWhat? [/INST] yes<eos>[INST] Why? [/INST] No idea — ok.<eos>"),
+        ("interleaved", "<bos>What?yes<eos>Why?No idea — ok.<eos>"),
         ("qa", "<bos>What? yes<eos>Why? No idea — ok.<eos>"),
         ("caption", "<bos>yes<eos>No idea — ok.<eos>"),
     ],
@@ -160,6 +162,18 @@ def test_boxes_are_written_by_the_template(tokenizer) -> None:
     assert learned(render(item, load("qa"), tokenizer, layout).llm, tokenizer) == " at [0.00, 0.25, 0.50, 1.00]<eos>"
     template = load("qa", box="({:.0f},{:.0f}),({:.0f},{:.0f})", box_scale=1000)
     assert learned(render(item, template, tokenizer, layout).llm, tokenizer) == " at (0,250),(500,1000)<eos>"
+
+
+def test_reference_is_the_answer_as_the_template_writes_it(tokenizer) -> None:
+    box = Box(item=0, xyxy=(0.0, 0.25, 0.5, 1.0))
+    for parts, expected in {
+        (box,): "<0,250,500,1000>",
+        (Text(text=" at "), box, Text(text=". ")): "at <0,250,500,1000>.",
+        (Media(item=0), Text(text=" here")): "here",
+    }.items():
+        item = sample((user("Where?", 0), Turn(role="assistant", parts=parts)), media=1)
+        template = load("qa", box="<{:.0f},{:.0f},{:.0f},{:.0f}>", box_scale=1000, media="inline", media_prefix="IMG")
+        assert render(item, template, tokenizer, layout, generation=True).reference == expected
 
 
 def test_template_that_does_not_fit_the_tokenizer(tokenizer) -> None:

@@ -39,7 +39,7 @@ class Rendered:
         streams: "llm", and "rejected" if asked.
         media: the sample's media items that a model is to see: those that stand in a stream, and those that take no
             place in a text (two towers). The sample's other items are left out.
-        reference: the expected answer (generation).
+        reference: the expected answer, boxes as the template spells them (generation).
     """
 
     key: str
@@ -180,10 +180,12 @@ class _Writer:
         return branch(parts) if len(parts) > 1 else single(parts[0])
 
     def prompt(self, annotation: Annotation) -> tuple[Stream, str]:
-        """The prompt for the last answer, and that answer's text ("" if the conversation ends with a question)."""
+        """The prompt for the last answer, and that answer as the template spells it, boxes included ("" if the
+        conversation ends with a question)."""
         turns, reference = annotation.turns, ""
         if turns and turns[-1].role == "assistant":
-            turns, reference = turns[:-1], turns[-1].text
+            answer = self.template.style.content(turns[-1])
+            turns, reference = turns[:-1], "".join(run.text for run in answer if isinstance(run, Run) and run.content)
         tokens = self._tokens(self.template.segments(turns, self.tokenizer, generation=True), 0.0)
         return single(tokens), reference.strip()
 

@@ -18,9 +18,11 @@ from vlm_train.errors import ConfigError
 
 
 class Template(Protocol):
-    """What the renderer needs of a template. `bos`: start with the tokenizer's bos token, if it has one."""
+    """What the renderer needs of a template. `bos`: start with the tokenizer's bos token, if it has one; `style`: how
+    it writes the parts of a turn."""
 
     bos: bool
+    style: ContentStyle
 
     def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
         """The conversation as segments; with `generation`, `turns` ends before an answer, whose prompt follows."""

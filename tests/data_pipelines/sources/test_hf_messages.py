@@ -59,7 +59,7 @@ def test_other_layouts_of_columns(tmp_path, picture):
     plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Three."}]
     _write(tmp_path / "b.parquet", [{"messages": plain, "images": [{"bytes": picture(3), "path": "3.png"}]}])
     _write(tmp_path / "c.parquet", [{"messages": plain}])
-    (a, two), (b, three), (c, none) = records(HFMessages(folder=str(tmp_path), images=str(tmp_path)))
+    (a, two), (b, three), (c, none) = records(HFMessages(folder=str(tmp_path), media=str(tmp_path)))
     assert [two, three, none] == [[picture(2)], [picture(3)], []] and a.meta == {"id": "x7"}
     assert [sample.annotations[0].turns[0].parts for sample in (a, b, c)] == [
         (Media(item=0), Text(text="What?")),

@@ -101,11 +101,19 @@ def test_wrong_meta_files(folder):
         InternVL(meta="none.json")
 
 
+def test_untagged_images_come_before_untagged_videos(folder):
+    row = {"image": "1.png", "video": "v.mp4", "conversations": talk("Both?")}
+    (folder / "data" / "both.jsonl").write_text(json.dumps(row))
+    ((sample, _),) = read(folder, {"a": entry("both")})
+    assert [item.kind for item in sample.media] == ["image", "video"]
+    assert sample.annotations[0].turns[0].parts == (Media(item=0), Media(item=1), Text(text="Both?"))
+
+
 def test_unusable_records_name_their_set(folder):
     rows = [{"image": "1.png", "conversations": talk("<image><image>")}, {"image": "../one.jsonl"}]
     (folder / "data" / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     bad = list(read(folder, {"a": entry("bad")}))
-    reasons = ["a, record 0: 2 <image> tags .* 1 files", "a, record 1: .*leaves the folder", "a, record 2: not JSON"]
+    reasons = ["a, line 1: 2 <image> tags .* 1 files", "a, line 2: .*leaves the folder", "a, line 3: not JSON"]
     for error, reason in zip(bad, reasons, strict=True):
         with pytest.raises(BadSample, match=reason):
             raise error

@@ -12,6 +12,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
 from data_pipelines.sources.messages import Messages
 from data_pipelines.stream import ShardSet
+from tests.videos import video
 
 
 def _talk(*values):
@@ -30,7 +31,7 @@ def read(tmp_path, picture):
     def make(*records):
         text = "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
         (tmp_path / "x.jsonl").write_text(text)
-        return list(Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path), name="mine", licence="CC0"))
+        return list(Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path), name="mine", licence="CC0"))
 
     return make
 
@@ -57,7 +58,7 @@ def test_paths_start_from_the_file_s_own_folder(read, tmp_path):
     with pytest.raises(DataError, match="file: .*nowhere/x.jsonl: No such file"):
         Messages(file=str(tmp_path / "nowhere" / "x.jsonl"))
     (tmp_path / "none").mkdir()
-    (error,) = Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path / "none"))
+    (error,) = Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path / "none"))
     assert "none/1.png: No such file" in str(error)
 
 
@@ -96,6 +97,25 @@ def test_parts_may_name_the_number_of_their_image(read):
     assert "marks image 1 of the 1 it lists" in str(bad)
 
 
+def test_videos_stand_beside_images(read, picture, tmp_path):
+    clip = video(frames=4)
+    (tmp_path / "1.mp4").write_bytes(clip)
+    tagged, unmarked, parts = read(
+        {"images": ["1.png"], "videos": ["1.mp4"], "messages": _talk("<video>How?<image>", "<video>")},
+        {"images": ["1.png"], "videos": ["1.mp4"], "messages": _talk("How?", "y")},
+        {
+            "images": ["1.png"],
+            "videos": ["1.mp4"],
+            "messages": _talk([{"type": "video"}, {"type": "image"}, {"type": "video", "video": "1.mp4"}], "y"),
+        },
+    )
+    assert [item.kind for item in tagged[0].media] == ["image", "video"] and tagged[1] == [picture(1), clip]
+    assert _parts(tagged) == (Media(item=1), Text(text="How?"), Media(item=0))
+    assert _parts(tagged, 1) == (Text(text="<video>"),)
+    assert _parts(unmarked) == (Media(item=0), Media(item=1), Text(text="How?"))
+    assert _parts(parts) == (Media(item=1), Media(item=0), Media(item=2)) and parts[1] == [picture(1), clip, clip]
+
+
 def test_several_conversations_about_the_same_images(read):
     several = [_talk("One?", "1"), _talk("<image>Two?", "2", "Three?", "3")]
     (record,) = read({"images": ["1.png"], "messages": several})
@@ -106,8 +126,10 @@ def test_several_conversations_about_the_same_images(read):
 
 @pytest.mark.parametrize("rejected", ["no", {"role": "assistant", "content": "no"}, _talk("", "no")[1:]])
 def test_rejected_answers(read, rejected):
-    ((sample, _),) = read({"messages": _talk("Is it?", "yes"), "rejected": rejected})
+    record = {"messages": _talk("Is it?", "yes")}
+    ((sample, _), (swift, _)) = read({**record, "rejected": rejected}, {**record, "rejected_response": rejected})
     (annotation,) = sample.annotations
+    assert swift.annotations == sample.annotations
     assert [turn.text for turn in annotation.turns] == ["Is it?", "yes"]
     assert (annotation.rejected.role, annotation.rejected.text) == ("assistant", "no")
 
@@ -120,14 +142,16 @@ def test_rejected_answers(read, rejected):
         ({"id": 9, "messages": []}, "record 9: its last turn is not an answer"),
         ({"messages": _talk("Hi")}, "its last turn is not an answer"),
         ({"messages": _talk("Hi", " ")}, "its last turn is not an answer"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "turn of 'tool'; allowed: user, human, assistant"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn of 'tool'; allowed: human, user, gpt, assistant"),
         ({"messages": _talk("<image>", "y")}, "marks more images than the 0 it lists"),
         ({"images": ["1.png", "2.png"], "messages": _talk("<image>", "y")}, "marks 1 of the 2 images it lists"),
-        ({"images": ["../x"], "messages": _talk("<image>", "y")}, "leaves the image folder"),
+        ({"images": ["../x"], "messages": _talk("<image>", "y")}, "leaves the folder"),
         ({"images": ["data:image/png,x"], "messages": _talk("<image>", "y")}, "is not data:<type>;base64"),
         ({"images": ["data:image/png;base64,!"], "messages": _talk("<image>", "y")}, "non-alphabet|Only base64"),
         ({"images": [7], "messages": _talk("<image>", "y")}, "malformed: TypeError"),
-        ({"messages": _talk([{"type": "video"}], "y")}, "part of type 'video'; allowed: text, image, image_url"),
+        ({"messages": _talk([{"type": "audio"}], "y")}, "part of type 'audio'; allowed: text, image, image_url, video"),
+        ({"messages": _talk([{"type": "video"}], "y")}, "marks more videos than the 0 it lists"),
+        ({"videos": ["1.png", "2.png"], "messages": _talk("<video>", "y")}, "marks 1 of the 2 videos it lists"),
         ({"messages": _talk("Hi", "yes"), "rejected": _talk("Hi", "no")}, "an answer of 2 messages; expected one"),
         ({"messages": _talk("Hi", "yes"), "rejected": ""}, "the rejected turn is not an answer"),
         ({"messages": [_talk("Hi", "yes")], "rejected": "no"}, "several conversations and one rejected answer"),
@@ -142,6 +166,6 @@ def test_unusable_lines_stand_in_their_place(read, record, reason):
 
 def test_shards_hold_what_was_read(read, tmp_path):
     (record,) = read({"images": ["1.png"], "messages": _talk("What?", "yes"), "rejected": "no"})
-    write(Messages(file=str(tmp_path / "x.jsonl"), images=str(tmp_path)), tmp_path / "out")
+    write(Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path)), tmp_path / "out")
     sample, blobs = ShardSet(tmp_path / "out").load(0)
     assert (sample.annotations, blobs) == (record[0].annotations, record[1])

@@ -11,6 +11,8 @@ from hydra.utils import get_class
 from data_pipelines.cli import CONF
 
 FILES = sorted((CONF / "source").glob("*.yaml"))
+SHARED = {"okvqa": {"name", "licence"}}
+"""What an option file says of its own where another file of the same class has the constructor's defaults."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -23,5 +25,5 @@ def test_options_are_the_constructor_s(path):
         default = parameters[name].default
         if value == "???":
             assert default is inspect.Parameter.empty, name
-        else:
+        elif name not in SHARED.get(path.stem, ()):
             assert value == (list(default) if isinstance(default, tuple) else default), name

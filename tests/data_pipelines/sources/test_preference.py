@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pyarrow as pa
@@ -54,18 +55,26 @@ def test_pairs_of_ones_own(tmp_path, picture):
     shown, unseen, broken = PreferencePairs(file=str(tmp_path / "pairs.jsonl"), images=str(tmp_path))
     assert shown[0].media[0].name == "0.png" and shown[0].annotations[0].rejected.text == PAIR["rejected"]
     assert unseen[0].media == () and unseen[0].annotations[0].turns[0].parts == (Text(text="What is it?"),)
-    with pytest.raises(BadSample, match="record 2: not JSON"):
+    with pytest.raises(BadSample, match="line 4: not JSON"):
         raise broken
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", *PAIR])
+        writer.writeheader()
+        writer.writerows(rows)  # an image that is not there is an empty field
+    assert [record[1] for record in PreferencePairs(file=str(tmp_path / "pairs.csv"), images=str(tmp_path))] == [
+        [picture()],
+        [],
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({**PAIR, "image": "9.png"}, "9.png: no such file"),
+        ({**PAIR, "image": "9.png"}, "9.png: No such file"),
         ({**PAIR, "image": "../x.png"}, "leaves the folder"),
         ({**PAIR, "rejected": PAIR["chosen"]}, "the chosen answer is the rejected one"),
         ({**PAIR, "chosen": " "}, "chosen is empty or no text"),
-        ({"text": "{"}, "malformed: JSONDecodeError"),
+        ({"text": "{"}, "not JSON"),
         ({"image": None}, "malformed: TypeError"),
     ],
 )

@@ -14,8 +14,8 @@ from PIL import Image, ImageColor
 from data_pipelines.cli import CONF
 from data_pipelines.errors import DataError
 from data_pipelines.lint import sample_problems
+from data_pipelines.raw.drawing import COLOURS, SHAPES, Dice
 from data_pipelines.sample import Box, Media
-from data_pipelines.sources.drawing import COLOURS, SHAPES, Dice
 from data_pipelines.sources.synthetic import TASKS, Synthetic
 from data_pipelines.video import read_frames
 

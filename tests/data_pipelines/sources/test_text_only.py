@@ -50,7 +50,7 @@ def test_sharegpt_begins_with_a_question_and_ends_with_an_answer(file, talk, kep
         (_talk("gpt", "gpt", "human"), "no question with an answer"),
         (_talk("human", "human", "gpt"), "turn 1 is of user; questions and answers must alternate"),
         (_talk("system", "human", "gpt", "gpt"), "turn 3 is of assistant"),
-        (_talk("human", "tool"), "turn from 'tool'; allowed: human"),
+        (_talk("human", "tool"), "turn of 'tool'; allowed: human"),
         ([{"from": "human", "value": None}], "turn of 'human' holds None, not text"),
         ([{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}], "turn 1 is empty"),
         ([{"value": "x"}], "malformed: KeyError: 'role'"),

@@ -50,12 +50,12 @@ def test_llava_video_conversations(folder, tag):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"video": "a/9.mp4", "caption": "x"}, "video 'a/9.mp4': .*9.mp4: no such file"),
+        ({"video": "a/9.mp4", "caption": "x"}, "video 'a/9.mp4': .*9.mp4: No such file"),
         ({"video": "../rows.json", "caption": "x"}, "leaves the folder"),
         ({"video": "/etc/passwd", "caption": "x"}, "leaves the folder"),
         ({"video": "a/1.mp4", "caption": " "}, "video 'a/1.mp4': its answer or caption is empty"),
         ({"video": "a/1.mp4"}, "malformed: KeyError: 'caption'"),
-        ({"caption": "x"}, r"row 0: names no video \(video=<path>\)"),
+        ({"caption": "x"}, r"record 0: names no video \(video=<path>\)"),
         ({"video": "a/1.mp4", "conversations": [{"from": "human", "value": "<video><video>"}]}, "2 <video> tags .* 1"),
         ({"video": "a/1.mp4", "conversations": [{"from": "bot", "value": "x"}]}, "turn of 'bot'; allowed: human"),
         ({"video": "a/1.mp4", "conversations": [{"from": "gpt", "value": "x"}]}, "no turn of a user"),
@@ -71,7 +71,7 @@ def test_unusable_rows(folder, row, reason):
 def test_files_are_checked_first(folder):
     with pytest.raises(DataError, match="videos: no such folder"):
         VideoFolder(file="x.json", videos=str(folder / "none"))
-    with pytest.raises(DataError, match=r"rows.txt; allowed: .jsonl, .json, .csv, .parquet"):
+    with pytest.raises(DataError, match=r"rows.txt; allowed: .json, .jsonl, .ndjson, .csv, .parquet"):
         read(folder, [], "rows.txt")
     with pytest.raises(DataError, match="holds a dict; expected a list"):
         (folder / "x.json").write_text("{}")

@@ -58,7 +58,7 @@ def test_unusable_questions_are_left_out_and_named(published):
         ({"answers": "best"}, "answers: got 'best'; allowed: majority, all_weighted"),
         ({"prompt": "Answer"}, "prompt: got 'Answer'; its fields must be: {question}"),
         ({"questions": "{annotations}"}, "questions: .*: not VQA questions"),
-        ({"annotations": "{questions}"}, "annotations: .*: expected a list under 'annotations'"),
+        ({"annotations": "{questions}"}, "annotations: .*; expected a list under 'annotations'"),
     ],
 )
 def test_wrong_options_are_refused(published, change, message):

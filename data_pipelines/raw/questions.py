@@ -1,52 +1,24 @@
-"""What sources of questions and regions share: files, prompts with fields, human answers, samples.
+"""What sources of questions and regions share: prompts with fields, human answers, one sample per image.
 
 A sample is one image; every question or region is an independent annotation of it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import MAX_BYTES, image_item
-from data_pipelines.members import safe_key
-from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text, Turn
-from data_pipelines.sources import Source
+from data_pipelines.raw.samples import MALFORMED, Origin, exchange, make_sample
+from data_pipelines.sample import Annotation, Box, Part, Sample, Text, check_json
 
 ANSWERS = ("majority", "all_weighted")
-MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 Raw = TypeVar("Raw")
 Annotated = list[tuple[Annotation, dict[str, Any]]]
 """Annotations, each with what `meta["annotations"]` says of it: its id, all human answers."""
-
-
-class ImageFolder:
-    """The folder that image names start from."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise DataError(f"images: no such folder: {self.path}")
-
-    def read(self, *names: str) -> bytes:
-        """The bytes of the first of `names` that is there. Raises `BadSample`."""
-        for name in names:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise BadSample(f"image path {name!r} leaves the image folder")
-        path = self.path / names[0]
-        try:
-            path = next((self.path / name for name in names if (self.path / name).is_file()), path)
-            if path.stat().st_size > MAX_BYTES:
-                raise BadSample(f"image {path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
-            return path.read_bytes()
-        except OSError as error:
-            raise BadSample(f"image {path}: {error.strerror}") from error
 
 
 class Prompt:
@@ -81,32 +53,6 @@ class Prompt:
         return (*parts, Text(text=text)) if text else tuple(parts)
 
 
-def read_json(path: str, option: str) -> Any:
-    """The value of a JSON file. Raises `DataError` that names the option."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise DataError(f"{option}: {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{option}: {path} is not JSON: {error}") from error
-
-
-def read_list(path: str, option: str, field: str | None = None) -> list[Any]:
-    """The list in a JSON file, or in one field of it. Raises `DataError`."""
-    data = read_json(path, option)
-    records = data.get(field) if field is not None and isinstance(data, dict) else data
-    if not isinstance(records, list):
-        raise DataError(f"{option}: {path}: expected a list{f' under {field!r}' if field else ''}")
-    return records
-
-
-def check(option: str, value: str, allowed: Sequence[str]) -> str:
-    """`value`. Raises `DataError` unless it is allowed."""
-    if value not in allowed:
-        raise DataError(f"{option}: got {value!r}; allowed: {', '.join(allowed)}")
-    return value
-
-
 def of_split(records: Iterable[Any], field: str, split: Any) -> list[Any]:
     """The records of one split. Raises `DataError` if there are none."""
     there = [record for record in records if isinstance(record, dict)]
@@ -130,7 +76,7 @@ def text(value: Any) -> str:
     """`value` without outer blanks. Raises `BadSample` unless it is text that is not empty."""
     if not isinstance(value, str) or not value.strip():
         raise BadSample(f"expected text, got {value!r}")
-    value.encode()  # lone surrogates, which JSON can spell and UTF-8 cannot, are a ValueError
+    check_json(value)
     return value.strip()
 
 
@@ -150,13 +96,6 @@ def whole(value: Any) -> int:
     return value
 
 
-def exchange(prompt: Sequence[Part], answer: str | Box, weight: float = 1.0) -> Annotation:
-    """A user turn about the image and its answer."""
-    reply = answer if isinstance(answer, Box) else Text(text=answer)
-    turns = Turn(role="user", parts=(Media(item=0), *prompt)), Turn(role="assistant", parts=(reply,))
-    return Annotation(turns=turns, weight=weight)
-
-
 def answered(prompt: Sequence[Part], answers: Sequence[str], mode: str, note: dict[str, Any]) -> Annotated:
     """A question with its human answers: the most frequent one, or all, weighted by how many people gave them."""
     note = {**note, "answers": list(answers)}
@@ -165,11 +104,11 @@ def answered(prompt: Sequence[Part], answers: Sequence[str], mode: str, note: di
         raise BadSample("no answers")
     if mode == "majority":  # of equally frequent answers the first given
         return [(exchange(prompt, counts.most_common(1)[0][0]), note)]
-    return [(exchange(prompt, answer, count / len(answers)), note) for answer, count in counts.items()]
+    return [(exchange(prompt, answer, weight=count / len(answers)), note) for answer, count in counts.items()]
 
 
 def one_image(
-    source: Source,
+    origin: Origin,
     key: str,
     blob: bytes,
     raw: Iterable[Raw],
@@ -186,7 +125,7 @@ def one_image(
     for number, item in enumerate(raw):
         try:
             found = annotate(item)
-            json.dumps([note for _, note in found], ensure_ascii=False).encode()  # see `text`
+            check_json([note for _, note in found])
             annotations += [annotation for annotation, _ in found]
             notes += [note for _, note in found]
         except BadSample as error:
@@ -195,11 +134,5 @@ def one_image(
             skipped.append(f"{number}: malformed: {type(error).__name__}: {error}")
     if not annotations:
         raise BadSample(f"no usable annotation among {len(skipped)}" + "".join(f"; {reason}" for reason in skipped[:3]))
-    return Sample(
-        key=safe_key(key),
-        media=(image_item(0, blob),),
-        annotations=tuple(annotations),
-        source=source.name,
-        licence=source.licence,
-        meta={**meta, "annotations": notes} | ({"skipped": skipped} if skipped else {}),
-    ), [blob]
+    about = {**meta, "annotations": notes} | ({"skipped": skipped} if skipped else {})
+    return make_sample(origin, key, [blob], annotations, about)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipelines.sources.conversations import needs
+from data_pipelines.raw.files import needs
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -47,7 +47,7 @@ class Dice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thing:
-    """A shape in a square of `side` pixels."""
+    """A circle, a triangle on its base, or a filled square of `side` pixels."""
 
     colour: str
     shape: str
@@ -62,7 +62,7 @@ class Thing:
 
     @property
     def xyxy(self) -> tuple[float, float, float, float]:
-        """Its box as fractions of the picture."""
+        """Its box as fractions of a picture of `SIDE` pixels."""
         edges = (self.left, self.top, self.left + self.side, self.top + self.side)
         x1, y1, x2, y2 = (round(edge / SIDE, 4) for edge in edges)
         return x1, y1, x2, y2
@@ -81,9 +81,9 @@ def scene(dice: Dice, count: int) -> list[Thing]:
     return things
 
 
-def picture(things: Sequence[Thing]) -> Image.Image:
-    """The things on white."""
-    image = Image.new("RGB", (SIDE, SIDE), "white")
+def picture(things: Sequence[Thing], size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    """The things on white; `size` is width and height in pixels."""
+    image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for thing in things:
         right, bottom = thing.left + thing.side, thing.top + thing.side

@@ -9,8 +9,9 @@ import hashlib
 from typing import Any
 
 from data_pipelines.errors import BadSample
+from data_pipelines.raw.questions import Annotated, Prompt, text
+from data_pipelines.raw.samples import check_choice, exchange
 from data_pipelines.sample import Box
-from data_pipelines.sources.tasks import Annotated, Prompt, check, exchange, text
 
 # The wording of LLaVA-1.5's mix (llava_v1_5_mix665k.json)
 GROUNDING_PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
@@ -25,7 +26,7 @@ class RegionTask:
     """`grounding` asks for the box of a phrase, `referring` for a phrase of a box, `mixed` draws one of them."""
 
     def __init__(self, task: str, grounding_prompt: str, referring_prompt: str) -> None:
-        self.task = check("task", task, TASKS)
+        self.task = check_choice("task", task, TASKS)
         self._grounding = Prompt(grounding_prompt, "grounding_prompt", needs=["phrase"])
         self._referring = Prompt(referring_prompt, "referring_prompt", needs=["box"])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.raw.regions import RegionTask, box
 from data_pipelines.sample import Box, Media, Text
-from data_pipelines.sources.regions import RegionTask, box
 
 HALF = Box(item=0, xyxy=(0.0, 0.0, 0.5, 0.5))
 

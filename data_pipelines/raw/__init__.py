@@ -1,0 +1,1 @@
+"""What sources share: reading raw files, and making questions, conversations, regions and pictures into samples."""
