@@ -85,6 +85,25 @@ def test_readme_steps_add_a_connector(tmp_path: Path) -> None:
     assert {"connector.norm.weight", "connector.proj.weight"} <= load_file(weights).keys()
 
 
+@pytest.mark.timeout(200)
+def test_data_page_shows_what_its_commands_print(tmp_path: Path) -> None:
+    """The page's script and commands, in an empty folder; only seconds and folders may differ."""
+    section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Sources")[0]
+    (script,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "digits.py").write_text(script, encoding="utf-8")
+    commands, shown = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("bash", "text"))
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": binaries}
+    for block, expected in zip(commands, shown, strict=True):
+        done = subprocess.run(
+            ["bash", "-e", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.replace(f"{tmp_path}/", "")
+        seconds = re.compile(r"\d+\.\d s$", re.MULTILINE)
+        assert seconds.sub("s", said).strip() == seconds.sub("s", expected).strip()
+
+
 def run(arguments: list[str], folder: Path) -> str:
     """Run Python in a copy of the checkout, which shadows the installed package."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}

@@ -6,11 +6,13 @@ Normalisation (`batch.normalise`) becomes per-target weights here: the loss is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window, segments_of
 from vlm_train.data.layout import PLACEHOLDER_ID
@@ -183,14 +185,25 @@ def _slots(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, ids: np.nda
     )
 
 
+def _joined(views: Sequence[np.ndarray]) -> torch.Tensor:
+    """Views one after the other; in a loader process in memory that it shares, where they go anyway."""
+    shape = (sum(len(one) for one in views), *views[0].shape[1:])
+    if get_worker_info() is None:
+        joined = torch.empty(shape, dtype=torch.uint8)
+    else:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+        joined = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+    np.concatenate(views, out=joined.numpy())
+    return joined
+
+
 def _media(
     rows: Sequence[Sequence[Item]], items: Sequence[Item], shelf: _Shelf, image_size: tuple[int, int]
 ) -> MediaBatch:
     row_of = [number for number, row in enumerate(rows) for _ in row]
     pixels = [np.asarray(items[sample].views[number]) for sample, number in shelf.numbers]
-    blank = np.zeros((1, 3, *image_size), np.uint8)
     return MediaBatch(
-        pixels=torch.from_numpy(np.concatenate(pixels) if pixels else blank),
+        pixels=_joined(pixels or [np.zeros((1, 3, *image_size), np.uint8)]),
         view_counts=tuple(len(views) for views in pixels),
         slot_counts=shelf.counts,
         row=torch.tensor([row_of[sample] for sample, _ in shelf.numbers], dtype=torch.int64),

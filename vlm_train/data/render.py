@@ -246,16 +246,11 @@ def encode(runs: Sequence[Run], tokenizer: Any, special: Any) -> tuple[list[int]
     cuts = [0, *_cuts(text, runs, special), len(text)]
     ids: list[int] = []
     weights: list[float] = []
+    backend = tokenizer.backend_tokenizer  # without the wrapper, which takes three times as long and changes nothing
     for start, end in zip(cuts, cuts[1:], strict=False):
-        encoding = tokenizer(
-            text[start:end],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids += encoding["input_ids"]
-        if spans := encoding["offset_mapping"]:
+        encoding = backend.encode(text[start:end], add_special_tokens=False)
+        ids += encoding.ids
+        if spans := encoding.offsets:
             weights += _heaviest(char_weights[start:end], np.asarray(spans))
     return ids, weights
 

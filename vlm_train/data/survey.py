@@ -23,6 +23,9 @@ def survey(cfg: DictConfig) -> None:
     from vlm_train.build import build
     from vlm_train.data.datamodule import VLMData
 
+    cfg = cfg.copy()
+    if cfg.data.get("val"):  # not looked at, so it need not be there
+        cfg.data.val, cfg.data.val_share = [], 0.0
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=build(cfg, meta=True), seed=cfg.seed)
     tokens = data.train.measure(Path(data.cache)).tokens
     assert data.train.lengths is not None

@@ -79,6 +79,10 @@ def _load(setting: str, name: str, **options: str) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"{setting}: {name!r} has no fast tokenizer, and labels need its character offsets")
+    core = tokenizer.backend_tokenizer  # which `render` calls directly
+    core.no_truncation()  # some files ask for either; length is the business of data.max_length
+    core.no_padding()
+    core.encode_special_tokens = tokenizer.split_special_tokens
     return tokenizer
 
 
@@ -124,7 +128,7 @@ def words_from_shards(
     texts = (
         turn.text
         for index in range(len(shard_set))
-        for annotation in shard_set.load(index)[0].annotations
+        for annotation in shard_set.sample(index).annotations
         for turn in annotation.turns
     )
     return words(texts, lowercase=lowercase, min_count=min_count, max_words=max_words, add=add)
