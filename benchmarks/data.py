@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -86,43 +85,46 @@ def check_pixels(folder: Path) -> None:
 
 
 def raw(settings: Settings) -> Iterator[Line]:
-    """Encoded samples read, none decoded: ours at random places, checked and parsed; theirs in file order, as bytes."""
+    """Encoded samples read, none decoded, as bytes: ours at random places and checked, theirs in file order. Then the
+    same with ours parsed to typed samples."""
     import webdataset
 
     folder = settings.shards("small")
     shards = ShardSet(folder)
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def ours() -> float:
-        return rate((shards.load(i) for i in order), lambda _: 1)
+    def reading(read: Callable[[int], Any]) -> Callable[[], float]:
+        return lambda: rate(map(read, order), lambda _: 1)
 
     def theirs() -> float:
         return rate(webdataset.WebDataset(tars(folder), shardshuffle=False), lambda _: 1)
 
-    yield paired("raw reads", ours, theirs, pairs=3 * settings.pairs, must=2.0, aim=5.0, unit="samples/s")
+    about: dict[str, Any] = {"pairs": 3 * settings.pairs, "unit": "samples/s"}
+    yield paired("raw reads", reading(shards.read), theirs, must=2.0, aim=5.0, **about)
+    yield paired("raw reads, ours parsed", reading(shards.load), theirs, **about)
 
 
 def position(settings: Settings) -> Iterator[Line]:
-    """The position (the finished optimizer step, the only state) written at every step, and not."""
+    """The state (the finished optimizer step, and where packing stands) taken at every step, and not."""
     folder, size = settings.shards("small"), settings.samples("small")
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "position.json"
+    state = b""
 
-        def run(keep: bool) -> float:
-            data = our_data(folder, size // BATCH)
+    def run(keep: bool) -> float:
+        data = our_data(folder, size // BATCH)
 
-            def batches() -> Iterator[Any]:
-                for step, batch in enumerate(data.train_dataloader()):
-                    if keep:
-                        path.write_text(json.dumps({"step": step, **data.state_dict()}), encoding="utf-8")
-                    yield batch
+        def batches() -> Iterator[Any]:
+            nonlocal state
+            for step, batch in enumerate(data.train_dataloader()):
+                if keep:
+                    state = json.dumps({"step": step, **data.state_dict()}).encode()
+                yield batch
 
-            return rate(batches(), lambda batch: batch.media.real)
+        return rate(batches(), lambda batch: batch.media.real)
 
-        both = lambda keep: lambda: run(keep)  # noqa: E731
-        about: dict[str, Any] = {"must": 0.99, "aim": 0.995, "unit": "samples/s"}
-        yield paired("position kept / not kept", both(True), both(False), pairs=settings.pairs, **about)
-        size_kept = float(path.stat().st_size)
+    both = lambda keep: lambda: run(keep)  # noqa: E731
+    about: dict[str, Any] = {"must": 0.99, "aim": 0.995, "unit": "samples/s"}
+    yield paired("position kept / not kept", both(True), both(False), pairs=3 * settings.pairs, **about)
+    size_kept = float(len(state))
     yield Line(
         name="state bytes", value=size_kept, must=64 * 1024, aim=8 * 1024, less=True, note="for any number of workers"
     )
@@ -165,6 +167,8 @@ def planner(settings: Settings) -> Iterator[Line]:
         share = sum(tokens) / (len(rows) * length)
         name = f"packed {shape}, {length}"
         yield Line(name=f"{name}: real tokens", value=share, must=must, aim=aim)
+        others = packing.best_fit_decreasing(tokens, length)
+        yield Line(name=f"{name}: rows of best-fit-decreasing / ours", value=others / len(rows), must=1.0, aim=1.005)
         yield Line(name=f"{name}: planner", value=micros, must=100, aim=25, less=True, unit="us/sample")
 
 

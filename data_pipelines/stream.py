@@ -145,9 +145,18 @@ class ShardSet:
             sample, blobs = to_sample(key, self._read(i, number))
             self._check_media(i, sample, blobs)
         except BadSample as error:
-            kind = "malformed" if error.kind == "other" else error.kind
-            raise BadSample(f"{self.where(i)}: {error}", kind=kind, shard=self.path(i), key=key) from error
+            raise self._located(error, i) from error
         return sample, blobs
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """The files of sample i by their names, as they were when they were indexed; `load` parses them.
+
+        Raises as `load`.
+        """
+        try:
+            return dict(self._read(i, self._shard_number(i)))
+        except BadSample as error:
+            raise self._located(error, i) from error
 
     def sample(self, i: int) -> Sample:
         """Sample i without its media, which are not read where our own JSON says what they are. Raises as `load`."""
@@ -155,18 +164,22 @@ class ShardSet:
         try:
             own = [text_sample(key, data) for _, data in self._read(i, number, only=JSON)]
         except BadSample as error:
-            raise BadSample(f"{self.where(i)}: {error}", kind=error.kind, shard=self.path(i), key=key) from error
+            raise self._located(error, i) from error
         return next((sample for sample in own if sample is not None), None) or self.load(i)[0]
+
+    def _located(self, error: BadSample, i: int) -> BadSample:
+        kind = "malformed" if error.kind == "other" else error.kind
+        return BadSample(f"{self.where(i)}: {error}", kind=kind, shard=self.path(i), key=self.index.key(i))
 
     def _read(self, i: int, number: int, only: str | None = None) -> list[tuple[str, bytes]]:
         parts, end = [], self.manifest.shards[number].bytes
-        file = self._open(number)
+        file = self._open(number).fileno()
         for name, offset, size, crc in self.index.rows(i):
             if only is not None and name != only:
                 continue
             if offset < 0 or not 0 <= size <= MAX_MEMBER or offset + size > end:
                 raise BadSample(f"member {name}: {size} bytes at {offset} of {end}, says the index", kind="corrupt")
-            data = os.pread(file.fileno(), size, offset)
+            data = os.pread(file, size, offset)
             if len(data) != size or zlib.crc32(data) != crc:
                 raise BadSample(f"member {name} is corrupt (checksum differs from the index)", kind="corrupt")
             parts.append((name, data))

@@ -5,6 +5,7 @@ The only state is the number of finished optimizer steps (`vlm_train.data.window
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import signal
@@ -189,7 +190,7 @@ class VLMData(pl.LightningDataModule):
             num_workers=workers,
             prefetch_factor=self.prefetch if workers else None,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",  # by `Batch.pin_memory`
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_start_worker,
         )
 
 
@@ -209,7 +210,9 @@ def _check(train: Any, val: Any, val_share: float, **least_one: int | None) -> N
         raise ConfigError(problems)
 
 
-def _leave_signals(worker: int) -> None:
-    """Schedulers signal every process of a job. The trainer decides when to stop, and its workers end with it."""
+def _start_worker(worker: int) -> None:
+    """Schedulers signal every process of a job: the trainer decides when to stop, and its workers end with it. What the
+    trainer had built is not looked at by the worker's garbage collection, which would copy all of it."""
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

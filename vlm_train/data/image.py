@@ -62,6 +62,11 @@ class ImageTransform:
         self.draft = draft
         self.frames = frames
 
+    @property
+    def random(self) -> bool:
+        """Whether training makes random choices."""
+        return self.flip
+
     def view_size(self, size: MediaSize) -> MediaSize:
         """The size in pixels of the view made of an image, which decides its patch grid."""
         del size
@@ -115,7 +120,8 @@ class ImageTransform:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.stack([np.asarray(channel) for channel in image.split()])
+        planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")
+        return np.frombuffer(planes, np.uint8).reshape(3, *image.size[::-1])
 
     def _resized(self, w: int, h: int) -> tuple[int, int]:
         """Width and height that the resize makes of an image of `w` x `h` pixels: before the crop, without padding."""

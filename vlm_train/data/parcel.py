@@ -1,5 +1,5 @@
-"""Batches on their way out of a loader process: every tensor costs a file and a message there, so the small ones share
-one."""
+"""Batches on their way out of a loader process: every tensor costs a shared file and its handover there, so the small
+ones travel as plain bytes in the message itself."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Parcel:
-    """Micro-batches with a `Place` instead of every small tensor, and the `[bytes]` uint8 that hold them all."""
+    """Micro-batches with a `Place` instead of every small tensor, and the bytes that hold them all (once pinned: as a
+    tensor `[bytes]` uint8)."""
 
     batches: list[Batch]
-    small: Tensor
+    small: bytearray | Tensor
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Parcel:
@@ -53,16 +54,20 @@ class Parcel:
             return place
 
         packed = [map_tensors(batch, put) for batch in batches]
-        return cls(packed, torch.cat(parts))
+        return cls(packed, bytearray(torch.cat(parts).numpy()))
 
     def unpack(self) -> list[Batch]:
         """The batches again; their small tensors are views of one."""
+        small = self._tensor()
 
         def get(place: Place) -> Tensor:
-            return self.small[place.start : place.stop].view(place.dtype).reshape(place.shape)
+            return small[place.start : place.stop].view(place.dtype).reshape(place.shape)
 
         return [map_tensors(batch, get, Place) for batch in self.batches]
 
+    def _tensor(self) -> Tensor:
+        return self.small if isinstance(self.small, Tensor) else torch.frombuffer(self.small, dtype=torch.uint8)
+
     def pin_memory(self) -> Parcel:
         """In page-locked memory (called by the DataLoader)."""
-        return replace(self, batches=[batch.pin_memory() for batch in self.batches], small=self.small.pin_memory())
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches], small=self._tensor().pin_memory())

@@ -7,11 +7,13 @@ overlaps a learned character. Nothing is tokenised twice, so labels and ids cann
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Turn
@@ -195,33 +197,40 @@ class _Writer:
         return tuple(item for item, pieces in enumerate(self.pieces) if item in placed or not pieces)
 
     def _tokens(self, segments: Sequence[Segment], weight: float) -> Tokens:
-        bos = self.tokenizer.bos_token_id if self.template.bos else None
-        ids: list[int] = [] if bos is None else [bos]
-        weights, slots, ends = [0.0] * len(ids), list[PlacedSlot](), [len(ids)]
+        start = [self.tokenizer.bos_token_id] if self.template.bos and self.tokenizer.bos_token_id is not None else []
+        ids, weights = [np.array(start, np.int64)], [np.zeros(len(start), np.float32)]
+        slots, ends, length = list[PlacedSlot](), [len(start)], len(start)
         runs: list[Run] = []
         for segment in [*segments, None]:
             if isinstance(segment, Run):
                 runs.append(segment)
                 continue
-            new_ids, new_weights = encode(runs, self.tokenizer, self.special)
-            ids += new_ids
-            weights += [w * weight for w in new_weights]
+            for new_ids, new_weights in encode(runs, self.tokenizer, self.special):
+                ids.append(new_ids)
+                weights.append(new_weights * np.float32(weight))
+                length += len(new_ids)
             runs = []
             if isinstance(segment, Place) and self.pieces[segment.item]:
-                self._place(segment.item, ids, slots)
-                weights += [0.0] * (len(ids) - len(weights))
-                ends.append(len(ids))
-        positions = None if self.positions is None else self.positions(len(ids), slots)
-        return Tokens(ids, weights, slots, ends, positions)
+                ids.append(self._placed(segment.item, length, slots))
+                weights.append(np.zeros(len(ids[-1]), np.float32))
+                length += len(ids[-1])
+                ends.append(length)
+        positions = None if self.positions is None else self.positions(length, slots)
+        return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions)
 
-    def _place(self, item: int, ids: list[int], slots: list[PlacedSlot]) -> None:
-        """Append the tokens of a media item."""
+    def _placed(self, item: int, start: int, slots: list[PlacedSlot]) -> NDArray[np.int64]:
+        """The tokens of a media item that stands at `start`."""
+        ids: list[NDArray[np.int64]] = []
         offset = 0
         for piece in self.pieces[item]:
             if isinstance(piece, Slot):
-                slots.append(PlacedSlot(len(ids), piece, offset))
+                slots.append(PlacedSlot(start, piece, offset))
                 offset += piece.count
-            ids += [PLACEHOLDER_ID] * piece.count if isinstance(piece, Slot) else [self._literal(piece)]
+                ids.append(np.full(piece.count, PLACEHOLDER_ID, np.int64))
+            else:
+                ids.append(np.array([self._literal(piece)], np.int64))
+            start += len(ids[-1])
+        return np.concatenate(ids)
 
     def _literal(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)
@@ -233,7 +242,9 @@ class _Writer:
         return int(found)
 
 
-def encode(runs: Sequence[Run], tokenizer: Any, special: Any) -> tuple[list[int], list[float]]:
+def encode(
+    runs: Sequence[Run], tokenizer: Any, special: Any
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Token ids and loss weights of adjacent runs, tokenised as one text.
 
     Content that spells a special token is ordinary text: the text is cut after the first character of such a spelling
@@ -241,27 +252,27 @@ def encode(runs: Sequence[Run], tokenizer: Any, special: Any) -> tuple[list[int]
     """
     text = "".join(run.text for run in runs)
     if not text:
-        return [], []
-    char_weights = np.concatenate([np.full(len(run.text), run.weight, np.float32) for run in runs])
+        return
+    char_weights = np.repeat(
+        np.array([run.weight for run in runs], np.float32), np.array([len(run.text) for run in runs])
+    )
     cuts = [0, *_cuts(text, runs, special), len(text)]
-    ids: list[int] = []
-    weights: list[float] = []
     backend = tokenizer.backend_tokenizer  # without the wrapper, which takes three times as long and changes nothing
     for start, end in zip(cuts, cuts[1:], strict=False):
         encoding = backend.encode(text[start:end], add_special_tokens=False)
-        ids += encoding.ids
-        if spans := encoding.offsets:
-            weights += _heaviest(char_weights[start:end], np.asarray(spans))
-    return ids, weights
+        if ids := encoding.ids:
+            spans = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+            yield np.array(ids, np.int64), _heaviest(char_weights[start:end], spans)
 
 
-def _heaviest(weights: np.ndarray, spans: np.ndarray) -> list[float]:
+def _heaviest(weights: NDArray[np.float32], spans: NDArray[np.int64]) -> NDArray[np.float32]:
     """The largest of `weights` in every span `[N, 2]`; an empty one belongs to the character it stands before."""
+    if weights[0] == weights[-1] and (weights == weights[0]).all():
+        return np.full(len(spans), weights[0], np.float32)
     first = np.minimum(spans[:, 0], len(weights) - 1)
-    end = np.clip(spans[:, 1], first + 1, len(weights))
+    end = np.maximum(first + 1, np.minimum(spans[:, 1], len(weights)))
     padded = np.append(weights, np.float32(0))  # `reduceat` takes no index at the end
-    heaviest: list[float] = np.maximum.reduceat(padded, np.stack([first, end], axis=1).ravel())[::2].tolist()
-    return heaviest
+    return np.maximum.reduceat(padded, np.stack([first, end], axis=1).ravel())[::2]
 
 
 def _cuts(text: str, runs: Sequence[Run], special: Any) -> list[int]:

@@ -135,24 +135,25 @@ class Samples:
             sample, blobs = shards.load(number)
             rendered = self._render(sample, piece)
             if training and self.lengths is not None:
-                self._require_planned(address.index, rendered, shards.where(number))
-            views = self._views(address, rendered, blobs, shards.where(number), training)
+                self._require_planned(address.index, rendered, source, number)
+            views = self._views(address, rendered, blobs, training)
         except BadSample as error:
             error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
             raise
         return Item(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
 
     def _views(
-        self, address: Address, rendered: Rendered, blobs: Sequence[bytes], where: str, training: bool
+        self, address: Address, rendered: Rendered, blobs: Sequence[bytes], training: bool
     ) -> list[np.ndarray | None]:
         """Those of the media items that the sample shows."""
         if self.image is None:
             return []
-        seed = derive_seed(self.seed, "sample", address.epoch, address.index)
-        generator = np.random.default_rng(seed) if training else None
+        generator = None
+        if training and self.image.random:
+            generator = np.random.default_rng(derive_seed(self.seed, "sample", address.epoch, address.index))
         views: list[np.ndarray | None] = [None] * len(blobs)
         for number in rendered.media:
-            views[number] = self.image(blobs[number], generator, where)
+            views[number] = self.image(blobs[number], generator, f"sample {rendered.key!r}")
         return views
 
     def split(self, share: float, limit: int | None) -> Samples:
@@ -228,12 +229,13 @@ class Samples:
         sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
         return tokens, sum(self.image.view_count(one) for one in sizes)
 
-    def _require_planned(self, index: int, rendered: Rendered, where: str) -> None:
+    def _require_planned(self, index: int, rendered: Rendered, source: Source, number: int) -> None:
         assert self.lengths is not None
         tokens = max(len(stream) for stream in rendered.streams.values())
-        if tokens != self.lengths.tokens[index]:
+        planned = self.lengths.tokens[index]
+        if tokens != planned:
             raise DataError(
-                f"{where}: {tokens} tokens, but {self.lengths.tokens[index]} were planned: the code that renders "
+                f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: the code that renders "
                 "samples has changed since lengths were measured. Remove the folder data.cache names, and start again."
             )
 

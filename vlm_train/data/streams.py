@@ -79,32 +79,34 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised conversation: ids and, aligned with them, the loss weight of each token as a target.
+    """A tokenised conversation: ids and, aligned with them, the loss weight of each token as a target `[T]`.
 
     `ends` are the lengths at which a shared prefix may end: after the bos token (0 without one) and after every media
     item. `positions` is `[A, T]`; None: one axis that counts from 0.
     """
 
-    ids: list[int]
-    weights: list[float]
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
     slots: list[PlacedSlot]
     ends: list[int]
     positions: NDArray[np.int64] | None = None
 
 
-def _shift(ids: Sequence[int], weights: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _shift(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Labels and weights aligned with the inputs: position t learns token t + 1."""
-    next_weights = np.append(np.asarray(weights[1:], np.float32), np.float32(0.0))
-    next_ids = np.append(np.asarray(ids[1:], np.int64), IGNORE)
-    return np.where(next_weights > 0, next_ids, IGNORE), next_weights
+    labels, weights = np.full(len(tokens.ids), IGNORE, np.int64), np.zeros(len(tokens.ids), np.float32)
+    weights[:-1] = tokens.weights[1:]
+    learned = np.flatnonzero(weights > 0)
+    labels[learned] = tokens.ids[learned + 1]
+    return labels, weights
 
 
 def single(tokens: Tokens) -> Stream:
     """One conversation as a stream without branches."""
-    labels, weights = _shift(tokens.ids, tokens.weights)
+    labels, weights = _shift(tokens)
     size = len(tokens.ids)
     return Stream(
-        ids=np.asarray(tokens.ids, np.int64),
+        ids=tokens.ids,
         labels=labels,
         weights=weights,
         positions=np.arange(size, dtype=np.int64)[None] if tokens.positions is None else tokens.positions,
@@ -116,7 +118,7 @@ def single(tokens: Tokens) -> Stream:
 def branch(parts: Sequence[Tokens]) -> Stream:
     """Several conversations as one shared prefix and private branches."""
     size = _shared(parts)
-    if any(w > 0 for part in parts for w in part.weights[1 : size + 1]):
+    if any((part.weights[1 : size + 1] > 0).any() for part in parts):
         raise ConfigError(
             "this template learns the token right after the image, which only one annotation an image can do; set "
             "data.annotations to first"
@@ -149,7 +151,9 @@ def _shared(parts: Sequence[Tokens]) -> int:
     def same(end: int) -> bool:
         slots = [s for s in first.slots if s.start < end]
         return all(
-            end in p.ends and p.ids[:end] == first.ids[:end] and [s for s in p.slots if s.start < end] == slots
+            end in p.ends
+            and np.array_equal(p.ids[:end], first.ids[:end])
+            and [s for s in p.slots if s.start < end] == slots
             for p in parts[1:]
         )
 
