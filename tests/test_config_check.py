@@ -246,3 +246,27 @@ def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:
     lines = missing_assets(cfg)
     for key in ("llm.weights is missing", "tokenizer.name is missing", "data.train.0.shards is missing"):
         assert any(line.startswith(key) for line in lines), lines
+
+
+def test_settings_of_the_order_that_would_be_ignored_are_refused() -> None:
+    def found(*overrides: str) -> str:
+        (one,) = problems(*overrides)
+        return one
+
+    weighted = "data.train=[{shards: a, weight: 2.0}]"
+    assert found(weighted).startswith("data.train: a weight counts only with data.mixture=weights")
+    assert found("data.pack_views=4").startswith("data.pack_views: bounds packed rows, but data.pack is null")
+    assert found("data.pack=1024").startswith(
+        "data.pack: rows of 1024 tokens must hold samples of data.max_length=2048"
+    )
+    assert found("data.pack=4096", "data.group=length").startswith("data.group: packed rows are evened out")
+    budget = ["batch.samples=null", "batch.tokens=65536", "data.pack=4096", "data.group=null"]
+    assert problems(*budget, "batch.micro=1") == []
+    assert found(*budget[:3], "data.group=modality", "batch.micro=1").startswith(
+        "data.group: groups steps of batch.samples"
+    )
+    assert "multiples of 65536" in found(*budget[:1], "batch.tokens=8192", *budget[2:], "batch.micro=16")
+    assert found("data.train=[{shards: a, shards2: b}]").startswith("data.train.0.shards2: unknown key")
+    assert found("data.mixture=sqr").startswith("data.mixture: expected Literal['concat', 'weights', 'sqrt'")
+    (refused, *_) = problems("data.pack=64", "data.max_length=64", recipe="easyvqa_clip")
+    assert "packed rows do not tell them apart" in refused

@@ -18,11 +18,6 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "launch.kind": ("local", "torchrun", "srun"),
-    "data.mixture": ("concat", "weights", "sqrt", "temperature"),
-    "data.over_length": ("truncate", "drop", "split", "error"),
-    "data.annotations": ("dialogue", "independent", "first"),
-    "data.shuffle": ("full", "shards", "none"),
-    "data.group": (None, "modality", "length", "modality_length"),
     "init_from.*.which": ("last", "best"),
 }
 
@@ -126,8 +121,7 @@ def check_literals(cfg: DictConfig) -> Iterator[str]:
     for pattern, allowed in LITERALS.items():
         for key, value in select(cfg, pattern):
             if value not in allowed:
-                words = ["null" if word is None else word for word in allowed]
-                yield f"{key}: got {value!r}.{hint(str(value), words)} Allowed: {', '.join(words)}."
+                yield f"{key}: got {value!r}.{hint(str(value), allowed)} Allowed: {', '.join(allowed)}."
 
 
 def check_numbers(cfg: DictConfig) -> Iterator[str]:
@@ -171,8 +165,8 @@ def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
     pack, longest = data.get("pack"), data.get("max_length")
     if data.get("pack_views") is not None and pack is None:
         yield "data.pack_views: bounds packed rows, but data.pack is null."
-    if data.get("group") in ("length", "modality_length") and pack is not None:
-        yield f"data.group: packed rows are evened out by themselves; use null or modality, got {data['group']!r}."
+    if data.get("group") == "length" and pack is not None:
+        yield "data.group: packed rows are evened out by themselves; use null, modality or modality_length, got length."
     if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):
         yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; lower data.max_length."
 
@@ -199,6 +193,8 @@ def check_batch(cfg: DictConfig) -> Iterator[str]:
         yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
     elif given == ["tokens"] and not packed(cfg):
         yield "batch.tokens: a token budget fills packed rows; set data.pack to their length, or give batch.samples."
+    if given == ["tokens"] and (group := (resolved(cfg, "data") or {}).get("group")):
+        yield f"data.group: groups steps of batch.samples; with batch.tokens use null, got {group!r}."
     try:
         _check_dealing(cfg)
     except ConfigError as error:

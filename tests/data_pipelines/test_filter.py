@@ -144,7 +144,7 @@ def test_similar_texts(made):
 
 
 def test_scores_of_meta_and_of_files(made, tmp_path):
-    records = [_sample(key, clip=value) for key, value in (("a", 0.1), ("b", 0.5), ("c", float("nan")), ("d", "x"))]
+    records = [_sample(key, clip=value) for key, value in (("a", 0.1), ("b", 0.5), ("c", None), ("d", "x"))]
     shards = made(*records)
     low = {"a": "clip below 0.3", "c": "no clip", "d": "no clip"}
     assert _dropped(shards, Scores(ranges={"clip": [0.3, None]})) == low

@@ -134,7 +134,7 @@ class VLMData(pl.LightningDataModule):
                 micro=self.micro,
             )
         assert batch is not None
-        by_length = self.group in ("length", "modality_length")
+        by_length = self.group in ("length", "modality_length") and packing is None
         return SamplePlan(
             mixture=self.mixture,
             batch=batch,

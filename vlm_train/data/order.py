@@ -93,7 +93,7 @@ class SamplePlan:
         micro: rows per rank and forward pass.
         packing: several samples share a row; None: one sample a row.
         media: whether each sample has media `[N]`; needed to group by modality.
-        lengths: tokens of each sample `[N]`; needed to group by length.
+        lengths: tokens of each sample `[N]`; needed to group unpacked rows by length.
         group: modality (every step is all with or all without media, as far as they go round: LLaVA's
             `group_by_modality_length`) | length (rows of like length in a micro-batch) | modality_length | None.
         window: samples among which steps are grouped by modality.

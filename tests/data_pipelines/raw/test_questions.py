@@ -18,9 +18,8 @@ def test_box_only_answers_are_answers_and_empty_ones_are_not(sample):
     one, blobs = sample(1)
     prompt, box = [Text(text="Where?")], Box(item=0, xyxy=(0.0, 0.0, 1.0, 1.0))
     assert list(sample_problems(replace(one, annotations=(exchange(prompt, box),)), blobs)) == []
-    assert list(sample_problems(replace(one, annotations=(exchange(prompt, " "),)), blobs)) == [
-        "annotation 0: empty answer"
-    ]
+    (found,) = sample_problems(replace(one, annotations=(exchange(prompt, " "),)), blobs)
+    assert (found.kind, found.text) == ("empty answer", "annotation 0: turn 1: empty answer")
 
 
 def test_prompts_place_texts_and_boxes():
