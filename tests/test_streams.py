@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.audit import drawn
 from tests.small_run import command, make_data, train
 from tests.test_fit import assert_same_weights, checkpoint_of, metrics, stop_after
 
@@ -110,51 +109,37 @@ def test_stale_lengths_are_noticed(data: Path, tmp_path: Path, monkeypatch: pyte
         train(command(data, tmp_path, *PACKED, f"data.cache={tmp_path}/lengths"))
 
 
-AUDIT = """
-import json, os, signal, sys
-from vlm_train import cli
-from vlm_train.modules.base import VLMModule
-inner = VLMModule.training_step
-def audited(self, batch, batch_idx):
-    step, micro = batch.window.step, batch.window.micro
-    if step == int(os.environ["KILL_AT"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    with open(f"{self.folder}/audit-{self.global_rank}.jsonl", "a") as file:
-        file.write(json.dumps([step, micro, batch.keys]) + chr(10))
-    return inner(self, batch, batch_idx)
-VLMModule.training_step = audited
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def drawn(run: Path, rank: int) -> dict[tuple[int, int], Any]:
-    """The keys of every micro-batch; of one trained twice, because it came after the last checkpoint, the later."""
-    rows = [json.loads(line) for line in (run / f"audit-{rank}.jsonl").read_text().splitlines()]
-    return {(step, micro): keys for step, micro, keys in rows}
-
-
-def audited(overrides: list[str], kill_at: int) -> int:
-    environment = os.environ | {"KILL_AT": str(kill_at), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", AUDIT, *overrides], env=environment, timeout=120).returncode
+def audited(overrides: list[str], folder: Path, kill_at: int = -1, victim: int = 0) -> int:
+    """The exit code of a run in processes of its own, whose ranks note their samples in `folder`."""
+    callback = {"_target_": "tests.audit.Audit", "folder": str(folder), "kill_at": kill_at, "victim": victim}
+    more = [f"+callbacks.audit.{name}={value}" for name, value in callback.items()]
+    command = [sys.executable, "-m", "vlm_train", *overrides, *more, "allow_targets=[tests.]"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.run(command, env=environment, timeout=150).returncode
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("stream", [PACKED, BUDGET], ids=["packed", "budget"])
-def test_audit_of_a_killed_run(stream: list[str], workers: int, data: Path, tmp_path: Path) -> None:
-    """Killed in its second pass and resumed with other workers: the same samples in the same places."""
-    more = [*stream, "trainer.save_every=3", "trainer.max_steps=9"]
-    whole, killed = (
-        command(data, tmp_path, *more, f"data.workers={n}", name=name)
-        for name, n in (("whole", 0), ("killed", workers))
+def test_audit_of_a_killed_run(stream: list[str], workers: int, ranks: int, data: Path, tmp_path: Path) -> None:
+    """Killed in its second pass and resumed with other workers: every rank sees the same samples in the same places."""
+    more = [*stream, "trainer.save_every=3", "trainer.max_steps=9", f"launch.devices={ranks}"]
+    one, two = (
+        command(data, tmp_path, *more, f"data.workers={count}", name=name)
+        for name, count in (("whole", 0), ("killed", workers))
     )
-    assert audited(whole, -1) == 0 and audited(killed, 7) == -9
-    assert audited([*killed, f"data.workers={(workers + 1) % 3}"], -1) == 0
-    assert drawn(tmp_path / "killed", 0) == drawn(tmp_path / "whole", 0)
-    counts = Counter(key for keys in drawn(tmp_path / "whole", 0).values() for row in keys for key in row)
+    whole, killed = tmp_path / "audit-whole", tmp_path / "audit-killed"
+    assert audited(one, whole) == 0
+    assert audited(two, killed, kill_at=7, victim=ranks - 1) != 0
+    assert audited([*two, f"data.workers={(workers + 1) % 3}"], killed) == 0
+    for rank in range(ranks):
+        assert drawn(killed, rank) == drawn(whole, rank)
+    seen = [drawn(whole, rank) for rank in range(ranks)]
+    counts = Counter(key for one_rank in seen for rows in one_rank.values() for row in rows for key in row)
     assert len(counts) == 12
-    if stream is PACKED:  # a packer that may choose among five passes ahead does so
+    if stream is PACKED:  # with a budget, the packer of so small a set chooses among five passes ahead
         assert max(counts.values()) == min(counts.values()) == 3
 
 

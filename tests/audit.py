@@ -1,0 +1,33 @@
+"""A callback that writes down which samples a rank trains on, and kills its process at a given step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+class Audit(pl.Callback):
+    """Lines `[step, micro, keys]` in `<folder>/audit-<rank>.jsonl`; rank `victim` dies before step `kill_at`."""
+
+    def __init__(self, *, folder: str, kill_at: int = -1, victim: int = 0) -> None:
+        self.folder, self.kill_at, self.victim = Path(folder), kill_at, victim
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.window.step == self.kill_at and trainer.global_rank == self.victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"audit-{trainer.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps([batch.window.step, batch.window.micro, batch.keys]) + "\n")
+
+
+def drawn(folder: Path, rank: int) -> dict[tuple[int, int], Any]:
+    """The keys of every micro-batch; of one trained twice, because it came after the last checkpoint, the later."""
+    rows = [json.loads(line) for line in (folder / f"audit-{rank}.jsonl").read_text().splitlines()]
+    return {(step, micro): keys for step, micro, keys in rows}
