@@ -236,5 +236,8 @@ def tensors_of(batch: Any) -> list[torch.Tensor]:
 def test_a_parcel_takes_tensors_of_any_length(root: Path) -> None:
     batch = next(iter(data(root / "train").train_dataloader()))
     odd = replace(batch.text["llm"], ids=torch.tensor([1, 2, 3], dtype=torch.int16), labels=torch.tensor([4, 5]))
+    odd = replace(odd, weights=torch.ones(1).expand(1, 4), supervised=torch.zeros(1, 5, dtype=torch.int64).expand(0, 5))
+    odd = replace(odd, positions=torch.arange(1).as_strided((1,), (0,)))
     (back,) = Parcel.of([replace(batch, text={"llm": odd})]).unpack()
-    assert torch.equal(back.text["llm"].ids, odd.ids) and torch.equal(back.text["llm"].labels, odd.labels)
+    for name in ("ids", "labels", "weights", "supervised", "positions"):
+        assert torch.equal(getattr(back.text["llm"], name), getattr(odd, name)), name

@@ -38,23 +38,23 @@ class Parcel:
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Parcel:
         """Pack batches."""
-        parts: list[Tensor] = []
+        parts: list[bytes] = []
         end = 0
 
         def put(tensor: Tensor) -> Tensor | Place:
             nonlocal end
             if tensor.nbytes > LARGE:
                 return tensor
-            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-            start, end = end, end + len(flat)
+            data = tensor.numpy().tobytes()
+            start, end = end, end + len(data)
             padding = -end % ALIGNMENT
-            parts.extend((flat, flat.new_zeros(padding)) if padding else (flat,))
+            parts.extend((data, bytes(padding)))
             place = Place(start, end, tensor.dtype, tensor.shape)
             end += padding
             return place
 
         packed = [map_tensors(batch, put) for batch in batches]
-        return cls(packed, bytearray(torch.cat(parts).numpy()))
+        return cls(packed, bytearray().join(parts))
 
     def unpack(self) -> list[Batch]:
         """The batches again; their small tensors are views of one."""
