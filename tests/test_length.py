@@ -31,6 +31,15 @@ def test_epochs_limits_and_held_out_samples(options: list[str], samples: int, to
     assert planned_samples(cfg, samples) == total
 
 
+def test_every_source_counts_by_itself(tmp_path: Path) -> None:
+    data = small_run.make_data(tmp_path / "data")
+    sources = [f"shards: {data}/tiny/train, repeat: 1.5", f"shards: {data}/tiny/train", f"shards: {data}/tiny/val"]
+    entries = ", ".join(f"{{{one}}}" for one in (*sources, f"shards: {data}/tiny/train, limit: 2"))
+    options = ["trainer.max_steps=null", "trainer.epochs=1", "data.limit=10", f"data.train=[{entries}]"]
+    cfg = config.compose(small_run.command(data, tmp_path, *options))
+    assert length(cfg, tokens_per_sample=100).samples == 15 + 10 + 4 + 2
+
+
 def test_no_length_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.epochs and trainer\.max_steps are both null"):
         planned_samples(config.tiny("recipe=llava15_stage2", "trainer.max_steps=null"), 12)

@@ -169,6 +169,8 @@ def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
         yield "data.group: packed rows are evened out by themselves; use null, modality or modality_length, got length."
     if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):
         yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; lower data.max_length."
+    if data.get("rejected") and data.get("over_length") == "split":
+        yield "data.over_length: pairs of answers (data.rejected) are not cut; use truncate, drop or error, got split."
 
 
 def _check_entry(path: str, entry: Any, known: tuple[str, ...]) -> Iterator[str]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from omegaconf import DictConfig
 
 from vlm_train.errors import ConfigError
 
 
-def one_pass(cfg: DictConfig, samples: int) -> int:
-    """Training samples of one pass, of `samples` in the shards: after `data.limit`, less what `val_share` holds out."""
-    limit, share = cfg.data.get("limit"), cfg.data.get("val_share")
-    size = min(samples, limit) if limit else samples
-    return size - max(1, int(size * share)) if share and not cfg.data.get("val") else size
+def one_pass(cfg: DictConfig, samples: int, entry: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """Training samples of one pass over a source, of `samples` in its shards: after both limits, less what `val_share`
+    holds out, times its repeats. `entry` is that of `data.train`."""
+    size = min([samples, *(limit for limit in (cfg.data.get("limit"), entry.get("limit")) if limit)])
+    if (share := cfg.data.get("val_share")) and not cfg.data.get("val"):
+        size -= max(1, int(size * share))
+    return max(1, round(size * (entry.get("repeat") or 1.0)))
 
 
 def planned_samples(cfg: DictConfig, train_samples: int, per_step: float | None = None) -> int:

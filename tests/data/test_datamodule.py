@@ -241,3 +241,17 @@ def test_a_parcel_takes_tensors_of_any_length(root: Path) -> None:
     (back,) = Parcel.of([replace(batch, text={"llm": odd})]).unpack()
     for name in ("ids", "labels", "weights", "supervised", "positions"):
         assert torch.equal(getattr(back.text["llm"], name), getattr(odd, name)), name
+
+
+def test_a_place_is_taken_up_by_the_plan_that_left_it_only(root: Path, tmp_path: Path) -> None:
+    def endless(tokens: int, **options: Any) -> VLMData:
+        made = data(root / "train", pack=64, max_length=64, cache=str(tmp_path), **options)
+        made.plan = made.make_plan(batch=None, tokens=tokens, epochs=None, most=50, world=1, cost=Cost())
+        made.trainer.global_step = 20
+        return made
+
+    state = endless(128).state_dict()
+    assert state["window"] > 0
+    for other, taken in ((endless(128), True), (endless(256), False), (endless(128, seed=1), False)):
+        other.load_state_dict(state)
+        assert (state["window"] in other.plan._places) is taken

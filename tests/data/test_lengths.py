@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipelines.errors import BadSample
+from data_pipelines.errors import BadSample, DataError
 from tests.data.rendering import assistant, user
 from tests.data.test_datamodule import data, write
 from tests.small_run import make_data
 from vlm_train.data import lengths
 from vlm_train.data.lengths import cached_lengths, fingerprint
 from vlm_train.data.mixture import Address
+from vlm_train.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,45 @@ def test_samples_that_cannot_be_used_stay_holes(tmp_path: Path) -> None:
     (batch, *_) = module.train_dataloader()
     assert {key for row in batch.keys for key in row} == {"k0", "k2"} and batch.window.samples == 3  # of 4
     assert len(batch.window.problems) == 1 and "k1" in batch.window.problems[0].reason
+
+
+def test_lengths_follow_what_the_tokenizer_calls_its_tokens(root: Path, tmp_path: Path) -> None:
+    for change in ({}, {"bos_token": None}, {"eos_token": "<pad>"}, {"chat_template": "{{ messages }}"}):
+        made = data(root / "train", cache=str(tmp_path))
+        for name, value in change.items():
+            setattr(made.train.tokenizer, name, value)
+        tokens = made.train.measure(tmp_path).tokens.tolist()
+        assert tokens == [len(made.train.item(Address(n, 0), training=True).rendered.llm) for n in range(12)]
+    assert len(list(tmp_path.glob("*.npz"))) == 4
+
+
+def test_views_follow_the_image_plan_where_images_stand_in_no_text(root: Path, tmp_path: Path) -> None:
+    for frames in (8, 4):
+        made = data(root / "train", cache=str(tmp_path))
+        made.train.image.frames = frames
+        made.train.measure(tmp_path)
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data\.cache: .*file.* cannot be written: Not a directory"):
+        data(root / "train").train.measure(tmp_path / "file" / "lengths")
+
+    def full(path: Path, **arrays: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(DataError, match=r"data\.cache: .* No space left on device.*make room"):
+        data(root / "train").train.measure(tmp_path)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_samples_of_more_views_than_a_row_holds_are_named_at_the_start(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", [(user("Q", 0), assistant("a"))], [(user("Q", 0, 1), assistant("a"))])
+    with pytest.raises(ConfigError, match=r"data\.pack_views: rows of 1 views cannot hold 1 samples, .* 2 views: .*k1"):
+        data(folder, pack=64, max_length=64, pack_views=1, cache=str(tmp_path / "lengths"))
 
 
 class Layout:

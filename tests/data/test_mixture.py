@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlm_train.data.mixture import Mixture, Share, apportion
+from vlm_train.data.mixture import Mixture, Share, _Pools, apportion
 from vlm_train.errors import ConfigError
 
 
@@ -104,7 +104,18 @@ def test_an_order_by_shards_reads_a_pool_at_a_time_and_mixes_it():
     assert set(order[:800] // 100) != set(again[:800] // 100)
 
 
+def test_sources_by_shards_do_not_mix_each_others_pools(monkeypatch):
+    made: list[int] = []
+    mix = _Pools._mixed
+    monkeypatch.setattr(_Pools, "_mixed", lambda pools, group: made.append(group) or mix(pools, group))
+    draws(
+        mixture(*(Share(size=40, shards=(0, 10, 20, 30)) for _ in range(5)), shuffle="shards", pool=2, block=200), 200
+    )
+    assert sorted(made) == [0] * 5 + [1] * 5  # once a source, however the draws alternate
+
+
 def test_apportioning():
+    assert apportion([0.9, 1.55, 1.55], 4).tolist() == [1, 2, 1]  # one rounded up to 1 is not rounded up again
     assert apportion([1, 1, 1], 10).tolist() == [4, 3, 3]
     assert apportion([0.5, 0.25, 0.25], 8).tolist() == [4, 2, 2]
     assert apportion([1e6, 1, 1], 10).tolist() == [8, 1, 1]

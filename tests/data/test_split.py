@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data_pipelines.errors import BadSample
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.rendering import assistant, layout, load, sample, user
 from tests.data.test_datamodule import data, write
@@ -72,8 +73,9 @@ def test_a_round_that_fits_nowhere_is_left_out() -> None:
     turns = (user("A?", 0), assistant("a"), user("B?"), assistant("b" * 500), user("C?"), assistant("c"))
     cut = all_pieces(sample(turns, media=1), 60)
     assert [learned(piece.llm).strip()[0] for piece in cut] == ["a", "c"]
-    with pytest.raises(NoPiece, match="0 pieces of at most 20 tokens"):
+    with pytest.raises(BadSample, match="sample .* no round of its turns .* data.max_length=20") as caught:
         rendered(sample(turns[2:4], media=0), 20)
+    assert caught.value.kind == "too_long"
 
 
 def test_pieces_begin_with_the_system_turn_and_what_was_shown() -> None:

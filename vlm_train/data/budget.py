@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
 
+from vlm_train.data.lengths import fingerprint
 from vlm_train.data.mixture import Mixture
 from vlm_train.data.order import Micro, Packing, Row, check_tokens, micro_batches
 from vlm_train.data.pack import BUFFER, deal, fill_rows
@@ -91,6 +93,13 @@ class TokenPlan:
         for before in range(last, window):
             _packed_window(self, before)
         return self._places[window]
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what the places of an endless plan follow from."""
+        packing = self.packing
+        arrays = (hashlib.sha256(x.tobytes()).hexdigest() for x in (packing.sizes.tokens, packing.sizes.views))
+        return fingerprint(self.mixture, self.tokens, self.total, packing.length, packing.views, *arrays)
 
     def remember(self, window: int, place: Place) -> None:
         """What `place` once found, so that a resumed run need not pack what lies before it."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipelines.remote import CACHE_BYTES
@@ -153,19 +154,31 @@ class VLMData(pl.LightningDataModule):
             return None
         lengths = self.train.measure(self.cache)
         tokens, views = lengths.tokens, lengths.views
+        if self.pack_views is not None and len(over := np.flatnonzero(views > self.pack_views)):
+            source, number, _ = self.train.locate(int(over[0]))
+            raise ConfigError(
+                f"data.pack_views: rows of {self.pack_views} views cannot hold {len(over)} samples, the first of "
+                f"{views[over[0]]} views: {source.shards.where(number)}. Raise data.pack_views, or lower image.frames."
+            )
         return Packing(sizes=Sizes(tokens, views, cost(tokens, views)), length=self.pack, views=self.pack_views)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where a token plan stands, so that a resumed run packs nothing twice. It decides no order."""
-        if not isinstance(self.plan, TokenPlan) or self.trainer is None:
+        """Where an endless token plan stands, so that a resumed run packs nothing twice. It decides no order; a plan
+        that has an end was packed up to there when the run started."""
+        if not isinstance(self.plan, TokenPlan) or self.plan.total is not None or self.trainer is None:
             return {}
         window = self.trainer.global_step // self.plan.steps_per_window
         place = self.plan.place(window)
-        return {"window": window, "next": place.next, "waiting": list(place.waiting)}
+        return {
+            "plan": self.plan.identity,
+            "window": window,
+            "next": place.next,
+            "waiting": list(place.waiting),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again."""
-        if isinstance(self.plan, TokenPlan) and state_dict:
+        """Take it up again, unless the windows of this plan are others."""
+        if isinstance(self.plan, TokenPlan) and state_dict.get("plan") == self.plan.identity:
             self.plan.remember(state_dict["window"], Place(state_dict["next"], tuple(state_dict["waiting"])))
 
     def train_dataloader(self) -> MicroBatches:

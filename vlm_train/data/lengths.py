@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.errors import BadSample
+from data_pipelines.errors import BadSample, DataError
 
 VERSION = 1
 CHUNK = 512  # samples that a process measures at a time
@@ -69,13 +69,10 @@ def cached_lengths(name: str, count: int, key: str, measure: Measure, cache: Pat
     path = cache / f"{key[:24]}.npz"
     if (found := _read(path, count)) is not None:
         return found
-    cache.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         if (found := _read(path, count)) is None:
             found = _measure_all(name, count, measure, workers)
-            partial_path = path.with_suffix(f".{os.getpid()}.partial.npz")
-            np.savez(partial_path, allow_pickle=False, **{f.name: getattr(found, f.name) for f in fields(found)})
-            partial_path.rename(path)
+            _write(path, found)
     return found
 
 
@@ -94,7 +91,8 @@ def _describe(thing: Any) -> Any:
     if isinstance(thing, partial):
         return [_describe(thing.func), _describe(thing.args), _describe(thing.keywords)]
     if hasattr(thing, "backend_tokenizer"):
-        return hashlib.sha256(thing.backend_tokenizer.to_str().encode()).hexdigest()
+        backend = hashlib.sha256(thing.backend_tokenizer.to_str().encode()).hexdigest()
+        return [backend, _describe(thing.special_tokens_map), thing.all_special_tokens, _describe(thing.chat_template)]
     if hasattr(thing, "__qualname__"):
         bound = getattr(thing, "__self__", None)  # of a method; built-in functions are bound to their module
         return [thing.__module__, thing.__qualname__, None if isinstance(bound, ModuleType) else _describe(bound)]
@@ -112,11 +110,33 @@ def _read(path: Path, count: int) -> Lengths | None:
     return lengths if whole == 1 else None
 
 
+def _write(path: Path, lengths: Lengths) -> None:
+    partial_path = path.with_suffix(f".{os.getpid()}.partial.npz")
+    try:
+        np.savez(partial_path, allow_pickle=False, **{f.name: getattr(lengths, f.name) for f in fields(lengths)})
+        partial_path.rename(path)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(open(path, "w")), fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            raise _unusable(path, error) from error
         yield
+
+
+def _unusable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"data.cache: {path} cannot be written: {error.strerror or error}. Measured lengths are kept there: make room, "
+        "or name a folder that can be written and locked."
+    )
 
 
 def _measure_all(name: str, count: int, measure: Measure, workers: int) -> Lengths:

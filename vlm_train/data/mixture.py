@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
@@ -184,6 +184,7 @@ class _Pools:
         self.lengths = np.diff([*starts, size])
         self.order = np.random.default_rng(derive_seed(seed, "shards")).permutation(len(starts))
         self.ends = np.cumsum([self.lengths[shards].sum() for shards in self._groups()])
+        self.kept: dict[int, NDArray[np.int64]] = {}  # of the group that was asked for last
 
     def _groups(self) -> list[NDArray[np.int64]]:
         return [self.order[first : first + self.pool] for first in range(0, len(self.order), self.pool)]
@@ -193,8 +194,12 @@ class _Pools:
         start = int(self.ends[group - 1]) if group else 0
         return int(self._samples(group)[place - start])
 
-    @lru_cache(maxsize=2)  # noqa: B019 (few, short-lived instances)
     def _samples(self, group: int) -> NDArray[np.int64]:
+        if group not in self.kept:  # each source keeps its own: draws alternate between sources
+            self.kept = {group: self._mixed(group)}
+        return self.kept[group]
+
+    def _mixed(self, group: int) -> NDArray[np.int64]:
         shards = self.order[group * self.pool : (group + 1) * self.pool]
         samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.lengths[s]) for s in shards])
         return np.random.default_rng(derive_seed(self.seed, "pool", group)).permutation(samples)
@@ -206,7 +211,7 @@ def apportion(shares: Sequence[float], total: int) -> NDArray[np.int64]:
     quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
     missing = total - int(quotas.sum())
     if missing >= 0:
-        quotas[np.argsort(-(exact - np.floor(exact)), kind="stable")[:missing]] += 1
+        quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
     else:  # tiny shares were rounded up to 1: the largest pay
         for _ in range(-missing):
             quotas[int(np.argmax(quotas))] -= 1

@@ -118,6 +118,8 @@ def _piece(writer: _Writer, annotations: Sequence[Annotation], max_length: int, 
         return len(stream) <= max_length and stream.supervised > 0
 
     found = pieces(annotations, fits)
+    if not found:
+        raise BadSample(f"no round of its turns is learned within data.max_length={max_length} tokens", kind="too_long")
     if number >= len(found):
         raise NoPiece(f"{len(found)} pieces of at most {max_length} tokens, so there is no piece {number}")
     return found[number]

@@ -201,9 +201,7 @@ class Samples:
     def _measured(self, source: Source, cache: Path, workers: int) -> Lengths:
         """Those of a source. The whole shard set is measured, so that other stretches of it are known as well."""
         shards = source.shards
-        key = fingerprint(
-            shards.fingerprint, self.template, self.tokenizer, self.layout, self.options, self.image is not None
-        )
+        key = fingerprint(shards.fingerprint, self.template, self.tokenizer, self.layout, self.options, self.image)
 
         def measure(number: int) -> list[tuple[int, int]]:
             return self._sizes(shards.sample(number))

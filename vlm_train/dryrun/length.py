@@ -47,8 +47,8 @@ def _samples(cfg: DictConfig) -> int | None:
         count = Manifest.read(folder).samples if (folder / MANIFEST).is_file() else source.get("samples")
         if count is None:
             return None
-        total += count
-    return one_pass(cfg, total)
+        total += one_pass(cfg, count, source)
+    return total
 
 
 @dataclass(frozen=True)
