@@ -139,6 +139,8 @@ def filter_set(config: DictConfig) -> int:
     }
     if not filters:
         raise DataError("filter: none is given; filter=[<name>,...], see --help")
+    if any(output.resolve() == folder for folder in _read_from(shards)):
+        raise DataError(f"output: {output} is a folder whose shards the result is made of; choose another")
     arguments = _arguments(config, nodes)
     if (output / MANIFEST).is_file() and not config.force:
         check_same(output, arguments)
@@ -155,9 +157,16 @@ def filter_set(config: DictConfig) -> int:
         write_copy(shards, output, verdicts, about, config.force, *limits)
     else:
         write_view(shards, output, verdicts, about, config.force)
-    print(f"{output}: {len(verdicts.kept)} of {len(shards)} samples kept; the others, in {output / DROPPED}:")
-    print("\n".join(f"  {count:>8}  {reason}" for reason, count in verdicts.counts().items()))
+    others = f"; the others, in {output / DROPPED}:" if verdicts.dropped else ""
+    print(f"{output}: {len(verdicts.kept)} of {len(shards)} samples kept{others}")
+    for reason, count in verdicts.counts().items():
+        print(f"  {count:>8}  {reason}")
     return 0
+
+
+def _read_from(shards: ShardSet) -> set[Path]:
+    """The folders of a set and of its shards."""
+    return {shards.folder.resolve(), *((shards.folder / info.name).resolve().parent for info in shards.manifest.shards)}
 
 
 def _arguments(config: DictConfig, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

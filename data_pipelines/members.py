@@ -24,6 +24,8 @@ MEDIA = ("jpg", "jpeg", "png", "webp", *DEMUXERS)
 ALLOWED = (JSON, TEXT, *MEDIA)
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 BLOCK = 512  # tar block size
+MAX_MEMBER = 2**30
+"""Bytes of one file of a sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +71,33 @@ def scan(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
                 if any(m.name == member[0].name for m, _ in members):
                     raise DataError(f"{path}: duplicate member {info.name!r}")
                 members.append(member)
+            check_end(tar)
     except tarfile.TarError as error:
         raise DataError(f"{path}: truncated or not an uncompressed tar: {error}") from error
     if members:
         yield key, members
 
 
+def check_end(tar: tarfile.TarFile) -> None:
+    """Raise `tarfile.ReadError` unless the walk over a tar's members came to its end mark: a damaged header, or a cut
+    between two members, ends it as quietly."""
+    if tar.fileobj is not None:
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(BLOCK) != bytes(BLOCK):
+            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset}")
+
+
+def is_plain(info: tarfile.TarInfo) -> bool:
+    """Whether a member is a file stored as it is; a sparse one may claim any size."""
+    return info.isreg() and not info.issparse()
+
+
 def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tuple[str, tuple[Member, bytes]]:
     folder, _, base = info.name.removeprefix("./").rpartition("/")
     stem, dot, name = base.partition(".")
-    if not info.isreg() or not dot or extension(name) not in ALLOWED:
+    if info.size > MAX_MEMBER:
+        raise DataError(f"{path}: member {info.name!r} of {info.size} bytes refused; at most {MAX_MEMBER} are read")
+    if not is_plain(info) or not dot or extension(name) not in ALLOWED:
         raise DataError(f"{path}: member {info.name!r} refused; only files named <key>.<{'|'.join(ALLOWED)}> are read")
     file = tar.extractfile(info)
     data = file.read() if file else b""

@@ -21,14 +21,12 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import Index
 from data_pipelines.manifest import FileInfo, Manifest
 from data_pipelines.media import MAX_BYTES, MAX_PIXELS
-from data_pipelines.members import JSON, text_sample, to_sample
+from data_pipelines.members import JSON, MAX_MEMBER, text_sample, to_sample
 from data_pipelines.remote import CACHE_BYTES, Cache, default_cache, is_remote, join, local_path, read_manifest
 from data_pipelines.sample import MediaItem, Sample
 
 MAX_OPEN_FILES = 32
 MAX_OPEN_COPIES = 8  # of remote shards: an open file keeps its disk space when the cache removes it
-MAX_MEMBER = 2**30
-"""Bytes of one file of a sample."""
 HASHED_INDEX = 64 * 2**20
 """Bytes up to which an index is hashed whenever it is opened; a larger one is by `verify`, and read with care."""
 

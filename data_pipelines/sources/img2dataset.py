@@ -19,7 +19,7 @@ from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media import MAX_BYTES
-from data_pipelines.members import ALLOWED, JSON, MEDIA, TEXT, captioned, extension
+from data_pipelines.members import ALLOWED, JSON, MEDIA, TEXT, captioned, check_end, extension, is_plain
 from data_pipelines.raw.files import find_files, open_parquet, parquet_rows, parse_json
 from data_pipelines.raw.samples import attempt, check_choice, make_sample
 from data_pipelines.sample import Sample
@@ -144,6 +144,7 @@ def _tar(path: Path) -> Iterator[Group | BadSample]:
                     yield BadSample(f"{path}: {key!r}: member {refused[0]!r} refused")
                 else:
                     yield key, [(name, data) for name, data in members if data is not None]
+            check_end(tar)
     except (tarfile.TarError, OSError) as error:
         yield BadSample(f"{path}: truncated or not an uncompressed tar, the rest of it is lost: {error}")
 
@@ -155,7 +156,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
             continue
         folder, _, base = info.name.removeprefix("./").rpartition("/")
         key, _, name = base.partition(".")
-        file = tar.extractfile(info) if info.isreg() and _wanted(name, info.size) else None
+        file = tar.extractfile(info) if is_plain(info) and _wanted(name, info.size) else None
         data = file.read() if file else None
         if data is not None and len(data) != info.size:
             raise tarfile.ReadError(f"{info.name!r} has {len(data)} of {info.size} bytes")

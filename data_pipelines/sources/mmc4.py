@@ -10,6 +10,7 @@ import base64
 import io
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.members import check_end, is_plain
 from data_pipelines.raw.documents import document, readable
 from data_pipelines.raw.files import MediaFolder, find_files, parse_json
 from data_pipelines.raw.records import MAX_LINE
@@ -25,6 +27,8 @@ from data_pipelines.sample import Sample
 from data_pipelines.video import MAX_BYTES
 
 Read = Callable[[str], bytes]
+UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged zip can raise."""
 
 
 class MMC4:
@@ -79,8 +83,10 @@ class MMC4:
                     record = attempt(make, partial("{}, line {}".format, path.name, number + 1))
                     if isinstance(record, BadSample) or len(record[1]) >= self.min_images:
                         yield record
-        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path}: {error}") from error
+        except tarfile.TarError as error:
+            raise DataError(f"images: {stem}.tar: truncated or not an uncompressed tar: {error}") from error
 
     def _sample(self, line: bytes, key: str, image: Read) -> tuple[Sample, list[bytes]]:
         record = parse_json(line)
@@ -119,7 +125,8 @@ def _read(info: Mapping[str, Any], image: Read) -> bytes:
 
 
 def _tar_reader(tar: tarfile.TarFile) -> Read:
-    places = {Path(info.name).name: info for info in tar if info.isreg()}
+    places = {Path(info.name).name: info for info in tar if is_plain(info)}
+    check_end(tar)
 
     def read(name: str) -> bytes:
         info = places.get(name)
@@ -141,5 +148,9 @@ def _lines(path: Path) -> Iterator[IO[bytes]]:
         names = [name for name in archive.namelist() if name.endswith(".jsonl")]
         if len(names) != 1:
             raise DataError(f"{path} holds {names}; expected one .jsonl")
-        with archive.open(names[0]) as member:
+        try:
+            member = archive.open(names[0])
+        except RuntimeError as error:  # encrypted, or compressed in a way that Python does not know
+            raise DataError(f"{path}: {error}") from error
+        with member:
             yield io.BufferedReader(member)  # type: ignore[type-var]

@@ -171,6 +171,37 @@ def test_truncated_foreign_tar(tmp_path, tar, picture, keep):
         index_folder(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["cut between members", "cut in a header", "damaged header"])
+def test_a_tar_that_ends_early_is_not_taken_for_a_shorter_one(tmp_path, tar, picture, damage):
+    import tarfile
+
+    path = tmp_path / "0.tar"
+    tar(path, _members(picture, "a", "b"))
+    with tarfile.open(path) as file:
+        second = file.getmembers()[2].offset
+    data = bytearray(path.read_bytes())
+    if damage == "damaged header":
+        data[second + 10] ^= 255
+    path.write_bytes(data[: {"cut between members": second, "cut in a header": second + 300}.get(damage)])
+    with pytest.raises(DataError, match=f"0.tar: truncated or .*no end mark at byte {second}"):
+        index_folder(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_sparse_member_is_refused_before_it_is_unpacked(tmp_path):
+    import tarfile
+
+    info = tarfile.TarInfo("a.txt")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for start, number in ((386, 0), (398, 0), (483, 2**29)):  # GNU: offset and bytes of a piece, unpacked size
+        header[start : start + 12] = b"%011o\0" % number
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    (tmp_path / "0.tar").write_bytes(header + bytes(1024))
+    with pytest.raises(DataError, match="0.tar: member 'a.txt' refused"):
+        index_folder(tmp_path)
+
+
 def test_compressed_tar_and_pipe_names_are_never_run(tmp_path):
     (tmp_path / "0.tar").write_bytes(zlib.compress(b"x" * 2000))
     with pytest.raises(DataError, match="truncated or not an uncompressed tar"):

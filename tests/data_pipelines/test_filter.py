@@ -280,6 +280,18 @@ def test_a_view_lies_beside_its_set(made, tmp_path, capsys):
     assert filter_command([*command, "copy=true"]) == 0
 
 
+@pytest.mark.parametrize("output", ["set", "link", "view/../set"])
+def test_a_set_is_never_replaced_by_a_view_of_it(made, tmp_path, output, capsys):
+    made(_sample("a", "xx"))
+    command = ["filter=[text_length]", "force=true"]
+    assert filter_command([f"folder={tmp_path / 'set'}", f"output={tmp_path / 'view'}", *command]) == 0
+    (tmp_path / "link").symlink_to("set")
+    for folder in ("set", "view"):
+        assert filter_command([f"folder={tmp_path / folder}", f"output={tmp_path / output}", *command]) == 2
+        assert "choose another" in capsys.readouterr().err
+    assert len(list(ShardSet(tmp_path / "set"))) == len(list(ShardSet(tmp_path / "view"))) == 1
+
+
 @pytest.mark.parametrize(
     "name",
     [

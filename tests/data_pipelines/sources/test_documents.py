@@ -91,6 +91,33 @@ def test_mmc4_images_in_tars_in_records_and_zipped_documents(mmc4, tmp_path, tar
     assert [sample.key[-1] for sample, _ in records(source)] == ["0", "1"]
 
 
+@pytest.mark.parametrize("damage", ["deflated bytes", "encrypted", "unknown compression"])
+def test_mmc4_zips_that_do_not_unpack_are_named(tmp_path, damage):
+    path = tmp_path / "docs_shard_0.jsonl.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("docs.jsonl", "".join(map(str, range(5000))))
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    if damage == "deflated bytes":
+        data[60:90] = bytes(255 - byte for byte in data[60:90])
+    elif damage == "encrypted":
+        data[6], data[entry + 8] = 1, 1
+    else:
+        data[8], data[entry + 10] = 97, 97
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"docs_shard_0.jsonl.zip: "):
+        list(records(MMC4(folder=str(tmp_path))))
+
+
+def test_mmc4_images_in_a_cut_tar(tmp_path, tar, picture):
+    (tmp_path / "docs_shard_0.jsonl").write_text(mmc4_line(info("0.png", 0)))
+    tar(tmp_path / "docs_shard_0.tar", [(f"{number}.png", picture(number)) for number in range(2)])
+    with open(tmp_path / "docs_shard_0.tar", "r+b") as file:
+        file.truncate(1024)
+    with pytest.raises(DataError, match=r"images: docs_shard_0.tar: truncated"):
+        list(records(MMC4(folder=str(tmp_path), images=str(tmp_path))))
+
+
 def test_mmc4_unusable_documents_stand_in_their_place(mmc4):
     bad = [mmc4_line(info("1.png", 5)), "{\n", mmc4_line(info("../../docs_shard_0_v2.jsonl", 0)), '{"text_list": []}\n']
     first, second, last, good = mmc4(*bad, mmc4_line(info("1.png", 0)))  # the one that leaves the folder has no image

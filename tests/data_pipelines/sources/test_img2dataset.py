@@ -92,11 +92,12 @@ def test_links_are_not_followed(tmp_path, picture):
     assert _reasons(records(Img2Dataset(folder=str(tmp_path)))) == [f"{tmp_path}/00000.tar: 'a': member 'jpg' refused"]
 
 
-def test_a_cut_tar_keeps_what_came_before(tmp_path, tar, picture):
+@pytest.mark.parametrize(("member", "offset"), [("b.txt", 3), ("b.jpg", -512), ("b.jpg", -100)])
+def test_a_cut_tar_keeps_what_came_before(tmp_path, tar, picture, member, offset):
     image = picture(1, "JPEG")
     tar(tmp_path / "00000.tar", [*_members("a", image), *_members("b", image)])
     with tarfile.open(tmp_path / "00000.tar") as file:
-        cut = file.getmember("b.txt").offset_data + 3
+        cut = file.getmember(member).offset_data + offset
     os.truncate(tmp_path / "00000.tar", cut)
     tar(tmp_path / "00001.tar", _members("c", image))
     read = list(records(Img2Dataset(folder=str(tmp_path))))
