@@ -128,6 +128,7 @@ def write(
             hidden.clear("part-*")
             hidden.publish()
             (hidden.folder / PLAN).unlink()  # until then it says what the hidden folder holds
+            _refused(output).unlink(missing_ok=True)
         except BaseException:
             _keep_finished(hidden, numbers, shared=nodes > 1)
             raise
@@ -220,11 +221,16 @@ def _write_again(
 
 
 def _too_many(rows: list[dict[str, Any]], parts: Mapping[int, Part], max_bad: int, output: Path) -> DataError:
-    report = output.with_name(f"{output.name}.{QUARANTINE}")
+    report = _refused(output)
     write_lines(report, rows)
     records = sum(part.records for part in parts.values())
     first = "\n".join(f"  part {row['part']}, record {row['record']}: {row['reason']}" for row in rows[:3])
     return DataError(f"{len(rows)} bad records among {records}, max_bad={max_bad}; all in {report}, first:\n{first}")
+
+
+def _refused(output: Path) -> Path:
+    """Where the bad records of a build that they stopped are listed."""
+    return output.with_name(f"{output.name}.{QUARANTINE}")
 
 
 def _clear_half_written(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +32,7 @@ def run(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] 
     try:
         return task(_compose(name, overrides))
     except (DataError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"{type(error).__name__}: {_plain(name, error)}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_plain(name, error, overrides)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,6 +62,11 @@ def make(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: str = "") 
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise DataError(f"{target} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
+    hints = _hints(component)
+    for name, value in options.items():
+        if not _fits(value, hints.get(name, Any)):
+            quoted = f"; as text: \"{name}='{value}'\"" if _fits(str(value), hints[name]) else ""
+            raise DataError(f"{at}{name}: got {value!r}; expected {known[name].annotation}{quoted}")
     return component(**options)
 
 
@@ -86,13 +93,65 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
     if missing:
         raise DataError(f"not given: {', '.join(f'{key}=<value>' for key in missing)}")
+    _check_values(OmegaConf.load(CONF / f"{name}.yaml"), config)
     return config
 
 
-def _plain(name: str, error: BaseException) -> str:
-    """The message of `error`, with its cause where Hydra hides the reason there, and the options it does not list."""
-    if isinstance(error, MissingConfigException) and name in GROUPS and not error.options:
-        options = sorted(path.stem for path in (CONF / GROUPS[name]).glob("*.yaml"))
-        return f"{str(error).splitlines()[0]} Available: {', '.join(options)}"
+def _check_values(defaults: Any, config: DictConfig) -> None:
+    """Values are of the type of their defaults, and numbers not negative."""
+    for option, value in config.items():
+        name = str(option)
+        default = defaults.get(name)
+        if isinstance(default, bool | int) and type(value) is not type(default):
+            raise DataError(f"{name}: got {value!r}; expected {type(default).__name__}")
+        if isinstance(value, int) and value < 0:
+            raise DataError(f"{name}: got {value}; allowed: 0 or more")
+
+
+def _hints(component: Any) -> dict[str, Any]:
+    """The types of a component's options; none where they are names that only a type checker sees."""
+    try:
+        return get_type_hints(component.__init__)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML is of an annotated type."""
+    kind, inside = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if kind is float:
+        return type(value) in (int, float)
+    if kind in (bool, int, str, NoneType):
+        return type(value) is kind
+    if kind is Sequence:
+        return isinstance(value, list) and all(_fits(one, inside[0]) for one in value)
+    if kind is Mapping:
+        return isinstance(value, dict) and all(_fits(one, inside[1]) for one in value.values())
+    return True
+
+
+def _plain(name: str, error: BaseException, overrides: Sequence[str]) -> str:
+    """The message of `error`: in one line, with its cause where Hydra hides the reason there, and what is allowed."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, OverrideParseException):
+        return f"{str(error.override)!r} is not <option>=<value>, or its value needs quotes; see --help"
+    if isinstance(error, MissingConfigException) or first.startswith("You must specify"):
+        choices = sorted(path.stem for path in (CONF / GROUPS.get(name, "")).glob("*.yaml"))
+        return f"{first.rstrip('.')}. Available: {', '.join(choices)}"
+    if found := re.match(r"Could not override '(.+)'", first):
+        return f"no option {found[1]!r}; options: {', '.join(_options(name, overrides))}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()
+
+
+def _options(name: str, overrides: Sequence[str]) -> list[str]:
+    """The options of a command and of the sources or filters that are chosen."""
+    found = [str(option) for option in OmegaConf.load(CONF / f"{name}.yaml") if option != "defaults"]
+    group = GROUPS.get(name, "")
+    for choice in re.findall(r"\w+", next((text for text in overrides if text.startswith(f"{group}=")), "")):
+        if (file := CONF / group / f"{choice}.yaml").is_file():
+            within = f"filters.{choice}." if name == "filter" else ""
+            found += [f"{within}{option!s}" for option in OmegaConf.load(file) if option != "_target_"]
+    return sorted(found)

@@ -38,8 +38,8 @@ def run(
     """
     if engine not in ENGINES:
         raise DataError(f"engine: got {engine!r}; allowed: {', '.join(ENGINES)}")
-    if workers is not None and workers < 1:
-        raise DataError(f"workers: got {workers}; allowed: 1 or more, or null for one per core")
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise DataError(f"workers: got {workers!r}; allowed: 1 or more, or null for one per core")
     if engine == "ray":
         return _ray(work, shared, jobs, workers)
     workers = min(workers or cores(), len(jobs))

@@ -83,7 +83,7 @@ def write_view(shards: ShardSet, output: Path, verdicts: Verdicts, about: Mappin
     beside = Path(os.path.abspath(output)).parent == folder.parent
     if not beside or not all(SHARED.fullmatch(name) for name in names):
         raise DataError(
-            f"output {output} is no view of {shards.folder}: a view lies beside the set, whose name and shards' names "
+            f"output {output} is no view of {shards.address}: a view lies beside the set, whose name and shards' names "
             "are of A-Z a-z 0-9 _ - . alone; copy=true writes the samples anywhere"
         )
     used, counts = np.unique(shards.index.shard[verdicts.kept], return_counts=True)

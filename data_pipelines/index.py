@@ -1,6 +1,8 @@
-"""The index of a shard set: where every member of every sample lies, so that sample i is one read away.
+"""Make a shard set of other programs' tars: `python -m data_pipelines.index folder=<folder>`
 
-`python -m data_pipelines.index folder=<folder>` makes index and manifest for WebDataset tars of other programs.
+Index and manifest are written beside the tars, which stay as they are: consecutive members `<key>.<name>` are a sample,
+a picture or video with a `.txt` is a caption. The index says where every member of every sample lies, so that sample i
+is one read away.
 """
 
 from __future__ import annotations

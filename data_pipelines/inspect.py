@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -70,7 +71,9 @@ def _chosen(shards: ShardSet, config: DictConfig) -> list[int]:
         if found is None:
             raise DataError(f"{config.folder}: no sample {key!r}; the first keys: {', '.join(shards.keys()[:3])}")
         return [found]
-    if config.random:
+    if config.random is not None:
+        if not isinstance(config.random, int):
+            raise DataError(f"random: got {config.random!r}; expected a number of samples")
         return sorted(random.Random(config.seed).sample(range(len(shards)), min(config.random, len(shards))))
     return list(range(config.start, min(config.start + config.n, len(shards))))
 
@@ -88,6 +91,11 @@ def inspect(config: DictConfig) -> int:
             print(f"\nunusable: {error}")
             sections.append(unusable(shards.key(i), shards.shard(i), error))
             continue
+        sample = replace(
+            sample,
+            source=sample.source or shards.manifest.source,
+            licence=sample.licence or shards.manifest.licence,
+        )
         print("\n" + as_text(sample, blobs, shards.shard(i)))
         if config.html:
             sections.append(shown(sample, blobs, shards.shard(i)))

@@ -25,6 +25,7 @@ from data_pipelines.manifest import FileInfo
 from data_pipelines.media import check_media, check_pixels
 from data_pipelines.members import scan
 from data_pipelines.progress import Progress
+from data_pipelines.remote import is_remote
 from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
 from data_pipelines.stream import ShardSet
 
@@ -174,17 +175,20 @@ def _check_shard(shared: tuple[Path, Sequence[FileInfo]], number: int) -> tuple[
 
 def lint(config: DictConfig) -> int:
     """Print the problems and their counts; returns the exit code."""
+    if is_remote(str(config.folder)):
+        raise DataError(f"folder: {config.folder} is remote; lint reads every byte, so check a set before its upload")
     counts: Counter[str] = Counter()
     for problem in problems(Path(config.folder), workers=config.workers):
         counts[problem.kind] += 1
-        if counts[problem.kind] <= config.max_problems:
+        most = min(config.max_problems, 1) if problem.kind in WARNINGS else config.max_problems
+        if counts[problem.kind] <= most:
             print(f"{'warning: ' if problem.kind in WARNINGS else ''}{problem.text}")
-        elif counts[problem.kind] == config.max_problems + 1:
+        elif counts[problem.kind] == most + 1:
             print(f"... and more of this kind: {problem.kind}")
     for name, count in sorted(counts.items(), key=lambda item: (item[0] in WARNINGS, -item[1], item[0])):
         print(f"  {count:>8}  {name}{' (warning)' if name in WARNINGS else ''}")
     wrong = sum(count for name, count in counts.items() if name not in WARNINGS)
-    print(f"{config.folder}: {wrong or 'no'} problems")
+    print(f"{config.folder}: {wrong or 'no'} problem{'s' * (wrong != 1)}")
     return 1 if wrong else 0
 
 

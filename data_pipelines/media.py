@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 from PIL import Image
 
@@ -14,6 +15,8 @@ MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 64 * 2**20
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """The formats that are read, and the file name extension each is stored under."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `MAX_PIXELS` is below PIL's own limit
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int, str]:

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
+from data_pipelines.errors import BadSample
 from data_pipelines.raw.records import place, read_records
 from data_pipelines.raw.samples import Record, attempt
 from data_pipelines.sample import Sample
@@ -93,7 +94,10 @@ class FileSource(ListSource):
         return place(self.raw, i)
 
     def key(self, i: int, record: Mapping[str, Any]) -> str:
-        """A sample's key: the number of its record, and the record's own id where it has one."""
+        """A sample's key: the number of its record, and the record's own id where it has one. Raises `BadSample` for a
+        record that is no object."""
+        if not isinstance(record, Mapping):
+            raise BadSample(f"holds a {type(record).__name__}, not an object")
         own = record.get("id")
         return f"{i:07d}" if own is None else f"{i:07d}-{own}"
 

@@ -156,7 +156,9 @@ def _conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], Mappi
     if record.get("chosen") is not None:
         yield _preference(record)
         return
-    messages = record["messages"] if record.get("messages") is not None else record["conversations"]
+    messages = record["messages"] if record.get("messages") is not None else record.get("conversations")
+    if not isinstance(messages, list):
+        raise BadSample(f"has no list of messages; its fields: {', '.join(map(str, record)) or 'none'}")
     several = bool(messages) and isinstance(messages[0], list)
     rejected = record.get("rejected", record.get("rejected_response"))
     if several and rejected is not None:

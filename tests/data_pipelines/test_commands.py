@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.__main__ import main
 from data_pipelines.build import main as build
 from data_pipelines.cli import CONF
 from data_pipelines.index import main as index
@@ -61,7 +62,7 @@ def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys)
     assert not (tmp_path / "out").exists()
     assert len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / ".out.partial").exists()
-    assert build([*arguments, "max_bad=3"]) == 0
+    assert build([*arguments, "max_bad=3"]) == 0 and not (tmp_path / "out.quarantine.jsonl").exists()
     out = capsys.readouterr().out
     assert "3 bad records" in out and "3  … <image> tags in its human turns, … images" in out
     assert Manifest.read(tmp_path / "out").bad == {"… <image> tags in its human turns, … images": 3}
@@ -76,7 +77,18 @@ def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys)
         (["source=nonsense", "output=x"], "easy_vqa"),
         (["output=x"], "You must specify 'source'"),
         (["source=easy_vqa"], "not given: output=<value>"),
-        (["source=easy_vqa", "output=x", "splitt=val"], "splitt"),
+        (
+            ["source=easy_vqa", "output=x", "splitt=val"],
+            "no option 'splitt'; options: allow_targets, captions,",
+        ),
+        (["source=nonsense", "output=x"], "Could not find 'source/nonsense'. Available: alpaca, coco_captions"),
+        (["source=easy_vqa", "output=x", "--split"], "'--split' is not <option>=<value>"),
+        (["source=easy_vqa", "output=x", "captions=2"], "captions: got 2; expected bool"),
+        (["source=easy_vqa", "output=x", "workers=two"], "workers: got 'two'; allowed: 1 or more"),
+        (["source=easy_vqa", "output=x", "samples_per_shard=1e3"], "samples_per_shard: got 1000.0; expected int"),
+        (["source=sharegpt", "file=x", "output=x", "limit=-3"], "limit: got -3; allowed: 0 or more"),
+        (["source=sharegpt", "file=x", "output=x", "limit=all"], "limit: got 'all'; expected int | None"),
+        (["source=sharegpt", "file=x", "output=x", "name=7"], "name: got 7; expected str; as text: \"name='7'\""),
         (["source=easy_vqa", "output=x", "+splitt=val"], "has no option splitt; its options: split"),
         (["source=easy_vqa", "output=x", "split=dev"], "allowed: train, val, trainval, test"),
         (["source=easy_vqa", "output=x", "_target_=os.system"], "'os.system' is not trusted"),
@@ -102,6 +114,7 @@ def test_index_command(tmp_path, tar, picture, capsys):
     assert index([f"folder={tmp_path}", "name=mine"]) == 0
     assert index([f"folder={tmp_path}"]) == 0 and "force=true" in capsys.readouterr().out
     assert ShardSet(tmp_path).manifest.source == "mine"
+    assert inspect([f"folder={tmp_path}"]) == 0 and "(0.tar; mine, licence unknown)" in capsys.readouterr().out
     assert ShardSet(tmp_path).load(0)[0].annotations[0].turns[1].text == "x"
     assert index([f"folder={tmp_path / 'none'}"]) == 2
 
@@ -115,6 +128,34 @@ def test_inspect_prints_and_writes_an_escaped_page(tmp_path, shard_set, records,
     assert inspect([f"folder={tmp_path / 'out'}", f"html={tmp_path / 'page.html'}"]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "<b>Hello" not in page and "&lt;b&gt;Hello" in page
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("start=-5", "start: got -5; allowed: 0 or more"),
+        ("n=few", "n: got 'few'; expected int"),
+        ("random=few", "random: got 'few'"),
+        ("random=-1", "random: got -1; allowed: 0 or more"),
+    ],
+)
+def test_wrong_numbers_of_samples_to_show(shard_set, argument, message, capsys):
+    assert inspect([f"folder={shard_set()}", argument]) == 2 and message in capsys.readouterr().err
+
+
+def test_the_package_names_its_commands(capsys):
+    main()
+    out = capsys.readouterr().out
+    assert all(f"\n{path.stem} " in f"\n{out}" for path in CONF.glob("*.yaml"))
+
+
+def test_large_pictures_are_no_warnings():
+    code = (
+        "import io, sys; from PIL import Image; from data_pipelines.media import read_header; file = io.BytesIO();"
+        "Image.new('1', (12000, 12000)).save(file, 'PNG'); read_header(file.getvalue(), max_pixels=10**9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not done.stderr
 
 
 def test_data_pipelines_needs_neither_torch_nor_the_trainer():

@@ -262,6 +262,12 @@ def test_the_same_verdicts_for_any_number_of_processes(made, tmp_path):
         (["filter=[]"], "filter: none is given"),
         (["filter=[text_length]", "filters.text_length.min_char=1"], "min_char"),
         (["filter=[text_length]", "+filters.text_length.size=1"], "has no option size"),
+        (
+            ["filter=[text_length]", "filters.text_length.min_chars=few"],
+            "filters.text_length.min_chars: got 'few'; exp",
+        ),
+        (["filter=[text_length]", "filters.text_length.roles=[1]"], "roles: got [1]; expected Sequence[str]"),
+        (["filter=[scores]", "filters.scores.ranges={a: 3}"], "filters.scores.ranges: got {'a': 3}; expected Mapping"),
         (["filter=[]", "+filters.mine._target_=os.system"], "filters.mine._target_: 'os.system' is not trusted"),
         (["filter=[scores]"], "not given: filters.scores.ranges=<value>"),
     ],

@@ -68,10 +68,12 @@ def test_source_and_licence_are_warnings(tmp_path, sample, capsys):
     record, blobs = sample(0)
     for name, about in (("none", {}), ("known", {"source": "s", "licence": "MIT"})):
         with ShardWriter(tmp_path / name, **about) as writer:
-            writer.write(replace(record, source="", licence=""), blobs)
+            for key in ("sample-000", "sample-001"):
+                writer.write(replace(record, key=key, source="", licence=""), blobs)
         assert lint([f"folder={tmp_path / name}"]) == 0
     out = capsys.readouterr().out
     assert "warning: " in out and "shard-000000.tar, key 'sample-000': unknown licence" in out
+    assert "sample-001" not in out and "2  unknown licence (warning)" in out
     assert out.count("unknown source (warning)") == 1 and out.count("no problems") == 2
 
 

@@ -138,7 +138,8 @@ def test_rejected_answers(read, rejected):
     ("record", "reason"),
     [
         ("{broken", "line 2: not JSON"),
-        ("[]", "line 2: malformed: AttributeError"),
+        ("[]", "line 2: holds a list, not an object"),
+        ({"text": "x", "id": 1}, "record 1: has no list of messages; its fields: text, id"),
         ({"id": 9, "messages": []}, "record 9: its last turn is not an answer"),
         ({"messages": _talk("Hi")}, "its last turn is not an answer"),
         ({"messages": _talk("Hi", " ")}, "its last turn is not an answer"),
