@@ -28,6 +28,12 @@ from vlm_train.errors import ConfigError
 from vlm_train.randomness import derive_seed
 
 
+STALE = (
+    "the code that renders samples has changed since lengths were measured. Remove the folder data.cache names, and "
+    "start again."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """An entry of `data.train` or `data.val`: the stretch of a shard set that is used, and how it counts.
@@ -137,6 +143,8 @@ class Samples:
             if training and self.lengths is not None:
                 self._require_planned(address.index, rendered, source, number)
             views = self._views(address, rendered, blobs, training)
+        except NoPiece as error:
+            raise DataError(f"{shards.where(number)}: {error}: {STALE}") from error
         except BadSample as error:
             error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
             raise
@@ -233,8 +241,7 @@ class Samples:
         planned = self.lengths.tokens[index]
         if tokens != planned:
             raise DataError(
-                f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: the code that renders "
-                "samples has changed since lengths were measured. Remove the folder data.cache names, and start again."
+                f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: {STALE}"
             )
 
 
