@@ -27,7 +27,6 @@ from vlm_train.data.render import NoPiece, Rendered, render
 from vlm_train.errors import ConfigError
 from vlm_train.randomness import derive_seed
 
-
 STALE = (
     "the code that renders samples has changed since lengths were measured. Remove the folder data.cache names, and "
     "start again."
@@ -240,9 +239,7 @@ class Samples:
         tokens = max(len(stream) for stream in rendered.streams.values())
         planned = self.lengths.tokens[index]
         if tokens != planned:
-            raise DataError(
-                f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: {STALE}"
-            )
+            raise DataError(f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: {STALE}")
 
 
 def _shard_starts(source: Source) -> tuple[int, ...]:
