@@ -260,6 +260,8 @@ def test_settings_of_the_order_that_would_be_ignored_are_refused() -> None:
         "data.pack: rows of 1024 tokens must hold samples of data.max_length=2048"
     )
     assert found("data.pack=4096", "data.group=length").startswith("data.group: packed rows are evened out")
+    both = found("data.mixture=weights", "data.train=[{shards: a, share: 0.5, weight: 2.0}, {shards: b}]")
+    assert both.startswith("data.train: an entry has a share of all draws or a weight")
     assert found("data.rejected=true", "data.over_length=split").startswith("data.over_length: pairs of answers")
     budget = ["batch.samples=null", "batch.tokens=65536", "data.pack=4096", "data.group=null"]
     assert problems(*budget, "batch.micro=1") == []

@@ -162,6 +162,8 @@ def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
     entries = [entry for entry in data.get("train") or [] if isinstance(entry, dict)]
     if data.get("mixture") != "weights" and any(entry.get("weight") is not None for entry in entries):
         yield f"data.train: a weight counts only with data.mixture=weights, got {data.get('mixture')!r}."
+    if any(entry.get("share") is not None and entry.get("weight") is not None for entry in entries):
+        yield "data.train: an entry has a share of all draws or a weight among the others, got both."
     pack, longest = data.get("pack"), data.get("max_length")
     if data.get("pack_views") is not None and pack is None:
         yield "data.pack_views: bounds packed rows, but data.pack is null."

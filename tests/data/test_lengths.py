@@ -125,6 +125,12 @@ def test_a_cache_that_cannot_be_written_is_named(root: Path, tmp_path: Path, mon
     assert not list(tmp_path.glob("*.npz"))
 
 
+def test_no_usable_sample_is_an_error_at_the_start(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", [(user("Q", 0), assistant("a" * 300))])
+    with pytest.raises(ConfigError, match=r"none of the 1 samples can be used with data\.max_length=50 .*=drop"):
+        data(folder, pack=64, max_length=50, over_length="drop", cache=str(tmp_path / "lengths"))
+
+
 def test_samples_of_more_views_than_a_row_holds_are_named_at_the_start(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", [(user("Q", 0), assistant("a"))], [(user("Q", 0, 1), assistant("a"))])
     with pytest.raises(ConfigError, match=r"data\.pack_views: rows of 1 views cannot hold 1 samples, .* 2 views: .*k1"):

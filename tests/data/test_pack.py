@@ -77,6 +77,15 @@ def test_the_best_subset_of_few_views_is_the_best():
         assert sum(tokens[i] for i in first) == best
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_samples_that_cannot_be_used_leave_the_rows_full(share):
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random(SAMPLES) < share, 0, rng.integers(50, 150, SAMPLES))
+    rows = fill_rows(tokens.tolist(), 2048)
+    assert sorted(i for row in rows for i in row) == list(range(SAMPLES)) and all(row == sorted(row) for row in rows)
+    assert tokens.sum() / (len(rows) * 2048) >= 0.97
+
+
 def test_no_sample_waits_longer_than_its_turn():
     tokens = [700] + [1] * 300  # the long one fits no remainder, but opens a row of its own
     rows = fill_rows(tokens, 702, buffer=8)

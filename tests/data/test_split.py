@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.errors import BadSample
+from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.rendering import assistant, layout, load, sample, user
 from tests.data.test_datamodule import data, write
+from vlm_train.data.mixture import Address
 from vlm_train.data.render import NoPiece, render
 from vlm_train.data.split import pieces
 from vlm_train.data.streams import IGNORE
@@ -96,3 +97,8 @@ def test_pieces_are_samples_of_their_own(tmp_path: Path) -> None:
     assert len(made.train) == 2 * count + 1
     keys = [key for batch in made.train_dataloader() for row in batch.keys for key in row][: 2 * count + 1]
     assert keys == ["k0"] * count + ["k1"] + ["k2"] * count
+    assert made.train.sources[0].pieces is not None
+    made.train.sources[0].pieces[0, 1] = 99  # as if code of another day had measured
+    with pytest.raises(DataError, match=r"k0.* no piece 99: the code that renders .* data\.cache") as caught:
+        made.train.item(Address(0, 0), training=True)
+    assert not isinstance(caught.value, BadSample)  # which would only be left out

@@ -102,6 +102,7 @@ class VLMData(pl.LightningDataModule):
             block=window,
             pool=pool,
         )
+        self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_views, self.group, self.window = pack, pack_views, group, window
         self.cache = Path(cache)
         self.micro, self.normalise = built.cfg.batch.micro, built.cfg.batch.normalise
@@ -154,6 +155,11 @@ class VLMData(pl.LightningDataModule):
             return None
         lengths = self.train.measure(self.cache)
         tokens, views = lengths.tokens, lengths.views
+        if not tokens.any():
+            raise ConfigError(
+                f"data.train: none of the {len(tokens)} samples can be used with data.max_length={self.max_length} and "
+                f"data.over_length={self.over_length}. mode=show says why."
+            )
         if self.pack_views is not None and len(over := np.flatnonzero(views > self.pack_views)):
             source, number, _ = self.train.locate(int(over[0]))
             raise ConfigError(

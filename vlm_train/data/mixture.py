@@ -67,9 +67,9 @@ class Mixture:
         sources: their samples are numbered through, in this order.
         rule: concat (everything once a pass) | weights | sqrt (of the size: InstructBLIP) | temperature
             (size ** (1 / temperature)).
-        shuffle: full (a pass in any order; 8 bytes of memory a sample in every loader process, and 12 more with several
-            sources) | shards (`pool` shards at a time, for sets too large or too far away for random reads; 8 bytes a
-            sample of the pool) | none.
+        shuffle: full (a pass in any order; 8 bytes of memory a sample in every loader process, 20 with several sources,
+            and twice that from the second pass on, as two passes may share a step) | shards (`pool` shards at a time,
+            for sets too large or too far away for random reads; 8 bytes a sample of the pool of each source) | none.
         block: draws after which the quotas are exact; `concat` needs none unless the order is by shards.
         pool: shards whose samples are mixed with each other. A sample's neighbours in its shard end up anywhere among
             the samples of `pool` shards drawn at random; with one shard in the pool they stay within its length.

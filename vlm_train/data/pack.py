@@ -37,7 +37,7 @@ def fill_rows(
     next `buffer` samples whose lengths add up closest to the budget.
 
     Args:
-        tokens: length of every sample.
+        tokens: length of every sample; 0: a hole, which takes no place.
         views: views of every sample; read with `max_views` only.
         most: rows at most; the next `buffer` samples have then been seen. None: rows for all samples.
 
@@ -56,7 +56,8 @@ def fill_rows(
         oldest, rest = pool[0], pool[1:]
         room = None if max_views is None else max_views - counts[oldest]
         chosen = _best_subset([tokens[i] for i in rest], budget - tokens[oldest], [counts[i] for i in rest], room)
-        row = [oldest, *(rest[k] for k in chosen)]
+        holes = [i for i in rest if not tokens[i]]  # kept back, they would take the places of others in the buffer
+        row = sorted([oldest, *(rest[k] for k in chosen), *holes])
         rows.append(row)
         taken = set(row)
         pool = [i for i in pool if i not in taken] + _take(waiting, len(row))

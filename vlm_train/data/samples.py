@@ -27,6 +27,11 @@ from vlm_train.data.render import NoPiece, Rendered, render
 from vlm_train.errors import ConfigError
 from vlm_train.randomness import derive_seed
 
+STALE = (
+    "the code that renders samples has changed since lengths were measured. Remove the folder data.cache names, and "
+    "start again."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -137,6 +142,8 @@ class Samples:
             if training and self.lengths is not None:
                 self._require_planned(address.index, rendered, source, number)
             views = self._views(address, rendered, blobs, training)
+        except NoPiece as error:
+            raise DataError(f"{shards.where(number)}: {error}: {STALE}") from error
         except BadSample as error:
             error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
             raise
@@ -232,10 +239,7 @@ class Samples:
         tokens = max(len(stream) for stream in rendered.streams.values())
         planned = self.lengths.tokens[index]
         if tokens != planned:
-            raise DataError(
-                f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: the code that renders "
-                "samples has changed since lengths were measured. Remove the folder data.cache names, and start again."
-            )
+            raise DataError(f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: {STALE}")
 
 
 def _shard_starts(source: Source) -> tuple[int, ...]:
