@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.audit import drawn
 from tests.small_run import command, make_data, train
 from tests.test_fit import assert_same_weights, checkpoint_of, metrics, stop_after
+from vlm_train.errors import CheckpointError
 
 SGD = ["optim=sgd", "~optim.betas", "optim.lr=0.1", "optim.weight_decay=0", "trainer.clip_norm=null"]
 PACKED = ["data.pack=160", "data.max_length=120", "batch.micro=1"]
@@ -77,6 +78,16 @@ def test_streams_resume_exactly(more: list[str], data: Path, tmp_path: Path) -> 
     two = train(overrides[1])
     assert metrics(one) == metrics(two) and metrics(one)
     assert_same_weights(one, two, metrics(one)[-1]["step"])
+
+
+def test_a_run_does_not_go_on_in_another_order(data: Path, tmp_path: Path) -> None:
+    """A named run keeps its name when its options change; its checkpoints stand in the old order."""
+    train(command(data, tmp_path, *BUDGET, "trainer.max_steps=2"))
+    for changed in (["batch.tokens=640"], ["data.pack=320"], ["seed=7"], ["data.shuffle=none"]):
+        with pytest.raises(CheckpointError, match="order changed since"):
+            train(
+                command(data, tmp_path, *BUDGET, *changed, "resume=" + str(tmp_path / "run/checkpoints/step-00000002"))
+            )
 
 
 def test_realised_shares_are_logged(data: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     policy = _policy(cfg, built.model)
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
     data.plan = _plan(cfg, data, built.model)
-    facts = {"run_id": identity, "init_from": sources, "data": data.fingerprint()}
+    facts = {"run_id": identity, "init_from": sources, "data": data.fingerprint(), "order": data.order()}
     facts |= {"vocabulary": vocabulary(built.tokenizer)}
     if resumed:
         resumed.require(**facts)

@@ -39,7 +39,7 @@ def data(*train: Any, val: list[Any] | None = None, normalise: str = "token", **
         layout=layout,
         image=ImageTransform(mode="resize", size=(8, 8)),
         image_size=(8, 8),
-        cfg=SimpleNamespace(batch=SimpleNamespace(micro=2, normalise=normalise)),
+        cfg=SimpleNamespace(batch=SimpleNamespace(micro=2, normalise=normalise, samples=4, tokens=None)),
     )
     entries = [one if isinstance(one, dict) else {"shards": str(one)} for one in train]
     options = {"shuffle": "none", "workers": 0, "cache": "/nonexistent"} | options

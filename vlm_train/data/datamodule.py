@@ -20,6 +20,7 @@ from data_pipelines.remote import CACHE_BYTES
 from vlm_train.build import Built
 from vlm_train.data.budget import Place, TokenPlan
 from vlm_train.data.cost import Cost
+from vlm_train.data.lengths import fingerprint
 from vlm_train.data.mixture import Mixture
 from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes
 from vlm_train.data.samples import Samples
@@ -105,13 +106,19 @@ class VLMData(pl.LightningDataModule):
         self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_views, self.group, self.window = pack, pack_views, group, window
         self.cache = Path(cache)
-        self.micro, self.normalise = built.cfg.batch.micro, built.cfg.batch.normalise
+        batch = built.cfg.batch
+        self.micro, self.normalise, self.batch = batch.micro, batch.normalise, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None
 
     def fingerprint(self) -> str:
         """Hash of the training samples and their order, from the manifests: other shards have another one."""
         return hashlib.sha256("\n".join(one.fingerprint for one in self.train.sets).encode()).hexdigest()
+
+    def order(self) -> str:
+        """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
+        how = (self.batch, self.pack, self.pack_views, self.group, self.window, self.train.options)
+        return fingerprint(self.mixture, *how)
 
     def make_plan(
         self, *, batch: int | None, tokens: int | None, epochs: float | None, most: int | None, world: int, cost: Cost
