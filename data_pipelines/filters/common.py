@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import BadSample, DataError
 from data_pipelines.filters import Drop, Filter, check_range, outside, text_of
+from data_pipelines.raw.files import open_parquet, parquet_rows
+from data_pipelines.raw.records import JsonLines
 from data_pipelines.sample import ROLES, Sample
 
 KEY = "key"
@@ -103,23 +105,18 @@ def read_scores(path: Path, columns: Sequence[str]) -> dict[str, dict[str, Any]]
     return table
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> list[Any]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise DataError("scores in parquet need pyarrow: pip install 'vlm-train[data]'") from error
-    try:
-        found = parquet.read_schema(path).names
-        missing = [name for name in (KEY, *columns) if name not in found]
-        if missing:
-            raise DataError(f"{path}: no column {', '.join(missing)}; its columns: {', '.join(found)}")
-        return parquet.read_table(path, columns=[KEY, *columns]).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    found = open_parquet(path).schema_arrow.names
+    missing = [name for name in (KEY, *columns) if name not in found]
+    if missing:
+        raise DataError(f"{path}: no column {', '.join(missing)}; its columns: {', '.join(found)}")
+    return parquet_rows(path, [KEY, *columns])
 
 
-def _json_lines(path: Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON lines: {error}") from error
+def _json_lines(path: Path) -> Iterator[Any]:
+    records = JsonLines(path, "scores: file")
+    for i in range(len(records)):
+        try:
+            yield records[i]
+        except BadSample as error:
+            raise DataError(f"{path}, line {records.line(i)}: {error}") from error

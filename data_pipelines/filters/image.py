@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.filters import Drop, Filter, check_range, outside
 from data_pipelines.media import FORMATS, check_pixels
+from data_pipelines.raw.files import needs
 from data_pipelines.sample import Sample
 
 BITS = 64  # of a perceptual hash
@@ -79,7 +79,7 @@ class SimilarImages(Filter):
         edges = [BITS * band // (max_distance + 1) for band in range(max_distance + 2)]
         self._bands = list(zip(edges, edges[1:]))
         self._seen: dict[tuple[int, int], list[int]] = {}
-        _imagehash()
+        needs("imagehash")
 
     def measure(self, sample: Sample, blobs: Sequence[bytes]) -> list[int]:
         """The hash of every picture."""
@@ -88,7 +88,7 @@ class SimilarImages(Filter):
             if item.kind == "image":
                 check_pixels(blob)
                 with Image.open(io.BytesIO(blob), formats=tuple(FORMATS)) as image:
-                    hashes.append(int(str(_imagehash().phash(image.convert("RGB"))), 16))
+                    hashes.append(int(str(needs("imagehash").phash(image.convert("RGB"))), 16))
         return hashes
 
     def verdict(self, key: str, measured: list[int]) -> Drop | None:
@@ -107,11 +107,3 @@ class SimilarImages(Filter):
     def _parts(self, value: int) -> list[tuple[int, int]]:
         """Two hashes that differ in at most `max_distance` bits agree in at least one of these."""
         return [(low, value >> low & (1 << high - low) - 1) for low, high in self._bands]
-
-
-def _imagehash() -> Any:
-    try:
-        import imagehash
-    except ImportError as error:
-        raise DataError("similar_images needs imagehash: pip install 'vlm-train[data]'") from error
-    return imagehash

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.filters import Drop, Filter, check_range, check_roles, outside, text_of
+from data_pipelines.raw.files import needs
 from data_pipelines.sample import Sample
 
 SHINGLE = 3  # words
@@ -80,7 +81,7 @@ class SimilarTexts(Filter):
         if not 0 < threshold <= 1 or permutations < 2:
             raise DataError(f"similar_texts: threshold {threshold} (0 to 1), permutations {permutations} (2 or more)")
         self.threshold, self.permutations, self.roles = threshold, permutations, check_roles(roles)
-        self._near = _datasketch().MinHashLSH(threshold=threshold, num_perm=permutations)
+        self._near = needs("datasketch").MinHashLSH(threshold=threshold, num_perm=permutations)
         self._seen: dict[str, Any] = {}
 
     def measure(self, sample: Sample, blobs: Sequence[bytes]) -> Any:
@@ -89,9 +90,9 @@ class SimilarTexts(Filter):
         if not words:
             return None
         runs = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-        found = _datasketch().MinHash(num_perm=self.permutations)
+        found = needs("datasketch").MinHash(num_perm=self.permutations)
         found.update_batch([run.encode() for run in sorted(runs)])
-        return _datasketch().LeanMinHash(found)
+        return needs("datasketch").LeanMinHash(found)
 
     def verdict(self, key: str, measured: Any) -> Drop | None:
         """Remembers the texts of kept samples."""
@@ -106,16 +107,5 @@ class SimilarTexts(Filter):
 
 @cache
 def _identifier() -> Any:
-    try:
-        from py3langid import langid
-    except ImportError as error:
-        raise DataError("language needs py3langid: pip install 'vlm-train[data]'") from error
+    langid = needs("py3langid.langid")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-
-
-def _datasketch() -> Any:
-    try:
-        import datasketch
-    except ImportError as error:
-        raise DataError("similar_texts needs datasketch: pip install 'vlm-train[data]'") from error
-    return datasketch

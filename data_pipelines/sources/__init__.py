@@ -6,6 +6,9 @@ time: so a build can be spread, resumed, and still write the same shards. A sour
 from `ListSource`, or from `FileSource` if they are those of one file; one over several files (tars, parquet) makes each
 file a part. A new source is one .py here and one .yaml in `data_pipelines/conf/source`; `data_pipelines/raw` has what
 sources share.
+
+Options are called the same everywhere: `file` or `folder` holds the records, `images` or `videos` the files that they
+name (`media`: both kinds), `limit` takes the first records, `split` says what they are, or chooses them.
 """
 
 from __future__ import annotations

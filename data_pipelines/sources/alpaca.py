@@ -38,10 +38,11 @@ class Alpaca(FileSource):
         name: str = "alpaca",
         licence: str = "",
         split: str = "train",
+        limit: int | None = None,
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
         self.prompt = check_choice("prompt", prompt, PROMPTS)
-        super().__init__(file)
+        super().__init__(file, limit)
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file."""

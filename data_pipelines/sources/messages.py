@@ -40,9 +40,10 @@ class Messages(FileSource):
         name: str = "messages",
         licence: str = "",
         split: str = "train",
+        limit: int | None = None,
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
-        super().__init__(file)
+        super().__init__(file, limit)
         self._media = MediaFolder(Path(file).parent if media is None else media, "media")
 
     def record(self, i: int) -> tuple[Sample, list[bytes]]:

@@ -162,6 +162,13 @@ def test_scores_of_meta_and_of_files(made, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"key": "a"}\n{"key": "a"}\n')
     with pytest.raises(DataError, match="bad.jsonl, row 1: key 'a' was there before"):
         _dropped(shards, Scores(ranges={"clip": [0, 1]}, file=str(tmp_path / "bad.jsonl")))
+    (tmp_path / "note.jsonl").write_text(json.dumps({"key": "a", "n": "x\u2028y", "clip": 0.1}, ensure_ascii=False))
+    assert (
+        _dropped(shards, Scores(ranges={"clip": [0.5, 1]}, file=str(tmp_path / "note.jsonl")))["a"] == "clip below 0.5"
+    )
+    (tmp_path / "cut.jsonl").write_text('{"key": "a"}\n\n{"key": "b\n')
+    with pytest.raises(DataError, match="cut.jsonl, line 3: not JSON"):
+        _dropped(shards, Scores(ranges={"clip": [0, 1]}, file=str(tmp_path / "cut.jsonl")))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="not a readable parquet file"):
         _dropped(shards, Scores(ranges={"clip": [0, 1]}, file=str(tmp_path / "bad.parquet")))
