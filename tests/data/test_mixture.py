@@ -50,6 +50,16 @@ def test_concat_is_everything_once():
     assert draws(of, 30) != draws(of, 30, first=30)
 
 
+@pytest.mark.parametrize("block", [7, 64, 10_000])
+def test_concat_by_shards_is_everything_once_a_pass(block):
+    of = mixture(3, 500, Share(size=120, repeat=0.5), shuffle="shards", block=block)
+    assert of.samples == 563
+    for turn in range(2):
+        counts = Counter((which, number) for which, number, _ in draws(of, 563, first=563 * turn))
+        assert max(counts.values()) == 1
+        assert Counter(which for which, _ in counts) == {0: 3, 1: 500, 2: 60}
+
+
 def test_repeats_are_whole_passes_and_shares_of_passes():
     of = mixture(10, Share(size=10, repeat=2.5))
     assert of.samples == 35
@@ -130,6 +140,8 @@ def test_apportioning():
         ([5], {"shuffle": "yes"}, r"data\.shuffle: 'yes'; allowed: full, shards, none"),
         ([5, Share(size=5, weight=2.0)], {}, r"a weight counts only with data\.mixture=weights, got 'concat'"),
         ([5, Share(size=5, share=1.0)], {}, r"the fixed shares add up to 1, which leaves nothing"),
+        ([5, 5], {"temperature": 2.0}, r"data\.temperature: counts only with data\.mixture=temperature"),
+        ([5, Share(size=5, share=0.001)], {"block": 64}, r"a share of 0\.001 of data\.window=64 is less than a sample"),
         ([Share(size=5, share=0.5), Share(size=5, share=0.4)], {}, r"they add up to 0\.9, not 1"),
     ],
 )

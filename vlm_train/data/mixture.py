@@ -70,7 +70,8 @@ class Mixture:
         shuffle: full (a pass in any order; 8 bytes of memory a sample in every loader process, 20 with several sources,
             and twice that from the second pass on, as two passes may share a step) | shards (`pool` shards at a time,
             for sets too large or too far away for random reads; 8 bytes a sample of the pool of each source) | none.
-        block: draws after which the quotas are exact; `concat` needs none unless the order is by shards.
+        block: draws after which the quotas are exact; `concat`, exact after every pass, mixes so many at a time where
+            the order is by shards.
         pool: shards whose samples are mixed with each other. A sample's neighbours in its shard end up anywhere among
             the samples of `pool` shards drawn at random; with one shard in the pool they stay within its length.
     """
@@ -93,9 +94,7 @@ class Mixture:
 
     @cached_property
     def quotas(self) -> NDArray[np.int64]:
-        """Draws from every source in a block."""
-        if self.rule == "concat" and not any(source.share for source in self.sources) and self.shuffle != "shards":
-            return np.array([source.draws for source in self.sources])
+        """Draws from every source in a block `[S]`; not for `concat` without fixed shares, whose blocks cut a pass."""
         return apportion(self.shares, max(self.block, len(self.sources)))
 
     @cached_property
@@ -128,20 +127,43 @@ class Mixture:
         """First sample of every source."""
         return [0, *accumulate(source.size for source in self.sources)]
 
+    @cached_property
+    def _cuts(self) -> NDArray[np.int64]:
+        """`[K + 1, S]`: draws from every source before each of the K blocks of a period, and in all of it.
+
+        A period is a block of fixed quotas, or (`concat`) a pass over everything, in one block unless the order is by
+        shards. After a period each source has been drawn from exactly as often as it should.
+        """
+        if self.rule != "concat" or any(source.share for source in self.sources):
+            return np.stack([np.zeros_like(self.quotas), self.quotas])
+        draws = np.array([source.draws for source in self.sources])
+        blocks = -(-int(draws.sum()) // self.block) if self.shuffle == "shards" else 1
+        return np.arange(blocks + 1)[:, None] * draws // blocks
+
     def _source(self, position: int) -> tuple[int, int]:
         """The source that a position draws from, and how many draws from that source come before it."""
-        block, slot = divmod(position, int(self.quotas.sum()))
-        sources, nths = self._kept(("block", 0 if self.shuffle == "none" else block), self._mix)
+        cuts, starts = self._cuts, self._cut_starts
+        period, place = divmod(position, int(starts[-1]))
+        block = int(np.searchsorted(starts, place, side="right")) - 1
+        number = (0 if self.shuffle == "none" else period) * (len(cuts) - 1) + block
+        sources, nths = self._kept(("block", number), self._mix)
+        slot = place - int(starts[block])
         which = int(sources[slot])
-        return which, block * int(self.quotas[which]) + int(nths[slot])
+        return which, period * int(cuts[-1, which]) + int(cuts[block, which]) + int(nths[slot])
+
+    @cached_property
+    def _cut_starts(self) -> NDArray[np.int64]:
+        return self._cuts.sum(axis=1)
 
     def _mix(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """For every slot of a block: its source, and how many slots of that source come before it."""
-        sources = np.repeat(np.arange(len(self.sources), dtype=np.int32), self.quotas)
+        """For every slot of a block: its source, and how many slots of that source come before it in the block."""
+        block = number % (len(self._cuts) - 1)
+        quotas = self._cuts[block + 1] - self._cuts[block]
+        sources = np.repeat(np.arange(len(self.sources), dtype=np.int32), quotas)
         if self.shuffle != "none":
             sources = np.random.default_rng(derive_seed(self.seed, "mix", number)).permutation(sources)
         nths = np.empty(len(sources), np.int64)
-        nths[np.argsort(sources, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quotas])
+        nths[np.argsort(sources, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
         return sources, nths
 
     def _order(self, which: int, epoch: int) -> Callable[[int], int]:
@@ -233,5 +255,12 @@ def _check(mixture: Mixture) -> None:
         problems.append(f"data.train: every source has a fixed share, but they add up to {fixed:g}, not 1")
     if mixture.rule != "weights" and any(source.weight is not None for source in mixture.sources):
         problems.append(f"data.train: a weight counts only with data.mixture=weights, got {mixture.rule!r}")
+    if mixture.rule != "temperature" and mixture.temperature != 1.0:
+        problems.append(f"data.temperature: counts only with data.mixture=temperature, got {mixture.rule!r}")
+    for source in mixture.sources:
+        if source.share is not None and source.share * mixture.block < 1:
+            problems.append(
+                f"data.train: a share of {source.share:g} of data.window={mixture.block} is less than a sample"
+            )
     if problems:
         raise ConfigError(problems)
