@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.checksum import crc32
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media import media_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
@@ -104,7 +104,7 @@ def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tup
     if len(data) != info.size:
         raise DataError(f"{path}: truncated: member {info.name!r} has {len(data)} of {info.size} bytes")
     key = safe_key(f"{folder}/{stem}" if folder else stem)
-    return key, (Member(name, info.offset_data, info.size, zlib.crc32(data)), data)
+    return key, (Member(name, info.offset_data, info.size, crc32(data)), data)
 
 
 def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:

@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from data_pipelines.checksum import crc32
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import INDEX, IndexBuilder
 from data_pipelines.manifest import FileInfo, Manifest
@@ -164,7 +164,7 @@ class _Shard:
         self._put(info.tobuf(tarfile.USTAR_FORMAT))
         offset = self.size
         self._put(data + bytes(_padded(len(data)) - len(data)))
-        return Member(name, offset, len(data), zlib.crc32(data))
+        return Member(name, offset, len(data), crc32(data))
 
     def close(self) -> FileInfo:
         self._put(bytes(2 * BLOCK))

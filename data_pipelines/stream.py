@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.checksum import crc32
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import Index
 from data_pipelines.manifest import FileInfo, Manifest
@@ -178,7 +178,7 @@ class ShardSet:
             if offset < 0 or not 0 <= size <= MAX_MEMBER or offset + size > end:
                 raise BadSample(f"member {name}: {size} bytes at {offset} of {end}, says the index", kind="corrupt")
             data = os.pread(file, size, offset)
-            if len(data) != size or zlib.crc32(data) != crc:
+            if len(data) != size or crc32(data) != crc:
                 raise BadSample(f"member {name} is corrupt (checksum differs from the index)", kind="corrupt")
             parts.append((name, data))
         return parts

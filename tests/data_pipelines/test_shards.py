@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import webdataset
 
+from data_pipelines.checksum import crc32
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import index_folder
 from data_pipelines.sample import Sample
@@ -182,3 +184,8 @@ def test_a_sample_without_its_media_is_the_same(shard_set, tmp_path, tar, pictur
     index_folder(tmp_path / "foreign")
     foreign = ShardSet(tmp_path / "foreign")
     assert foreign.sample(0) == foreign.load(0)[0] and foreign.sample(0).meta == {"url": "x"}
+
+
+def test_checksums_are_those_of_zlib():
+    for data in (b"", b"a", bytes(range(256)) * 999):
+        assert crc32(data) == zlib.crc32(data)
