@@ -109,7 +109,7 @@ def test_counts_by_kind_are_logged_and_survive_a_checkpoint(tmp_path):
     (row,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     found = {name: value for name, value in row.items() if name.startswith("skipped")}
     assert found == {"skipped": 3, "skipped/corrupt": 1, "skipped/too_long": 2}
-    assert module.counts == dict.fromkeys(("samples", "tokens", "places", "supervised", "skipped"), 0.0)
+    assert module.meter.counts == dict.fromkeys(("samples", "tokens", "places", "supervised", "skipped"), 0.0)
     checkpoint: dict = {}
     module.on_save_checkpoint(checkpoint)
     other = make_module(tmp_path, trainer, max_bad_share=0.5)

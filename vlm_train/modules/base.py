@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,10 @@ from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
 from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for
-from vlm_train.objectives.base import Loss, Objective, identity_gather
+from vlm_train.modules.meter import Meter
+from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed
-
-COUNTS = ("samples", "tokens", "places", "supervised", "skipped")
-"""What is counted from one log line to the next, besides bad samples by kind."""
 
 
 class VLMModule(pl.LightningModule):
@@ -58,20 +57,15 @@ class VLMModule(pl.LightningModule):
         self.policy = policy
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
         self.seed, self.total_steps, self.normalise = seed, total_steps, normalise
-        self.min_supervised, self.folder = min_supervised_ratio, folder
+        self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
-        self.totals: dict[str, Tensor] = {}
-        self.validation: dict[str, Tensor] = {}
+        self.meter = Meter(self._over_ranks, min_supervised=min_supervised_ratio if "lm" in objectives else 0.0)
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
-        self.counts = dict.fromkeys(COUNTS, 0.0)
-        self.drawn: dict[str, float] = {}  # source -> samples since the last log line
         self.grad_norm: Tensor | None = None
-        self.loss_weights: dict[str, float] = {}
         self.interrupt, self.stopping = 0, False
-        self.since = time.perf_counter()
         self.train()  # Lightning keeps the modes it finds, so they are set here
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -101,7 +95,7 @@ class VLMModule(pl.LightningModule):
             for name, loss in objective(self.model, batch, gather).items():
                 value = loss.sum * (loss.weight / max(self.denominators.get(objective.stream, 0.0), 1e-8))
                 total = total + value
-                self._add(name, loss)
+                self.meter.train.add(name, loss)
         # Lightning and DDP divide by both.
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -120,31 +114,11 @@ class VLMModule(pl.LightningModule):
         if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
             streams = [name for name in names if name != "samples"]
             self.factors = {name: source_factors(self._over_ranks(dict(window.sums.get(name, {})))) for name in streams}
-        for source, count in window.sums.get("samples", {}).items():
-            self.drawn[source] = self.drawn.get(source, 0.0) + count
-        for name in ("samples", "tokens", "places", "supervised"):
-            self.counts[name] += getattr(window, name)
-        self._leave_out(window)
+        self.meter.open(window)
+        self.bad.add(window.problems)
+        self.bad.record("train", window.step, window.problems, self.global_rank)
         if reason := self.bad.judge(round(good), round(bad)):  # on every rank
             raise TrainingError(f"data.train: {reason}. {self.bad.summary(self._over_ranks(dict(self.bad.kinds)))}")
-
-    def _leave_out(self, window: Window) -> None:
-        """Count and record the bad samples of this rank."""
-        problems = window.problems
-        for name in (name for one in problems for name in ("skipped", f"skipped/{one.kind}")):
-            self.counts[name] = self.counts.get(name, 0.0) + 1.0
-        self.bad.add(problems)
-        self.bad.record("train", window.step, problems, self.global_rank)
-
-    def _add(self, name: str, loss: Loss) -> None:
-        self.loss_weights[name] = loss.weight
-        entries = {f"{name}/sum": loss.sum, f"{name}/count": loss.count} | {
-            f"{name}/{key}": value * loss.count for key, value in loss.metrics.items()
-        }
-        for key, value in entries.items():
-            held = self.totals.get(key)
-            value = value.detach().float()
-            self.totals[key] = value if held is None else held.to(value.device) + value
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -162,34 +136,14 @@ class VLMModule(pl.LightningModule):
             cast(Any, self.model).clamp_()
 
     def log_training(self) -> None:
-        """Write the means since the last log line, and check them."""
-        row = self._means(self.totals)
-        self.counts = self._over_ranks(self.counts)
+        """Write what happened since the last log line, and check it."""
+        row = self.meter.line()
         self._require_finite("training", row)
-        ratio = self.counts["supervised"] / max(self.counts["tokens"], 1)
-        if "lm" in self.objectives and self.counts["tokens"] and ratio < self.min_supervised:  # none: all left out
-            raise TrainingError(
-                f"data: only {ratio:.2%} of the last {self.counts['tokens']:.0f} tokens are supervised, less than "
-                f"trainer.min_supervised_ratio={self.min_supervised:.2%}. Look at what is learned with mode=show."
-            )
-        now = time.perf_counter()
-        seconds, self.since = now - self.since, now
         groups = self.trainer.optimizers[0].param_groups
         row |= {f"lr/{g['name']}": max(o["lr"] for o in groups if o["name"] == g["name"]) for g in groups}
-        row |= {
-            "samples_per_second": self.counts["samples"] / seconds,
-            "tokens_per_second": self.counts["tokens"] / seconds,
-        }
-        row |= {"supervised_share": ratio, "real_tokens_share": self.counts["tokens"] / max(self.counts["places"], 1)}
-        row |= {name: count for name, count in sorted(self.counts.items()) if name.startswith("skipped")}
-        drawn = self._over_ranks(self.drawn)
-        if len(drawn) > 1:
-            row |= {f"share/{name}": count / sum(drawn.values()) for name, count in sorted(drawn.items())}
         if self.grad_norm is not None and math.isfinite(float(self.grad_norm)):  # 16-mixed skips steps that overflow
             row["grad_norm"] = float(self.grad_norm)
         self.write("train", row)
-        self.totals, self.drawn = {}, {}
-        self.counts = dict.fromkeys(COUNTS, 0.0)
 
     def _over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
@@ -198,25 +152,6 @@ class VLMModule(pl.LightningModule):
         everywhere: list[dict[str, float]] = [{}] * self.trainer.world_size
         torch.distributed.all_gather_object(everywhere, values)
         return {name: sum(one.get(name, 0.0) for one in everywhere) for one in everywhere for name in one}
-
-    def _means(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over ranks: `loss` in all, then every objective and metric. Empty if no rank has any."""
-        sums = torch.stack(list(totals.values())).tolist() if totals else []  # one copy from the device
-        by_name = self._over_ranks(dict(zip(totals, sums, strict=True)))
-        row: dict[str, float] = {}
-        total = 0.0
-        for name in sorted(by_name):
-            objective, kind = name.rsplit("/", 1)
-            if kind == "count":
-                continue
-            mean = by_name[name] / max(by_name[f"{objective}/count"], 1e-8)
-            row[f"{objective}_loss" if kind == "sum" else f"{objective}_{kind}"] = mean
-            if kind == "sum":
-                total += self.loss_weights.get(objective, 1.0) * mean
-        losses = {key: value for key, value in row.items() if key.endswith("_loss")}
-        if len(losses) == 1:
-            row.pop(next(iter(losses)))  # the only one is the loss
-        return {"loss": total} | row if by_name else {}
 
     def _require_finite(self, what: str, row: Mapping[str, float]) -> None:
         if not all(math.isfinite(value) for value in row.values()):
@@ -229,7 +164,7 @@ class VLMModule(pl.LightningModule):
     def require_healthy(self) -> None:
         """Raises TrainingError, on every rank, if a loss since the last log line or a weight is not finite."""
         learned = [p for group in self.policy.groups for p in group.parameters]
-        sick = torch.stack([*(~torch.isfinite(v).all() for v in (*learned, *self.totals.values()))]).any()
+        sick = torch.stack([*(~torch.isfinite(v).all() for v in (*learned, *self.meter.train.totals.values()))]).any()
         if self._over_ranks({"sick": float(sick)})["sick"]:
             raise TrainingError(
                 f"training: weights or loss are not finite at step {self.global_step}, so no checkpoint is written. "
@@ -247,22 +182,20 @@ class VLMModule(pl.LightningModule):
         gather = identity_gather  # ranks may hold unequal numbers of held-out samples
         for objective in self.objectives.values():
             for name, loss in objective(self.model, batch, gather).items():
-                self.loss_weights[name] = loss.weight
-                for key, value in {"sum": loss.sum, "count": loss.count}.items():
-                    held = self.validation.get(f"{name}/{key}")
-                    self.validation[f"{name}/{key}"] = value.detach() if held is None else held + value.detach()
+                self.meter.held_out.add(name, replace(loss, metrics={}))
 
     def on_validation_start(self) -> None:
         """Stop the clock of the training speed."""
-        self.paused = time.perf_counter()
+        self.meter.pause()
 
     def on_validation_end(self) -> None:
         """Start it again, after the callbacks (evaluators, checkpoints) are done."""
-        self.since += time.perf_counter() - self.paused
+        self.meter.go_on()
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
-        self.validation, self.held_out, self.held_out_bad = {}, 0, 0
+        self.meter.hold_out()
+        self.held_out, self.held_out_bad = 0, 0
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss."""
@@ -277,7 +210,7 @@ class VLMModule(pl.LightningModule):
                 f"data.val: none of the {seen['bad']:.0f} held-out samples is usable; {self.folder}/quarantine-*.jsonl "
                 "says why."
             )
-        self.validation_metrics = self._means(self.validation)
+        self.validation_metrics = self.meter.held_out.means(self._over_ranks)
         self._require_finite("validation", self.validation_metrics)
         if self.validation_metrics:
             self.write("val", self.validation_metrics)
@@ -309,11 +242,7 @@ class VLMModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything but weights, which `checkpoint.py` writes as safetensors: the sums since the last log line."""
         checkpoint["state_dict"] = {}
-        sums = torch.stack(list(self.totals.values())).tolist() if self.totals else []
-        checkpoint["since_log"] = {
-            "totals": self._over_ranks(dict(zip(self.totals, sums, strict=True))),
-            "counts": self._over_ranks(self.counts),
-            "drawn": self._over_ranks(self.drawn),
+        checkpoint["since_log"] = self.meter.state() | {
             "bad": self.bad.state(self._over_ranks(dict(self.bad.kinds))),
         }
 
@@ -322,8 +251,7 @@ class VLMModule(pl.LightningModule):
         held = checkpoint["since_log"]
         self.bad.load(held["bad"], first_rank=self.global_rank == 0)
         if self.global_rank == 0:
-            self.totals = {name: torch.tensor(value, device=self.device) for name, value in held["totals"].items()}
-            self.counts, self.drawn = dict(held["counts"]), dict(held["drawn"])
+            self.meter.load(held, self.device)
 
 
 def ends_step(batch: Batch) -> bool:
