@@ -31,3 +31,16 @@ def drawn(folder: Path, rank: int) -> dict[tuple[int, int], Any]:
     """The keys of every micro-batch; of one trained twice, because it came after the last checkpoint, the later."""
     rows = [json.loads(line) for line in (folder / f"audit-{rank}.jsonl").read_text().splitlines()]
     return {(step, micro): keys for step, micro, keys in rows}
+
+
+class Stop(pl.Callback):
+    """Asks the run to stop after a step, as a signal would."""
+
+    def __init__(self, *, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.window.step == self.after - 1:
+            pl_module.interrupt = signal.SIGTERM  # type: ignore[assignment]

@@ -48,6 +48,7 @@ THREADED: dict[str, frozenset[str]] = {
     "optim": frozenset({"params"}),
     "lr_schedule": frozenset({"optimizer", "total_steps"}),
     "logger": frozenset({"folder"}),
+    "strategy": frozenset({"device", "timeout_minutes", "compute_dtype"}),
 }
 """Arguments that `build.py` and `fit.py` give from other parts, and no others: a configuration need not name them."""
 

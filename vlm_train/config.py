@@ -35,13 +35,14 @@ GROUP_WITHOUT_OPTION = "Config group override must be a string or a list"
 
 TRAINING_KEYS = (
     "seed", "init_from", "model", "vision", "connector", "llm", "tokenizer", "image", "template", "objective",
-    "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer", "strategy",
+    "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
 )  # fmt: skip
 """What decides the trained weights, hence the run id."""
 
 COSMETIC_KEYS = {
-    "trainer": ("val_every", "save_every", "log_every", "keep_last", "activation_checkpointing", "compile",
-                "accelerator", "threads", "max_bad_samples", "max_bad_share", "strict", "export"),
+    "trainer": ("val_every", "save_every", "log_every", "async_save", "keep_last", "keep_best", "keep_every", "best",
+                "activation_checkpointing", "compile", "accelerator", "threads", "max_bad_samples", "max_bad_share",
+                "strict", "guard", "skip_steps", "export"),
     "data": ("workers", "prefetch", "cache", "shard_cache", "shard_cache_bytes"),
 }  # fmt: skip
 """Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import warnings
@@ -59,42 +58,44 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     from vlm_train.data.datamodule import VLMData
     from vlm_train.data.tokenizer import vocabulary
     from vlm_train.evaluation.run import make_evaluators
-    from vlm_train.trainer import loop_callbacks, make_trainer
+    from vlm_train.trainer import halves_weights, loop_callbacks, make_trainer, processes, shards_model
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    built = build(cfg)
-    sources = checkpoint.hand_over(built.model, cfg.init_from)
-    if resumed:
-        checkpoint.load_weights(built.model, resumed.folder / checkpoint.WEIGHTS)
-    if cfg.trainer.precision == "bf16-true":
+    world = processes(cfg)
+    shares = world > 1 and shards_model(cfg) and rank() > 0  # rank 0 spreads its weights later
+    built = build(cfg, meta=shares)
+    sources: list[str] = []
+    if not shares:
+        sources = checkpoint.hand_over(built.model, cfg.init_from)
+        if resumed:
+            checkpoint.load_weights(built.model, resumed.folder / checkpoint.WEIGHTS)
+    if halves_weights(cfg):
         halve(built.model)
     policy = _policy(cfg, built.model)
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
-    data.plan = _plan(cfg, data, built.model)
+    data.plan = _plan(cfg, data, built.model, world)
     facts = {"run_id": identity, "init_from": sources, "data": data.fingerprint(), "order": data.order()}
     facts |= {"vocabulary": vocabulary(built.tokenizer)}
-    if resumed:
+    if resumed and not shares:
         resumed.require(**facts)
+    facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
     module = _module(cfg, built.model, policy, data.plan, folder)
     evaluators = make_evaluators(cfg)
-    held_out = len(data.val) > 0
-    evaluation = Evaluation(built, evaluators, folder, every=None if held_out else cfg.trainer.val_every)
-    callbacks = loop_callbacks(cfg, data.plan, evaluation, folder, facts, resumed)
+    every = None if len(data.val) else cfg.trainer.val_every
+    evaluation = Evaluation(built, evaluators, folder, every=every, val_every=cfg.trainer.val_every)
+    callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed)
     trainer = make_trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
         _describe(cfg, built, policy, trainer, folder, identity)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # not our calls
         trainer.fit(module, datamodule=data, ckpt_path=resumed.state if resumed else None, weights_only=True)
         if trainer.global_step < data.plan.steps:
             raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
-        validated = trainer.strategy.broadcast(record.last_loss(folder, "val").get("step"))
-        if held_out and validated != data.plan.steps:  # no interval ended here
-            trainer.validate(module, datamodule=data, verbose=False)
-    built.model.to(trainer.strategy.root_device)  # where Lightning took it away when it was done
     metrics = _finish(built, module, evaluators, folder, trainer)
-    if trainer.world_size > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise its threads abort the process at exit
     return metrics
 
@@ -122,16 +123,15 @@ def _policy(cfg: DictConfig, model: Any) -> Any:
     )
 
 
-def _plan(cfg: DictConfig, data: Any, model: Any) -> Any:
+def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
     from vlm_train.data.cost import cost_of
 
-    tasks = "SLURM_NTASKS" if cfg.launch.kind == "srun" else "WORLD_SIZE"
     return data.make_plan(
         batch=cfg.batch.samples,
         tokens=cfg.batch.tokens,
         epochs=cfg.trainer.epochs,
         most=cfg.trainer.max_steps,
-        world=int(os.environ.get(tasks, 1)),
+        world=world,
         cost=cost_of(model),
     )
 
@@ -139,8 +139,9 @@ def _plan(cfg: DictConfig, data: Any, model: Any) -> Any:
 def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -> Any:
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
+    from vlm_train.modules.guard import Guard
 
-    if cfg.trainer.activation_checkpointing:
+    if cfg.trainer.activation_checkpointing != "none":
         for part in ("vision", "llm"):
             if getattr(model, part, None) is not None:
                 checkpoint_layers(getattr(model, part).layers)
@@ -166,6 +167,8 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
         max_bad_share=cfg.trainer.max_bad_share,
         strict=cfg.trainer.strict,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
+        guard=Guard(folder, **cfg.trainer.guard, scaled=cfg.trainer.precision == "16-mixed"),
+        skip_steps=cfg.trainer.skip_steps,
         folder=folder,
     )
 
@@ -176,16 +179,20 @@ def _call(node: DictConfig, value: Any, **options: Any) -> Any:
 
 
 def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
-    """Final evaluation, run.json and report, on rank 0."""
-    if not trainer.is_global_zero:
-        return {}
+    """Final evaluation, on all ranks where weights are in shards; run.json and report, on rank 0."""
+    from vlm_train.callbacks.loop import results_folder
     from vlm_train.evaluation.run import run_evaluators
 
+    if not (trainer.is_global_zero or trainer.strategy.shards_model):
+        return {}
     metrics: dict[str, float] = {}
     if evaluators:
-        found = run_evaluators(built, evaluators, folder)  # which also records the results
+        with results_folder(folder, trainer.is_global_zero) as results:
+            found = run_evaluators(built, evaluators, results)  # which also records the results
         metrics = {f"{name}/accuracy": found[name]["accuracy"] for name in evaluators}
         module.write("test", metrics)
+    if not trainer.is_global_zero:
+        return {}
     for name, split in (("loss", "train"), ("val_loss", "val")):
         if last := record.last_loss(folder, split):
             metrics[name] = last["loss"]

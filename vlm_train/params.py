@@ -35,6 +35,7 @@ class Group:
     lr: float
     weight_decay: float
     parameters: list[nn.Parameter] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The group as `torch.optim` takes it."""
@@ -60,6 +61,17 @@ class Policy:
 
     groups: list[Group]
     rows: list[Row]
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return {name: p for group in self.groups for name, p in zip(group.names, group.parameters, strict=True)}
+
+    def rebind(self, model: nn.Module) -> None:
+        """Take the parameters of these names from a model whose parameters were replaced by shards of them."""
+        named = dict(model.named_parameters())
+        for group in self.groups:
+            group.parameters[:] = [named[name] for name in group.names]
 
     @property
     def trainable(self) -> int:
@@ -122,6 +134,7 @@ def apply_policy(
             key = (part, rule.match, scaled, decay)
             group = groups.setdefault(key, Group(name=part, lr=scaled, weight_decay=decay))
             group.parameters.append(parameter)
+            group.names.append(name)
         note = "not used by the chosen layers" if name in unused else ""
         row = rows.setdefault((part, rule.match, note), [0, 0, lr, None])
         row[0] += 1

@@ -50,6 +50,15 @@ class BatchSize:
 
 
 @dataclass
+class Guard:
+    """When a step makes no update. One whose gradients are not finite never does; its samples are recorded."""
+
+    spike: float | None = None  # nor one whose norm is so many median deviations above the usual one; null: any
+    window: int = 100  # steps that say what is usual
+    max_in_a_row: int = 10  # steps without update that are borne; one more stops the run
+
+
+@dataclass
 class Trainer:
     """Running. Every interval counts optimizer steps."""
 
@@ -60,14 +69,20 @@ class Trainer:
     val_every: int | None = None  # validation loss and evaluators; they also run at the end
     save_every: int | None = 500  # checkpoints; null: only at the end (and when the run is asked to stop)
     log_every: int = 10
-    keep_last: int = 2  # newest checkpoints kept, besides the best
-    activation_checkpointing: bool = False
+    async_save: bool = False  # write checkpoints while training goes on, from a copy in memory
+    keep_last: int = 2  # newest checkpoints kept, besides BEST
+    keep_best: int = 1  # best checkpoints kept, by `best`
+    keep_every: int | None = None  # checkpoints of every n-th step are kept for good
+    best: str = "loss"  # what BEST follows: loss, or an evaluator's metric such as answers/accuracy
+    activation_checkpointing: str = "none"  # none | full | selective: keep products and attention, recompute the rest
     compile: bool = False
     accelerator: str = "auto"  # auto | cpu | gpu
     min_supervised_ratio: float = 0.001  # stop when a window of steps supervises fewer of its text tokens than this
     max_bad_samples: int = 100  # bad samples in a row that are borne; one more stops the run
     max_bad_share: float = 0.05  # share of bad ones among all drawn samples, from the 1000th on, that is borne
     strict: bool = False  # the first bad sample stops the run
+    guard: Guard = field(default_factory=Guard)
+    skip_steps: list[list[int]] = field(default_factory=list)  # [[first, last]]: steps whose data makes no update
     export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
     threads: int | None = None  # CPU threads; null: torch's choice
 

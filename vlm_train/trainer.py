@@ -5,38 +5,43 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 from vlm_train.callbacks.accumulation import NEVER, Accumulation
 from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log, StopSignals
 from vlm_train.checkpoint import Resume
+from vlm_train.checkpoint.save import Keep, Writer
 from vlm_train.errors import ConfigError
+
+SINGLE = "vlm_train.strategies.replicated.Single"
+DDP = "vlm_train.strategies.replicated.DDP"
+FSDP2 = "vlm_train.strategies.fsdp.FSDP2"
+ZERO = "vlm_train.strategies.zero.ZeRO"
 
 
 def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> pl.Trainer:
     """The Lightning trainer of a planned run, with the configured callbacks before `callbacks`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     own = [instantiate(node, _convert_="all") for node in _named(cfg.callbacks)]
+    strategy = make_strategy(cfg, plan.world)
     loggers = [instantiate(node, _partial_=True, _convert_="all")(folder=folder) for node in _named(cfg.logger)]
     try:
         return pl.Trainer(
             accelerator=cfg.trainer.accelerator,
             devices=plan.world // cfg.launch.nodes,
             num_nodes=cfg.launch.nodes,
-            strategy=_strategy(cfg, plan.world),
-            precision="32-true" if cfg.trainer.precision == "bf16-true" else cfg.trainer.precision,
-            plugins=[_environment(cfg)],
+            strategy=strategy,
+            **_precision(cfg, strategy),
             max_steps=plan.steps,
             max_epochs=-1,
             gradient_clip_val=cfg.trainer.clip_norm,
@@ -44,7 +49,7 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             logger=loggers,
-            callbacks=[Accumulation(val_every=cfg.trainer.val_every), *own, *callbacks],
+            callbacks=[*own, *callbacks],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -62,30 +67,81 @@ def _environment(cfg: DictConfig) -> Any:
     return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
 
 
-def _strategy(cfg: DictConfig, world: int) -> Any:
-    """The configured strategy; by default none for one process and DDP for several."""
-    if cfg.strategy is not None:
-        return instantiate(cfg.strategy, _convert_="all")
-    return DDPStrategy(timeout=timedelta(minutes=cfg.launch.timeout_minutes)) if world > 1 else "auto"
+def make_strategy(cfg: DictConfig, world: int) -> Any:
+    """The configured strategy; by default one device for one process and DDP for several."""
+    target = cfg.strategy._target_ if cfg.strategy is not None else (DDP if world > 1 else SINGLE)
+    options: dict[str, Any] = {"_target_": target} | dict(cfg.strategy or {})
+    if target == SINGLE:
+        if world > 1:
+            raise ConfigError(f"strategy: single trains on one device, but {world} processes are started. Use ddp.")
+        options["device"] = "cuda:0" if on_gpu(cfg) else "cpu"
+    else:
+        options["timeout_minutes"] = cfg.launch.timeout_minutes
+    if target == FSDP2:
+        options["compute_dtype"] = {"bf16-mixed": "bf16"}.get(cfg.trainer.precision)
+    return instantiate(options, _convert_="all")
+
+
+def processes(cfg: DictConfig) -> int:
+    """Processes that train, as those who started them say."""
+    return int(os.environ.get("SLURM_NTASKS" if cfg.launch.kind == "srun" else "WORLD_SIZE", 1))
+
+
+def shards_model(cfg: DictConfig) -> bool:
+    """Whether ranks hold parts of the weights only."""
+    if cfg.strategy is None:
+        return False
+    return bool(cfg.strategy._target_ == FSDP2 or cfg.strategy.get("stage") == 3)
+
+
+def on_gpu(cfg: DictConfig) -> bool:
+    """Whether training runs on CUDA devices."""
+    return cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def halves_weights(cfg: DictConfig) -> bool:
+    """Whether weights and optimizer are kept in 16 bits. ZeRO keeps its own fp32 weights behind 16-bit ones."""
+    return cfg.trainer.precision == "bf16-true" and (cfg.strategy is None or cfg.strategy._target_ != ZERO)
+
+
+def _precision(cfg: DictConfig, strategy: Any) -> dict[str, Any]:
+    """Lightning's part of the precision: a plugin for ZeRO, nothing where weights or shards have their type."""
+    precision, plugins = cfg.trainer.precision, [_environment(cfg)]
+    if hasattr(strategy, "engine"):
+        from vlm_train.strategies.zero import ZeROPrecision
+
+        return {"plugins": [*plugins, ZeROPrecision(precision.replace("bf16-true", "bf16-mixed"))]}
+    own = halves_weights(cfg) or getattr(strategy, "compute_dtype", None) is not None
+    return {"plugins": plugins, "precision": "32-true" if own else precision}
 
 
 def loop_callbacks(
-    cfg: DictConfig, plan: Any, evaluation: Evaluation, folder: Path, facts: dict[str, Any], resumed: Resume | None
+    cfg: DictConfig, plan: Any, module: Any, evaluation: Evaluation, facts: dict[str, Any], resumed: Resume | None
 ) -> list[Any]:
     """What happens at intervals. The log and the evaluators come before checkpoints, which must not lack their step.
 
     `facts` go into every checkpoint's manifest.
     """
+    settings = cfg.trainer
+    val_every = None if evaluation.every else settings.val_every or plan.steps  # at least at the end
+    keep = Keep(settings.keep_last, settings.keep_best, settings.keep_every, lower=settings.best.endswith("loss"))
+    writer = Writer(module.folder / "checkpoints", keep, background=settings.async_save, agree=module.over_ranks)
     checkpoints = Checkpoints(
-        folder,
+        writer,
         facts,
-        every=cfg.trainer.save_every,
-        val_every=None if evaluation.every else cfg.trainer.val_every,
+        every=settings.save_every,
+        val_every=val_every,
         total=plan.steps,
-        keep_last=cfg.trainer.keep_last,
-        resumed=resumed.step if resumed else None,
+        metric=settings.best,
+        resumed=resumed,
     )
-    return [StopSignals(), Log(every=cfg.trainer.log_every, total=plan.steps), evaluation, checkpoints]
+    return [
+        Accumulation(val_every=val_every, total=plan.steps),
+        StopSignals(),
+        Log(every=settings.log_every, total=plan.steps),
+        evaluation,
+        checkpoints,
+    ]
 
 
 def _named(group: DictConfig | None) -> list[DictConfig]:

@@ -18,16 +18,18 @@ class Accumulation(pl.Callback):
     whether the count is a multiple of 1 (always) or of `NEVER`.
 
     Args:
-        val_every: optimizer steps between validations; None: none.
+        val_every: optimizer steps between validations, one of which follows the last step; None: none.
+        total: the last step.
     """
 
-    def __init__(self, *, val_every: int | None) -> None:
-        self.val_every = val_every
+    def __init__(self, *, val_every: int | None, total: int) -> None:
+        self.val_every, self.total = val_every, total
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         ends = ends_step(batch)
-        due = ends and bool(self.val_every) and (trainer.global_step + 1) % (self.val_every or 1) == 0
+        step = trainer.global_step + 1
+        due = ends and self.val_every is not None and (step % self.val_every == 0 or step == self.total)
         trainer.accumulate_grad_batches = 1 if ends else NEVER
         trainer.val_check_batch = 1 if due else NEVER

@@ -6,15 +6,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 
-from vlm_train import checkpoint, record
+from vlm_train import record
+from vlm_train.checkpoint.resume import Resume
+from vlm_train.checkpoint.save import Writer
+from vlm_train.checkpoint.state import restore
 from vlm_train.data.batch import Batch
 from vlm_train.errors import Interrupted
 from vlm_train.modules.base import ends_step
@@ -40,37 +44,54 @@ class Log(pl.Callback):
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `every` optimizer steps and at the end; BEST follows the lowest validation loss.
+    """Saves every `every` optimizer steps and at the end; BEST follows `metric` of the validation.
 
     A step that is validated is saved after its validation, so that no resumed run lacks it. A run that is asked to stop
     saves the step it is in and raises `Interrupted`, on every rank; a validation that this cuts off is made up for.
 
     Args:
         facts: what the manifest says about the run besides the step.
-        resumed: the step of the checkpoint that this run goes on from.
+        val_every: as `Accumulation` has it; None: no validation.
+        metric: of the validation, "loss" or one of an evaluator.
+        resumed: the checkpoint that this run goes on from.
     """
 
     def __init__(
         self,
-        folder: Path,
+        writer: Writer,
         facts: dict[str, Any],
         *,
         every: int | None,
         val_every: int | None,
         total: int,
-        keep_last: int,
-        resumed: int | None = None,
+        metric: str,
+        resumed: Resume | None = None,
     ) -> None:
-        self.root, self.facts = folder / "checkpoints", facts
-        self.every, self.val_every, self.total, self.keep_last = every, val_every, total, keep_last
-        self.lowest = float("inf")
-        self.written = set() if resumed is None else {resumed}  # others of the same step may be damaged
+        self.writer, self.facts, self.metric, self.resumed = writer, facts, metric, resumed
+        self.every, self.val_every, self.total = every, val_every, total
+        self.best: float | None = None
+        self.written = set() if resumed is None else {resumed.step}  # others of the same step may be damaged
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lowest": self.lowest}
+        return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lowest = state_dict["lowest"]
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore what learns; make up for the validation that a stop cut off."""
+        if self.resumed is not None:
+            restore(trainer.strategy, cast(Any, pl_module).policy.named, self.resumed.folder)
+            rates = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
+            for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
+                group["lr"] = rate
+        step = trainer.global_step
+        if step and self._validated(step):
+            held = {row["step"] for row in record.metrics(self.writer.root.parent) if row["split"] == "val"}
+            if trainer.strategy.broadcast(step not in held):
+                trainer.validating = True
+                trainer.fit_loop.epoch_loop.val_loop.run()
+                trainer.training = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -80,54 +101,47 @@ class Checkpoints(pl.Callback):
             return
         if pl_module.stopping:
             self._stop(trainer, pl_module)
-        if self._due(step) and not (self.val_every and step % self.val_every == 0):
-            self._save(trainer, best=False)
+        if self._due(step) and not self._validated(step):
+            self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        loss = pl_module.validation_metrics.get("loss", float("inf"))  # type: ignore[operator,union-attr]
-        best = loss < self.lowest
-        self.lowest = min(loss, self.lowest)
+        value = trainer.strategy.broadcast(pl_module.validation_metrics.get(self.metric))  # type: ignore[operator,union-attr]
+        lower = self.writer.keep.lower
+        best = value is not None and (self.best is None or (value < self.best if lower else value > self.best))
+        self.best = value if best else self.best
         if best or self._due(trainer.global_step):
-            self._save(trainer, best=best)
+            self._save(trainer, best=best, value=value)
         if trainer.state.fn == "fit" and pl_module.asked_to_stop():  # type: ignore[operator]
             self._stop(trainer, pl_module)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make up for the validation that a stop cut off."""
-        step = trainer.global_step
-        if step and self.val_every and step % self.val_every == 0:
-            held = {row["step"] for row in record.metrics(self.root.parent) if row["split"] == "val"}
-            if trainer.strategy.broadcast(step not in held):
-                trainer.validating = True
-                trainer.fit_loop.epoch_loop.val_loop.run()
-                trainer.training = True
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.state.fn == "fit" and pl_module.asked_to_stop():  # type: ignore[operator]
             self._stop(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.writer.finish(must=True)
+
     def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step not in self.written:
-            self._save(trainer, best=False)
+            self._save(trainer, must=True)
+        self.writer.finish(must=True)
         raise Interrupted(pl_module.interrupt or signal.SIGTERM, trainer.global_step)  # type: ignore[arg-type]
+
+    def _validated(self, step: int) -> bool:
+        return bool(self.val_every) and (step == self.total or step % (self.val_every or 1) == 0)
 
     def _due(self, step: int) -> bool:
         return step == self.total or bool(self.every and step % self.every == 0)
 
-    def _save(self, trainer: pl.Trainer, *, best: bool) -> None:
+    def _save(self, trainer: pl.Trainer, *, best: bool = False, value: float | None = None, must: bool = False) -> None:
         trainer.lightning_module.require_healthy()  # type: ignore[operator]
         step = trainer.global_step
         trusted, self.written = step in self.written, self.written | {step}
-        checkpoint.save(
-            trainer,
-            self.root,
-            step=step,
-            best=best,
-            keep_last=self.keep_last,
-            facts=self.facts,
-            rewrite=not trusted,
+        facts = self.facts | {"metric": value, "world": trainer.world_size}
+        self.writer.save(
+            trainer, step=step, facts=facts, best=best, must=must or step == self.total, rewrite=not trusted
         )
 
 
@@ -167,10 +181,13 @@ class Evaluation(pl.Callback):
 
     Args:
         every: optimizer steps between two runs where there is no validation set, hence no validation loss; else None.
+        val_every: steps between validations; one at another step, the last, leaves them to the end of the run.
     """
 
-    def __init__(self, built: Any, evaluators: dict[str, Any], folder: Path, *, every: int | None) -> None:
-        self.built, self.folder, self.every = built, folder, every
+    def __init__(
+        self, built: Any, evaluators: dict[str, Any], folder: Path, *, every: int | None, val_every: int | None
+    ) -> None:
+        self.built, self.folder, self.every, self.val_every = built, folder, every, val_every
         self.evaluators = {name: one for name, one in evaluators.items() if getattr(one, "at_validation", True)}
 
     def on_train_batch_end(
@@ -182,12 +199,26 @@ class Evaluation(pl.Callback):
             pl_module.on_validation_end()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":  # at the end of a run they run in full
+        due = self.val_every and trainer.global_step % self.val_every == 0
+        if due and not trainer.sanity_checking and trainer.state.fn == "fit":
             self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or trainer.strategy.shards_model):  # type: ignore[attr-defined]
             return
-        for name, evaluator in self.evaluators.items():
-            result = evaluator.run(self.built, self.folder / "eval" / name, final=False)
-            pl_module.write("val", {f"{name}/accuracy": result["accuracy"]})  # type: ignore[operator]
+        with results_folder(self.folder / "eval", trainer.is_global_zero) as folder:
+            for name, evaluator in self.evaluators.items():
+                result = evaluator.run(self.built, folder / name, final=False)
+                found = {f"{name}/accuracy": result["accuracy"]}
+                pl_module.validation_metrics |= found  # type: ignore[operator]
+                pl_module.write("val", found)  # type: ignore[operator]
+
+
+@contextmanager
+def results_folder(folder: Path, real: bool) -> Iterator[Path]:
+    """`folder`, or one that is thrown away: where weights are in shards all ranks evaluate, and one keeps results."""
+    if real:
+        yield folder
+        return
+    with TemporaryDirectory() as temporary:
+        yield Path(temporary)

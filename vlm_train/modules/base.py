@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
 from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for
+from vlm_train.modules.guard import Guard
 from vlm_train.modules.meter import Meter
 from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
@@ -49,6 +50,8 @@ class VLMModule(pl.LightningModule):
         max_bad_share: float = 0.05,
         strict: bool = False,
         min_supervised_ratio: float = 0.0,
+        guard: Guard,
+        skip_steps: Sequence[Sequence[int]] = (),
         folder: Path,
     ) -> None:
         super().__init__()
@@ -59,14 +62,26 @@ class VLMModule(pl.LightningModule):
         self.seed, self.total_steps, self.normalise = seed, total_steps, normalise
         self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
-        self.meter = Meter(self._over_ranks, min_supervised=min_supervised_ratio if "lm" in objectives else 0.0)
+        self.meter = Meter(self.over_ranks, min_supervised=min_supervised_ratio if "lm" in objectives else 0.0)
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
+        self.guard, self.skip_steps = guard, skip_steps
+        self.keys: list[str] = []  # of the samples of the step
+        self.at_boundary = True  # the micro-batch is the last of its step
+        self.left_out: str | None = None  # why the last step made no update
         self.grad_norm: Tensor | None = None
         self.interrupt, self.stopping = 0, False
+        self.spread = False
         self.train()  # Lightning keeps the modes it finds, so they are set here
+
+    def configure_model(self) -> None:
+        """Spread the model, where the strategy does. Lightning calls this for every stage of its own."""
+        if hasattr(self.trainer.strategy, "shard") and not self.spread:
+            self.trainer.strategy.shard(self.model)
+            self.policy.rebind(self.model)
+            self.spread = True
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
@@ -85,8 +100,10 @@ class VLMModule(pl.LightningModule):
         window = batch.window
         assert window is not None
         torch.manual_seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
+        self.at_boundary = ends_step(batch)
         if window.micro == 0:
             self._open(window)
+        self.keys += [key for row in batch.keys for key in row]
         if self.factors:
             batch = weigh_sources(batch, self.factors)
         gather = gather_for(self.trainer.world_size, self.device)
@@ -113,27 +130,50 @@ class VLMModule(pl.LightningModule):
         self.denominators = dict(zip(names, sums, strict=True))
         if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
             streams = [name for name in names if name != "samples"]
-            self.factors = {name: source_factors(self._over_ranks(dict(window.sums.get(name, {})))) for name in streams}
+            self.factors = {name: source_factors(self.over_ranks(dict(window.sums.get(name, {})))) for name in streams}
         self.meter.open(window)
+        self.keys = []
         self.bad.add(window.problems)
         self.bad.record("train", window.step, window.problems, self.global_rank)
         if reason := self.bad.judge(round(good), round(bad)):  # on every rank
-            raise TrainingError(f"data.train: {reason}. {self.bad.summary(self._over_ranks(dict(self.bad.kinds)))}")
+            raise TrainingError(f"data.train: {reason}. {self.bad.summary(self.over_ranks(dict(self.bad.kinds)))}")
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the global norm, and keep the norm for the log."""
+        """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
         del optimizer, gradient_clip_algorithm
         parameters = [p for group in self.policy.groups for p in group.parameters]
-        self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        norm: Any = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        if self.objects_to(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
+            self.zero_grad(set_to_none=True)
+
+    def objects_to(self, norm: Tensor) -> bool:
+        """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
+        self.grad_norm = norm
+        step = self.global_step + 1
+        if any(first <= step <= last for first, last in self.skip_steps):
+            self.left_out = "trainer.skip_steps"
+        else:
+            self.left_out = self.guard.judge(float(norm))
+        return self.left_out is not None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """An update, and the bounds that the family keeps after one (the temperature of two towers)."""
+        step = self.global_step + 1
         super().optimizer_step(*args, **kwargs)
         self.zero_grad(set_to_none=True)
+        if self.left_out is not None:
+            self.meter.leave_out()
+            if self.left_out != "trainer.skip_steps":
+                self.guard.leave_out(step, self.left_out, self.keys, self.global_rank)
         if hasattr(self.model, "clamp_"):
             cast(Any, self.model).clamp_()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """The schedule follows updates, not steps."""
+        if self.left_out is None:
+            super().lr_scheduler_step(scheduler, metric)
 
     def log_training(self) -> None:
         """Write what happened since the last log line, and check it."""
@@ -145,7 +185,7 @@ class VLMModule(pl.LightningModule):
             row["grad_norm"] = float(self.grad_norm)
         self.write("train", row)
 
-    def _over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+    def over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
         if self.trainer.world_size == 1:
             return values
@@ -159,13 +199,13 @@ class VLMModule(pl.LightningModule):
 
     def asked_to_stop(self) -> bool:
         """Whether any rank is. A collective: every rank calls it."""
-        return self._over_ranks({"asked": float(bool(self.interrupt))})["asked"] > 0
+        return self.over_ranks({"asked": float(bool(self.interrupt))})["asked"] > 0
 
     def require_healthy(self) -> None:
         """Raises TrainingError, on every rank, if a loss since the last log line or a weight is not finite."""
         learned = [p for group in self.policy.groups for p in group.parameters]
         sick = torch.stack([*(~torch.isfinite(v).all() for v in (*learned, *self.meter.train.totals.values()))]).any()
-        if self._over_ranks({"sick": float(sick)})["sick"]:
+        if self.over_ranks({"sick": float(sick)})["sick"]:
             raise TrainingError(
                 f"training: weights or loss are not finite at step {self.global_step}, so no checkpoint is written. "
                 "The newest checkpoint is from before: lower optim.lr, or set trainer.clip_norm."
@@ -177,7 +217,9 @@ class VLMModule(pl.LightningModule):
         if batch.problems:
             self.held_out_bad += len(batch.problems)
             self.bad.record("val", self.global_step, batch.problems, self.global_rank)
-        if not batch.references:
+        if (
+            not batch.references and not cast(Any, self.trainer.strategy).shards_model
+        ):  # a forward pass of shards needs all ranks
             return
         gather = identity_gather  # ranks may hold unequal numbers of held-out samples
         for objective in self.objectives.values():
@@ -199,7 +241,7 @@ class VLMModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss."""
-        seen = self._over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
+        seen = self.over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
         if seen["bad"] and self.bad.strict:
             raise TrainingError(
                 f"data.val: {seen['bad']:.0f} bad samples, and trainer.strict=true; {self.folder}/quarantine-*.jsonl "
@@ -210,7 +252,7 @@ class VLMModule(pl.LightningModule):
                 f"data.val: none of the {seen['bad']:.0f} held-out samples is usable; {self.folder}/quarantine-*.jsonl "
                 "says why."
             )
-        self.validation_metrics = self.meter.held_out.means(self._over_ranks)
+        self.validation_metrics = self.meter.held_out.means(self.over_ranks)
         self._require_finite("validation", self.validation_metrics)
         if self.validation_metrics:
             self.write("val", self.validation_metrics)
@@ -243,13 +285,15 @@ class VLMModule(pl.LightningModule):
         """Everything but weights, which `checkpoint.py` writes as safetensors: the sums since the last log line."""
         checkpoint["state_dict"] = {}
         checkpoint["since_log"] = self.meter.state() | {
-            "bad": self.bad.state(self._over_ranks(dict(self.bad.kinds))),
+            "bad": self.bad.state(self.over_ranks(dict(self.bad.kinds))),
+            "guard": self.guard.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the sums: rank 0 takes those of all ranks."""
         held = checkpoint["since_log"]
         self.bad.load(held["bad"], first_rank=self.global_rank == 0)
+        self.guard.load(held["guard"])
         if self.global_rank == 0:
             self.meter.load(held, self.device)
 

@@ -97,6 +97,7 @@ class Meter:
 
     def open(self, window: Window) -> None:
         """Count what an optimizer step holds on this rank, and what was left out of it."""
+        self.before = dict(self.train.totals)
         for source, number in window.sums.get("samples", {}).items():
             self.drawn[source] = self.drawn.get(source, 0.0) + number
         for name in ("samples", "tokens", "places", "supervised"):
@@ -104,6 +105,11 @@ class Meter:
         for problem in window.problems:
             self.count("skipped")
             self.count(f"skipped/{problem.kind}")
+
+    def leave_out(self) -> None:
+        """Forget the losses of the last step, which made no update."""
+        self.train.totals = self.before
+        self.count("skipped_steps")
 
     def line(self) -> dict[str, float]:
         """Means, rates and shares since the last line, on every rank. Starts the next one.

@@ -1,0 +1,87 @@
+"""What a run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_train.checkpoint.files import STATE, verify
+from vlm_train.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A verified checkpoint that a run goes on from."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def state(self) -> Path:
+        """Optimizer, schedule and position, in Lightning's format."""
+        return self.folder / STATE
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def require(self, **facts: Any) -> None:
+        """Raises CheckpointError where the run's data or vocabulary are not those of the checkpoint."""
+        for name, value in facts.items():
+            if name in self.manifest and self.manifest[name] != value:
+                raise CheckpointError(
+                    f"{name} changed since {self.folder} was written ({self.manifest[name]} -> {value}). Restore it, "
+                    "or start another run (run_name=...) from these weights (init_from)."
+                )
+
+
+def newest_valid(root: Path) -> Resume | None:
+    """The newest undamaged checkpoint; damaged ones are skipped aloud. None if there never was one.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is valid.
+    """
+    problems = []
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        try:
+            return Resume(folder, verify(folder))
+        except CheckpointError as error:
+            problems.append(str(error))
+            print(f"resume: skipping {error}", flush=True)
+    if problems:
+        raise CheckpointError(
+            "no valid checkpoint to resume from: " + "; ".join(problems) + ". resume=never needs another run_name."
+        )
+    return None
+
+
+def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
+    """What to resume from: this run's own (`auto`), a given checkpoint of this run, or nothing (`never`, `restart`).
+
+    Raises:
+        CheckpointError: damaged, of another run, without an optimizer's state, or `never` with checkpoints there.
+    """
+    root = folder / "checkpoints"
+    if resume == "never":
+        if any(root.glob("step-*")):
+            raise CheckpointError(
+                f"resume=never, but {root} holds checkpoints. Choose another run_name, or delete the folder."
+            )
+        return None
+    if resume == "restart":
+        return None
+    if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
+        raise CheckpointError(f"resume: {resume} is a run; give one of its checkpoints, {resume}/checkpoints/step-...")
+    found = newest_valid(root) if resume == "auto" else Resume(Path(resume), verify(Path(resume)))
+    if found is None:
+        return None
+    if found.manifest["run_id"] != run_id:
+        raise CheckpointError(
+            f"resume: {found.folder} belongs to run {found.manifest['run_id']!r}, this is {run_id!r}. "
+            "To start from its weights use init_from."
+        )
+    if not found.state.is_file():
+        raise CheckpointError(f"resume: {found.folder} holds weights only. To start from them use init_from.")
+    return found

@@ -1,0 +1,123 @@
+"""Weights of checkpoints: found, checked and copied into models, for hand-over between runs, evaluation and export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from vlm_train.checkpoint.files import (
+    MANIFEST,
+    WEIGHTS,
+    complete,
+    manifest_of,
+    partial,
+    point,
+    sha256,
+    start,
+    verify,
+    write_tensors,
+)
+from vlm_train.checkpoint.resume import Resume
+from vlm_train.errors import CheckpointError
+
+
+def save_weights(root: Path, weights: Mapping[str, torch.Tensor], *, run_id: str, step: int = 0) -> Path:
+    """A checkpoint of weights alone, for weights not trained here. Runs can start from it, none resumes it."""
+    final = root / f"step-{step:08d}"
+    start(final)
+    files = {WEIGHTS: write_tensors(partial(final) / WEIGHTS, weights)}
+    complete(final, files, step, {"run_id": run_id, "frozen": []})
+    point(root / "LATEST", final.name)
+    return final
+
+
+def weights_file(run: str | Path, which: str = "last") -> Path:
+    """The weights of a run folder, a checkpoint folder, or a safetensors file.
+
+    Raises:
+        CheckpointError: nothing there, or damaged.
+    """
+    path = Path(run)
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    if (path / "checkpoints").is_dir():
+        pointer = path / "checkpoints" / ("BEST" if which == "best" else "LATEST")
+        if not pointer.is_file():
+            raise CheckpointError(f"{path}: has no finished checkpoint ({pointer.name} is missing)")
+        path = path / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+    verify(path)
+    return path / WEIGHTS
+
+
+def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = None) -> int:
+    """Copy weights into the model, only those of `parts` if given. Returns the number of tensors.
+
+    A checkpoint may lack what its run kept frozen, which its manifest names; nothing else may be missing.
+
+    Raises:
+        CheckpointError: a tensor that only one of file and model has, or of another shape, or nothing of a part.
+    """
+    tensors = _read(file)
+    if parts is not None:
+        absent = [part for part in parts if not any(name.startswith(part + ".") for name in tensors)]
+        if absent:
+            held = ", ".join(sorted({name.split(".", 1)[0] for name in tensors}))
+            raise CheckpointError(f"init_from: {file} holds no {', '.join(absent)}; it holds {held}")
+        tensors = {n: t for n, t in tensors.items() if n.split(".", 1)[0] in parts}
+    own = dict(model.named_parameters())
+    declared = _frozen(file)
+    expected = [n for n in own if (parts is None or n.split(".", 1)[0] in parts) and n not in declared]
+    problems = [f"{n}: not in the model" for n in tensors if n not in own]
+    problems += [f"{n}: not in the file" for n in expected if n not in tensors]
+    problems += [
+        f"{n}: shape {list(t.shape)}, the model has {list(own[n].shape)}"
+        for n, t in tensors.items()
+        if n in own and t.shape != own[n].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{file} does not fit the model: " + "; ".join(problems[:5]))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    return len(tensors)
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def _frozen(file: Path) -> set[str]:
+    """The parameters that the run of this checkpoint kept as it found them; none for a bare file."""
+    return set(manifest_of(file.parent)["frozen"]) if (file.parent / MANIFEST).is_file() else set()
+
+
+def hand_over(model: nn.Module, init_from: Sequence[Any]) -> list[str]:
+    """Load the weights that `init_from` names, in order. Returns their SHA-256, which the run's checkpoints keep."""
+    digests = []
+    for one in init_from:
+        file = weights_file(one.run, one.which)
+        count = load_weights(model, file, one.parts)
+        print(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})", flush=True)
+        known = manifest_of(file.parent)["files"][file.name]["sha256"] if (file.parent / MANIFEST).is_file() else None
+        digests.append(known or sha256(file))
+    return digests
+
+
+def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, which: str = "last") -> None:
+    """The weights of a run: what it started from (its frozen parts), then what it learned.
+
+    Raises:
+        CheckpointError: damaged, or it did not start from what `init_from` holds now.
+    """
+    file = weights_file(run, which)
+    Resume(file.parent, manifest_of(file.parent)).require(init_from=hand_over(model, init_from))
+    load_weights(model, file)

@@ -1,0 +1,75 @@
+"""Whether an update is made: not with gradients that are no numbers, nor, if wanted, far larger than usual."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vlm_train.errors import TrainingError
+
+
+class Guard:
+    """Judges the gradient norm of every step, which is the same on all ranks, and bears a number of bad ones.
+
+    The data of a step that is left out counts as seen; its schedule step is not taken.
+
+    Args:
+        spike: how many median absolute deviations above the median of the last `window` norms are too many; None: any
+            finite norm is fine.
+        window: norms remembered; no spike is called before it is full.
+        max_in_a_row: steps left out one after the other that are borne; one more stops the run.
+        scaled: a loss scaler looks for its scale by letting gradients overflow, which is no fault.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        spike: float | None = None,
+        window: int = 100,
+        max_in_a_row: int = 10,
+        scaled: bool = False,
+    ) -> None:
+        self.path, self.spike, self.max_in_a_row, self.scaled = folder, spike, max_in_a_row, scaled
+        self.norms: deque[float] = deque(maxlen=window)
+        self.in_a_row = 0
+
+    def judge(self, norm: float) -> str | None:
+        """Why the update is left out; None: it is made. The same on every rank."""
+        if not math.isfinite(norm):
+            return None if self.scaled else f"gradient norm {norm}"
+        if self.spike is not None and len(self.norms) == self.norms.maxlen:
+            usual = median(self.norms)
+            deviation = median(abs(one - usual) for one in self.norms)
+            if norm > usual + self.spike * max(deviation, 0.05 * usual):  # norms that hardly vary leave room too
+                return f"gradient norm {norm:.4g}, usual {usual:.4g} +- {deviation:.2g}"
+        self.norms.append(norm)
+        self.in_a_row = 0
+        return None
+
+    def leave_out(self, step: int, reason: str, keys: list[str], rank: int) -> None:
+        """Record a step without update. Raises TrainingError, on every rank, when it is one too many."""
+        self.in_a_row += 1
+        with open(self.path / f"skipped-steps-{rank}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "reason": reason, "samples": keys}) + "\n")
+        if rank == 0:
+            print(f"step {step:>6}  no update: {reason}", flush=True)
+        if self.in_a_row > self.max_in_a_row:
+            raise TrainingError(
+                f"training: {self.in_a_row} steps in a row without an update, the last, {step}, for its {reason}; "
+                f"{self.path}/skipped-steps-*.jsonl names their samples. Lower optim.lr, set trainer.clip_norm, or "
+                f"leave the steps out: trainer.skip_steps=[[{step - self.in_a_row + 1},{step}]]."
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"norms": list(self.norms), "in_a_row": self.in_a_row}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on with `state()`."""
+        self.norms.extend(state["norms"])
+        self.in_a_row = state["in_a_row"]

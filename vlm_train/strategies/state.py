@@ -1,0 +1,124 @@
+"""The training state in one form for every strategy: flat pieces of named tensors.
+
+A checkpoint of such pieces can be read by any number of processes under any strategy.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vlm_train.errors import ConfigError
+
+WEIGHT = "weight"
+"""The kind of a piece that is a part of a parameter; others are named as the optimizer names its states."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one tensor of the training state that this process holds.
+
+    Attributes:
+        name: of the parameter.
+        kind: `WEIGHT`, or the optimizer's name for a state ("exp_avg").
+        start: of its first element within the flattened whole.
+        tensor: 1-D and live: what is written to it is trained on.
+        owned: whether this process writes it into checkpoints: one does of those that hold the same.
+        single: one number for the whole parameter, such as how often it was updated.
+    """
+
+    name: str
+    kind: str
+    start: int
+    tensor: Tensor
+    owned: bool
+    single: bool = False
+
+
+class HasState(Protocol):
+    """What `checkpoint` asks of a strategy."""
+
+    shards_model: bool
+
+    def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:
+        """The parts of the training state that this process holds, of the learning parameters `named`."""
+
+    def whole(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+        """Every learning parameter as a whole, in its most exact form. A collective: every rank goes through it."""
+
+    def allocate(self, kinds: Mapping[str, bool]) -> None:
+        """Make the optimizer hold states of these kinds, which `pieces` then gives; True: one number a parameter."""
+
+
+class OwnState:
+    """Leaves optimizer and weights out of Lightning's checkpoints, and the model where it is when training ends.
+
+    Mixed into Lightning's strategies. `checkpoint` saves and restores the rest through `pieces` and `whole`.
+    """
+
+    shards_model: bool
+    """Whether a forward pass is a collective, so that all ranks evaluate together."""
+
+    saved: bytes
+    """What Lightning would have saved last."""
+
+    optimizers: list[Any]
+    is_global_zero: bool
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Keep it for `checkpoint.save`, which writes it with the rest."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        self.saved = buffer.getvalue()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Never."""
+        return False
+
+    def allocate(self, kinds: Mapping[str, bool]) -> None:
+        """See `HasState`."""
+        allocate(self.optimizers[0], kinds)
+
+    def teardown(self) -> None:
+        """Only the accelerator's: the model is evaluated afterwards."""
+        self.precision_plugin.teardown()  # type: ignore[attr-defined]
+        self.accelerator.teardown()  # type: ignore[attr-defined]
+
+
+def torch_pieces(optimizer: Optimizer, named: Mapping[str, nn.Parameter], *, owned: bool) -> Iterator[Piece]:
+    """The pieces of an optimizer whose parameters are whole."""
+    for name, parameter in named.items():
+        for kind, state in optimizer.state.get(parameter, {}).items():
+            if not isinstance(state, Tensor | None):
+                raise ConfigError(f"optim: {type(optimizer).__name__} keeps {kind!r} as a number, which is not saved.")
+            if state is not None:
+                yield Piece(name, kind, 0, state.view(-1), owned, single=state.ndim == 0)
+
+
+def allocate(optimizer: Optimizer, kinds: Mapping[str, bool]) -> None:
+    """Zero states for every parameter of a torch optimizer, which makes them only in its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for kind, single in kinds.items():
+                if kind not in state and single:
+                    on_device = group.get("fused") or group.get("capturable")  # as the optimizers do themselves
+                    device = parameter.device if on_device else "cpu"
+                    state[kind] = torch.zeros((), dtype=torch.float32, device=device)
+                elif kind not in state:
+                    state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
