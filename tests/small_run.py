@@ -21,8 +21,11 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def make_data(root: Path, bad: int | None = None) -> Path:
-    """`tiny/{train,val}` under `root`; the picture of training sample `bad` breaks off after its header."""
+def make_data(root: Path, bad: int | None = None, text_only: bool = False) -> Path:
+    """`tiny/{train,val}` under `root`; the picture of training sample `bad` breaks off after its header.
+
+    `text_only`: samples of odd numbers have no picture.
+    """
     for split, count in (("train", 12), ("val", 4)):
         (root / "tiny").mkdir(parents=True, exist_ok=True)
         with ShardWriter(
@@ -32,12 +35,15 @@ def make_data(root: Path, bad: int | None = None) -> Path:
                 blob = picture(number)
                 if split == "train" and number == bad:
                     blob = blob[: len(blob) // 2]
-                ask = Turn(role="user", parts=(Media(item=0), Text(text=f"Which number is {number}?")))
+                shown = not (text_only and number % 2)
+                question = Text(text=f"Which number is {number}?")
+                ask = Turn(role="user", parts=(Media(item=0), question) if shown else (question,))
                 answer = Turn(role="assistant", parts=(Text(text="shape " * (1 + number % 5) + str(number)),))
-                media = (image_item(0, blob),)
+                media = (image_item(0, blob),) if shown else ()
                 key = f"sample-{number:02d}"
                 writer.write(
-                    Sample(key=key, media=media, annotations=(Annotation(turns=(ask, answer)),), source="test"), [blob]
+                    Sample(key=key, media=media, annotations=(Annotation(turns=(ask, answer)),), source="test"),
+                    [blob] if shown else [],
                 )
     return root
 

@@ -118,9 +118,27 @@ def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() ->
     assert found.startswith("objective.contrastive: ") and "allowed: batch.micro=32" in found
     assert problems("launch.devices=2", recipe="easyvqa_clip") == []  # micro 32 holds the 16 of a process
     assert problems("launch.devices=2", "batch.micro=16", recipe="easyvqa_clip") == []
-    (found,) = problems("trainer.compile=true", recipe="easyvqa_clip")
-    assert found.startswith("trainer.compile: vlm_train.models.two_tower.TwoTower has no forward pass")
-    assert problems("trainer.compile=true") == []
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["strategy=single", "launch.devices=2"], "single trains on one device, but 2 processes"),
+        (["strategy=zero2", "+strategy.offload_parameters=cpu"], "only stage 3 can, got stage 2"),
+        (["strategy=zero3", "strategy.offload_optimizer=nvme"], "strategy.nvme_path is missing"),
+        (["strategy=zero3", "trainer.compile=true"], "ZeRO-3 gathers weights in between"),
+        (["strategy=fsdp2", "trainer.precision=16-mixed"], "FSDP2 has no loss scale"),
+    ],
+)
+def test_a_strategy_that_cannot_be(overrides: list[str], words: str) -> None:
+    (found,) = problems(*overrides)
+    assert words in found
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((config.config_dir() / "strategy").glob("*.yaml"))])
+def test_every_strategy_composes(name: str) -> None:
+    path = ["strategy.nvme_path=/local"] if name.endswith("nvme") else []
+    assert problems(f"strategy={name}", *path) == []
 
 
 def test_exchanged_group_says_how_to_drop_what_the_recipe_set() -> None:

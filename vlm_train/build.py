@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,8 +44,16 @@ def make(node: DictConfig, **threaded: Any) -> Any:
     return instantiate(node, _partial_=True, _convert_="all")(**threaded)
 
 
+def quiet() -> None:
+    """Keep packages that others import along from talking about what this machine lacks."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def build(cfg: DictConfig, *, meta: bool = False) -> Built:
     """Build everything a run needs but its data; with `meta` the model has shapes, but no weights."""
+    quiet()
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, which writes bars into log files
     tokenizer = make(cfg.tokenizer)

@@ -111,16 +111,6 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
         )
 
 
-def check_compile(cfg: DictConfig) -> Iterator[str]:
-    """Only a model with a forward pass can be compiled."""
-    family = _our_target(resolved(cfg, "model"))
-    try:
-        if cfg.trainer.compile and family and "forward" not in members(family):
-            yield f"trainer.compile: {family} has no forward pass of its own to compile. Use trainer.compile=false."
-    except UnknownTarget:  # reported with the target
-        return
-
-
 def short(value: Any) -> str:
     """A value in at most 80 characters."""
     text = repr(value)

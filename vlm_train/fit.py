@@ -140,13 +140,13 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
     from vlm_train.modules.guard import Guard
+    from vlm_train.strategies.spread import units
 
+    *layers, _ = units(model)
     if cfg.trainer.activation_checkpointing != "none":
-        for part in ("vision", "llm"):
-            if getattr(model, part, None) is not None:
-                checkpoint_layers(getattr(model, part).layers)
-    if cfg.trainer.compile:
-        model.compile()
+        checkpoint_layers(layers, selective=cfg.trainer.activation_checkpointing == "selective")
+    for one in (layers or [model]) if cfg.trainer.compile else ():
+        one.compile()  # layer by layer: the same code for all of them, and shards are gathered in between
     objectives = {k: instantiate(v, _convert_="all") for k, v in cfg.objective.items() if v is not None}
     for name, objective in objectives.items():
         if objective.stream == "samples" and (plan.packing or cfg.batch.micro * plan.world < cfg.batch.samples):
@@ -197,12 +197,21 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
         if last := record.last_loss(folder, split):
             metrics[name] = last["loss"]
     if built.cfg.trainer.export:
-        _export(built, folder)
+        _export(_whole(built, folder) if trainer.strategy.shards_model else built, folder)
     _write_status(folder, status="done", step=trainer.global_step, metrics=metrics, finished=time.time())
     from vlm_train.report import write_report
 
     print(f"report: {write_report(folder)}", flush=True)
     return metrics
+
+
+def _whole(built: Any, folder: Path) -> Any:
+    """The run as it is on the disk: in memory no process holds all of its weights."""
+    from vlm_train.build import build
+
+    whole = build(built.cfg)
+    checkpoint.load_run_weights(whole.model, built.cfg.init_from, folder)
+    return whole
 
 
 def _export(built: Any, folder: Path) -> None:

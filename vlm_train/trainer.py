@@ -31,7 +31,8 @@ ZERO = "vlm_train.strategies.zero.ZeRO"
 
 def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> pl.Trainer:
     """The Lightning trainer of a planned run, with the configured callbacks before `callbacks`."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     own = [instantiate(node, _convert_="all") for node in _named(cfg.callbacks)]
     strategy = make_strategy(cfg, plan.world)
     loggers = [instantiate(node, _partial_=True, _convert_="all")(folder=folder) for node in _named(cfg.logger)]

@@ -7,28 +7,79 @@ behind frozen inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vlm_train.models.context import context_readers, recomputed_context
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+ATTENTION = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_flash_attention_forward",
+    )
+)
 
-def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
+
+def checkpoint_layers(layers: Iterable[nn.Module], *, selective: bool = False) -> None:
     """Make each layer forget its activations in forward and compute them again in backward.
 
     Names, parameters and `state_dict` stay as they are. Without gradients (evaluation, generation) nothing changes.
+
+    Args:
+        selective: keep what attention and every second matrix product give; the rest is cheap to compute again.
     """
     for layer in layers:
         if not isinstance(layer.forward, partial):
-            layer.forward = partial(_checkpoint_of(layer), layer.forward, use_reentrant=False)
+            layer.forward = partial(_checkpoint_of(layer, selective), layer.forward, use_reentrant=False)
 
 
-def _checkpoint_of(layer: nn.Module) -> Any:
-    """`checkpoint`, for layers that read a context one that `torch.compile` leaves alone: it refuses a `context_fn`."""
-    if not context_readers(layer):
+def _checkpoint_of(layer: nn.Module, selective: bool) -> Any:
+    """`checkpoint`, with a `context_fn` where one is needed: `torch.compile` refuses those, and leaves them alone."""
+    reads = bool(context_readers(layer))
+    if not (reads or selective):
         return checkpoint
-    return torch.compiler.disable(partial(checkpoint, context_fn=recomputed_context(layer)))
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, again = [], []
+        for one in (recomputed_context(layer) if reads else None, _kept if selective else None):
+            if one is not None:
+                forward, recomputed = one()
+                first.append(forward)
+                again.append(recomputed)
+        return _all(first), _all(again)
+
+    return torch.compiler.disable(partial(checkpoint, context_fn=contexts))
+
+
+def _kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts that keep the results of attention and of every second product of a layer."""
+    seen = {False: 0, True: 0}
+
+    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        if operator in PRODUCTS:
+            seen[ctx.is_recompute] += 1
+            if seen[ctx.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+@contextmanager
+def _all(contexts: Iterable[AbstractContextManager[Any]]) -> Any:
+    with ExitStack() as stack:
+        for one in contexts:
+            stack.enter_context(one)
+        yield
