@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -137,9 +138,13 @@ def _end(entry: records.Job, place: _Place, started: float, status: str, error: 
 
 
 def _sentences(error: BaseException) -> list[str]:
-    """What an error says, in one line each; the child's last lines have been shown and are in its log."""
+    """What an error says, in one line each; of a child's last lines, which are in its log, the one that says why."""
     if isinstance(error, ConfigError):
         return error.problems
+    if isinstance(error, launch.ChildError):
+        first, *last = str(error).splitlines()
+        why = [match[1] for line in last if (match := re.search(r"((?:[A-Z]\w*)?Error: .*)", line))]
+        return [*why[-1:], first]
     if isinstance(error, OSError) and error.filename is not None:
         return [f"{error.filename}: {error.strerror}"]
     return [str(error).partition("\n")[0]]
@@ -147,14 +152,18 @@ def _sentences(error: BaseException) -> list[str]:
 
 @contextmanager
 def _brief() -> Iterator[None]:
-    """Leaves out where every key comes from, which each job would repeat; its run's config_origins.txt has it."""
+    """Leaves out what every job would repeat: where its keys come from, and tracebacks of errors that speak for
+    themselves. `cli.hydra` asks Hydra for these, not the child; VLM_TRAIN_TRACEBACK=1 asks both.
+    """
     log = logging.getLogger("vlm_train")
-    level = log.level
+    level, traceback = log.level, os.environ.pop("HYDRA_FULL_ERROR", None)
     log.setLevel(logging.WARNING)
     try:
         yield
     finally:
         log.setLevel(level)
+        if traceback is not None:
+            os.environ["HYDRA_FULL_ERROR"] = traceback
 
 
 class _Lines(io.TextIOBase):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -125,6 +127,9 @@ def read(folder: Path) -> Sweep:
     if content is None:
         raise ConfigError(f"'{folder}' is no sweep: it holds no {SWEEP}")
     found = [job for path in (folder / JOBS).glob("*.json") if (job := _job(_read(path)))]
+    for job in found:
+        if job.status == "running" and _is_gone(job):
+            job.status = "interrupted"
     jobs = sorted(found, key=lambda job: (job.number, job.overrides))
     names = dict.fromkeys(split(override)[0] for job in jobs for override in job.overrides)
     differ = [key for key in names if len({job.value(key) for job in jobs}) > 1]
@@ -149,6 +154,19 @@ def _job(content: dict[str, Any] | None) -> Job | None:
         return job
     except (TypeError, ValueError, AttributeError):
         return None
+
+
+def _is_gone(job: Job) -> bool:
+    """Whether the process of a job on this machine was killed before it could say so."""
+    if job.host != socket.gethostname():
+        return False
+    try:
+        os.kill(job.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        return False
+    return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:

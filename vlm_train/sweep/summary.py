@@ -12,7 +12,8 @@ def announce(job: Job, sweep: Sweep) -> None:
     """Says how a job ended: what failed goes to stderr, with its reason and its folder."""
     label = job.label(sweep.keys)
     if job.status == "failed":
-        print(f"Job {job.number} failed ({label}): {job.error} Run: {job.run}", file=sys.stderr, flush=True)
+        where = f" Run: {job.run}" if job.run not in job.error else ""
+        print(f"Job {job.number} failed ({label}): {job.error}{where}", file=sys.stderr, flush=True)
     elif job.status == "interrupted":
         print(f"Job {job.number} was interrupted ({label}).", file=sys.stderr, flush=True)
     elif job.status == "done":
