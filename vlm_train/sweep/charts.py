@@ -16,22 +16,27 @@ from vlm_train.sweep.summary import shorten
 if TYPE_CHECKING:
     from vlm_train.sweep.page import Row
 
-FEW = 9  # so many different values get a tick each
+FEW = 9  # so many different swept values get a tick each
 WIDE = 15  # values that differ by more than this factor are drawn on a logarithmic axis
-FAR = [[0.0, "#b9bfc7"], [0.6, COLOURS[0]], [1.0, COLOURS[1]]]  # worst to best
+WORST_TO_BEST = [[0.0, "#a3adb8"], [0.5, COLOURS[0]], [0.85, COLOURS[3]], [1.0, COLOURS[1]]]
 
 
 def coordinates(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
-    """One line a run through what was swept, its cost and the metric; empty for fewer than two runs."""
+    """One line a run through what was swept, its cost and the metric; empty for fewer than two runs.
+
+    `rows` are the best first, and drawn last.
+    """
+    rows = rows[::-1]
     varied = [key for key in sweep.keys if len({row.job.value(key) for row in rows}) > 1]
     scores = [row.score for row in rows if row.score is not None]
     if len(scores) < 2 or not varied:
         return ""
     axes = [_axis(key, [row.job.value(key) for row in rows]) for key in varied]
-    axes.append(_axis(_cost_title(rows), [str(row.cost) for row in rows]))
-    axes.append(_axis(str(sweep.metric), [str(score) for score in scores]))
-    line = {"color": scores, "colorscale": FAR, "reversescale": sweep.lower}
-    figure = go.Figure(go.Parcoords(dimensions=axes, line=line, labelfont={"size": 13}, rangefont={"size": 1}))
+    axes.append(_measured(_cost_title(rows), [row.cost for row in rows]))
+    axes.append(_measured(str(sweep.metric), scores))
+    line = {"color": list(range(len(rows))), "colorscale": WORST_TO_BEST}  # by rank: outliers hide none
+    unseen = {"size": 1, "color": "rgba(0,0,0,0)"}  # the ends of an axis, which are ticks already
+    figure = go.Figure(go.Parcoords(dimensions=axes, line=line, labelfont={"size": 13}, rangefont=unseen))
     return _html(figure, name, height=380, margin={"l": 90, "r": 90, "t": 60, "b": 24})
 
 
@@ -74,32 +79,35 @@ def _front(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
 
 
 def _axis(label: str, texts: Sequence[str]) -> dict[str, Any]:
-    """An axis of parallel coordinates: numbers, logarithmic where they differ much, or categories."""
+    """An axis of swept values: numbers with a tick each, if they are few, or categories."""
     numbers = _numbers(texts)
     if numbers is None:
         names = sorted(set(texts))
-        values = [float(names.index(text)) for text in texts]
         ticks = {float(index): shorten(text) for index, text in enumerate(names)}
-    else:
-        log = min(numbers) > 0 and max(numbers) / min(numbers) > WIDE
-        values = [math.log10(number) for number in numbers] if log else numbers
-        shown = sorted(set(numbers)) if len(set(numbers)) <= FEW else _spread(min(numbers), max(numbers), log)
-        ticks = {math.log10(number) if log else number: f"{number:.4g}" for number in shown}
+        return _dimension(label, [float(names.index(text)) for text in texts], ticks)
+    return _measured(label, numbers, sorted(set(numbers)))
+
+
+def _measured(label: str, numbers: Sequence[float], shown: Sequence[float] = ()) -> dict[str, Any]:
+    """An axis of numbers, logarithmic where they differ much; ticks at `shown` or, for none or many, at five places."""
+    low, high = min(numbers), max(numbers)
+    log = low > 0 and high / low > WIDE
+    if not 0 < len(shown) <= FEW:
+        steps = [index / 4 for index in range(5)] if high > low else [0.0]
+        shown = [low * (high / low) ** step if log else low + (high - low) * step for step in steps]
+    place = math.log10 if log else float
+    return _dimension(label, [place(number) for number in numbers], {place(at): f"{at:.3g}" for at in shown})
+
+
+def _dimension(label: str, values: Sequence[float], ticks: dict[float, str]) -> dict[str, Any]:
     low, high = min(values), max(values)
-    room = [low, high] if high > low else [low - 0.5, high + 0.5]
     return {
         "label": escape(label),
-        "values": values,
-        "range": room,
+        "values": list(values),
+        "range": [low, high] if high > low else [low - 0.5, high + 0.5],
         "tickvals": list(ticks),
         "ticktext": [escape(text) for text in ticks.values()],
     }
-
-
-def _spread(low: float, high: float, log: bool) -> list[float]:
-    """Five values from `low` to `high`."""
-    steps = [index / 4 for index in range(5)]
-    return [low * (high / low) ** step if log else low + (high - low) * step for step in steps]
 
 
 def _numbers(texts: Sequence[str]) -> list[float] | None:

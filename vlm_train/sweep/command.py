@@ -74,7 +74,7 @@ def _refuse(overrides: Sequence[str]) -> None:
 def _run_hydra(argv: Sequence[str], overrides: Sequence[str], folder: Path) -> None:
     """Hydra's multirun in our folder. Failed jobs are in the records, so the sweeper's own error says nothing new."""
     quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
-    more = [f'hydra.sweep.dir="{quoted}"', *_defaults(overrides)]
+    more = [f'hydra.sweep.dir="{quoted}"', *optuna_defaults(overrides)]
     first = list(argv).index(overrides[0]) if overrides else len(argv)  # argparse wants them in one piece
     try:
         cli.hydra([*argv[:first], *more, *argv[first:]], carry_out)
@@ -85,7 +85,7 @@ def _run_hydra(argv: Sequence[str], overrides: Sequence[str], folder: Path) -> N
             raise
 
 
-def _defaults(overrides: Sequence[str]) -> list[str]:
+def optuna_defaults(overrides: Sequence[str]) -> list[str]:
     """Optuna's settings that the command line leaves out.
 
     A failed trial stops nothing; the direction is the metric's; a seed makes the same command propose the same values,

@@ -20,6 +20,8 @@ from vlm_train.sweep.records import Job, Sweep
 from vlm_train.sweep.summary import shorten
 
 PAGE_NAME = "sweep.html"
+RANKED = "One line a run: the best is orange, the worst are grey. Drag along an axis to see only some."
+FRONT = "One point a run, with its job's number; the best is orange. No cheaper one beats those on the dotted line."
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def render(sweep: Sweep, folder: Path) -> str:
     rows = [_row(sweep, job, folder) for job in sweep.ranked()]
     scored = [row for row in rows if row.score is not None]
     charts = [
-        ("Parallel coordinates", coordinates(sweep, scored, "coordinates")),
-        (f"{sweep.metric} over cost", cost_chart(sweep, scored, "cost")),
+        ("Parallel coordinates", RANKED, coordinates(sweep, scored, "coordinates")),
+        (f"{sweep.metric} over cost", FRONT, cost_chart(sweep, scored, "cost")),
     ]
     last = max((job.written for job in sweep.jobs), default=0.0)
     statuses = [job.status for job in sweep.jobs]
@@ -67,7 +69,7 @@ def render(sweep: Sweep, folder: Path) -> str:
         best=scored[0] if scored else None,
         counts=[(status, statuses.count(status)) for status in dict.fromkeys(statuses)],
         written=f"{datetime.fromtimestamp(last, UTC):%d %B %Y, %H:%M} UTC",
-        charts=[(title, chart) for title, chart in charts if chart],
+        charts=[entry for entry in charts if entry[-1]],
         plotly=plotly_script(),
     )
 
