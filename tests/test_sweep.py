@@ -6,6 +6,8 @@ The child that would train is a function here; `tests/test_sweep_runs.py` starts
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,9 @@ from vlm_train.sweep import records
 
 STAGE = "recipe=llava15_stage1"
 OPTUNA = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "sweep_metric=val_loss")
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "sweeps.md"
+COMMANDS = re.findall(r"```bash\n(.*?)\n```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 class Children:
@@ -254,3 +259,17 @@ def test_optuna_seeks_what_is_better() -> None:
 
     assert direction("val_loss") == ["minimize"] and direction("answers/accuracy") == ["maximize"]
     assert direction("val_loss", "hydra.sweeper.direction=maximize") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", COMMANDS, ids=range(len(COMMANDS)))
+def test_commands_of_the_page_work(line: str, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "run_child", lambda cfg, devices=1: children(cfg, devices))
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "vlm_train"]
+    if "hydra/sweeper=optuna" in words:
+        pytest.importorskip("optuna")
+        words.append("hydra.sweeper.n_trials=2")
+    here = [word for word in words[3:] if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    assert cli.main(here) == 0
+    assert len(records.read(the_sweep()).jobs) >= 2

@@ -96,8 +96,8 @@ def _recorded(entry: records.Job, cfg: DictConfig, state: Any, place: _Place, st
     if done:
         result = launch.read_result(folder)
     else:
-        lines = _Lines(sys.stdout, "" if place.here else f"[{entry.number}] ")
-        with redirect_stdout(lines), _brief(), cli.sigterm_interrupts():
+        mark = "" if place.here else f"[{entry.number}] "
+        with _Lines(sys.stdout, mark) as lines, redirect_stdout(lines), _brief(), cli.sigterm_interrupts():
             result = cli.run(entry.overrides, place.dirs, fresh=True) or {}
     value = _objective(cfg, result)
     entry.metrics = {key: float(number) for key, number in result.items() if isinstance(number, int | float)}
@@ -107,13 +107,14 @@ def _recorded(entry: records.Job, cfg: DictConfig, state: Any, place: _Place, st
 
 def _run_of(cfg: DictConfig, overrides: list[str], dirs: list[str]) -> tuple[Path, bool]:
     """The folder of the job's run or schedule, and whether nothing is left to do there."""
+    trains = cfg.mode == "fit" and not cfg.dry_run
     if cfg.schedule is not None:
         from vlm_train import schedule
 
         name, stages = schedule.plan(overrides, dirs)
-        return schedule.folder_of(name, stages), cfg.mode == "fit" and all(stage.done for stage in stages)
+        return schedule.folder_of(name, stages), trains and all(stage.done for stage in stages)
     folder = config.run_dir(cfg)
-    if cfg.mode != "fit" or cfg.dry_run or cfg.resume != "auto" or record.read(folder).get("status") != "done":
+    if not trains or cfg.resume != "auto" or record.read(folder).get("status") != "done":
         return folder, False
     same = config.training_hash(config.load_config(config.run_file(folder))) == config.training_hash(cfg)
     return folder, same  # a `run_name` may stand for another configuration, which is then refused
@@ -178,3 +179,8 @@ class _Lines(io.TextIOBase):
             self.target.write("".join(f"{self.mark}{line}\n" for line in lines))
             self.target.flush()
         return len(text)
+
+    def close(self) -> None:
+        if self.rest:
+            self.write("\n")
+        super().close()

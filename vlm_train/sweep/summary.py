@@ -12,7 +12,7 @@ def announce(job: Job, sweep: Sweep) -> None:
     """Says how a job ended: what failed goes to stderr, with its reason and its folder."""
     label = job.label(sweep.keys)
     if job.status == "failed":
-        where = f" Run: {job.run}" if job.run not in job.error else ""
+        where = "" if job.run in job.error else f" Run: {job.run}"  # also for none: it was refused before it had one
         print(f"Job {job.number} failed ({label}): {job.error}{where}", file=sys.stderr, flush=True)
     elif job.status == "interrupted":
         print(f"Job {job.number} was interrupted ({label}).", file=sys.stderr, flush=True)
