@@ -24,6 +24,13 @@ from vlm_train.sweep import records
 STAGE = "recipe=llava15_stage1"
 OPTUNA = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "sweep_metric=val_loss")
 
+PAIR = """schedule:
+  name: pair
+  stages:
+    - recipe: first
+    - recipe: second
+      init_from: [{run: first, parts: [connector]}]
+"""
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sweeps.md"
 COMMANDS = re.findall(r"```bash\n(.*?)\n```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
@@ -202,13 +209,20 @@ def test_a_schedule_can_be_swept(
     children: Children, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launch, "run_child", lambda cfg, devices=1: children(cfg, devices))
-    sweep = ["-m", "schedule=easyvqa", "size=tiny", "optim.lr=0.1,0.2"]
+    for folder, name, text in (
+        ("recipe", "first", "batch: {samples: 4}\n"),
+        ("recipe", "second", 'batch: {samples: 8}\ninit_from: [{run: "???", parts: [connector]}]\n'),
+        ("schedule", "pair", PAIR),
+    ):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    sweep = ["--config-dir", str(Path().absolute()), "-m", "schedule=pair", "optim.lr=0.1,0.2"]
     children.broken = {0.1}
     assert cli.main(sweep) == 1
-    assert children.started == [0.1, 0.2, 0.2, 0.2, 0.2], "a failed stage must stop its schedule, not the sweep"
+    assert children.started == [0.1, 0.2, 0.2], "a failed stage must stop its schedule, not the sweep"
     children.broken = set()
     assert cli.main(sweep) == 0
-    assert children.started[5:] == [0.1] * 4
+    assert children.started[3:] == [0.1, 0.1]
     assert all(Path(job.run, "schedule.json").is_file() for job in records.read(the_sweep()).jobs)
     assert "Job 1 was already done (optim.lr=0.2)" in capsys.readouterr().out
 

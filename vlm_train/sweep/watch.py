@@ -63,8 +63,8 @@ def passing_on(folder: Path) -> Iterator[None]:
                 with suppress(ProcessLookupError):
                     os.kill(job.pid, signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, stop)
+    for handled in (signal.SIGINT, signal.SIGTERM):
+        previous[handled] = signal.signal(handled, stop)
     try:
         yield
     except Exception as error:  # launchers stumble over jobs that ended otherwise
