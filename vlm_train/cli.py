@@ -28,7 +28,6 @@ from vlm_train import config, launch, provenance
 from vlm_train.check import check
 from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
 from vlm_train.explain import Composition, explain, unknown_in
-from vlm_train.signatures import hint
 
 log = logging.getLogger("vlm_train")
 
@@ -60,14 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error := ConfigError(problems), error)
     if _is_single(args):
         return guarded(lambda: run(args.overrides, dirs), args.overrides, dirs)
-    return guarded(lambda: _hydra(argv), args.overrides, dirs)
+    if _is_sweep(args):
+        return guarded(lambda: _sweep(argv, args.overrides), args.overrides, dirs)
+    return guarded(lambda: hydra(argv, dispatch), args.overrides, dirs)
 
 
 def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequence[str | Path] = ()) -> int:
     """Runs `work`, prints errors that speak to the user, and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStdout()])
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             work()
     except Composition as error:
         return _report(ConfigError(explain(overrides, dirs, error)), error)
@@ -85,7 +86,7 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """Makes SIGTERM an exception wherever nothing else handles it, so that a run can say how it ended.
 
     A second one kills. Training and `run_child` have handlers of their own meanwhile.
@@ -200,51 +201,40 @@ def _is_single(args: argparse.Namespace) -> bool:
     return not any(flags) and not any(o.startswith("hydra.mode=") for o in args.overrides)
 
 
+def _is_sweep(args: argparse.Namespace) -> bool:
+    """Whether the flags start a multirun, and not an answer about it."""
+    asks = any((args.help, args.hydra_help, args.cfg, args.shell_completion, args.info))
+    return not asks and (args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+
+
+def _sweep(argv: Sequence[str], overrides: Sequence[str]) -> None:
+    from vlm_train.sweep.command import sweep
+
+    sweep(argv, overrides)
+
+
 def _value(overrides: Sequence[str], key: str) -> str | None:
     """The text that an override gives `key`, the last one winning."""
     found = [o.partition("=")[2] for o in overrides if o.partition("=")[0].lstrip("+") == key]
     return found[-1] if found and found[-1] not in ("null", "") else None
 
 
-def _hydra(argv: Sequence[str]) -> None:
-    """Lets Hydra answer: help, composed configuration, and multirun with any launcher or sweeper."""
-    import hydra
+def hydra(argv: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
+    """Lets Hydra answer: help, composed configuration, and `job` for each job of a multirun."""
+    import hydra as framework
 
     config.register()
     saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them; we print
+    root = {"config_path": str(config.config_dir()), "config_name": config.CONFIG_NAME}
     try:
         with config.composition_errors():
-            hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name=config.CONFIG_NAME)(_job)()
+            framework.main(version_base="1.3", **root)(job)()
     finally:
         sys.argv = saved[0]
         if saved[1] is None:
             del os.environ["HYDRA_FULL_ERROR"]
-
-
-def _job(cfg: DictConfig) -> float | None:
-    """One job of a multirun: a fresh process tree, so that nothing leaks from job to job."""
-    from hydra.core.hydra_config import HydraConfig
-
-    state = HydraConfig.get()
-    dirs = [source.path for source in state.runtime.config_sources if source.provider == "command-line"]
-    try:
-        result = run(list(state.overrides.task), dirs, fresh=True) or {}
-    except EXPECTED as error:
-        _print(error)  # at once: Hydra reports a failed job after the last one
-        raise
-    return _objective(cfg, result)
-
-
-def _objective(cfg: DictConfig, result: dict[str, Any]) -> float | None:
-    """What a sweeper such as Optuna optimises: the metric named by `sweep_metric`."""
-    if cfg.sweep_metric is None:
-        return None
-    if cfg.sweep_metric not in result:
-        suggestion = hint(cfg.sweep_metric, result)
-        raise ConfigError(f"sweep_metric: no {cfg.sweep_metric!r} here.{suggestion} The run has: {', '.join(result)}.")
-    return float(result[cfg.sweep_metric])
 
 
 def _report(error: Exception, cause: BaseException) -> int:

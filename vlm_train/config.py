@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,6 +145,9 @@ def composition_errors() -> Iterator[None]:
     try:
         yield
     except AssertionError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("omegaconf."):  # a sweeper's or launcher's own
+            raise
         raise ConfigCompositionException(EMPTY_PARENT) from error
     except ValueError as error:
         if GROUP_WITHOUT_OPTION not in str(error):

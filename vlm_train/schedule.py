@@ -60,7 +60,7 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
         return _dry_run(stages)
     for stage in stages:
         launch.check_environment(stage.cfg)
-    folder = Path(stages[0].cfg.paths.runs) / f"{name}-{_hash(stages)}"
+    folder = folder_of(name, stages)
     log.info("Schedule %s: %s", name, folder)
     results: dict[str, Any] = {}
     try:
@@ -219,8 +219,10 @@ def summary(stages: Sequence[PlannedStage]) -> str:
     return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
 
 
-def _hash(stages: Sequence[PlannedStage]) -> str:
-    return hashlib.sha256(" ".join(stage.folder.name for stage in stages).encode()).hexdigest()[:8]
+def folder_of(name: str, stages: Sequence[PlannedStage]) -> Path:
+    """The folder of a schedule, `<paths.runs>/<its name>-<hash of its stages>`."""
+    digest = hashlib.sha256(" ".join(stage.folder.name for stage in stages).encode()).hexdigest()[:8]
+    return Path(stages[0].cfg.paths.runs) / f"{name}-{digest}"
 
 
 def _write_state(folder: Path, name: str, stages: Sequence[PlannedStage]) -> None:

@@ -8,11 +8,15 @@ REPORT_NAME = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run folder or a schedule folder and return its path.
+    """Write `report.html` into a run or schedule folder, or `sweep.html` into a sweep's, and return its path.
 
     Reads `run.json` or `schedule.json`, `metrics.jsonl`, `config.yaml`, `params.json` and `eval/*/predictions.jsonl`;
     whatever is missing is left out. Raises `ConfigError` where the folder holds neither JSON file.
     """
+    if is_sweep(folder):
+        from vlm_train.sweep.page import write_page
+
+        return write_page(Path(folder))
     from vlm_train.report.page import render  # plotly and jinja2 only where a report is written
     from vlm_train.report.read import read_report
 
@@ -23,8 +27,17 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def is_sweep(folder: Path) -> bool:
+    """Whether the folder is a sweep's."""
+    return (Path(folder) / "sweep.json").is_file()
+
+
 def results_table(folder: Path) -> str:
-    """The results of a run or schedule next to its controls, as plain text; empty where there are none."""
+    """The results of a run or schedule next to its controls, or a sweep's runs, as plain text; empty without any."""
+    if is_sweep(folder):
+        from vlm_train.sweep import records, summary
+
+        return summary.table(records.read(Path(folder)))
     from vlm_train.report.read import read_report
 
     rows = read_report(Path(folder)).results

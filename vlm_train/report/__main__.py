@@ -1,4 +1,4 @@
-"""`python -m vlm_train.report FOLDER`: write the report of a run or schedule folder, or print its results."""
+"""`python -m vlm_train.report FOLDER`: write the report of a run, schedule or sweep folder, or print its results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def newest(runs: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m vlm_train.report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="run or schedule folder; with --latest, the folder that holds them")
+    parser.add_argument(
+        "folder", type=Path, help="run, schedule or sweep folder; with --latest, the folder that holds them"
+    )
     parser.add_argument("--latest", action="store_true", help="take the newest schedule (or run) in FOLDER")
     parser.add_argument("--table", action="store_true", help="also print the results as a table")
     options = parser.parse_args(arguments)
