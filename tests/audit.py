@@ -44,3 +44,25 @@ class Stop(pl.Callback):
     ) -> None:
         if batch.window.step == self.after - 1:
             pl_module.interrupt = signal.SIGTERM  # type: ignore[assignment]
+
+
+class Poison(pl.Callback):
+    """Multiplies what the model gives in some steps of one rank, as a bad sample might."""
+
+    def __init__(self, *, steps: list[int], rank: int, factor: float = float("nan")) -> None:
+        self.steps, self.rank, self.factor = steps, rank, factor
+        self.now = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        inner = pl_module.model.forward  # type: ignore[union-attr]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = inner(*args, **kwargs)
+            return hidden * self.factor if self.now else hidden
+
+        pl_module.model.forward = forward  # type: ignore[union-attr]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.now = batch.window.step + 1 in self.steps and trainer.global_rank == self.rank

@@ -25,6 +25,9 @@ from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed
 
+ON_DEMAND, SCALE = "trainer.skip_steps", "loss scale"
+"""Why an update is left out although nothing is wrong."""
+
 
 class VLMModule(pl.LightningModule):
     """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
@@ -132,7 +135,7 @@ class VLMModule(pl.LightningModule):
             streams = [name for name in names if name != "samples"]
             self.factors = {name: source_factors(self.over_ranks(dict(window.sums.get(name, {})))) for name in streams}
         self.meter.open(window)
-        self.keys = []
+        self.keys, self.left_out = [], None
         self.bad.add(window.problems)
         self.bad.record("train", window.step, window.problems, self.global_rank)
         if reason := self.bad.judge(round(good), round(bad)):  # on every rank
@@ -153,7 +156,7 @@ class VLMModule(pl.LightningModule):
         self.grad_norm = norm
         step = self.global_step + 1
         if any(first <= step <= last for first, last in self.skip_steps):
-            self.left_out = "trainer.skip_steps"
+            self.left_out = ON_DEMAND
         else:
             self.left_out = self.guard.judge(float(norm))
         return self.left_out is not None
@@ -163,9 +166,11 @@ class VLMModule(pl.LightningModule):
         step = self.global_step + 1
         super().optimizer_step(*args, **kwargs)
         self.zero_grad(set_to_none=True)
+        if self.left_out is None and not cast(Any, self.trainer.strategy).updates():
+            self.left_out = SCALE
         if self.left_out is not None:
             self.meter.leave_out()
-            if self.left_out != "trainer.skip_steps":
+            if self.left_out not in (ON_DEMAND, SCALE):
                 self.guard.leave_out(step, self.left_out, self.keys, self.global_rank)
         if hasattr(self.model, "clamp_"):
             cast(Any, self.model).clamp_()

@@ -85,6 +85,10 @@ class OwnState:
         """Nothing."""
         return {}
 
+    def updates(self) -> bool:
+        """Whether the last step made an update."""
+        return True
+
     @property
     def lightning_restore_optimizer(self) -> bool:
         """Never."""

@@ -135,6 +135,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             return
         norm_of = optimizer.scaled_global_norm
         optimizer.check_grad_overflow = True  # else a norm that is no number is not looked at in bf16
+        optimizer.check_overflow = lambda **_: None  # the norm shows it too, and is asked for only without one
 
         def scaled_global_norm(*args: Any, **kwargs: Any) -> Any:
             norm = norm_of(*args, **kwargs)
@@ -146,6 +147,10 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         norm = torch.as_tensor(scaled_norm).float() / self.engine.optimizer.loss_scale
         module = cast(Any, self.lightning_module)
         return bool(module.objects_to(torch.where(norm < 0, torch.inf, norm)))  # -1: an overflow
+
+    def updates(self) -> bool:
+        """Whether the last step made one: DeepSpeed leaves out those whose gradients overflow, silently."""
+        return bool(self.engine.was_step_applied())
 
     @property
     def handles_gradient_accumulation(self) -> bool:

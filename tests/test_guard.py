@@ -1,0 +1,87 @@
+"""Steps whose gradients are no numbers make no update, on any rank, under any strategy; the rest goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import train_on_ranks
+from tests.small_run import command, make_data, train
+from tests.strategies.test_parity import STRATEGIES, log
+from vlm_train.errors import TrainingError
+from vlm_train.modules.guard import Guard
+
+POISON = "+callbacks.poison={{_target_: tests.audit.Poison, steps: {}, rank: {}}}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def job(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
+    own = ["allow_targets=[tests.]", "trainer.export=false", "batch.micro=1", *more]
+    return command(data, runs, *own, name=name)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step-{step:08d}/weights.safetensors")
+
+
+def skipped(run: Path, rank: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"skipped-steps-{rank}.jsonl").read_text().splitlines()]
+
+
+def assert_step_3_was_left_out(run: Path) -> None:
+    before, after, later = (weights(run, step) for step in (2, 3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(before[name], later[name]) for name in before)
+    rows = {row["step"]: row for row in log(run) if row["split"] == "train"}
+    assert rows[3]["skipped_steps"] >= 1 and "loss" not in rows[3] and "skipped_steps" not in rows[4]
+    assert all(rows[step]["loss"] < 10 for step in (1, 2, 4, 5, 6))
+    rates = [rows[step]["lr/llm"] for step in (2, 3)]
+    assert rates[0] == rates[1]  # the schedule follows updates
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(s, marks=[] if s == "zero2" else pytest.mark.slow) for s in STRATEGIES]
+)
+def test_a_step_that_is_poisoned_on_one_rank_makes_no_update(strategy: str, data: Path, tmp_path: Path) -> None:
+    train_on_ranks(job(data, tmp_path, *STRATEGIES[strategy], POISON.format([3], 1), "trainer.save_every=1"))
+    assert_step_3_was_left_out(tmp_path / "run")
+    for rank in (0, 1):
+        (line,) = skipped(tmp_path / "run", rank)
+        assert line["step"] == 3 and len(line["samples"]) == 2
+
+
+def test_too_many_in_a_row_stop_the_run(data: Path, tmp_path: Path) -> None:
+    more = [POISON.format([3, 4, 5], 0), "trainer.guard.max_in_a_row=2"]
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*trainer.skip_steps=\[\[3,5\]\]"):
+        train(job(data, tmp_path, *more))
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-00000002", "step-00000004"]
+    train(job(data, tmp_path, "trainer.skip_steps=[[3,5]]"))  # from step 4 on, whose update was not made either
+    assert all(torch.equal(a, b) for a, b in zip(*(weights(tmp_path / "run", s).values() for s in (2, 4)), strict=True))
+    assert not torch.equal(*(weights(tmp_path / "run", s)["connector.layers.0.weight"] for s in (4, 6)))
+
+
+def test_a_spike_is_far_above_the_usual_norm(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, spike=6.0, window=5)
+    for norm in (1.0, 50.0, 1.1, 0.9, 1.0):  # nothing is usual yet
+        assert guard.judge(norm) is None
+    assert guard.judge(1.3) is None
+    assert "gradient norm 9, usual 1" in (guard.judge(9.0) or "")
+    again = Guard(tmp_path, spike=6.0, window=5)
+    again.load(guard.state())
+    assert again.judge(9.0) and list(again.norms) == list(guard.norms)
+
+
+def test_a_run_with_a_spike_goes_on(data: Path, tmp_path: Path) -> None:
+    more = ["+callbacks.spike={_target_: tests.audit.Poison, steps: [5], rank: 0, factor: 1000.0}"]
+    run = train(job(data, tmp_path, *more, "trainer.guard={spike: 8, window: 3}"))
+    assert [line["step"] for line in skipped(run, 0)] == [5]
