@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 
 
 class Audit(pl.Callback):
@@ -66,3 +69,22 @@ class Poison(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.now = batch.window.step + 1 in self.steps and trainer.global_rank == self.rank
+
+
+class Draw(pl.Callback):
+    """Writes down a number of each global generator before every step."""
+
+    def __init__(self, *, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.global_step:
+            random.seed(7)
+            np.random.seed(7)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.window.micro + 1 == batch.window.micro_count:
+            with open(self.path, "a") as file:
+                file.write(f"{random.random()} {np.random.rand()} {torch.rand(()).item()}\n")

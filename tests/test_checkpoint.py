@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.small_run import command, make_data, train
 from vlm_train import checkpoint
 from vlm_train.checkpoint import files
-from vlm_train.errors import CheckpointError
+from vlm_train.errors import CheckpointError, Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +135,17 @@ def test_a_checkpoint_holds_what_learns_and_no_more(data: Path, tmp_path: Path) 
     assert {key.split("|")[1] for key in states} == {"exp_avg", "exp_avg_sq", "step"}
     assert sum(t.nbytes for key, t in states.items() if "|step|" not in key) == 2 * learned
     assert json.loads((folder / "manifest.json").read_text())["frozen"]
+
+
+def test_draws_of_others_go_on_too(data: Path, tmp_path: Path) -> None:
+    """A callback of the user's that draws from Python's, NumPy's and torch's generators."""
+    draw = "+callbacks.draw={{_target_: tests.audit.Draw, path: {}}}"
+    trusted = "allow_targets=[tests.]"
+    train(command(data, tmp_path, trusted, draw.format(tmp_path / "whole.txt"), name="whole"))
+    stop = "+callbacks.stop={_target_: tests.audit.Stop, after: 4}"
+    with pytest.raises(Interrupted):
+        train(command(data, tmp_path, trusted, draw.format(tmp_path / "cut.txt"), stop, name="cut"))
+    torch.manual_seed(1)
+    train(command(data, tmp_path, trusted, draw.format(tmp_path / "cut.txt"), name="cut"))
+    whole, cut = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("whole", "cut"))
+    assert len(set(whole)) == 6 and cut[4:] == whole[4:]

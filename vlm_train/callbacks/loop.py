@@ -16,6 +16,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 
 from vlm_train import record
+from vlm_train.checkpoint.generators import set_rng_state
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.save import Writer
 from vlm_train.checkpoint.state import restore
@@ -85,6 +86,8 @@ class Checkpoints(pl.Callback):
             rates = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
             for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
                 group["lr"] = rate
+            for state in cast(Any, pl_module).generators:
+                set_rng_state(state)
         step = trainer.global_step
         if step and self._validated(step):
             held = {row["step"] for row in record.metrics(self.writer.root.parent) if row["split"] == "val"}

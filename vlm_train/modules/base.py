@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from vlm_train.checkpoint.generators import rng_state
 from vlm_train.data.batch import Batch, Window
 from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
@@ -77,6 +78,7 @@ class VLMModule(pl.LightningModule):
         self.grad_norm: Tensor | None = None
         self.interrupt, self.stopping = 0, False
         self.spread = False
+        self.generators: list[dict[str, Any]] = []
         self.train()  # Lightning keeps the modes it finds, so they are set here
 
     def configure_model(self) -> None:
@@ -194,9 +196,15 @@ class VLMModule(pl.LightningModule):
         """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
         if self.trainer.world_size == 1:
             return values
-        everywhere: list[dict[str, float]] = [{}] * self.trainer.world_size
-        torch.distributed.all_gather_object(everywhere, values)
+        everywhere = self._of_all_ranks(values)
         return {name: sum(one.get(name, 0.0) for one in everywhere) for one in everywhere for name in one}
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        if self.trainer.world_size == 1:
+            return [value]
+        everywhere: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everywhere, value)
+        return everywhere
 
     def _require_finite(self, what: str, row: Mapping[str, float]) -> None:
         if not all(math.isfinite(value) for value in row.values()):
@@ -293,12 +301,14 @@ class VLMModule(pl.LightningModule):
             "bad": self.bad.state(self.over_ranks(dict(self.bad.kinds))),
             "guard": self.guard.state(),
         }
+        checkpoint["rng"] = self._of_all_ranks(rng_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the sums: rank 0 takes those of all ranks."""
         held = checkpoint["since_log"]
         self.bad.load(held["bad"], first_rank=self.global_rank == 0)
         self.guard.load(held["guard"])
+        self.generators = checkpoint["rng"][self.global_rank :][:1]  # none for a rank that was not there
         if self.global_rank == 0:
             self.meter.load(held, self.device)
 
