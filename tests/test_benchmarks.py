@@ -66,7 +66,7 @@ def test_saves_are_timed_and_weighed() -> None:
     sides.ours(work, 4, saves=blocked, look=lambda folder: sizes.append(trainer.newest_bytes(folder / "checkpoints")))
     assert len(blocked) == 2 and min(blocked) > 0
     assert sizes[0] > 3 * 4 * 64 * 64
-    sides.ours(work, 4, look=lambda folder: sizes.append(len(list(folder.glob("checkpoints/*")))))
+    sides.ours(sides.toy(64), 4, look=lambda folder: sizes.append(len(list(folder.glob("checkpoints/*")))))
     assert sizes[1] == 0, "without `saves` nothing is saved"
 
 

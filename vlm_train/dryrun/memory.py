@@ -227,15 +227,14 @@ def _replicated(spread: Spread, needs: Needs, gpus: int) -> _Share:
 
 
 def _zero(spread: Spread, needs: Needs, gpus: int) -> _Share:
-    """DeepSpeed: 16-bit weights and gradients with an fp32 master copy, or everything in fp32."""
+    """DeepSpeed: 16-bit weights and gradients (fp32 ones with 32-true), and an fp32 master copy of what learns."""
     size, shard = needs.compute, needs.trainable / gpus
-    master = 0 if spread.stage == 3 and needs.full else 4  # ZeRO-1 and 2 copy fp32 weights, too
     weights, backward = needs.stored(size), 2 * size * REDUCE_BUCKET
     gradients: float = size * (shard if spread.stage > 1 else needs.trainable)
     if spread.stage == 3:
         weights /= gpus
         backward = size * (REDUCE_BUCKET + min(max(LIVE_PARAMETERS, needs.largest_layer), needs.parameters))
-    optimizer = (master + 4 * needs.states) * shard
+    optimizer = (4 + 4 * needs.states) * shard  # fp32 weights have a master copy, too
     if not spread.offloads:
         update = 4 * shard + _temporaries(4 * shard, needs) + size * ALLGATHER_BUCKET  # gradients, in fp32
         return _Share(weights, gradients, optimizer, backward, update)
