@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from benchmarks import sides
 from benchmarks.measure import Line, Report, paired
+from benchmarks.work import CLOCKS, Clock, Work, small_llava, toy
 
 ROWS = 8
 NO_WIDTH, WIDTH = 8, 8192
@@ -41,7 +42,7 @@ class Settings:
         return 7 if self.quick else 15
 
 
-PEERS: dict[str, Callable[[sides.Work, int], sides.Clock]] = {
+PEERS: dict[str, Callable[[Work, int], Clock]] = {
     "plain loop": sides.plain,
     "bare Lightning": sides.bare_lightning,
     "HF Trainer": sides.hf_trainer,
@@ -56,7 +57,7 @@ def missing(name: str) -> str:
 
 def step(settings: Settings) -> Iterator[Line]:
     """Time of an optimizer step, ours / theirs, on a small LLaVA."""
-    work, steps = sides.small_llava(ROWS), 23
+    work, steps = small_llava(ROWS), 23
     work.clock = settings.clock
     for name, theirs in PEERS.items():
         must, aim = GOALS[name]
@@ -70,7 +71,7 @@ def step(settings: Settings) -> Iterator[Line]:
 
 def fixed(settings: Settings) -> Iterator[Line]:
     """Milliseconds that a trainer adds to every step of a plain loop, on a model that computes nothing."""
-    work, steps = sides.toy(NO_WIDTH), 203
+    work, steps = toy(NO_WIDTH), 203
     work.clock = settings.clock
     for name, side in {"ours": sides.ours, **PEERS}.items():
         if side is sides.plain:
@@ -82,9 +83,7 @@ def fixed(settings: Settings) -> Iterator[Line]:
         yield added(f"fixed cost of a step, {name}", side, work, steps, settings.pairs, **goal)
 
 
-def added(
-    name: str, side: Callable[[sides.Work, int], sides.Clock], work: sides.Work, steps: int, pairs: int, **goal: Any
-) -> Line:
+def added(name: str, side: Callable[[Work, int], Clock], work: Work, steps: int, pairs: int, **goal: Any) -> Line:
     """Milliseconds a step, one side minus the plain loop, after one pair of warm-up."""
     found = [(side(work, steps).step * 1e3, sides.plain(work, steps).step * 1e3) for _ in range(pairs + 1)][1:]
     low, middle, high = statistics.quantiles([a - b for a, b in found], n=4)
@@ -95,7 +94,7 @@ def added(
 
 def checkpoint(settings: Settings) -> Iterator[Line]:
     """Bytes of a checkpoint folder / those of the trainable weights and their optimizer state."""
-    for name, work in (("small LLaVA", sides.small_llava(1)), ("one matrix", sides.toy(WIDTH))):
+    for name, work in (("small LLaVA", small_llava(1)), ("one matrix", toy(WIDTH))):
         sizes: list[int] = []
         look = lambda folder, sizes=sizes: sizes.append(newest_bytes(folder / "checkpoints"))  # noqa: E731
         sides.ours(work, 1, saves=[], look=look)  # the end of a run is saved
@@ -116,7 +115,7 @@ def saves(settings: Settings) -> Iterator[Line]:
     found: dict[bool, list[float]] = {}
     count = 5 if settings.quick else 10
     for background in (False, True):
-        work = sides.toy(WIDTH, f"trainer.save_every={STEPS_BETWEEN}")
+        work = toy(WIDTH, f"trainer.save_every={STEPS_BETWEEN}")
         if "async_save" in work.cfg.trainer:
             work.cfg.trainer.async_save = background
         elif background:
@@ -144,7 +143,7 @@ def main(argv: list[str]) -> int:
         return 0
     settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(argv)))
     lines = settings.lines or list(LINES)
-    for name, given, allowed in (("lines", lines, LINES), ("clock", [settings.clock], sides.CLOCKS)):
+    for name, given, allowed in (("lines", lines, LINES), ("clock", [settings.clock], CLOCKS)):
         if unknown := set(given) - set(allowed):
             print(f"{name}: no {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}", file=sys.stderr)
             return 2

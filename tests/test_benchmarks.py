@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import corpus, data, sides, trainer
+from benchmarks import corpus, data, sides, trainer, work
 from benchmarks.measure import Line, paired, rate
 
 
@@ -43,18 +43,19 @@ def test_an_unknown_line_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no wrong; allowed: loader" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_side_of_the_trainer_ends_in_the_same_weights() -> None:
     """One step each from the same weights: the same loss, optimizer, schedule and clipping."""
     pytest.importorskip("accelerate")
-    work = sides.small_llava(1, "size=tiny")
-    start = [p.detach().clone() for p in work.learned]
+    llava = work.small_llava(1, "size=tiny")
+    start = [p.detach().clone() for p in llava.learned]
     ends = []
     for side in (sides.plain, sides.ours, sides.bare_lightning, sides.hf_trainer):
         with torch.no_grad():
-            for parameter, value in zip(work.learned, start, strict=True):
+            for parameter, value in zip(llava.learned, start, strict=True):
                 parameter.copy_(value)
-        assert len(side(work, 2).ends) == 2
-        ends.append([p.detach().clone() for p in work.learned])
+        assert len(side(llava, 2).ends) == 2
+        ends.append([p.detach().clone() for p in llava.learned])
     assert any(not torch.equal(a, b) for a, b in zip(ends[0], start, strict=True)), "something is learned"
     for others in ends[1:]:
         for one, other in zip(ends[0], others, strict=True):
@@ -62,11 +63,11 @@ def test_every_side_of_the_trainer_ends_in_the_same_weights() -> None:
 
 
 def test_saves_are_timed_and_weighed() -> None:
-    work, blocked, sizes = sides.toy(64, "trainer.save_every=2"), [], []
-    sides.ours(work, 4, saves=blocked, look=lambda folder: sizes.append(trainer.newest_bytes(folder / "checkpoints")))
+    saved, blocked, sizes = work.toy(64, "trainer.save_every=2"), [], []
+    sides.ours(saved, 4, saves=blocked, look=lambda folder: sizes.append(trainer.newest_bytes(folder / "checkpoints")))
     assert len(blocked) == 2 and min(blocked) > 0
     assert sizes[0] > 3 * 4 * 64 * 64
-    sides.ours(sides.toy(64), 4, look=lambda folder: sizes.append(len(list(folder.glob("checkpoints/*")))))
+    sides.ours(work.toy(64), 4, look=lambda folder: sizes.append(len(list(folder.glob("checkpoints/*")))))
     assert sizes[1] == 0, "without `saves` nothing is saved"
 
 
@@ -79,7 +80,7 @@ def test_the_fixed_cost_is_the_median_difference(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_clock_leaves_the_first_steps_out() -> None:
-    assert sides.Clock(skip=2, ends=[0.0, 10.0, 11.0, 13.0]).step == 1.5
+    assert work.Clock(skip=2, ends=[0.0, 10.0, 11.0, 13.0]).step == 1.5
 
 
 def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
