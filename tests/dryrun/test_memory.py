@@ -63,12 +63,12 @@ def test_the_published_example_comes_out() -> None:
         assert round(peak(strategy, published, on(64)).states / 1e9, 1) == figure
 
 
-@pytest.mark.parametrize(("strategy", "published"), [("zero3_offload", 71.71), ("zero2_offload", 63.74)])
-def test_offload_is_what_deepspeed_estimates(strategy: str, published: float) -> None:
-    """Its documentation's example: T5-3B (2,851M parameters) on a node of 8; GiB of CPU. ZeRO-2's is its ZeRO-3 with
-    weights on the GPU, which is the same on the CPU."""
+@pytest.mark.parametrize(("strategy", "estimated"), [("zero3_offload", 71.705), ("zero2_offload", 63.738)])
+def test_offload_is_what_deepspeed_estimates(strategy: str, estimated: float) -> None:
+    """GiB of CPU by `estimate_zero3_model_states_mem_needs` of DeepSpeed 0.19.8, run for this count, a node of 8 and
+    `zero_init`; the second with weights on the GPU, where ZeRO-2's optimizer takes the same."""
     count = 2_851_598_336
-    assert peak(strategy, needs(parameters=count, trainable=count), on(8)).cpu / GIB == pytest.approx(published, 1e-3)
+    assert peak(strategy, needs(parameters=count, trainable=count), on(8)).cpu / GIB == pytest.approx(estimated, 1e-4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
