@@ -1,12 +1,14 @@
-"""The benchmarks' arithmetic, and that both sides of the loader's line make the same pixels."""
+"""The benchmarks' arithmetic, and that the sides of a comparison do the same work."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import corpus, data
+from benchmarks import corpus, data, sides, trainer, work
 from benchmarks.measure import Line, paired, rate
 
 
@@ -39,3 +41,54 @@ def test_both_sides_make_the_same_pixels(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_unknown_line_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert data.main(["lines=[loader,wrong]"]) == 2
     assert "no wrong; allowed: loader" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_side_of_the_trainer_ends_in_the_same_weights() -> None:
+    """One step each from the same weights: the same loss, optimizer, schedule and clipping."""
+    pytest.importorskip("accelerate")
+    llava = work.small_llava(1, "size=tiny")
+    start = [p.detach().clone() for p in llava.learned]
+    ends = []
+    for side in (sides.plain, sides.ours, sides.bare_lightning, sides.hf_trainer):
+        with torch.no_grad():
+            for parameter, value in zip(llava.learned, start, strict=True):
+                parameter.copy_(value)
+        assert len(side(llava, 2).ends) == 2
+        ends.append([p.detach().clone() for p in llava.learned])
+    assert any(not torch.equal(a, b) for a, b in zip(ends[0], start, strict=True)), "something is learned"
+    for others in ends[1:]:
+        for one, other in zip(ends[0], others, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_saves_are_timed_and_weighed() -> None:
+    saved, blocked, sizes = work.toy(64, "trainer.save_every=2"), [], []
+    sides.ours(saved, 4, saves=blocked, look=lambda folder: sizes.append(trainer.newest_bytes(folder / "checkpoints")))
+    assert len(blocked) == 2 and min(blocked) > 0
+    assert sizes[0] > 3 * 4 * 64 * 64
+    sides.ours(work.toy(64), 4, look=lambda folder: sizes.append(len(list(folder.glob("checkpoints/*")))))
+    assert sizes[1] == 0, "without `saves` nothing is saved"
+
+
+def test_the_fixed_cost_is_the_median_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"ours": iter([9.0, 0.003, 0.005, 0.004]), "theirs": iter([1.0, 0.001, 0.001, 0.001])}
+    side = lambda name: lambda work, steps: SimpleNamespace(step=next(times[name]))  # noqa: E731
+    monkeypatch.setattr(sides, "plain", side("theirs"))
+    line = trainer.added("x", side("ours"), None, 1, pairs=3, must=2.0)
+    assert (round(line.value, 9), line.verdict, line.pairs) == (3.0, "MISSED", 3)
+
+
+def test_a_clock_leaves_the_first_steps_out() -> None:
+    assert work.Clock(skip=2, ends=[0.0, 10.0, 11.0, 13.0]).step == 1.5
+
+
+def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert trainer.missing("HF Trainer") == "pip install accelerate" and not trainer.missing("plain loop")
+
+
+def test_an_unknown_setting_of_the_trainer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.main(["lines=[wrong]"]) == trainer.main(["clock=sun"]) == 2
+    printed = capsys.readouterr().err
+    assert "no wrong; allowed: step" in printed and "no sun; allowed: wall, cpu" in printed

@@ -85,6 +85,8 @@ def test_checkpointing_keeps_layer_inputs_and_one_layer() -> None:
     assert list(seen.layers.values()) == [(given, inside)] * 4
     assert seen.activations == seen.outside + 4 * inside
     assert seen.checkpointed == seen.outside + 4 * given + inside
+    products = 10 * (64 + 16) * 4
+    assert seen.selective == seen.checkpointed + 4 * products
 
 
 def test_frozen_layers_before_the_first_that_learns_keep_nothing() -> None:

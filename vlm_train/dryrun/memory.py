@@ -1,13 +1,16 @@
-"""Peak memory per GPU for every way of spreading a model, from counts and the traced activations.
+"""Peak memory for every way of spreading a model, from counts and the traced activations.
 
-Weights, gradients and optimizer states follow the ZeRO paper (Rajbhandari et al. 2020, section 3); frozen parameters
-have neither gradient nor state. A prediction, not a measurement: allocator fragmentation is left out, and the CUDA
-context and library workspaces are one constant.
+Weights, gradients and optimizer states follow the ZeRO paper (Rajbhandari et al. 2020, section 3), what else DeepSpeed
+and FSDP2 hold follows their code (DeepSpeed 0.19, torch 2.13). Frozen parameters have neither gradient nor state. A
+prediction, not a measurement: fragmentation is left out, and the CUDA context and library workspaces are one constant.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 GIB = 1024**3
 RUNTIME = 1.5 * GIB
@@ -16,8 +19,64 @@ RUNTIME = 1.5 * GIB
 RUNTIME_CPU = 0.5 * GIB
 """Python, torch, Lightning and transformers in one process, measured on a tiny run."""
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
-"""From the least to the most communication: the first that fits is the cheapest."""
+REDUCE_BUCKET = ALLGATHER_BUCKET = 200_000_000
+"""Elements that ZeRO reduces or gathers at once; two reduce buckets overlap with backward under ZeRO-1 and 2."""
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Gathered parameters that ZeRO-3 keeps, because they are used again soon (`stage3_max_live_parameters`)."""
+
+SWAP_BUFFERS = 5 * 100_000_000 * 2
+"""Bytes a process of the buffers between GPU and NVMe for parameters."""
+
+SWAP_GROUP = 100_000_000
+"""Parameters whose optimizer state is read from or written to NVMe at once (`sub_group_size`)."""
+
+SWAP_STEPS = 4
+"""Buffers of that size (`buffer_count`)."""
+
+HOST_SLACK = 1.5
+"""What offload takes over its tensors' bytes: page-locked memory is dealt in powers of two. DeepSpeed's own factor."""
+
+NF4 = 0.5 + 0.127 / 8
+"""Bytes a parameter in 4-bit NormalFloat with doubly quantised constants (Dettmers et al. 2023, section 3)."""
+
+Place = Literal["gpu", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a strategy shares out.
+
+    Attributes:
+        engine: `replicated`: nothing; `zero`: DeepSpeed; `fsdp`: FSDP2.
+        stage: ZeRO: from 1 on optimizer states are shared out, from 2 on gradients, at 3 weights.
+        weights, optimizer: where they are kept. Gradients follow the optimizer.
+    """
+
+    engine: Literal["replicated", "zero", "fsdp"]
+    stage: int = 0
+    weights: Place = "gpu"
+    optimizer: Place = "gpu"
+
+    @property
+    def offloads(self) -> bool:
+        return self.optimizer != "gpu"
+
+
+STRATEGIES: Mapping[str, Spread] = {
+    "single": Spread("replicated"),
+    "ddp": Spread("replicated"),
+    "zero1": Spread("zero", 1),
+    "zero2": Spread("zero", 2),
+    "zero3": Spread("zero", 3),
+    "fsdp2": Spread("fsdp", 3),
+    "zero1_offload": Spread("zero", 1, optimizer="cpu"),
+    "zero2_offload": Spread("zero", 2, optimizer="cpu"),
+    "zero3_offload": Spread("zero", 3, weights="cpu", optimizer="cpu"),
+    "fsdp2_offload": Spread("fsdp", 3, weights="cpu", optimizer="cpu"),
+    "zero3_nvme": Spread("zero", 3, weights="nvme", optimizer="nvme"),
+}
+"""By name, from the least to the most communication: the first that fits is the cheapest."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +85,14 @@ class Needs:
 
     Attributes:
         parameters, trainable: counts.
-        largest_layer: parameters of the largest block that is gathered at once under ZeRO-3 and FSDP.
+        largest_layer: parameters of the largest block, or module outside blocks, that is gathered at once.
+        outside: parameters outside blocks, which FSDP2 gathers for the whole pass.
         states: optimizer numbers per trainable parameter (AdamW: 2).
         precision: as `trainer.precision`.
         activations: bytes kept for backward by one micro-batch.
         logits: bytes of the loss head at its peak.
+        quantised, quantised_bytes: how many of the frozen parameters are stored quantised, and their bytes in all.
+        accumulates: whether an optimizer step has several micro-batches.
     """
 
     parameters: int
@@ -40,75 +102,187 @@ class Needs:
     precision: str
     activations: int
     logits: int
+    outside: int = 0
+    quantised: int = 0
+    quantised_bytes: float = 0.0
+    accumulates: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight as FSDP and a plain trainer store it: mixed precision keeps fp32."""
+        return 2 if self.precision.endswith("-true") and not self.full else 4
+
+    @property
+    def compute(self) -> int:
+        """Bytes of a weight as it is multiplied with."""
+        return 4 if self.full else 2
+
+    @property
+    def full(self) -> bool:
+        return self.precision.startswith("32")
+
+    def stored(self, size: int) -> float:
+        """Bytes of all weights, those that are not quantised at `size` each."""
+        return size * (self.parameters - self.quantised) + self.quantised_bytes
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What there is: GPUs in nodes of `gpus_per_node`, bytes of one GPU, of one node's CPU memory, and what the
+    libraries take of a GPU themselves."""
+
+    gpus: int
+    memory: float
+    gpus_per_node: int = 8
+    cpu: float = math.inf
+    runtime: float = RUNTIME
+
+    @property
+    def processes(self) -> int:
+        """GPUs that share a node."""
+        return min(self.gpus, self.gpus_per_node)
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes per GPU (or process, on a CPU)."""
+    """Bytes per GPU (or process, on a CPU); `cpu` and `nvme`: what is offloaded, bytes per node.
+
+    `buffers`: gathered weights and communication buckets, or the temporaries of the update where these take more than
+    the activations leave free.
+    """
 
     weights: float
     gradients: float
     optimizer: float
+    buffers: float
     activations: float
     logits: float
     runtime: float
+    cpu: float = 0.0
+    nvme: float = 0.0
+
+    @property
+    def states(self) -> float:
+        """Weights, gradients and optimizer states: what the ZeRO paper calls model states."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        """Everything."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.runtime
+        """Everything on the GPU."""
+        return self.states + self.buffers + self.activations + self.logits + self.runtime
+
+    def fits(self, hardware: Hardware) -> bool:
+        """Whether GPU and CPU have room."""
+        return self.total <= hardware.memory and self.cpu <= hardware.cpu
 
 
-def peak(strategy: str, needs: Needs, gpus: int, runtime: float = RUNTIME) -> Peak:
-    """Peak bytes per GPU under one of `STRATEGIES`; `runtime` is what the libraries take themselves."""
-    weights, gradients, optimizer = {
-        "single": _replicated,
-        "ddp": _replicated,
-        "zero1": _zero,
-        "zero2": _zero,
-        "zero3": _zero,
-        "fsdp": _fsdp,
-    }[strategy](strategy, needs, 1 if strategy == "single" else gpus)
-    return Peak(weights, gradients, optimizer, needs.activations, needs.logits, runtime)
+@dataclass(frozen=True)
+class _Share:
+    """Bytes of one process wherever they lie: what it keeps, what backward needs besides, and what the update does."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    backward: float
+    update: float
+    host: float = 0.0
+    """Further bytes on the CPU, if the optimizer is there."""
 
 
-def _replicated(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:
+def peak(strategy: str, needs: Needs, hardware: Hardware) -> Peak:
+    """Peak bytes under one of `STRATEGIES`."""
+    spread = STRATEGIES[strategy]
+    share = {"replicated": _replicated, "zero": _zero, "fsdp": _fsdp}[spread.engine](
+        spread, needs, 1 if strategy == "single" else hardware.gpus
+    )
+    at: dict[Place, float] = {"gpu": 0.0, "cpu": 0.0, "nvme": 0.0}
+    at[spread.weights] += share.weights
+    at[spread.optimizer] += share.optimizer
+    if spread.offloads:
+        at["cpu"] += share.host
+    return Peak(
+        weights=share.weights if spread.weights == "gpu" else 0.0,
+        gradients=share.gradients,
+        optimizer=0.0 if spread.offloads else share.optimizer,
+        buffers=max(share.backward, share.update - needs.activations - needs.logits),
+        activations=needs.activations,
+        logits=needs.logits,
+        runtime=hardware.runtime,
+        cpu=HOST_SLACK * at["cpu"] * hardware.processes,
+        nvme=at["nvme"] * hardware.processes,
+    )
+
+
+def _replicated(spread: Spread, needs: Needs, gpus: int) -> _Share:
     """Everything on every GPU. Mixed precision keeps fp32 weights, and autocast a 16-bit copy of those that learn."""
-    size = 2 if needs.precision.endswith("-true") and not needs.precision.startswith("32") else 4
+    size, learned = needs.size, needs.size * needs.trainable
     copies = 2 * (needs.trainable + needs.largest_layer) if needs.precision.endswith("-mixed") else 0
-    buckets = 2 if strategy == "ddp" and gpus > 1 else 1  # DDP all-reduces copies of the gradients
-    return (
-        size * needs.parameters + copies,
-        buckets * size * needs.trainable,
-        size * needs.states * needs.trainable,
+    return _Share(
+        weights=needs.stored(size),
+        gradients=learned,
+        optimizer=needs.states * learned,
+        backward=copies + (learned if gpus > 1 else 0),  # DDP all-reduces copies of the gradients
+        update=_temporaries(learned, needs),
     )
 
 
-def _zero(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:
-    """DeepSpeed: 16-bit weights and gradients with an fp32 master copy, or everything in fp32."""
-    full = needs.precision.startswith("32")
-    size, master = (4, 0) if full else (2, 4)
-    weights: float = size * needs.parameters
-    if strategy == "zero3":
-        weights = weights / gpus + 2 * size * needs.largest_layer  # the running layer and the prefetched one
-    gradients = size * needs.trainable / (gpus if strategy != "zero1" else 1)
-    return weights, gradients, (master + 4 * needs.states) * needs.trainable / gpus
+def _zero(spread: Spread, needs: Needs, gpus: int) -> _Share:
+    """DeepSpeed: 16-bit weights and gradients (fp32 ones with 32-true), and an fp32 master copy of what learns."""
+    size, shard = needs.compute, needs.trainable / gpus
+    weights, backward = needs.stored(size), 2 * size * REDUCE_BUCKET
+    gradients: float = size * (shard if spread.stage > 1 else needs.trainable)
+    if spread.stage == 3:
+        weights /= gpus
+        backward = size * (REDUCE_BUCKET + min(max(LIVE_PARAMETERS, needs.largest_layer), needs.parameters))
+    optimizer = (4 + 4 * needs.states) * shard  # fp32 weights have a master copy, too
+    if not spread.offloads:
+        update = 4 * shard + _temporaries(4 * shard, needs) + size * ALLGATHER_BUCKET  # gradients, in fp32
+        return _Share(weights, gradients, optimizer, backward, update)
+    if spread.stage == 1:
+        return _Share(weights, gradients, optimizer + 4 * shard, backward, 0)
+    # The shard of the gradients leaves the GPU as it is made; ZeRO-2 accumulates whole ones on the CPU.
+    kept = size * (shard if spread.stage == 3 else needs.trainable) if needs.accumulates else 0.0
+    if spread.optimizer == "nvme":  # fp32 gradients go there, too
+        host = kept + SWAP_BUFFERS + SWAP_STEPS * 4 * min(SWAP_GROUP, shard)
+        return _Share(weights, 0, optimizer + 4 * shard, backward, 0, host)
+    return _Share(weights, 0, optimizer + 4 * shard, backward, 0, kept)
 
 
-def _fsdp(strategy: str, needs: Needs, gpus: int) -> tuple[float, float, float]:
-    """FSDP: fp32 shards of everything (16-bit ones with bf16-true), each layer gathered in the compute precision."""
-    del strategy
-    size = 2 if needs.precision.endswith("-true") and not needs.precision.startswith("32") else 4
-    compute = 4 if needs.precision.startswith("32") else 2
-    gathered = 2 * compute * needs.largest_layer
-    return (
-        size * needs.parameters / gpus + gathered,
-        size * needs.trainable / gpus,
-        size * needs.states * needs.trainable / gpus,
+def _fsdp(spread: Spread, needs: Needs, gpus: int) -> _Share:
+    """FSDP2: fp32 shards of everything (16-bit ones with bf16-true), gathered layer by layer as they are computed."""
+    shard = needs.size * needs.trainable / gpus
+    gathered = needs.compute * (2 * needs.largest_layer + needs.outside)  # the running layer and the prefetched one
+    return _Share(
+        weights=needs.stored(needs.size) / gpus,
+        gradients=0 if spread.offloads else shard,
+        optimizer=needs.states * shard + (shard if spread.offloads else 0),
+        backward=gathered + (needs.compute + needs.size) * min(needs.largest_layer, needs.trainable),  # whole gradients
+        update=0 if spread.offloads else _temporaries(shard, needs),
     )
 
 
-def cheapest(peaks: dict[str, Peak], limit: float, gpus: int) -> str | None:
-    """The first strategy whose peak is at most `limit` bytes, or None. More than one GPU rules out `single`."""
-    usable = (name for name in STRATEGIES if name in peaks and not (name == "single" and gpus > 1))
-    return next((name for name in usable if peaks[name].total <= limit), None)
+def _temporaries(learned: float, needs: Needs) -> float:
+    """What an update that takes all parameters at once (torch's default on GPUs) holds beside them."""
+    return learned if needs.states else 0.0
+
+
+def runnable(needs: Needs, hardware: Hardware) -> list[str]:
+    """Strategies that could run: several GPUs need a strategy, and quantised weights are not sharded."""
+    return [
+        name
+        for name, spread in STRATEGIES.items()
+        if not (name == "single" and hardware.gpus > 1) and not (spread.stage == 3 and needs.quantised)
+    ]
+
+
+def sensible(needs: Needs, hardware: Hardware, *, offload: bool) -> list[str]:
+    """Those of them worth a try: without `offload` only on GPUs; one GPU has nobody to share with (but ZeRO-1 keeps
+    weights in 16 bits)."""
+    alone = ("ddp", "zero2", "zero3", "fsdp2") if hardware.gpus == 1 else ()
+    found = [name for name in runnable(needs, hardware) if name not in alone]
+    return [name for name in found if offload or not STRATEGIES[name].offloads]
+
+
+def cheapest(peaks: Mapping[str, Peak], hardware: Hardware) -> str | None:
+    """The first strategy whose peak fits, or None."""
+    return next((name for name in STRATEGIES if name in peaks and peaks[name].fits(hardware)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
-from vlm_train.dryrun.memory import RUNTIME, RUNTIME_CPU, STRATEGIES, Needs, Peak, peak
+from vlm_train.dryrun.memory import Needs
 from vlm_train.dryrun.trace import Trace, blocks, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
 from vlm_train.objectives.base import identity_gather
@@ -21,17 +22,40 @@ from vlm_train.params import Policy, apply_policy, unused_parameters
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a dry run finds out."""
+    """Everything a dry run finds out.
+
+    Attributes:
+        needs: what has to be stored.
+        activations: bytes kept for backward by one row: without activation checkpointing (`none`), with (`full`), and
+            where products and attention are kept (`selective`).
+        llm: what adapters of the language model would come to.
+    """
 
     recipe: str
     policy: Policy
     visual_tokens: int
     flops: dict[str, Flops]
-    peaks: dict[str, Peak]
-    peaks_checkpointed: dict[str, Peak]
+    needs: Needs
+    activations: dict[str, int]
+    llm: Linears
     length: Length
     disk: Disk
     round_trip: int
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Linear layers of the language model but its head.
+
+    Attributes:
+        parameters: of their weights.
+        per_rank: parameters of LoRA adapters of rank 1 on all of them.
+        learned: trainable parameters of the whole language model.
+    """
+
+    parameters: int = 0
+    per_rank: int = 0
+    learned: int = 0
 
 
 def make_plan(cfg: DictConfig, model: Any) -> Plan:
@@ -49,18 +73,26 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
     if not cfg.trainer.precision.startswith("32"):
         model.to(torch.bfloat16)
     biggest = trace_step(cfg, model, text_tokens=max(longest - visual, 1), supervised=max(longest - visual, 1))
+    activations = {"none": biggest.activations, "selective": biggest.selective, "full": biggest.checkpointed}
     states = optimizer_states(cfg)
     return Plan(
         recipe=cfg.recipe_name,
         policy=policy,
         visual_tokens=visual,
         flops=count(typical.products),
-        peaks=_peaks(cfg, model, policy, biggest.activations, states),
-        peaks_checkpointed=_peaks(cfg, model, policy, biggest.checkpointed, states),
+        needs=_needs(cfg, model, policy, activations[checkpointing(cfg)], states),
+        activations=activations,
+        llm=_linears(model),
         length=length(cfg, visual + cfg.target.text_tokens),
         disk=disk(cfg, policy.trainable, states),
         round_trip=round_trip(cfg),
     )
+
+
+def checkpointing(cfg: DictConfig) -> str:
+    """`trainer.activation_checkpointing` as a key of `Plan.activations`."""
+    chosen = cfg.trainer.activation_checkpointing
+    return str(chosen) if isinstance(chosen, str) else "full" if chosen else "none"
 
 
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
@@ -85,19 +117,58 @@ def optimizer_states(cfg: DictConfig) -> int:
     return sum(value.numel() for value in optimizer.state[parameter].values() if value.numel() == 64) // 64
 
 
-def _peaks(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> dict[str, Peak]:
-    sizes = [sum(p.numel() for p in block.parameters()) for part in model.children() for block in blocks(part)]
-    needs = Needs(
+def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> Needs:
+    layers = [sum(p.numel() for p in block.parameters()) for part in model.children() for block in blocks(part)]
+    quantised, quantised_bytes = stored_bytes(model)
+    rows = cfg.batch.micro * cfg.target.gpus
+    return Needs(
         parameters=policy.total,
         trainable=policy.trainable,
-        largest_layer=max(sizes, default=policy.total),
+        largest_layer=max([*layers, *_outside(model)]),
+        outside=policy.total - sum(layers),
         states=states,
         precision=cfg.trainer.precision,
         activations=activations * cfg.batch.micro,
         logits=_logits(cfg, model),
+        quantised=quantised,
+        quantised_bytes=quantised_bytes,
+        accumulates=cfg.batch.samples is None or cfg.batch.samples > rows,
     )
-    runtime = RUNTIME_CPU if cfg.trainer.accelerator == "cpu" else RUNTIME
-    return {strategy: peak(strategy, needs, cfg.target.gpus, runtime) for strategy in STRATEGIES}
+
+
+def _outside(model: nn.Module) -> Iterator[int]:
+    """Parameters of every module outside blocks by itself (embeddings, heads, connectors)."""
+    inside = {id(one) for part in model.children() for block in blocks(part) for one in block.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            yield sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def stored_bytes(model: nn.Module) -> tuple[int, float]:
+    """Frozen parameters stored quantised, and their bytes: those of modules with an attribute `bytes_per_parameter`."""
+    found, total = 0, 0.0
+    for module in model.modules():
+        if (each := getattr(module, "bytes_per_parameter", None)) is not None:
+            frozen = sum(p.numel() for p in module.parameters(recurse=False) if not p.requires_grad)
+            found, total = found + frozen, total + frozen * each
+    return found, total
+
+
+def _linears(model: Any) -> Linears:
+    llm = getattr(model, "llm", None)
+    if llm is None:
+        return Linears()
+    head = llm.model.get_output_embeddings()
+    weights = [
+        module.weight
+        for name, module in llm.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
+    ]
+    return Linears(
+        parameters=sum(weight.numel() for weight in weights),
+        per_rank=sum(sum(weight.shape) for weight in weights),
+        learned=sum(p.numel() for p in llm.parameters() if p.requires_grad),
+    )
 
 
 def _logits(cfg: DictConfig, model: Any) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train.dryrun.memory import GIB, Peak, cheapest
-from vlm_train.dryrun.plan import Plan, make_plan
+from vlm_train.dryrun.advice import Advice, Lever, advise
+from vlm_train.dryrun.memory import GIB, Peak
+from vlm_train.dryrun.plan import Plan, checkpointing, make_plan
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""
@@ -62,7 +63,7 @@ def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
     parts: dict[str, int] = {}
     for row in plan.policy.rows:
         parts[row.part] = parts.get(row.part, 0) + row.parameters
-    peaks = _chosen_peaks(cfg, plan)
+    advice = advise(cfg, plan)
     return {
         "recipe": plan.recipe,
         "parameters": parts,
@@ -73,8 +74,12 @@ def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
         "row_tokens": plan.visual_tokens + cfg.target.text_tokens,
         "flops": {part: asdict(flops) for part, flops in plan.flops.items()},
         "flops_per_sample": sum(flops.total for flops in plan.flops.values()),
-        "memory": {name: asdict(peak) | {"total": peak.total} for name, peak in peaks.items()},
-        "cheapest": cheapest(peaks, cfg.target.memory_gib * GIB, cfg.target.gpus),
+        "memory": {name: asdict(peak) | {"total": peak.total} for name, peak in advice.peaks.items()},
+        "activations_per_row": plan.activations,
+        "cheapest": advice.best,
+        "configured": advice.configured,
+        "configured_fits": advice.fits,
+        "levers": [{"flag": one.flag, "strategy": one.strategy, "fits": one.fits} for one in advice.levers],
         **asdict(plan.length),
         "checkpoint_bytes": plan.disk.checkpoint,
         "disk_bytes": plan.disk.kept,
@@ -118,36 +123,63 @@ DEVICE = {"gpu": "GPU", "cpu": "process"}
 
 
 def _memory(cfg: DictConfig, plan: Plan) -> str:
-    peaks = _chosen_peaks(cfg, plan)
-    other = plan.peaks if cfg.trainer.activation_checkpointing else plan.peaks_checkpointed
+    advice = advise(cfg, plan)
     device = DEVICE.get(cfg.trainer.accelerator, "device")
-    columns = ("weights", "gradients", "optimizer", "activations", "logits", "runtime")
-    rows: list[Sequence[str]] = [(f"GiB a {device}", *columns, "peak", "fits")]
-    limit = cfg.target.memory_gib * GIB
-    for name, peak in peaks.items():
-        parts = (*(getattr(peak, column) for column in columns), peak.total)
-        rows.append((name, *(_gib(part) for part in parts), "yes" if peak.total <= limit else "no"))
-    best = cheapest(peaks, limit, cfg.target.gpus)
-    change = next(iter(other.values())).activations - next(iter(peaks.values())).activations
-    switch = "off" if cfg.trainer.activation_checkpointing else "on"
-    return "\n".join(
-        [
-            table(rows),
-            f"Predicted for {cfg.batch.micro} rows of the longest kind on {cfg.target.gpus} x "
-            f"{cfg.target.memory_gib:g} GiB; cheapest that fits: {best or 'none'}.",
-            f"trainer.activation_checkpointing {switch}: {'+' if change > 0 else '-'}{_gib(abs(change))} GiB.",
-        ]
+    columns = ("weights", "gradients", "optimizer", "buffers", "activations", "logits", "runtime")
+    places = [place for place in ("cpu", "nvme") if any(getattr(one, place) for one in advice.peaks.values())]
+    titles = ("peak", *({"cpu": "CPU", "nvme": "NVMe"}[place] for place in places), "fits")
+    rows: list[Sequence[str]] = [(f"GiB a {device}", *columns, *titles)]
+    for name, one in advice.peaks.items():
+        parts = [_gib(getattr(one, column)) for column in columns]
+        offloaded = [_gib(getattr(one, place)) if getattr(one, place) else "" for place in places]
+        rows.append((name, *parts, _gib(one.total), *offloaded, "yes" if one.fits(advice.hardware) else "no"))
+    return "\n".join([table(rows), *_verdict(cfg, plan, advice, device)])
+
+
+def _verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[str]:
+    """What the table comes to: the cheapest that fits, whether the run's own does, and what to change if none does."""
+    target, own = cfg.target, advice.configured
+    lines = [
+        f"Predicted for {cfg.batch.micro} rows of the longest kind on {target.gpus} x {target.memory_gib:g} GiB.",
+        f"Cheapest that fits: {advice.best} (strategy={advice.best})" if advice.best else "Nothing fits.",
+    ]
+    if any(one.cpu for one in advice.peaks.values()):
+        lines[0] += f" CPU, NVMe: GiB a node, which has {target.cpu_gib:g} of CPU."
+    if own and not advice.fits:
+        name = own if cfg.strategy is not None else f"auto (here {own})"
+        lines.append(f"The run's own strategy={name} does not fit: {_room(advice.peaks.get(own), target, device)}.")
+    if advice.levers:
+        what = "What helps" if advice.best is None else "What avoids offloading"
+        lines += [f"{what}, each with those before it:", table([_row(lever) for lever in advice.levers])]
+    now, others = checkpointing(cfg), {"true": "full", "false": "none"}
+    change = ", ".join(
+        f"trainer.activation_checkpointing={value} {_gib(cfg.batch.micro * plan.activations[name])} GiB"
+        for value, name in others.items()
+        if name != now
     )
+    return [*lines, f"Activations: now {_gib(plan.needs.activations)} GiB; {change}."]
+
+
+def _row(lever: Lever) -> tuple[str, str, str]:
+    verdict = f"fits with strategy={lever.strategy}" if lever.fits else "not yet"
+    return f"  {lever.flag}", f"{_gib(lever.peak.total)} GiB", verdict
+
+
+def _room(one: Peak | None, target: DictConfig, device: str) -> str:
+    """What is too much."""
+    if one is None:
+        return "it cannot run so"
+    if one.total > target.memory_gib * GIB:
+        return f"{_gib(one.total)} of {target.memory_gib:g} GiB a {device}"
+    return f"{_gib(one.cpu)} of {target.cpu_gib:g} GiB of CPU memory a node"
 
 
 def _gib(count: float) -> str:
-    """GiB with one digit, small numbers with two significant ones."""
+    """GiB with one digit, large numbers with none, small ones with two significant ones."""
     value = count / GIB
-    return f"{value:.1f}" if value >= 1 or not value else f"{value:.2g}" if value >= 0.01 else f"{value:.4f}"
-
-
-def _chosen_peaks(cfg: DictConfig, plan: Plan) -> dict[str, Peak]:
-    return plan.peaks_checkpointed if cfg.trainer.activation_checkpointing else plan.peaks
+    if value >= 100 or not value:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}" if value >= 0.01 else f"{value:.4f}"
 
 
 def _length(cfg: DictConfig, plan: Plan) -> str:

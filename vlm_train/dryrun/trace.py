@@ -49,11 +49,13 @@ class Trace:
         products: every matrix product, in order.
         outside: bytes kept for backward outside numbered layers.
         layers: per layer, (bytes of its input, bytes kept inside it).
+        outputs: per layer, bytes of what its matrix products and attention give.
     """
 
     products: list[Product] = field(default_factory=list)
     outside: int = 0
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
 
     @property
     def activations(self) -> int:
@@ -66,14 +68,21 @@ class Trace:
         kept = [(given, inside) for given, inside in self.layers.values() if inside]
         return self.outside + sum(given for given, _ in kept) + max((inside for _, inside in kept), default=0)
 
+    @property
+    def selective(self) -> int:
+        """The same where checkpointing also keeps what is costly to compute again: products and attention."""
+        kept = sum(self.outputs.get(name, 0) for name, (_, inside) in self.layers.items() if inside)
+        return min(self.checkpointed + kept, self.activations)
+
 
 class _Products(TorchFunctionMode):
     """Notes the products. Attention is done by a fused kernel, so that no `[T, T]` scores are kept, as on a GPU."""
 
-    def __init__(self, trace: Trace, owners: Mapping[int, str]) -> None:
+    def __init__(self, trace: Trace, owners: Mapping[int, str], layers: _Layers) -> None:
         super().__init__()
         self.trace = trace
         self.owners = owners
+        self.layers = layers
         self.part = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,10 +95,16 @@ class _Products(TorchFunctionMode):
             self.part = self.owners.get(id(weight), self.part)
             per_output = prod(weight.shape[1:])
             self._add(2.0 * result.numel() * per_output, args[0].requires_grad, weight.requires_grad)
+            self._keep(result)
         elif func in _MATMULS:
             left, right = args[0], args[1]
             self._add(2.0 * result.numel() * left.shape[-1], left.requires_grad, right.requires_grad)
+            self._keep(result)
         return result
+
+    def _keep(self, result: Tensor) -> None:
+        if self.layers.current and result.requires_grad:
+            self.layers.current.outputs += result.nbytes
 
     def _add(self, flops: float, input_grads: int, weight_grads: int, causal: bool = False) -> None:
         self.trace.products.append(Product(self.part, flops, int(input_grads), int(weight_grads), causal))
@@ -113,7 +128,9 @@ class _Products(TorchFunctionMode):
         # Every mask of ours is causal inside its segments; encoders that see everything pass none.
         self._add(flops, grads, 0, causal=is_causal or attn_mask is not None)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        result: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        self._keep(result)
+        return result
 
 
 def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
@@ -121,17 +138,19 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
     result = Trace()
     owners = {id(parameter): name.split(".", 1)[0] for name, parameter in model.named_parameters()}
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    with _watch_layers(model) as layers, _Products(result, owners), _watch_saved(own, layers) as outside:
+    with _watch_layers(model) as layers, _Products(result, owners, layers), _watch_saved(own, layers) as outside:
         loss = forward()  # held until the end: what its graph keeps is what backward needs
     del loss
     result.outside = sum(outside.values())
     result.layers = {name: (layer.given, sum(layer.kept.values())) for name, layer in layers.seen.items()}
+    result.outputs = {name: layer.outputs for name, layer in layers.seen.items()}
     return result
 
 
 @dataclass
 class _Layer:
     given: int = 0
+    outputs: int = 0
     kept: dict[int, int] = field(default_factory=dict)
 
 

@@ -1,0 +1,178 @@
+"""What the sides of the trainer's benchmarks train: a small LLaVA on made batches, or a model without work."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from vlm_train import config
+from vlm_train.build import build_model
+from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
+from vlm_train.dryrun.trace import image_size, visual_tokens
+from vlm_train.objectives.base import Loss, Objective, identity_gather
+from vlm_train.params import Policy, apply_policy
+
+LOG_EVERY = 10
+CLIP = 1.0
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What time is: `cpu` is that of this process, which other programs disturb less."""
+
+
+@dataclass
+class Clock:
+    """Times of the ends of steps."""
+
+    kind: str = "wall"
+    skip: int = 3
+    ends: list[float] = field(default_factory=list)
+
+    def tick(self) -> None:
+        self.ends.append(CLOCKS[self.kind]())
+
+    @property
+    def step(self) -> float:
+        """Seconds a step, from step `skip` on (those before it fill caches)."""
+        return (self.ends[-1] - self.ends[self.skip - 1]) / (len(self.ends) - self.skip)
+
+
+@dataclass
+class Work:
+    """What every side trains."""
+
+    cfg: DictConfig
+    model: nn.Module
+    objectives: dict[str, Objective]
+    policy: Policy
+    batch: Batch
+    clock: str = "wall"
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss as one writes it: means of this batch."""
+        total = torch.zeros(())
+        for objective in self.objectives.values():
+            for loss in objective(self.model, batch, identity_gather).values():
+                total = total + loss.weight * loss.sum / loss.count
+        return total
+
+    def optimizers(self, steps: int) -> tuple[Any, Any]:
+        """A fresh optimizer and its schedule."""
+        optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
+        return optimizer, self.make_schedule(optimizer, steps)
+
+    def make_optimizer(self, groups: Any) -> Any:
+        return instantiate(self.cfg.optim, _partial_=True, _convert_="all")(groups)
+
+    def make_schedule(self, optimizer: Any, steps: int) -> Any:
+        return instantiate(self.cfg.lr_schedule, _partial_=True, _convert_="all")(optimizer, total_steps=steps)
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        return [p for group in self.policy.groups for p in group.parameters]
+
+    def batches(self, steps: int) -> list[Batch]:
+        """The batch, as the first of every step."""
+        text = next(iter(self.batch.text.values()))
+        count = float(text.weights.sum())
+        rows = len(text.ids)
+        return [
+            replace(
+                self.batch,
+                window=Window(
+                    step=step,
+                    micro=0,
+                    micro_count=1,
+                    sums={name: {"made": count} for name in self.batch.text} | {"samples": {"made": float(rows)}},
+                    samples=rows,
+                    tokens=text.ids.numel(),
+                    places=text.ids.numel(),
+                    supervised=int(count),
+                ),
+            )
+            for step in range(steps)
+        ]
+
+
+def small_llava(rows: int, *overrides: str) -> Work:
+    """The quickstart's LLaVA with rows of 180 tokens: made ids and pixels; connector and language model learn."""
+    cfg = _config("recipe=easyvqa_stage2", "llm.config.vocab_size=2048", *overrides)
+    model = build_model(cfg)
+    objectives = {name: instantiate(node) for name, node in cfg.objective.items() if node is not None}
+    return _work(cfg, model, objectives, _batch(model, rows, text=120, supervised=40))
+
+
+class Toy(nn.Module):
+    """One weight matrix."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width, width), 1e-3))
+
+
+class ToyObjective:
+    """A loss that costs nothing but reading one row."""
+
+    stream = "llm"
+
+    def __call__(self, model: nn.Module, batch: Batch, gather: Any) -> dict[str, Loss]:
+        return {"toy": Loss(model.get_parameter("weight")[0].sum(), torch.ones(()))}
+
+
+def toy(width: int, *overrides: str) -> Work:
+    """Nothing to compute: `width` squared parameters."""
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    media = MediaBatch(pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8), row=torch.zeros(0, dtype=torch.long))
+    batch = Batch(text={"llm": _stream(ids, slots=0, supervised=1)}, media=media)
+    cfg = _config("recipe=easyvqa_stage2", "params=all", *overrides)
+    return _work(cfg, Toy(width), {"toy": ToyObjective()}, batch)
+
+
+def _config(*overrides: str) -> DictConfig:
+    fixed = ["init_from=[]", "eval=none", f"trainer.log_every={LOG_EVERY}", f"trainer.clip_norm={CLIP}"]
+    fixed += ["trainer.val_every=null", "trainer.save_every=null", "trainer.accelerator=cpu"]
+    return config.compose([*fixed, *overrides])
+
+
+def _work(cfg: DictConfig, model: nn.Module, objectives: dict[str, Objective], batch: Batch) -> Work:
+    policy = apply_policy(model, cfg.params.rules, weight_decay=cfg.optim.weight_decay)
+    return Work(cfg, model, objectives, policy, batch)
+
+
+def _batch(model: Any, rows: int, *, text: int, supervised: int) -> Batch:
+    slots, size = visual_tokens(model), image_size(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 2000, (rows, slots + text), generator=generator)
+    media = MediaBatch(
+        pixels=torch.randint(0, 256, (rows, 3, size.height, size.width), dtype=torch.uint8, generator=generator),
+        view_counts=(1,) * rows,
+        slot_counts=(slots,) * rows,
+        row=torch.arange(rows),
+        keys=tuple(str(row) for row in range(rows)),
+    )
+    return Batch(text={"llm": _stream(ids, slots=slots, supervised=supervised)}, media=media)
+
+
+def _stream(ids: Tensor, *, slots: int, supervised: int) -> TokenStream:
+    """Rows `[B, T]` of `slots` image tokens and text, of which the last `supervised` tokens are learned."""
+    rows, length = ids.shape
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, length - supervised :] = ids[:, length - supervised :]
+    places = torch.arange(rows * length).view(rows, length)
+    return TokenStream(
+        ids=ids,
+        labels=labels,
+        weights=(labels != IGNORE).float(),
+        positions=torch.arange(length).expand(1, rows, length),
+        segment_ids=torch.ones_like(ids, dtype=torch.int32),
+        attention_group=torch.zeros_like(ids, dtype=torch.int32),
+        slots=Slots(index=places[:, :slots].flatten(), placeholders=rows * slots),
+        supervised=places[:, length - supervised :].flatten(),
+        plain_causal=True,
+    )

@@ -1,0 +1,159 @@
+"""Which strategy to take on given hardware, and what to change where none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vlm_train.config import config_dir
+from vlm_train.dryrun.memory import (
+    GIB,
+    NF4,
+    RUNTIME,
+    RUNTIME_CPU,
+    STRATEGIES,
+    Hardware,
+    Needs,
+    Peak,
+    cheapest,
+    peak,
+    runnable,
+    sensible,
+)
+from vlm_train.dryrun.plan import Plan, checkpointing
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A change of settings, with those before it: what it comes to under `strategy`, the first that fits or, where none
+    does, the one that needs the least of a GPU."""
+
+    flag: str
+    strategy: str
+    peak: Peak
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do.
+
+    Attributes:
+        peaks: per strategy.
+        best: the cheapest strategy that fits GPU and CPU, or None.
+        configured: the run's own strategy, None where it is none of ours; `fits`: whether it does.
+        levers: changes by which something fits, in the order to try; where only offload fits, those that avoid it.
+    """
+
+    hardware: Hardware
+    peaks: dict[str, Peak]
+    best: str | None
+    configured: str | None
+    fits: bool
+    levers: list[Lever]
+
+
+def advise(cfg: DictConfig, plan: Plan) -> Advice:
+    """Advice for the run on `target`."""
+    hardware = hardware_of(cfg)
+    peaks = _peaks(cfg, plan.needs, hardware, offload=True)
+    best, own = cheapest(peaks, hardware), configured(cfg)
+    if own in runnable(plan.needs, hardware):
+        peaks |= {own: peak(own, plan.needs, hardware)}
+    return Advice(
+        hardware=hardware,
+        peaks=peaks,
+        best=best,
+        configured=own,
+        fits=own in peaks and peaks[own].fits(hardware),
+        levers=[] if best and not STRATEGIES[best].offloads else _levers(cfg, plan, hardware, best),
+    )
+
+
+def hardware_of(cfg: DictConfig) -> Hardware:
+    """The hardware that `target` describes."""
+    return Hardware(
+        gpus=cfg.target.gpus,
+        memory=cfg.target.memory_gib * GIB,
+        gpus_per_node=cfg.target.gpus_per_node,
+        cpu=cfg.target.cpu_gib * GIB,
+        runtime=RUNTIME_CPU if cfg.trainer.accelerator == "cpu" else RUNTIME,
+    )
+
+
+def configured(cfg: DictConfig) -> str | None:
+    """The name of the run's strategy: without one `single` or `ddp`, else the option of the group most like it."""
+    if cfg.strategy is None:
+        return "ddp" if cfg.target.gpus > 1 else "single"
+    own = _flat(OmegaConf.to_container(cfg.strategy))
+    likeness: dict[str, int] = {}
+    for file in sorted((config_dir() / "strategy").glob("*.yaml")):
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(file))
+        option = _flat(loaded.get("strategy", loaded))
+        if file.stem in STRATEGIES and option.get("_target_") == own.get("_target_"):
+            same = sum(own.get(key) == value for key, value in option.items())
+            likeness[file.stem] = 2 * same - len(option)
+    return max(likeness, key=likeness.__getitem__) if likeness else None
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in (node or {}).items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _levers(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str | None) -> list[Lever]:
+    """Changes up to the first with which something fits: by preference a strategy that does not offload, and a run that
+    learns the same. Where an offloading one fits already, only such changes."""
+    found: list[Lever] = []
+    for offload in (False,) if best else (False, True):
+        found = []
+        for flag, needs, same_run in _changes(cfg, plan, hardware, offload=offload):
+            if not (same_run or offload):
+                break
+            peaks = _peaks(cfg, needs, hardware, offload=offload)
+            fitting = cheapest(peaks, hardware)
+            strategy = fitting or min(peaks, key=lambda name: peaks[name].total)
+            found.append(Lever(flag, strategy, peaks[strategy], fitting is not None))
+            if fitting:
+                return found
+    return [] if best else found
+
+
+def _peaks(cfg: DictConfig, needs: Needs, hardware: Hardware, *, offload: bool) -> dict[str, Peak]:
+    """Peaks of the strategies worth a try; there is nowhere to offload to from a CPU."""
+    names = sensible(needs, hardware, offload=offload and cfg.trainer.accelerator != "cpu")
+    return {name: peak(name, needs, hardware) for name in names}
+
+
+def _changes(cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool) -> Iterator[tuple[str, Needs, bool]]:
+    """Settings, what they come to with those before, and whether the run learns the same, from the cheapest on."""
+    needs, micro = plan.needs, cfg.batch.micro
+    kept = plan.activations[checkpointing(cfg)]
+    if plan.activations["full"] < kept:
+        kept = plan.activations["full"]
+        needs = replace(needs, activations=kept * micro)
+        yield "trainer.activation_checkpointing=true", needs, True
+    streams = [instantiate(node).stream for node in cfg.objective.values() if node is not None]
+    if micro > 1 and "samples" not in streams:  # those contrast the rows of a micro-batch with each other
+        while micro > 1:
+            micro //= 2
+            needs = replace(needs, activations=kept * micro, accumulates=True)
+            if cheapest(_peaks(cfg, needs, hardware, offload=offload), hardware):
+                break
+        yield f"batch.micro={micro}", needs, True
+    options = {file.stem: OmegaConf.load(file) for file in (config_dir() / "peft").glob("*.yaml")}
+    if cfg.peft is None and plan.llm.learned and "lora" in options:
+        added = options["lora"].rank * plan.llm.per_rank
+        learned = needs.trainable - plan.llm.learned + added
+        needs = replace(needs, parameters=needs.parameters + added, trainable=learned)
+        yield "peft=lora", needs, False
+    if (cfg.peft is not None or plan.llm.learned) and not needs.quantised and "qlora" in options:
+        count = plan.llm.parameters
+        yield "peft=qlora", replace(needs, quantised=count, quantised_bytes=count * NF4), False
