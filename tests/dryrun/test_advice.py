@@ -68,13 +68,13 @@ def test_smaller_micro_batches_come_before_offload(full: Planned) -> None:
 
 
 def test_checkpointing_comes_first(full: Planned) -> None:
-    cfg, plan = planned("recipe=llava15_stage2", "trainer.activation_checkpointing=false")
+    cfg, plan = planned("recipe=llava15_stage2", "trainer.activation_checkpointing=none")
     assert plan.needs.activations == 16 * plan.activations["none"]
     assert plan.activations == full[1].activations
     found, printed = given((cfg, plan), gpus=8, memory_gib=48)
-    assert [one.flag for one in found.levers] == ["trainer.activation_checkpointing=true"]
+    assert [one.flag for one in found.levers] == ["trainer.activation_checkpointing=full"]
     assert found.levers[0].strategy == "zero2" and found.best is None
-    assert "Activations: now 183 GiB; trainer.activation_checkpointing=true 14.9 GiB." in printed
+    assert "trainer.activation_checkpointing=none: 183 GiB; full 14.9 GiB, selective" in printed
 
 
 def test_adapters_come_last(full: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

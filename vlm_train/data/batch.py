@@ -177,6 +177,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device`."""
+        if torch.device(device) == self.media.pixels.device:
+            return self
         return map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

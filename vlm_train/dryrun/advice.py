@@ -139,7 +139,7 @@ def _changes(cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool) 
     if plan.activations["full"] < kept:
         kept = plan.activations["full"]
         needs = replace(needs, activations=kept * micro)
-        yield "trainer.activation_checkpointing=true", needs, True
+        yield "trainer.activation_checkpointing=full", needs, True
     streams = [instantiate(node).stream for node in cfg.objective.values() if node is not None]
     if micro > 1 and "samples" not in streams:  # those contrast the rows of a micro-batch with each other
         while micro > 1:

@@ -91,8 +91,7 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
 
 def checkpointing(cfg: DictConfig) -> str:
     """`trainer.activation_checkpointing` as a key of `Plan.activations`."""
-    chosen = cfg.trainer.activation_checkpointing
-    return str(chosen) if isinstance(chosen, str) else "full" if chosen else "none"
+    return str(cfg.trainer.activation_checkpointing)
 
 
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:

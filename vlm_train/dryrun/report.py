@@ -151,13 +151,14 @@ def _verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[s
     if advice.levers:
         what = "What helps" if advice.best is None else "What avoids offloading"
         lines += [f"{what}, each with those before it:", table([_row(lever) for lever in advice.levers])]
-    now, others = checkpointing(cfg), {"true": "full", "false": "none"}
+    now = checkpointing(cfg)
     change = ", ".join(
-        f"trainer.activation_checkpointing={value} {_gib(cfg.batch.micro * plan.activations[name])} GiB"
-        for value, name in others.items()
-        if name != now
+        f"{name} {_gib(cfg.batch.micro * kept)} GiB" for name, kept in plan.activations.items() if name != now
     )
-    return [*lines, f"Activations: now {_gib(plan.needs.activations)} GiB; {change}."]
+    return [
+        *lines,
+        f"Activations with trainer.activation_checkpointing={now}: {_gib(plan.needs.activations)} GiB; {change}.",
+    ]
 
 
 def _row(lever: Lever) -> tuple[str, str, str]:

@@ -104,7 +104,7 @@ class VLMModule(pl.LightningModule):
         """Losses of one micro-batch. Randomness (dropout) is addressed by step, micro-batch and rank."""
         window = batch.window
         assert window is not None
-        torch.manual_seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
+        self._seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
         self.at_boundary = ends_step(batch)
         if window.micro == 0:
             self._open(window)
@@ -120,6 +120,12 @@ class VLMModule(pl.LightningModule):
                 self.meter.train.add(name, loss)
         # Lightning and DDP divide by both.
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def _seed(self, seed: int) -> None:
+        """Of the generators that training draws from: `torch.manual_seed` visits all backends, for 0.6 ms."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _open(self, window: Window) -> None:
         """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any

@@ -28,7 +28,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
     Args:
         stage: 1 | 2 | 3.
-        offload_optimizer: keep fp32 weights and optimizer states in the memory of the CPU, or on a disk.
+        offload_optimizer: keep fp32 weights and optimizer states in the memory of the CPU, or (stage 3) on a disk.
         offload_parameters: the same for the 16-bit weights; stage 3 only.
         nvme_path: a folder on a fast local disk, for `nvme`.
         overlap_comm: reduce gradients while backward still runs.
@@ -69,6 +69,8 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         for key, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
             if device:
                 zero[key] = {"device": device, "pin_memory": True} | ({"nvme_path": nvme_path} if nvme_path else {})
+        if "nvme" in (offload_optimizer, offload_parameters):
+            zero["sub_group_size"] = 100_000_000  # numbers swapped at once
         config = {
             "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own throughput line, which is not printed
             "zero_allow_untested_optimizer": True,
