@@ -22,8 +22,9 @@ from tests.small_run import command, make_data, train
 from vlm_train import checkpoint, cli
 from vlm_train.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from vlm_train.modules.base import VLMModule
+from vlm_train.modules.meter import TIMED
 
-TIMING = ("time", "samples_per_second", "tokens_per_second")
+TIMING = ("time", *TIMED)
 SLOW_START = """
 import sys, time
 from vlm_train import cli

@@ -76,7 +76,8 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     facts |= {"vocabulary": vocabulary(built.tokenizer)}
     if resumed:
         resumed.require(**facts)
-    module = _module(cfg, built.model, policy, data.plan, folder)
+    work = _work(cfg, built.tokenizer) if rank() == 0 else None
+    module = _module(cfg, built.model, policy, data.plan, folder, work)
     evaluators = make_evaluators(cfg)
     held_out = len(data.val) > 0
     evaluation = Evaluation(built, evaluators, folder, every=None if held_out else cfg.trainer.val_every)
@@ -136,7 +137,7 @@ def _plan(cfg: DictConfig, data: Any, model: Any) -> Any:
     )
 
 
-def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -> Any:
+def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
 
@@ -167,7 +168,24 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
         strict=cfg.trainer.strict,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
         folder=folder,
+        work=work,
+        peak_tflops=cfg.trainer.peak_tflops,
     )
+
+
+def _work(cfg: DictConfig, tokenizer: Any) -> Any:
+    """What steps compute, for the log; None, and a sentence, where the model cannot be traced without its weights."""
+    import torch
+
+    from vlm_train.build import build_model
+    from vlm_train.dryrun.work import work_of
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return work_of(cfg, build_model(cfg, tokenizer, meta=True))
+    except Exception as error:  # of any model's own code
+        print(f"tflops: not logged: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return None
 
 
 def _call(node: DictConfig, value: Any, **options: Any) -> Any:
