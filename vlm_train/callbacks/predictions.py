@@ -55,7 +55,7 @@ class Predictions(pl.Callback):
         self.asked: list[Asked] | None = None
         self.batch: Batch | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop the answers after the step that the run goes on from: they will be written again."""
         if trainer.is_global_zero:
             for path in _folder(trainer).glob("step-*.json"):
@@ -65,7 +65,8 @@ class Predictions(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or self.asked == []:
             return
-        held_out, model = trainer.datamodule.val, pl_module.model  # type: ignore[attr-defined]
+        held_out: Samples = trainer.datamodule.val  # type: ignore[attr-defined]
+        model: Any = pl_module.model
         if not len(held_out) or not hasattr(model, "generate") or any(map(_is_part, model.parameters())):
             return
         try:

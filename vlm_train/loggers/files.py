@@ -72,7 +72,7 @@ class TensorBoard:
         events, rows = folder / EVENTS, record.metrics(folder)
         again = events.is_dir() and any(events.iterdir())
         first = (rows[-1]["step"] if rows else 0) + 1
-        self.writer: Any = SummaryWriter(str(events), purge_step=first if again else None)  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(events), purge_step=first if again else None)
 
     def config(self, content: Mapping[str, Any]) -> None:
         """As a text, which TensorBoard shows as Markdown."""

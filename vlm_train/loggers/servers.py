@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,9 @@ from vlm_train.redact import without_credentials
 STEP = "trainer/step"
 """The step axis of Weights & Biases, whose own steps may not go back, as a resumed run's do."""
 
-MLFLOW_RECORD, MLFLOW_STORE = "mlflow.json", "mlflow.db"
+_LOG_IN = "Run wandb login, or set logger.wandb.mode=offline."
+
+MLFLOW_RECORD, MLFLOW_STORE, MLFLOW_FILES = "mlflow.json", "mlflow.db", "mlflow"
 PARAMETERS = 100
 """Most parameters in one call of MLflow."""
 
@@ -38,6 +41,8 @@ class Wandb:
         self.module, name = wandb, folder.name
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key() else "offline")
+        elif mode == "online" and not wandb_key():
+            raise ConfigError(f"logger.wandb: no API key. {_LOG_IN}")
         try:
             with _public_arguments():
                 self.run: Any = wandb.init(
@@ -53,7 +58,7 @@ class Wandb:
                 )
         except (AuthenticationError, UsageError) as error:
             said = str(error).splitlines()[0].rstrip(".")
-            raise ConfigError(f"logger.wandb: {said}. Run wandb login, or set logger.wandb.mode=offline.") from error
+            raise ConfigError(f"logger.wandb: {said}. {_LOG_IN}") from error
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)
 
@@ -110,14 +115,26 @@ class MLflow:
         self.client = mlflow.tracking.MlflowClient(address)
         held = record.read_json(folder / MLFLOW_RECORD)
         place = {"tracking_uri": without_credentials(address), "experiment": experiment}
-        if held and {name: held.get(name) for name in place} == place:
-            self.id = str(held["run_id"])
-            self.client.update_run(self.id, status="RUNNING")
+        if held.items() >= place.items() and self._go_on(str(held.get("run_id"))):
             return
         found = self.client.get_experiment_by_name(experiment)
-        number = found.experiment_id if found else self.client.create_experiment(experiment)
+        pictures = None if urlsplit(address).scheme in ("http", "https") else (folder.parent / MLFLOW_FILES).as_uri()
+        number = found.experiment_id if found else self.client.create_experiment(experiment, pictures)
         self.id = self.client.create_run(number, run_name=folder.name).info.run_id
         record.write_json(folder / MLFLOW_RECORD, {**place, "run_id": self.id})
+
+    def _go_on(self, run: str) -> bool:
+        """Take up a run; False if the server no longer has it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.update_run(run, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        self.id = run
+        return True
 
     def config(self, content: Mapping[str, Any]) -> None:
         """As parameters with dotted names; MLflow lets none be changed, so a resumed run adds the new ones."""
@@ -167,11 +184,10 @@ class Trackio:
 
     def __init__(self, folder: Path, project: str, space: str | None) -> None:
         try:
-            import trackio
+            self.module: Any = import_module("trackio")
         except ModuleNotFoundError as error:
             raise ConfigError("logger: Trackio is not installed: pip install trackio.") from error
-        self.module = trackio
-        self.run: Any = trackio.init(project, name=folder.name, space_id=space, resume="allow", embed=False)
+        self.run: Any = self.module.init(project, name=folder.name, space_id=space, resume="allow", embed=False)
 
     def config(self, content: Mapping[str, Any]) -> None:
         """As the run's config, which Trackio sends with the first row."""

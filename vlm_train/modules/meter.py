@@ -125,7 +125,7 @@ class Meter:
     def _rates(self, counts: Mapping[str, float], peak: float | None) -> dict[str, float]:
         """What one line says about speed and about what was in the batches, from the counts of all ranks."""
         now = time.perf_counter()
-        seconds, self.since = now - self.since, now
+        seconds, self.since = max(now - self.since, 1e-9), now
         tokens = counts["tokens"]
         row = {
             "samples_per_second": counts["samples"] / seconds,
