@@ -23,8 +23,9 @@ from vlm_train import checkpoint, cli
 from vlm_train.checkpoint import files
 from vlm_train.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from vlm_train.modules.base import VLMModule
+from vlm_train.modules.meter import TIMED
 
-TIMING = ("time", "samples_per_second", "tokens_per_second")
+TIMING = ("time", *TIMED)
 SLOW_START = """
 import sys, time
 from vlm_train import cli

@@ -80,7 +80,8 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     if resumed and not shares:
         resumed.require(**facts)
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
-    module = _module(cfg, built.model, policy, data.plan, folder)
+    work = _work(cfg, built.tokenizer) if rank() == 0 else None
+    module = _module(cfg, built.model, policy, data.plan, folder, work)
     evaluators = make_evaluators(cfg)
     every = None if len(data.val) else cfg.trainer.val_every
     evaluation = Evaluation(built, evaluators, folder, every=every, val_every=cfg.trainer.val_every)
@@ -136,7 +137,7 @@ def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
     )
 
 
-def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -> Any:
+def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
     from vlm_train.modules.guard import Guard
@@ -170,7 +171,24 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path) -
         guard=Guard(folder, **cfg.trainer.guard, scaled=cfg.trainer.precision == "16-mixed"),
         skip_steps=cfg.trainer.skip_steps,
         folder=folder,
+        work=work,
+        peak_tflops=cfg.trainer.peak_tflops,
     )
+
+
+def _work(cfg: DictConfig, tokenizer: Any) -> Any:
+    """What steps compute, for the log; None, and a sentence, where the model cannot be traced without its weights."""
+    import torch
+
+    from vlm_train.build import build_model
+    from vlm_train.dryrun.work import work_of
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return work_of(cfg, build_model(cfg, tokenizer, meta=True))
+    except Exception as error:  # of any model's own code
+        print(f"tflops: not logged: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return None
 
 
 def _call(node: DictConfig, value: Any, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.config import CONFIG_NAME, hydra_session
+from vlm_train.redact import without_credentials
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -50,12 +51,12 @@ def origins(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
 
 
 def table(cfg: DictConfig, found: dict[str, Origin], only_changed: bool = False) -> str:
-    """An aligned table of key, value and origin; interpolations are shown as written."""
+    """An aligned table of key, value and origin; interpolations are shown as written, addresses without a user."""
     rows = []
     for key, value in sorted(leaves(cfg).items()):
         origin = _lookup(found, key)
         if not (only_changed and origin.layer == DEFAULT):
-            rows.append((key, _short(value), str(origin)))
+            rows.append((key, _short(without_credentials(value)), str(origin)))
     keys = max((len(row[0]) for row in rows), default=0)
     values = max((len(row[1]) for row in rows), default=0)
     return "\n".join(f"{key:<{keys}}  {value:<{values}}  {origin}" for key, value, origin in rows)

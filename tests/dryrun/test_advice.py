@@ -74,7 +74,7 @@ def test_checkpointing_comes_first(full: Planned) -> None:
     found, printed = given((cfg, plan), gpus=8, memory_gib=48)
     assert [one.flag for one in found.levers] == ["trainer.activation_checkpointing=full"]
     assert found.levers[0].strategy == "zero2" and found.best is None
-    assert "trainer.activation_checkpointing=none: 183 GiB; full 14.9 GiB, selective" in printed
+    assert "trainer.activation_checkpointing=none: 183 GiB; selective 106 GiB, full 14.9 GiB." in printed
 
 
 def test_adapters_come_last(full: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def write_run(folder: Path, name: str, start: float = START) -> Path:
         now, done = start + seconds * step / steps, step / steps
         value = last + (first - last) * math.exp(-5 * done)
         train = {metric: value * (1 + 0.08 * rng.gauss(0, 1)) for metric in losses}
-        lines.append({"step": step, "time": now, "split": "train", **train, "lr": 1e-3 * (1 - done)})
+        lines.append({"step": step, "time": now, "split": "train", **train, **rates(done)})
         if step % 50 == 0:
             val = dict.fromkeys(losses, value * 1.05)
             if accuracy:
@@ -70,7 +70,27 @@ def write_run(folder: Path, name: str, start: float = START) -> Path:
     if final:
         write_params(folder)
         write_predictions(folder / "eval" / "answers", rng)
+        write_tried(folder / "predictions")
     return folder
+
+
+def rates(done: float) -> dict[str, float]:
+    """The other values of a training line."""
+    norms = {"grad_norm": 2 - done, "grad_norm/llm": 1.5 - done, "grad_norm/connector": 0.5}
+    shares = {"padding_share": 0.05, "supervised_share": 0.3, "data_wait": 0.01, "mfu": 0.41, "share/a": 0.5}
+    speed = {"tokens_per_second": 9000.0, "tflops": 410.0, "peak_memory_gib": 71.5}
+    return {"lr/llm": 1e-3 * (1 - done), "skipped": 0.0, **norms, **shares, **speed}
+
+
+def write_tried(folder: Path) -> None:
+    """Two samples asked at three validations; one has no picture."""
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "#e33").save(folder / "images" / "0.png")
+    for step, colour in ((200, "blue-ish"), (400, "blue-ish"), (800, "red-ish")):
+        rows = [{"key": "a", "question": "what color?", "reference": "red", "prediction": colour}]
+        rows += [{"key": "b", "question": "what shape?", "reference": "circle", "prediction": "circle"}]
+        rows[0]["image"] = "images/0.png"
+        (folder / f"step-{step:08d}.json").write_text(json.dumps(rows))
 
 
 def write_params(folder: Path) -> None:

@@ -14,7 +14,16 @@ from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
 from vlm_train.report.charts import accuracy_chart, controls_of, loss_chart, plotly_script, short_names, thin
 from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings, render
-from vlm_train.report.read import Point, Prediction, Result, active_seconds, read_curves, read_predictions, read_report
+from vlm_train.report.read import (
+    Point,
+    Prediction,
+    Result,
+    active_seconds,
+    read_curves,
+    read_predictions,
+    read_report,
+    read_tried,
+)
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -42,8 +51,37 @@ def test_schedule_report_shows_every_section(tmp_path: Path) -> None:
         assert row["name"] in text
     assert "98.4 %" in text
     assert "1,573,248" in text
-    assert text.count('src="data:image/png;base64,') == MAX_IMAGES
+    assert text.count('src="data:image/png;base64,') == MAX_IMAGES + 1
     assert "http://" not in text.replace("http://www.w3.org/", "")
+
+
+def test_training_curves_and_sample_predictions(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path / "run", "easyvqa_stage2"))
+    for title in ("gradient norm", "learning rate", "TFLOP/s of a device", "shares of time and of tokens"):
+        assert f"<h3>{title}</h3>" in text
+    assert "<h3>left out</h3>" not in text  # nothing was
+    assert text.index("red-ish<small>reference: red</small>") < text.index("step 200: blue-ish")
+    assert text.count("blue-ish") == 1  # as long as it did not change
+    assert "circle<small>reference: circle</small>" in text
+
+
+def test_damaged_sample_predictions_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "predictions"
+    lines(folder / "step-00000001.json", [{"key": "a", "prediction": HOSTILE, "image": "../../secret.png"}, 7])
+    lines(folder / "step-00000002.json", '[{"key"')
+    lines(folder / "step-last.json", [{"key": "a", "prediction": "x"}])
+    (one,) = read_tried(folder)
+    assert (one.answers, one.image) == ([(1, HOSTILE)], None)
+    lines(tmp_path / "run.json", {"run_id": "r", "recipe": "x", "status": "done"})
+    assert "alert(1)" in page(tmp_path) and "<script>alert" not in page(tmp_path)
+    assert read_tried(tmp_path / "none") == []
+
+
+def test_report_shows_no_password(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "easyvqa_stage2")
+    lines(folder / "config.yaml", "data:\n  train:\n  - shards: https://me:secret@host/set\n")
+    text = page(folder)
+    assert "https://host/set" in text and "secret" not in text
 
 
 def test_run_report_works_without_anything_but_its_record(tmp_path: Path) -> None:

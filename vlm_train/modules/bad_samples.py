@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from vlm_train.data.batch import Problem
+from vlm_train.redact import without_credentials
 
 MIN_DRAWN = 1000
 """Samples that a run draws before the share of bad ones among them is judged."""
@@ -64,6 +66,7 @@ class BadSamples:
     def record(self, split: str, step: int, problems: Iterable[Problem], rank: int) -> None:
         """Write each bad sample once, also if the run was interrupted, and say the first one aloud."""
         path = self.folder / f"quarantine-{rank}.jsonl"
+        problems = [Problem(*without_credentials(astuple(problem))) for problem in problems]
         recorded = self._known()
         new = [problem for problem in dict.fromkeys(problems) if _identity(problem) not in recorded]
         if new and not recorded:

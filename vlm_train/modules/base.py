@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,11 @@ from vlm_train.checkpoint.generators import rng_state
 from vlm_train.data.batch import Batch, Window
 from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
+from vlm_train.loggers.journal import Journal
 from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for
 from vlm_train.modules.guard import Guard
-from vlm_train.modules.meter import Meter
+from vlm_train.modules.meter import Meter, Work, part_norms
 from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed
@@ -57,6 +57,8 @@ class VLMModule(pl.LightningModule):
         guard: Guard,
         skip_steps: Sequence[Sequence[int]] = (),
         folder: Path,
+        work: Work | None = None,
+        peak_tflops: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -66,7 +68,9 @@ class VLMModule(pl.LightningModule):
         self.seed, self.total_steps, self.normalise = seed, total_steps, normalise
         self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
-        self.meter = Meter(self.over_ranks, min_supervised=min_supervised_ratio if "lm" in objectives else 0.0)
+        least = min_supervised_ratio if "lm" in objectives else 0.0
+        self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
+        self.journal = Journal(folder)
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
@@ -75,7 +79,7 @@ class VLMModule(pl.LightningModule):
         self.keys: list[str] = []  # of the samples of the step
         self.at_boundary = True  # the micro-batch is the last of its step
         self.left_out: str | None = None  # why the last step made no update
-        self.grad_norm: Tensor | None = None
+        self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
         self.interrupt, self.stopping = 0, False
         self.spread = False
         self.generators: list[dict[str, Any]] = []
@@ -91,6 +95,8 @@ class VLMModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
         del dataloader_idx
+        if self.trainer.training:
+            self.meter.arrive()
         return batch.to(device)
 
     def train(self, mode: bool = True) -> VLMModule:
@@ -109,6 +115,7 @@ class VLMModule(pl.LightningModule):
         if window.micro == 0:
             self._open(window)
         self.keys += [key for row in batch.keys for key in row]
+        self.meter.hold(batch)
         if self.factors:
             batch = weigh_sources(batch, self.factors)
         gather = gather_for(self.trainer.world_size, self.device)
@@ -155,13 +162,15 @@ class VLMModule(pl.LightningModule):
         """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
         del optimizer, gradient_clip_algorithm
         parameters = [p for group in self.policy.groups for p in group.parameters]
-        norm: Any = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
-        if self.objects_to(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
+        norms = part_norms(self.policy)
+        total = nn.utils.get_total_norm(norms.values())
+        nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val or float("inf"), total)
+        if self.objects_to(total, norms):
             self.zero_grad(set_to_none=True)
 
-    def objects_to(self, norm: Tensor) -> bool:
+    def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
         """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
-        self.grad_norm = norm
+        self.grad_norms = {"grad_norm": norm} | {f"grad_norm/{part}": one for part, one in (of_parts or {}).items()}
         step = self.global_step + 1
         if any(first <= step <= last for first, last in self.skip_steps):
             self.left_out = ON_DEMAND
@@ -190,12 +199,13 @@ class VLMModule(pl.LightningModule):
 
     def log_training(self) -> None:
         """Write what happened since the last log line, and check it."""
-        row = self.meter.line()
+        row = self.meter.line(self.device)
         self._require_finite("training", row)
         groups = self.trainer.optimizers[0].param_groups
         row |= {f"lr/{g['name']}": max(o["lr"] for o in groups if o["name"] == g["name"]) for g in groups}
-        if self.grad_norm is not None and math.isfinite(float(self.grad_norm)):  # 16-mixed skips steps that overflow
-            row["grad_norm"] = float(self.grad_norm)
+        if self.grad_norms:
+            norms = dict(zip(self.grad_norms, torch.stack(list(self.grad_norms.values())).tolist(), strict=True))
+            row |= {k: v for k, v in norms.items() if math.isfinite(v)}  # 16-mixed skips steps that overflow
         self.write("train", row)
 
     def over_ranks(self, values: dict[str, float]) -> dict[str, float]:
@@ -245,6 +255,14 @@ class VLMModule(pl.LightningModule):
             for name, loss in objective(self.model, batch, gather).items():
                 self.meter.held_out.add(name, replace(loss, metrics={}))
 
+    def on_train_start(self) -> None:
+        """Start the clocks."""
+        self.meter.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Wait for the next micro-batch, now that the callbacks are done."""
+        self.meter.leave()
+
     def on_validation_start(self) -> None:
         """Stop the clock of the training speed."""
         self.meter.pause()
@@ -280,12 +298,10 @@ class VLMModule(pl.LightningModule):
         """Append a line to metrics.jsonl (the record of truth) and pass it to the loggers."""
         if self.global_rank:
             return
-        line = {"step": self.global_step, "time": time.time(), "split": split, **row}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.journal.write({"step": self.global_step, "time": time.time(), "split": split, **row})
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
-        words = ("loss", "grad_norm", "samples_per_second", "skipped")
+        words = ("loss", "grad_norm", "samples_per_second", "skipped", "skipped_steps")
         shown = "  ".join(
             f"{k} {v:.4g}" for k, v in row.items() if (k in words or k.endswith("/accuracy")) and (v or k != "skipped")
         )

@@ -6,68 +6,30 @@ Sums of tensors stay on their device until a line is due: nothing here makes a s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlm_train.data.batch import Window
+from vlm_train.data.batch import Batch, TokenStream, Window
 from vlm_train.errors import TrainingError
-from vlm_train.objectives.base import Loss
+from vlm_train.launch import rank
+from vlm_train.modules.device import peak_memory, peak_tflops
+from vlm_train.modules.sums import PAIR, OverRanks, Sums
+from vlm_train.params import Policy
 
 COUNTS = ("samples", "tokens", "places", "supervised", "skipped")
 """What is always counted; other names appear when they are first counted."""
 
-OverRanks = Callable[[dict[str, float]], dict[str, float]]
-"""Sums by name over all ranks. A collective: every rank makes the same calls."""
+TIMED = ("samples_per_second", "tokens_per_second", "data_wait", "tflops", "mfu", "peak_memory_gib")
+"""Names in a line that depend on the machine, not only on what was trained."""
 
 
-class Sums:
-    """Losses of one split as sums, so that their means do not depend on how a step is cut.
+class Work(Protocol):
+    """FLOPs of what steps held, see `vlm_train.dryrun.work`."""
 
-    Args:
-        weights: objective -> factor in the total, filled here. Kept by the owner: a rank without held-out samples knows
-            them from training.
-    """
-
-    def __init__(self, weights: dict[str, float]) -> None:
-        self.weights = weights
-        self.totals: dict[str, Tensor] = {}
-
-    def add(self, name: str, loss: Loss) -> None:
-        """Add a micro-batch's loss; its metrics are weighted by its count."""
-        self.weights[name] = loss.weight
-        entries = {f"{name}/sum": loss.sum, f"{name}/count": loss.count} | {
-            f"{name}/{key}": value * loss.count for key, value in loss.metrics.items()
-        }
-        for key, value in entries.items():
-            held = self.totals.get(key)
-            value = value.detach().float()
-            self.totals[key] = value if held is None else held.to(value.device) + value
-
-    def read(self) -> dict[str, float]:
-        """The sums of this rank, in one copy from the device."""
-        values = torch.stack(list(self.totals.values())).tolist() if self.totals else []
-        return dict(zip(self.totals, values, strict=True))
-
-    def means(self, over_ranks: OverRanks) -> dict[str, float]:
-        """Means over ranks: `loss` in all, then every objective and metric. Empty if no rank has any."""
-        by_name = over_ranks(self.read())
-        row: dict[str, float] = {}
-        total = 0.0
-        for name in sorted(by_name):
-            objective, kind = name.rsplit("/", 1)
-            if kind == "count":
-                continue
-            mean = by_name[name] / max(by_name[f"{objective}/count"], 1e-8)
-            row[f"{objective}_loss" if kind == "sum" else f"{objective}_{kind}"] = mean
-            if kind == "sum":
-                total += self.weights.get(objective, 1.0) * mean
-        losses = [key for key in row if key.endswith("_loss")]
-        if len(losses) == 1:
-            row.pop(losses[0])  # the only one is the loss
-        return {"loss": total} | row if by_name else {}
+    def __call__(self, *, views: float, tokens: float, pairs: float, supervised: float) -> float: ...
 
 
 class Meter:
@@ -76,14 +38,24 @@ class Meter:
     Args:
         over_ranks: adds up over ranks.
         min_supervised: least share of the tokens that must be supervised; 0: any.
+        work: gives TFLOP/s; None: they are not logged.
+        peak_tflops: of one device, gives MFU; None: known for common GPUs, else MFU is not logged.
     """
 
-    def __init__(self, over_ranks: OverRanks, *, min_supervised: float = 0.0) -> None:
+    def __init__(
+        self,
+        over_ranks: OverRanks,
+        *,
+        min_supervised: float = 0.0,
+        work: Work | None = None,
+        peak_tflops: float | None = None,
+    ) -> None:
         self.over_ranks, self.min_supervised = over_ranks, min_supervised
+        self.work, self.peak_tflops = work, peak_tflops
         self.weights: dict[str, float] = {}
         self.held_out = Sums(self.weights)
-        self.since = time.perf_counter()
-        self.paused = self.since
+        self.before = 0.0  # seconds since the last line in the process that a run goes on from
+        self.start()
         self._reset()
 
     def _reset(self) -> None:
@@ -97,7 +69,7 @@ class Meter:
 
     def open(self, window: Window) -> None:
         """Count what an optimizer step holds on this rank, and what was left out of it."""
-        self.before = dict(self.train.totals)
+        self.marked = self.train.copy()
         for source, number in window.sums.get("samples", {}).items():
             self.drawn[source] = self.drawn.get(source, 0.0) + number
         for name in ("samples", "tokens", "places", "supervised"):
@@ -108,18 +80,42 @@ class Meter:
 
     def leave_out(self) -> None:
         """Forget the losses of the last step, which made no update."""
-        self.train.totals = self.before
+        self.train = self.marked
         self.count("skipped_steps")
 
-    def line(self) -> dict[str, float]:
-        """Means, rates and shares since the last line, on every rank. Starts the next one.
+    def hold(self, batch: Batch) -> None:
+        """Count what a micro-batch makes the model compute."""
+        samples = [len(row) for row in batch.keys]
+        lengths = [length for stream in batch.text.values() for length in segment_lengths(stream, samples)]
+        self.count("pairs", float(sum(length**2 for length in lengths)))
+        self.count("views", batch.media.real)
+
+    def start(self) -> None:
+        """Training begins, or goes on."""
+        self.paused = self.left = time.perf_counter()
+        self.since = self.left - self.before
+
+    def leave(self) -> None:
+        """A step is done: the wait for data begins."""
+        self.left = time.perf_counter()
+
+    def arrive(self) -> None:
+        """The next micro-batch is there."""
+        self.count("wait", time.perf_counter() - self.left)
+        self.left = time.perf_counter()
+
+    def line(self, device: torch.device) -> dict[str, float]:
+        """Means, rates and shares since the last line, on every rank of `device`. Starts the next one.
 
         Raises:
             TrainingError: too few of the tokens are supervised.
         """
         row = self.train.means(self.over_ranks)
-        counts, drawn = self.over_ranks(self.counts), self.over_ranks(self.drawn)
-        row |= self._rates(counts)
+        peak = f"peak/{rank()}"  # a sum of one rank's value
+        counts = self.over_ranks(self.counts | {"ranks": 1.0, peak: peak_memory(device) / 2**30})
+        drawn = self.over_ranks(self.drawn)
+        row |= self._rates(counts, self.peak_tflops or peak_tflops(device))
+        row["peak_memory_gib"] = max(number for name, number in counts.items() if name.startswith("peak/"))
         row |= {name: number for name, number in sorted(counts.items()) if name.startswith("skipped")}
         if len(drawn) > 1:
             row |= {f"share/{name}": number / sum(drawn.values()) for name, number in sorted(drawn.items())}
@@ -132,15 +128,24 @@ class Meter:
         self._reset()
         return row
 
-    def _rates(self, counts: Mapping[str, float]) -> dict[str, float]:
+    def _rates(self, counts: Mapping[str, float], peak: float | None) -> dict[str, float]:
+        """What one line says about speed and about what was in the batches, from the counts of all ranks."""
         now = time.perf_counter()
-        seconds, self.since = now - self.since, now
-        return {
+        seconds, self.since = max(now - self.since, 1e-9), now
+        tokens = counts["tokens"]
+        row = {
             "samples_per_second": counts["samples"] / seconds,
-            "tokens_per_second": counts["tokens"] / seconds,
-            "supervised_share": counts["supervised"] / max(counts["tokens"], 1),
-            "real_tokens_share": counts["tokens"] / max(counts["places"], 1),
+            "tokens_per_second": tokens / seconds,
+            "supervised_share": counts["supervised"] / max(tokens, 1),
+            "padding_share": 1 - tokens / max(counts["places"], 1) if tokens else 0.0,
+            "data_wait": counts.get("wait", 0.0) / (seconds * counts["ranks"]),
         }
+        if self.work is not None:
+            held = {name: counts.get(name, 0.0) for name in ("views", "tokens", "pairs", "supervised")}
+            row["tflops"] = self.work(**held) / (seconds * counts["ranks"]) / 1e12
+            if peak:
+                row["mfu"] = row["tflops"] / peak
+        return row
 
     def hold_out(self) -> None:
         """Start the sums of a validation."""
@@ -153,16 +158,48 @@ class Meter:
     def go_on(self) -> None:
         """Start it again."""
         self.since += time.perf_counter() - self.paused
+        self.leave()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the sums of all ranks since the last line. A collective."""
+        """What a checkpoint keeps: the sums of all ranks since the last line, and the time since then. A collective."""
         return {
             "totals": self.over_ranks(self.train.read()),
+            "sources": self.over_ranks(self.train.read_sources()),
             "counts": self.over_ranks(self.counts),
             "drawn": self.over_ranks(self.drawn),
+            "seconds": time.perf_counter() - self.since,
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on with `state()`: for one rank, which takes the sums of all."""
         self.train.totals = {name: torch.tensor(value, device=device) for name, value in state["totals"].items()}
+        sources, both = state["sources"], {name.rpartition("/")[0] for name in state["sources"]}
+        pairs = {name: [sources[f"{name}/{kind}"] for kind in PAIR] for name in both}
+        self.train.sources = {name: torch.tensor(pair, device=device) for name, pair in pairs.items()}
         self.counts, self.drawn = dict(state["counts"]), dict(state["drawn"])
+        self.before = float(state["seconds"])
+
+
+def segment_lengths(stream: TokenStream, samples: Sequence[int]) -> Iterator[float]:
+    """Lengths of a stream's segments without padding, `samples` of every row; where only a mask tells them, as if those
+    of a row were equally long."""
+    width = stream.ids.shape[1]
+    if stream.segments is None:
+        yield from (width / count for count in samples for _ in range(count))
+        return
+    rest = iter(stream.segments.lengths)
+    for count in samples:
+        lengths = [next(rest, 0) for _ in range(count)]
+        if sum(lengths) < width:
+            next(rest, 0)
+        yield from lengths
+
+
+def part_norms(policy: Policy) -> dict[str, Tensor]:
+    """Part -> the norm of its gradients, whole or in shards; a part without gradients is left out."""
+    held: dict[str, list[Tensor]] = {}
+    for group in policy.groups:
+        gradients = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
+        held.setdefault(group.name, []).extend(gradients)
+    norms: dict[str, Any] = {part: nn.utils.get_total_norm(gradients) for part, gradients in held.items() if gradients}
+    return {part: norm.full_tensor() if hasattr(norm, "full_tensor") else norm for part, norm in norms.items()}

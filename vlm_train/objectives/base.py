@@ -20,12 +20,14 @@ class Loss:
         count: the denominator's share of this micro-batch (sum of weights); the trainer divides by the global total.
         weight: factor of this loss in the total.
         metrics: further scalars to log, detached (accuracy, temperature ...).
+        sources: where a source's part of the loss is known, data source -> `[2]`, its part of `sum` and `count`.
     """
 
     sum: Tensor
     count: Tensor
     weight: float = 1.0
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Gather(Protocol):

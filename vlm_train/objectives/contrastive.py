@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_train.data.batch import Batch, TokenStream
+from vlm_train.data.sources import sums_by_source
 from vlm_train.errors import BatchError
 from vlm_train.objectives.base import Gather, Loss
 
@@ -57,15 +58,17 @@ class Contrastive:
         to_text, to_image = scale * image @ all_text.T, scale * text @ all_image.T  # [b, G]
         if duplicate is not None:
             to_text, to_image = (logits.masked_fill(duplicate, float("-inf")) for logits in (to_text, to_image))
-        losses = [F.cross_entropy(logits, target, reduction="sum") for logits in (to_text, to_image)]
-        loss = torch.stack(losses).mean()
+        losses = torch.stack([F.cross_entropy(logits, target, reduction="none") for logits in (to_text, to_image)])
+        loss, each = losses.sum(dim=1).mean(), losses.detach().mean(dim=0)
         hits = [(logits.argmax(dim=1) == target).sum() if pairs else target.sum() for logits in (to_text, to_image)]
         metrics = {
             "image_to_text": hits[0] / max(pairs, 1),
             "text_to_image": hits[1] / max(pairs, 1),
             "logit_scale": scale.detach(),
         }
-        return {"contrastive": Loss(loss, loss.new_tensor(float(pairs)), self.weight, metrics)}
+        first = batch.media.row * stream.ids.shape[1]  # the flat position of every text
+        sources = sums_by_source(batch, stream, first, torch.stack([each, torch.ones_like(each)], dim=1))
+        return {"contrastive": Loss(loss, loss.new_tensor(float(pairs)), self.weight, metrics, sources)}
 
     def _duplicates(self, mine: Tensor, target: Tensor, gather: Gather, sizes: list[int]) -> Tensor | None:
         """`[b, G]`, True where another pair has the same caption, whose fingerprints `[b]` are `mine`."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vlm_train.data.batch import IGNORE, Batch, TokenStream
+from vlm_train.data.sources import sums_by_source
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.base import Gather, Loss
 
@@ -49,11 +50,14 @@ class LanguageModeling:
         # A batch without supervised tokens still runs the head once: its loss is 0, attached to the graph.
         pieces = self.chunks or max(1, -(-len(index) // self.chunk))
         total = correct = hidden.new_zeros((), dtype=torch.float32)
+        losses = []
         for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
             loss, hits = _chunk_loss(model, *part)
-            total, correct = total + loss, correct + hits
+            total, correct = total + loss.sum(), correct + hits
+            losses.append(loss.detach())
         accuracy = correct / max(len(index), 1)
-        return {"lm": Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()})}
+        sources = sums_by_source(batch, stream, index, torch.stack([torch.cat(losses), weights], dim=1))
+        return {"lm": Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()}, sources)}
 
 
 def supervised_positions(stream: TokenStream) -> Tensor:
@@ -70,8 +74,8 @@ def _chunk_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor) -> 
 
 
 def _token_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy sum and number of correct predictions of `[S, D]` hidden states."""
+    """Weighted cross entropies `[S]` and number of correct predictions of `[S, D]` hidden states."""
     logits = model.logits(hidden).float()
     losses = F.cross_entropy(logits, labels, reduction="none")
     hits = (logits.detach().argmax(dim=-1) == labels).sum().float()
-    return (losses * weights).sum(), hits
+    return losses * weights, hits

@@ -22,6 +22,40 @@ PAD = 1.02  # room to the right of the last point
 ROOM = 0.06  # above and below, as a share of the values' range
 LOG_RANGE = 15  # a loss that falls by more than this factor is drawn on a logarithmic axis
 
+PANELS = (
+    ("gradient norm", ("grad_norm",), ""),
+    ("learning rate", ("lr/",), ""),
+    ("tokens per second", ("tokens_per_second",), ""),
+    ("TFLOP/s of a device", ("tflops",), ""),
+    ("shares of time and of tokens", ("mfu", "data_wait", "padding_share", "supervised_share"), ".0%"),
+    ("samples by source", ("share/",), ".0%"),
+    ("peak memory (GiB)", ("peak_memory_gib",), ""),
+    ("left out", ("skipped",), ""),
+)
+"""Title, beginnings of the training metrics that it shows, and how their axis is written."""
+
+
+def training_charts(stage: Stage, name: str) -> list[tuple[str, str]]:
+    """(title, chart) of every panel that has something to show: values that are not all zero."""
+    found = []
+    for number, (title, begins, ticks) in enumerate(PANELS):
+        curves = {
+            metric: thin(points)
+            for (split, metric), points in sorted(stage.curves.items())
+            if split == "train" and metric.startswith(begins) and any(point.value for point in points)
+        }
+        if not curves:
+            continue
+        figure = go.Figure()
+        for index, (metric, points) in enumerate(curves.items()):
+            line = {"color": COLOURS[index % len(COLOURS)], "width": 1.6}
+            mode = "lines" if len(points) > 1 else "markers"
+            _draw(figure, [(point.step, point.value) for point in points], metric, mode=mode, line=line)
+        figure.update_xaxes(title_text="step")
+        figure.update_yaxes(tickformat=ticks, rangemode="tozero")
+        found.append((title, _html(figure, f"{name}-{number}", height=220)))
+    return found
+
 
 def loss_chart(stage: Stage, name: str) -> str:
     """Training and validation losses of one stage over its steps; empty where none was recorded."""

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
-from vlm_train.report.charts import accuracy_chart, loss_chart, plotly_script
-from vlm_train.report.read import Prediction, Report, Stage
+from vlm_train.report.charts import accuracy_chart, loss_chart, plotly_script, training_charts
+from vlm_train.report.read import Prediction, Report, Stage, Tried
 
 MAX_IMAGES = 48  # in the whole page
 THUMBNAIL = 256  # longest side of an embedded image, in pixels
@@ -44,6 +44,17 @@ class Card:
     correct: bool
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What was answered to one sample in training: the newest answer, and (step, text) of those before it."""
+
+    image: str | None  # data URI
+    question: str
+    reference: str
+    prediction: str
+    before: list[tuple[int, str]]
+
+
 def render(report: Report) -> str:
     """The whole page as HTML."""
     environment = Environment(
@@ -66,6 +77,12 @@ def render(report: Report) -> str:
             chart for axis in ("seconds", "steps") if (chart := accuracy_chart(report, axis, f"accuracy-{axis}"))
         ],
         galleries=galleries(report),
+        training=[
+            (stage, charts)
+            for index, stage in enumerate(report.stages)
+            if (charts := training_charts(stage, f"training-{index}"))
+        ],
+        samples=[(stage, [sample(one) for one in stage.tried]) for stage in report.stages if stage.tried],
         params=next((stage.params for stage in reversed(report.stages) if stage.params), []),
         plotly=plotly_script(),
     )
@@ -108,6 +125,13 @@ def card(row: Prediction) -> Card:
     """The card of a prediction, its image embedded."""
     image = None if row.image is None else data_uri(row.image)
     return Card(image, row.question, row.reference, row.prediction, row.correct)
+
+
+def sample(one: Tried) -> Sample:
+    """A sample's card, its image embedded."""
+    image = None if one.image is None else data_uri(one.image)
+    *before, (_, newest) = one.answers
+    return Sample(image, one.question, one.reference, newest, before)
 
 
 def data_uri(path: Path) -> str | None:

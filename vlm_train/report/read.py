@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_train.errors import ConfigError
+from vlm_train.redact import without_credentials
 
 PAUSE = 60.0  # seconds without a record after which nothing was running, if records usually come more often
 
@@ -59,15 +60,27 @@ class Prediction:
     image: Path | None
 
 
+@dataclass(frozen=True)
+class Tried:
+    """A held-out sample that was asked at every validation; `answers` are (step, text), where the text changed."""
+
+    question: str
+    reference: str
+    answers: list[tuple[int, str]]
+    image: Path | None
+
+
 @dataclass
 class Stage:
-    """One run: its record, curves `(split, metric) -> points` in step order, and predictions by evaluation."""
+    """One run: its record, curves `(split, metric) -> points` in step order, predictions by evaluation, and what it
+    answered while it was trained."""
 
     name: str
     folder: Path
     record: dict[str, Any]
     curves: dict[tuple[str, str], list[Point]] = field(default_factory=dict)
     predictions: dict[str, list[Prediction]] = field(default_factory=dict)
+    tried: list[Tried] = field(default_factory=list)
     params: list[dict[str, Any]] = field(default_factory=list)
     config: str = ""
 
@@ -125,8 +138,9 @@ def read_stage(folder: Path, name: str) -> Stage:
         predictions={
             path.parent.name: read_predictions(path) for path in sorted(folder.glob("eval/*/predictions.jsonl"))
         },
+        tried=read_tried(folder / "predictions"),
         params=[row for row in params if isinstance(row, dict)] if isinstance(params, list) else [],
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=_text(config),
     )
 
 
@@ -159,12 +173,38 @@ def read_predictions(path: Path) -> list[Prediction]:
     """The predictions of one evaluation. An image outside its folder is ignored: the file may come from anywhere."""
     predictions = []
     for row in _json_lines(path):
-        image = (path.parent / str(row["image"])).resolve() if row.get("image") else None
-        if image is not None and not (image.is_relative_to(path.parent.resolve()) and image.is_file()):
-            image = None
+        image = _image(path.parent, row)
         question, reference, prediction = (str(row.get(name, "")) for name in ("question", "reference", "prediction"))
         predictions.append(Prediction(question, reference, prediction, bool(row.get("correct")), image))
     return predictions
+
+
+def read_tried(folder: Path) -> list[Tried]:
+    """The sample predictions of a run, from `step-*.json`: the newest file says what was asked."""
+    steps: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
+    for path in sorted(folder.glob("step-*.json")):
+        rows, number = _json(path), path.stem.removeprefix("step-")
+        if isinstance(rows, list) and number.isdecimal():
+            known = [row for row in rows if isinstance(row, dict)]
+            steps[int(number)] = {(str(row.get("key")), str(row.get("question"))): row for row in known}
+    tried = []
+    for key, row in steps[max(steps)].items() if steps else ():
+        texts = [(step, str(rows[key].get("prediction", ""))) for step, rows in sorted(steps.items()) if key in rows]
+        changes = [one for before, one in zip([(0, None), *texts], texts, strict=False) if one[1] != before[1]]
+        question, reference = str(row.get("question", "")), str(row.get("reference", ""))
+        tried.append(Tried(question, reference, changes, _image(folder, row)))
+    return tried
+
+
+def _image(folder: Path, row: dict[str, Any]) -> Path | None:
+    """The image that a row names, if it is a file inside the folder."""
+    image = (folder / str(row["image"])).resolve() if row.get("image") else None
+    return image if image and image.is_relative_to(folder.resolve()) and image.is_file() else None
+
+
+def _text(path: Path) -> str:
+    """A file's text, without the users of addresses; empty where there is none."""
+    return str(without_credentials(path.read_text(encoding="utf-8", errors="replace"))) if path.is_file() else ""
 
 
 def _status(stages: list[Stage], expected: int) -> str:

@@ -1,0 +1,50 @@
+"""What a training step computes, from what it holds: the useful FLOPs that the log's TFLOP/s and MFU refer to.
+
+The dry run's count (`flops.py`) of one sample is linear in its image views and supervised tokens, and quadratic in its
+length. A few traces on the meta device give the coefficients, for any family and any frozen parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from vlm_train.dryrun.flops import count
+from vlm_train.dryrun.plan import trace_step
+from vlm_train.dryrun.trace import visual_tokens
+from vlm_train.params import apply_policy, unused_parameters
+
+TEXTS = (32, 64, 128)
+"""Text tokens of the traced samples: as many as a parabola needs."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a training step: of an image view, a token, a squared segment length, and a supervised token."""
+
+    view: float
+    token: float
+    pair: float
+    supervised: float
+
+    def __call__(self, *, views: float, tokens: float, pairs: float, supervised: float) -> float:
+        """FLOPs of a step that holds so many of each; `pairs` is the sum of the segments' squared lengths."""
+        return self.view * views + self.token * tokens + self.pair * pairs + self.supervised * supervised
+
+
+def work_of(cfg: DictConfig, model: Any) -> Work:
+    """The coefficients of a configuration, whose `model` lies on the meta device. Sets `requires_grad` on it."""
+    decay, unused = cfg.optim.weight_decay, unused_parameters(model)
+    apply_policy(model, cfg.params.rules, weight_decay=decay, unused=unused)
+
+    def flops(text: int, supervised: int) -> float:
+        products = trace_step(cfg, model, text_tokens=text, supervised=supervised).products
+        return sum(part.total for part in count(products).values())
+
+    lengths = np.array([visual_tokens(model) + text for text in TEXTS], np.float64)
+    pair, token, rest = np.polyfit(lengths, [flops(text, 1) for text in TEXTS], 2)
+    more = (flops(TEXTS[0], TEXTS[0]) - flops(TEXTS[0], 1)) / (TEXTS[0] - 1)
+    return Work(view=float(rest - more), token=float(token), pair=float(pair), supervised=float(more))

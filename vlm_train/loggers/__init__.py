@@ -1,0 +1,73 @@
+"""Mirrors of metrics.jsonl, which is the record of truth and always written. `fit` gives the run folder.
+
+Every mirror goes on in the same place when its run is resumed, and none can stop a run: see `mirror.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vlm_train.loggers.mirror import Mirror
+
+
+def csv(*, folder: Path) -> Mirror:
+    """`<run>/metrics.csv`: the lines of metrics.jsonl as a table, with a column for every name that ever appeared."""
+    from vlm_train.loggers.files import Csv
+    from vlm_train.loggers.mirror import Mirror
+
+    return Mirror("csv", partial(Csv, folder))
+
+
+def tensorboard(*, folder: Path) -> Mirror:
+    """Event files in `<run>/tensorboard`; a resumed run goes on in the same curves."""
+    from vlm_train.loggers.files import TensorBoard
+    from vlm_train.loggers.mirror import Mirror
+
+    return Mirror("tensorboard", partial(TensorBoard, folder))
+
+
+def wandb(
+    *,
+    folder: Path,
+    project: str = "vlm-train",
+    entity: str | None = None,
+    tags: list[str] | None = None,
+    mode: Literal["auto", "online", "offline"] = "auto",
+) -> Mirror:
+    """Weights & Biases. The run's id is its folder's name, so that a resumed run goes on in the same curves.
+
+    Args:
+        entity: team; None: your default.
+        mode: `auto` is offline unless a key is there (`wandb login`, WANDB_API_KEY). Nothing ever asks for one.
+    """
+    from vlm_train.loggers.mirror import Mirror
+    from vlm_train.loggers.servers import Wandb
+
+    return Mirror("wandb", partial(Wandb, folder, project, entity, tags, mode))
+
+
+def mlflow(*, folder: Path, experiment: str = "vlm-train", tracking_uri: str | None = None) -> Mirror:
+    """MLflow. The id that the server gives the run is kept in `<run>/mlflow.json`, so that a resumed run goes on in it.
+
+    Args:
+        tracking_uri: of the server; None: MLFLOW_TRACKING_URI, else the file `mlflow.db` beside the run folder.
+    """
+    from vlm_train.loggers.mirror import Mirror
+    from vlm_train.loggers.servers import MLflow
+
+    return Mirror("mlflow", partial(MLflow, folder, experiment, tracking_uri))
+
+
+def trackio(*, folder: Path, project: str = "vlm-train", space: str | None = None) -> Mirror:
+    """Trackio, on this machine (`trackio show`) or in a Hugging Face Space. The run has its folder's name.
+
+    Args:
+        space: `user/name` of the Space, made where it is missing; None: this machine.
+    """
+    from vlm_train.loggers.mirror import Mirror
+    from vlm_train.loggers.servers import Trackio
+
+    return Mirror("trackio", partial(Trackio, folder, project, space))

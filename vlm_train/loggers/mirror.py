@@ -1,0 +1,130 @@
+"""A copy of metrics.jsonl elsewhere, in the shape that Lightning knows, which no failure of it can stop."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.loggers import Logger
+
+from vlm_train.errors import ConfigError
+from vlm_train.launch import rank
+from vlm_train.redact import without_credentials
+
+MOST = 10_000
+"""Rows that wait for a mirror that cannot be reached; older ones are only in metrics.jsonl."""
+
+PAUSE, PATIENCE = 60.0, 20
+"""A mirror that failed is left alone for a minute, or so many times as long as its failing took: however long its
+library waits for a server, a run loses no more than a twentieth of its time to it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample prediction: a PNG of the run folder and the words below it."""
+
+    path: Path
+    caption: str
+
+
+class Tracker(Protocol):
+    """Where a mirror's rows go. Any method may raise anything."""
+
+    def config(self, content: Mapping[str, Any]) -> None:
+        """The configuration of the run: nested, plain, without secrets."""
+        ...
+
+    def row(self, step: int, row: Mapping[str, float]) -> None:
+        """Values of one split after an optimizer step; a name is `<split>/<metric>`."""
+        ...
+
+    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Sample predictions."""
+        ...
+
+    def pause(self, *, good: bool) -> None:
+        """Training has ended, well or with an error. More rows may come."""
+        ...
+
+
+class Mirror(Logger):
+    """Passes rows on to a tracker, on rank 0. What fails is said once, waits, and is tried again later.
+
+    Args:
+        label: its name in the configuration.
+        connect: opens the tracker. ConfigError (not installed, not logged in) stops the run before it trains; any other
+            error, such as a server that is away, only leaves the mirror behind.
+    """
+
+    def __init__(self, label: str, connect: Callable[[], Tracker], *, clock: Callable[[], float] = time.monotonic):
+        super().__init__()
+        self.label, self._connect, self._clock = label, connect, clock
+        self._tracker: Tracker | None = None
+        self._waiting: deque[Callable[[Tracker], None]] = deque(maxlen=MOST)
+        self._behind, self._next = False, float("-inf")
+        if rank() == 0:
+            self._send()
+
+    @property
+    def name(self) -> str:
+        """For Lightning."""
+        return self.label
+
+    @property
+    def version(self) -> str:
+        """For Lightning."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration, as a plain mapping with its interpolations kept."""
+        self._do(lambda tracker: tracker.config(without_credentials(params)))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """A row, see `Tracker.row`."""
+        self._do(lambda tracker: tracker.row(step or 0, metrics))
+
+    def log_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Sample predictions, see `Tracker.pictures`."""
+        self._do(lambda tracker: tracker.pictures(step, pictures))
+
+    def finalize(self, status: str) -> None:
+        """Called by Lightning at the end of a loop: the last chance of what waits."""
+        self._next = float("-inf")
+        self._do(lambda tracker: tracker.pause(good=status in ("success", "finished")))
+
+    def _do(self, action: Callable[[Tracker], None]) -> None:
+        if rank() == 0:
+            self._waiting.append(action)
+            self._send()
+
+    def _send(self) -> None:
+        start = self._clock()
+        if start < self._next:
+            return
+        try:
+            self._tracker = self._tracker or self._connect()
+            while self._waiting:
+                self._waiting[0](self._tracker)
+                self._waiting.popleft()
+        except ConfigError:
+            raise
+        except Exception as error:  # of any library, network or disk
+            now = self._clock()
+            self._next = now + max(PAUSE, PATIENCE * (now - start))
+            if not self._behind:
+                print(f"logger.{self.label}: {_said(error)}; metrics.jsonl goes on", flush=True)
+            self._behind = True
+        else:
+            if self._behind:
+                print(f"logger.{self.label}: works again", flush=True)
+            self._behind = False
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, without credentials of the address it may name."""
+    text = (str(error).splitlines() or [""])[0].strip().rstrip(".")
+    return str(without_credentials(f"{type(error).__name__}: {text}" if text else type(error).__name__))
