@@ -130,7 +130,7 @@ def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number:
     folder = config.run_dir(cfg)
     _wait_for(folder / "ready")
     parent.send_signal(number)
-    assert parent.wait(timeout=20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 1}[number]
+    assert parent.wait(timeout=20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}[number]
     assert record.read(folder) == {"status": "stopped", "signal": number}
 
 
@@ -169,8 +169,8 @@ def test_a_signal_reaches_every_worker_once_and_they_end_themselves(cfg: DictCon
     child(
         """
         import threading
-        from vlm_train import launch
-        launch._die_with_agent()
+        from vlm_train import agent
+        agent.die_with_agent()
         received, rank = [], os.environ["RANK"]
         signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
         (folder / f"ready{rank}").touch()
@@ -246,7 +246,8 @@ def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytes
     launch.run_child(cfg, 4)
     path = str(config.run_dir(cfg) / "config.yaml")
     assert seen[0][1:] == ["-m", "vlm_train.launch", path]
-    assert seen[1][1:] == ["-m", "vlm_train.launch", "agent", "4", "vlm_train.launch", path]
+    agent = ["vlm_train.agent", "--standalone", "--nproc-per-node", "4"]
+    assert seen[1][1:] == ["-m", *agent, "-m", "vlm_train.launch", path]
 
 
 def test_child_reports_its_errors_without_a_traceback(cfg: DictConfig, tmp_path: Path, capsys) -> None:

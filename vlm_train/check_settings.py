@@ -40,6 +40,7 @@ RANGES: dict[str, str] = {
     "lr_schedule.min_ratio": ">= 0, <= 1",
     "trainer.threads": ">= 1",
     "trainer.keep_last": ">= 1",
+    "trainer.watchdog_minutes": "> 0",
     "trainer.min_supervised_ratio": ">= 0, <= 1",
     "trainer.max_bad_samples": ">= 0",
     "trainer.max_bad_share": ">= 0, <= 1",

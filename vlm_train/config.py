@@ -41,7 +41,8 @@ TRAINING_KEYS = (
 
 COSMETIC_KEYS = {
     "trainer": ("val_every", "save_every", "log_every", "keep_last", "activation_checkpointing", "compile",
-                "accelerator", "threads", "max_bad_samples", "max_bad_share", "strict", "export"),
+                "accelerator", "threads", "max_bad_samples", "max_bad_share", "strict", "export",
+                "watchdog_minutes"),
     "data": ("workers", "prefetch", "cache", "shard_cache", "shard_cache_bytes"),
 }  # fmt: skip
 """Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""

@@ -69,6 +69,7 @@ class Trainer:
     max_bad_share: float = 0.05  # share of bad ones among all drawn samples, from the 1000th on, that is borne
     strict: bool = False  # the first bad sample stops the run
     export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
+    watchdog_minutes: float | None = 20.0  # end a run that stands still this long, less than launch.timeout_minutes
     threads: int | None = None  # CPU threads; null: torch's choice
 
 

@@ -19,7 +19,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 from vlm_train.callbacks.accumulation import NEVER, Accumulation
-from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log, StopSignals
+from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log
+from vlm_train.callbacks.signals import StopSignals
+from vlm_train.callbacks.watchdog import Watchdog
 from vlm_train.checkpoint import Resume
 from vlm_train.errors import ConfigError
 
@@ -85,7 +87,8 @@ def loop_callbacks(
         keep_last=cfg.trainer.keep_last,
         resumed=resumed.step if resumed else None,
     )
-    return [StopSignals(), Log(every=cfg.trainer.log_every, total=plan.steps), evaluation, checkpoints]
+    watchdog = Watchdog(folder, minutes=cfg.trainer.watchdog_minutes)
+    return [watchdog, StopSignals(), Log(every=cfg.trainer.log_every, total=plan.steps), evaluation, checkpoints]
 
 
 def _named(group: DictConfig | None) -> list[DictConfig]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 
 from vlm_train import checkpoint, record
+from vlm_train.callbacks.watchdog import EVALUATION, mark
 from vlm_train.data.batch import Batch
 from vlm_train.errors import Interrupted
 from vlm_train.modules.base import ends_step
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-REPEATED = 3.0
-"""Seconds in which a signal counts as the same one: schedulers signal every process, and supervisors forward it too."""
 
 
 class Log(pl.Callback):
@@ -111,12 +102,16 @@ class Checkpoints(pl.Callback):
     def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step not in self.written:
             self._save(trainer, best=False)
+        if trainer.is_global_zero:
+            record.update(self.root.parent, status="interrupted")
+        trainer.strategy.barrier()  # the first that leaves is the end of the others where `srun` or torchrun look on
         raise Interrupted(pl_module.interrupt or signal.SIGTERM, trainer.global_step)  # type: ignore[arg-type]
 
     def _due(self, step: int) -> bool:
         return step == self.total or bool(self.every and step % self.every == 0)
 
     def _save(self, trainer: pl.Trainer, *, best: bool) -> None:
+        mark(trainer, "save")
         trainer.lightning_module.require_healthy()  # type: ignore[operator]
         step = trainer.global_step
         trusted, self.written = step in self.written, self.written | {step}
@@ -129,37 +124,6 @@ class Checkpoints(pl.Callback):
             facts=self.facts,
             rewrite=not trusted,
         )
-
-
-class StopSignals(pl.Callback):
-    """Ctrl-C, and SIGTERM as schedulers send it: the first asks for a checkpoint and a stop at the end of the step, a
-    later one acts as usual."""
-
-    def __init__(self) -> None:
-        self.asked = 0.0
-        self.usual = {number: signal.getsignal(number) for number in STOPPING}  # before Lightning sets its own
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def ask(number: int, frame: FrameType | None) -> None:
-            if pl_module.interrupt:
-                if time.monotonic() - self.asked > REPEATED:
-                    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else self.usual[number])  # type: ignore[index]
-                    os.kill(os.getpid(), number)
-                return
-            self.asked = time.monotonic()
-            pl_module.interrupt = number  # type: ignore[assignment]
-            with suppress(OSError):  # whoever read our output may be gone
-                print(f"{signal.Signals(number).name}: stopping after this step or evaluation, and saving", flush=True)
-
-        self._set(dict.fromkeys(STOPPING, ask))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._set(self.usual)
-
-    def _set(self, handlers: Mapping[signal.Signals, Any]) -> None:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses, and others handle signals
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 class Evaluation(pl.Callback):
@@ -186,6 +150,7 @@ class Evaluation(pl.Callback):
             self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        mark(trainer, EVALUATION)
         if not trainer.is_global_zero:
             return
         for name, evaluator in self.evaluators.items():
