@@ -10,6 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from vlm_train.callbacks import signals
+
 OVERRIDES = ["+callbacks.fault._target_=tests.faults.Fault", "allow_targets=[tests.faults]"]
 
 
@@ -19,20 +21,34 @@ def sleeping_beauty() -> None:
 
 
 class Fault(pl.Callback):
-    """Acts when the first micro-batch of the step after `step` begins."""
+    """Acts within the first micro-batch of the step after `step`.
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    What: `raise`, `hang`, `leave` (a second signal, later than those that count as one), a signal's name, or that with
+    `*2` for two at once.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         what, rank, step = os.environ.get("FAULT", "none 0 0").split()
-        here = rank in ("all", str(trainer.global_rank))
-        if here and trainer.global_step == int(step) and batch.window.micro == 0:
-            self.act(what)
+        inner = pl_module.training_step
 
-    def act(self, what: str) -> None:
-        if what == "raise":
-            raise ValueError("the original error")
-        if what == "hang":
-            sleeping_beauty()
-        if what.startswith("SIG"):
-            number, _, count = what.partition("*")
-            for _ in range(int(count or 1)):
-                os.kill(os.getpid(), getattr(signal, number))
+        def training_step(batch: Any, batch_idx: int) -> Any:
+            here = rank in ("all", str(trainer.global_rank))
+            if here and trainer.global_step == int(step) and batch.window.micro == 0:
+                act(what)
+            return inner(batch, batch_idx)
+
+        if what != "none":
+            pl_module.training_step = training_step
+
+
+def act(what: str) -> None:
+    if what == "raise":
+        raise ValueError("the original error")
+    if what == "hang":
+        sleeping_beauty()
+    if what == "leave":
+        signals.REPEATED = -1.0
+    if what.startswith("SIG") or what == "leave":
+        number, _, count = "SIGUSR1*2".partition("*") if what == "leave" else what.partition("*")
+        for _ in range(int(count or 1)):
+            os.kill(os.getpid(), getattr(signal, number))
