@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from vlm_train.callbacks import signals
+from vlm_train.data.windows import MicroBatches
 
 OVERRIDES = ["+callbacks.fault._target_=tests.faults.Fault", "allow_targets=[tests.faults]"]
 
@@ -23,7 +24,7 @@ def sleeping_beauty() -> None:
 class Fault(pl.Callback):
     """Acts within the first micro-batch of the step after `step`.
 
-    What: `raise`, `hang`, `leave` (a second signal, later than those that count as one), a signal's name, or that with
+    What: `raise`, `data` (a loader process raises, at the batch of that number), `hang`, `leave` (a second signal, later than those that count as one), a signal's name, or that with
     `*2` for two at once.
     """
 
@@ -37,8 +38,20 @@ class Fault(pl.Callback):
                 act(what)
             return inner(batch, batch_idx)
 
-        if what != "none":
+        if what == "data" and rank == str(trainer.global_rank):
+            MicroBatches.__iter__ = _breaking(MicroBatches.__iter__, int(step))
+        elif what != "none":
             pl_module.training_step = training_step
+
+
+def _breaking(inner: Any, after: int) -> Any:
+    def iterate(self: MicroBatches) -> Any:
+        for number, batch in enumerate(inner(self)):
+            if number == after:
+                raise ValueError("the original error")
+            yield batch
+
+    return iterate
 
 
 def act(what: str) -> None:
