@@ -24,8 +24,9 @@ def sleeping_beauty() -> None:
 class Fault(pl.Callback):
     """Acts within the first micro-batch of the step after `step`.
 
-    What: `raise`, `data` (a loader process raises, at the batch of that number), `hang`, `leave` (a second signal, later than those that count as one), a signal's name, or that with
-    `*2` for two at once.
+    What: `raise`; `data` (the loader raises at the batch of that number); `hang`; a signal's name, or that with `*2`
+    for two at once; `leave` (a second signal, later than those that count as one); `warn-` and a signal's name: to the
+    process that `STEP_PID` names, or our parent, which hands it on.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -35,7 +36,7 @@ class Fault(pl.Callback):
         def training_step(batch: Any, batch_idx: int) -> Any:
             here = rank in ("all", str(trainer.global_rank))
             if here and trainer.global_step == int(step) and batch.window.micro == 0:
-                act(what)
+                act(what, pl_module)
             return inner(batch, batch_idx)
 
         if what == "data" and rank == str(trainer.global_rank):
@@ -54,13 +55,17 @@ def _breaking(inner: Any, after: int) -> Any:
     return iterate
 
 
-def act(what: str) -> None:
+def act(what: str, pl_module: Any) -> None:
     if what == "raise":
         raise ValueError("the original error")
     if what == "hang":
         sleeping_beauty()
     if what == "leave":
         signals.REPEATED = -1.0
+    if what.startswith("warn-"):
+        os.kill(int(os.environ.get("STEP_PID", os.getppid())), getattr(signal, what.removeprefix("warn-")))
+        while not pl_module.interrupt:
+            time.sleep(0.01)
     if what.startswith("SIG") or what == "leave":
         number, _, count = "SIGUSR1*2".partition("*") if what == "leave" else what.partition("*")
         for _ in range(int(count or 1)):

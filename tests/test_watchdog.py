@@ -63,8 +63,17 @@ def test_what_stands_still_ends_with_its_stacks(dog: Watchdog, tmp_path: Path, c
     assert "Rank 3 has stood still" in said.splitlines()[-1] and "test_what_stands_still" in said
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end",
-                                  "on_validation_batch_start", "on_validation_batch_end", "on_validation_end"])  # fmt: skip
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_train_batch_start",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+        "on_validation_batch_start",
+        "on_validation_batch_end",
+        "on_validation_end",
+    ],
+)
 def test_whatever_is_finished_counts(dog: Watchdog, hook: str) -> None:
     dog.on_train_batch_end()
     look(dog, 15)

@@ -20,7 +20,11 @@ RECORD, METRICS = "run.json", "metrics.jsonl"
 
 def read(folder: Path) -> dict[str, Any]:
     """The run.json of a run folder; empty without one. A corrupt one counts as none, and the log says so."""
-    path = folder / RECORD
+    return read_json(folder / RECORD)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of ours; empty without one. A corrupt one counts as none, and the log says so."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
