@@ -172,7 +172,7 @@ def leave(work: Callable[[], int]) -> NoReturn:
     try:
         code = work()
     except Exception:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # torch's names the rank
+        sys.excepthook(*sys.exc_info())  # torch's names the rank
         code = 1
     if code in (1, 2) and ("RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1):
         logging.shutdown()

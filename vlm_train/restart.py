@@ -1,4 +1,4 @@
-"""Whether a job script starts a run again: `python -m vlm_train.restart <folder> <exit code>` says yes with exit code 0.
+"""Whether a job script starts a run again: `python -m vlm_train.restart <folder> <exit code>` says yes by exit code 0.
 
 A run that was preempted, or failed, goes on from its newest checkpoint. One that fails again and again without a new
 checkpoint does not: a requeue loop would only burn hours.
