@@ -78,12 +78,17 @@ def _hand_on_signals() -> list[int]:
     return received
 
 
+AFTERWARDS = 2 * 10**9
+"""Nanoseconds after an error from which a kill is its consequence: those that fail of a kill notice it at once."""
+
+
 @dataclass
 class First:
-    """The first worker to fail: its process id and exit code, negative for a signal. Id 0: none yet, or not seen."""
+    """The first worker seen to fail: process id, exit code (negative for a signal), time in ns. Id 0: none yet."""
 
     pid: int = 0
     code: int = 0
+    time: int = 0
 
 
 def _end_survivors(first: First, received: Sequence[int]) -> None:
@@ -94,6 +99,7 @@ def _end_survivors(first: First, received: Sequence[int]) -> None:
         except ChildProcessError:  # none is there yet, or any more
             ended = None
         if ended is not None and ended.si_status:
+            first.time = time.time_ns()
             first.pid, first.code = ended.si_pid, ended.si_status * (1 if ended.si_code == os.CLD_EXITED else -1)
         else:
             time.sleep(0.2)
@@ -115,7 +121,9 @@ def _explain(failures: Mapping[int, Any], first: First, errors: Path) -> int:
     by_pid = {failure.pid: rank for rank, failure in failures.items()}
     rank = by_pid.get(first.pid, min(failures))
     code = failures[rank].exitcode
-    if code < 0:
+    # torchrun may have collected the first one before we saw it: then we saw a survivor, which was killed afterwards.
+    survivor = words and (code == -signal.SIGTERM or first.time > words[0]["time"] + AFTERWARDS)
+    if code < 0 and not survivor:
         print(f"Rank {rank} was killed by {signal.Signals(-code).name}.", file=sys.stderr)
         return 128 - code
     if words:
