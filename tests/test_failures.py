@@ -9,12 +9,28 @@ from pathlib import Path
 
 import pytest
 
+from tests import ranks
+from tests.small_run import make_data
 from tests.test_signals import data, two_ranks  # noqa: F401
 from vlm_train import record
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.timeout(200)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_shards_are_refused_on_every_rank(damage: str, tmp_path: Path) -> None:
+    root = make_data(tmp_path / "data")
+    shard = sorted((root / "tiny" / "train").glob("*.tar"))[-1]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size // 2)
+    ended = ranks.run(two_ranks(root, tmp_path), tmp_path / "out")
+    assert ended.codes[0] == ended.codes[1] and ended.codes[0] in (1, 2), ended.output
+    assert shard.name in ended.output and "Traceback" not in ended.output, ended.output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("what", "workers"), [("raise", 0), ("data", 0), ("data", 1)])
 def test_the_first_error_is_said_last(what: str, workers: int, rank: int, data: Path, tmp_path: Path) -> None:  # noqa: F811
