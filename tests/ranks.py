@@ -1,78 +1,76 @@
-"""Several small runs, one after the other, on two gloo ranks: starting processes costs more than the training."""
+"""Several real ranks, quickly: processes forked from one that has imported everything, as torchrun would start them."""
 
 from __future__ import annotations
 
-import json
+import functools
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from omegaconf import DictConfig
+
+from vlm_train import agent, config, launch
+
+LIMIT = 100.0
+"""Seconds after which ranks that have not ended are killed: a hang is a failure."""
+
+PRELOADED = ["vlm_train.fit", "vlm_train.trainer", "vlm_train.callbacks.loop", "vlm_train.evaluation.run",
+             "vlm_train.data.datamodule", "vlm_train.report", "transformers", "peft", "tests.faults"]  # fmt: skip
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(PRELOADED)
 
 
-def train_on_ranks(*jobs: list[str], ranks: int = 2, limit: float = 200.0, check: bool = True) -> list[int]:
-    """Train each job (overrides of one run) on `ranks` processes. Returns their exit codes; a hang raises.
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks ended: exit codes by rank, negative for signals; None where it had to be killed."""
 
-    When one process ends with an error, the others are killed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "jobs.json"
-        path.write_text(json.dumps(jobs))
-        port = free_port()
-        processes = [_start(path, rank, ranks, port) for rank in range(ranks)]
-        end = time.monotonic() + limit
-        try:
-            while any(process.poll() is None for process in processes):
-                assert time.monotonic() < end, f"still running after {limit} s"
-                if any(process.poll() for process in processes):
-                    break
-                time.sleep(0.1)
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    codes = [process.returncode for process in processes]
-    assert not check or not any(codes), f"exit codes {codes}"
-    return codes
+    codes: list[int | None]
+    output: str
 
 
-def _start(path: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
-    """A process with the environment that torchrun gives its workers."""
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1}
-    given["MASTER_PORT"] = port
-    own = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "test"}
-    environment = {**os.environ, **own, **{name: str(value) for name, value in given.items()}}
-    return subprocess.Popen([sys.executable, __file__, str(path)], env=environment, cwd=ROOT, start_new_session=True)
+def run(overrides: Sequence[str], out: Path, *, fault: str = "none 0 0", ranks: int = 2) -> Ended:
+    """One command on several ranks, which break as `fault` says (see tests/faults.py)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FAULT": fault}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("")
+    cfg = _composed("launch=torchrun", f"launch.devices={ranks}", *overrides)
+    path = config.run_file(config.run_dir(cfg))
+    config.save_config(cfg, path)
+    processes = [
+        _server.Process(target=_rank, args=(path, {**common, "RANK": str(n), "LOCAL_RANK": str(n)}, out))
+        for n in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + LIMIT
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0.1))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return Ended(codes, out.read_text())
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+@functools.cache
+def _composed(*overrides: str) -> DictConfig:
+    return config.compose(list(overrides))
 
 
-def main(path: str) -> None:
-    import torch
-
-    from vlm_train import config
-    from vlm_train.errors import Interrupted
-    from vlm_train.fit import fit
-
-    torch.distributed.destroy_process_group = lambda: None  # DeepSpeed keeps hold of the first group
-    for job in json.loads(Path(path).read_text()):
-        cfg = config.compose([*job, "launch=torchrun"])
-        if os.environ["RANK"] == "0":
-            config.save_config(cfg, config.run_file(config.run_dir(cfg)))
-        with suppress(Interrupted):
-            fit(cfg)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def _rank(path: Path, environment: dict[str, str], out: Path) -> None:
+    os.setsid()  # signals to the process group stay here
+    os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in any other process of Linux
+    file = os.open(out, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    agent.leave(lambda: launch.main([str(path)]))

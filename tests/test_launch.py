@@ -130,7 +130,7 @@ def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number:
     folder = config.run_dir(cfg)
     _wait_for(folder / "ready")
     parent.send_signal(number)
-    assert parent.wait(timeout=20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 1}[number]
+    assert parent.wait(timeout=20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}[number]
     assert record.read(folder) == {"status": "stopped", "signal": number}
 
 
@@ -169,8 +169,8 @@ def test_a_signal_reaches_every_worker_once_and_they_end_themselves(cfg: DictCon
     child(
         """
         import threading
-        from vlm_train import launch
-        launch._die_with_agent()
+        from vlm_train import agent
+        agent.die_with_agent()
         received, rank = [], os.environ["RANK"]
         signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
         (folder / f"ready{rank}").touch()
@@ -200,6 +200,68 @@ def test_exit_code_of_a_worker_comes_through(cfg: DictConfig, child, code: int, 
         launch.run_child(cfg, 2)
     assert caught.value.code == code and "Traceback" not in capsys.readouterr().out
     assert record.read(config.run_dir(cfg))["status"] == status, "a refused command says nothing of the run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torchrun ends the others, later")
+def test_the_first_error_is_named_last_and_those_that_wait_end_soon(cfg: DictConfig, child) -> None:
+    """Rank 0 waits as in a collective, where no handler runs; it notices the failure of rank 1 and fails as well."""
+    child(
+        """
+        from vlm_train import agent
+        folder /= os.environ["RANK"]
+        folder.mkdir()
+        if os.environ["RANK"] == "1":
+            with agent.leaving_word():
+                raise ValueError("the original error")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while not (folder.parent / "1").is_dir():
+            time.sleep(0.1)
+        try:
+            with agent.leaving_word():
+                raise RuntimeError("connection closed by peer")
+        except RuntimeError:
+            pass
+        for tick in range(6000):
+            (folder / "ticks").write_text(str(tick))
+            time.sleep(0.1)
+        """
+    )
+    with pytest.raises(
+        launch.ChildError, match=r"(?s)exit code 1.*Rank 1 failed first: ValueError: the original error$"
+    ):
+        launch.run_child(cfg, 2)
+    assert int((config.run_dir(cfg) / "0" / "ticks").read_text()) < 200, "torchrun takes 30 s"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torchrun's choice stands")
+def test_a_killed_worker_is_named(cfg: DictConfig, child) -> None:
+    child("os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(600)")
+    with pytest.raises(launch.ChildError, match=r"exit code 137(?s:.*)Rank 1 was killed by SIGKILL"):
+        launch.run_child(cfg, 2)
+
+
+def test_the_callers_handler_gets_the_signal_when_all_is_saved(cfg: DictConfig, child, tmp_path: Path) -> None:
+    """As submitit's, which requeues the job."""
+    child(
+        """
+        def stop(number, _):
+            (folder / "saved").touch()
+            sys.exit(143)
+        signal.signal(signal.SIGUSR2, stop)
+        (folder / "ready").touch()
+        time.sleep(30)
+        """
+    )
+    folder = config.run_dir(cfg)
+    requeue = f"lambda *_: sys.exit(77 if Path({str(folder)!r}, 'saved').exists() else 78)"
+    code = f"import signal; from pathlib import Path; {SUPERVISOR}".replace(
+        "sys.exit(cli", f"signal.signal(signal.SIGUSR2, {requeue}); sys.exit(cli"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _wait_for(folder / "ready")
+    parent.send_signal(signal.SIGUSR2)
+    assert parent.wait(timeout=20) == 77
+    assert record.read(folder)["status"] == "interrupted"
 
 
 def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +308,8 @@ def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytes
     launch.run_child(cfg, 4)
     path = str(config.run_dir(cfg) / "config.yaml")
     assert seen[0][1:] == ["-m", "vlm_train.launch", path]
-    assert seen[1][1:] == ["-m", "vlm_train.launch", "agent", "4", "vlm_train.launch", path]
+    agent = ["vlm_train.agent", "--standalone", "--nproc-per-node", "4"]
+    assert seen[1][1:] == ["-m", *agent, "-m", "vlm_train.launch", path]
 
 
 def test_child_reports_its_errors_without_a_traceback(cfg: DictConfig, tmp_path: Path, capsys) -> None:

@@ -1,6 +1,6 @@
 """`python -m vlm_train`."""
 
-from vlm_train.cli import main
+from vlm_train import agent, cli
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    agent.leave(cli.main)

@@ -1,6 +1,6 @@
 """The command line: compose -> check -> one mode. Console script `vlm-train` and `python -m vlm_train`.
 
-Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong, 130 and 143 it was interrupted (Ctrl-C, SIGTERM).
+Exit codes: 0 done, 1 the run failed, 2 the configuration is wrong, 130 and 143 it was interrupted; see `stopping.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from data_pipelines.errors import DataError
-from vlm_train import config, launch, provenance
+from vlm_train import agent, config, launch, provenance
 from vlm_train.check import check
 from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
 from vlm_train.explain import Composition, explain, unknown_in
+from vlm_train.stopping import PREEMPTING
 
 log = logging.getLogger("vlm_train")
 
@@ -68,7 +69,7 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
     """Runs `work`, prints errors that speak to the user, and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStdout()])
     try:
-        with sigterm_interrupts():
+        with signals_interrupt(), agent.leaving_word():
             work()
     except Composition as error:
         return _report(ConfigError(explain(overrides, dirs, error)), error)
@@ -86,8 +87,8 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM an exception wherever nothing else handles it, so that a run can say how it ended.
+def signals_interrupt() -> Iterator[None]:
+    """Makes what a scheduler sends an exception wherever nothing else handles it, so that a run can say how it ended.
 
     A second one kills. Training and `run_child` have handlers of their own meanwhile.
     """
@@ -97,14 +98,14 @@ def sigterm_interrupts() -> Iterator[None]:
         raise Interrupted(number)
 
     main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the caller's choice stays
-        yield
-        return
-    signal.signal(signal.SIGTERM, interrupt)
+    free = [one for one in PREEMPTING if main_thread and signal.getsignal(one) is signal.SIG_DFL]  # else: the caller's
+    for number in free:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _ToStdout(logging.StreamHandler[Any]):

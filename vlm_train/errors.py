@@ -8,6 +8,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
+from vlm_train.stopping import exit_code
+
 
 class VLMTrainError(Exception):
     """Base of every error caused by the user's input or environment."""
@@ -40,7 +42,7 @@ class TrainingError(VLMTrainError):
 class Interrupted(SystemExit):
     """A signal ended the run, with a checkpoint if `step` says so. Not an error: it stops schedules and sweeps too.
 
-    `code` is the exit code: 128 + the signal's number.
+    `code` is the exit code.
     """
 
     code: int
@@ -48,4 +50,4 @@ class Interrupted(SystemExit):
     def __init__(self, number: int, step: int | None = None) -> None:
         where = "" if step is None else f" at step {step}, which is saved"
         super().__init__(f"{signal.Signals(number).name}{where}. The same command resumes.")
-        self.code = 128 + number
+        self.code = exit_code(number)

@@ -6,36 +6,32 @@ Several devices, every stage of a schedule and every job of a multirun go throug
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train import config, record
+from vlm_train import agent, config, record
 from vlm_train.errors import ConfigError, Interrupted, TrainingError
+from vlm_train.stopping import ENDING, PREEMPTING
 
 log = logging.getLogger("vlm_train")
 
 PARALLEL_MODES = ("fit",)
 """Modes that use several devices; the others run in one process."""
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a run, which resumes when it is started again."""
-
-FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
-
 INHERITED_STATE = (
-    "VLM_TRAIN_AGENT",
+    agent.PID, agent.ERRORS,
     "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
@@ -44,8 +40,8 @@ INHERITED_STATE = (
 CHILD = "vlm_train.launch"
 """The module that a child process runs."""
 
-AGENT, AGENT_PID = "agent", "VLM_TRAIN_AGENT"
-"""First argument of the process that starts several workers, and the variable that tells these its id."""
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""NCCL's last collectives are kept, and written to `<run>/nccl-trace-<rank>` when one times out."""
 
 LAST_LINES = 15
 
@@ -124,7 +120,7 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     devices = cfg.launch.devices if devices is None else devices
     folder = config.run_dir(cfg)
     with _config_file(cfg, folder) as path:
-        several = ["vlm_train.launch", AGENT, str(devices)] if devices > 1 else []
+        several = ["vlm_train.agent", "--standalone", "--nproc-per-node", str(devices), "-m"] if devices > 1 else []
         ended = _supervise([sys.executable, "-m", *several, CHILD, str(path)], folder if cfg.mode == "fit" else None)
     trains = cfg.mode == "fit" and not cfg.dry_run
     if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
@@ -132,8 +128,16 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     if trains:
         _mark_ended(folder, ended)
     if ended.signal:
+        _tell_caller(ended.signal)
         raise Interrupted(ended.signal)
     raise ChildError(_describe(cfg, folder, ended), ended.code)
+
+
+def _tell_caller(number: int) -> None:
+    """A handler that was there before us gets the signal too, now that all is saved: submitit's requeues the job."""
+    handler = signal.getsignal(number)
+    if number in PREEMPTING and callable(handler) and threading.current_thread() is threading.main_thread():
+        handler(number, None)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -169,6 +173,8 @@ def _supervise(command: Sequence[str], folder: Path | None) -> Ended:
         for name, value in os.environ.items()
         if name not in INHERITED_STATE and not name.startswith("TORCHELASTIC_")
     }
+    if folder:
+        environment = FLIGHT_RECORDER | {"TORCH_FR_DUMP_TEMP_FILE": f"{folder.absolute()}/nccl-trace-"} | environment
     piped = not sys.stdout.isatty()
     sys.stdout.flush()
     child = subprocess.Popen(
@@ -177,23 +183,17 @@ def _supervise(command: Sequence[str], folder: Path | None) -> Ended:
         stdout=subprocess.PIPE if piped else None,
         stderr=subprocess.STDOUT if piped else None,
         start_new_session=True,  # Ctrl-C reaches the child once, through us
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=agent.die_with_parent if sys.platform == "linux" else None,
     )
     with _forwarding(child) as received:
         last = _copy_output(child, folder) if piped else []
         code = child.wait()
-    stopped = [number for number in received if number in ENDING]
-    return Ended(code, last, stopped[0] if stopped else _stopping_signal(code))
+    return Ended(code, last, received[0] if received else _stopping_signal(code))
 
 
 def _stopping_signal(code: int) -> int:
     """The signal that stopped a child which got it from others than us, a batch system for example; 0 for none."""
     return next((int(number) for number in ENDING if code in (-number, 128 + number)), 0)
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to end this process when its supervisor is killed, so that no orphan writes to a run folder."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         child.send_signal(number)
 
     try:
-        for number in FORWARDED:
+        for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 previous[number] = signal.signal(number, forward)
     except ValueError:
@@ -250,76 +250,14 @@ def _mark_ended(folder: Path, ended: Ended) -> None:
         record.update(folder, status="interrupted" if ended.signal else "failed", exit_code=ended.code)
 
 
-def agent(devices: str, module: str, path: str) -> int:
-    """torchrun's agent, except that signals go to its workers, whose end it awaits. Returns the exit code.
-
-    torchrun's own handlers kill workers 30 s after a signal, which may be within a step, and print tracebacks.
-    A third signal kills: a worker that hangs in a collective never runs its Python handlers.
-    """
-    received: list[int] = []
-
-    def forward(number: int, _: Any) -> None:
-        workers = _children()
-        if number in ENDING:
-            received.append(number)
-            if not workers:
-                raise Interrupted(number)
-            logging.disable()  # torch would report the workers' exit codes as failures
-        for pid in workers:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if len(received) > 2 else number)
-
-    linux = sys.platform == "linux"  # elsewhere there is no /proc to find the workers in
-    for number in FORWARDED if linux else ():  # not ignored: workers would inherit that
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, forward)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    os.environ[AGENT_PID] = str(os.getpid())
-    own = ["--signals-to-handle", "SIGQUIT"] if linux else []
-    try:
-        torchrun([*own, "--standalone", "--nproc-per-node", devices, "-m", module, path])
-    except ChildFailedError as error:
-        if received:
-            return 128 + received[0]
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return int(failure.exitcode)  # the worker has said why
-        print(f"Rank {rank} was killed by {signal.Signals(-failure.exitcode).name}.", file=sys.stderr)
-        return 128 - int(failure.exitcode)
-    return 0
-
-
-def _children() -> list[int]:
-    """Ids of this process's children, from Linux's /proc."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
-            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
-                found.append(int(path.parent.name))
-    return found
-
-
-def _die_with_agent() -> None:
-    """Ends this worker with its agent, which can be killed too. torch does not see to that."""
-    if sys.platform == "linux" and (pid := os.environ.get(AGENT_PID)):
-        _die_with_parent()
-        if os.getppid() != int(pid):  # it was killed before we asked
-            raise SystemExit(1)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The child's side: runs one composed configuration file. Returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[0] == AGENT:
-        return agent(*arguments[1:])
     from vlm_train import cli
     from vlm_train.check import check
 
     if argv is None:
-        _die_with_agent()
+        agent.die_with_agent()
     (path,) = arguments
 
     def work() -> None:
@@ -331,4 +269,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    agent.leave(main)

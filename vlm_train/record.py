@@ -24,7 +24,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file; empty where there is none. A corrupt one counts as none, and the log says so."""
+    """The object in a file of ours; empty without one. A corrupt one counts as none, and the log says so."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -85,6 +85,7 @@ class Trainer:
     skip_steps: list[list[int]] = field(default_factory=list)  # [[first, last]]: steps whose data makes no update
     export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
     peak_tflops: float | None = None  # of one device, for the logged MFU; null: known for common GPUs
+    watchdog_minutes: float | None = 20.0  # end a run that stands still this long, less than launch.timeout_minutes
     threads: int | None = None  # CPU threads; null: torch's choice
 
 

@@ -18,7 +18,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from vlm_train.callbacks.accumulation import NEVER, Accumulation
-from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log, StopSignals
+from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log
+from vlm_train.callbacks.signals import StopSignals
+from vlm_train.callbacks.watchdog import Watchdog
 from vlm_train.checkpoint import Resume
 from vlm_train.checkpoint.save import Keep, Writer
 from vlm_train.errors import ConfigError
@@ -138,6 +140,7 @@ def loop_callbacks(
     )
     return [
         Accumulation(val_every=val_every, total=plan.steps),
+        Watchdog(module.folder, minutes=settings.watchdog_minutes),
         StopSignals(),
         Log(every=settings.log_every, total=plan.steps),
         evaluation,

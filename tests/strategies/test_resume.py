@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import train_on_ranks
+from tests.jobs import train_on_ranks
 from tests.small_run import command, make_data
 from tests.strategies.test_parity import ADAMW, STRATEGIES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.audit import drawn
-from tests.ranks import train_on_ranks
+from tests.jobs import train_on_ranks
 from tests.small_run import command, make_data, train
 from tests.strategies.test_parity import SGD, STRATEGIES, assert_equal_runs
 

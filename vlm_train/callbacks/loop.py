@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any, cast
 
 import lightning.pytorch as pl
 
 from vlm_train import record
+from vlm_train.callbacks.watchdog import EVALUATION, mark
 from vlm_train.checkpoint.generators import set_rng_state
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.save import Writer
@@ -23,10 +20,6 @@ from vlm_train.checkpoint.state import restore
 from vlm_train.data.batch import Batch
 from vlm_train.errors import Interrupted
 from vlm_train.modules.base import ends_step
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-REPEATED = 3.0
-"""Seconds in which a signal counts as the same one: schedulers signal every process, and supervisors forward it too."""
 
 
 class Log(pl.Callback):
@@ -130,6 +123,9 @@ class Checkpoints(pl.Callback):
         if trainer.global_step not in self.written:
             self._save(trainer, must=True)
         self.writer.finish(must=True)
+        if trainer.is_global_zero:
+            record.update(self.writer.root.parent, status="interrupted")
+        trainer.strategy.barrier()  # the first that leaves is the end of the others where `srun` or torchrun look on
         raise Interrupted(pl_module.interrupt or signal.SIGTERM, trainer.global_step)  # type: ignore[arg-type]
 
     def _validated(self, step: int) -> bool:
@@ -139,6 +135,7 @@ class Checkpoints(pl.Callback):
         return step == self.total or bool(self.every and step % self.every == 0)
 
     def _save(self, trainer: pl.Trainer, *, best: bool = False, value: float | None = None, must: bool = False) -> None:
+        mark(trainer, "save")
         trainer.lightning_module.require_healthy()  # type: ignore[operator]
         step = trainer.global_step
         trusted, self.written = step in self.written, self.written | {step}
@@ -146,37 +143,6 @@ class Checkpoints(pl.Callback):
         self.writer.save(
             trainer, step=step, facts=facts, best=best, must=must or step == self.total, rewrite=not trusted
         )
-
-
-class StopSignals(pl.Callback):
-    """Ctrl-C, and SIGTERM as schedulers send it: the first asks for a checkpoint and a stop at the end of the step, a
-    later one acts as usual."""
-
-    def __init__(self) -> None:
-        self.asked = 0.0
-        self.usual = {number: signal.getsignal(number) for number in STOPPING}  # before Lightning sets its own
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def ask(number: int, frame: FrameType | None) -> None:
-            if pl_module.interrupt:
-                if time.monotonic() - self.asked > REPEATED:
-                    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else self.usual[number])  # type: ignore[index]
-                    os.kill(os.getpid(), number)
-                return
-            self.asked = time.monotonic()
-            pl_module.interrupt = number  # type: ignore[assignment]
-            with suppress(OSError):  # whoever read our output may be gone
-                print(f"{signal.Signals(number).name}: stopping after this step or evaluation, and saving", flush=True)
-
-        self._set(dict.fromkeys(STOPPING, ask))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._set(self.usual)
-
-    def _set(self, handlers: Mapping[signal.Signals, Any]) -> None:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses, and others handle signals
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 class Evaluation(pl.Callback):
@@ -207,6 +173,7 @@ class Evaluation(pl.Callback):
             self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        mark(trainer, EVALUATION)
         if not (trainer.is_global_zero or trainer.strategy.shards_model):  # type: ignore[attr-defined]
             return
         with results_folder(self.folder / "eval", trainer.is_global_zero) as folder:

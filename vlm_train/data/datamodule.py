@@ -26,6 +26,7 @@ from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes
 from vlm_train.data.samples import Samples
 from vlm_train.data.windows import MicroBatches, ValidationStream, WindowStream
 from vlm_train.errors import ConfigError
+from vlm_train.stopping import STOPPING
 
 
 class VLMData(pl.LightningDataModule):
@@ -240,5 +241,5 @@ def _start_worker(worker: int) -> None:
     """Schedulers signal every process of a job: the trainer decides when to stop, and its workers end with it. What the
     trainer had built is not looked at by the worker's garbage collection, which would copy all of it."""
     gc.freeze()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -97,7 +97,7 @@ def _recorded(entry: records.Job, cfg: DictConfig, state: Any, place: _Place, st
         result = launch.read_result(folder)
     else:
         mark = "" if place.here else f"[{entry.number}] "
-        with _Lines(sys.stdout, mark) as lines, redirect_stdout(lines), _brief(), cli.sigterm_interrupts():
+        with _Lines(sys.stdout, mark) as lines, redirect_stdout(lines), _brief(), cli.signals_interrupt():
             result = cli.run(entry.overrides, place.dirs, fresh=True) or {}
     value = _objective(cfg, result)
     entry.metrics = {key: float(number) for key, number in result.items() if isinstance(number, int | float)}

@@ -1,0 +1,113 @@
+"""Ends a run that stands still, and says where: a hang that nobody looks at costs as much as training."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+EVALUATION = "evaluation"
+"""The phase that may last: it makes no marks, and other ranks wait for the one that evaluates."""
+
+FIRST = 4.0
+"""How much longer the first step may take: compilation, caches, connections."""
+
+POLL = 5.0
+"""Seconds between two looks, or less when the limit is short."""
+
+
+class Watchdog(pl.Callback):
+    """A thread on every rank. When nothing was finished for `minutes` (a micro-batch, an update, a held-out batch, a
+    save), it writes all Python stacks to `<run>/stacks-<rank>.txt` and to stderr and ends the process with exit code 1.
+
+    What happened between looks counts, not the clock: a process that was stopped, or a machine that slept, is not hung.
+    Comes before the callbacks that save and evaluate, which call `mark`.
+
+    Args:
+        minutes: None: off. Below the collective timeout, or the ranks that wait end before the one that hangs.
+    """
+
+    def __init__(self, folder: Path, *, minutes: float | None) -> None:
+        self.folder = folder
+        self.limit = float("inf") if minutes is None else 60.0 * minutes
+        self.poll = min(POLL, self.limit / 20)
+        self.phase, self.stood, self.factor = "start", 0.0, FIRST
+        self.ended = threading.Event()
+        self.trainer: pl.Trainer | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+        self.factor = FIRST
+        self.mark("start")
+        self.ended = threading.Event()
+        if self.limit < float("inf"):
+            threading.Thread(target=self._watch, args=(self.ended,), name="watchdog", daemon=True).start()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.ended.set()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.ended.set()
+
+    def mark(self, phase: str) -> None:
+        """Something was finished, and `phase` begins."""
+        self.phase, self.stood = phase, 0.0
+        if phase == EVALUATION:
+            self.factor = float("inf")
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.mark("forward and backward")
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.mark("optimizer")
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.factor = 1.0  # also after an evaluation: no rank gets here before all are back
+        self.mark("data")
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self.mark("validation")
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self.mark("validation data")
+
+    def on_validation_end(self, *args: Any) -> None:
+        self.mark("after validation")
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(self.poll):
+            self.stood += self.poll
+            if self.stood > self.limit * self.factor:
+                self._end(ended)
+
+    def _end(self, ended: threading.Event) -> None:
+        assert self.trainer is not None
+        rank, path = self.trainer.global_rank, self.folder / f"stacks-{self.trainer.global_rank}.txt"
+        said = (
+            f"Rank {rank} has stood still for {self.stood / 60:.3g} minutes (trainer.watchdog_minutes) after step "
+            f"{self.trainer.global_step}, phase: {self.phase}. Its stacks: {path}. The same command resumes.\n"
+        )
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            file.write(said)
+            file.flush()
+            faulthandler.dump_traceback(file)
+        with suppress(OSError, ValueError):
+            faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
+            print(said, file=sys.__stderr__, end="", flush=True)
+        time.sleep(3 * self.poll)  # the first to leave is the end of the others, which have stacks to write too
+        if not ended.is_set():
+            os._exit(1)
+
+
+def mark(trainer: pl.Trainer, phase: str) -> None:
+    """Tell the watchdog of a training, if it has one, that `phase` begins."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Watchdog):
+            callback.mark(phase)
