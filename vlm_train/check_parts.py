@@ -138,8 +138,8 @@ def check_peft(cfg: DictConfig) -> Iterator[str]:
     name = "ZeRO-3" if node.get("stage") == 3 else "FSDP" if "fsdp" in str(node.get("_target_")).lower() else None
     if name:
         yield (
-            f"strategy: {name} cuts every weight into slices, but one of {bits} bits is packed and belongs to its scales, "
-            "so slices do not make a weight again. Use strategy=ddp, zero1 or zero2, where each GPU holds the whole "
+            f"strategy: {name} cuts every weight into slices, but {bits}-bit weights have to stay with their scales, "
+            "which slices do not. Use strategy=ddp, zero1 or zero2, where each GPU holds the whole "
             "quantised model, or peft=lora."
         )
 

@@ -101,6 +101,13 @@ def adapted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
+def base_names(model: nn.Module) -> dict[str, str]:
+    """Parameters of adapted layers: the name before adapters -> the name now (`q_proj.weight`,
+    `q_proj.base_layer.weight`)."""
+    inner = ".base_layer."
+    return {name.replace(inner, "."): name for name, _ in model.named_parameters() if inner in name}
+
+
 def matching(model: Any, match: str, setting: str) -> list[str]:
     """Linear layers whose full name `match` fits, but the head and layers that are never run.
 

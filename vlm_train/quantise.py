@@ -73,27 +73,23 @@ def _mark(layer: Any, bits: int, double_quant: bool) -> Quantised:
 
 
 def _nf4(layer: Any, double_quant: bool, compute: torch.dtype | None) -> nn.Module:
-    bnb = _bitsandbytes()
-    made = bnb.nn.Linear4bit(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=compute, device="meta"
+    made = _bitsandbytes().nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=compute,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        device="meta",
     )
     # The library would pack weights anew, in place, whenever a CPU of some kind evaluates.
     made.support_avx512bf16_for_cpu = False
-    weight = bnb.nn.Params4bit(
-        layer.weight.detach(),
-        requires_grad=False,
-        blocksize=BLOCK,
-        compress_statistics=double_quant,
-        quant_type="nf4",
-        module=made,
-    )
-    made.weight, made.bias = weight.to(layer.weight.device), layer.bias
-    return made
+    made.bias = layer.bias
+    return _fill(made, layer.weight)
 
 
 def _int8(layer: Any) -> nn.Module:
-    bnb = _bitsandbytes()
-    made = bnb.nn.Linear8bitLt(
+    made = _bitsandbytes().nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -101,9 +97,50 @@ def _int8(layer: Any) -> nn.Module:
         threshold=OUTLIER,
         device="meta",
     )
-    weight = bnb.nn.Int8Params(layer.weight.detach(), requires_grad=False, has_fp16_weights=False)
-    made.weight, made.bias = weight.to(layer.weight.device), layer.bias
-    return made
+    made.bias = layer.bias
+    return _fill(made, layer.weight)
+
+
+def _fill(layer: Any, weight: Tensor) -> nn.Module:
+    """Quantise `weight` `[out, in]` into a layer of the library."""
+    modules, exact = _bitsandbytes().nn, weight.detach()
+    if isinstance(layer, modules.Linear4bit):
+        held = modules.Params4bit(
+            exact,
+            requires_grad=False,
+            blocksize=BLOCK,
+            compress_statistics=layer.weight.compress_statistics,
+            quant_type=layer.weight.quant_type,
+            module=layer,
+        )
+    else:
+        layer.state.CB = layer.state.SCB = None
+        held = modules.Int8Params(exact, requires_grad=False, has_fp16_weights=False)
+    layer.weight = held.to(exact.device)
+    return layer
+
+
+def full_shape(model: nn.Module, name: str) -> torch.Size:
+    """The shape of a parameter, `[out, in]` for quantised weights however they are packed."""
+    own, (layer, marked) = model.get_parameter(name), _layer_of(model, name)
+    return torch.Size((layer.out_features, layer.in_features)) if marked else own.shape
+
+
+def assign(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give the parameter of this name other values, of `full_shape`; a quantised one quantises them."""
+    own, (layer, marked) = model.get_parameter(name), _layer_of(model, name)
+    if marked and not own.is_meta:
+        _fill(layer, weight.to(own.device))
+        return
+    with torch.no_grad():
+        own.copy_(weight)
+
+
+def _layer_of(model: nn.Module, name: str) -> tuple[Any, bool]:
+    """The module that holds a parameter, and whether the parameter is its quantised weight."""
+    where, _, last = name.rpartition(".")
+    layer = model.get_submodule(where)
+    return layer, last == "weight" and hasattr(layer, "quantised")
 
 
 def _bitsandbytes() -> Any:

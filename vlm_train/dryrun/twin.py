@@ -16,7 +16,7 @@ VOCABULARY = 300
 
 
 def small(cfg: DictConfig) -> DictConfig:
-    """`cfg` with the overlays of size=tiny on its parts and a small vocabulary, and nothing quantised: none is saved."""
+    """`cfg` with the overlays of size=tiny on its parts and a small vocabulary, and nothing quantised."""
     cfg = cfg.copy()
     if cfg.peft is not None and "bits" in cfg.peft:
         cfg.peft.bits = None
