@@ -49,7 +49,7 @@ def quantise(
         ConfigError: NF4 for a layer whose inputs are no multiple of 64. AssetError: `bitsandbytes` is not installed.
     """
     for name in names:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         if bits == 4 and layer.in_features % BLOCK:  # bitsandbytes 0.50.2 reads such a layer with wrong scales on a CPU
             raise ConfigError(
                 f"peft.quantise_match: {name} has {layer.in_features} inputs, and NF4 needs a multiple of {BLOCK}. "

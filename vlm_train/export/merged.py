@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def unquantised(built: Any) -> Any:
 
     cfg = built.cfg.copy()
     cfg.peft.bits = None
-    fresh = cast(nn.Module, build_model(cfg, built.tokenizer))
+    fresh = build_model(cfg, built.tokenizer)
     hand_over(fresh, cfg.init_from)
     skip = {f"{name}.weight" for name, _ in quantised_layers(built.model)}
     own = dict(fresh.named_parameters())
