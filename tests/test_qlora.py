@@ -23,7 +23,7 @@ from vlm_train.check import check
 from vlm_train.checkpoint import hand_over, load_run_weights, save_weights
 from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export.merged import merged_state, unquantised
-from vlm_train.params import apply_policy
+from vlm_train.params import apply_policy, freeze_eval
 from vlm_train.peft import base_names, hits, lora, qlora
 from vlm_train.quantise import assign, dequantised, full_shape, quantised_layers, quantised_weights
 
@@ -106,6 +106,7 @@ def scale_bytes(state: Any) -> int:
 def test_the_base_is_untouched_after_training(bits: int) -> None:
     built = adapted(bits)
     policy = apply_policy(built, RULES, weight_decay=0.1)
+    freeze_eval(built)  # as training does: bases evaluate while their adapters learn
     before, start = stored(built), {n: p.detach().clone() for n, p in built.named_parameters()}
     optimizer = torch.optim.AdamW([group.as_dict() for group in policy.groups])
     embeds, positions = torch.randn(2, 5, 64), torch.arange(5).expand(1, 2, 5)
