@@ -114,7 +114,6 @@ def _fill(layer: Any, weight: Tensor) -> nn.Module:
             module=layer,
         )
     else:
-        layer.state.CB = layer.state.SCB = None
         held = modules.Int8Params(exact, requires_grad=False, has_fp16_weights=False)
     layer.weight = held.to(exact.device)
     return layer
