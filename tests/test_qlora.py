@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from tests.tiny_models import assert_close
 from vlm_train import assets, config
 from vlm_train.build import build, build_model, halve
 from vlm_train.check import check
-from vlm_train.checkpoint import hand_over, load_run_weights, save_weights
-from vlm_train.errors import CheckpointError, ConfigError
+from vlm_train.checkpoint import load_run_weights
+from vlm_train.errors import ConfigError
 from vlm_train.export.merged import merged_state, unquantised
 from vlm_train.params import apply_policy, freeze_eval
 from vlm_train.peft import base_names, hits, lora, qlora
@@ -139,21 +138,6 @@ def test_other_base_weights_are_quantised_like_the_first(bits: int) -> None:
         assign(built, now.get(name, name), weight)
     assert torch.equal(logits(built), logits(expected))
     assert same(stored(built), stored(expected))
-
-
-@BITS
-def test_a_run_without_adapters_hands_its_weights_to_one_with(bits: int, tmp_path: Path) -> None:
-    earlier, built = model(), adapted(bits)
-    learned = {name: p.detach() * 1.5 for name, p in earlier.named_parameters() if not name.startswith("vision")}
-    save_weights(tmp_path / "checkpoints", learned, run_id="earlier")
-    init_from = [SimpleNamespace(run=tmp_path, which="last", parts=["connector", "llm"])]
-    hand_over(built, init_from)
-    exact = learned["llm.model.model.layers.0.mlp.up_proj.weight"]
-    assert (dequantised(built.llm.layers[0].mlp.up_proj.base_layer) - exact).abs().max() < 0.16 * exact.abs().max()
-    assert torch.equal(built.connector.layers[0].weight, learned["connector.layers.0.weight"])
-    save_weights(tmp_path / "checkpoints", {n: p for n, p in built.named_parameters() if "lora" in n}, run_id="adapted")
-    with pytest.raises(CheckpointError, match="lora_A.default.weight: not in the model"):
-        hand_over(earlier, [SimpleNamespace(run=tmp_path, which="last", parts=["llm"])])
 
 
 @pytest.mark.parametrize("meta", [False, True], ids=["tiny", "meta"])

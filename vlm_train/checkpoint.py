@@ -24,8 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm_train.errors import CheckpointError
-from vlm_train.peft import base_names
-from vlm_train.quantise import assign, full_shape
 
 STATE, WEIGHTS, MANIFEST = "state.ckpt", "weights.safetensors", "manifest.json"
 
@@ -266,23 +264,21 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
             held = ", ".join(sorted({name.split(".", 1)[0] for name in tensors}))
             raise CheckpointError(f"init_from: {file} holds no {', '.join(absent)}; it holds {held}")
         tensors = {n: t for n, t in tensors.items() if n.split(".", 1)[0] in parts}
-    own, adapted = dict(model.named_parameters()), base_names(model)
-    tensors = {adapted.get(n, n): t for n, t in tensors.items()}
-    declared = {adapted.get(n, n) for n in _frozen(file)}
-    if not any(".lora_" in n for n in tensors):  # of a model without adapters: they start here
-        declared |= {n for n in own if ".lora_" in n}
+    own = dict(model.named_parameters())
+    declared = _frozen(file)
     expected = [n for n in own if (parts is None or n.split(".", 1)[0] in parts) and n not in declared]
     problems = [f"{n}: not in the model" for n in tensors if n not in own]
     problems += [f"{n}: not in the file" for n in expected if n not in tensors]
     problems += [
-        f"{n}: shape {list(t.shape)}, the model has {list(shape)}"
+        f"{n}: shape {list(t.shape)}, the model has {list(own[n].shape)}"
         for n, t in tensors.items()
-        if n in own and t.shape != (shape := full_shape(model, n))
+        if n in own and t.shape != own[n].shape
     ]
     if problems:
         raise CheckpointError(f"{file} does not fit the model: " + "; ".join(problems[:5]))
-    for name, tensor in tensors.items():
-        assign(model, name, tensor)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
     return len(tensors)
 
 
