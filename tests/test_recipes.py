@@ -26,6 +26,7 @@ PUBLISHED = {
     "llava15_13b_stage1": (1e-3, 256, 1, 0.03, 0.0, 2048, "plain", "crop"),
     "llava15_13b_stage2": (2e-5, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
     "llava15_lora": (2e-4, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
+    "llava15_qlora": (2e-4, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),  # none of its own: those of llava15_lora
 }
 
 
@@ -78,17 +79,20 @@ def test_says_what_was_published(name: str) -> None:
         assert cfg[group] == OmegaConf.load(config.config_dir() / group / f"{option}.yaml")
 
 
-def test_lora_learns_adapters_and_the_projector_at_their_own_rates() -> None:
-    cfg = config.compose(["recipe=llava15_lora"])
+@pytest.mark.parametrize("name", ["llava15_lora", "llava15_qlora"])
+def test_lora_learns_adapters_and_the_projector_at_their_own_rates(name: str) -> None:
+    cfg = config.compose([f"recipe={name}"])
     assert (cfg.peft.rank, cfg.peft.alpha, cfg.peft.dropout) == (128, 256, 0.05)
     assert {rule.match: rule.lr for rule in cfg.params.rules} == {
-        r"llm\..*\.lora_[AB]\..*": 2e-4,
+        r"llm\..*\.lora_.*": 2e-4,
         r"connector\..*": 2e-5,
         ".*": None,
     }
 
 
-@pytest.mark.parametrize("name", ["llava1_stage2", "llava15_stage2", "llava15_13b_stage2", "llava15_lora"])
+@pytest.mark.parametrize(
+    "name", ["llava1_stage2", "llava15_stage2", "llava15_13b_stage2", "llava15_lora", "llava15_qlora"]
+)
 def test_a_second_stage_says_what_it_waits_for(name: str) -> None:
     cfg = config.compose([f"recipe={name}"])
     assert OmegaConf.is_missing(cfg.init_from[0], "run")

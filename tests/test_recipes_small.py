@@ -26,7 +26,7 @@ def sample(number: int, kind: str) -> tuple[Sample, list[bytes]]:
     blobs = [] if kind == "text" else [file.getvalue()]
     answer = Turn(role="assistant", parts=(Text(text=f"a shape of number {number}"),))
     if kind == "captions":
-        annotations = (Annotation(turns=(answer,)),)
+        annotations = (Annotation(turns=(Turn(role="user", parts=(Media(item=0),)), answer)),)
     else:
         show = () if kind == "text" else (Media(item=0),)
         ask = Turn(role="user", parts=(*show, Text(text="What is it?")))

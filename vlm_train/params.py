@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from vlm_train.errors import ConfigError
+from vlm_train.quantise import quantised_weights
 
 _LAYER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
 
@@ -119,6 +120,8 @@ def apply_policy(
     """
     unused = set(unused)
     decided = _decide(model, rules)
+    stored = quantised_weights(model)
+    _require_frozen(decided, stored)
     depth = _depths(name for name in decided if name not in unused)
     groups: dict[tuple[Any, ...], Group] = {}
     rows: dict[tuple[str, str, str], list[Any]] = {}
@@ -138,7 +141,7 @@ def apply_policy(
         note = "not used by the chosen layers" if name in unused else ""
         row = rows.setdefault((part, rule.match, note), [0, 0, lr, None])
         row[0] += 1
-        row[1] += parameter.numel()
+        row[1] += stored[name].weights if name in stored else parameter.numel()
         row[3] = decay if row[3] is None or (decay or 0) > row[3] else row[3]
     table = [Row(part, rule, n, size, lr, decay, note) for (part, rule, note), (n, size, lr, decay) in rows.items()]
     return Policy(groups=list(groups.values()), rows=table)
@@ -183,6 +186,17 @@ def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.P
     if problems:
         raise ConfigError(problems)
     return decided
+
+
+def _require_frozen(decided: dict[str, tuple[nn.Parameter, RuleLike]], stored: Iterable[str]) -> None:
+    """Raises ConfigError for rules that let a quantised weight learn."""
+    asked = [name for name in stored if name in decided and decided[name][1].lr is not None]
+    if asked:
+        raise ConfigError(
+            f"params.rules: '{decided[asked[0]][1].match}' lets {len(asked)} quantised weights learn, for example "
+            f"{asked[0]}. They cannot: put {{match: '.*\\.base_layer\\..*', lr: null}} before it, or match only the "
+            "adapters, '.*\\.lora_.*'."
+        )
 
 
 def _depths(names: Iterable[str]) -> dict[str, int]:

@@ -9,8 +9,9 @@ import hashlib
 from typing import NamedTuple
 
 from data_pipelines.errors import DataError
+from data_pipelines.members import captioned
 from data_pipelines.raw.samples import check_choice, exchange, make_sample
-from data_pipelines.sample import Annotation, Sample, Text, Turn
+from data_pipelines.sample import Sample, Text
 from data_pipelines.sources import ListSource
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -29,7 +30,7 @@ class EasyVQA(ListSource):
     """One sample per image; each question is an independent annotation.
 
     `split`: `test` is the official one; `val` is a fixed share `val_share` of the official training images, `train` the
-    rest, `trainval` all of them. `captions` replaces the questions by one assistant-only caption such as "a teal
+    rest, `trainval` all of them. `captions` replaces the questions by one caption such as "a teal
     triangle", derived from the answers; images whose answers settle neither colour nor shape are left out.
     `images=False` leaves the images out and keeps the text; `described` then puts the caption before every question, so
     that a language model learns to answer from a description before it sees.
@@ -79,7 +80,7 @@ class EasyVQA(ListSource):
         words = caption(colour, shape)
         lead = (Text(text=words + " "),) if self.described and words else ()
         if self.captions:
-            annotations = [Annotation(turns=(Turn(role="assistant", parts=(Text(text=words),)),))]
+            annotations = [captioned(words, images=len(blobs))]
         else:
             annotations = [
                 exchange((*lead, Text(text=question.text)), question.answer, items=items)

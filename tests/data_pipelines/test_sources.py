@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.sample import Media, Text
+from data_pipelines.sample import Media, Text, Turn
 from data_pipelines.sources.easy_vqa import EasyVQA, Question, caption, describe
 from data_pipelines.sources.llava_json import LlavaJSON
 from data_pipelines.sources.tiny import Tiny
@@ -67,7 +67,8 @@ def test_easy_vqa_captions_agree_with_the_pixels():
     words: Counter[tuple[int, bool]] = Counter()
     for sample, (blob,) in EasyVQA(split="trainval", captions=True):
         colour, shape = sample.meta["colour"], sample.meta["shape"]
-        (turn,) = sample.annotations[0].turns
+        shown, turn = sample.annotations[0].turns
+        assert shown == Turn(role="user", parts=(Media(item=0),)), "a place for models that read it as text"
         assert turn.role == "assistant" and turn.parts == (Text(text=caption(colour, shape)),)
         words[len(turn.text.split()), shape is None] += 1
         pixels = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) @ (65536, 256, 1)

@@ -27,6 +27,7 @@ from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.prefix import PrefixVLM
 from vlm_train.peft import lora
+from vlm_train.quantise import quantise
 
 
 def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
@@ -143,12 +144,12 @@ def test_what_cannot_be_exported_is_known_before_any_weight():
         pooled = PrefixVLM(vision=vision, connector=PooledMLP(in_dim=vision.out_dim, out_dim=llm.dim), llm=llm)
     with pytest.raises(ConfigError, match="connector: PooledMLP"):
         exportable(pooled)
-    model = tiny_vlm()
-    lora(model=model, match=r"llm\..*q_proj", rank=4)
+    with torch.device("meta"):
+        model = compose(tiny_vision(), tiny_llm())
+        lora(model=model, match=r"llm\..*q_proj", rank=4)
     exportable(model)
-    base = model.llm.layers[0].self_attn.q_proj.get_base_layer()
-    base.weight = torch.nn.Parameter(base.weight.to(torch.uint8), requires_grad=False)
-    with pytest.raises(ConfigError, match="q_proj: is quantised"):
+    quantise(model, ["llm.model.model.layers.0.mlp.up_proj"], bits=8)
+    with pytest.raises(ConfigError, match="up_proj: is quantised"):
         exportable(model)
 
 

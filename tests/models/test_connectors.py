@@ -44,3 +44,11 @@ def test_pooling_refuses_features_without_a_grid():
         connector.token_grid((1, 577))
     with pytest.raises(ConfigError, match="connector.depth"):
         MLP(in_dim=2, out_dim=2, depth=0)
+
+
+def test_pooling_of_everything_gives_one_token():
+    connector = PooledMLP(in_dim=1, out_dim=1, pool=None, depth=1)
+    torch.nn.init.ones_(connector.layers[0].weight)
+    torch.nn.init.zeros_(connector.layers[0].bias)
+    assert_close(connector(torch.arange(15.0).view(1, 15, 1), (3, 5)), torch.tensor([[[7.0]]]))
+    assert connector.token_grid((3, 5)) == (1, 1)

@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a tensor, uncopied where it is contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_bytes(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from vlm_train.checkpoint.files import (
 )
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.errors import CheckpointError
+from vlm_train.peft import base_names
+from vlm_train.quantise import assign, full_shape
 
 
 def save_weights(root: Path, weights: Mapping[str, torch.Tensor], *, run_id: str, step: int = 0) -> Path:
@@ -70,21 +72,23 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
             held = ", ".join(sorted({name.split(".", 1)[0] for name in tensors}))
             raise CheckpointError(f"init_from: {file} holds no {', '.join(absent)}; it holds {held}")
         tensors = {n: t for n, t in tensors.items() if n.split(".", 1)[0] in parts}
-    own = dict(model.named_parameters())
-    declared = _frozen(file)
+    own, adapted = dict(model.named_parameters()), base_names(model)
+    tensors = {adapted.get(n, n): t for n, t in tensors.items()}
+    declared = {adapted.get(n, n) for n in _frozen(file)}
+    if not any(".lora_" in n for n in tensors):  # of a model without adapters: they start here
+        declared |= {n for n in own if ".lora_" in n}
     expected = [n for n in own if (parts is None or n.split(".", 1)[0] in parts) and n not in declared]
     problems = [f"{n}: not in the model" for n in tensors if n not in own]
     problems += [f"{n}: not in the file" for n in expected if n not in tensors]
     problems += [
-        f"{n}: shape {list(t.shape)}, the model has {list(own[n].shape)}"
+        f"{n}: shape {list(t.shape)}, the model has {list(shape)}"
         for n, t in tensors.items()
-        if n in own and t.shape != own[n].shape
+        if n in own and t.shape != (shape := full_shape(model, n))
     ]
     if problems:
         raise CheckpointError(f"{file} does not fit the model: " + "; ".join(problems[:5]))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        assign(model, name, tensor)
     return len(tensors)
 
 

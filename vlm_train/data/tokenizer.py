@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_train.assets import local
 from vlm_train.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def pretrained(*, name: str | None, add: Sequence[str] = ()) -> PreTrainedTokeni
 
 
 def gguf(*, file: str, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """The tokenizer inside a GGUF file. `add` and errors as in `pretrained`."""
-    path = Path(file)
+    """The tokenizer inside a GGUF file (a path, or `package:<package>/<file>`). `add`, errors: as in `pretrained`."""
+    path = Path(local(file))
     if not path.is_file():
         raise AssetError(f"tokenizer.file: {file!r} is not a file")
     return _extend(_load("tokenizer.file", str(path.parent), gguf_file=path.name), add)

@@ -16,8 +16,10 @@ VOCABULARY = 300
 
 
 def small(cfg: DictConfig) -> DictConfig:
-    """`cfg` with the overlays of size=tiny on its parts and a small vocabulary."""
+    """`cfg` with the overlays of size=tiny on its parts and a small vocabulary, and nothing quantised."""
     cfg = cfg.copy()
+    if cfg.peft is not None and "bits" in cfg.peft:
+        cfg.peft.bits = None
     for group in TINY_GROUPS:
         if cfg[group] is not None:
             overlay = OmegaConf.load(config_dir() / group / "_tiny.yaml")

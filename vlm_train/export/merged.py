@@ -1,28 +1,59 @@
-"""Weights with their low-rank adapters folded in, without touching the model."""
+"""Weights with their adapters folded in, without touching the model."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+from vlm_train.quantise import quantised_layers
 
 
 def quantised(module: nn.Module) -> str | None:
-    """The name of an adapted layer whose base is quantised, if there is one."""
-    adapted = {name: layer for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")}
-    return next((n for n, layer in adapted.items() if not layer.get_base_layer().weight.is_floating_point()), None)
+    """The name of a quantised layer, if there is one."""
+    return next((name for name, _ in quantised_layers(module)), None)
 
 
+@torch.no_grad()
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """`module.state_dict()` under the names it had before adapters, each adapted weight with its adapters added.
+    """`module.state_dict()` under the names it had before adapters, each adapted weight with its adapters folded in.
 
-    No adapted layer may be quantised, see `quantised`.
+    No layer may be quantised, see `unquantised`.
     """
-    adapted = {name: layer for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")}
+    adapted: dict[str, Any] = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     inside = tuple(f"{name}." for name in adapted)
     state = {key: value for key, value in module.state_dict().items() if not key.startswith(inside)}
     for name, layer in adapted.items():
         base = layer.get_base_layer()
         state.update({f"{name}.{key}": value for key, value in base.state_dict().items()})
         for adapter in layer.active_adapters:
-            delta = layer.get_delta_weight(adapter)
-            state[f"{name}.weight"] = state[f"{name}.weight"] + delta.detach().to(base.weight.dtype)
+            merged = state[f"{name}.weight"].float() + layer.get_delta_weight(adapter).float()
+            if adapter in layer.lora_magnitude_vector:  # DoRA: every output's weights get the length that was learned
+                length = layer.lora_magnitude_vector[adapter].weight.float()
+                merged *= (length / torch.linalg.vector_norm(merged, dim=1))[:, None]
+            state[f"{name}.weight"] = merged.to(base.weight.dtype)
     return state
+
+
+def unquantised(built: Any) -> Any:
+    """`built` with its adapters, and all else that is not quantised, over a freshly read base in full precision.
+
+    Merging into quantised weights would round the adapters away. The base is read a second time, so it has to be where
+    it was, and both fit into memory.
+    """
+    from vlm_train.build import build_model
+    from vlm_train.checkpoint import hand_over
+
+    cfg = built.cfg.copy()
+    cfg.peft.bits = None
+    fresh = build_model(cfg, built.tokenizer)
+    hand_over(fresh, cfg.init_from)
+    skip = {f"{name}.weight" for name, _ in quantised_layers(built.model)}
+    own = dict(fresh.named_parameters())
+    with torch.no_grad():
+        for name, parameter in built.model.named_parameters():
+            if name not in skip:
+                own[name].copy_(parameter)
+    return replace(built, model=fresh.train(built.model.training))

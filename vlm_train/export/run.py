@@ -38,7 +38,11 @@ def write_export(built: Any, folder: Path) -> Path:
     from vlm_train.evaluation.answers import end_ids
     from vlm_train.export.chat import add_chat_template
     from vlm_train.export.llava import export_llava
+    from vlm_train.export.merged import quantised, unquantised
 
+    if quantised(built.model):
+        print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
+        built = unquantised(built)
     mode = getattr(built.image, "mode", "pad")
     model: Any = built.model.eval()
     out = folder / EXPORT_FOLDER

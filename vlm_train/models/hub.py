@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vlm_train.assets import local
 from vlm_train.errors import AssetError, ConfigError
 
 ATTENTION = ("sdpa", "eager")
@@ -87,7 +88,7 @@ def load_pretrained(
 
     Args:
         model: a `transformers` model built from `build_config`.
-        source: a hub name, a local folder, or a `*.gguf` file.
+        source: a hub name, a local folder, or a `*.gguf` file (a path, or `package:<package>/<file>`).
         setting: dotted config path of `source`, for messages.
         declared: regexes of checkpoint keys that this model leaves out on purpose.
         config: the architecture numbers the user gave; a checkpoint that contradicts one of them is an error.
@@ -97,7 +98,7 @@ def load_pretrained(
     """
     where = f"{setting}: {source!r}"
     arguments: dict[str, Any] = {"use_safetensors": True}
-    folder = source
+    folder = source = local(source)
     if source.endswith(".gguf"):
         folder, arguments = str(Path(source).parent), {"gguf_file": Path(source).name}
     elif config is not None:

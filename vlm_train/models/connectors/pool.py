@@ -12,8 +12,10 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.mlp import mlp
 
 
-def pooled_grid(grid: Grid, pool: int) -> Grid:
+def pooled_grid(grid: Grid, pool: int | None) -> Grid:
     """The token grid after `pool` x `pool` averaging; patches left over at the right and bottom form smaller cells."""
+    if pool is None:
+        return (1, 1)
     rows, columns = grid
     if rows < pool or columns < pool:
         raise ConfigError(f"connector.pool: {pool} x {pool} does not fit the patch grid {rows} x {columns}")
@@ -21,15 +23,15 @@ def pooled_grid(grid: Grid, pool: int) -> Grid:
 
 
 class PooledMLP(nn.Module):
-    """`[N, P, in_dim]` -> `[N, Q, out_dim]`: average of `pool` x `pool` neighbours, then an MLP.
+    """`[N, P, in_dim]` -> `[N, Q, out_dim]`: average of `pool` x `pool` neighbours (null: of all patches), then an MLP.
 
     A grid that `pool` does not divide keeps its edge: the last row and column average the patches that are left
     (27 x 27 pooled by 2 gives 14 x 14 tokens). Features without a grid (a kept class token) are refused.
     """
 
-    def __init__(self, *, in_dim: int, out_dim: int, pool: int = 2, depth: int = 2) -> None:
+    def __init__(self, *, in_dim: int, out_dim: int, pool: int | None = 2, depth: int = 2) -> None:
         super().__init__()
-        if pool < 1:
+        if pool is not None and pool < 1:
             raise ConfigError(f"connector.pool: needs a positive factor, got {pool}")
         self.pool = pool
         self.token_grid = partial(pooled_grid, pool=pool)
@@ -39,5 +41,5 @@ class PooledMLP(nn.Module):
         """`grid` is the (rows, columns) arrangement of the P patches."""
         pooled_grid(grid, self.pool)
         image = features.transpose(1, 2).unflatten(2, grid)
-        image = F.avg_pool2d(image, self.pool, ceil_mode=True)
+        image = F.avg_pool2d(image, self.pool or grid, ceil_mode=True)
         return self.layers(image.flatten(2).transpose(1, 2))
