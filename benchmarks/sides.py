@@ -78,11 +78,6 @@ def ours(work: Work, steps: int, saves: list[float] | None = None, look: Callabl
     with _quiet() as folder:
         plan: Any = SimpleNamespace(world=1, steps=steps)
         last = plan if saves is not None else SimpleNamespace(world=1, steps=NEVER)
-        callbacks = loop_callbacks(
-            work.cfg, last, Evaluation(None, {}, folder, every=None), folder, {"run_id": "benchmark"}, None
-        )
-        if saves is not None:
-            _time_saves(callbacks, saves)
         module = VLMModule(
             work.model,
             work.objectives,
@@ -93,6 +88,10 @@ def ours(work: Work, steps: int, saves: list[float] | None = None, look: Callabl
             total_steps=steps,
             folder=folder,
         )
+        evaluation = Evaluation(None, {}, folder, every=NEVER, val_every=None)
+        callbacks = loop_callbacks(work.cfg, last, module, evaluation, {"run_id": "benchmark", "frozen": []}, None)
+        if saves is not None:
+            _time_saves(callbacks, saves)
         trainer = make_trainer(work.cfg, plan, [_Marks(clock), *callbacks], folder)
         trainer.fit(module, _Made(work.batches(steps)))
         if look:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="vlm_train-") as errors:
         os.environ |= {PID: str(os.getpid()), ERRORS: errors}
         if sys.platform == "linux":
-            threading.Thread(target=_end_survivors, args=(first, received), daemon=True).start()
+            threading.Thread(target=_end_survivors, args=(first, received, Path(errors)), daemon=True).start()
         try:
             torchrun([*own, *arguments])
         except ChildFailedError as error:
@@ -91,18 +91,18 @@ class First:
     time: int = 0
 
 
-def _end_survivors(first: First, received: Sequence[int]) -> None:
+def _end_survivors(first: First, received: Sequence[int], errors: Path) -> None:
     """Kills the workers that outlive a failed one: torchrun's SIGTERM does not reach the Python of who waits in C."""
-    while not first.pid:
+    while not first.pid and not any(errors.glob("*.json")):  # torchrun may collect it before we see it
         try:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # left for torchrun to collect
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # left for torchrun to collect
         except ChildProcessError:  # none is there yet, or any more
             ended = None
         if ended is not None and ended.si_status:
             first.time = time.time_ns()
             first.pid, first.code = ended.si_pid, ended.si_status * (1 if ended.si_code == os.CLD_EXITED else -1)
         else:
-            time.sleep(0.2)
+            time.sleep(0.02)  # torchrun looks every 0.1 s
     if first.code in (PREEMPTED, exit_code(signal.SIGINT)):  # all leave, in good order
         return
     time.sleep(PATIENCE)
@@ -119,10 +119,10 @@ def _explain(failures: Mapping[int, Any], first: First, errors: Path) -> int:
     words = [json.loads(path.read_text(encoding="utf-8")) for path in errors.glob("*.json")]
     words = sorted((word for word in words if word["rank"] in failures), key=lambda word: word["time"])
     by_pid = {failure.pid: rank for rank, failure in failures.items()}
-    rank = by_pid.get(first.pid, min(failures))
+    rank = by_pid.get(first.pid, min(failures, key=lambda one: failures[one].timestamp))
     code = failures[rank].exitcode
     # torchrun may have collected the first one before we saw it: then we saw a survivor, which was killed afterwards.
-    survivor = words and (code == -signal.SIGTERM or first.time > words[0]["time"] + AFTERWARDS)
+    survivor = words and (not first.pid or code == -signal.SIGTERM or first.time > words[0]["time"] + AFTERWARDS)
     if code < 0 and not survivor:
         print(f"Rank {rank} was killed by {signal.Signals(-code).name}.", file=sys.stderr)
         return 128 - code

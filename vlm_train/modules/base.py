@@ -54,7 +54,7 @@ class VLMModule(pl.LightningModule):
         max_bad_share: float = 0.05,
         strict: bool = False,
         min_supervised_ratio: float = 0.0,
-        guard: Guard,
+        guard: Guard | None = None,
         skip_steps: Sequence[Sequence[int]] = (),
         folder: Path,
         work: Work | None = None,
@@ -75,7 +75,7 @@ class VLMModule(pl.LightningModule):
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
-        self.guard, self.skip_steps = guard, skip_steps
+        self.guard, self.skip_steps = guard or Guard(folder), skip_steps
         self.keys: list[str] = []  # of the samples of the step
         self.at_boundary = True  # the micro-batch is the last of its step
         self.left_out: str | None = None  # why the last step made no update
