@@ -36,6 +36,60 @@ def drawn(folder: Path, rank: int) -> dict[tuple[int, int], Any]:
     return {(step, micro): keys for step, micro, keys in rows}
 
 
+class Kill(pl.Callback):
+    """Kills its process (-9) in the middle of something: of an accumulation, of writing a checkpoint, of a validation.
+
+    Args:
+        when: accumulation | save | validation.
+        step: optimizer step, counted from 1, in or after which.
+    """
+
+    def __init__(self, *, when: str, step: int, victim: int = 0) -> None:
+        self.when, self.step, self.victim = when, step, victim
+        self.mine = False
+
+    def _die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from vlm_train.checkpoint import files
+
+        self.mine = trainer.global_rank == self.victim
+        inner = files.write_tensors
+
+        def write(path: Path, tensors: Any) -> Any:
+            if self.mine and self.when == "save" and trainer.global_step == self.step:
+                path.write_bytes(b"half")
+                self._die()
+            return inner(path, tensors)
+
+        files.write_tensors = write
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        now = batch.window.step + 1 == self.step and batch.window.micro == 1
+        if self.mine and self.when == "accumulation" and now:
+            self._die()
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self.mine and self.when == "validation" and trainer.global_step == self.step:
+            self._die()
+
+
+class Rotary(pl.Callback):
+    """Asserts, in every step, that the frequencies of rotary positions are exact: fp32, and those of a fresh model."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        found = [b for name, b in pl_module.named_buffers() if name.endswith("inv_freq")]
+        assert found
+        for buffer in found:
+            exponents = torch.arange(len(buffer), dtype=torch.float32) / len(buffer)
+            assert buffer.dtype == torch.float32 and torch.allclose(buffer, 10000.0**-exponents, rtol=1e-6)
+
+
 class Stop(pl.Callback):
     """Asks the run to stop after a step, as a signal would."""
 

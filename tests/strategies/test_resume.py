@@ -94,3 +94,37 @@ def test_a_run_goes_on_under_another_strategy_and_another_number_of_ranks(data: 
     weights, moved = (load_file(tmp_path / run / last) for run in ("whole", "moved"))
     for name, tensor in weights.items():
         assert (tensor - moved[name]).abs().max() <= 1e-5 * tensor.abs().max() + 1e-8, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_killed_at_the_worst_moments(strategy: str, data: Path, tmp_path: Path) -> None:
+    """In the middle of an accumulation, of writing a checkpoint on either rank, of a validation."""
+    more = ["trainer.val_every=3"]
+    moments = [("accumulation", 4, 1), ("save", 4, 0), ("save", 4, 1), ("validation", 3, 0)]
+    for number, (when, step, rank) in enumerate(moments):
+        kill = f"+callbacks.kill={{_target_: tests.audit.Kill, when: {when}, step: {step}, victim: {rank}}}"
+        codes = train_on_ranks(job(strategy, data, tmp_path, "plain", f"killed{number}", *more, kill), check=False)
+        assert codes[rank] == -9
+        assert not (tmp_path / f"killed{number}" / "checkpoints/step-00000004").exists()
+    names = ["whole", *(f"killed{number}" for number in range(len(moments)))]
+    train_on_ranks(*(job(strategy, data, tmp_path, "plain", name, *more) for name in names), limit=500)
+    for name in names[1:]:
+        assert_same_end(tmp_path / "whole", tmp_path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_16_bits_resume_exactly_and_spare_rotary_positions(strategy: str, data: Path, tmp_path: Path) -> None:
+    """The fp32 weights behind the 16-bit ones go on, not their rounded copies."""
+    more = ["trainer.precision=bf16-mixed", "+callbacks.rotary={_target_: tests.audit.Rotary}"]
+    cut = [*job(strategy, data, tmp_path, "plain", "cut", *more), STOP.format(4)]
+    train_on_ranks(cut, *(job(strategy, data, tmp_path, "plain", name, *more) for name in ("cut", "whole")))
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    weights = load_file(tmp_path / "whole/checkpoints/step-00000006/weights.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
+    rows = [row for row in log(tmp_path / "whole") if row["split"] == "train"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
