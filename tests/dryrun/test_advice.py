@@ -12,7 +12,7 @@ from vlm_train import config
 from vlm_train.build import build_model
 from vlm_train.dryrun import advice
 from vlm_train.dryrun.advice import Advice, advise, configured
-from vlm_train.dryrun.memory import GIB
+from vlm_train.dryrun.memory import GIB, NF4
 from vlm_train.dryrun.plan import Plan, make_plan
 from vlm_train.dryrun.report import text, without_assets
 
@@ -130,3 +130,10 @@ def test_the_configured_strategy_is_known_by_its_option(
     with open_dict(cfg):
         cfg.strategy = {"_target_": "somebody.elses"}
     assert configured(cfg) is None
+
+
+def test_a_quantised_base_is_stored_small() -> None:
+    _, plan = planned("recipe=llava15_qlora")
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # all of Vicuna-7B's but the head
+    assert plan.needs.quantised == linears
+    assert plan.needs.quantised_bytes == pytest.approx(linears * NF4, rel=1e-3)

@@ -27,7 +27,6 @@ from vlm_train.dryrun.memory import (
     runnable,
     sensible,
 )
-from vlm_train.dryrun.plan import stored_bytes
 from vlm_train.dryrun.report import dry_run
 
 NEEDS = Needs(
@@ -126,13 +125,6 @@ def test_quantised_weights_are_smaller_and_not_sharded() -> None:
     assert pytest.approx(0.516, abs=1e-3) == NF4
     assert peak("ddp", some, on(8)).weights == pytest.approx(2 * 200 + 800 * NF4)
     assert runnable(some, on(8)) == ["ddp", "zero1", "zero2", "zero1_offload", "zero2_offload"]
-
-
-def test_modules_say_how_their_frozen_weights_are_stored() -> None:
-    model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    model[0].requires_grad_(False).bytes_per_parameter = 0.5
-    model[1].bytes_per_parameter = 0.5  # learns, so it is not stored so
-    assert stored_bytes(model) == (32, 16.0)
 
 
 def test_the_cheapest_that_fits_is_named() -> None:

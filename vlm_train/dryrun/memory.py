@@ -271,7 +271,8 @@ def runnable(needs: Needs, hardware: Hardware) -> list[str]:
     return [
         name
         for name, spread in STRATEGIES.items()
-        if not (name == "single" and hardware.gpus > 1) and not (spread.stage == 3 and needs.quantised)
+        if not (name == "single" and hardware.gpus > 1)
+        and not (needs.quantised and (spread.stage == 3 or spread.engine == "fsdp"))
     ]
 
 

@@ -18,6 +18,7 @@ from vlm_train.dryrun.trace import Trace, blocks, meta_batch, trace, visual_toke
 from vlm_train.dryrun.twin import round_trip
 from vlm_train.objectives.base import identity_gather
 from vlm_train.params import Policy, apply_policy, unused_parameters
+from vlm_train.quantise import quantised_layers
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def optimizer_states(cfg: DictConfig) -> int:
 
 def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> Needs:
     layers = [sum(p.numel() for p in block.parameters()) for part in model.children() for block in blocks(part)]
-    quantised, quantised_bytes = stored_bytes(model)
+    quantised = [how for _, how in quantised_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
     return Needs(
         parameters=policy.total,
@@ -129,8 +130,8 @@ def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
         precision=cfg.trainer.precision,
         activations=activations * cfg.batch.micro,
         logits=_logits(cfg, model),
-        quantised=quantised,
-        quantised_bytes=quantised_bytes,
+        quantised=sum(how.weights for how in quantised),
+        quantised_bytes=sum(how.stored for how in quantised),
         accumulates=cfg.batch.samples is None or cfg.batch.samples > rows,
     )
 
@@ -141,16 +142,6 @@ def _outside(model: nn.Module) -> Iterator[int]:
     for module in model.modules():
         if id(module) not in inside:
             yield sum(p.numel() for p in module.parameters(recurse=False))
-
-
-def stored_bytes(model: nn.Module) -> tuple[int, float]:
-    """Frozen parameters stored quantised, and their bytes: those of modules with an attribute `bytes_per_parameter`."""
-    found, total = 0, 0.0
-    for module in model.modules():
-        if (each := getattr(module, "bytes_per_parameter", None)) is not None:
-            frozen = sum(p.numel() for p in module.parameters(recurse=False) if not p.requires_grad)
-            found, total = found + frozen, total + frozen * each
-    return found, total
 
 
 def _linears(model: Any) -> Linears:
