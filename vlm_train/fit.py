@@ -140,7 +140,6 @@ def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
 def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
-    from vlm_train.modules.guard import Guard
     from vlm_train.strategies.spread import units
 
     *layers, _ = units(model)
@@ -168,8 +167,7 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, w
         max_bad_share=cfg.trainer.max_bad_share,
         strict=cfg.trainer.strict,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
-        guard=Guard(folder, **cfg.trainer.guard, scaled=cfg.trainer.precision == "16-mixed"),
-        skip_steps=cfg.trainer.skip_steps,
+        guard=_guard(cfg, folder),
         folder=folder,
         work=work,
         peak_tflops=cfg.trainer.peak_tflops,
@@ -189,6 +187,13 @@ def _work(cfg: DictConfig, tokenizer: Any) -> Any:
     except Exception as error:  # of any model's own code
         print(f"tflops: not logged: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
         return None
+
+
+def _guard(cfg: DictConfig, folder: Path) -> Any:
+    from vlm_train.modules.guard import Guard
+
+    scaled = cfg.trainer.precision == "16-mixed"
+    return Guard(folder, **cfg.trainer.guard, scaled=scaled, skip=cfg.trainer.skip_steps)
 
 
 def _call(node: DictConfig, value: Any, **options: Any) -> Any:

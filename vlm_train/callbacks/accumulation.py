@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from vlm_train.data.batch import Batch
-from vlm_train.modules.base import ends_step
+from vlm_train.data.batch import Batch, ends_step
 
 NEVER = 2**30
 """A number of batches that no count is a multiple of. A power of two: the loss is divided and multiplied by it."""

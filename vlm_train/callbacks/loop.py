@@ -17,9 +17,8 @@ from vlm_train.checkpoint.generators import set_rng_state
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.save import Writer
 from vlm_train.checkpoint.state import restore
-from vlm_train.data.batch import Batch
+from vlm_train.data.batch import Batch, ends_step
 from vlm_train.errors import Interrupted
-from vlm_train.modules.base import ends_step
 
 
 class Log(pl.Callback):

@@ -40,3 +40,12 @@ class Journal:
             raise
         finally:
             os.close(number)
+
+
+SHOWN = ("loss", "grad_norm", "samples_per_second", "skipped", "skipped_steps")
+
+
+def shown(row: Mapping[str, float]) -> str:
+    """What the terminal says of a line."""
+    chosen = ((k, v) for k, v in row.items() if (k in SHOWN or k.endswith("/accuracy")) and (v or k != "skipped"))
+    return "  ".join(f"{name} {value:.4g}" for name, value in chosen)

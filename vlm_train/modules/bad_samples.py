@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_train.data.batch import Problem
+from vlm_train.errors import TrainingError
 from vlm_train.redact import without_credentials
 
 MIN_DRAWN = 1000
@@ -56,6 +57,14 @@ class BadSamples:
             share = f"{self.bad / self.drawn:.2%} of {self.drawn} drawn samples are bad"
             return f"{share}; trainer.max_bad_share={self.max_share}"
         return None
+
+    def require_held_out(self, *, good: int, bad: int) -> None:
+        """Raises TrainingError, on every rank, when the held-out samples of all ranks are not what they must be."""
+        reason = f"{bad} bad samples, and trainer.strict=true" if self.strict else None
+        if not good:
+            reason = f"none of the {bad} held-out samples is usable"
+        if bad and reason:
+            raise TrainingError(f"data.val: {reason}; {self.folder}/quarantine-*.jsonl says why.")
 
     def summary(self, kinds: Mapping[str, float]) -> str:
         """The bad samples by kind, for a message; `kinds` counts them on all ranks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,20 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.checkpoint.generators import rng_state
-from vlm_train.data.batch import Batch, Window
+from vlm_train.data.batch import Batch, Window, ends_step
 from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
-from vlm_train.loggers.journal import Journal
+from vlm_train.loggers.journal import Journal, shown
 from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for
-from vlm_train.modules.guard import Guard
+from vlm_train.modules.guard import SCALE, Guard
 from vlm_train.modules.meter import Meter, Work, part_norms
 from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed
-
-ON_DEMAND, SCALE = "trainer.skip_steps", "loss scale"
-"""Why an update is left out although nothing is wrong."""
 
 
 class VLMModule(pl.LightningModule):
@@ -55,7 +52,6 @@ class VLMModule(pl.LightningModule):
         strict: bool = False,
         min_supervised_ratio: float = 0.0,
         guard: Guard | None = None,
-        skip_steps: Sequence[Sequence[int]] = (),
         folder: Path,
         work: Work | None = None,
         peak_tflops: float | None = None,
@@ -75,7 +71,7 @@ class VLMModule(pl.LightningModule):
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
-        self.guard, self.skip_steps = guard or Guard(folder), skip_steps
+        self.guard = guard or Guard(folder)
         self.keys: list[str] = []  # of the samples of the step
         self.at_boundary = True  # the micro-batch is the last of its step
         self.left_out: str | None = None  # why the last step made no update
@@ -171,11 +167,7 @@ class VLMModule(pl.LightningModule):
     def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
         """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
         self.grad_norms = {"grad_norm": norm} | {f"grad_norm/{part}": one for part, one in (of_parts or {}).items()}
-        step = self.global_step + 1
-        if any(first <= step <= last for first, last in self.skip_steps):
-            self.left_out = ON_DEMAND
-        else:
-            self.left_out = self.guard.judge(float(norm))
+        self.left_out = self.guard.judge(float(norm), self.global_step + 1)
         return self.left_out is not None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -187,8 +179,7 @@ class VLMModule(pl.LightningModule):
             self.left_out = SCALE
         if self.left_out is not None:
             self.meter.leave_out()
-            if self.left_out not in (ON_DEMAND, SCALE):
-                self.guard.leave_out(step, self.left_out, self.keys, self.global_rank)
+            self.guard.leave_out(step, self.left_out, self.keys, self.global_rank)
         if hasattr(self.model, "clamp_"):
             cast(Any, self.model).clamp_()
 
@@ -246,9 +237,8 @@ class VLMModule(pl.LightningModule):
         if batch.problems:
             self.held_out_bad += len(batch.problems)
             self.bad.record("val", self.global_step, batch.problems, self.global_rank)
-        if (
-            not batch.references and not cast(Any, self.trainer.strategy).shards_model
-        ):  # a forward pass of shards needs all ranks
+        together = cast(Any, self.trainer.strategy).shards_model  # a forward pass needs all ranks
+        if not batch.references and not together:
             return
         gather = identity_gather  # ranks may hold unequal numbers of held-out samples
         for objective in self.objectives.values():
@@ -279,16 +269,7 @@ class VLMModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss."""
         seen = self.over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
-        if seen["bad"] and self.bad.strict:
-            raise TrainingError(
-                f"data.val: {seen['bad']:.0f} bad samples, and trainer.strict=true; {self.folder}/quarantine-*.jsonl "
-                "says why."
-            )
-        if seen["bad"] and not seen["good"]:
-            raise TrainingError(
-                f"data.val: none of the {seen['bad']:.0f} held-out samples is usable; {self.folder}/quarantine-*.jsonl "
-                "says why."
-            )
+        self.bad.require_held_out(good=round(seen["good"]), bad=round(seen["bad"]))
         self.validation_metrics = self.meter.held_out.means(self.over_ranks)
         self._require_finite("validation", self.validation_metrics)
         if self.validation_metrics:
@@ -301,11 +282,7 @@ class VLMModule(pl.LightningModule):
         self.journal.write({"step": self.global_step, "time": time.time(), "split": split, **row})
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
-        words = ("loss", "grad_norm", "samples_per_second", "skipped", "skipped_steps")
-        shown = "  ".join(
-            f"{k} {v:.4g}" for k, v in row.items() if (k in words or k.endswith("/accuracy")) and (v or k != "skipped")
-        )
-        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown}", flush=True)
+        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown(row)}", flush=True)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Gradients are cleared after each update: Lightning would clear them after a fixed number of batches."""
@@ -333,8 +310,3 @@ class VLMModule(pl.LightningModule):
         self.generators = checkpoint["rng"][self.global_rank :][:1]  # none for a rank that was not there
         if self.global_rank == 0:
             self.meter.load(held, self.device)
-
-
-def ends_step(batch: Batch) -> bool:
-    """Whether this is the last micro-batch of an optimizer step."""
-    return batch.window is not None and batch.window.micro + 1 == batch.window.micro_count

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from vlm_train.errors import TrainingError
+
+ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
+"""Why an update is left out although nothing is wrong."""
 
 
 class Guard:
@@ -23,6 +27,7 @@ class Guard:
         window: norms remembered; no spike is called before it is full.
         max_in_a_row: steps left out one after the other that are borne; one more stops the run.
         scaled: a loss scaler looks for its scale by letting gradients overflow, which is no fault.
+        skip: [first, last] of steps that are left out whatever their norm.
     """
 
     def __init__(
@@ -33,13 +38,17 @@ class Guard:
         window: int = 100,
         max_in_a_row: int = 10,
         scaled: bool = False,
+        skip: Sequence[Sequence[int]] = (),
     ) -> None:
         self.path, self.spike, self.max_in_a_row, self.scaled = folder, spike, max_in_a_row, scaled
+        self.skip = skip
         self.norms: deque[float] = deque(maxlen=window)
         self.in_a_row = 0
 
-    def judge(self, norm: float) -> str | None:
-        """Why the update is left out; None: it is made. The same on every rank."""
+    def judge(self, norm: float, step: int = 0) -> str | None:
+        """Why the update of a step is left out; None: it is made. The same on every rank."""
+        if any(first <= step <= last for first, last in self.skip):
+            return ON_DEMAND
         if not math.isfinite(norm):
             return None if self.scaled else f"gradient norm {norm}"
         if self.spike is not None and len(self.norms) == self.norms.maxlen:
@@ -53,6 +62,8 @@ class Guard:
 
     def leave_out(self, step: int, reason: str, keys: list[str], rank: int) -> None:
         """Record a step without update. Raises TrainingError, on every rank, when it is one too many."""
+        if reason in (ON_DEMAND, SCALE):
+            return
         self.in_a_row += 1
         with open(self.path / f"skipped-steps-{rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "reason": reason, "samples": keys}) + "\n")
