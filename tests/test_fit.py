@@ -510,3 +510,16 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     bad = make_data(tmp_path / "data", bad=3)
     with pytest.raises(TrainingError, match="bad samples in a row"):
         train(command(bad, tmp_path, "trainer.max_steps=3", "trainer.max_bad_samples=0"))
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_checkpointed_activations_change_nothing(how: str, data: Path, whole: Path, tmp_path: Path) -> None:
+    run = train(command(data, tmp_path, f"trainer.activation_checkpointing={how}"))
+    assert_same_end(run, whole)
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = train(command(data, tmp_path, "trainer.compile=true", "trainer.max_steps=3"))
+    for row, eager in zip(metrics(run), metrics(whole), strict=False):
+        assert row["loss"] == pytest.approx(eager["loss"], rel=1e-5)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -131,7 +131,9 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
             def norm_groups() -> list[Any]:
                 norms = norms_of()
-                return [float("nan")] if self._objects(combine_grad_norm_groups(norms)) else norms
+                groups = [optimizer.sub_group_to_group_id[number] for number in range(len(norms))]
+                objects = self._objects(combine_grad_norm_groups(norms), norms, groups)
+                return [float("nan")] if objects else norms
 
             optimizer._get_norm_groups = norm_groups
             return
@@ -139,16 +141,29 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         optimizer.check_grad_overflow = True  # else a norm that is no number is not looked at in bf16
         optimizer.check_overflow = lambda **_: None  # the norm shows it too, and is asked for only without one
 
+        norms: list[Any] = []
+        of_group = optimizer.get_grad_norm_direct
+
+        def get_grad_norm_direct(*args: Any, **kwargs: Any) -> Any:
+            norms.append(of_group(*args, **kwargs))
+            return norms[-1]
+
         def scaled_global_norm(*args: Any, **kwargs: Any) -> Any:
+            norms.clear()
             norm = norm_of(*args, **kwargs)
-            return float("nan") if self._objects(norm) else norm
+            return float("nan") if self._objects(norm, norms, range(len(norms))) else norm
 
-        optimizer.scaled_global_norm = scaled_global_norm
+        optimizer.get_grad_norm_direct, optimizer.scaled_global_norm = get_grad_norm_direct, scaled_global_norm
 
-    def _objects(self, scaled_norm: Any) -> bool:
-        norm = torch.as_tensor(scaled_norm).float() / self.engine.optimizer.loss_scale
-        module = cast(Any, self.lightning_module)
-        return bool(module.objects_to(torch.where(norm < 0, torch.inf, norm)))  # -1: an overflow
+    def _objects(self, scaled_norm: Any, norms: Sequence[Any], groups: Iterable[int]) -> bool:
+        """Tell the module the norm, and those of its parts from those of the optimizer's groups."""
+        optimizer = self.engine.optimizer
+        parts: dict[str, list[Tensor]] = {}
+        for norm, group in zip(norms, groups, strict=True):
+            parts.setdefault(optimizer.param_groups[group]["name"], []).append(_true(norm, optimizer.loss_scale))
+        of_parts = {name: torch.stack(found).norm() for name, found in parts.items()}
+        total = _true(scaled_norm, optimizer.loss_scale)
+        return bool(cast(Any, self.lightning_module).objects_to(total, of_parts))
 
     def updates(self) -> bool:
         """Whether the last step made one: DeepSpeed leaves out those whose gradients overflow, silently."""
@@ -258,6 +273,12 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             groups[optimizer.sub_group_to_group_id[number]]["params"] = [flat]
             allocate(optimizer.optimizer, kinds)
             groups[optimizer.sub_group_to_group_id[number]]["params"] = []
+
+
+def _true(norm: Any, scale: float) -> Tensor:
+    """A norm without the loss scale; DeepSpeed says -1 where it is no number."""
+    norm = torch.as_tensor(norm).float() / scale
+    return torch.where(norm < 0, torch.inf, norm)
 
 
 class ZeROPrecision(DeepSpeedPrecision):
