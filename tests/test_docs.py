@@ -10,14 +10,22 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests import small_run
+from vlm_train.check import check
+from vlm_train.config import compose
+from vlm_train.dryrun.report import dry_run
+from vlm_train.errors import ConfigError
+from vlm_train.schema import Root
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCALE = ROOT / "docs" / "scale.md"
 FOLDERS = ("conf", "recipes", "vlm_train", "data_pipelines", "tests", "benchmarks", "docs")
 OWN_OPTIONS = {"recipe": ROOT / "recipes" / "recipe", "schedule": ROOT / "recipes" / "schedule"}
 
@@ -43,6 +51,62 @@ def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     named = set(re.findall(r"(?:^|`|\$ )make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
     assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_settings_exist(page: Path) -> None:
+    known = {"peft": options("peft"), "strategy": options("strategy")}
+    typed: Any = OmegaConf.to_container(OmegaConf.structured(Root))
+    groups = {key: leaves(typed[key]) for key in ("trainer", "batch", "launch", "paths", "target")} | known
+    named = re.findall(rf"(?<![\w./-])({'|'.join(groups)})\.(?!py\b)(\w+(?:\.\w+)*)", page.read_text(encoding="utf-8"))
+    assert {f"{group}.{key}" for group, key in named if key not in groups[group]} == set()
+
+
+def options(group: str) -> set[str]:
+    """The keys of all options of a group."""
+    return {
+        key
+        for file in (ROOT / "conf" / group).glob("*.yaml")
+        for key in leaves(OmegaConf.to_container(OmegaConf.load(file)))
+    }
+
+
+def leaves(node: Any) -> set[str]:
+    """Dotted keys of a nested mapping, its inner ones too."""
+    found = set(map(str, node))
+    return found | {f"{key}.{one}" for key in node if isinstance(node[key], dict) for one in leaves(node[key])}
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """The page's code blocks of a kind."""
+    return re.findall(rf"```{kind}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_commands_of_the_scale_page_are_valid() -> None:
+    """Every value is allowed where it is given; what the page says is refused is refused so."""
+    refused = [
+        block.removeprefix("ConfigError: ") for block in blocks(SCALE, "text") if block.startswith("ConfigError")
+    ]
+    commands = [shlex.split(line) for block in blocks(SCALE, "bash") for line in block.splitlines()]
+    assert len(commands) > 4 and {tuple(words[:3]) for words in commands} == {("python", "-m", "vlm_train")}
+    problems = []
+    for words in commands:
+        try:
+            check(compose(words[3:]), need_assets=False)
+        except ConfigError as error:
+            problems.append(f"{error}\n")
+    assert problems == refused
+
+
+def test_dry_run_of_the_scale_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """The shown lines are printed, in this order; `...` stands for others."""
+    (command,) = [block for block in blocks(SCALE, "bash") if "target.gpus" in block]
+    (shown,) = [block for block in blocks(SCALE, "text") if "Cheapest that fits" in block]
+    dry_run(compose(shlex.split(command)[3:]))
+    said = capsys.readouterr().out
+    for part in filter(None, re.split(r"^\.\.\.\n", shown, flags=re.MULTILINE)):
+        _, found, said = said.partition(part)
+        assert found == part
 
 
 def test_tree_in_the_readme_is_the_tree() -> None:
