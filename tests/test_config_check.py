@@ -135,6 +135,12 @@ def test_a_strategy_that_cannot_be(overrides: list[str], words: str) -> None:
     assert words in found
 
 
+def test_best_follows_what_is_measured() -> None:
+    (found,) = problems("trainer.best=answers/acuracy", recipe="easyvqa_stage2")
+    assert "did you mean" in found.lower() and "Allowed: loss, answers/accuracy" in found
+    assert problems("trainer.best=answers/accuracy", recipe="easyvqa_stage2") == []
+
+
 @pytest.mark.parametrize("name", [path.stem for path in sorted((config.config_dir() / "strategy").glob("*.yaml"))])
 def test_every_strategy_composes(name: str) -> None:
     path = ["strategy.nvme_path=/local"] if name.endswith("nvme") else []

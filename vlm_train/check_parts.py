@@ -114,6 +114,14 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def check_best(cfg: DictConfig) -> Iterator[str]:
+    """What BEST follows is measured at validations."""
+    evaluators = [f"{name}/accuracy" for name, node in (resolved(cfg, "eval") or {}).items() if node is not None]
+    allowed = ["loss", *evaluators]
+    if cfg.trainer.best not in allowed:
+        yield f"trainer.best: got {cfg.trainer.best!r}.{hint(cfg.trainer.best, allowed)} Allowed: {', '.join(allowed)}."
+
+
 def check_peft(cfg: DictConfig) -> Iterator[str]:
     """Quantised weights have a known width and are not sharded."""
     peft, strategy = resolved(cfg, "peft"), resolved(cfg, "strategy")

@@ -212,6 +212,8 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
     for name in Paths.__dataclass_fields__:
         cfg.paths[name] = name
     plain = {key: resolved(cfg, key) for key in TRAINING_KEYS}
+    if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
+        plain["batch"].pop("micro")
     for group, keys in COSMETIC_KEYS.items():
         for key in keys if isinstance(plain[group], dict) else ():
             plain[group].pop(key, None)
