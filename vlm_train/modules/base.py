@@ -20,14 +20,14 @@ from vlm_train.errors import TrainingError
 from vlm_train.loggers.journal import Journal
 from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for
-from vlm_train.modules.guard import Guard
+from vlm_train.modules.guard import SCALE, Guard
 from vlm_train.modules.meter import Meter, Work, part_norms
 from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed
 
-ON_DEMAND, SCALE = "trainer.skip_steps", "loss scale"
-"""Why an update is left out although nothing is wrong."""
+ON_DEMAND = "trainer.skip_steps"
+"""Why an update is left out although nothing is wrong; another such reason is `SCALE`."""
 
 
 class VLMModule(pl.LightningModule):

@@ -11,6 +11,12 @@ from typing import Any
 
 from vlm_train.errors import TrainingError
 
+SCALE = "loss scale"
+"""Why an update is left out although nothing is wrong: the loss scale was too high."""
+
+SEARCH = 24
+"""Halvings of the loss scale in a row that are a search for it: from 2^16, where it starts, to 2^-8."""
+
 
 class Guard:
     """Judges the gradient norm of every step, which is the same on all ranks, and bears a number of bad ones.
@@ -36,12 +42,14 @@ class Guard:
     ) -> None:
         self.path, self.spike, self.max_in_a_row, self.scaled = folder, spike, max_in_a_row, scaled
         self.norms: deque[float] = deque(maxlen=window)
-        self.in_a_row = 0
+        self.in_a_row = self.overflows = 0
 
     def judge(self, norm: float) -> str | None:
         """Why the update is left out; None: it is made. The same on every rank."""
         if not math.isfinite(norm):
-            return None if self.scaled else f"gradient norm {norm}"
+            self.overflows += 1
+            return SCALE if self.scaled and self.overflows <= SEARCH else f"gradient norm {norm}"
+        self.overflows = 0
         if self.spike is not None and len(self.norms) == self.norms.maxlen:
             usual = median(self.norms)
             deviation = median(abs(one - usual) for one in self.norms)
