@@ -103,6 +103,17 @@ class Stop(pl.Callback):
             pl_module.interrupt = signal.SIGTERM  # type: ignore[assignment]
 
 
+class StopInValidation(pl.Callback):
+    """Asks the run to stop at the very end of the validation of a step."""
+
+    def __init__(self, *, step: int) -> None:
+        self.step = step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == self.step:
+            pl_module.interrupt = signal.SIGTERM  # type: ignore[assignment]
+
+
 class Poison(pl.Callback):
     """Multiplies what the model gives in some steps of one rank, as a bad sample might."""
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tests.small_run import command, make_data, train
 from vlm_train import checkpoint
 from vlm_train.checkpoint import files
+from vlm_train.checkpoint.state import _Reader
 from vlm_train.errors import CheckpointError, Interrupted
 
 
@@ -104,6 +106,29 @@ def test_a_disk_that_stays_full_stops_the_run(
     assert steps(train(command(data, tmp_path))) == [2, 4, 6]
 
 
+@pytest.mark.timeout(60)
+def test_an_error_of_any_kind_in_the_background_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, tensors: Any) -> Any:
+        raise KeyError("torch.float8_e4m3fn")
+
+    monkeypatch.setattr(files, "write_tensors", broken)
+    with pytest.raises(CheckpointError, match="cannot be written: .*float8"):
+        train(command(data, tmp_path, "trainer.async_save=true"))
+
+
+def test_a_last_save_is_tried_again_after_one_that_failed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop comes in the validation after which step 4 is saved, in vain."""
+    monkeypatch.setattr(files, "write_tensors", FullDisk(3))
+    stop = "+callbacks.stop={_target_: tests.audit.StopInValidation, step: 4}"
+    with pytest.raises(Interrupted):
+        train(command(data, tmp_path, "trainer.val_every=2", "allow_targets=[tests.]", stop))
+    assert steps(tmp_path / "run") == [2, 4]
+
+
 def test_too_little_space_is_seen_before_writing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlm_train.checkpoint import save
 
@@ -135,6 +160,14 @@ def test_a_checkpoint_holds_what_learns_and_no_more(data: Path, tmp_path: Path) 
     assert {key.split("|")[1] for key in states} == {"exp_avg", "exp_avg_sq", "step"}
     assert sum(t.nbytes for key, t in states.items() if "|step|" not in key) == 2 * learned
     assert json.loads((folder / "manifest.json").read_text())["frozen"]
+
+
+def test_states_of_a_parameter_without_dimensions_do_not_stand_for_others(tmp_path: Path) -> None:
+    states = {"a|exp_avg|0": torch.ones(4), "a|step|0": torch.tensor(3.0), "scale|exp_avg|0": torch.tensor(1.0)}
+    files.write_tensors(tmp_path / files.optimizer_file(0, 1), states)
+    files.write_tensors(tmp_path / files.WEIGHTS, {})
+    with ExitStack() as stack:
+        assert _Reader(tmp_path, stack).kinds == {"exp_avg": False, "step": True}
 
 
 def test_draws_of_others_go_on_too(data: Path, tmp_path: Path) -> None:

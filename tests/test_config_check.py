@@ -118,6 +118,9 @@ def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() ->
     assert found.startswith("objective.contrastive: ") and "allowed: batch.micro=32" in found
     assert problems("launch.devices=2", recipe="easyvqa_clip") == []  # micro 32 holds the 16 of a process
     assert problems("launch.devices=2", "batch.micro=16", recipe="easyvqa_clip") == []
+    for strategy in ("zero1", "fsdp2"):
+        (found,) = problems(f"strategy={strategy}", recipe="easyvqa_clip")
+        assert found.startswith("objective.contrastive: its temperature") and "Use strategy=ddp" in found
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from tests.jobs import train_on_ranks
 from tests.small_run import command, make_data, train
 from tests.strategies.test_parity import STRATEGIES, log
 from vlm_train.errors import TrainingError
-from vlm_train.modules.guard import Guard
+from vlm_train.modules.base import VLMModule
+from vlm_train.modules.guard import SCALE, SEARCH, Guard
 
 POISON = "+callbacks.poison={{_target_: tests.audit.Poison, steps: {}, rank: {}}}"
 
@@ -58,6 +60,9 @@ def test_a_step_that_is_poisoned_on_one_rank_makes_no_update(strategy: str, data
     for rank in (0, 1):
         (line,) = skipped(tmp_path / "run", rank)
         assert line["step"] == 3 and len(line["samples"]) == 2
+    state = torch.load(tmp_path / "run/checkpoints/step-00000006/state.ckpt", weights_only=True)
+    norms = state["since_log"]["guard"]["norms"]
+    assert len(norms) == 5 and min(norms) > 0.1  # asked once a step, for the gradients of all ranks
 
 
 def test_too_many_in_a_row_stop_the_run(data: Path, tmp_path: Path) -> None:
@@ -79,6 +84,27 @@ def test_a_spike_is_far_above_the_usual_norm(tmp_path: Path) -> None:
     again = Guard(tmp_path, spike=6.0, window=5)
     again.load(guard.state())
     assert again.judge(9.0) and list(again.norms) == list(guard.norms)
+
+
+def test_a_sick_part_of_a_weight_is_seen() -> None:
+    """ZeRO-3 leaves parameters empty, beside the part that a rank holds."""
+    parameter: Any = torch.nn.Parameter(torch.empty(0))
+    policy = SimpleNamespace(groups=[SimpleNamespace(parameters=[parameter])])
+    sums = SimpleNamespace(train=SimpleNamespace(totals={}))
+    module: Any = SimpleNamespace(policy=policy, meter=sums, over_ranks=dict, global_step=1)
+    parameter.ds_tensor = torch.ones(3)
+    VLMModule.require_healthy(module)
+    parameter.ds_tensor[1] = float("inf")
+    with pytest.raises(TrainingError, match="not finite at step 1"):
+        VLMModule.require_healthy(module)
+
+
+def test_a_loss_scale_is_looked_for_but_not_forever(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, scaled=True)
+    inf = float("inf")
+    assert [guard.judge(inf) for _ in range(SEARCH + 1)] == [SCALE] * SEARCH + ["gradient norm inf"]
+    assert guard.judge(1.0) is None and guard.judge(inf) == SCALE
+    assert Guard(tmp_path).judge(inf) == "gradient norm inf" and list(guard.norms) == [1.0]
 
 
 def test_a_run_with_a_spike_goes_on(data: Path, tmp_path: Path) -> None:

@@ -121,6 +121,20 @@ def test_the_base_is_untouched_after_training(bits: int) -> None:
     assert changed == {name for name in start if ".lora_" in name}
 
 
+@pytest.mark.parametrize("before", ["weight", "state"])
+def test_int8_numbers_follow_a_weight_that_moved(before: str) -> None:
+    """As after `model.to("cuda")`, before or after a first forward, which takes the numbers off the weight."""
+    built = adapted(8)
+    expected = logits(adapted(8))
+    if before == "state":
+        logits(built)
+    layers = [module for module in built.modules() if hasattr(getattr(module, "state", None), "CB")]
+    for layer in layers:
+        held = layer.weight if before == "weight" else layer.state
+        held.CB = held.CB.to("meta")  # another device
+    assert layers and torch.equal(logits(built), expected)
+
+
 @BITS
 def test_other_base_weights_are_quantised_like_the_first(bits: int) -> None:
     """Weights that a run takes over from an earlier one arrive after the layers were quantised."""

@@ -88,6 +88,7 @@ def check_objectives(cfg: DictConfig) -> Iterator[str]:
                 yield f"objective.{name}.{key}: got {node[key]!r}.{suggestion} Allowed: {', '.join(words)}."
         if (stream or default) == "samples":
             yield from _check_whole_step(f"objective.{name}", cfg)
+            yield from _check_whole_model(f"objective.{name}", cfg)
 
 
 def _check_model(path: str, target: str, model: Any) -> Iterator[str]:
@@ -120,6 +121,17 @@ def check_best(cfg: DictConfig) -> Iterator[str]:
     allowed = ["loss", *evaluators]
     if cfg.trainer.best not in allowed:
         yield f"trainer.best: got {cfg.trainer.best!r}.{hint(cfg.trainer.best, allowed)} Allowed: {', '.join(allowed)}."
+
+
+def _check_whole_model(path: str, cfg: DictConfig) -> Iterator[str]:
+    """A temperature is read outside the model's forward and bounded after updates: every rank needs it as it is."""
+    strategy = resolved(cfg, "strategy")
+    kind = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else ""
+    if kind in ("ZeRO", "FSDP2"):
+        yield (
+            f"{path}: its temperature is a single number that every rank reads and bounds, and {kind} cannot cut it or "
+            "keeps another copy. Use strategy=ddp."
+        )
 
 
 def check_peft(cfg: DictConfig) -> Iterator[str]:

@@ -98,7 +98,16 @@ def _int8(layer: Any) -> nn.Module:
         device="meta",
     )
     made.bias = layer.bias
+    made.register_forward_pre_hook(_follow)
     return _fill(made, layer.weight)
+
+
+def _follow(layer: Any, _: Any) -> None:
+    """Bring int8 numbers and scales to where the weight is: `Module.to` of a model moves only the weight."""
+    weight, device = layer.weight, layer.weight.device
+    for held in (weight, layer.state):
+        if held.CB is not None and held.CB.device != device:
+            held.CB, held.SCB = weight.data, held.SCB.to(device)
 
 
 def _fill(layer: Any, weight: Tensor) -> nn.Module:

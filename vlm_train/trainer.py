@@ -48,7 +48,7 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
             max_steps=plan.steps,
             max_epochs=-1,
             gradient_clip_val=cfg.trainer.clip_norm,
-            val_check_interval=NEVER,  # `Accumulation` says when; `_train` validates at the end
+            val_check_interval=NEVER,  # `Accumulation` says when
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             logger=loggers,

@@ -119,7 +119,7 @@ class Checkpoints(pl.Callback):
         self.writer.finish(must=True)
 
     def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step not in self.written:
+        if trainer.global_step not in self.written or self.writer.failures:
             self._save(trainer, must=True)
         self.writer.finish(must=True)
         if trainer.is_global_zero:

@@ -135,7 +135,7 @@ def retain(root: Path, newest: str, *, keep_last: int, keep_best: int, keep_ever
     kept |= {name for _, name in sorted(measured, reverse=not lower)[:keep_best]}
     for folder in older:
         if folder.name not in kept:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # the next time, then: the newest is written
 
 
 def _metric(folder: Path) -> float | None:

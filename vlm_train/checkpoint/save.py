@@ -17,9 +17,6 @@ from vlm_train.checkpoint import files
 from vlm_train.checkpoint.state import owned
 from vlm_train.errors import CheckpointError
 
-FAILED = (OSError, RuntimeError, ValueError)
-"""What writing raises when a disk is full or gone."""
-
 
 @dataclass(frozen=True)
 class Keep:
@@ -150,16 +147,14 @@ class Writer:
         if job.rank == 0 and job.error is None:
             try:
                 self._complete(job, self._wait_for_parts(job))
-            except FAILED as error:
+            except Exception as error:
                 job.error = error
 
     def _write_parts(self, job: _Job) -> None:
         """Files, then a list of them that says that they are whole."""
         folder = files.partial(job.final)
         try:
-            need = sum(
-                len(p) if isinstance(p, bytes) else sum(t.nbytes for t in p.values()) for p in job.parts.values()
-            )
+            need = sum(map(_size, job.parts.values()))
             free = shutil.disk_usage(folder).free
             if free < need:
                 raise OSError(f"{need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
@@ -170,7 +165,7 @@ class Writer:
             listed = folder / f".part-{job.rank}.json"
             files.write_bytes(listed.with_suffix(".tmp"), json.dumps(done).encode())
             os.replace(listed.with_suffix(".tmp"), listed)
-        except FAILED as error:
+        except Exception as error:  # whatever it is: the other ranks, and `finish`, wait for this one
             job.error = error
         job.parts.clear()
         job.written.set()
@@ -197,7 +192,7 @@ class Writer:
         elif job.rank == 0 and not bad:
             try:
                 self._complete(job, self._wait_for_parts(job))
-            except FAILED as error:
+            except Exception as error:
                 job.error = error
         failed = bad or self.agree({"failed": float(job.error is not None)})["failed"]
         return str(job.error or "another rank could not write its part") if failed else None

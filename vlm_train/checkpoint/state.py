@@ -62,7 +62,8 @@ class _Reader:
             for name in file.keys():  # noqa: SIM118
                 parameter, kind, start = name.rsplit("|", 2)
                 self._add(file, name, (parameter, kind), int(start))
-                self.kinds[kind] = not file.get_slice(name).get_shape()
+                single = not file.get_slice(name).get_shape()  # so is every state of a parameter without dimensions
+                self.kinds[kind] = single and self.kinds.get(kind, True)
         file = stack.enter_context(safe_open(folder / WEIGHTS, "pt"))
         for name in file.keys():  # noqa: SIM118
             self._add(file, name, (name, WEIGHT), 0)

@@ -223,7 +223,8 @@ class VLMModule(pl.LightningModule):
 
     def require_healthy(self) -> None:
         """Raises TrainingError, on every rank, if a loss since the last log line or a weight is not finite."""
-        learned = [p for group in self.policy.groups for p in group.parameters]
+        held = [p for group in self.policy.groups for p in group.parameters]
+        learned = [getattr(p, "ds_tensor", p) for p in held]  # ZeRO-3 keeps this rank's part there, and p empty
         sick = torch.stack([*(~torch.isfinite(v).all() for v in (*learned, *self.meter.train.totals.values()))]).any()
         if self.over_ranks({"sick": float(sick)})["sick"]:
             raise TrainingError(

@@ -15,6 +15,9 @@ from vlm_train.errors import TrainingError
 ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
 """Why an update is left out although nothing is wrong."""
 
+SEARCH = 24
+"""Halvings of the loss scale in a row that are a search for it: from 2^16, where it starts, to 2^-8."""
+
 
 class Guard:
     """Judges the gradient norm of every step, which is the same on all ranks, and bears a number of bad ones.
@@ -43,14 +46,16 @@ class Guard:
         self.path, self.spike, self.max_in_a_row, self.scaled = folder, spike, max_in_a_row, scaled
         self.skip = skip
         self.norms: deque[float] = deque(maxlen=window)
-        self.in_a_row = 0
+        self.in_a_row = self.overflows = 0
 
     def judge(self, norm: float, step: int = 0) -> str | None:
         """Why the update of a step is left out; None: it is made. The same on every rank."""
         if any(first <= step <= last for first, last in self.skip):
             return ON_DEMAND
         if not math.isfinite(norm):
-            return None if self.scaled else f"gradient norm {norm}"
+            self.overflows += 1
+            return SCALE if self.scaled and self.overflows <= SEARCH else f"gradient norm {norm}"
+        self.overflows = 0
         if self.spike is not None and len(self.norms) == self.norms.maxlen:
             usual = median(self.norms)
             deviation = median(abs(one - usual) for one in self.norms)

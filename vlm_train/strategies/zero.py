@@ -199,7 +199,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             deepspeed.zero.Init(module=unit, config_dict_or_path=self.config)
 
         with keep_buffers(model):
-            spread(model, units(model), torch.device("cpu"), split, dtype)
+            spread(model, units(model), self.root_device, split, dtype)
 
     def _compute_dtype(self) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.precision_plugin.precision).split("-")[0])
@@ -287,6 +287,9 @@ class ZeROPrecision(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         """As it is: parts cast what they compute with, and the weights of targets stay exact."""
         return data
+
+    def _clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: DeepSpeed clips, and asks the guard itself; asked here too, it would see a norm of 0 every step."""
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Without a second division by the number of micro-batches; the last one reduces and is followed by a step."""
