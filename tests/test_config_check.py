@@ -128,7 +128,7 @@ def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() ->
     [
         (["strategy=single", "launch.devices=2"], "single trains on one device, but 2 processes"),
         (["strategy=zero2", "+strategy.offload_parameters=cpu"], "only stage 3 can, got stage 2"),
-        (["strategy=zero3", "strategy.offload_optimizer=nvme"], "strategy.nvme_path is missing"),
+        (["strategy=zero3", "strategy.offload_parameters=nvme"], "strategy.nvme_path is missing"),
         (["strategy=zero3", "trainer.compile=true"], "ZeRO-3 gathers weights in between"),
         (["strategy=fsdp2", "trainer.precision=16-mixed"], "FSDP2 has no loss scale"),
     ],

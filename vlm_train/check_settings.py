@@ -275,9 +275,7 @@ def check_strategy(cfg: DictConfig) -> Iterator[str]:
         yield "strategy: DeepSpeed is not installed: pip install 'vlm-train[deepspeed]', or use ddp or fsdp2."
     if kind == "ZeRO" and strategy.get("offload_parameters") and stage != 3:
         yield f"strategy.offload_parameters: only stage 3 can, got stage {stage}. Use zero3."
-    if kind == "ZeRO" and strategy.get("offload_optimizer") == "nvme" and stage != 3:
-        yield f"strategy.offload_optimizer: only stage 3 can offload to nvme, got stage {stage}. Use cpu, or zero3."
-    elif kind == "ZeRO" and "nvme" in strategy.values() and not strategy.get("nvme_path"):
+    if kind == "ZeRO" and "nvme" in strategy.values() and not strategy.get("nvme_path"):
         yield "strategy.nvme_path is missing: offloading to nvme needs a folder on a fast local disk."
     if stage == 3 and cfg.trainer.compile:
         yield "trainer.compile: ZeRO-3 gathers weights in between, which cannot be compiled. Use fsdp2 or zero2."

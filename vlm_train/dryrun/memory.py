@@ -28,12 +28,6 @@ LIVE_PARAMETERS = 1_000_000_000
 SWAP_BUFFERS = 5 * 100_000_000 * 2
 """Bytes a process of the buffers between GPU and NVMe for parameters."""
 
-SWAP_GROUP = 100_000_000
-"""Parameters whose optimizer state is read from or written to NVMe at once (`sub_group_size`)."""
-
-SWAP_STEPS = 4
-"""Buffers of that size (`buffer_count`)."""
-
 HOST_SLACK = 1.5
 """What offload takes over its tensors' bytes: page-locked memory is dealt in powers of two. DeepSpeed's own factor."""
 
@@ -74,7 +68,7 @@ STRATEGIES: Mapping[str, Spread] = {
     "zero2_offload": Spread("zero", 2, optimizer="cpu"),
     "zero3_offload": Spread("zero", 3, weights="cpu", optimizer="cpu"),
     "fsdp2_offload": Spread("fsdp", 3, weights="cpu", optimizer="cpu"),
-    "zero3_nvme": Spread("zero", 3, weights="nvme", optimizer="nvme"),
+    "zero3_nvme": Spread("zero", 3, weights="nvme", optimizer="cpu"),
 }
 """By name, from the least to the most communication: the first that fits is the cheapest."""
 
@@ -242,9 +236,8 @@ def _zero(spread: Spread, needs: Needs, gpus: int) -> _Share:
         return _Share(weights, gradients, optimizer + 4 * shard, backward, 0)
     # The shard of the gradients leaves the GPU as it is made; ZeRO-2 accumulates whole ones on the CPU.
     kept = size * (shard if spread.stage == 3 else needs.trainable) if needs.accumulates else 0.0
-    if spread.optimizer == "nvme":  # fp32 gradients go there, too
-        host = kept + SWAP_BUFFERS + SWAP_STEPS * 4 * min(SWAP_GROUP, shard)
-        return _Share(weights, 0, optimizer + 4 * shard, backward, 0, host)
+    if spread.weights == "nvme":
+        kept += SWAP_BUFFERS
     return _Share(weights, 0, optimizer + 4 * shard, backward, 0, kept)
 
 

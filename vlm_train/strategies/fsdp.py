@@ -36,7 +36,8 @@ class FSDP2(OwnState, DDPStrategy):
         offload: bool = False,
         timeout_minutes: float = 30.0,
     ) -> None:
-        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        both = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None  # norms of shards on CPUs
+        super().__init__(timeout=timedelta(minutes=timeout_minutes), process_group_backend=both)
         self.reshard_after_forward, self.offload = reshard_after_forward, offload
         self.compute_dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[compute_dtype]
 

@@ -28,8 +28,9 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
     Args:
         stage: 1 | 2 | 3.
-        offload_optimizer: keep fp32 weights and optimizer states in the memory of the CPU, or (stage 3) on a disk.
-        offload_parameters: the same for the 16-bit weights; stage 3 only.
+        offload_optimizer: keep fp32 weights and optimizer states in the memory of the CPU. (DeepSpeed can keep them on
+            a disk; they could not be saved from there.)
+        offload_parameters: keep the 16-bit weights there, or on a disk; stage 3 only.
         nvme_path: a folder on a fast local disk, for `nvme`.
         overlap_comm: reduce gradients while backward still runs.
         reduce_bucket, gather_bucket: numbers that travel together, in millions.
@@ -42,7 +43,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         self,
         *,
         stage: Literal[1, 2, 3] = 2,
-        offload_optimizer: Literal["cpu", "nvme"] | None = None,
+        offload_optimizer: Literal["cpu"] | None = None,
         offload_parameters: Literal["cpu", "nvme"] | None = None,
         nvme_path: str | None = None,
         overlap_comm: bool = True,
@@ -52,7 +53,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         persistent_parameters: int = 100_000,
         timeout_minutes: float = 30.0,
     ) -> None:
-        if "nvme" in (offload_optimizer, offload_parameters) and nvme_path is None:
+        if offload_parameters == "nvme" and nvme_path is None:
             raise ConfigError("strategy.nvme_path is missing: offloading to nvme needs a folder on a local disk.")
         if offload_parameters and stage != 3:
             raise ConfigError(f"strategy.offload_parameters: only stage 3 can, got stage {stage}.")
@@ -68,9 +69,9 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             zero["stage3_param_persistence_threshold"] = persistent_parameters
         for key, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
             if device:
-                zero[key] = {"device": device, "pin_memory": True} | ({"nvme_path": nvme_path} if nvme_path else {})
-        if "nvme" in (offload_optimizer, offload_parameters):
-            zero["sub_group_size"] = 100_000_000  # numbers swapped at once
+                zero[key] = {"device": device, "pin_memory": True} | (
+                    {"nvme_path": nvme_path} if device == "nvme" else {}
+                )
         config = {
             "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own throughput line, which is not printed
             "zero_allow_untested_optimizer": True,
