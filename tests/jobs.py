@@ -65,6 +65,7 @@ def main(path: str) -> None:
     from vlm_train.errors import Interrupted
     from vlm_train.fit import fit
 
+    destroy = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda: None  # DeepSpeed keeps hold of the first group
     for job in json.loads(Path(path).read_text()):
         cfg = config.compose([*job, "launch=torchrun"])
@@ -72,6 +73,7 @@ def main(path: str) -> None:
             config.save_config(cfg, config.run_file(config.run_dir(cfg)))
         with suppress(Interrupted):
             fit(cfg)
+    destroy()  # otherwise its threads may abort the process at exit
 
 
 if __name__ == "__main__":
