@@ -8,7 +8,6 @@ peers_python=<interpreter with the peers installed>; folder=<where the made pict
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -206,15 +205,8 @@ def main(argv: list[str]) -> int:
     if unknown := set(lines) - set(LINES):
         print(f"lines: no {', '.join(sorted(unknown))}; allowed: {', '.join(LINES)}", file=sys.stderr)
         return 2
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    torch.set_num_threads(1)
     report = Report({"quick": settings.quick, "threads": 1, "batch": BATCH, "prefetch": PREFETCH})
-    for name in lines:
-        for line in LINES[name](settings):
-            report.add(line)
-    report.show()
-    report.write(Path(settings.output))
-    print(f"written: {settings.output}")
+    report.run((LINES[name](settings) for name in lines), settings.output)
     return 0
 
 

@@ -84,19 +84,23 @@ def webdataset_loader(folder: Path, *, mode: Mode = "crop", workers: int = 0) ->
 
 
 def first_view(parts: tuple[bytes], mode: Mode) -> np.ndarray:
+    """Pixels `[3, H, W]` of a sample's first file."""
     return their_transform(parts[0], mode)
 
 
 def stack(views: list[np.ndarray]) -> torch.Tensor:
+    """A batch `[N, 3, H, W]`."""
     return torch.from_numpy(np.stack(views))
 
 
 def patch_grid(size: MediaSize) -> Grid:
+    """Patches of 14 pixels, as of a ViT-L/14."""
     del size
     return SIDE // 14, SIDE // 14
 
 
 def token_grid(grid: Grid) -> Grid:
+    """One token a patch."""
     return grid
 
 

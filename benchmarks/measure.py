@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -115,6 +116,17 @@ class Report:
     def about(self) -> dict[str, Any]:
         """When and where."""
         return {"date": date.today().isoformat(), "machine": machine(), "cores": os.cpu_count(), **self.settings}
+
+    def run(self, lines: Iterable[Iterable[Line]], output: str) -> None:
+        """Measure on one thread a process, print and write what is found. A line is measured when it is asked for."""
+        os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        torch.set_num_threads(1)
+        for some in lines:
+            for line in some:
+                self.add(line)
+        self.show()
+        self.write(Path(output))
+        print(f"written: {output}")
 
     def write(self, path: Path) -> None:
         """All of it as JSON."""

@@ -7,7 +7,6 @@ clock=wall (default) or cpu, for the lines step and fixed on a busy machine.
 from __future__ import annotations
 
 import importlib.util
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from benchmarks import sides
@@ -32,6 +30,8 @@ STEPS_BETWEEN = 10
 
 @dataclass
 class Settings:
+    """What the command line sets, `key=value`."""
+
     quick: bool = True
     lines: list[str] = field(default_factory=list)
     clock: str = "wall"
@@ -147,15 +147,8 @@ def main(argv: list[str]) -> int:
         if unknown := set(given) - set(allowed):
             print(f"{name}: no {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}", file=sys.stderr)
             return 2
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    torch.set_num_threads(1)
     report = Report({"quick": settings.quick, "threads": 1, "rows": ROWS, "clock": settings.clock})
-    for name in lines:
-        for line in LINES[name](settings):
-            report.add(line)
-    report.show()
-    report.write(Path(settings.output))
-    print(f"written: {settings.output}")
+    report.run((LINES[name](settings) for name in lines), settings.output)
     return 0
 
 

@@ -412,6 +412,13 @@ def test_checkpoint_of_another_run(stopped: Path, data: Path) -> None:
         train(command(data, stopped.parent, f"resume={checkpoint_of(stopped, 4)}", name="another"))
 
 
+def test_checkpoint_of_another_version(stopped: Path, data: Path) -> None:
+    manifest = checkpoint_of(stopped, 4) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(CheckpointError, match="is of format 1, this version resumes 2.*init_from"):
+        train(command(data, stopped.parent))
+
+
 def test_resume_never_keeps_checkpoints(stopped: Path, data: Path) -> None:
     with pytest.raises(CheckpointError, match="resume=never"):
         train(command(data, stopped.parent, "resume=never"))

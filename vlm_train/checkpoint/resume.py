@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_train.checkpoint.files import STATE, verify
+from vlm_train.checkpoint.files import FORMAT, STATE, verify
 from vlm_train.errors import CheckpointError
 
 
@@ -80,6 +80,11 @@ def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
     if found.manifest["run_id"] != run_id:
         raise CheckpointError(
             f"resume: {found.folder} belongs to run {found.manifest['run_id']!r}, this is {run_id!r}. "
+            "To start from its weights use init_from."
+        )
+    if found.manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"resume: {found.folder} is of format {found.manifest.get('format')}, this version resumes {FORMAT}. "
             "To start from its weights use init_from."
         )
     if not found.state.is_file():

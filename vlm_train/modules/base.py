@@ -19,12 +19,12 @@ from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
 from vlm_train.loggers.journal import Journal, shown
 from vlm_train.modules.bad_samples import BadSamples
-from vlm_train.modules.gather import gather_for
+from vlm_train.modules.gather import gather_for, of_all_ranks
 from vlm_train.modules.guard import SCALE, Guard
 from vlm_train.modules.meter import Meter, Work, part_norms
 from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
-from vlm_train.randomness import derive_seed
+from vlm_train.randomness import derive_seed, seed_torch
 
 
 class VLMModule(pl.LightningModule):
@@ -106,7 +106,8 @@ class VLMModule(pl.LightningModule):
         """Losses of one micro-batch. Randomness (dropout) is addressed by step, micro-batch and rank."""
         window = batch.window
         assert window is not None
-        self._seed(derive_seed(self.seed, "step", window.step, window.micro, self.global_rank))
+        seed = derive_seed(self.seed, "step", window.step, window.micro, self.global_rank)
+        seed_torch(seed, cuda=self.device.type == "cuda")
         self.at_boundary = ends_step(batch)
         if window.micro == 0:
             self._open(window)
@@ -123,12 +124,6 @@ class VLMModule(pl.LightningModule):
                 self.meter.train.add(name, loss)
         # Lightning and DDP divide by both.
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-
-    def _seed(self, seed: int) -> None:
-        """Of the generators that training draws from: `torch.manual_seed` visits all backends, for 0.6 ms."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     def _open(self, window: Window) -> None:
         """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any
@@ -201,17 +196,8 @@ class VLMModule(pl.LightningModule):
 
     def over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
-        if self.trainer.world_size == 1:
-            return values
-        everywhere = self._of_all_ranks(values)
+        everywhere = of_all_ranks(values, self.trainer.world_size)
         return {name: sum(one.get(name, 0.0) for one in everywhere) for one in everywhere for name in one}
-
-    def _of_all_ranks(self, value: Any) -> list[Any]:
-        if self.trainer.world_size == 1:
-            return [value]
-        everywhere: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(everywhere, value)
-        return everywhere
 
     def _require_finite(self, what: str, row: Mapping[str, float]) -> None:
         if not all(math.isfinite(value) for value in row.values()):
@@ -301,7 +287,7 @@ class VLMModule(pl.LightningModule):
             "bad": self.bad.state(self.over_ranks(dict(self.bad.kinds))),
             "guard": self.guard.state(),
         }
-        checkpoint["rng"] = self._of_all_ranks(rng_state())
+        checkpoint["rng"] = of_all_ranks(rng_state(), self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the sums: rank 0 takes those of all ranks."""

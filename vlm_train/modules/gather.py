@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,3 +40,12 @@ class RankGather:
 def gather_for(world: int, device: torch.device) -> Gather:
     """The gather of `world` ranks."""
     return RankGather(device) if world > 1 else identity_gather
+
+
+def of_all_ranks(value: Any, world: int) -> list[Any]:
+    """A plain value of every rank, by rank. A collective, with a wait for the slowest."""
+    if world == 1:
+        return [value]
+    everywhere: list[Any] = [None] * world
+    dist.all_gather_object(everywhere, value)
+    return everywhere

@@ -124,7 +124,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         return engine, optimizer
 
     def _ask_guard(self, optimizer: Any) -> None:
-        """Let the guard see the gradient norm before the update. DeepSpeed takes no number for an overflow."""
+        """Let the guard see the gradient norm before the update. Its veto is a NaN, an overflow to DeepSpeed."""
         if self.stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
@@ -140,7 +140,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             return
         norm_of = optimizer.scaled_global_norm
         optimizer.check_grad_overflow = True  # else a norm that is no number is not looked at in bf16
-        optimizer.check_overflow = lambda **_: None  # the norm shows it too, and is asked for only without one
+        optimizer.check_overflow = lambda **_: None  # else the norm is not even computed, and tells the same
 
         norms: list[Any] = []
         of_group = optimizer.get_grad_norm_direct
