@@ -11,9 +11,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from rich.table import Table
 
 Run = Callable[[], float]
 """One measurement: returns a rate, or a time."""
+
+Tick = Callable[[], None]
+"""Says that a step is done; returns when the next one may begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +74,61 @@ def paired(name: str, ours: Run, theirs: Run, *, pairs: int, **about: Any) -> Li
             found.append((ours(), second))
         else:
             found.append((ours(), theirs()))
-    ratios = [a / b for a, b in found]
-    low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
-    sides = [statistics.median(side) for side in zip(*found, strict=True)]
-    return Line(name=name, value=middle, low=low, high=high, pairs=pairs, ours=sides[0], theirs=sides[1], **about)
+    return ratio(name, found, **about)
+
+
+def ratio(name: str, pairs: Sequence[tuple[float, float]], **about: Any) -> Line:
+    """The median ratio of measured pairs, ours and theirs."""
+    ratios = [a / b for a, b in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(pairs) > 1 else ratios * 3
+    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return Line(name=name, value=middle, low=low, high=high, pairs=len(pairs), ours=ours, theirs=theirs, **about)
+
+
+def in_turns(first: Callable[[Tick], Any], second: Callable[[Tick], Any], steps: int) -> list[tuple[float, float]]:
+    """Seconds of the steps of two programs, each in a process of its own, which take turns: A, B, A, B ...
+
+    What the machine does to one step it does to its neighbour: hundreds of short pairs say more than a few long ones.
+
+    Args:
+        first, second: picklable; each makes `steps` steps and calls what it is given after every one.
+    """
+    context = get_context("spawn")
+    lines, processes = [], []
+    for program in (first, second):
+        line, far = context.Pipe()
+        processes.append(context.Process(target=_take_turns, args=(program, far, torch.get_num_threads()), daemon=True))
+        processes[-1].start()
+        far.close()
+        lines.append(line)
+    found = [(_one(lines[0]), _one(lines[1])) for _ in range(steps)]
+    for line, process in zip(lines, processes, strict=True):
+        line.send(None)
+        process.join()
+    return found
+
+
+def _one(line: Any) -> float:
+    line.send(None)
+    return float(line.recv())
+
+
+def _take_turns(program: Callable[[Tick], Any], line: Any, threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    began = 0.0
+
+    def wait() -> None:
+        nonlocal began
+        line.recv()
+        began = time.perf_counter()
+
+    def tick() -> None:
+        line.send(time.perf_counter() - began)
+        wait()
+
+    wait()
+    program(tick)
 
 
 def rate(batches: Iterable[Any], size: Callable[[Any], int], skip: int = 2) -> float:

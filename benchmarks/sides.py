@@ -34,7 +34,7 @@ NEVER = 10**9
 
 def plain(work: Work, steps: int) -> Clock:
     """A loop as one writes it."""
-    clock, batches = Clock(work.clock), work.batches(steps)
+    clock, batches = work.clock(), work.batches(steps)
     optimizer, schedule = work.optimizers(steps)
     work.model.train()
     losses = []
@@ -74,7 +74,7 @@ class _Made:
 def ours(work: Work, steps: int, saves: list[float] | None = None, look: Callable[[Path], None] | None = None) -> Clock:
     """The path of `fit`: module, trainer, callbacks. Saves only if `saves`, which gets seconds that each one blocks, is
     given (as `trainer.save_every` says); `look` sees the run folder before it is removed."""
-    clock = Clock(work.clock)
+    clock = work.clock()
     with _quiet() as folder:
         plan: Any = SimpleNamespace(world=1, steps=steps)
         last = plan if saves is not None else SimpleNamespace(world=1, steps=NEVER)
@@ -131,7 +131,7 @@ class _Bare(pl.LightningModule):
 
 def bare_lightning(work: Work, steps: int) -> Clock:
     """Lightning's Trainer with nothing but a module; it logs nothing."""
-    clock = Clock(work.clock)
+    clock = work.clock()
     with _quiet() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -163,7 +163,7 @@ def hf_trainer(work: Work, steps: int) -> Clock:
     """`transformers.Trainer`, which logs the loss as often."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    clock = Clock(work.clock)
+    clock = work.clock()
 
     class Marks(TrainerCallback):
         def on_step_end(self, *args: Any, **options: Any) -> None:

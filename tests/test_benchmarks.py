@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import corpus, data, sides, trainer, work
-from benchmarks.measure import Line, paired, rate
+from benchmarks.measure import Line, in_turns, paired, rate
 
 
 def test_a_ratio_is_the_median_of_pairs_after_a_warm_up() -> None:
@@ -88,7 +91,19 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.missing("HF Trainer") == "pip install accelerate" and not trainer.missing("plain loop")
 
 
-def test_an_unknown_setting_of_the_trainer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert trainer.main(["lines=[wrong]"]) == trainer.main(["clock=sun"]) == 2
-    printed = capsys.readouterr().err
-    assert "no wrong; allowed: step" in printed and "no sun; allowed: wall, cpu" in printed
+def test_an_unknown_line_of_the_trainer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.main(["lines=[wrong]"]) == 2
+    assert "no wrong; allowed: step, fixed" in capsys.readouterr().err
+
+
+def sleeper(seconds: float, tick: Any) -> None:
+    for _ in range(4):
+        time.sleep(seconds)
+        tick()
+
+
+@pytest.mark.timeout(120)
+def test_programs_take_turns() -> None:
+    """Each step is timed by itself, not with those of the other."""
+    found = in_turns(partial(sleeper, 0.01), partial(sleeper, 0.5), 4)
+    assert len(found) == 4 and all(0.01 <= a < 0.5 <= b for a, b in found[1:])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import faults
 from tests.small_run import command, make_data, train
 from vlm_train import checkpoint
 from vlm_train.checkpoint import files
@@ -168,6 +169,27 @@ def test_states_of_a_parameter_without_dimensions_do_not_stand_for_others(tmp_pa
     files.write_tensors(tmp_path / files.WEIGHTS, {})
     with ExitStack() as stack:
         assert _Reader(tmp_path, stack).kinds == {"exp_avg": False, "step": True}
+
+
+def test_a_foreign_piece_is_named(tmp_path: Path) -> None:
+    files.write_tensors(tmp_path / files.optimizer_file(0, 1), {"a|exp_avg|here": torch.ones(4)})
+    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"'a\|exp_avg\|here' is no piece of ours"):
+        _Reader(tmp_path, stack)
+
+
+def test_a_run_that_fails_ends_the_save_under_way(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 2 is being written, slowly, when step 3 fails."""
+    write = files.write_tensors
+
+    def slow(*args: Any) -> Any:
+        time.sleep(2.0)
+        return write(*args)
+
+    monkeypatch.setattr(files, "write_tensors", slow)
+    monkeypatch.setenv("FAULT", "raise 0 3")
+    with pytest.raises(ValueError, match="the original error"):
+        train(command(data, tmp_path, "trainer.async_save=true", *faults.OVERRIDES))
+    assert steps(tmp_path / "run") == [2]
 
 
 def test_draws_of_others_go_on_too(data: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.strategies.test_parity import STRATEGIES, log
 from vlm_train.errors import TrainingError
 from vlm_train.modules.base import VLMModule
 from vlm_train.modules.guard import SCALE, SEARCH, Guard
+from vlm_train.modules.meter import all_finite
 
 POISON = "+callbacks.poison={{_target_: tests.audit.Poison, steps: {}, rank: {}}}"
 
@@ -97,6 +98,21 @@ def test_a_sick_part_of_a_weight_is_seen() -> None:
     parameter.ds_tensor[1] = float("inf")
     with pytest.raises(TrainingError, match="not finite at step 1"):
         VLMModule.require_healthy(module)
+
+
+def test_a_sum_that_overflows_is_not_sick() -> None:
+    huge = torch.full((4,), 3e38)
+    assert not huge.sum().isfinite() and all_finite([huge, torch.ones(2)])
+    assert not all_finite([huge, torch.tensor([1.0, float("nan")])])
+    assert not all_finite([torch.tensor([float("inf"), -float("inf")])])
+
+
+def test_a_record_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Guard(tmp_path / "gone").leave_out(7, "gradient norm nan", ["a", "b"], rank=0)
+    said = capsys.readouterr().out
+    assert "skipped-steps-0.jsonl: cannot be written" in said and '"samples": ["a", "b"]' in said
 
 
 def test_a_loss_scale_is_looked_for_but_not_forever(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_no_line_is_lost_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFi
     """A file size limit stands for a full disk: the system writes what fits and refuses the rest."""
     import resource
 
-    journal = Journal(tmp_path)
+    journal = Journal(tmp_path / "metrics.jsonl")
     journal.write({"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))

@@ -96,7 +96,7 @@ class Launch:
     kind: str = "local"  # local | torchrun | srun
     devices: int = 1  # processes per node that train; every other mode, eval too, runs in one process
     nodes: int = 1
-    timeout_minutes: float = 30.0  # collective timeout
+    timeout_minutes: float = 30.0  # collective timeout; an evaluation on rank 0 must be shorter
 
 
 @dataclass

@@ -24,6 +24,7 @@ from vlm_train.callbacks.watchdog import Watchdog
 from vlm_train.checkpoint import Resume
 from vlm_train.checkpoint.save import Keep, Writer
 from vlm_train.errors import ConfigError
+from vlm_train.modules.device import keep_freed_memory
 
 SINGLE = "vlm_train.strategies.replicated.Single"
 DDP = "vlm_train.strategies.replicated.DDP"
@@ -35,6 +36,8 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
     """The Lightning trainer of a planned run, with the configured callbacks before `callbacks`."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not on_gpu(cfg):
+        keep_freed_memory()
     own = [instantiate(node, _convert_="all") for node in _named(cfg.callbacks)]
     strategy = make_strategy(cfg, plan.world)
     loggers = [instantiate(node, _partial_=True, _convert_="all")(folder=folder) for node in _named(cfg.logger)]

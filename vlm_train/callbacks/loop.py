@@ -100,23 +100,24 @@ class Checkpoints(pl.Callback):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
         value = trainer.strategy.broadcast(pl_module.validation_metrics.get(self.metric))  # type: ignore[operator,union-attr]
         lower = self.writer.keep.lower
         best = value is not None and (self.best is None or (value < self.best if lower else value > self.best))
         self.best = value if best else self.best
         if best or self._due(trainer.global_step):
             self._save(trainer, best=best, value=value)
-        if trainer.state.fn == "fit" and pl_module.asked_to_stop():  # type: ignore[operator]
+        if pl_module.asked_to_stop():  # type: ignore[operator]
             self._stop(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.state.fn == "fit" and pl_module.asked_to_stop():  # type: ignore[operator]
+        if pl_module.asked_to_stop():  # type: ignore[operator]
             self._stop(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer.finish(must=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.writer.abandon()
 
     def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step not in self.written or self.writer.failures:
@@ -168,7 +169,7 @@ class Evaluation(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = self.val_every and trainer.global_step % self.val_every == 0
-        if due and not trainer.sanity_checking and trainer.state.fn == "fit":
+        if due:
             self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

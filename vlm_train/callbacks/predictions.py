@@ -63,7 +63,7 @@ class Predictions(pl.Callback):
                     path.unlink()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or self.asked == []:
+        if not trainer.is_global_zero or self.asked == []:
             return
         held_out: Samples = trainer.datamodule.val  # type: ignore[attr-defined]
         model: Any = pl_module.model

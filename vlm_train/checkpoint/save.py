@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlm_train.checkpoint import files
 from vlm_train.checkpoint.state import owned
 from vlm_train.errors import CheckpointError
+
+PATIENCE = 300.0
+"""Seconds that a run which fails gives the checkpoint under way."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Writer:
 
     Args:
         root: the run's `checkpoints` folder.
-        background: copy the state and write it while training goes on. A save waits for the one before.
+        background: copy the state and write it while training goes on. A save waits for the one before. The copies stay
+            in CPU memory: to fill fresh memory takes twice as long.
         agree: adds up numbers by name over ranks.
     """
 
@@ -72,6 +77,7 @@ class Writer:
         self.root, self.keep, self.background, self.agree = root, keep, background, agree
         self.job: _Job | None = None
         self.failures = 0
+        self.copies: dict[str, Tensor] = {}
 
     def save(
         self, trainer: Any, *, step: int, facts: Mapping[str, Any], best: bool, must: bool = False, rewrite: bool = True
@@ -109,6 +115,11 @@ class Writer:
         job.written.wait()
         self._judge(job.final, self._agree(job), must)
 
+    def abandon(self) -> None:
+        """Give what is being written time to end, without the other ranks: one of them may be gone."""
+        if self.job is not None and self.job.thread is not None:
+            self.job.thread.join(PATIENCE)
+
     def _start(self, trainer: Any, final: Path) -> str | None:
         """Make room on rank 0. Returns what is wrong, on every rank."""
         error = None
@@ -125,11 +136,11 @@ class Writer:
         world, rank = trainer.world_size, trainer.global_rank
         trainer.save_checkpoint(final)  # into strategy.saved
         parts: dict[str, dict[str, Tensor] | bytes] = {}
-        pieces = {name: self._take(tensor) for name, tensor in owned(strategy.pieces(named)).items()}
+        pieces = {name: self._take(name, tensor) for name, tensor in owned(strategy.pieces(named)).items()}
         whole = {}
         for name, tensor in strategy.whole(named):
             if rank == 0:
-                whole[name] = self._take(tensor)
+                whole[name] = self._take(name, tensor)
         if pieces:
             parts[files.optimizer_file(rank, world)] = pieces
         if rank == 0:
@@ -138,8 +149,14 @@ class Writer:
             facts["learned"] = {name: list(tensor.shape) for name, tensor in whole.items()}
         return _Job(final, step, facts, best, parts, world, rank)
 
-    def _take(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=self.background)
+    def _take(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if not self.background:
+            return tensor.cpu()
+        held = self.copies.get(name)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return held.copy_(tensor)
 
     def _write(self, job: _Job) -> None:
         """In the background: this rank's part, and on rank 0 the rest when all parts are there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from vlm_train.checkpoint.files import WEIGHTS
 from vlm_train.errors import CheckpointError
 from vlm_train.strategies.state import WEIGHT, Piece
+
+_KEY = re.compile(r"(.+)\|([^|]+)\|(\d+)")
 
 
 def key(piece: Piece) -> str:
@@ -60,7 +63,9 @@ class _Reader:
         for path in sorted(folder.glob("optimizer-*.safetensors")):
             file = stack.enter_context(safe_open(path, "pt"))
             for name in file.keys():  # noqa: SIM118
-                parameter, kind, start = name.rsplit("|", 2)
+                if (found := _KEY.fullmatch(name)) is None:
+                    raise CheckpointError(f"{path}: {name!r} is no piece of ours: <parameter>|<kind>|<first element>")
+                parameter, kind, start = found.groups()
                 self._add(file, name, (parameter, kind), int(start))
                 single = not file.get_slice(name).get_shape()  # so is every state of a parameter without dimensions
                 self.kinds[kind] = single and self.kinds.get(kind, True)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of truth."""
+"""Files of JSON lines that a run appends to: metrics.jsonl, the record of truth, and what was left out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_train.record import METRICS
-
 
 class Journal:
-    """Appends lines to metrics.jsonl. One that cannot be written is printed, and waits for the next to be written."""
+    """Appends lines to a file. One that cannot be written is printed, and waits for the next to be written."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / METRICS
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.waiting: list[str] = []
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -30,8 +28,10 @@ class Journal:
 
     def _append(self, lines: bytes) -> None:
         """All of `lines` or nothing: a full disk may take half of them."""
-        number = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         end = os.fstat(number).st_size
+        if end and os.pread(number, 1, end - 1) != b"\n":
+            lines = b"\n" + lines  # a killed process left half a line
         try:
             while lines:
                 lines = lines[os.write(number, lines) :]

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_train.data.batch import Problem
 from vlm_train.errors import TrainingError
+from vlm_train.loggers.journal import Journal
 from vlm_train.redact import without_credentials
 
 MIN_DRAWN = 1000
@@ -81,15 +82,10 @@ class BadSamples:
         if new and not recorded:
             print(f"{split}: left out: {new[0]} (all such samples: {path})", flush=True)
         recorded.update(map(_identity, new))
-        if not new:
-            return
-        with open(path, "a+b") as file:
-            end = file.seek(0, 2)
-            if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-                file.write(b"\n")  # a killed process left half a line
-            for one in new:
-                line = {"step": step, "split": split, "kind": one.kind, "shard": one.shard, "key": one.key}
-                file.write(json.dumps(line | {"problem": one.reason}).encode() + b"\n")
+        journal = Journal(path)
+        for one in new:
+            line = {"step": step, "split": split, "kind": one.kind, "shard": one.shard, "key": one.key}
+            journal.write(line | {"problem": one.reason})
 
     def _known(self) -> set[tuple[str, ...]]:
         if self._recorded is None:

@@ -21,10 +21,11 @@ from vlm_train.loggers.journal import Journal, shown
 from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for, of_all_ranks
 from vlm_train.modules.guard import SCALE, Guard
-from vlm_train.modules.meter import Meter, Work, part_norms
+from vlm_train.modules.meter import Meter, Work, all_finite, part_norms
 from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed, seed_torch
+from vlm_train.record import METRICS
 
 
 class VLMModule(pl.LightningModule):
@@ -66,7 +67,7 @@ class VLMModule(pl.LightningModule):
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         least = min_supervised_ratio if "lm" in objectives else 0.0
         self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
-        self.journal = Journal(folder)
+        self.journal = Journal(folder / METRICS)
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
@@ -155,9 +156,10 @@ class VLMModule(pl.LightningModule):
         parameters = [p for group in self.policy.groups for p in group.parameters]
         norms = part_norms(self.policy)
         total = nn.utils.get_total_norm(norms.values())
-        nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val or float("inf"), total)
         if self.objects_to(total, norms):
             self.zero_grad(set_to_none=True)
+        elif gradient_clip_val is not None:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, total)
 
     def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
         """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
@@ -211,8 +213,7 @@ class VLMModule(pl.LightningModule):
         """Raises TrainingError, on every rank, if a loss since the last log line or a weight is not finite."""
         held = [p for group in self.policy.groups for p in group.parameters]
         learned = [getattr(p, "ds_tensor", p) for p in held]  # ZeRO-3 keeps this rank's part there, and p empty
-        sick = torch.stack([*(~torch.isfinite(v).all() for v in (*learned, *self.meter.train.totals.values()))]).any()
-        if self.over_ranks({"sick": float(sick)})["sick"]:
+        if self.over_ranks({"sick": float(not all_finite([*learned, *self.meter.train.totals.values()]))})["sick"]:
             raise TrainingError(
                 f"training: weights or loss are not finite at step {self.global_step}, so no checkpoint is written. "
                 "The newest checkpoint is from before: lower optim.lr, or set trainer.clip_norm."

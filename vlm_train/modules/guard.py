@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from vlm_train.errors import TrainingError
+from vlm_train.loggers.journal import Journal
 
 ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
 """Why an update is left out although nothing is wrong."""
@@ -70,8 +70,8 @@ class Guard:
         if reason in (ON_DEMAND, SCALE):
             return
         self.in_a_row += 1
-        with open(self.path / f"skipped-steps-{rank}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "reason": reason, "samples": keys}) + "\n")
+        line = {"step": step, "reason": reason, "samples": keys}
+        Journal(self.path / f"skipped-steps-{rank}.jsonl").write(line)
         if rank == 0:
             print(f"step {step:>6}  no update: {reason}", flush=True)
         if self.in_a_row > self.max_in_a_row:
