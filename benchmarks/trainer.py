@@ -139,8 +139,8 @@ def saves(settings: Settings) -> Iterator[Line]:
             yield Line(name="blocked by an async / a sync save", note="there is no trainer.async_save")
             return
         blocked: list[float] = []
-        sides.ours(work, (1 + count) * STEPS_BETWEEN, saves=blocked)
-        found[background] = blocked[1:]
+        sides.ours(work, (1 + count) * STEPS_BETWEEN + 1, saves=blocked)
+        found[background] = blocked[1 : 1 + count]  # training waits for the save of its end
         if not background:
             yield Line(name="blocked by a sync save", value=statistics.median(found[False]), unit="s", less=True)
     ratios = [a / b for a, b in zip(found[True], found[False], strict=True)]
