@@ -104,7 +104,9 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
 def _threaded(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any) -> dict[str, Any]:
     """What the other parts decide about part `name`."""
     if name == "connector":
-        return {"in_dim": parts["vision"].out_dim, "out_dim": parts["llm"].dim}
+        widths = {"in_dim": parts["vision"].out_dim, "out_dim": parts["llm"].dim if "llm" in parts else None}
+        reads = "vocab_size" in cfg.connector and cfg.connector.vocab_size is None and tokenizer is not None
+        return widths | ({"vocab_size": len(tokenizer)} if reads else {})
     if name == "llm" and tokenizer is not None:
         size = cfg.llm.config.get("vocab_size")
         if size is None:

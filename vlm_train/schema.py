@@ -17,7 +17,7 @@ class InitFrom:
     """Weights that a run starts from: another run's folder (or one of its checkpoints), optionally only some parts."""
 
     run: str = MISSING  # a run folder, a checkpoint folder, or a .safetensors file
-    parts: list[str] | None = None  # top-level parts to take (vision, connector, llm); null: everything it holds
+    parts: list[str] | None = None  # parts to take (vision, connector.qformer, llm ...); null: everything it holds
     which: str = "last"  # last | best, when `run` is a run folder
 
 

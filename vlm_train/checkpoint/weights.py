@@ -67,17 +67,17 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
     """
     tensors = _read(file)
     if parts is not None:
-        absent = [part for part in parts if not any(name.startswith(part + ".") for name in tensors)]
+        absent = [part for part in parts if not any(within(name, [part]) for name in tensors)]
         if absent:
             held = ", ".join(sorted({name.split(".", 1)[0] for name in tensors}))
             raise CheckpointError(f"init_from: {file} holds no {', '.join(absent)}; it holds {held}")
-        tensors = {n: t for n, t in tensors.items() if n.split(".", 1)[0] in parts}
+        tensors = {n: t for n, t in tensors.items() if within(n, parts)}
     own, adapted = dict(model.named_parameters()), base_names(model)
     tensors = {adapted.get(n, n): t for n, t in tensors.items()}
     declared = {adapted.get(n, n) for n in _frozen(file)}
     if not any(".lora_" in n for n in tensors):  # of a model without adapters: they start here
         declared |= {n for n in own if ".lora_" in n}
-    expected = [n for n in own if (parts is None or n.split(".", 1)[0] in parts) and n not in declared]
+    expected = [n for n in own if (parts is None or within(n, parts)) and n not in declared]
     problems = [f"{n}: not in the model" for n in tensors if n not in own]
     problems += [f"{n}: not in the file" for n in expected if n not in tensors]
     problems += [
@@ -90,6 +90,11 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
     for name, tensor in tensors.items():
         assign(model, name, tensor)
     return len(tensors)
+
+
+def within(name: str, parts: Sequence[str]) -> bool:
+    """Whether a parameter belongs to one of `parts`: vision, connector.qformer ..."""
+    return any(name.startswith(part + ".") for part in parts)
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

@@ -164,7 +164,8 @@ class Batch:
 
     `keys[b][s - 1]` and `sources[b][s - 1]` name the sample in segment s of row b and where it comes from; `references`
     carries what evaluation needs (the expected answers), never read by a model. `problems` says which held-out samples
-    were left out, and why; those of a training step are in its window.
+    were left out, and why; those of a training step are in its window. `shared` is where `vlm_train.models.once` keeps
+    passes.
     """
 
     text: Mapping[str, TokenStream]
@@ -174,6 +175,7 @@ class Batch:
     keys: tuple[tuple[str, ...], ...] = ()
     references: tuple[Any, ...] = field(default=())
     problems: tuple[Problem, ...] = ()
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device`."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
-from vlm_train.data.layout import MediaSize
+from vlm_train.data.layout import MediaSize, Slot
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -212,6 +212,9 @@ def visual_tokens(model: Any) -> int:
     vision, connector = getattr(model, "vision", None), getattr(model, "connector", None)
     if vision is None or connector is None:
         return 0
+    if hasattr(model, "media_layout"):
+        pieces = model.media_layout(None)([image_size(model)])[0]
+        return sum(piece.count for piece in pieces if isinstance(piece, Slot))
     rows, columns = connector.token_grid(vision.patch_grid(image_size(model)))
     return rows * columns
 

@@ -56,11 +56,9 @@ class HFVision(nn.Module):
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
-        from transformers import AutoModel
-
         self.numbers = dict(config)
         self.weights = weights
-        self.model = build_model(AutoModel, "vision", config, attention)
+        self.model = build_model(_auto_model(config.get("model_type")), "vision", config, attention)
         tower_config = self.model.config
         self.depth = len(self.layers)
         # Some layers take a mask as their second argument, in some releases only.
@@ -143,6 +141,19 @@ class HFVision(nn.Module):
         embeddings = self.tower.embeddings
         registers = getattr(self.model.config, "num_register_tokens", 0)
         return int(hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")) + registers
+
+
+def _auto_model(model_type: Any) -> Any:
+    """`AutoModel`, told of a tower that it does not list, as those of BLIP and BLIP-2."""
+    import transformers
+
+    mapping: Any = transformers.CONFIG_MAPPING
+    if model_type in mapping:
+        config = mapping[model_type]
+        tower = getattr(transformers, config.__name__.removesuffix("Config") + "Model", None)
+        if tower is not None and config not in transformers.AutoModel._model_mapping:
+            transformers.AutoModel.register(config, tower, exist_ok=True)  # else ignored for its own classes
+    return transformers.AutoModel
 
 
 def _resolve_layers(layer: int | Sequence[int], depth: int) -> tuple[int, ...]:

@@ -1,0 +1,130 @@
+"""Retrieval and matching for models that align images and texts (Q-Former stage 1, BLIP) on held-out captions.
+
+Legend: N images, C distinct captions, Q vectors an image, E width of the shared space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.stream import ShardSet
+from vlm_train.data.batch import Batch
+from vlm_train.data.collate import Item, collate
+from vlm_train.data.render import render
+from vlm_train.errors import ConfigError
+from vlm_train.evaluation.answers import normalised, reference
+from vlm_train.evaluation.common import Unusable, evaluating, progress_bar, views_of
+from vlm_train.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from vlm_train.build import Built
+
+
+class Alignment:
+    """Is an image nearest to its own caption (R@1 over the distinct captions), and does the matching head tell its own
+    caption from another one?
+
+    Args:
+        shards: shard set of captioned images; the first annotation of a sample is its caption.
+        limit: first samples only.
+        batch: images a call of the model.
+        at_validation: also run at every validation.
+    """
+
+    def __init__(self, *, shards: str, limit: int | None = None, batch: int = 64, at_validation: bool = True) -> None:
+        self.shards, self.limit, self.batch, self.at_validation = shards, limit, batch, at_validation
+        self.reported: set[tuple[str, int]] = set()
+
+    def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
+        """Returns `accuracy` (R@1) in [0, 1], `n` images, `results`: rows `{name, value, n, note}` if `final`.
+
+        Raises:
+            ConfigError: the model aligns nothing, or there are fewer than two captions.
+        """
+        del folder
+        model: Any = built.model
+        if not (hasattr(model, "image_vectors") and hasattr(model, "match")):
+            raise ConfigError(f"eval: alignment needs model=align or model=blip, got {type(model).__name__}")
+        shards = ShardSet(self.shards)
+        count = len(shards) if self.limit is None else min(self.limit, len(shards))
+        unusable = Unusable(shards, self.reported)
+        own: list[str] = []
+        images, texts, matched = [], dict[str, Tensor](), []
+        with evaluating(model):
+            progress = progress_bar("images", count)
+            for start in range(0, count, self.batch):
+                numbers = range(start, min(start + self.batch, count))
+                captions, batch = self._batch(built, shards, numbers, unusable)
+                if captions:
+                    images.append(model.image_vectors(batch))
+                    for caption, vector in zip(captions, model.text_vectors(batch), strict=True):
+                        texts.setdefault(caption, vector)
+                    matched.append(_matched(model, batch, captions, start))
+                    own += captions
+                progress(len(numbers))
+            unusable.check(count)
+            if len(texts) < 2:
+                raise ConfigError(f"eval: {self.shards} holds {len(texts)} different captions; alignment needs two")
+            found = _nearest(torch.cat(images), torch.stack(list(texts.values())))
+        names = list(texts)
+        recall = sum(names[one] == caption for one, caption in zip(found, own, strict=True)) / len(own)
+        right, asked = (sum(one) for one in zip(*matched, strict=True))
+        rows = [
+            {
+                "name": "caption retrieval",
+                "value": recall,
+                "n": len(own),
+                "note": f"own caption is the nearest of {len(names)} (chance {1 / len(names):.3f}){unusable.note}",
+            },
+            {
+                "name": "matching",
+                "value": right / max(asked, 1),
+                "n": int(asked),
+                "note": "own and other captions told apart (chance 0.5)",
+            },
+        ]
+        return {"accuracy": recall, "n": len(own), "results": rows if final else []}
+
+    def _batch(
+        self, built: Built, shards: ShardSet, numbers: Iterable[int], unusable: Unusable
+    ) -> tuple[list[str], Batch]:
+        """Captions, and the batch, of the numbered samples that can be used."""
+        captions, items = list[str](), list[Sequence[Item]]()
+        for number in numbers:
+            with unusable.watch(number):
+                sample, blobs = shards.load(number)
+                rendered = render(sample, built.template, built.tokenizer, built.layout, annotations="first")
+                items.append([Item(rendered, views_of(built, blobs[:1]))])
+                captions.append(normalised(reference(sample.annotations[0])))
+        batch = collate(items, built.image_size)
+        return captions, batch.to(next(built.model.parameters()).device)
+
+
+def _nearest(images: Tensor, texts: Tensor) -> list[int]:
+    """The nearest text `[C, E]` of every image `[N, Q, E]`."""
+    found: list[int] = torch.einsum("nqe,ce->ncq", images, texts).amax(dim=-1).argmax(dim=1).tolist()
+    return found
+
+
+def _matched(model: Any, batch: Batch, captions: Sequence[str], seed: int) -> tuple[float, float]:
+    """How many of (image, own caption) and (image, another caption of the batch) are told apart, and how many were
+    asked."""
+    draw = np.random.default_rng(derive_seed("matching", seed))
+    others = [[j for j, other in enumerate(captions) if other != caption] for caption in captions]
+    rows = [row for row, other in enumerate(others) if other]
+    if not rows:
+        return 0.0, 0.0
+    wrong = [int(draw.choice(others[row])) for row in rows]
+    stream = batch.text["llm"]
+    real = stream.segment_ids != 0
+    context = tuple(states[rows] for states in model.own_context(batch))
+    right = 0.0
+    for texts, label in ((rows, 1), (wrong, 0)):
+        right += float((model.match(context, stream.ids[texts], real[texts]).argmax(dim=1) == label).sum())
+    return right, 2.0 * len(rows)

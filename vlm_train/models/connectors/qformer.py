@@ -1,0 +1,87 @@
+"""The Q-Former as a connector: a fixed number of queries takes the place of an image's patches.
+
+Legend: N views, P patches, Q queries, D_v / D / D_t widths of features, Q-Former and language model.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from vlm_train.data.layout import Grid
+from vlm_train.models.qformer import QFormer, TextBranch
+
+
+def query_grid(grid: Grid, count: int) -> Grid:
+    """The token grid of `count` queries, whatever the patches'."""
+    del grid
+    return (1, count)
+
+
+class QFormerConnector(nn.Module):
+    """Queries read the image; a linear layer takes them to the language model.
+
+    Args:
+        in_dim, out_dim: D_v and D_t, from the other parts; without a language model there is no projection.
+        text: with a text branch, for stages in which the Q-Former reads text.
+        vocab_size: of the text branch; null: the tokenizer's.
+        queries, dim, layers, heads, ffn, cross_every, dropout, eps: see `QFormer`.
+        max_positions: most tokens of a text.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_dim: int,
+        out_dim: int | None,
+        text: bool = False,
+        vocab_size: int | None = None,
+        max_positions: int = 512,
+        queries: int = 32,
+        dim: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        ffn: int = 3072,
+        cross_every: int = 2,
+        dropout: float = 0.1,
+        eps: float = 1e-12,
+    ) -> None:
+        super().__init__()
+        self.qformer = QFormer(
+            vision_dim=in_dim,
+            queries=queries,
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            ffn=ffn,
+            cross_every=cross_every,
+            dropout=dropout,
+            eps=eps,
+        )
+        self.text = (
+            TextBranch(
+                vocab_size=vocab_size or 0,
+                max_positions=max_positions,
+                dim=dim,
+                layers=layers,
+                ffn=ffn,
+                dropout=dropout,
+                eps=eps,
+            )
+            if text
+            else None
+        )
+        self.projection = nn.Identity() if out_dim is None else nn.Linear(dim, out_dim)
+        self.token_grid = partial(query_grid, count=queries)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """For layer-wise learning rates and activation checkpointing."""
+        return self.qformer.layers
+
+    def forward(self, features: Tensor, grid: Grid) -> Tensor:
+        """`[N, P, D_v]` -> `[N, Q, D_t]`."""
+        del grid
+        queries = self.qformer.queries.expand(len(features), -1, -1)
+        return self.projection(self.qformer(queries=queries, context=self.qformer.context(features)).hidden)

@@ -1,0 +1,79 @@
+"""The parameters of a Q-Former as others name them: `transformers` (BLIP-2, InstructBLIP), and BERT, its start.
+
+A name of theirs becomes ours by the first pattern that fits. Ours are those of a `QFormerConnector`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+_PARTS = {"attention": "attention", "crossattention": "cross"}
+_LAYER = r"qformer\.encoder\.layer\.(\d+)\."
+_RULES: tuple[tuple[str, str], ...] = (
+    (r"query_tokens", "qformer.queries"),
+    (r"qformer\.layernorm\.(\w+)|qformer\.embeddings\.layernorm\.(\w+)", r"qformer.norm.\1\2"),
+    (r"(?:qformer\.)?embeddings\.word_embeddings\.weight", "text.words.weight"),
+    (r"(?:qformer\.)?embeddings\.position_embeddings\.weight", "text.positions.weight"),
+    (_LAYER + r"attention\.attention\.(query|key|value)\.(\w+)", r"qformer.layers.\1.attention.\2.\3"),
+    (_LAYER + r"attention\.output\.dense\.(\w+)", r"qformer.layers.\1.attention.output.\2"),
+    (_LAYER + r"attention\.output\.LayerNorm\.(\w+)", r"qformer.layers.\1.attention.norm.\2"),
+    (_LAYER + r"crossattention\.attention\.(query|key|value)\.(\w+)", r"qformer.layers.\1.cross.\2.\3"),
+    (_LAYER + r"crossattention\.output\.dense\.(\w+)", r"qformer.layers.\1.cross.output.\2"),
+    (_LAYER + r"crossattention\.output\.LayerNorm\.(\w+)", r"qformer.layers.\1.cross.norm.\2"),
+    (_LAYER + r"intermediate_query\.dense\.(\w+)", r"qformer.layers.\1.feed.up.\2"),
+    (_LAYER + r"output_query\.dense\.(\w+)", r"qformer.layers.\1.feed.down.\2"),
+    (_LAYER + r"output_query\.LayerNorm\.(\w+)", r"qformer.layers.\1.feed.norm.\2"),
+    (_LAYER + r"intermediate\.dense\.(\w+)", r"text.feeds.\1.up.\2"),
+    (_LAYER + r"output\.dense\.(\w+)", r"text.feeds.\1.down.\2"),
+    (_LAYER + r"output\.LayerNorm\.(\w+)", r"text.feeds.\1.norm.\2"),
+)
+_PROJECTION = r"language_projection\.(\w+)"
+
+
+def ours(name: str) -> str | None:
+    """What a parameter of the library's BLIP-2 or InstructBLIP is called in our connector; None: not part of it."""
+    for pattern, replacement in (*_RULES, (_PROJECTION, r"projection.\1")):
+        if found := re.fullmatch(pattern, name):
+            return found.expand(replacement)
+    return None
+
+
+def from_library(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The connector's part of the state of a `transformers` model, by our names."""
+    named = {ours(name): tensor for name, tensor in state.items()}
+    return {name: tensor[0] if name == "qformer.queries" else tensor for name, tensor in named.items() if name}
+
+
+def to_library(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """A connector's state by the names that a `transformers` model has among `names`."""
+    found = {name: state[own] for name in names if (own := ours(name)) in state}
+    return {name: tensor[None] if name == "query_tokens" else tensor for name, tensor in found.items()}
+
+
+def from_bert(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a Q-Former takes from BERT (LAVIS `blip2_qformer.py`): self-attention, embeddings, and every FFN twice, for
+    text and for queries. Queries and cross-attention stay as they are, and so do rows of added tokens.
+
+    Args:
+        state: of a `BertModel` or a model that holds one as `bert`.
+        own: the connector's, for the rows that BERT lacks.
+    """
+    taken: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("bert.")
+        name = name.replace("attention.self.", "attention.attention.").replace(
+            "embeddings.LayerNorm", "qformer.layernorm"
+        )
+        name = f"qformer.{name}" if name.startswith("encoder.") else name
+        if (found := ours(name)) is None or found not in own:
+            continue
+        taken[found] = tensor
+        if (text := re.fullmatch(r"text\.feeds\.(\d+)\.(.+)", found)) is not None:
+            taken[f"qformer.layers.{text[1]}.feed.{text[2]}"] = tensor
+    if (words := taken.get("text.words.weight")) is not None:
+        taken["text.words.weight"] = torch.cat([words, own["text.words.weight"][len(words) :].to(words)])
+    return taken

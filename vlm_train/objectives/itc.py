@@ -1,0 +1,87 @@
+"""Image-text contrast (ALBEF, BLIP, BLIP-2): every image against every text of the global batch, and the reverse.
+
+Legend: b local pairs, G pairs on all ranks, Q vectors an image, E width of the shared space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm_train.data.batch import Batch
+from vlm_train.data.sources import sums_by_source
+from vlm_train.objectives.base import Gather, Loss
+from vlm_train.objectives.pairs import Pairs, pairs_of
+
+
+class ITC:
+    """Cross entropy over similarities; that of an image is the largest over its query vectors.
+
+    Args:
+        weight: factor in the total loss.
+        label_smoothing: share of the target spread over all pairs (BLIP-2: 0.1).
+        gather_grad: whether gradients go to the vectors of other ranks. False, as BLIP-2 is published: each rank learns
+            from its own side of every comparison only, so gradients depend on how a batch is split over ranks.
+        mask_duplicates: pairs with the same caption are not negatives of each other.
+        stream: the entry of `Window.sums` that normalises: pairs are samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        label_smoothing: float = 0.1,
+        gather_grad: bool = False,
+        mask_duplicates: bool = False,
+        stream: str = "samples",
+    ) -> None:
+        self.weight, self.label_smoothing, self.stream = weight, label_smoothing, stream
+        self.gather_grad, self.mask_duplicates = gather_grad, mask_duplicates
+
+    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+        """`{"itc": Loss}`: sum over the local pairs of the mean of both directions."""
+        image, text = model.image_vectors(batch), model.text_vectors(batch)
+        pairs = pairs_of(batch, gather)
+        scale = model.logit_scale.exp()
+        to_text, to_image = (scale * one for one in similarities(image, text, pairs, gather, self.gather_grad))
+        if self.mask_duplicates:
+            to_text, to_image = (one.masked_fill(pairs.same, float("-inf")) for one in (to_text, to_image))
+        losses = [smoothed(logits, pairs.own, self.label_smoothing) for logits in (to_text, to_image)]
+        each = (losses[0] + losses[1]) / 2  # [b]
+        count = each.new_tensor(float(len(each)))
+        hits = [_hits(logits.detach(), pairs.own) for logits in (to_text, to_image)]
+        metrics = {name: hit / count.clamp(min=1) for name, hit in zip(("r1_text", "r1_image"), hits, strict=True)}
+        metrics["temperature"] = 1 / scale.detach()
+        values = torch.stack([each.detach(), torch.ones_like(each)], dim=1)
+        stream = batch.text["llm"]
+        sources = sums_by_source(batch, stream, batch.media.row * stream.ids.shape[1], values)
+        return {"itc": Loss(each.sum() + 0.0 * scale, count, self.weight, metrics, sources)}
+
+
+def similarities(image: Tensor, text: Tensor, pairs: Pairs, gather: Gather, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """Cosines `[b, G]` of the local images `[b, Q, E]` with all texts, and of the local texts `[b, E]` with all images:
+    of several vectors of an image the nearest counts."""
+    all_image, all_text = (gather(one, pairs.sizes, with_grad=with_grad) for one in (image, text))
+    to_text = torch.einsum("bqe,ge->bgq", image, all_text).amax(dim=-1)
+    to_image = torch.einsum("be,gqe->bgq", text, all_image).amax(dim=-1)
+    return to_text, to_image
+
+
+def _hits(logits: Tensor, own: Tensor) -> Tensor:
+    """How many rows of `[b, G]` are largest at their own pair."""
+    return (logits.argmax(dim=1) == own).sum() if logits.numel() else own.sum()
+
+
+def smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Cross entropies `[b]` with a share `smoothing` of the target spread evenly over the columns that are not masked
+    (-inf)."""
+    log = F.log_softmax(logits, dim=1)
+    hit = -log.gather(1, target[:, None])[:, 0]
+    if not smoothing:
+        return hit
+    open_ = logits.detach() > float("-inf")
+    even = -log.masked_fill(~open_, 0.0).sum(dim=1) / open_.sum(dim=1)
+    return (1 - smoothing) * hit + smoothing * even

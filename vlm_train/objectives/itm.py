@@ -1,0 +1,111 @@
+"""Image-text matching (ALBEF, BLIP, BLIP-2): does a text belong to an image, told from hard negatives?
+
+Legend: b local pairs, G pairs on all ranks, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm_train.data.batch import Batch
+from vlm_train.data.sources import sums_by_source
+from vlm_train.objectives.base import Gather, Loss
+from vlm_train.objectives.itc import similarities
+from vlm_train.objectives.pairs import Pairs, pairs_of
+from vlm_train.randomness import derive_seed
+
+
+class ITM:
+    """Two-way cross entropy of every pair, of its image with a wrong text, and of its text with a wrong image.
+
+    Wrong ones are drawn from the global batch in proportion to the softmax of the similarities that ITC learns; the
+    draw depends on the step and the pair, not on how the batch is split over ranks.
+
+    Args:
+        weight: factor in the total loss.
+        mask_duplicates: pairs with the same caption are not negatives of each other.
+        local: draw from this rank's pairs only (BLIP).
+        stream: the entry of `Window.sums` that normalises: pairs are samples.
+    """
+
+    def __init__(
+        self, *, weight: float = 1.0, mask_duplicates: bool = False, local: bool = False, stream: str = "samples"
+    ) -> None:
+        self.weight, self.mask_duplicates, self.local, self.stream = weight, mask_duplicates, local, stream
+
+    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+        """`{"itm": Loss}`: sum over the local pairs of the mean over their three questions."""
+        pairs = pairs_of(batch, gather)
+        vectors = model.image_vectors(batch).detach(), model.text_vectors(batch).detach()
+        scale = model.logit_scale.detach().exp()
+        likeness = [scale * one for one in similarities(*vectors, pairs, gather, with_grad=False)]
+        wrong_text, wrong_image, usable = self._negatives(likeness, batch, pairs, gather)
+        ids, real = _texts(batch, gather)
+        all_ids, all_real = (gather(one, pairs.sizes, with_grad=False) for one in (ids, real))
+        context = model.own_context(batch)
+        other = self._other_context(model, batch, context, wrong_image, pairs, gather)
+        both = tuple(torch.cat([own, own, far]) for own, far in zip(context, other, strict=True))
+        asked = torch.cat([ids, all_ids[wrong_text], ids]), torch.cat([real, all_real[wrong_text], real])
+        logits = model.match(both, *asked).float()  # [3b, 2]
+        count = len(ids)
+        target = torch.cat([pairs.own.new_ones(count), pairs.own.new_zeros(2 * count)])
+        counted = torch.cat([torch.ones_like(usable), usable, usable]).float()
+        losses = (F.cross_entropy(logits, target, reduction="none") * counted).view(3, count)
+        each = losses.sum(dim=0) / counted.view(3, count).sum(dim=0)
+        hits = ((logits.detach().argmax(dim=1) == target) * counted).sum() / counted.sum().clamp(min=1)
+        stream = batch.text["llm"]
+        values = torch.stack([each.detach(), torch.ones_like(each)], dim=1)
+        sources = sums_by_source(batch, stream, batch.media.row * stream.ids.shape[1], values)
+        total = each.sum() + 0.0 * logits.sum()
+        return {"itm": Loss(total, each.new_tensor(float(count)), self.weight, {"accuracy": hits}, sources)}
+
+    def _negatives(
+        self, likeness: Sequence[Tensor], batch: Batch, pairs: Pairs, gather: Gather
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The global numbers `[b]` of a wrong text for every local image and of a wrong image for every local text, and
+        whether there are any; `likeness` holds the logits `[b, G]` of both directions."""
+        column = torch.arange(sum(pairs.sizes), device=pairs.own.device)
+        closed = column[None] == pairs.own[:, None]
+        if self.mask_duplicates:
+            closed = closed | pairs.same
+        if self.local:
+            first = sum(pairs.sizes[: gather.rank])
+            closed = closed | ((column < first) | (column >= first + len(pairs.own)))[None]
+        drawn = [
+            (one + noise).masked_fill(closed, float("-inf")).argmax(dim=1) if len(column) else pairs.own
+            for one, noise in zip(likeness, self._noise(batch, pairs), strict=True)
+        ]
+        return drawn[0], drawn[1], ~closed.all(dim=1)
+
+    def _noise(self, batch: Batch, pairs: Pairs) -> Tensor:
+        """Gumbel noise `[2, b, G]`, with which the largest logit is a draw from their softmax; the same for a pair on
+        whichever rank it is."""
+        place = (batch.window.step, batch.window.micro) if batch.window is not None else (0, 0)
+        generator = torch.Generator().manual_seed(derive_seed("itm", *place))
+        total = sum(pairs.sizes)
+        drawn = torch.rand(2, total, total, generator=generator).clamp(min=1e-9)
+        return -torch.log(-torch.log(drawn)).to(pairs.own.device)[:, pairs.own]
+
+    def _other_context(
+        self, model: Any, batch: Batch, own: tuple[Tensor, ...], wrong: Tensor, pairs: Pairs, gather: Gather
+    ) -> tuple[Tensor, ...]:
+        """What cross-attention reads of the wrong images; where there is one rank it is known already."""
+        if len(pairs.sizes) == 1:
+            return tuple(one[wrong] for one in own)
+        features = model.features(batch)
+        everything = gather(features, pairs.sizes, with_grad=features.requires_grad)
+        return model.context(everything[wrong])
+
+
+def _texts(batch: Batch, gather: Gather) -> tuple[Tensor, Tensor]:
+    """Ids `[b, T]` and real tokens `[b, T]` of the local texts, T the longest of all ranks."""
+    stream = batch.text["llm"]
+    rows = batch.media.row
+    longest = max(gather.sizes(stream.ids.shape[1]))
+    ids, real = stream.ids[rows], (stream.segment_ids != 0)[rows]
+    return tuple(F.pad(one, (0, longest - one.shape[1])) for one in (ids, real))  # type: ignore[return-value]
