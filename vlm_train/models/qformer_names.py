@@ -50,7 +50,7 @@ def from_library(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_library(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """A connector's state by the names that a `transformers` model has among `names`."""
-    found = {name: state[own] for name in names if (own := ours(name)) in state}
+    found = {name: state[own] for name in names if (own := ours(name)) is not None and own in state}
     return {name: tensor[None] if name == "query_tokens" else tensor for name, tensor in found.items()}
 
 
