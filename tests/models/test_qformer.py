@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -18,6 +20,7 @@ from transformers import (
 
 from tests.tiny_models import MEAN, STD, assert_close, batch_of, text_stream
 from vlm_train.data.batch import Batch
+from vlm_train.errors import AssetError
 from vlm_train.models.align import Aligner
 from vlm_train.models.connectors.qformer import QFormerConnector
 from vlm_train.models.qformer_names import from_bert, from_library, to_library
@@ -188,6 +191,33 @@ def test_it_starts_from_bert() -> None:
     assert torch.equal(after["text.words.weight"][-1], before["text.words.weight"][-1])
     assert torch.equal(after["qformer.layers.1.feed.up.weight"], after["text.feeds.1.up.weight"])
     assert torch.equal(after["text.feeds.1.up.weight"], bert.bert.encoder.layer[1].intermediate.dense.weight)
+
+
+def test_files_are_read_in_both_layouts(tmp_path: Path) -> None:
+    """BERT's old names of norms, and a whole BLIP-2 of which only the Q-Former is taken."""
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=WORDS - 1,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    bert = BertForMaskedLM(config).state_dict()
+    old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for name, t in bert.items()}
+    for name, state in (("bert", old), ("blip2", as_library(tiny_aligner()).state_dict())):
+        (tmp_path / name).mkdir()
+        save_file(
+            {key: tensor.contiguous().clone() for key, tensor in state.items()}, tmp_path / name / "model.safetensors"
+        )
+    connector = tiny_connector(7, weights=str(tmp_path / "bert"))
+    connector.load_weights()
+    norm = bert["bert.encoder.layer.2.attention.output.LayerNorm.weight"]
+    assert torch.equal(connector.qformer.blocks[2].attention.norm.weight, norm)
+    connector, aligner = tiny_connector(7, weights=str(tmp_path / "blip2")), tiny_aligner()
+    connector.load_weights()
+    for name, tensor in aligner.connector.state_dict().items():
+        assert torch.equal(connector.state_dict()[name], tensor), name
+    with pytest.raises(AssetError, match="connector.weights: .*missing qformer.layers.3"):
+        tiny_connector(weights=str(tmp_path / "blip2"), layers=4).load_weights()
+    with pytest.raises(AssetError, match="no safetensors could be read"):
+        tiny_connector(weights=str(tmp_path)).load_weights()
 
 
 @pytest.mark.parametrize(

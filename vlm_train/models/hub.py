@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,37 @@ def load_pretrained(
         )
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
     return loaded.to(device)
+
+
+def read_state(source: str, *, setting: str, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors with `wanted` names from the safetensors files of a local folder or a hub name; others are not read.
+
+    Raises:
+        AssetError: there are no such files, or they cannot be read.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from safetensors import SafetensorError, safe_open
+
+    def place(name: str) -> Path:
+        folder = Path(source).expanduser()
+        return folder / name if folder.is_dir() else Path(hf_hub_download(source, name))
+
+    def names() -> list[str]:
+        try:
+            index = json.loads(place("model.safetensors.index.json").read_text(encoding="utf-8"))
+        except (OSError, HfHubHTTPError, LocalEntryNotFoundError):
+            return ["model.safetensors"]
+        return sorted({file for name, file in index["weight_map"].items() if wanted(name)})
+
+    found: dict[str, torch.Tensor] = {}
+    try:
+        for file in names():
+            with safe_open(place(file), "pt") as opened:
+                found |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
+    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
+        raise AssetError(f"{setting}: {source!r}: no safetensors could be read: {error}") from error
+    return found
 
 
 def _check_numbers(config_class: Any, source: str, wanted: Mapping[str, Any], setting: str) -> None:

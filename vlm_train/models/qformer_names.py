@@ -54,6 +54,27 @@ def to_library(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, T
     return {name: tensor[None] if name == "query_tokens" else tensor for name, tensor in found.items()}
 
 
+def connector_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a connector with the state `own` takes from BERT, or from a model of `transformers` with a Q-Former."""
+    found = from_bert(state, own) if is_bert(state) else from_library(state)
+    return {name: tensor for name, tensor in found.items() if name in own}
+
+
+def known(name: str) -> bool:
+    """Whether a checkpoint's tensor may be part of a Q-Former's start."""
+    return ours(name) is not None or ours(_bert(name)) is not None
+
+
+def is_bert(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with these names is BERT's."""
+    return not any(name.startswith("qformer.") for name in names)
+
+
+def new_beside_bert(name: str) -> bool:
+    """Whether a parameter of ours has no counterpart in BERT."""
+    return ".cross." in name or name == "qformer.queries"
+
+
 def from_bert(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a Q-Former takes from BERT (LAVIS `blip2_qformer.py`): self-attention, embeddings, and every FFN twice, for
     text and for queries. Queries and cross-attention stay as they are, and so do rows of added tokens.
@@ -64,16 +85,19 @@ def from_bert(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     """
     taken: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        name = name.removeprefix("bert.")
-        name = name.replace("attention.self.", "attention.attention.").replace(
-            "embeddings.LayerNorm", "qformer.layernorm"
-        )
-        name = f"qformer.{name}" if name.startswith("encoder.") else name
-        if (found := ours(name)) is None or found not in own:
+        if (found := ours(_bert(name))) is None:
             continue
         taken[found] = tensor
         if (text := re.fullmatch(r"text\.feeds\.(\d+)\.(.+)", found)) is not None:
             taken[f"qformer.layers.{text[1]}.feed.{text[2]}"] = tensor
-    if (words := taken.get("text.words.weight")) is not None:
+    if (words := taken.get("text.words.weight")) is not None and "text.words.weight" in own:
         taken["text.words.weight"] = torch.cat([words, own["text.words.weight"][len(words) :].to(words)])
     return taken
+
+
+def _bert(name: str) -> str:
+    """BERT's name of a parameter as a Q-Former would have it; old files say gamma and beta."""
+    name = name.removeprefix("bert.").replace("attention.self.", "attention.attention.")
+    name = name.replace("embeddings.LayerNorm", "qformer.layernorm")
+    name = re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name))
+    return f"qformer.{name}" if name.startswith("encoder.") else name

@@ -10,7 +10,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from vlm_train.data.layout import Grid
+from vlm_train.errors import AssetError
+from vlm_train.models.hub import read_state
 from vlm_train.models.qformer import QFormer, TextBranch
+from vlm_train.models.qformer_names import connector_state, is_bert, known, new_beside_bert
 
 
 def query_grid(grid: Grid, count: int) -> Grid:
@@ -24,6 +27,8 @@ class QFormerConnector(nn.Module):
 
     Args:
         in_dim, out_dim: D_v and D_t, from the other parts; without a language model there is no projection.
+        weights: hub name or local folder of BERT, or of a BLIP-2 or InstructBLIP of `transformers`, whose Q-Former is
+            taken by `load_weights`, never the projection; None: random.
         text: with a text branch, for stages in which the Q-Former reads text.
         vocab_size: of the text branch; null: the tokenizer's.
         queries, dim, layers, heads, ffn, cross_every, dropout, eps: see `QFormer`.
@@ -35,6 +40,7 @@ class QFormerConnector(nn.Module):
         *,
         in_dim: int,
         out_dim: int | None,
+        weights: str | None = None,
         text: bool = False,
         vocab_size: int | None = None,
         max_positions: int = 512,
@@ -48,6 +54,7 @@ class QFormerConnector(nn.Module):
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
+        self.weights = weights
         self.qformer = QFormer(
             vision_dim=in_dim,
             queries=queries,
@@ -79,6 +86,22 @@ class QFormerConnector(nn.Module):
     def layers(self) -> nn.ModuleList:
         """For layer-wise learning rates and activation checkpointing."""
         return self.qformer.layers
+
+    def load_weights(self) -> None:
+        """Read `weights`. Raises `AssetError` if they hold no Q-Former or BERT of these numbers."""
+        if self.weights is None:
+            return
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("projection.")}
+        state = read_state(self.weights, setting="connector.weights", wanted=known)
+        taken = connector_state(state, own)
+        missing = [name for name in own if name not in taken and not (is_bert(state) and new_beside_bert(name))]
+        other = [name for name, tensor in taken.items() if tensor.shape != own[name].shape]
+        if missing or other:
+            raise AssetError(
+                f"connector.weights: {self.weights!r} is no Q-Former of these numbers: missing {', '.join(missing[:3])}"
+                f" ({len(missing)}), other shape {', '.join(other[:3])} ({len(other)})"
+            )
+        self.load_state_dict(taken, strict=False)
 
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
         """`[N, P, D_v]` -> `[N, Q, D_t]`."""
