@@ -36,6 +36,7 @@ def write_export(built: Any, folder: Path) -> Path:
         ConfigError: `transformers` has no such model. AssetError: what was written does not give the same logits.
     """
     from vlm_train.evaluation.answers import end_ids
+    from vlm_train.export.blip2 import export_blip2, speaks_blip2
     from vlm_train.export.chat import add_chat_template
     from vlm_train.export.llava import export_llava
     from vlm_train.export.merged import quantised, unquantised
@@ -47,7 +48,8 @@ def write_export(built: Any, folder: Path) -> Path:
     model: Any = built.model.eval()
     out = folder / EXPORT_FOLDER
     with replacing(out) as partial:
-        export_llava(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built))
+        write = export_blip2 if speaks_blip2(model) else export_llava
+        write(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built))
         problem = add_chat_template(partial, built.template, built.tokenizer, built.layout, built.image_size)
     chat = f"it has no chat template: {problem}" if problem else "its chat template gives the prompts of training"
     print(f"Exported to {out}; its logits equal the run's; {chat}.", flush=True)

@@ -1,0 +1,69 @@
+"""BLIP-2 exports: the same numbers in plain `transformers`, and what it cannot express is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+
+from tests.models.test_qformer import QUERIES, tiny_aligner, tiny_connector, tiny_vision
+from tests.tiny_models import assert_close, batch_of, text_stream
+from tests.tiny_models import tiny_vision as clip_vision
+from vlm_train.data.layout import PLACEHOLDER_ID
+from vlm_train.data.tokenizer import byte_level
+from vlm_train.errors import AssetError, ConfigError
+from vlm_train.export.blip2 import export_blip2, verify
+from vlm_train.models.llms.hf import HFCausalLM
+from vlm_train.models.prefix import PrefixVLM
+
+TEXT = {"ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+
+
+def blip2(tokens: int) -> PrefixVLM:
+    torch.manual_seed(0)
+    numbers = {"model_type": "opt", "vocab_size": tokens, "hidden_size": 48, "word_embed_proj_dim": 48, **TEXT}
+    llm = HFCausalLM(config=numbers)
+    model = PrefixVLM(vision=tiny_vision(), connector=tiny_connector(llm.dim, text=False), llm=llm).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@torch.no_grad()
+def test_a_language_model_behind_a_q_former(tmp_path: Path) -> None:
+    tokenizer = byte_level(add=["<image>"])
+    model = blip2(len(tokenizer))
+    export_blip2(model, tokenizer, tmp_path)
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    rows = [[PLACEHOLDER_ID] * QUERIES + words for words in ([5, 6, 7, 8], [9, 10, 11, 12])]
+    batch = batch_of(text_stream(rows), [0, 1], tokens=QUERIES)
+    pixels = (batch.media.pixels.float() / 255 - model.vision.mean) / model.vision.std
+    ids = torch.where(batch.text["llm"].ids < 0, theirs.config.image_token_index, batch.text["llm"].ids)
+    out = theirs(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert_close(model.logits(model(batch)), out.logits)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert processor.num_query_tokens == QUERIES and processor.image_processor.size["height"] == 32
+
+
+def test_an_aligned_q_former(tmp_path: Path) -> None:
+    model = tiny_aligner(cross_every=3, layers=4).eval()
+    export_blip2(model, byte_level(), tmp_path)
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(tmp_path)
+    assert theirs.config.qformer_config.cross_attention_frequency == 3
+    with torch.no_grad():
+        model.match_head.weight.add_(0.1 * torch.randn_like(model.match_head.weight))
+    with pytest.raises(AssetError, match="differs by"):
+        verify(model, tmp_path)
+
+
+def test_what_blip2_is_not_is_refused(tmp_path: Path) -> None:
+    model = blip2(300)
+    model.vision = clip_vision()
+    model.connector = tiny_connector(48, text=True)
+    with pytest.raises(ConfigError) as caught:
+        export_blip2(model, byte_level(), tmp_path)
+    assert "blip_2_vision_model" in str(caught.value) and "drops the text branch" in str(caught.value)

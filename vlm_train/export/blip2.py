@@ -1,0 +1,193 @@
+"""To the native BLIP-2 of `transformers`: an aligned Q-Former for retrieval, or one in front of a language model.
+
+An export is read back and compared before it counts as done.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream
+from vlm_train.errors import AssetError, ConfigError
+from vlm_train.export.chat import IMAGE_TOKEN
+from vlm_train.export.merged import merged_state
+from vlm_train.models.align import Aligner
+from vlm_train.models.connectors.qformer import QFormerConnector
+from vlm_train.models.llms.hf import HFCausalLM
+from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.qformer_names import to_library
+from vlm_train.models.vision.hf import HFVision
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+_HEADS = {"vision_projection": "image_projection", "text_projection": "text_projection", "itm_head": "match_head"}
+
+
+def speaks_blip2(model: Any) -> bool:
+    """Whether BLIP-2 is what `model` would be exported as."""
+    return isinstance(getattr(model, "connector", None), QFormerConnector)
+
+
+def export_blip2(
+    model: Any, tokenizer: Any, folder: str | Path, *, image_mode: str = "resize", eos_ids: Sequence[int] = ()
+) -> Path:
+    """Write `model` as a folder of `Blip2ForImageTextRetrieval` (an `Aligner`) or `Blip2ForConditionalGeneration`, with
+    tokenizer and processor, and verify its numbers. `image_mode`, `eos_ids`: as in `export_llava`.
+
+    Raises:
+        ConfigError: BLIP-2 has no such composition.
+        AssetError: the folder read back does not give the same numbers.
+    """
+    exportable(model)
+    from transformers import GenerationConfig
+
+    folder, tokenizer = Path(folder), copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    if isinstance(model, PrefixVLM) and tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    config = _config(model, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    with torch.device("meta"):
+        theirs = _class(model)(config)
+    theirs.load_state_dict(_state(model, theirs), strict=True, assign=True)
+    if isinstance(model, PrefixVLM):
+        theirs.tie_weights()
+        eos = list(eos_ids) or tokenizer.eos_token_id
+        theirs.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    theirs.save_pretrained(folder)
+    _processor(model, tokenizer, image_mode).save_pretrained(folder)
+    verify(model, folder)
+    return folder
+
+
+@torch.no_grad()
+def verify(model: Any, folder: str | Path) -> float:
+    """Read `folder` with plain `transformers` and compare on a random image and text.
+
+    Returns:
+        The largest difference, relative to the largest number. Raises `AssetError` if it is too large.
+    """
+    parameter = next(model.connector.parameters())
+    loaded = _class(model).from_pretrained(folder, dtype=parameter.dtype).to(parameter.device).eval()
+    batch = _probe(model, parameter.device)
+    text, vision = batch.text["llm"], model.vision
+    dtype = next(vision.parameters()).dtype
+    mean, std = (vision.get_buffer(name).to(dtype) for name in ("mean", "std"))
+    given = {"pixel_values": (batch.media.pixels.to(dtype) / 255 - mean) / std}
+    given["attention_mask"] = torch.ones_like(text.ids)
+    if isinstance(model, PrefixVLM):
+        ids = torch.where(text.ids < 0, loaded.config.image_token_index, text.ids)
+        theirs = loaded(input_ids=ids, **given).logits[..., : model.llm.vocab_size]
+        ours = model.logits(model(batch))
+    else:
+        theirs = loaded(input_ids=text.ids, use_image_text_matching_head=True, **given).logits_per_image
+        ours = model.match(model.own_context(batch), text.ids, text.segment_ids != 0)
+    difference = ((theirs - ours).abs().max() / ours.abs().max()).item()
+    if not difference <= (tolerance := _TOLERANCE.get(parameter.dtype, 1e-5)):
+        raise AssetError(f"export: {folder} differs by {difference:.2e} of the maximum, allowed {tolerance:.0e}")
+    return difference
+
+
+def exportable(model: Any) -> None:
+    """Raise `ConfigError` with every reason why BLIP-2 cannot express `model`. Reads no weight."""
+    if not (speaks_blip2(model) and isinstance(model, PrefixVLM | Aligner)):
+        raise ConfigError(f"model: {type(model).__name__} has no BLIP-2 equivalent; only prefix and align do")
+    problems = []
+    tower = model.vision
+    if not isinstance(tower, HFVision) or tower.model.config.model_type != "blip_2_vision_model":
+        problems.append("vision.config.model_type: BLIP-2's tower is blip_2_vision_model")
+    elif not (tower.final_norm and tower.keep_cls):
+        problems.append("vision: BLIP-2 reads every token after the final norm; set keep_cls and final_norm")
+    if isinstance(model, PrefixVLM) and model.connector.text is not None:
+        problems.append("connector.text: BLIP-2 drops the text branch in stage 2")
+    if isinstance(model, PrefixVLM) and (not isinstance(model.llm, HFCausalLM) or model.llm.new_tokens):
+        problems.append("llm: BLIP-2 takes a transformers causal language model without added tokens")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _class(model: Any) -> Any:
+    from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+
+    return Blip2ForConditionalGeneration if isinstance(model, PrefixVLM) else Blip2ForImageTextRetrieval
+
+
+def _config(model: Any, image_token_id: int | None) -> Any:
+    from transformers import Blip2Config, Blip2QFormerConfig
+
+    former, text = model.connector.qformer, model.connector.text
+    first = former.blocks[0]
+    every = next((n for n, layer in enumerate(former.blocks) if n and layer.cross is not None), len(former.blocks))
+    words = {} if text is None else {"vocab_size": len(text.words.weight)}
+    words |= {} if text is None else {"max_position_embeddings": len(text.positions.weight)}
+    numbers = Blip2QFormerConfig(
+        hidden_size=former.dim,
+        num_hidden_layers=len(former.blocks),
+        num_attention_heads=first.attention.heads,
+        intermediate_size=first.feed.up.out_features,
+        encoder_hidden_size=first.cross.key.in_features,
+        cross_attention_frequency=every,
+        layer_norm_eps=former.norm.eps,
+        use_qformer_text_input=text is not None,
+        **words,
+    )
+    shared: dict[str, Any] = {"vision_config": model.vision.model.config, "qformer_config": numbers}
+    shared["num_query_tokens"] = len(former.queries)
+    if isinstance(model, PrefixVLM):
+        config = copy.deepcopy(model.llm.model.config)
+        return Blip2Config(text_config=config, image_token_index=image_token_id, **shared)
+    return Blip2Config(image_text_hidden_size=model.image_projection.out_features, **shared)
+
+
+def _state(model: Any, theirs: nn.Module) -> dict[str, Tensor]:
+    """Our weights under BLIP-2's names."""
+    connector = model.connector.state_dict()
+    state = {f"vision_model.{name}": tensor for name, tensor in merged_state(model.vision.model).items()}
+    state |= {name: tensor.contiguous() for name, tensor in to_library(connector, list(theirs.state_dict())).items()}
+    if isinstance(model, PrefixVLM):
+        return state | {f"language_model.{name}": tensor for name, tensor in merged_state(model.llm.model).items()}
+    own = model.state_dict()
+    return state | {f"{a}.{kind}": own[f"{b}.{kind}"] for a, b in _HEADS.items() for kind in ("weight", "bias")}
+
+
+def _processor(model: Any, tokenizer: Any, image_mode: str) -> Any:
+    from transformers import Blip2Processor, BlipImageProcessorPil
+
+    height, width = model.vision.image_size
+    if image_mode != "resize":
+        print(f"export: BLIP-2's processor resizes; image={image_mode} is not what it does", flush=True)
+    images = BlipImageProcessorPil(
+        size={"height": height, "width": width},
+        image_mean=list(model.vision.image_mean),
+        image_std=list(model.vision.image_std),
+    )
+    return Blip2Processor(images, tokenizer, num_query_tokens=len(model.connector.qformer.queries))
+
+
+def _probe(model: Any, device: torch.device) -> Batch:
+    """A random image and text."""
+    from vlm_train.data.layout import PLACEHOLDER_ID
+
+    generator = torch.Generator().manual_seed(0)
+    height, width = model.vision.image_size
+    pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
+    slots = len(model.connector.qformer.queries) if isinstance(model, PrefixVLM) else 0
+    words = model.llm.vocab_size if isinstance(model, PrefixVLM) else len(model.connector.text.words.weight)
+    ids = torch.randint(2, words - 1, (1, slots + 6), generator=generator)
+    ids[:, :slots] = PLACEHOLDER_ID
+    stream = TokenStream(
+        ids=ids,
+        labels=torch.full_like(ids, -100),
+        weights=torch.zeros(ids.shape),
+        positions=torch.arange(ids.shape[1])[None, None],
+        segment_ids=torch.ones_like(ids, dtype=torch.int32),
+        attention_group=torch.zeros_like(ids, dtype=torch.int32),
+        slots=Slots(index=torch.arange(slots), placeholders=slots),
+        plain_causal=True,
+    )
+    media = MediaBatch(pixels=pixels, view_counts=(1,), slot_counts=(slots,), row=torch.zeros(1, dtype=torch.int64))
+    return Batch(text={"llm": stream}, media=media).to(device)
