@@ -30,11 +30,23 @@ OVERRIDES = [
         # Five samples in steps of four: in the last step one rank holds nothing.
         ("easyvqa_stage1", (2, 2), ["data.limit=5", "trainer.max_steps=2", "data.shuffle=none"]),
         ("easyvqa_clip", (4, 2), ["data.limit=5", "trainer.max_steps=null", "trainer.epochs=1"]),
+        ("easyvqa_blip2_stage1", (4, 2), ["objective.itc.gather_grad=true", "optim.lr=0.005", "params=connector_llm"]),
+        (
+            "easyvqa_blip2_stage1",
+            (4, 2),
+            [
+                "objective.itc.gather_grad=true",
+                "optim.lr=0.005",
+                "params=connector_llm",
+                "data.limit=5",
+                "trainer.max_steps=2",
+            ],
+        ),
     ],
 )
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str, micro: tuple[int, int], more: list[str]) -> None:
     for split in ("train", "val"):
-        source = EasyVQA(split=split, captions=recipe == "easyvqa_clip")
+        source = EasyVQA(split=split, captions=recipe != "easyvqa_stage1")
         source._ids = source._ids[: 11 if split == "train" else 1]  # one held-out sample: a rank has none
         build.write(
             source,
