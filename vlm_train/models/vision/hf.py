@@ -95,6 +95,11 @@ class HFVision(nn.Module):
         encoder = self.tower.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
+    @property
+    def pooling_head(self) -> Any:
+        """The tower's own attention pooling, normalised features `[N, P, D]` -> `[N, D]` (SigLIP); None without."""
+        return getattr(self.tower, "head", None)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, 3, H, W]` -> `[N, P, D_v]`."""
         dtype = next(self.tower.embeddings.parameters()).dtype
