@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +100,13 @@ class TwoTower(nn.Module):
         return F.normalize(self.text_projection(pooled), dim=-1)
 
     def _in_chunks(self, encode: Callable[[Tensor], Tensor], whole: Tensor) -> Tensor:
-        """`encode(whole)`, a chunk at a time where there are several and a backward pass is to come."""
-        if self.cache_chunk is None or len(whole) <= self.cache_chunk or not torch.is_grad_enabled():
+        """`encode(whole)`, a chunk at a time where there are several; each is computed again in backward."""
+        if self.cache_chunk is None or len(whole) <= self.cache_chunk:
             return encode(whole)
-        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in whole.split(self.cache_chunk)])
+        parts = whole.split(self.cache_chunk)
+        if not torch.is_grad_enabled():
+            return torch.cat([encode(part) for part in parts])
+        return torch.cat([cast(Tensor, checkpoint(encode, part, use_reentrant=False)) for part in parts])
 
 
 def _check(vision: Any, llm: Any, embed_dim: int | None, pooling: str, cache_chunk: int | None) -> None:
