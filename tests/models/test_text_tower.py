@@ -154,7 +154,9 @@ def test_wrong_settings_are_refused():
         HFTextTower(config=text_config(), new_tokens=3)
     vision = tiny_vision(siglip_config(), layer=-1, final_norm=True)
     with pytest.raises(ConfigError, match=r"null needs towers of one width, got 32 \(vision\) and 24 \(llm\)"):
-        TwoTower(vision=vision, llm=HFTextTower(config=text_config("siglip_text_model")), embed_dim=None, pooling="head")
+        TwoTower(
+            vision=vision, llm=HFTextTower(config=text_config("siglip_text_model")), embed_dim=None, pooling="head"
+        )
     with pytest.raises(ConfigError, match="final_norm=true"):
         TwoTower(vision=tiny_vision(siglip_config()), llm=HFTextTower(config=text_config()), pooling="head")
     with pytest.raises(ConfigError, match="no head; allowed: cls, mean"):

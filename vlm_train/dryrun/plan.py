@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,14 @@ def checkpointing(cfg: DictConfig) -> str:
     return str(cfg.trainer.activation_checkpointing)
 
 
+def rows_at_once(cfg: DictConfig) -> int:
+    """Rows whose activations a device holds: those of a micro-batch, or of a chunk with gradient caching."""
+    rows = int(cfg.batch.micro)
+    if cfg.batch.samples is not None:
+        rows = min(rows, math.ceil(cfg.batch.samples / cfg.target.gpus))
+    return min(rows, cfg.model.get("cache_chunk") or rows)
+
+
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
     """Trace the losses of one sample."""
     objectives = [instantiate(node) for node in cfg.objective.values() if node is not None]
@@ -128,7 +137,7 @@ def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
         outside=policy.total - sum(layers),
         states=states,
         precision=cfg.trainer.precision,
-        activations=activations * cfg.batch.micro,
+        activations=activations * rows_at_once(cfg),
         logits=_logits(cfg, model),
         quantised=sum(how.weights for how in quantised),
         quantised_bytes=sum(how.stored for how in quantised),

@@ -16,14 +16,15 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.hub import build_config, load_pretrained
 
 CLIP, SIGLIP = "clip_text_model", "siglip_text_model"
+_DEFAULT_END = 49407  # `eos_token_id` of both configurations: the end of the text for CLIP
 
 # Whole checkpoints also hold a vision tower and, CLIP's, the projections of both.
 _NOT_TEXT = (r"^vision_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projection", r"position_ids$")
 
 
 class HFTextTower(nn.Module):
-    """CLIP's text transformer (causal, the final norm at the end-of-text token), or SigLIP's (every token sees every
-    other, padding too; a linear head on the last of L tokens), from `config`.
+    """CLIP's text transformer (causal; the final norm at the first end-of-text token), or SigLIP's (every token sees
+    every other, padding too; a linear head on the last of L tokens), from `config`.
 
     A caption longer than L keeps its first L - 1 tokens and its last one, the end of the text, as the published
     tokenizers cut it. Random weights of CLIP are those of `clip/model.py` (github.com/openai/CLIP).
@@ -56,8 +57,11 @@ class HFTextTower(nn.Module):
                 "choose the tower's own tokenizer, or vocab_size: null to train from scratch"
             )
         self.weights = weights
-        self.model = _model(self.numbers)
+        # Another tokenizer's vocabulary may lack the default; the library's own pooling, unread, needs an id.
+        known = "eos_token_id" in self.numbers or self.numbers["vocab_size"] > _DEFAULT_END
+        self.model = _model(self.numbers if known else {**self.numbers, "bos_token_id": None, "eos_token_id": 0})
         numbers = self.model.config
+        self.end = numbers.eos_token_id if known else None
         self.causal = numbers.model_type == CLIP
         if self.causal:
             _init_clip(self.model)
@@ -81,9 +85,10 @@ class HFTextTower(nn.Module):
         output = self.model(input_ids=ids)
         if not self.causal:
             return output.pooler_output
-        ends = ids == self.model.config.eos_token_id
-        place = torch.where(ends.any(dim=1), ends.int().argmax(dim=1), last)
-        return output.last_hidden_state[torch.arange(len(ids), device=ids.device), place]
+        if self.end is not None:
+            ends = ids == self.end
+            last = torch.where(ends.any(dim=1), ends.int().argmax(dim=1), last)
+        return output.last_hidden_state[torch.arange(len(ids), device=ids.device), last]
 
     def head_parameters(self) -> list[str]:
         """Names of parameters that `pooled` never reads: none."""
