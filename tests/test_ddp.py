@@ -27,6 +27,11 @@ OVERRIDES = [
     [
         ("easyvqa_stage1", (1, 1), []),
         ("easyvqa_clip", (4, 2), []),
+        (
+            "siglip_so400m",
+            (4, 2),
+            ["model.cache_chunk=1", "~optim.eps", "lr_schedule.warmup_steps=0", "optim.lr=0.005"],
+        ),
         # Five samples in steps of four: in the last step one rank holds nothing.
         ("easyvqa_stage1", (2, 2), ["data.limit=5", "trainer.max_steps=2", "data.shuffle=none"]),
         ("easyvqa_clip", (4, 2), ["data.limit=5", "trainer.max_steps=null", "trainer.epochs=1"]),
@@ -34,7 +39,7 @@ OVERRIDES = [
 )
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str, micro: tuple[int, int], more: list[str]) -> None:
     for split in ("train", "val"):
-        source = EasyVQA(split=split, captions=recipe == "easyvqa_clip")
+        source = EasyVQA(split=split, captions=recipe != "easyvqa_stage1")
         source._ids = source._ids[: 11 if split == "train" else 1]  # one held-out sample: a rank has none
         build.write(
             source,
