@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlm_train.data.batch import TokenStream
 from vlm_train.errors import ConfigError
+from vlm_train.models.clip_init import init_text
 from vlm_train.models.hub import build_config, load_pretrained
 
 CLIP, SIGLIP = "clip_text_model", "siglip_text_model"
@@ -64,7 +65,7 @@ class HFTextTower(nn.Module):
         self.end = numbers.eos_token_id if known else None
         self.causal = numbers.model_type == CLIP
         if self.causal:
-            _init_clip(self.model)
+            init_text(self.model)
         self.dim = numbers.hidden_size if self.causal else numbers.projection_size
         self.vocab_size = self.base_vocab_size = numbers.vocab_size
         self.max_length = numbers.max_position_embeddings
@@ -126,15 +127,3 @@ def _model(numbers: Mapping[str, Any]) -> Any:
         raise ConfigError(f"llm.config.model_type: {numbers.get('model_type')!r}; allowed: {', '.join(classes)}")
     config = build_config("llm.config", numbers)
     return classes[config.model_type]._from_config(config, attn_implementation="sdpa")
-
-
-@torch.no_grad()
-def _init_clip(model: Any) -> None:
-    """The spreads of `clip/model.py`; those of `transformers` swap the attention's and double the positions'."""
-    config = model.config
-    inner, outer = config.hidden_size**-0.5, (2 * config.hidden_size * config.num_hidden_layers) ** -0.5
-    spreads = {"token_embedding": 0.02, "position_embedding": 0.01, "fc1": (2 * config.hidden_size) ** -0.5}
-    spreads |= {"q_proj": inner, "k_proj": inner, "v_proj": inner, "out_proj": outer, "fc2": outer}
-    for name, module in model.named_modules():
-        if (spread := spreads.get(name.rpartition(".")[2])) is not None:
-            nn.init.normal_(module.weight, std=spread)
