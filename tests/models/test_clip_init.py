@@ -27,6 +27,7 @@ def test_text():
     spreads |= {layer.self_attn.q_proj: WIDTH**-0.5, layer.self_attn.out_proj: WIDTH**-0.5 * (2 * DEPTH) ** -0.5}
     spreads |= {layer.mlp.fc1: (2 * WIDTH) ** -0.5, layer.mlp.fc2: WIDTH**-0.5 * (2 * DEPTH) ** -0.5}
     assert_spreads(spreads)
+    assert not layer.self_attn.q_proj.bias.any() and layer.mlp.fc1.bias.std() > 0.01
 
 
 def test_vision():
