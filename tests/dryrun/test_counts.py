@@ -122,3 +122,9 @@ def test_memory_decides_the_strategy() -> None:
 def test_gradient_caching_holds_one_chunk(gpus: int, chunk: int | str, rows: int) -> None:
     overrides = ["recipe=clip_vitb32", f"target.gpus={gpus}", f"model.cache_chunk={chunk}"]
     assert rows_at_once(config.compose(overrides)) == rows
+
+
+def test_similarities_of_a_large_batch_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(config.compose(["dry_run=true", "recipe=clip_vitb32", "target.gpus=1", "target.memory_gib=80"]))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("single ")]
+    assert line.split()[6] == "20.0"  # GiB: five matrices of 32,768 squared in fp32

@@ -98,10 +98,14 @@ def checkpointing(cfg: DictConfig) -> str:
 
 def rows_at_once(cfg: DictConfig) -> int:
     """Rows whose activations a device holds: those of a micro-batch, or of a chunk with gradient caching."""
-    rows = int(cfg.batch.micro)
-    if cfg.batch.samples is not None:
-        rows = min(rows, math.ceil(cfg.batch.samples / cfg.target.gpus))
+    rows = _rows(cfg)
     return min(rows, cfg.model.get("cache_chunk") or rows)
+
+
+def _rows(cfg: DictConfig) -> int:
+    """Rows of a micro-batch: no more than a device's share of the step."""
+    micro, samples = int(cfg.batch.micro), cfg.batch.samples
+    return micro if samples is None else min(micro, math.ceil(samples / cfg.target.gpus))
 
 
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
@@ -171,6 +175,10 @@ def _linears(model: Any) -> Linears:
 
 
 def _logits(cfg: DictConfig, model: Any) -> int:
-    """Bytes of one chunk of logits in 16 bits, its fp32 copy, and the gradients of both."""
-    chunk = max((node.get("chunk") or 0 for node in cfg.objective.values() if node is not None), default=0)
-    return chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0
+    """Bytes of one chunk of logits in 16 bits, its fp32 copy, and the gradients of both; or, of a loss that contrasts
+    samples, five fp32 matrices of similarities."""
+    nodes = [node for node in cfg.objective.values() if node is not None]
+    chunk = max((node.get("chunk") or 0 for node in nodes), default=0)
+    head = chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0
+    contrasts = cfg.batch.samples and any(instantiate(node).stream == "samples" for node in nodes)
+    return max(head, 5 * 4 * _rows(cfg) * cfg.batch.samples if contrasts else 0)

@@ -72,7 +72,7 @@ def text_vectors(built: Built, texts: Sequence[str], batch: int) -> Tensor:
                 Sample(key=f"text-{number}", media=(), annotations=(captioned(text, images=0),), source="eval")
                 for number, text in enumerate(texts[start : start + batch])
             ]
-            prompts = [(render(sample, *parts, annotations="first"), []) for sample in samples]
+            prompts = [(render(sample, *parts, annotations="first"), ()) for sample in samples]
             vectors.append(model.encode_text(collate_prompts(prompts, built.image_size).to(device).text["llm"]))
     return torch.cat(vectors)
 
