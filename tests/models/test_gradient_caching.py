@@ -10,6 +10,7 @@ from tests.objectives.test_contrastive import captions, two_tower
 from tests.tiny_models import assert_close, batch_of, text_stream
 from vlm_train.data.batch import Batch
 from vlm_train.errors import ConfigError
+from vlm_train.models.checkpointing import checkpoint_layers
 from vlm_train.models.two_tower import TwoTower
 from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.contrastive import Contrastive
@@ -42,6 +43,17 @@ def test_chunks_give_the_same_loss_and_gradients(make, objective, chunk):
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert (again[name] - gradient).abs().max() <= 1e-6 * largest, name
+
+
+def test_goes_with_activation_checkpointing():
+    """Layers that forget their activations, inside chunks that do."""
+    model = two_tower()
+    loss, gradients = loss_and_gradients(model, Contrastive(), None)
+    checkpoint_layers([*model.vision.layers, *model.llm.layers])
+    cached, again = loss_and_gradients(model, Contrastive(), 5)
+    assert_close(cached, loss, tolerance=1e-6)
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    assert all((again[name] - gradient).abs().max() <= 1e-6 * largest for name, gradient in gradients.items())
 
 
 def kept(model: TwoTower, chunk: int | None) -> int:
