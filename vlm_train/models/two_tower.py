@@ -27,7 +27,7 @@ class TwoTower(nn.Module):
 
     Args:
         vision: a `VisionEncoder`; its features are pooled here.
-        llm: a text tower (`pooled`), or a causal `LanguageModel`, whose head is not used.
+        llm: a `TextTower`, or a causal `LanguageModel`, whose head is not used.
         embed_dim: E; null: no projections, the towers end in the shared space (SigLIP).
         pooling: `cls` takes the first token (the vision encoder must keep it), `mean` averages all of them, `head` is
             the tower's own attention pooling (SigLIP).
