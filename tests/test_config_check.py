@@ -115,7 +115,11 @@ def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() ->
     (found,) = problems("batch.samples=null", "batch.tokens=4096", "dry_run=true")
     assert found.startswith("batch.tokens: ") and "data.pack" in found
     (found,) = problems("batch.micro=8", recipe="easyvqa_clip")
-    assert found.startswith("objective.contrastive: ") and "allowed: batch.micro=32" in found
+    assert (
+        found.startswith("objective.contrastive: ")
+        and "allowed: batch.micro=32" in found
+        and "model.cache_chunk=8" in found
+    )
     assert problems("launch.devices=2", recipe="easyvqa_clip") == []  # micro 32 holds the 16 of a process
     assert problems("launch.devices=2", "batch.micro=16", recipe="easyvqa_clip") == []
     for strategy in ("zero1", "fsdp2"):

@@ -27,6 +27,11 @@ OVERRIDES = [
     [
         ("easyvqa_stage1", (1, 1), []),
         ("easyvqa_clip", (4, 2), []),
+        (
+            "siglip_so400m",
+            (4, 2),
+            ["model.cache_chunk=1", "~optim.eps", "lr_schedule.warmup_steps=0", "optim.lr=0.005"],
+        ),
         # Five samples in steps of four: in the last step one rank holds nothing.
         ("easyvqa_stage1", (2, 2), ["data.limit=5", "trainer.max_steps=2", "data.shuffle=none"]),
         ("easyvqa_clip", (4, 2), ["data.limit=5", "trainer.max_steps=null", "trainer.epochs=1"]),

@@ -29,9 +29,17 @@ PUBLISHED = {
     "llava15_qlora": (2e-4, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),  # none of its own: those of llava15_lora
 }
 
+# CLIP: arXiv 2103.00020, appendix F. SigLIP: arXiv 2303.15343; what it leaves out is marked as unknown in the recipe.
+TWO_TOWERS = {
+    # recipe: (learning rate, betas, eps, weight decay, warm-up steps, epochs, E, temperature, bound of the scale, bias)
+    "clip_vitb32": (5e-4, (0.9, 0.98), 1e-6, 0.2, 2000, 32, 512, 0.07, 100.0, None),
+    "clip_vitl14": (4e-4, (0.9, 0.98), 1e-6, 0.2, 2000, 32, 768, 0.07, 100.0, None),
+    "siglip_so400m": (1e-3, (0.9, 0.95), 1e-8, 1e-4, 20000, 100, None, 0.1, None, -10.0),
+}
+
 
 def test_there_are_recipes() -> None:
-    assert set(PUBLISHED) < set(RECIPES)
+    assert {*PUBLISHED, *TWO_TOWERS} < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
 
@@ -46,7 +54,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     assert "hydra" not in text
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TWO_TOWERS]))
 def test_every_number_names_its_source(name: str) -> None:
     path = config.recipes_dir() / "recipe" / f"{name}.yaml"
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -77,6 +85,24 @@ def test_says_what_was_published(name: str) -> None:
     assert cfg.batch.samples == 8 * cfg.batch.micro, "the scripts run on 8 GPUs without accumulation"
     for group, option in (("template", template), ("image", image)):
         assert cfg[group] == OmegaConf.load(config.config_dir() / group / f"{option}.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(TWO_TOWERS))
+def test_two_towers_say_what_was_published(name: str) -> None:
+    cfg = config.compose([f"recipe={name}"])
+    lr, betas, eps, decay, warmup, epochs, width, temperature, bound, bias = TWO_TOWERS[name]
+    assert (cfg.optim.lr, tuple(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == (lr, betas, eps, decay)
+    assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.min_ratio) == (warmup, 0.0)
+    assert (cfg.batch.samples, cfg.trainer.epochs) == (32768, epochs)
+    model = (cfg.model.embed_dim, cfg.model.init_temperature, cfg.model.max_scale, cfg.model.init_bias)
+    assert model == (width, temperature, bound, bias)
+    assert not cfg.params.decay_norms_and_biases
+    assert cfg.model.cache_chunk == cfg.batch.samples // cfg.target.gpus, "no chunks on as many GPUs as published"
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 128])
+def test_a_large_batch_needs_no_number_of_gpus(gpus: int) -> None:
+    check(config.compose(["recipe=clip_vitb32", "launch=torchrun", f"launch.devices={gpus}"]), need_assets=False)
 
 
 @pytest.mark.parametrize("name", ["llava15_lora", "llava15_qlora"])

@@ -111,7 +111,8 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
         yield (
             f"{path}: contrasts all samples of a step with each other, so batch.micro={micro} cannot cut the "
-            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}."
+            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}. "
+            f"Gradient caching bounds its memory: model.cache_chunk={micro}."
         )
 
 

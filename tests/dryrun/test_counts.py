@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vlm_train import config
+from vlm_train.dryrun.plan import rows_at_once
 from vlm_train.dryrun.report import dry_run
 
 RECIPES = sorted(path.stem for path in (config.recipes_dir() / "recipe").glob("*.yaml"))
@@ -115,3 +116,15 @@ def test_memory_decides_the_strategy() -> None:
     assert planned("recipe=llava15_stage1")["cheapest"] == "ddp"
     assert planned("recipe=llava15_stage2")["cheapest"] == "zero1"  # published: zero3
     assert planned("recipe=llava15_stage2", "target.memory_gib=24")["cheapest"] == "zero3_offload"
+
+
+@pytest.mark.parametrize(("gpus", "chunk", "rows"), [(128, 64, 64), (128, "null", 256), (1, 256, 256), (64, 1024, 512)])
+def test_gradient_caching_holds_one_chunk(gpus: int, chunk: int | str, rows: int) -> None:
+    overrides = ["recipe=clip_vitb32", f"target.gpus={gpus}", f"model.cache_chunk={chunk}"]
+    assert rows_at_once(config.compose(overrides)) == rows
+
+
+def test_similarities_of_a_large_batch_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(config.compose(["dry_run=true", "recipe=clip_vitb32", "target.gpus=1", "target.memory_gib=80"]))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("single ")]
+    assert line.split()[6] == "20.0"  # GiB: five matrices of 32,768 squared in fp32

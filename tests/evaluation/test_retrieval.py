@@ -1,4 +1,4 @@
-"""Caption retrieval, with towers that read the number of a sample from its image and its caption."""
+"""Retrieval, with towers that read the number of a sample from its image and its caption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import NoMedia
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.retrieval import CaptionRetrieval
+from vlm_train.evaluation.retrieval import CaptionRetrieval, image_chance, recalls
 
 COUNT = 5
 
@@ -75,3 +75,24 @@ def test_nothing_usable_is_an_error(built: SimpleNamespace, tmp_path: Path) -> N
     folder = shards(tmp_path / "set", bad=tuple(range(COUNT)))
     with pytest.raises(ConfigError, match="none of the 5 samples"):
         CaptionRetrieval(shards=folder, batch=2).run(built, tmp_path, final=True)
+
+
+def test_recalls_of_both_directions_by_hand() -> None:
+    """Seven images of six captions; the images 0 and 1 bear the same one."""
+    own = [0, 0, 1, 2, 3, 4, 5]
+    scores = torch.zeros(7, 6)
+    scores[range(7), own] = 1.0
+    scores[0] = torch.tensor([0.0, 6.0, 5.0, 4.0, 3.0, 2.0])  # its own caption is the last
+    scores[2] = torch.tensor([6.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # and this one's the second
+    rows = recalls(scores, own)
+    assert [row["name"] for row in rows] == [f"{kind} retrieval R@{k}" for kind in ("caption", "image") for k in (1, 5)]
+    # Image 2 is the nearest of caption 0, and image 0 that of all others but its own.
+    assert [row["value"] for row in rows] == pytest.approx([5 / 7, 6 / 7, 0.0, 1.0])
+    assert [row["n"] for row in rows] == [7, 7, 6, 6]
+    chances = [float(row["note"].split("chance ")[1].rstrip(")")) for row in rows]
+    assert chances == pytest.approx([1 / 6, 5 / 6, (2 / 7 + 5 / 7) / 6, (20 / 21 + 5 * 5 / 7) / 6], abs=5e-4)
+
+
+def test_chance_of_finding_an_image() -> None:
+    assert image_chance([2, 1, 1], 1) == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
+    assert image_chance([1, 1], 5) == 1.0

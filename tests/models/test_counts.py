@@ -9,6 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from vlm_train import config
+from vlm_train.build import build_model
 from vlm_train.models.prefix import PrefixVLM
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -74,3 +76,14 @@ def test_visual_tokens_of_an_image(option, tokens):
     vision = build("vision", option)
     height, width = vision.image_size
     assert vision.encode(torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")).shape[1] == tokens
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [("clip_vitb32", 151_277_313), ("clip_vitl14", 427_616_513), ("siglip_so400m", 877_360_306)],
+)
+def test_two_towers(recipe, expected):
+    """As published: openai/clip-vit-{base-patch32,large-patch14} and open_clip's ViT-SO400M-14-SigLIP."""
+    model = build_model(config.compose([f"recipe={recipe}"]), meta=True)
+    assert count(model) == expected
+    assert model.unused_parameters() == []

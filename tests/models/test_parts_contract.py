@@ -12,8 +12,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from tests.tiny_models import text_stream
 from vlm_train.build import build_layout
 from vlm_train.data.layout import GridLayout, MediaSize
+from vlm_train.models.llms.text_tower import HFTextTower
 
 CONF = Path(__file__).parents[2] / "conf"
 ARGUMENTS = {"vision": {}, "llm": {"vocab_size": 50}}
@@ -104,7 +106,22 @@ def test_layout_pickles_without_weights(option):
     assert pieces[0].count == tokens.shape[1]
 
 
-@pytest.mark.parametrize("option", options("llm"))
+def text_towers() -> set[str]:
+    """Options that only read captions: no head, no `decode`."""
+    return {name for name in options("llm") if node("llm", name, tiny=False)._target_.endswith(HFTextTower.__name__)}
+
+
+@pytest.mark.parametrize("option", sorted(text_towers()))
+def test_text_tower(option):
+    tower = part("llm", option)
+    assert tower.vocab_size == 50 and len(tower.layers) == 2
+    vectors = tower.pooled(text_stream([[5, 6, 7], [8]]))
+    assert vectors.shape == (2, tower.dim)
+    assert_gradients(tower, vectors, tower.head_parameters())
+    assert_state_round_trip(tower, hydra.utils.instantiate(node("llm", option, tiny=True), vocab_size=50))
+
+
+@pytest.mark.parametrize("option", sorted(set(options("llm")) - text_towers()))
 def test_llm(option):
     llm = part("llm", option)
     assert llm.vocab_size == 50 and len(llm.layers) == 2

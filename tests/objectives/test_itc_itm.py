@@ -31,7 +31,7 @@ def part(first: int = 0, last: int = 5) -> Batch:
     whole = pairs(ROWS)
     batch = pairs(ROWS[first:last])
     batch.media.pixels[:] = whole.media.pixels[first:last]
-    return replace(batch, window=WINDOW)
+    return replace(batch, window=WINDOW, media=replace(batch.media, keys=whole.media.keys[first:last]))
 
 
 def losses(objectives: list[Any], model: Aligner, batch: Batch, gather: Any = identity_gather) -> dict[str, Loss]:

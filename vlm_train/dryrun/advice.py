@@ -24,7 +24,7 @@ from vlm_train.dryrun.memory import (
     runnable,
     sensible,
 )
-from vlm_train.dryrun.plan import Plan, checkpointing
+from vlm_train.dryrun.plan import Plan, checkpointing, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _changes(cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool) 
     kept = plan.activations[checkpointing(cfg)]
     if plan.activations["full"] < kept:
         kept = plan.activations["full"]
-        needs = replace(needs, activations=kept * micro)
+        needs = replace(needs, activations=kept * rows_at_once(cfg))
         yield "trainer.activation_checkpointing=full", needs, True
     streams = [instantiate(node).stream for node in cfg.objective.values() if node is not None]
     if micro > 1 and "samples" not in streams:  # those contrast the rows of a micro-batch with each other

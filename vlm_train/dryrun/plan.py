@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,18 @@ def checkpointing(cfg: DictConfig) -> str:
     return str(cfg.trainer.activation_checkpointing)
 
 
+def rows_at_once(cfg: DictConfig) -> int:
+    """Rows whose activations a device holds: those of a micro-batch, or of a chunk with gradient caching."""
+    rows = _rows(cfg)
+    return min(rows, cfg.model.get("cache_chunk") or rows)
+
+
+def _rows(cfg: DictConfig) -> int:
+    """Rows of a micro-batch: no more than a device's share of the step."""
+    micro, samples = int(cfg.batch.micro), cfg.batch.samples
+    return micro if samples is None else min(micro, math.ceil(samples / cfg.target.gpus))
+
+
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
     """Trace the losses of one sample."""
     objectives = [instantiate(node) for node in cfg.objective.values() if node is not None]
@@ -128,7 +141,7 @@ def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
         outside=policy.total - sum(layers),
         states=states,
         precision=cfg.trainer.precision,
-        activations=activations * cfg.batch.micro,
+        activations=activations * rows_at_once(cfg),
         logits=_logits(cfg, model),
         quantised=sum(how.weights for how in quantised),
         quantised_bytes=sum(how.stored for how in quantised),
@@ -162,6 +175,10 @@ def _linears(model: Any) -> Linears:
 
 
 def _logits(cfg: DictConfig, model: Any) -> int:
-    """Bytes of one chunk of logits in 16 bits, its fp32 copy, and the gradients of both."""
-    chunk = max((node.get("chunk") or 0 for node in cfg.objective.values() if node is not None), default=0)
-    return chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0
+    """Bytes of one chunk of logits in 16 bits, its fp32 copy, and the gradients of both; or, of a loss that contrasts
+    samples, five fp32 matrices of similarities."""
+    nodes = [node for node in cfg.objective.values() if node is not None]
+    chunk = max((node.get("chunk") or 0 for node in nodes), default=0)
+    head = chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0
+    contrasts = cfg.batch.samples and any(instantiate(node).stream == "samples" for node in nodes)
+    return max(head, 5 * 4 * _rows(cfg) * cfg.batch.samples if contrasts else 0)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.dryrun.advice import Advice, Lever, advise
 from vlm_train.dryrun.memory import GIB, Peak
-from vlm_train.dryrun.plan import Plan, checkpointing, make_plan
+from vlm_train.dryrun.plan import Plan, checkpointing, make_plan, rows_at_once
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""
@@ -140,7 +140,7 @@ def _verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[s
     """What the table comes to: the cheapest that fits, whether the run's own does, and what to change if none does."""
     target, own = cfg.target, advice.configured
     lines = [
-        f"Predicted for {cfg.batch.micro} rows of the longest kind on {target.gpus} x {target.memory_gib:g} GiB.",
+        f"Predicted for {rows_at_once(cfg)} rows of the longest kind on {target.gpus} x {target.memory_gib:g} GiB.",
         f"Cheapest that fits: {advice.best} (strategy={advice.best})" if advice.best else "Nothing fits.",
     ]
     if any(one.cpu for one in advice.peaks.values()):
@@ -153,7 +153,7 @@ def _verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[s
         lines += [f"{what}, each with those before it:", table([_row(lever) for lever in advice.levers])]
     now = checkpointing(cfg)
     change = ", ".join(
-        f"{name} {_gib(cfg.batch.micro * kept)} GiB" for name, kept in plan.activations.items() if name != now
+        f"{name} {_gib(rows_at_once(cfg) * kept)} GiB" for name, kept in plan.activations.items() if name != now
     )
     return [
         *lines,

@@ -1,32 +1,33 @@
-"""Caption retrieval for two-tower models: does an image lie nearest to its own caption?
+"""Retrieval for two-tower models: does an image lie nearest to its own caption, and a caption to one of its images?
 
 Legend: N images, C distinct captions, E width of the shared space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from data_pipelines.stream import ShardSet
-from vlm_train.data.render import Rendered, render
-from vlm_train.errors import ConfigError
-from vlm_train.evaluation.answers import normalised, reference
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar, views_of
+from vlm_train.evaluation.answers import normalised
+from vlm_train.evaluation.common import Unusable
+from vlm_train.evaluation.towers import image_vectors, text_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vlm_train.build import Built
 
-    _Item = tuple[str, Rendered, list[np.ndarray]]
+DEPTHS = (1, 5)
 
 
 class CaptionRetrieval:
-    """Share of images whose own caption is the nearest of all distinct captions in the set.
+    """Recall at 1 and 5 in both directions, over the distinct captions of the set.
+
+    An image finds its own caption among the C; a caption finds one of the images that bear it among the N.
 
     Args:
         shards: shard set of captioned images; the first annotation of a sample is its caption.
@@ -40,66 +41,63 @@ class CaptionRetrieval:
         self.reported: set[tuple[str, int]] = set()
 
     def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
-        """Returns `accuracy` in [0, 1], `n` images, `results`: a row `{name, value, n, note}` if `final`.
+        """Returns `accuracy` (R@1 of captions) in [0, 1], `n` images, `results`: rows `{name, value, n, note}` if
+        `final`.
 
         Raises:
-            ConfigError: the model has no two towers.
+            ConfigError: the model has no two towers, or no sample can be used.
         """
-        import torch
-
         del folder
-        if not hasattr(built.model, "encode_image") or not hasattr(built.model, "encode_text"):
-            raise ConfigError(f"eval: caption retrieval needs model=two_tower, got {type(built.model).__name__}")
         shards = ShardSet(self.shards)
         count = len(shards) if self.limit is None else min(self.limit, len(shards))
         unusable = Unusable(shards, self.reported)
-        captions: dict[str, Any] = {}
-        own, images = [], []
-        with evaluating(built.model):
-            progress = progress_bar("images", count)
-            for start in range(0, count, self.batch):
-                numbers = range(start, min(start + self.batch, count))
-                if items := self._items(built, shards, numbers, unusable):
-                    texts, image, text = self._encode(built, items)
-                    for caption, vector in zip(texts, text, strict=True):
-                        captions.setdefault(caption, vector)
-                    own += texts
-                    images.append(image)
-                progress(len(numbers))
-            unusable.check(count)
-            names = list(captions)
-            if not names:
-                raise ConfigError(f"eval: {self.shards} holds no captions")
-            nearest = (
-                (torch.cat(images) @ torch.stack(list(captions.values())).T).argmax(dim=1).tolist()
-            )  # [N, E] x [E, C]
-        value = sum(names[found] == caption for found, caption in zip(nearest, own, strict=True)) / len(own)
-        note = f"own caption is the nearest of {len(names)} (chance {1 / len(names):.3f}){unusable.note}"
-        row = {"name": "caption retrieval", "value": value, "n": len(own), "note": note}
-        return {"accuracy": value, "n": len(own), "results": [row] if final else []}
+        images, captions = image_vectors(built, shards, count, self.batch, unusable)
+        names: dict[str, str] = {}
+        for caption in captions:
+            names.setdefault(normalised(caption), caption)
+        numbers = {name: number for number, name in enumerate(names)}
+        own = [numbers[normalised(caption)] for caption in captions]
+        scores = images @ text_vectors(built, list(names.values()), self.batch).T  # [N, E] x [E, C]
+        rows = recalls(scores, own)
+        rows[0]["note"] += unusable.note
+        return {"accuracy": rows[0]["value"], "n": len(own), "results": rows if final else []}
 
-    def _items(self, built: Built, shards: ShardSet, numbers: Iterable[int], unusable: Unusable) -> list[_Item]:
-        """Caption, rendered caption and views of the numbered samples that can be used."""
-        items = []
-        for number in numbers:
-            with unusable.watch(number):
-                sample, blobs = shards.load(number)
-                caption = normalised(reference(sample.annotations[0]))
-                rendered = render(sample, built.template, built.tokenizer, built.layout, annotations="first")
-                items.append((caption, rendered, views_of(built, blobs[:1])))
-        return items
 
-    def _encode(self, built: Built, items: Sequence[_Item]) -> tuple[list[str], Tensor, Tensor]:
-        """Captions, image vectors `[N, E]` and caption vectors `[N, E]`."""
-        from vlm_train.data.collate import collate_prompts
+def recalls(scores: Tensor, own: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows `{name, value, n, note}`: R@1, R@5 of captions, then of images.
 
-        batch = collate_prompts([(rendered, views) for _, rendered, views in items], built.image_size)
-        batch = batch.to(next(built.model.parameters()).device)
-        if batch.media.real != len(items):
-            raise ConfigError(f"eval: caption retrieval needs one image a sample, but {self.shards} has some without")
-        model: Any = built.model
-        return (
-            [caption for caption, _, _ in items],
-            model.encode_image(batch.media),
-            model.encode_text(batch.text["llm"]),
+    Args:
+        scores: `[N, C]`, similarity of images and captions.
+        own: the caption of every image.
+    """
+    import torch
+
+    bears = torch.tensor(own, device=scores.device)
+    images, captions = scores.shape
+    rows = []
+    for depth in DEPTHS:
+        found = scores.topk(min(depth, captions), dim=1).indices == bears[:, None]
+        chance = min(depth, captions) / captions
+        note = (
+            f"own caption is the nearest of {captions}" if depth == 1 else f"own caption is among the nearest {depth}"
         )
+        rows.append(_row(f"caption retrieval R@{depth}", found, f"{note} (chance {chance:.3f})"))
+    for depth in DEPTHS:
+        nearest = scores.T.topk(min(depth, images), dim=1).indices
+        found = bears[nearest] == torch.arange(captions, device=scores.device)[:, None]
+        chance = image_chance(list(Counter(own).values()), depth)
+        note = f"one of a caption's images is among the nearest {depth} of {images} (chance {chance:.3f})"
+        rows.append(_row(f"image retrieval R@{depth}", found, note))
+    return rows
+
+
+def image_chance(bearers: Sequence[int], depth: int) -> float:
+    """Expected R@`depth` of captions whose nearest images are random; `bearers`: how many images bear each caption."""
+    images = sum(bearers)
+    misses = [comb(images - one, min(depth, images)) / comb(images, min(depth, images)) for one in bearers]
+    return 1 - sum(misses) / len(misses)
+
+
+def _row(name: str, found: Tensor, note: str) -> dict[str, Any]:
+    hits = found.any(dim=1)
+    return {"name": name, "value": hits.double().mean().item(), "n": len(hits), "note": note}

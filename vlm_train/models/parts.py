@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from vlm_train.data.batch import Segments
+from vlm_train.data.batch import Segments, TokenStream
 from vlm_train.data.layout import Grid, MediaLayout, MediaSize
 
 
@@ -96,6 +96,26 @@ class ReadsContext(Protocol):
 
     reads_context: bool
     context: Any
+
+
+class TextTower(Protocol):
+    """The text half of two towers, where it is no causal language model.
+
+    Attributes:
+        dim: width D of the vectors.
+        layers: the blocks, for layer-wise learning rates and activation checkpointing.
+    """
+
+    dim: int
+    layers: nn.ModuleList
+
+    def pooled(self, stream: TokenStream) -> Tensor:
+        """Captions, one a row and padded on any side -> vectors `[B, D]`, before projection and normalisation."""
+        ...
+
+    def head_parameters(self) -> list[str]:
+        """Names of parameters that `pooled` never reads."""
+        ...
 
 
 class LaysOutMedia(Protocol):

@@ -42,19 +42,14 @@ class Contrastive:
 
     def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
         """`{"contrastive": Loss}`: sum over the local pairs of the mean of both directions."""
-        stream, pairs = batch.text[self.text], len(batch.media.row)
-        if batch.media.real != pairs or (pairs and pairs != len(stream.ids)):  # without pairs, a row of padding
-            raise BatchError(
-                f"contrastive: needs one image view a text, got {batch.media.real} views of {pairs} images "
-                f"for {len(stream.ids)} texts"
-            )
+        stream, pairs = batch.text[self.text], pairs_of(batch, self.text)
         image = model.encode_image(batch.media)[:pairs]
         text = model.encode_text(stream)[batch.media.row]
         sizes = gather.sizes(pairs)
         all_image, all_text = gather(image, sizes, with_grad=True), gather(text, sizes, with_grad=True)
         target = torch.arange(pairs, device=image.device) + sum(sizes[: gather.rank])
         scale = model.logit_scale.exp()
-        duplicate = self._duplicates(caption_hashes(stream)[batch.media.row], target, gather, sizes)
+        duplicate = duplicates(batch, stream, target, gather, sizes) if self.mask_duplicates else None
         to_text, to_image = scale * image @ all_text.T, scale * text @ all_image.T  # [b, G]
         if duplicate is not None:
             to_text, to_image = (logits.masked_fill(duplicate, float("-inf")) for logits in (to_text, to_image))
@@ -66,16 +61,32 @@ class Contrastive:
             "text_to_image": hits[1] / max(pairs, 1),
             "logit_scale": scale.detach(),
         }
-        first = batch.media.row * stream.ids.shape[1]  # the flat position of every text
-        sources = sums_by_source(batch, stream, first, torch.stack([each, torch.ones_like(each)], dim=1))
+        sources = pairs_by_source(batch, stream, each)
         return {"contrastive": Loss(loss, loss.new_tensor(float(pairs)), self.weight, metrics, sources)}
 
-    def _duplicates(self, mine: Tensor, target: Tensor, gather: Gather, sizes: list[int]) -> Tensor | None:
-        """`[b, G]`, True where another pair has the same caption, whose fingerprints `[b]` are `mine`."""
-        if not self.mask_duplicates:
-            return None
-        same = mine[:, None] == gather(mine, sizes, with_grad=False)[None, :]
-        return same.scatter(1, target[:, None], False)
+
+def pairs_of(batch: Batch, text: str) -> int:
+    """Number of pairs b. Raises `BatchError` unless every text of the stream named `text` has one image view."""
+    texts, pairs = len(batch.text[text].ids), len(batch.media.row)
+    if batch.media.real != pairs or (pairs and pairs != texts):  # without pairs, a row of padding
+        raise BatchError(
+            f"contrastive: needs one image view a text, got {batch.media.real} views of {pairs} images "
+            f"for {texts} texts"
+        )
+    return pairs
+
+
+def duplicates(batch: Batch, stream: TokenStream, target: Tensor, gather: Gather, sizes: list[int]) -> Tensor:
+    """`[b, G]`, True where a pair other than the own one, number `target` `[b]` of all, has the same caption."""
+    mine = caption_hashes(stream)[batch.media.row]
+    same = mine[:, None] == gather(mine, sizes, with_grad=False)[None, :]
+    return same.scatter(1, target[:, None], False)
+
+
+def pairs_by_source(batch: Batch, stream: TokenStream, each: Tensor) -> dict[str, Tensor]:
+    """The losses `[b]` of the local pairs as `Loss.sources`."""
+    first = batch.media.row * stream.ids.shape[1]  # the flat position of every text
+    return sums_by_source(batch, stream, first, torch.stack([each, torch.ones_like(each)], dim=1))
 
 
 def caption_hashes(stream: TokenStream) -> Tensor:

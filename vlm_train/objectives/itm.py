@@ -19,6 +19,9 @@ from vlm_train.objectives.itc import similarities
 from vlm_train.objectives.pairs import Pairs, pairs_of
 from vlm_train.randomness import derive_seed
 
+_MIX = 6364136223846793005
+"""An odd multiplier; products wrap around."""
+
 
 class ITM:
     """Two-way cross entropy of every pair, of its image with a wrong text, and of its text with a wrong image.
@@ -78,18 +81,19 @@ class ITM:
             closed = closed | ((column < first) | (column >= first + len(pairs.own)))[None]
         drawn = [
             (one + noise).masked_fill(closed, float("-inf")).argmax(dim=1) if len(column) else pairs.own
-            for one, noise in zip(likeness, self._noise(batch, pairs), strict=True)
+            for one, noise in zip(likeness, self._noise(batch, pairs, gather), strict=True)
         ]
         return drawn[0], drawn[1], ~closed.all(dim=1)
 
-    def _noise(self, batch: Batch, pairs: Pairs) -> Tensor:
-        """Gumbel noise `[2, b, G]`, with which the largest logit is a draw from their softmax; the same for a pair on
-        whichever rank it is."""
-        place = (batch.window.step, batch.window.micro) if batch.window is not None else (0, 0)
-        generator = torch.Generator().manual_seed(derive_seed("itm", *place))
-        total = sum(pairs.sizes)
-        drawn = torch.rand(2, total, total, generator=generator).clamp(min=1e-9)
-        return -torch.log(-torch.log(drawn)).to(pairs.own.device)[:, pairs.own]
+    def _noise(self, batch: Batch, pairs: Pairs, gather: Gather) -> tuple[Tensor, Tensor]:
+        """Gumbel noise `[b, G]` for both directions, with which the largest logit is a draw from their softmax; it is a
+        function of the step and the two samples, on whichever rank and in whichever place they are."""
+        step = batch.window.step if batch.window is not None else 0
+        ids = [derive_seed("pair", key) for key in batch.media.keys]
+        mine = torch.tensor(ids, dtype=torch.int64, device=pairs.own.device)
+        everyone = gather(mine, pairs.sizes, with_grad=False)
+        first, second = (gumbel(mine, everyone, derive_seed("itm", step, direction)) for direction in ("text", "image"))
+        return first, second
 
     def _other_context(
         self, model: Any, batch: Batch, own: tuple[Tensor, ...], wrong: Tensor, pairs: Pairs, gather: Gather
@@ -100,6 +104,15 @@ class ITM:
         features = model.features(batch)
         everything = gather(features, pairs.sizes, with_grad=features.requires_grad)
         return model.context(everything[wrong])
+
+
+def gumbel(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
+    """Gumbel noise `[b, G]`, each number a function of its row's and column's name (int64) and the seed."""
+    mixed = (rows[:, None] ^ seed) * _MIX + columns[None, :]
+    for _ in range(2):
+        mixed = (mixed ^ (mixed >> 31)) * _MIX
+    uniform = ((mixed >> 11) & (2**40 - 1)).double().add(0.5) / 2**40
+    return -torch.log(-torch.log(uniform)).float()
 
 
 def _texts(batch: Batch, gather: Gather) -> tuple[Tensor, Tensor]:

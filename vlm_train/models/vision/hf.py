@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlm_train.data.layout import Grid, MediaSize
 from vlm_train.errors import ConfigError
+from vlm_train.models.clip_init import init_vision
 from vlm_train.models.hub import build_model, load_pretrained
 
 # Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
@@ -41,6 +42,7 @@ class HFVision(nn.Module):
         final_norm: apply the tower's final LayerNorm (`layer` must be -1), as CLIP's own image embedding does.
         image_mean, image_std: per channel, of pixels in [0, 1].
         attention: `sdpa` or `eager`.
+        init: random weights as `transformers` has them (`library`), or as CLIP's training started (`clip`).
     """
 
     def __init__(
@@ -54,11 +56,16 @@ class HFVision(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         attention: str = "sdpa",
+        init: str = "library",
     ) -> None:
         super().__init__()
         self.numbers = dict(config)
         self.weights = weights
         self.model = build_model(_auto_model(config.get("model_type")), "vision", config, attention)
+        if init not in ("library", "clip") or (init == "clip" and self.model.config.model_type != "clip_vision_model"):
+            raise ConfigError(f"vision.init: {init!r}; allowed: library; clip for clip_vision_model")
+        if init == "clip":
+            init_vision(self.model)
         tower_config = self.model.config
         self.depth = len(self.layers)
         # Some layers take a mask as their second argument, in some releases only.
@@ -92,6 +99,11 @@ class HFVision(nn.Module):
         """The encoder blocks, for layer-wise learning rates and activation checkpointing."""
         encoder = self.tower.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+    @property
+    def pooling_head(self) -> Any:
+        """The tower's own attention pooling, normalised features `[N, P, D]` -> `[N, D]` (SigLIP); None without."""
+        return getattr(self.tower, "head", None)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, 3, H, W]` -> `[N, P, D_v]`."""
