@@ -7,9 +7,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from vlm_train.objectives.base import Gather, identity_gather
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    """`[rows, ...]` of all ranks, one after the other."""
+    tensor = tensor.contiguous()
+    slices = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(slices, tensor)
+    return torch.cat(slices)
+
+
+class _WithGrad(torch.autograd.Function):
+    """`_joined` whose gradients go back to the rank they belong to.
+
+    That of torch (`torch.distributed.nn.functional.all_gather`) returns wrong ones over gloo where they come with other
+    strides than contiguous, as einsum's do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return _joined(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        first = dist.get_rank() * ctx.rows
+        return summed[first : first + ctx.rows]
 
 
 class RankGather:
@@ -20,21 +48,16 @@ class RankGather:
 
     def sizes(self, rows: int) -> list[int]:
         """Rows of every rank."""
-        return [int(size) for size in self._plain(torch.tensor([rows], device=self.device)).tolist()]
+        return [int(size) for size in _joined(torch.tensor([rows], device=self.device)).tolist()]
 
     def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
         """See `Gather`."""
         most = max(sizes)
         padded = torch.cat([tensor, tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
-        whole = torch.cat(list(all_gather(padded))) if with_grad else self._plain(padded)
+        whole = _WithGrad.apply(padded) if with_grad else _joined(padded)
         if min(sizes) == most:
             return whole
         return torch.cat([whole[r * most : r * most + size] for r, size in enumerate(sizes)])
-
-    def _plain(self, tensor: Tensor) -> Tensor:
-        slices = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(slices, tensor.contiguous())
-        return torch.cat(slices)
 
 
 def gather_for(world: int, device: torch.device) -> Gather:
