@@ -34,6 +34,7 @@ def show(cfg: DictConfig) -> None:
         annotations=cfg.data.annotations,
         max_length=cfg.data.max_length,
         over_length=cfg.data.over_length,
+        **built.rendering,
     )
     source = f", source {sample.source}" if sample.source else ""
     print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")

@@ -7,8 +7,6 @@ Legend: B rows, S tokens of the encoder, T tokens of the decoder, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
