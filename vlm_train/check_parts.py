@@ -82,8 +82,8 @@ def check_objectives(cfg: DictConfig) -> Iterator[str]:
         if "stream" not in known:
             continue
         stream, default = node.get("stream"), str(known["stream"].default).strip("'\"")
-        rendered = tuple(_streams(cfg))
-        allowed = {"stream": ("samples",) if default == "samples" else rendered, "text": rendered}
+        learned = tuple(name for name, alignment in _streams(cfg).items() if alignment != "none")
+        allowed = {"stream": ("samples",) if default == "samples" else learned, "text": learned}
         for key, words in allowed.items():
             if key in node and node[key] not in words:
                 suggestion = hint(str(node[key]), words)

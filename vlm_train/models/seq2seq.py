@@ -7,10 +7,14 @@ Legend: B rows, S tokens of the encoder, T tokens of the decoder, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from vlm_train.data.batch import Batch
+from vlm_train.data.streams import Alignment
 from vlm_train.models.prefix import PrefixVLM
 from vlm_train.models.text_only import decode_stream
 
@@ -18,7 +22,7 @@ from vlm_train.models.text_only import decode_stream
 class PrefixSeq2Seq(PrefixVLM):
     """vision -> connector -> merge -> the llm's encoder -> its decoder. `llm` is an `EncoderDecoder`."""
 
-    streams = {"llm": "none", "decoder": "seq2seq"}
+    streams: ClassVar[Mapping[str, Alignment]] = {"llm": "none", "decoder": "seq2seq"}
 
     def forward(self, batch: Batch, stream: str = "decoder") -> Tensor:
         """Final hidden states `[B, T, D]` of the decoder over `stream`, which answers the stream "llm"."""
