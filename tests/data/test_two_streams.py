@@ -18,7 +18,7 @@ from vlm_train.data.render import Rendered, render
 from vlm_train.data.show import format_tokens
 from vlm_train.data.streams import IGNORE, Stream
 from vlm_train.data.tokenizer import byte_level
-from vlm_train.errors import ConfigError
+from vlm_train.errors import AssetError, ConfigError
 
 PAIR = {"llm": "none", "decoder": "seq2seq"}
 WITH_QFORMER = {"llm": "causal", "qformer": "none"}
@@ -160,6 +160,8 @@ def test_instruction_by_hand(tmp_path: Path, tokenizer) -> None:
     assert batch.text["qformer"].ids.tolist() == [[2, 4, 5, 6, 7, 3]]
     with pytest.raises(ConfigError, match=r"instruction\.max_length: 2"):
         Instruction(tokenizer=str(tmp_path), max_length=2)
+    with pytest.raises(AssetError, match=r"instruction\.tokenizer: no tokenizer could be loaded from"):
+        Instruction(tokenizer=str(tmp_path / "none"))
 
 
 def test_instruction_of_several_turns_has_no_answers(tokenizer) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from vlm_train.data.streams import Stream, Tokens, encoded
-from vlm_train.data.tokenizer import byte_level, pretrained
+from vlm_train.data.tokenizer import byte_level, load
 from vlm_train.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ class Instruction:
     """
 
     def __init__(self, *, tokenizer: str | None, max_length: int = 128) -> None:
-        self.tokenizer = byte_level() if tokenizer is None else pretrained(name=tokenizer)
+        self.tokenizer = byte_level() if tokenizer is None else load("instruction.tokenizer", tokenizer)
         core = self.tokenizer.backend_tokenizer
         room = max_length - core.num_special_tokens_to_add(False)
         if room < 1:
