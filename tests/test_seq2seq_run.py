@@ -1,4 +1,4 @@
-"""A small run of an encoder-decoder: trained, saved, resumed, answered with."""
+"""A small run of an encoder-decoder: trained, and asked questions."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
 
 
-def overrides(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
-    return command(data, runs, *PAIR, "data.annotations=first", *more, name=name)
+def overrides(data: Path, runs: Path, *more: str) -> list[str]:
+    return command(data, runs, *PAIR, "data.annotations=first", *more)
 
 
-def test_it_learns_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
-    whole = losses(train(overrides(data, tmp_path, "optim.lr=0.01", name="whole")))
-    assert all(map(math.isfinite, whole.values())) and whole[6] < 0.9 * whole[1]
-    train(overrides(data, tmp_path, "optim.lr=0.01", "trainer.max_steps=6", "trainer.val_every=3", name="same"))
-    assert losses(tmp_path / "same") == whole
+def test_it_learns(data: Path, tmp_path: Path) -> None:
+    found = losses(train(overrides(data, tmp_path, "optim.lr=0.01")))
+    assert all(map(math.isfinite, found.values())) and found[6] < 0.9 * found[1]
 
 
 def test_it_answers_questions(data: Path, tmp_path: Path) -> None:
