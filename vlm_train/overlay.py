@@ -27,7 +27,7 @@ def take_back(node: Any, option: Path, overlay: Path, asked: Container[str]) -> 
     elsewhere than ours, keeps the overlay as it is."""
     if not (option.is_file() and overlay.is_file()):
         return
-    own, said = (OmegaConf.load(path).get(NUMBERS) for path in (option, overlay))
+    own, said = (OmegaConf.select(OmegaConf.load(path), NUMBERS) for path in (option, overlay))
     if own is None or said is None:
         return
     with open_dict(node):

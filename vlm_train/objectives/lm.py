@@ -61,7 +61,7 @@ class LanguageModeling:
         total = correct = hidden.new_zeros((), dtype=torch.float32)
         losses = []
         for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
-            loss, hits = _chunk_loss(model, *part, self.label_smoothing)
+            loss, hits = _chunk_loss(model, *part, smoothing=self.label_smoothing)
             total, correct = total + loss.sum(), correct + hits
             losses.append(loss.detach())
         accuracy = correct / max(len(index), 1)
