@@ -115,6 +115,21 @@ def test_logits_and_loss_are_the_library_s(tied: bool, attention: str) -> None:
     assert_close(masked, logits, "explicit mask")
 
 
+def test_another_architecture_fits_the_contract() -> None:
+    sides = ("encoder", "decoder")
+    numbers = {f"{side}_{name}": n for side in sides for name, n in (("layers", 2), ("attention_heads", 4))}
+    numbers |= {f"{side}_ffn_dim": 64 for side in sides} | {"d_model": 32, "vocab_size": 50, "scale_embedding": True}
+    torch.manual_seed(0)
+    llm = HFSeq2Seq(config={"model_type": "bart", "decoder_start_token_id": 2} | numbers).eval()
+    ids, answer = torch.randint(3, 50, (2, 6)), torch.tensor([[2, 7, 8], [2, 9, 3]])
+    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    context = llm.encode(llm.embed(ids), real[:, None, None])
+    logits = llm.head(llm.decode(llm.embed(answer), torch.arange(3)[None, None], None, context))
+    expected = llm.model(input_ids=ids, attention_mask=real.long(), decoder_input_ids=answer).logits
+    assert_close(logits, expected)
+    assert (len(llm.layers), llm.start_id) == (4, 2)
+
+
 def test_family_trains_as_a_reference_by_hand() -> None:
     model, batch = tiny_family(), tiny_batch()
     loss = LanguageModeling(stream="decoder", chunk=2)(model, batch, identity_gather)["lm"]
