@@ -284,6 +284,8 @@ def test_streams_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyP
     refused = problems(*pair, learned, "data.pack=2048", "data.over_length=split", "instruction=bert")
     named = ("data.pack: the model reads the streams llm and decoder", "data.over_length: ", "instruction: the model")
     assert len(refused) == len(named) and all(a.startswith(b) for a, b in zip(refused, named, strict=True))
+    assert problems("data.prefix_split=true")[0].startswith("data.prefix_split: only an encoder-decoder")
+    assert problems(*pair, learned, "data.prefix_split=true") == []
     assert problems(*pair, learned, "data.rejected=true")[0].startswith("data.rejected: the model reads the streams")
     monkeypatch.setattr(check_parts, "constant", lambda target, name: {"llm": "causal", "qformer": "none"})
     assert problems("instruction=bert") == []

@@ -156,6 +156,8 @@ def check_streams(cfg: DictConfig) -> Iterator[str]:
             yield f"data.over_length: {reads}, which are not cut at turns; use truncate, drop or error, got split."
         if data.get("rejected"):
             yield f"data.rejected: {reads}; pairs of answers need a model that reads one."
+    if isinstance(data, dict) and data.get("prefix_split") and "seq2seq" not in streams.values():
+        yield "data.prefix_split: only an encoder-decoder reads a prompt apart from its answer; use false."
     instruction = resolved(cfg, "instruction")
     if "qformer" in streams and instruction is None:
         yield "instruction is empty: the model's Q-Former reads one. Choose an option, instruction=<option>."

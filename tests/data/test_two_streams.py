@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipelines.errors import BadSample
-from data_pipelines.sample import Annotation
+from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.rendering import assistant, layout, load, sample, user
 from vlm_train.data.collate import Item, collate, collate_prompts
 from vlm_train.data.instruction import Instruction
@@ -89,8 +90,7 @@ def test_what_cannot_be_two_streams(tokenizer) -> None:
     with pytest.raises(BadSample, match="no answer"):
         paired(sample((user("A?", 0),), media=1), tokenizer)
     with pytest.raises(BadSample, match="shows media"):
-        shown = assistant("here")
-        item = sample((user("Draw"), shown.__class__(role="assistant", parts=user("x", 0).parts)), media=1)
+        item = sample((user("Draw"), Turn(role="assistant", parts=user("x", 0).parts)), media=1)
         paired(item, tokenizer)
     with pytest.raises(BadSample, match="no supervised token"):
         paired(sample((user("A?", 0), assistant("a", weight=0.0)), media=1), tokenizer)
@@ -107,6 +107,33 @@ def test_a_prompt_is_cut_on_its_left_and_an_answer_on_its_right(tokenizer) -> No
         paired(item, tokenizer, max_length=2, over_length="truncate")
     with pytest.raises(BadSample, match="12 tokens"):
         paired(item, tokenizer, max_length=6)
+
+
+def test_prefix_language_modelling_cuts_up_to_the_middle(tokenizer) -> None:
+    seen = set()
+    for number in range(40):
+        item = replace(sample((user("", 0), assistant("one two three four five")), media=1), key=f"key {number}")
+        streams = paired(item, tokenizer, prefix_split=True).streams
+        prompt = written(streams["llm"], tokenizer).removesuffix("<eos>")
+        answer = tokenizer.decode(streams["decoder"].labels.tolist()).removesuffix("<eos>")
+        assert f"{prompt} {answer}" == "one two three four five"
+        assert streams["llm"].ids.tolist() == paired(item, tokenizer, prefix_split=True).llm.ids.tolist()
+        seen.add(prompt)
+    assert seen == {"one", "one two"}
+    asked = paired(item, tokenizer, prefix_split=True, generation=True)
+    assert written(asked.llm, tokenizer) == "<eos>" and asked.reference == "one two three four five"
+
+
+def test_prefix_follows_the_question(tokenizer) -> None:
+    streams = paired(sample((user("Say", 0), assistant("a b")), media=1), tokenizer, prefix_split=True).streams
+    assert written(streams["llm"], tokenizer) == "Say a<eos>"
+    alone = paired(sample((assistant("a b"),)), tokenizer, prefix_split=True).streams
+    assert written(alone["llm"], tokenizer) == "a<eos>"
+    whole = paired(sample((user("Say", 0), assistant("word")), media=1), tokenizer, prefix_split=True).streams
+    assert written(whole["llm"], tokenizer) == "Say<eos>"
+    weighted = Turn(role="assistant", parts=(Text(text="a bc", weights=((0, 3, 2.0),)),))
+    learned = paired(sample((user("", 0), weighted), media=1), tokenizer, prefix_split=True).streams["decoder"]
+    assert learned.weights.tolist() == [2.0, 1.0, 1.0]
 
 
 def item_of(rendered: Rendered, number: int) -> Item:

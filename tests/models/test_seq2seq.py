@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vision
 from vlm_train.data.batch import IGNORE, Batch, TokenStream
+from vlm_train.errors import AssetError
 from vlm_train.models.connectors.linear import Linear
 from vlm_train.models.llms.hf_seq2seq import HFSeq2Seq
 from vlm_train.models.seq2seq import PrefixSeq2Seq
@@ -179,6 +180,17 @@ def test_a_head_of_its_own_survives_loading(tmp_path: Path) -> None:
     other.load_weights()
     assert torch.equal(other.model.lm_head.weight, llm.model.lm_head.weight)
     assert torch.equal(other.embed(torch.tensor([[3]])), llm.embed(torch.tensor([[3]])))
+
+
+def test_blip2_runs_other_weights_activation(tmp_path: Path) -> None:
+    llm = tiny_t5()
+    llm.model.save_pretrained(tmp_path)
+    other = HFSeq2Seq(config=t5_config(dense_act_fn="gelu"), weights=str(tmp_path))
+    other.load_weights()
+    acts = [type(block.layer[-1].DenseReluDense.act).__name__ for block in (*llm.layers, *other.layers)]
+    assert acts == ["NewGELUActivation"] * 4 + ["GELUActivation"] * 4
+    with pytest.raises(AssetError, match=r"has d_kv = 8, the config says 16"):
+        HFSeq2Seq(config=t5_config(d_kv=16), weights=str(tmp_path)).load_weights()
 
 
 def test_new_tokens_reach_both_sides() -> None:

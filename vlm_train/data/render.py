@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Turn
 from vlm_train.data.layout import MediaLayout, MediaSize
+from vlm_train.data.prefix import with_prefix
 from vlm_train.data.segments import stripped_turn
 from vlm_train.data.split import pieces
 from vlm_train.data.streams import CAUSAL, QFORMER, Alignment, Stream, fit, learned
@@ -61,6 +62,7 @@ def render(
     over_length: OverLength = "drop",
     generation: bool = False,
     rejected: bool = False,
+    prefix_split: bool = False,
     piece: int = 0,
     streams: Mapping[str, Alignment] = CAUSAL,
     instruction: Callable[[str], Stream] | None = None,
@@ -75,6 +77,7 @@ def render(
         over_length: drop (`BadSample`) | truncate (cut whole text tokens off the end, never media) | split (at turns,
             see `vlm_train.data.split`) | error.
         rejected: also render the stream "rejected", the annotation with its last turn replaced.
+        prefix_split: the first words of the last answer end the prompt, see `vlm_train.data.prefix`; not in generation.
         piece: which piece of a sample that is split.
         streams: what the model reads. One aligned `seq2seq` takes the last answer, and "llm" all that precedes it.
         instruction: writes the stream "qformer" from the text of the user turns.
@@ -99,6 +102,8 @@ def render(
         else:
             if over_length == "split" and max_length and (piece or len(writer.training(chosen)) > max_length):
                 chosen = _piece(writer, chosen, max_length, piece)
+            if prefix_split:
+                chosen = [with_prefix(one, sample.key) for one in chosen]
             made = writer.streams(chosen)
             if rejected:
                 made["rejected"] = writer.training([_rejected(chosen[0])])

@@ -35,6 +35,7 @@ def show(cfg: DictConfig) -> None:
         annotations=cfg.data.annotations,
         max_length=cfg.data.max_length,
         over_length=cfg.data.over_length,
+        prefix_split=cfg.data.get("prefix_split") or False,
         **built.rendering,
     )
     source = f", source {sample.source}" if sample.source else ""

@@ -24,7 +24,7 @@ ATTENTION = ("sdpa", "eager")
 _INTERNAL = {"transformers_version", "architectures", "return_dict", "dtype", "output_hidden_states"}
 
 # Taken by configurations that do not list them as fields.
-_UNLISTED = {"rope_theta", "tie_word_embeddings", "decoder_start_token_id"}
+_UNLISTED = {"rope_theta", "tie_word_embeddings", "decoder_start_token_id", "dense_act_fn"}
 
 
 def build_config(setting: str, values: Mapping[str, Any]) -> Any:

@@ -32,7 +32,8 @@ class HFSeq2Seq(nn.Module):
     Args:
         config: `{model_type, ...}`, the fields of the `transformers` configuration; `vocab_size: null` takes the length
             of the tokenizer. `tie_word_embeddings: false` (T5 v1.1, Flan-T5): the head has weights of its own, and what
-            enters it is not scaled.
+            enters it is not scaled. `dense_act_fn` may be another one than the weights were made with: BLIP-2 and
+            InstructBLIP run Flan-T5 with gelu in place of gelu_new.
         weights: hub name or local folder, read by `load_weights`; None: random.
         vocab_size: length of the tokenizer.
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
@@ -165,7 +166,8 @@ class HFSeq2Seq(nn.Module):
     def load_weights(self) -> None:
         """Read `weights` into the model. Raises `AssetError` if they are not those of this architecture."""
         if self.weights is not None:
-            self.model = load_pretrained(self.model, self.weights, setting="llm.weights", config=self.numbers)
+            numbers = {key: value for key, value in self.numbers.items() if key != "dense_act_fn"}
+            self.model = load_pretrained(self.model, self.weights, setting="llm.weights", config=numbers)
             self._finish()
 
     def _finish(self) -> None:
