@@ -61,7 +61,7 @@ class LanguageModeling:
         total = correct = hidden.new_zeros((), dtype=torch.float32)
         losses = []
         for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
-            loss, hits = _chunk_loss(model, *part, smoothing=self.label_smoothing)
+            loss, hits = _chunk_loss(model, self.label_smoothing, *part)
             total, correct = total + loss.sum(), correct + hits
             losses.append(loss.detach())
         accuracy = correct / max(len(index), 1)
@@ -76,14 +76,14 @@ def supervised_positions(stream: TokenStream) -> Tensor:
     return (stream.labels.flatten() != IGNORE).nonzero().squeeze(1)
 
 
-def _chunk_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    given = (model, hidden, labels, weights, smoothing)
+def _chunk_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    given = (model, smoothing, hidden, labels, weights)
     if not torch.is_grad_enabled():
         return _token_loss(*given)
     return checkpoint(_token_loss, *given, use_reentrant=False, preserve_rng_state=False)
 
 
-def _token_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def _token_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted cross entropies `[S]` and number of correct predictions of `[S, D]` hidden states."""
     logits = model.logits(hidden).float()
     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
