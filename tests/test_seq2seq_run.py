@@ -11,6 +11,8 @@ import pytest
 from tests.small_run import command, make_data, train
 from vlm_train import cli
 
+pytestmark = pytest.mark.slow
+
 PAIR = ["model=prefix_seq2seq", "llm=flant5_xl", "template=seq2seq", "objective.lm.stream=decoder"]
 
 
