@@ -74,8 +74,8 @@ def render(
             first (one only).
         annotation: render only this one; with `generation` and `rejected` it is 0 if not given.
         max_length: most tokens of a stream, media included; null: no limit.
-        over_length: drop (`BadSample`) | truncate (cut whole text tokens off the end, never media) | split (at turns,
-            see `vlm_train.data.split`) | error.
+        over_length: drop (`BadSample`) | truncate (cut whole text tokens off the end, or off the beginning of an
+            encoder's text, never media) | split (at turns, see `vlm_train.data.split`) | error.
         rejected: also render the stream "rejected", the annotation with its last turn replaced.
         prefix_split: the first words of the last answer end the prompt, see `vlm_train.data.prefix`; not in generation.
         piece: which piece of a sample that is split.
@@ -94,8 +94,7 @@ def render(
         annotation = annotation or 0
     try:
         chosen, reference = _choose(sample.annotations, annotations, annotation), ""
-        if len(streams) > 1 and len(chosen) > 1:
-            raise ConfigError(_one_annotation(chosen, streams))
+        _check_pairs(chosen, streams)
         if generation:
             prompt, reference = writer.prompt(chosen[0])
             found = {"llm": fit(prompt, max_length, "drop")}
@@ -104,9 +103,7 @@ def render(
                 chosen = _piece(writer, chosen, max_length, piece)
             if prefix_split:
                 chosen = [with_prefix(one, sample.key) for one in chosen]
-            made = writer.streams(chosen)
-            if rejected:
-                made["rejected"] = writer.training([_rejected(chosen[0])])
+            made = _made(writer, chosen, rejected)
             found = {name: learned(fit(stream, max_length, over_length)) for name, stream in made.items()}
         if QFORMER in streams:
             found[QFORMER] = _instructed(instruction, writer.instruction(chosen[0]))
@@ -119,11 +116,19 @@ def render(
         raise type(error)(f"sample {sample.key!r}: {error}") from error
 
 
-def _one_annotation(annotations: Sequence[Annotation], streams: Mapping[str, Alignment]) -> str:
-    return (
-        f"{len(annotations)} independent annotations cannot share the streams {', '.join(streams)}; set "
-        "data.annotations to first or dialogue"
-    )
+def _made(writer: Writer, annotations: Sequence[Annotation], rejected: bool) -> dict[str, Stream]:
+    found = writer.streams(annotations)
+    if rejected:
+        found["rejected"] = writer.training([_rejected(annotations[0])])
+    return found
+
+
+def _check_pairs(annotations: Sequence[Annotation], streams: Mapping[str, Alignment]) -> None:
+    if len(streams) > 1 and len(annotations) > 1:
+        raise ConfigError(
+            f"{len(annotations)} independent annotations cannot share the streams {', '.join(streams)}; set "
+            "data.annotations to first or dialogue"
+        )
 
 
 def _instructed(instruction: Callable[[str], Stream] | None, text: str) -> Stream:
