@@ -86,6 +86,26 @@ def test_size_tiny_drops_what_a_recipe_says_about_exchanged_parts() -> None:
     assert small.vision is None
 
 
+def test_size_tiny_changes_only_numbers_that_a_component_has(tmp_path: Path) -> None:
+    encoder_decoder = config.tiny(RECIPE, "llm=flant5_xl").llm
+    assert encoder_decoder.config.d_model == 64 and encoder_decoder.config.num_layers == 2
+    assert encoder_decoder.config.feed_forward_proj == "gated-gelu" and encoder_decoder.weights is None
+    assert not {"hidden_size", "num_key_value_heads"} & set(encoder_decoder.config)
+    decoder = config.tiny(RECIPE).llm
+    assert decoder.config.hidden_size == 64 and not {"d_model", "num_heads"} & set(decoder.config)
+    assert config.tiny(RECIPE, "llm=flant5_xl", "llm.config.d_model=32").llm.config.d_model == 32
+    assert config.tiny(RECIPE, "llm.config.d_model=32").llm.config.d_model == 32  # to be found wrong
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "own.yaml").write_text("config: {model_type: x}\n_target_: x\n")
+    assert config.compose([RECIPE, "llm=own", "size=tiny"], [tmp_path]).llm.config.d_model == 64
+
+
+def test_size_tiny_gives_an_instruction_only_where_there_is_one() -> None:
+    assert config.tiny(RECIPE).instruction is None
+    small = config.tiny(RECIPE, "instruction=bert").instruction
+    assert small.tokenizer is None and small.max_length == 128
+
+
 def test_command_line_wins_over_size_tiny_and_the_recipe_loses(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\ntokenizer: {add: [recipe]}\n")

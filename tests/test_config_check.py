@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from data_pipelines.build import main as build_shards
-from vlm_train import config
+from vlm_train import check_parts, config
 from vlm_train.assets import missing_assets
 from vlm_train.check import check
 from vlm_train.errors import AssetError, ConfigError
@@ -277,6 +277,24 @@ def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:
     lines = missing_assets(cfg)
     for key in ("llm.weights is missing", "tokenizer.name is missing", "data.train.0.shards is missing"):
         assert any(line.startswith(key) for line in lines), lines
+
+
+def test_streams_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = ["model=prefix_seq2seq", "llm=flant5_xl", "template=seq2seq"]
+    learned = "objective.lm.stream=decoder"
+    assert problems(*pair, learned) == []
+    assert problems(*pair) == ["objective.lm.stream: got 'llm'. Allowed: decoder."]
+    assert problems(learned) == ["objective.lm.stream: got 'decoder'. Allowed: llm."]
+    refused = problems(*pair, learned, "data.pack=2048", "data.over_length=split", "instruction=bert")
+    named = ("data.pack: the model reads the streams llm and decoder", "data.over_length: ", "instruction: the model")
+    assert len(refused) == len(named) and all(a.startswith(b) for a, b in zip(refused, named, strict=True))
+    assert problems("data.prefix_split=true")[0].startswith("data.prefix_split: only an encoder-decoder")
+    assert problems(*pair, learned, "data.prefix_split=true") == []
+    assert problems(*pair, learned, "data.rejected=true")[0].startswith("data.rejected: the model reads the streams")
+    monkeypatch.setattr(check_parts, "constant", lambda target, name: {"llm": "causal", "qformer": "none"})
+    assert problems("instruction=bert") == []
+    (missing,) = problems()
+    assert missing.startswith("instruction is empty: the model's Q-Former reads one")
 
 
 def test_settings_of_the_order_that_would_be_ignored_are_refused() -> None:

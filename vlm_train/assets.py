@@ -59,6 +59,7 @@ def _missing_weights(cfg: DictConfig) -> Iterator[str]:
     """`<part>.weights` and the tokenizer's: a local file or folder, a name on the model hub, or a package's file."""
     named = [(group, "weights", "config.json") for group in ("vision", "connector", "llm", "model")]
     tokenizers = [("tokenizer", key, "tokenizer_config.json") for key in ("name", "file")]
+    tokenizers.append(("instruction", "tokenizer", "tokenizer_config.json"))
     for group, key, probe in [*named, *tokenizers]:
         part = resolved(cfg, group)
         name = part.get(key) if isinstance(part, dict) else None

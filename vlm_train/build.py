@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
+from vlm_train.data.streams import CAUSAL, Alignment
 from vlm_train.launch import rank
 from vlm_train.peft import hits
 from vlm_train.randomness import derive_seed
@@ -26,7 +28,7 @@ PARTS = ("vision", "connector", "llm")
 
 @dataclass
 class Built:
-    """The objects of a run."""
+    """The objects of a run. `instruction` writes the stream "qformer", where the model reads one."""
 
     cfg: DictConfig
     model: nn.Module
@@ -34,6 +36,19 @@ class Built:
     template: Any
     layout: MediaLayout
     image: ImageTransform | None
+    instruction: Any = None
+
+    @property
+    def streams(self) -> Mapping[str, Alignment]:
+        """The token streams that the model reads, and their alignment: the family's attribute `streams`."""
+        return cast(Mapping[str, Alignment], getattr(self.model, "streams", CAUSAL))
+
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """What `vlm_train.data.render` has to know of the model, besides its media layout."""
+        if self.streams == CAUSAL:
+            return {}
+        return {"streams": dict(self.streams), "instruction": self.instruction}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -66,7 +81,8 @@ def build(cfg: DictConfig, *, meta: bool = False) -> Built:
         for line in hits(model):
             print(line, flush=True)
     image = build_image(cfg, model)
-    return Built(cfg, model, tokenizer, template, build_layout(model, image), image)
+    instruction = None if cfg.instruction is None else make(cfg.instruction)
+    return Built(cfg, model, tokenizer, template, build_layout(model, image), image, instruction)
 
 
 def halve(model: nn.Module) -> None:

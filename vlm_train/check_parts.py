@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 
 from vlm_train.check_settings import packed, ranks
 from vlm_train.config import resolved
+from vlm_train.contents import constant, members, uses
 from vlm_train.schema import DICT_GROUPS, PART_GROUPS
-from vlm_train.signatures import UnknownTarget, hint, is_ours, members, read_signature, uses
+from vlm_train.signatures import UnknownTarget, hint, is_ours, read_signature
 
 PARTS = ("vision", "connector", "llm")
 """Arguments of a model's constructor that are groups of their own."""
@@ -18,8 +19,8 @@ PARTS = ("vision", "connector", "llm")
 ALWAYS = ("model", "tokenizer", "template", "data", "optim", "lr_schedule")
 """Groups that every run needs; those of `PARTS` follow from the model, and `image` from a vision tower."""
 
-TOKEN_STREAMS = ("llm",)
-"""Token streams that training renders."""
+TOKEN_STREAMS = {"llm": "causal"}
+"""Token streams of a family that names none."""
 
 QUANTISED_BITS = (4, 8)
 """Widths of `peft.bits`."""
@@ -81,7 +82,8 @@ def check_objectives(cfg: DictConfig) -> Iterator[str]:
         if "stream" not in known:
             continue
         stream, default = node.get("stream"), str(known["stream"].default).strip("'\"")
-        allowed = {"stream": ("samples",) if default == "samples" else TOKEN_STREAMS, "text": TOKEN_STREAMS}
+        learned = tuple(name for name, alignment in _streams(cfg).items() if alignment != "none")
+        allowed = {"stream": ("samples",) if default == "samples" else learned, "text": learned}
         for key, words in allowed.items():
             if key in node and node[key] not in words:
                 suggestion = hint(str(node[key]), words)
@@ -133,6 +135,35 @@ def _check_whole_model(path: str, cfg: DictConfig) -> Iterator[str]:
             f"{path}: its temperature is a single number that every rank reads and bounds, and {kind} cannot cut it or "
             "keeps another copy. Use strategy=ddp."
         )
+
+
+def _streams(cfg: DictConfig) -> dict[str, str]:
+    """The token streams that the model reads, and how their labels are aligned."""
+    family = _our_target(resolved(cfg, "model"))
+    try:
+        return (constant(family, "streams") if family else None) or TOKEN_STREAMS
+    except UnknownTarget:  # reported with the target
+        return TOKEN_STREAMS
+
+
+def check_streams(cfg: DictConfig) -> Iterator[str]:
+    """Several streams of a sample come one sample a row; only a model that reads an instruction is given one."""
+    streams, data = _streams(cfg), resolved(cfg, "data")
+    reads = f"the model reads the streams {' and '.join(streams)}"
+    if len(streams) > 1 and isinstance(data, dict):
+        if data.get("pack") is not None:
+            yield f"data.pack: {reads}, which do not line up in packed rows; use data.pack=null."
+        if data.get("over_length") == "split":
+            yield f"data.over_length: {reads}, which are not cut at turns; use truncate, drop or error, got split."
+        if data.get("rejected"):
+            yield f"data.rejected: {reads}; pairs of answers need a model that reads one."
+    if isinstance(data, dict) and data.get("prefix_split") and "seq2seq" not in streams.values():
+        yield "data.prefix_split: only an encoder-decoder reads a prompt apart from its answer; use false."
+    instruction = resolved(cfg, "instruction")
+    if "qformer" in streams and instruction is None:
+        yield "instruction is empty: the model's Q-Former reads one. Choose an option, instruction=<option>."
+    if "qformer" not in streams and instruction is not None:
+        yield "instruction: the model reads none. Use instruction=null, or a model with the stream qformer."
 
 
 def check_peft(cfg: DictConfig) -> Iterator[str]:

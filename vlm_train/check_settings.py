@@ -79,6 +79,8 @@ RANGES: dict[str, str] = {
     "connector.pool": ">= 1",
     "objective.*.weight": ">= 0",
     "objective.*.chunk": ">= 1",
+    "objective.*.label_smoothing": ">= 0, <= 1",
+    "instruction.max_length": ">= 1",
     "tokenizer.min_count": ">= 1",
     "tokenizer.max_words": ">= 1",
     "peft.rank": ">= 1",

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.errors import ConfigError
+from vlm_train.overlay import take_back
 from vlm_train.schema import PART_GROUPS, Paths, Root
 
 CONFIG_NAME = "config"
@@ -35,8 +36,8 @@ EMPTY_PARENT = "A setting lies below an empty one"
 GROUP_WITHOUT_OPTION = "Config group override must be a string or a list"
 
 TRAINING_KEYS = (
-    "seed", "init_from", "model", "vision", "connector", "llm", "tokenizer", "image", "template", "objective",
-    "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
+    "seed", "init_from", "model", "vision", "connector", "llm", "tokenizer", "image", "template", "instruction",
+    "objective", "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
 )  # fmt: skip
 """What decides the trained weights, hence the run id."""
 
@@ -166,7 +167,7 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
 
     Under `size` a group that its overlay exchanged is that file alone, with the values of the command line on top: what
     the recipe had said about the exchanged component does not apply. An overlay over a part that the recipe lacks adds
-    none.
+    none, nor one over numbers that the component's file does not have.
     """
     for group in PART_GROUPS if choices.get("size") else ():
         if str(choices.get(group)).startswith("_"):
@@ -177,6 +178,9 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
             for override in values_below(group, overrides):
                 key = override.key_or_group
                 raise ConfigError(f"{key}: {group} is empty. Choose an option for it first, {group}=<option>.")
+        else:
+            option, overlay = (config_dir() / group / f"{n}.yaml" for n in (choices.get(group), f"_{choices['size']}"))
+            take_back(cfg[group], option, overlay, [o.key_or_group for o in values_below(group, overrides)])
     if cfg.recipe_name == "custom" and choices.get("recipe"):
         cfg.recipe_name = Path(str(choices["recipe"])).name
     for name in cfg.paths:

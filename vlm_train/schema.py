@@ -157,6 +157,7 @@ class Root:
     tokenizer: Any = None
     image: Any = None
     template: Any = None
+    instruction: Any = None
     objective: Any = None
     peft: Any = None
     data: Any = None
@@ -185,6 +186,7 @@ PART_GROUPS = (
     "tokenizer",
     "image",
     "template",
+    "instruction",
     "peft",
     "data",
     "optim",

@@ -72,7 +72,7 @@ def _module(name: str) -> Any:
     return griffe.visit(name, filepath=path, code=path.read_text(encoding="utf-8"))
 
 
-def _find(target: str) -> Any:
+def find(target: str) -> Any:
     """The class, function or value that a dotted path names, imports followed. Raises UnknownTarget."""
     where, _, name = target.rpartition(".")
     if not _is_module(where):
@@ -83,7 +83,7 @@ def _find(target: str) -> Any:
         names = [known for known, member in members.items() if not known.startswith("_") and not member.is_alias]
         raise UnknownTarget(f"{where} has no '{name}'.{hint(name, [*names, *_submodules(where)], where + '.')}")
     found = members[name]
-    return _find(found.target_path) if found.is_alias and is_ours(found.target_path) else found
+    return find(found.target_path) if found.is_alias and is_ours(found.target_path) else found
 
 
 def _submodules(package: str) -> list[str]:
@@ -101,7 +101,7 @@ def read_signature(target: str) -> Signature:
     """The signature of one of our own targets, from its source. Raises UnknownTarget."""
     import griffe
 
-    found = _find(target)
+    found = find(target)
     if found.is_alias or not (found.is_class or found.is_function):
         raise UnknownTarget(f"{target} is neither a class nor a function of ours.")
     variadic = (griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword)
@@ -122,33 +122,6 @@ def read_signature(target: str) -> Signature:
     )
 
 
-def members(target: str) -> set[str]:
-    """Names of what a class of ours has: methods and attributes, those of its bases of ours too."""
-    found = _find(target)
-    names = set(found.members)
-    for base in found.bases:
-        path = base if isinstance(base, str) else base.canonical_path
-        if is_ours(path):
-            names |= members(path)
-    return names
-
-
-def uses(target: str, argument: str) -> set[str]:
-    """What the module of a target of ours asks of `argument`: names of its attributes; `forward` where it is called."""
-    path = Path(_find(target).filepath)
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and _is_name(node.value, argument):
-            names.add(node.attr)
-        elif isinstance(node, ast.Call) and _is_name(node.func, argument):
-            names.add("forward")
-    return names
-
-
-def _is_name(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
-
-
 def _parameters(found: Any) -> list[Any]:
     """Arguments of a function, or of the constructor of a class: its own, its dataclass's, or a base's."""
     if found.is_function:
@@ -160,7 +133,7 @@ def _parameters(found: Any) -> list[Any]:
     for base in found.bases:
         path = base if isinstance(base, str) else base.canonical_path
         if is_ours(path):
-            return _parameters(_find(path))
+            return _parameters(find(path))
     return []
 
 
@@ -179,7 +152,7 @@ def _aliases_of(module: Any) -> Aliases:
     def alias(name: str) -> str | None:
         member = module.members.get(name)
         if member is not None and member.is_alias and is_ours(member.target_path):
-            member = _find(member.target_path)
+            member = find(member.target_path)
         if member is None or member.is_alias or not member.is_attribute or member.value is None:
             return None
         return str(member.value)

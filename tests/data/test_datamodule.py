@@ -35,6 +35,7 @@ def data(*train: Any, val: list[Any] | None = None, normalise: str = "token", **
     """A data module over `train`, as `fit` makes it, on a pretended device."""
     built = SimpleNamespace(
         template=load("qa"),
+        rendering={},
         tokenizer=byte_level(),
         layout=layout,
         image=ImageTransform(mode="resize", size=(8, 8)),

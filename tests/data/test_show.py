@@ -54,7 +54,7 @@ def test_views_are_saved_as_they_are(tmp_path) -> None:
 def test_the_shown_sample_is_named(tmp_path, monkeypatch, capsys) -> None:
     folder = make_data(tmp_path) / "tiny" / "train"
     parts = {"template": load("qa"), "tokenizer": byte_level(), "layout": layout}
-    built = SimpleNamespace(**parts, image=ImageTransform(mode="resize", size=(8, 8)))
+    built = SimpleNamespace(**parts, rendering={}, instruction=None, image=ImageTransform(mode="resize", size=(8, 8)))
     monkeypatch.setattr(build, "build", lambda cfg: built)
     monkeypatch.chdir(tmp_path)
     options = {"train": [{"shards": str(folder)}], "annotations": "first", "max_length": None, "over_length": "drop"}

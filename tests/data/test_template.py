@@ -27,6 +27,7 @@ LEARNED = {
     "generic": "{}<|im_end|>",
     "caption": "{}<eos>",
     "qa": " {}<eos>",
+    "seq2seq": "{}<eos>",
 }
 CASES = {
     "single": sample((user("What?", 0), assistant("Yes, 2 cats.")), media=1),

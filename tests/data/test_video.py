@@ -96,7 +96,7 @@ def test_a_prefix_model_reads_a_video(tmp_path, clip):
     transform = ImageTransform(mode="resize", size=(32, 32), frames=3)
     layout = pickle.loads(pickle.dumps(build_layout(model, transform)))
     parts = {"template": load("qa"), "tokenizer": tokenizer, "layout": layout, "image": transform}
-    built = SimpleNamespace(**parts, image_size=(32, 32))
+    built = SimpleNamespace(**parts, rendering={}, image_size=(32, 32))
     samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], built, {}, seed=0, limit=None)
     items = [samples.item(Address(index, 0), training=True) for index in range(2)]
     batch = collate([[item] for item in items], (32, 32))

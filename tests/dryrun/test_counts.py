@@ -106,6 +106,15 @@ def test_shards_count_more_than_the_published_size(tmp_path: Any) -> None:
     assert planned("recipe=llava15_stage1", f"paths.data={tmp_path}", "data.limit=256")["steps"] == 1
 
 
+def test_an_encoder_decoder_is_planned_exactly() -> None:
+    pair = ["model=prefix_seq2seq", "llm=flant5_xl", "template=seq2seq", "objective.lm.stream=decoder"]
+    plan = planned("recipe=llava1_stage1", *pair)
+    assert plan["parameters"] == {"vision": CLIP_L14, "connector": 1024 * 2048 + 2048, "llm": 2_849_757_184}
+    assert (plan["trainable"], plan["visual_tokens"]) == (1024 * 2048 + 2048, 256)
+    few = planned("recipe=llava1_stage1", *pair, "target.supervised_tokens=1")
+    assert plan["flops_per_sample"] > few["flops_per_sample"]  # every learned token takes the head
+
+
 def test_sgd_needs_no_state() -> None:
     plan = planned("recipe=llava15_stage1", "optim=sgd")
     assert plan["checkpoint_bytes"] == 4 * MLP_7B

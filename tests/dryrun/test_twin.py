@@ -22,6 +22,13 @@ def test_every_tensor_comes_back(name: str) -> None:
     assert round_trip(recipe(name)) > 20
 
 
+def test_every_tensor_of_an_encoder_decoder_comes_back() -> None:
+    overrides = ["recipe=llava15_stage1", "model=prefix_seq2seq", "llm=flant5_xl"]
+    cfg = without_assets(config.compose(["dry_run=true", *overrides]))[0]
+    assert (small(cfg).llm.config.d_model, "hidden_size" in small(cfg).llm.config) == (64, False)
+    assert round_trip(cfg) > 100
+
+
 def test_the_twin_is_small_and_of_the_same_parts() -> None:
     cfg = recipe("llava15_stage1")
     twin = small(cfg)

@@ -96,7 +96,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     template = ChatTemplate(media="first", assistant_suffix="{eos}")
     layout = GridLayout(one_token, one_token)
     return SimpleNamespace(
-        model=model, tokenizer=tokenizer, template=template, layout=layout, image=image, image_size=(8, 8)
+        model=model, tokenizer=tokenizer, template=template, layout=layout, image=image, rendering={}, image_size=(8, 8)
     )
 
 

@@ -16,6 +16,7 @@ from tests.tiny_models import text_stream
 from vlm_train.build import build_layout
 from vlm_train.data.layout import GridLayout, MediaSize
 from vlm_train.models.llms.text_tower import HFTextTower
+from vlm_train.overlay import fitting
 
 CONF = Path(__file__).parents[2] / "conf"
 ARGUMENTS = {"vision": {}, "llm": {"vocab_size": 50}}
@@ -28,7 +29,7 @@ def options(group: str) -> list[str]:
 def node(group: str, option: str, *, tiny: bool):
     config = OmegaConf.load(CONF / group / f"{option}.yaml")
     if tiny:
-        config = OmegaConf.merge(config, OmegaConf.load(CONF / group / "_tiny.yaml"))
+        config = OmegaConf.merge(config, fitting(OmegaConf.load(CONF / group / "_tiny.yaml"), config))
     if OmegaConf.is_missing(config, "weights"):
         config.weights = None
     return config
@@ -124,11 +125,13 @@ def test_text_tower(option):
 @pytest.mark.parametrize("option", sorted(set(options("llm")) - text_towers()))
 def test_llm(option):
     llm = part("llm", option)
-    assert llm.vocab_size == 50 and len(llm.layers) == 2
+    pairs = hasattr(llm, "encode")
+    assert llm.vocab_size == 50 and len(llm.layers) == (4 if pairs else 2)
     ids = torch.randint(0, 50, (2, 7))
     embeds = llm.embed(ids)
     positions = torch.arange(7).expand(1, 2, 7)
-    hidden = llm.decode(embeds, positions, None)
+    context = llm.encode(llm.embed(ids[:, :5]), torch.ones(2, 1, 1, 5, dtype=torch.bool)) if pairs else None
+    hidden = llm.decode(embeds, positions, None, context)
     logits = llm.head(hidden)
     assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, 50)
     assert_gradients(llm, logits)

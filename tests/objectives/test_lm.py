@@ -102,3 +102,20 @@ def test_accuracy_counts_correct_targets():
 def test_bad_chunks_are_refused():
     with pytest.raises(ConfigError, match="chunk"):
         LanguageModeling(chunk=0)
+
+
+def test_label_smoothing_is_torch_s():
+    model, batch = tiny_vlm(), weighted_batch()
+    stream = batch.text["llm"]
+    said = model.logits(model(batch)).argmax(dim=-1)  # labels that the model is sure of, so that smoothing costs much
+    stream = replace(stream, labels=torch.where(stream.labels == IGNORE, IGNORE, said))
+    batch = replace(batch, text={"llm": stream})
+    loss = LanguageModeling(chunk=3, label_smoothing=0.1)(model, batch, identity_gather)["lm"]
+    logits = model.logits(model(batch)).float().flatten(0, 1)
+    expected = nn.functional.cross_entropy(
+        logits, stream.labels.flatten(), reduction="none", ignore_index=IGNORE, label_smoothing=0.1
+    )
+    assert_close(loss.sum, (expected * stream.weights.flatten()).sum(), tolerance=1e-6)
+    plain = LanguageModeling(chunk=3)(model, batch, identity_gather)["lm"]
+    assert (plain.sum - loss.sum).abs() > 1e-2 * plain.sum.abs()
+    assert loss.metrics["accuracy"] == 1 == plain.metrics["accuracy"] and loss.count == plain.count

@@ -87,7 +87,9 @@ class Predictions(pl.Callback):
             try:
                 sample, blobs = source.shards.load(number)
                 parts = held_out.template, held_out.tokenizer, held_out.layout
-                prompt = render(sample, *parts, annotations="first", annotation=0, generation=True)
+                prompt = render(
+                    sample, *parts, annotations="first", annotation=0, generation=True, **held_out.rendering
+                )
                 views = views_of(held_out, blobs)  # type: ignore[arg-type]
             except BadSample:
                 continue

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipelines.errors import BadSample
+from vlm_train.data.streams import Alignment
 
 IGNORE = -100
 """Label of a position that is not learned."""
-
-Alignment = Literal["causal", "seq2seq", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,8 @@ class TokenStream:
         attention_group: `[B, T]` int32, see `vlm_train.models.masks`: 0 shared by its segment, n > 0 a private branch,
             n < 0 a shared block whose tokens see each other in both directions.
         slots: where media features go.
-        alignment: how labels relate to inputs: causal, seq2seq, or none.
+        alignment: how labels relate to inputs: causal (the next token), seq2seq (the token that the input was shifted
+            by), or none (a text that is only read).
         supervised: `[S]` int64, flat positions `b * T + t` that have a label. Made by collate, so that the loss need
             not ask the device for them; None: the loss finds them.
         plain_causal: every row is one segment of group 0 at positions 0, 1, ..., padded on the right. Then causal

@@ -144,6 +144,7 @@ def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise:
         segment_ids=torch.from_numpy(segments),
         attention_group=torch.from_numpy(groups),
         slots=_slots(rows, name, shelf, ids, left),
+        alignment=streams[0].alignment if streams else "causal",
         supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
         plain_causal=causal and all(len(row) == 1 for row in rows) and (not left or len(set(map(len, streams))) < 2),
         segments=segments_of(lengths, width) if causal and not left else None,

@@ -48,6 +48,7 @@ class VLMData(pl.LightningDataModule):
         max_length: tokens of a sample, image tokens included; over_length: truncate | drop | split (whole turns, as
             samples of their own) | error.
         rejected: also the stream "rejected", for preference objectives.
+        prefix_split: of encoder-decoders: the first words of an answer end the prompt (`vlm_train.data.prefix`).
         limit, val_limit: use the first samples of every source only.
         workers, prefetch: loader processes, and windows each keeps ready.
         built, seed: given by `fit`, as is the attribute `plan`.
@@ -74,6 +75,7 @@ class VLMData(pl.LightningDataModule):
         max_length: int | None = 2048,
         over_length: Literal["truncate", "drop", "split", "error"] = "truncate",
         rejected: bool = False,
+        prefix_split: bool = False,
         limit: int | None = None,
         val_limit: int | None = None,
         workers: int = 2,
@@ -86,7 +88,7 @@ class VLMData(pl.LightningDataModule):
             raise ConfigError("data: VLMData needs the built model parts")
         _check(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
-        options |= {"rejected": rejected}
+        options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
         self.train = Samples(train, built, options, seed=seed, limit=limit, remote=remote)
         self.val = Samples(val, built, options, seed=seed, limit=val_limit, remote=remote)

@@ -24,6 +24,7 @@ from vlm_train.data.layout import MediaSize
 from vlm_train.data.lengths import Lengths, cached_lengths, fingerprint
 from vlm_train.data.mixture import Address, Share
 from vlm_train.data.render import NoPiece, Rendered, render
+from vlm_train.data.streams import CAUSAL
 from vlm_train.errors import ConfigError
 from vlm_train.randomness import derive_seed
 
@@ -111,8 +112,9 @@ class Samples:
             built.image,
         )
         self.image_size = built.image_size
-        self.options = options
-        self.streams = ("llm", "rejected") if options.get("rejected") else ("llm",)
+        self.rendering = built.rendering
+        self.options = options | self.rendering
+        self.streams = (*self.rendering.get("streams", CAUSAL), *(("rejected",) if options.get("rejected") else ()))
         self.seed = seed
         self.lengths: Lengths | None = None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 
 from vlm_train.config import run_dir
 from vlm_train.data.render import Rendered, render
-from vlm_train.data.streams import IGNORE, Stream
+from vlm_train.data.streams import IGNORE, QFORMER, Stream
 
 GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
@@ -34,22 +35,29 @@ def show(cfg: DictConfig) -> None:
         annotations=cfg.data.annotations,
         max_length=cfg.data.max_length,
         over_length=cfg.data.over_length,
+        prefix_split=cfg.data.get("prefix_split") or False,
+        **built.rendering,
     )
     source = f", source {sample.source}" if sample.source else ""
     print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")
-    print(format_tokens(rendered, built.tokenizer, sys.stdout.isatty()))
+    others = {} if built.instruction is None else {QFORMER: built.instruction.tokenizer}
+    print(format_tokens(rendered, built.tokenizer, sys.stdout.isatty(), others))
     if rendered.media and built.image is not None:
         folder = run_dir(cfg) if cfg.run else Path.cwd()
         views = np.concatenate([built.image(blobs[number]) for number in rendered.media])
         print(save_views(views, folder / "show.png"))
 
 
-def format_tokens(rendered: Rendered, tokenizer: Any, colour: bool) -> str:
+def format_tokens(
+    rendered: Rendered, tokenizer: Any, colour: bool, others: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """A sample's streams as text: learned tokens green (or between «»), media as `[image 0 x576]`, a line per group.
 
-    A token counts as learned if some position of the stream has it as its target.
+    A token counts as learned if some position of the stream has it as its target. `others`: the tokenizers of streams
+    that have their own.
     """
-    return "\n\n".join(_format(name, stream, tokenizer, colour) for name, stream in rendered.streams.items())
+    streams = rendered.streams.items()
+    return "\n\n".join(_format(name, stream, others.get(name, tokenizer), colour) for name, stream in streams)
 
 
 def _format(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
@@ -57,7 +65,7 @@ def _format(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
     learned = learned_tokens(stream)
     for group, start, end in _group_runs(stream):
         first, last = (",".join(map(str, stream.positions[:, t])) for t in (start, end - 1))
-        part = "shared" if group == 0 else f"branch {group}"
+        part = "shared" if group == 0 else f"branch {group}" if group > 0 else "both directions"
         title = f"{part}: tokens {start}-{end - 1}, positions {first}-{last}"
         lines += ["", f"{BOLD}{title}{RESET}" if colour else title]
         lines.append("".join(_pieces(stream, learned, tokenizer, start, end, colour)))

@@ -6,14 +6,18 @@ media included; all branches start at the position after the prefix. Without com
 token. A branch's first token would be predicted by the last token of the prefix, whose one label cannot serve several
 branches, so with several branches it must not be learned.
 
+An encoder-decoder reads two streams: the prompt, whose tokens see each other in both directions, and the answer, whose
+labels are aligned `seq2seq`: position t learns token t, and its input is the token before.
+
 Legend: A position axes (1, or 3 for M-RoPE), T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +27,15 @@ from vlm_train.data.layout import Slot
 from vlm_train.errors import ConfigError
 
 IGNORE = -100  # the same number as vlm_train.data.batch.IGNORE, which needs torch
+BIDIRECTIONAL = -1  # attention group of one block whose tokens see each other in both directions
+
+Alignment = Literal["causal", "seq2seq", "none"]
+
+CAUSAL: Mapping[str, Alignment] = MappingProxyType({"llm": "causal"})
+"""The streams of most models: one text that is read and continued."""
+
+QFORMER = "qformer"
+"""The stream that holds the instruction, as another tokenizer writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +67,14 @@ class Stream:
 
     Attributes:
         ids: int64; placeholders are `PLACEHOLDER_ID`.
-        labels: int64; `labels[t]` is the target of position t (its branch's next token), `IGNORE` if not learned.
+        labels: int64; `labels[t]` is the target of position t (causal: its branch's next token), `IGNORE` if not
+            learned.
         weights: float32 weight of every target: annotation x turn x text segment; 0 where ignored.
         positions: int64 `[A, T]`; every branch goes on where the prefix ends.
-        attention_group: int32; 0 the prefix (or all of a single annotation), 1, 2, ... the branches.
+        attention_group: int32; 0 the prefix (or all of a single annotation), 1, 2, ... the branches, -1 all of a stream
+            that is read in both directions.
         slots: where media stand, from left to right; an item may stand in several places.
+        alignment: how labels relate to ids, see `TokenStream`.
     """
 
     ids: NDArray[np.int64]
@@ -67,6 +83,7 @@ class Stream:
     positions: NDArray[np.int64]
     attention_group: NDArray[np.int32]
     slots: tuple[PlacedSlot, ...] = ()
+    alignment: Alignment = "causal"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,6 +130,19 @@ def single(tokens: Tokens) -> Stream:
         attention_group=np.zeros(size, np.int32),
         slots=tuple(tokens.slots),
     )
+
+
+def encoded(tokens: Tokens) -> Stream:
+    """A text that is only read, in both directions: nothing is learned."""
+    whole = single(replace(tokens, weights=np.zeros_like(tokens.weights)))
+    return replace(whole, attention_group=np.full(len(whole), BIDIRECTIONAL, np.int32), alignment="none")
+
+
+def decoded(tokens: Tokens, start: int) -> Stream:
+    """An answer as the decoder's stream: its input begins with `start`, its labels are the tokens."""
+    ids = np.concatenate([np.array([start], np.int64), tokens.ids])[: len(tokens.ids)]
+    labels = np.where(tokens.weights > 0, tokens.ids, IGNORE)
+    return replace(single(replace(tokens, ids=ids)), labels=labels, weights=tokens.weights, alignment="seq2seq")
 
 
 def branch(parts: Sequence[Tokens]) -> Stream:
@@ -172,14 +202,18 @@ def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
     if stream.slots and stream.slots[-1].end > max_length:
         cut = f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}"
         raise BadSample(cut, kind="too_long")
-    names = ("ids", "labels", "weights", "positions", "attention_group")
-    kept = {name: getattr(stream, name)[..., :max_length].copy() for name in names}
-    kept["labels"][-1], kept["weights"][-1] = IGNORE, 0.0  # its target was cut off
-    return Stream(**kept, slots=stream.slots)
+    tokens = np.arange(max_length)
+    if stream.alignment == "none":  # a prompt loses the beginning of its text
+        tokens[stream.slots[-1].end if stream.slots else 0 :] += len(stream) - max_length
+    kept = {name: getattr(stream, name)[tokens] for name in ("ids", "labels", "weights", "attention_group")}
+    kept["positions"] = stream.positions[:, :max_length].copy()
+    if stream.alignment == "causal":
+        kept["labels"][-1], kept["weights"][-1] = IGNORE, 0.0  # its target was cut off
+    return replace(stream, **kept)
 
 
 def learned(stream: Stream) -> Stream:
-    """`stream` itself. Raises `BadSample` if it learns nothing."""
-    if not stream.supervised:
+    """`stream` itself. Raises `BadSample` if it learns nothing, but should."""
+    if not stream.supervised and stream.alignment != "none":
         raise BadSample(f"no supervised token in {len(stream)} tokens", kind="unsupervised")
     return stream

@@ -56,7 +56,7 @@ def pretrained(*, name: str | None, add: Sequence[str] = ()) -> PreTrainedTokeni
         )
     if name.endswith(".gguf"):
         return gguf(file=name, add=add)
-    return _extend(_load("tokenizer.name", name), add)
+    return _extend(load("tokenizer.name", name), add)
 
 
 def gguf(*, file: str, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -64,10 +64,11 @@ def gguf(*, file: str, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     path = Path(local(file))
     if not path.is_file():
         raise AssetError(f"tokenizer.file: {file!r} is not a file")
-    return _extend(_load("tokenizer.file", str(path.parent), gguf_file=path.name), add)
+    return _extend(load("tokenizer.file", str(path.parent), gguf_file=path.name), add)
 
 
-def _load(setting: str, name: str, **options: str) -> Any:
+def load(setting: str, name: str, **options: str) -> Any:
+    """The fast tokenizer `name`, with nothing cut or padded; `setting` named it. Raises as `pretrained` does."""
     from transformers import AutoTokenizer
 
     try:

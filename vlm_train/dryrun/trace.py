@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import MediaSize, Slot
+from vlm_train.data.streams import CAUSAL
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -127,6 +128,8 @@ class _Products(TorchFunctionMode):
         grads = 2 * any(tensor.requires_grad for tensor in (query, key, value))
         # Every mask of ours is causal inside its segments; encoders that see everything pass none.
         self._add(flops, grads, 0, causal=is_causal or attn_mask is not None)
+        if attn_mask is not None:
+            attn_mask = attn_mask.detach()  # learned distances (T5): this kernel has no gradients for them
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         result: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
         self._keep(result)
@@ -226,23 +229,20 @@ def image_size(model: Any) -> MediaSize:
 
 
 def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: int, supervised: int) -> Batch:
-    """A batch of shapes: one image (if the model sees any) and `text_tokens` a row, the last `supervised` learned."""
+    """A batch of shapes: one image (if the model sees any) and `text_tokens` a row, the last `supervised` learned.
+
+    `streams` are those of the objectives; what else the model reads is added. A decoder's stream holds what is learned,
+    and a stream that is only read the rest.
+    """
     slots = visual_tokens(model)
-    length = slots + text_tokens
-    learned = rows * supervised
+    aligned = dict.fromkeys(streams, "causal") | dict(getattr(model, "streams", CAUSAL))
+    asked = max(text_tokens - supervised, 1)
+    text = {}
     with torch.device("meta"):
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        ones = torch.ones(rows, length, dtype=torch.int32)
-        tokens = TokenStream(
-            ids=ids,
-            labels=torch.full_like(ids, IGNORE),
-            weights=torch.zeros(rows, length),
-            positions=ids[None],
-            segment_ids=ones,
-            attention_group=torch.zeros_like(ones),
-            slots=Slots(index=torch.zeros(rows * slots, dtype=torch.int64), placeholders=rows * slots),
-            supervised=torch.zeros(learned, dtype=torch.int64),
-        )
+        for name, alignment in aligned.items():
+            length = {"causal": text_tokens, "seq2seq": supervised, "none": asked}[alignment]
+            shown = slots if alignment == "causal" or name == "llm" else 0
+            text[name] = _meta_stream(rows, length, shown, 0 if alignment == "none" else supervised)
         height, width = (1, 1)
         if getattr(model, "vision", None) is not None:
             height, width = image_size(model).height, image_size(model).width
@@ -253,4 +253,19 @@ def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: in
             row=torch.arange(rows),
             keys=("meta",) * rows,
         )
-    return Batch(text=dict.fromkeys(streams, tokens), media=media)
+    return Batch(text=text, media=media)
+
+
+def _meta_stream(rows: int, text_tokens: int, slots: int, supervised: int) -> TokenStream:
+    ids = torch.zeros(rows, slots + text_tokens, dtype=torch.int64)
+    ones = torch.ones_like(ids, dtype=torch.int32)
+    return TokenStream(
+        ids=ids,
+        labels=torch.full_like(ids, IGNORE),
+        weights=torch.zeros_like(ids, dtype=torch.float32),
+        positions=ids[None],
+        segment_ids=ones,
+        attention_group=torch.zeros_like(ones),
+        slots=Slots(index=torch.zeros(rows * slots, dtype=torch.int64), placeholders=rows * slots),
+        supervised=torch.zeros(rows * supervised, dtype=torch.int64),
+    )

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlm_train.config import config_dir
 from vlm_train.errors import CheckpointError
+from vlm_train.overlay import fitting
 
 TINY_GROUPS = ("vision", "llm")
 VOCABULARY = 300
@@ -24,7 +25,7 @@ def small(cfg: DictConfig) -> DictConfig:
         if cfg[group] is not None:
             overlay = OmegaConf.load(config_dir() / group / "_tiny.yaml")
             with open_dict(cfg):
-                cfg[group] = OmegaConf.merge(cfg[group], overlay)
+                cfg[group] = OmegaConf.merge(cfg[group], fitting(overlay, cfg[group]))
     if cfg.llm is not None:
         cfg.llm.config.vocab_size = VOCABULARY
     return cfg

@@ -147,7 +147,7 @@ class AnswerAccuracy:
 
     def _prompt(self, built: Built, sample: Sample, k: int) -> Rendered:
         parts = built.template, built.tokenizer, built.layout
-        return render(sample, *parts, annotations="first", annotation=k, generation=True)
+        return render(sample, *parts, annotations="first", annotation=k, generation=True, **built.rendering)
 
     def _controls(
         self, built: Built, shards: ShardSet, answers: Sequence[Answer], unusable: Unusable

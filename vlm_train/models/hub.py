@@ -24,6 +24,9 @@ ATTENTION = ("sdpa", "eager")
 # Part of every transformers configuration, but not an architecture number: never set from ours.
 _INTERNAL = {"transformers_version", "architectures", "return_dict", "dtype", "output_hidden_states"}
 
+# Taken by configurations that do not list them as fields.
+_UNLISTED = {"rope_theta", "tie_word_embeddings", "decoder_start_token_id", "dense_act_fn"}
+
 
 def build_config(setting: str, values: Mapping[str, Any]) -> Any:
     """A `transformers` configuration from `{model_type: ..., <its fields>}`.
@@ -179,7 +182,7 @@ def _fields_of(config_class: Any) -> set[str]:
     names = (
         {field.name for field in dataclasses.fields(config_class)} if dataclasses.is_dataclass(config_class) else set()
     )
-    return (names | set(getattr(config_class, "attribute_map", {})) | {"rope_theta"}) - _INTERNAL
+    return (names | set(getattr(config_class, "attribute_map", {})) | _UNLISTED) - _INTERNAL
 
 
 def _plain(value: Any) -> Any:

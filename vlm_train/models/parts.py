@@ -5,13 +5,14 @@ Legend: N media views, P patch tokens, Q connector tokens, B rows, T tokens, A p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from vlm_train.data.batch import Segments, TokenStream
 from vlm_train.data.layout import Grid, MediaLayout, MediaSize
+from vlm_train.data.streams import Alignment
 
 
 class VisionEncoder(Protocol):
@@ -78,10 +79,17 @@ class LanguageModel(Protocol):
 
 
 class EncoderDecoder(LanguageModel, Protocol):
-    """A language model whose decoder reads, as its `context`, what `encode` made of another stream."""
+    """A language model whose decoder reads, as its `context`, what `encode` made of another stream.
+
+    Attributes:
+        start_id: the token that a decoder's input begins with.
+    """
+
+    start_id: int
 
     def encode(self, embeds: Tensor, mask: Tensor) -> Any:
-        """Embeddings `[B, S, D_t]` and mask `[B, 1, S, S]` (True = attend) of the encoder's stream -> context."""
+        """Embeddings `[B, S, D_t]` and mask `[B, 1, 1, S]` (True = every token sees it) of the encoder's stream ->
+        context."""
         ...
 
 
@@ -116,6 +124,18 @@ class TextTower(Protocol):
     def head_parameters(self) -> list[str]:
         """Names of parameters that `pooled` never reads."""
         ...
+
+
+class ReadsStreams(Protocol):
+    """A family that reads other token streams than the one causal text "llm". `build.py` has the data side render them.
+
+    Attributes:
+        streams: name -> alignment of its labels: causal (text that is read and continued), seq2seq (the last answer,
+            which "llm" then ends before) or none (text that is only read, in both directions). "qformer" is the
+            instruction, as `instruction` writes it. A literal of the class, which is read without importing it.
+    """
+
+    streams: Mapping[str, Alignment]
 
 
 class LaysOutMedia(Protocol):

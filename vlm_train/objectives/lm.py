@@ -28,10 +28,18 @@ class LanguageModeling:
         stream: the token stream that is learned and that normalises the loss.
         chunk: positions per head call.
         chunks: a fixed number of head calls instead. ZeRO-3 gathers the head at every call, so ranks must agree on it.
+        label_smoothing: share of every target that is spread evenly over the whole vocabulary, as torch's
+            `cross_entropy` does.
     """
 
     def __init__(
-        self, *, weight: float = 1.0, stream: str = "llm", chunk: int = 1024, chunks: int | None = None
+        self,
+        *,
+        weight: float = 1.0,
+        stream: str = "llm",
+        chunk: int = 1024,
+        chunks: int | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         if chunk < 1 or (chunks is not None and chunks < 1):
             raise ConfigError(f"objective.lm: chunk and chunks must be positive, got {chunk} and {chunks}")
@@ -39,6 +47,7 @@ class LanguageModeling:
         self.stream = stream
         self.chunk = chunk
         self.chunks = chunks
+        self.label_smoothing = label_smoothing
 
     def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
         """`{"lm": Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
@@ -52,7 +61,7 @@ class LanguageModeling:
         total = correct = hidden.new_zeros((), dtype=torch.float32)
         losses = []
         for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
-            loss, hits = _chunk_loss(model, *part)
+            loss, hits = _chunk_loss(model, self.label_smoothing, *part)
             total, correct = total + loss.sum(), correct + hits
             losses.append(loss.detach())
         accuracy = correct / max(len(index), 1)
@@ -67,15 +76,16 @@ def supervised_positions(stream: TokenStream) -> Tensor:
     return (stream.labels.flatten() != IGNORE).nonzero().squeeze(1)
 
 
-def _chunk_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    given = (model, smoothing, hidden, labels, weights)
     if not torch.is_grad_enabled():
-        return _token_loss(model, hidden, labels, weights)
-    return checkpoint(_token_loss, model, hidden, labels, weights, use_reentrant=False, preserve_rng_state=False)
+        return _token_loss(*given)
+    return checkpoint(_token_loss, *given, use_reentrant=False, preserve_rng_state=False)
 
 
-def _token_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _token_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted cross entropies `[S]` and number of correct predictions of `[S, D]` hidden states."""
     logits = model.logits(hidden).float()
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     hits = (logits.detach().argmax(dim=-1) == labels).sum().float()
     return losses * weights, hits
