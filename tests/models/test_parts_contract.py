@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from vlm_train.build import build_layout
 from vlm_train.data.layout import GridLayout, MediaSize
+from vlm_train.models.med import START_TOKENS, Med
 
 CONF = Path(__file__).parents[2] / "conf"
 ARGUMENTS = {"vision": {}, "llm": {"vocab_size": 50}}
@@ -107,14 +108,16 @@ def test_layout_pickles_without_weights(option):
 @pytest.mark.parametrize("option", options("llm"))
 def test_llm(option):
     llm = part("llm", option)
-    assert llm.vocab_size == 50 and len(llm.layers) == 2
+    encodes = isinstance(llm, Med)  # it has start tokens, and attention that decoding does not use
+    rows = 50 + START_TOKENS * encodes
+    assert llm.vocab_size == rows and len(llm.layers) == 2
     ids = torch.randint(0, 50, (2, 7))
     embeds = llm.embed(ids)
     positions = torch.arange(7).expand(1, 2, 7)
     hidden = llm.decode(embeds, positions, None)
     logits = llm.head(hidden)
-    assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, 50)
-    assert_gradients(llm, logits)
+    assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, rows)
+    assert_gradients(llm, logits, [n for n, _ in llm.named_parameters() if encodes and "encoder_attention" in n])
     assert_state_round_trip(llm, hydra.utils.instantiate(node("llm", option, tiny=True), vocab_size=50))
 
 

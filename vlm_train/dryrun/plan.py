@@ -148,7 +148,7 @@ def _linears(model: Any) -> Linears:
     llm = getattr(model, "llm", None)
     if llm is None:
         return Linears()
-    head = llm.model.get_output_embeddings()
+    head = llm.model.get_output_embeddings() if hasattr(llm, "model") else None  # else one that shares the embedding
     weights = [
         module.weight
         for name, module in llm.named_modules()
