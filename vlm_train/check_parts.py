@@ -123,6 +123,16 @@ def check_best(cfg: DictConfig) -> Iterator[str]:
         yield f"trainer.best: got {cfg.trainer.best!r}.{hint(cfg.trainer.best, allowed)} Allowed: {', '.join(allowed)}."
 
 
+def check_columns(cfg: DictConfig) -> Iterator[str]:
+    """Modes that write columns know of which set, and each process its share."""
+    if cfg.mode in ("caption", "score") and not cfg.columns.shards:
+        yield f"columns.shards is missing: mode={cfg.mode} needs columns.shards=<shard set>."
+    if cfg.mode == "caption" and cfg.columns.captions:
+        yield "columns.captions: only mode=score reads captions of other columns; leave it out."
+    if not 0 <= cfg.columns.part < cfg.columns.parts:
+        yield f"columns.part: got {cfg.columns.part} with columns.parts={cfg.columns.parts}; allowed: 0 to parts - 1."
+
+
 def _check_whole_model(path: str, cfg: DictConfig) -> Iterator[str]:
     """A temperature is read outside the model's forward and bounded after updates: every rank needs it as it is."""
     strategy = resolved(cfg, "strategy")

@@ -61,9 +61,11 @@ def library(model, kind: str, folder):
     from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
     export_blip(model, folder)
-    return {RETRIEVAL: BlipForImageTextRetrieval, CAPTIONING: BlipForConditionalGeneration}[kind].from_pretrained(
-        folder / kind
-    ).eval()
+    return (
+        {RETRIEVAL: BlipForImageTextRetrieval, CAPTIONING: BlipForConditionalGeneration}[kind]
+        .from_pretrained(folder / kind)
+        .eval()
+    )
 
 
 def started(given, start: int):

@@ -52,7 +52,9 @@ def to_library(model: Blip, kind: str) -> dict[str, Tensor]:
     """The weights of `model` under the names of the class `kind`."""
     known = names(kind, len(model.llm.layers))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    found = {f"{known[m]}.{leaf}": t for name, t in state.items() for m, _, leaf in [name.rpartition(".")] if m in known}
+    found = {
+        f"{known[m]}.{leaf}": t for name, t in state.items() for m, _, leaf in [name.rpartition(".")] if m in known
+    }
     found |= {name.replace("vision.model.", "vision_model.", 1): t for name, t in state.items() if _is_tower(name)}
     if kind == CAPTIONING:
         bias = state["llm.head_bias"]
@@ -137,7 +139,11 @@ def export_blip(model: Blip, folder: str | Path) -> Path:
         library.tie_weights()
         library.save_pretrained(Path(folder) / kind)
         loaded = blip.from_pretrained(Path(folder) / kind, dtype=model.llm.words.weight.dtype).state_dict()
-        differing = [n for n in state.keys() | loaded.keys() if n not in loaded or n not in state or not _same(state[n], loaded[n])]
+        differing = [
+            n
+            for n in state.keys() | loaded.keys()
+            if n not in loaded or n not in state or not _same(state[n], loaded[n])
+        ]
         if differing:
             raise AssetError(f"export: {Path(folder) / kind}: {sorted(differing)[0]} is not the model's")
     return Path(folder)

@@ -114,7 +114,9 @@ class Med(nn.Module):
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
         """Image features `[B, P, D_v]` -> keys and values of every cross-attention, `[B, H, P, C]` each."""
-        return tuple(states for layer in self.blocks if layer.cross is not None for states in layer.cross.read(features))
+        return tuple(
+            states for layer in self.blocks if layer.cross is not None for states in layer.cross.read(features)
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> embeddings `[B, T, D]`, without positions."""
@@ -157,7 +159,7 @@ class Med(nn.Module):
         if missing := sorted(own.keys() ^ state.keys()):
             raise AssetError(f"llm.weights: {self.weights!r} is no BERT of this architecture: {missing[0]}")
         for name, tensor in state.items():
-            rows = own[name][: -START_TOKENS] if name in ("words.weight", "head_bias") else own[name]
+            rows = own[name][:-START_TOKENS] if name in ("words.weight", "head_bias") else own[name]
             if rows.shape != tensor[: len(rows)].shape:
                 shapes = f"{list(tensor.shape)}, the model has {list(rows.shape)}"
                 raise AssetError(f"llm.weights: {self.weights!r}: {name} is {shapes}")
