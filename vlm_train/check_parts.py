@@ -104,7 +104,7 @@ def _check_model(path: str, target: str, model: Any) -> Iterator[str]:
 
 def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     """Samples that are contrasted with each other cannot be packed, or cut into micro-batches."""
-    world = ranks(cfg)
+    world = cfg.target.gpus if cfg.dry_run else ranks(cfg)
     samples, micro = (resolved(cfg.batch, name) for name in ("samples", "micro"))
     if packed(cfg):
         yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
