@@ -98,7 +98,8 @@ def checkpointing(cfg: DictConfig) -> str:
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
     """Trace the losses of one sample."""
     objectives = [instantiate(node) for node in cfg.objective.values() if node is not None]
-    streams = [getattr(objective, "text", objective.stream) for objective in objectives]
+    named = [getattr(objective, "text", objective.stream) for objective in objectives]
+    streams = ["llm" if name == "samples" else name for name in named]  # pairs are normalised by samples
     batch = meta_batch(model, streams=streams, rows=1, text_tokens=text_tokens, supervised=supervised)
 
     def forward() -> list[Any]:
