@@ -11,13 +11,35 @@ import torch
 
 from data_pipelines.capfilt import main as capfilt
 from data_pipelines.columns import COLUMNS, Columns
+from data_pipelines.media import image_item
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.shards import ShardWriter
 from data_pipelines.stream import ShardSet
-from tests.capfilt_set import make_set
+from tests.small_run import picture
 from vlm_train import checkpoint, cli, config
 from vlm_train.build import build
 from vlm_train.models.blip import Blip
 
 FAST = ["columns.max_new_tokens=6", "columns.min_new_tokens=2", "columns.batch=2"]
+
+
+def captioned(number: int, captions: int = 1, images: int = 1) -> tuple[Sample, list[bytes]]:
+    """Sample `k<number>` whose captions are "a shape <number>", each one "x" longer than the one before."""
+    blobs = [picture(number + i) for i in range(images)]
+    show = Turn(role="user", parts=tuple(Media(item=i) for i in range(images)))
+    answers = [Turn(role="assistant", parts=(Text(text=f"a shape {number}{'x' * n}"),)) for n in range(captions)]
+    media = tuple(image_item(i, blob) for i, blob in enumerate(blobs))
+    annotations = tuple(Annotation(turns=(show, answer)) for answer in answers)
+    return Sample(key=f"k{number}", media=media, annotations=annotations, source="web"), blobs
+
+
+def make_set(folder: Path, count: int = 7) -> Path:
+    """Shards of 3; sample 2 has three captions, sample 4 two images."""
+    with ShardWriter(folder, source="web", licence="CC0", samples_per_shard=3) as writer:
+        for number in range(count):
+            captions, images = (3 if number == 2 else 1), (2 if number == 4 else 1)
+            writer.write(*captioned(number, captions, images))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -187,7 +187,7 @@ def test_options_are_checked(made, tmp_path, capsys):
         ([f"scores={folder}", "ranges.match=0.5"], "ranges.match: got 0.5"),
         ([f"scores={folder}", "truth=sure"], "truth: sample 'k0' has sure = None"),
         ([f"scores={folder}", "ranges.match=[2,null]"], "no caption is left: {'match below 2': 10}"),
-        ([f"scores={folder}", "+ranges.clip=[0,1]"], "has no column clip"),
+        ([f"scores={folder}", "ranges.match=null", "+ranges.clip=[0,1]"], "has no column clip; its columns: match"),
     ):
         assert main([*base, *more]) == 2
         assert message in capsys.readouterr().err
