@@ -161,7 +161,7 @@ def test_columns_that_do_not_fit_are_named(made, tmp_path):
     with pytest.raises(DataError, match="scores: .*has no column clip; its columns: match"):
         Columns(folder, shards, ["clip"], option="scores")
     with pytest.raises(DataError, match="of another shard set"):
-        Columns(folder, made("fewer", 8), option="scores")
+        Columns(folder, made("other", 9), option="scores")  # of as many shards
     with pytest.raises(DataError, match="has no columns.json"):
         Columns(shards.folder, shards, option="scores")
     with pytest.raises(DataError, match=r"a row has \['key'\]; expected \['key', 'match'\]"):

@@ -94,8 +94,8 @@ def exportable(model: Any) -> None:
         raise ConfigError("vision: BLIP takes a blip_vision_model with its class token and final norm, got " + kind)
 
 
-def library_config(model: Blip) -> Any:
-    """The `BlipConfig` of `model`."""
+def library_config(model: Blip, tokenizer: Any = None) -> Any:
+    """The `BlipConfig` of `model`; `tokenizer` says what ends and pads a text."""
     from transformers import BlipConfig
 
     numbers = model.llm.numbers
@@ -113,6 +113,9 @@ def library_config(model: Blip) -> Any:
     }
     text |= {"hidden_dropout_prob": numbers.dropout, "attention_probs_dropout_prob": numbers.dropout}
     text |= {"bos_token_id": model.llm.decoder_start}
+    if tokenizer is not None:
+        ends = tokenizer.eos_token_id
+        text |= {"eos_token_id": ends, "sep_token_id": ends, "pad_token_id": tokenizer.pad_token_id or 0}
     return BlipConfig(
         text_config=text,
         vision_config=model.vision.model.config.to_dict(),
@@ -120,8 +123,10 @@ def library_config(model: Blip) -> Any:
     )
 
 
-def export_blip(model: Blip, folder: str | Path) -> Path:
-    """Write `<folder>/retrieval` and `<folder>/captioning`, which plain `transformers` loads.
+def export_blip(model: Blip, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Write `<folder>/retrieval` and `<folder>/captioning`, which plain `transformers` loads, each with the tokenizer.
+
+    They have no image processor, for that of BLIP squashes pictures, whatever the run did.
 
     Raises:
         ConfigError: `transformers` has no such model. AssetError: what it loads has other weights.
@@ -129,7 +134,7 @@ def export_blip(model: Blip, folder: str | Path) -> Path:
     exportable(model)
     from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-    config = library_config(model)
+    config = library_config(model, tokenizer)
     classes = {RETRIEVAL: BlipForImageTextRetrieval, CAPTIONING: BlipForConditionalGeneration}
     for kind, blip in classes.items():
         state = to_library(model, kind)
@@ -138,6 +143,8 @@ def export_blip(model: Blip, folder: str | Path) -> Path:
         library.load_state_dict(state, strict=True, assign=True)
         library.tie_weights()
         library.save_pretrained(Path(folder) / kind)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(Path(folder) / kind)
         loaded = blip.from_pretrained(Path(folder) / kind, dtype=model.llm.words.weight.dtype).state_dict()
         differing = [
             n
