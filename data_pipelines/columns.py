@@ -105,7 +105,8 @@ class ColumnWriter:
             found = None
         if found == json.loads(json.dumps(self._plan)):
             return
-        if found is None and self.folder.exists() and any(self.folder.iterdir()):
+        seen = [path for path in self.folder.glob("*") if not path.name.startswith(".")]  # others begin it just now
+        if found is None and seen:
             raise DataError(f"{self.folder} exists and holds no columns; choose another output or remove it")
         if found is not None:
             print(f"{self.folder}: what was begun with other arguments is thrown away", file=sys.stderr)

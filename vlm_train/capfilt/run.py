@@ -141,9 +141,8 @@ def _write(
         print(f"{output}: {left} shards are left to other parts, whose last finishes the columns", flush=True)
     else:
         writer.finish()
-        print(
-            f"{output}: {', '.join(names)} of {len(shards):,} samples{'' if missing else ', made before'}", flush=True
-        )
+        before = "" if missing else ", made before"
+        print(f"{output}: {', '.join(names)} of {len(shards):,} samples{before}", flush=True)
     return {"columns": str(output)}
 
 
