@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-COMMANDS = ("build", "filter", "index", "inspect", "lint")
+COMMANDS = ("build", "capfilt", "filter", "index", "inspect", "lint")
 
 
 def main() -> None:

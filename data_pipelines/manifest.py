@@ -33,7 +33,8 @@ class FileInfo:
 class Manifest:
     """A complete shard set. `command` made it with the arguments `build`; `stats` describes its lengths (see `Stats`).
 
-    `bad` counts the unusable records that were left out by reason, `dropped` the samples that filters left out. A view
+    `bad` counts the unusable records that were left out by reason, `dropped` the samples that filters left out.
+    `origin` says from which set another was made, by its fingerprint, and what else went into it. A view
     is a set without shards of its own: it names those of a set beside it as `../<folder>/<shard>.tar`, and its index
     holds the samples that were kept.
     """
@@ -49,6 +50,7 @@ class Manifest:
     stats: Mapping[str, Any] = field(default_factory=dict)
     bad: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
     sample_version: int = SCHEMA_VERSION
 

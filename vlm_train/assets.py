@@ -47,6 +47,15 @@ def local(name: str) -> str:
     return str(found)
 
 
+READ = {
+    "eval": ("eval", "tokenizer"),
+    "export": ("tokenizer",),
+    "caption": ("columns", "tokenizer"),
+    "score": ("columns", "tokenizer"),
+}
+"""Mode -> the groups whose shards it reads, where it does not train."""
+
+
 def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str]:
     """One line per asset that is named by a setting and missing. `expected`: run folders yet to be filled."""
     if cfg.mode == "import":  # brings weights and tokenizer itself
@@ -100,7 +109,7 @@ def _missing_packages(cfg: DictConfig) -> Iterator[str]:
 
 def _missing_shards(cfg: DictConfig) -> Iterator[str]:
     """Every `shards` that the mode reads is a folder with a manifest."""
-    for group in {"eval": ("eval", "tokenizer"), "export": ("tokenizer",)}.get(cfg.mode, ("data", "eval", "tokenizer")):
+    for group in READ.get(cfg.mode, ("data", "eval", "tokenizer")):
         for path, folder in _shards(group, resolved(cfg, group)):
             if folder == "???":
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."

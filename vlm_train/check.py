@@ -13,7 +13,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from vlm_train.assets import missing_assets
-from vlm_train.check_parts import PARTS, check_best, check_groups, check_objectives, check_peft, check_streams, short
+from vlm_train.check_parts import (
+    PARTS,
+    check_best,
+    check_columns,
+    check_groups,
+    check_objectives,
+    check_peft,
+    check_streams,
+    short,
+)
 from vlm_train.check_settings import (
     check_batch,
     check_data,
@@ -169,7 +178,8 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 
 CHECKS: list[Check] = [
     check_values, check_groups, check_targets, check_unsafe_keys, check_literals, check_numbers, check_data,
-    check_batch, check_length, check_warmup, check_objectives, check_best, check_peft, check_streams, check_launch,
+    check_batch, check_length, check_warmup, check_objectives, check_best, check_columns, check_peft, check_streams,
+    check_launch,
     check_strategy, check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

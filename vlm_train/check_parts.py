@@ -106,7 +106,7 @@ def _check_model(path: str, target: str, model: Any) -> Iterator[str]:
 
 def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     """Samples that are contrasted with each other cannot be packed, or cut into micro-batches."""
-    world = ranks(cfg)
+    world = cfg.target.gpus if cfg.dry_run else ranks(cfg)
     samples, micro = (resolved(cfg.batch, name) for name in ("samples", "micro"))
     if packed(cfg):
         yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
@@ -124,6 +124,16 @@ def check_best(cfg: DictConfig) -> Iterator[str]:
     allowed = ["loss", *evaluators]
     if cfg.trainer.best not in allowed:
         yield f"trainer.best: got {cfg.trainer.best!r}.{hint(cfg.trainer.best, allowed)} Allowed: {', '.join(allowed)}."
+
+
+def check_columns(cfg: DictConfig) -> Iterator[str]:
+    """Modes that write columns know of which set, and each process its share."""
+    if cfg.mode in ("caption", "score") and not cfg.columns.shards:
+        yield f"columns.shards is missing: mode={cfg.mode} needs columns.shards=<shard set>."
+    if cfg.mode == "caption" and cfg.columns.captions:
+        yield "columns.captions: only mode=score reads captions of other columns; leave it out."
+    if not 0 <= cfg.columns.part < cfg.columns.parts:
+        yield f"columns.part: got {cfg.columns.part} with columns.parts={cfg.columns.parts}; allowed: 0 to parts - 1."
 
 
 def _check_whole_model(path: str, cfg: DictConfig) -> Iterator[str]:

@@ -14,13 +14,14 @@ from vlm_train.errors import ConfigError
 from vlm_train.signatures import hint
 
 LITERALS: dict[str, tuple[Any, ...]] = {
-    "mode": ("fit", "eval", "export", "show", "lengths", "import", "config"),
+    "mode": ("fit", "eval", "caption", "score", "export", "show", "lengths", "import", "config"),
     "batch.normalise": ("token", "sample", "source", "sqrt_length"),
     "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.activation_checkpointing": ("none", "full", "selective"),
     "launch.kind": ("local", "torchrun", "srun"),
     "init_from.*.which": ("last", "best"),
+    "columns.which": ("last", "best"),
 }
 
 POSITIVE = (
@@ -41,6 +42,12 @@ RANGES: dict[str, str] = {
     "lr_schedule.warmup_steps": ">= 0",
     "lr_schedule.min_ratio": ">= 0, <= 1",
     "trainer.threads": ">= 1",
+    "columns.batch": ">= 1",
+    "columns.max_new_tokens": ">= 1",
+    "columns.min_new_tokens": ">= 0",
+    "columns.temperature": ">= 0",
+    "columns.top_p": "> 0, <= 1",
+    "columns.repetition_penalty": "> 0",
     "trainer.keep_last": ">= 1",
     "trainer.keep_best": ">= 0",
     "trainer.keep_every": ">= 1",
@@ -287,7 +294,7 @@ def check_strategy(cfg: DictConfig) -> Iterator[str]:
 
 def check_run(cfg: DictConfig) -> Iterator[str]:
     """Modes that look at a run name one; the run's name is a folder name."""
-    if cfg.mode in ("eval", "export") and not cfg.run:
+    if cfg.mode in ("eval", "caption", "score", "export") and not cfg.run:
         yield f"run is missing: mode={cfg.mode} needs run=<run folder>."
     if cfg.mode == "fit" and cfg.run:
         yield "run: mode=fit names its own folder; use init_from or resume to start from another run."

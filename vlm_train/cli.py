@@ -35,6 +35,8 @@ log = logging.getLogger("vlm_train")
 MODES = {
     "fit": "vlm_train.fit:fit",
     "eval": "vlm_train.evaluation.run:evaluate",
+    "caption": "vlm_train.capfilt.run:caption",
+    "score": "vlm_train.capfilt.run:score",
     "export": "vlm_train.export.run:export",
     "import": "vlm_train.export.run:import_",
     "show": "vlm_train.data.show:show",

@@ -125,6 +125,24 @@ class Schedule:
 
 
 @dataclass
+class Columns:
+    """`mode=caption` and `mode=score`: what a run says of a shard set. Lengths and sampling are BLIP's CapFilt."""
+
+    shards: str | None = None  # the shard set
+    output: str | None = None  # folder of the columns; null: <shards>.columns/<mode>
+    captions: str | None = None  # mode=score: the columns whose captions take the place of the samples' own
+    which: str = "last"  # weights: last | best
+    batch: int = 64  # pairs a call of the model
+    part: int = 0  # several processes share the work: this one takes the shards of part 0, 1, ...
+    parts: int = 1  # ... of so many
+    max_new_tokens: int = 26  # 30 with the four of the prompt "[DEC] a picture of"
+    min_new_tokens: int = 6  # 10 with them
+    temperature: float = 1.0  # 0: the most likely caption
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
+
+
+@dataclass
 class Target:
     """What a dry run plans for: hardware, and how long samples are while there are no shards to ask."""
 
@@ -140,11 +158,11 @@ class Target:
 class Root:
     """The whole configuration. `python -m vlm_train --cfg job` prints it composed."""
 
-    mode: str = "fit"  # fit | eval | export | show | lengths | import | config
+    mode: str = "fit"  # fit | eval | caption | score | export | show | lengths | import | config
     dry_run: bool = False  # build on the meta device, print the plan, train nothing
     seed: int = 42
     run_name: str | None = None  # null: <recipe>-<hash of the training-relevant config>
-    run: str | None = None  # eval, export, show: an existing run folder, whose config is used
+    run: str | None = None  # eval, caption, score, export, show: an existing run folder, whose config is used
     resume: str = "auto"  # auto: this run's newest valid checkpoint | never | path | restart: delete its checkpoints
     init_from: list[InitFrom] = field(default_factory=list)
     allow_targets: list[str] = field(default_factory=list)  # further `_target_` prefixes to trust
@@ -175,6 +193,7 @@ class Root:
     paths: Paths = field(default_factory=Paths)
     schedule: Schedule | None = None
     sweep_metric: str | None = None  # multirun: the final metric that a sweeper such as Optuna optimises
+    columns: Columns = field(default_factory=Columns)
     target: Target = field(default_factory=Target)
 
 

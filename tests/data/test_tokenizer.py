@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from data_pipelines.shards import ShardWriter
@@ -65,3 +67,13 @@ def test_special_pattern_takes_the_longest_and_sees_new_tokens() -> None:
     tokenizer.add_tokens(["<q>"], special_tokens=True)
     assert special_pattern(tokenizer).search("<q>") is not None
     assert special_pattern(tokenizer, ("[X]", "[X]Y")).search("[X]Y").group() == "[X]Y"  # type: ignore[union-attr]
+
+
+def test_berts_own_tokens_begin_and_end_a_text(tmp_path: Path) -> None:
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    found = pretrained(name=str(tmp_path))
+    assert (found.bos_token, found.eos_token) == ("[CLS]", "[SEP]")
+    assert found("a cat", add_special_tokens=False).input_ids == [5, 6]

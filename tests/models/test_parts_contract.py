@@ -16,6 +16,7 @@ from tests.tiny_models import text_stream
 from vlm_train.build import build_layout
 from vlm_train.data.layout import GridLayout, MediaSize
 from vlm_train.models.llms.text_tower import HFTextTower
+from vlm_train.models.med import START_TOKENS, Med
 from vlm_train.overlay import fitting
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -125,16 +126,18 @@ def test_text_tower(option):
 @pytest.mark.parametrize("option", sorted(set(options("llm")) - text_towers()))
 def test_llm(option):
     llm = part("llm", option)
-    pairs = hasattr(llm, "encode")
-    assert llm.vocab_size == 50 and len(llm.layers) == (4 if pairs else 2)
+    encodes = isinstance(llm, Med)  # it has start tokens, and attention that decoding does not use
+    pairs = hasattr(llm, "encode") and not encodes
+    rows = 50 + START_TOKENS * encodes
+    assert llm.vocab_size == rows and len(llm.layers) == (4 if pairs else 2)
     ids = torch.randint(0, 50, (2, 7))
     embeds = llm.embed(ids)
     positions = torch.arange(7).expand(1, 2, 7)
     context = llm.encode(llm.embed(ids[:, :5]), torch.ones(2, 1, 1, 5, dtype=torch.bool)) if pairs else None
     hidden = llm.decode(embeds, positions, None, context)
     logits = llm.head(hidden)
-    assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, 50)
-    assert_gradients(llm, logits)
+    assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, rows)
+    assert_gradients(llm, logits, [n for n, _ in llm.named_parameters() if encodes and "encoder_attention" in n])
     assert_state_round_trip(llm, hydra.utils.instantiate(node("llm", option, tiny=True), vocab_size=50))
 
 

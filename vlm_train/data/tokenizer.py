@@ -81,6 +81,8 @@ def load(setting: str, name: str, **options: str) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"{setting}: {name!r} has no fast tokenizer, and labels need its character offsets")
+    if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token is not None:
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # BERT's begin and end
     core = tokenizer.backend_tokenizer  # which `render` calls directly
     core.no_truncation()  # some files ask for either; length is the business of data.max_length
     core.no_padding()

@@ -111,7 +111,8 @@ def _rows(cfg: DictConfig) -> int:
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
     """Trace the losses of one sample."""
     objectives = [instantiate(node) for node in cfg.objective.values() if node is not None]
-    streams = [getattr(objective, "text", objective.stream) for objective in objectives]
+    named = [getattr(objective, "text", objective.stream) for objective in objectives]
+    streams = ["llm" if name == "samples" else name for name in named]  # pairs are normalised by samples
     batch = meta_batch(model, streams=streams, rows=1, text_tokens=text_tokens, supervised=supervised)
 
     def forward() -> list[Any]:
@@ -161,7 +162,7 @@ def _linears(model: Any) -> Linears:
     llm = getattr(model, "llm", None)
     if llm is None:
         return Linears()
-    head = llm.model.get_output_embeddings()
+    head = llm.model.get_output_embeddings() if hasattr(llm, "model") else None  # else one that shares the embedding
     weights = [
         module.weight
         for name, module in llm.named_modules()

@@ -36,10 +36,12 @@ def write_export(built: Any, folder: Path) -> Path:
         ConfigError: `transformers` has no such model. AssetError: what was written does not give the same logits.
     """
     from vlm_train.evaluation.answers import end_ids
+    from vlm_train.export.blip import export_blip
     from vlm_train.export.blip2 import export_blip2, speaks_blip2
     from vlm_train.export.chat import add_chat_template
     from vlm_train.export.llava import export_llava
     from vlm_train.export.merged import quantised, unquantised
+    from vlm_train.models.blip import Blip
 
     if quantised(built.model):
         print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
@@ -47,6 +49,11 @@ def write_export(built: Any, folder: Path) -> Path:
     mode = getattr(built.image, "mode", "pad")
     model: Any = built.model.eval()
     out = folder / EXPORT_FOLDER
+    if isinstance(model, Blip):
+        with replacing(out) as partial:
+            export_blip(model, partial, built.tokenizer)
+        print(f"Exported to {out}: for retrieval and for captioning, each with the run's weights.", flush=True)
+        return out
     with replacing(out) as partial:
         write = export_blip2 if speaks_blip2(model) else export_llava
         write(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built))

@@ -1,0 +1,187 @@
+"""To and from the BLIP of `transformers`, which has two classes for what is one model here.
+
+`BlipForImageTextRetrieval` holds the encoder (ITC, ITM), `BlipForConditionalGeneration` the decoder (LM). Both have the
+vision tower and what encoder and decoder share; a model is read from either, or from both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_train.errors import AssetError, ConfigError
+from vlm_train.models.blip import Blip
+from vlm_train.models.med import Med
+from vlm_train.models.vision.hf import HFVision
+
+RETRIEVAL, CAPTIONING = "retrieval", "captioning"
+
+_TEXT = (
+    ("words", "embeddings.word_embeddings"),
+    ("positions", "embeddings.position_embeddings"),
+    ("norm", "embeddings.LayerNorm"),
+)
+_ATTENTION = tuple((name, f"self.{name}") for name in ("query", "key", "value"))
+_ATTENTION += (("output", "output.dense"), ("norm", "output.LayerNorm"))
+_FEED = (("up", "intermediate.dense"), ("down", "output.dense"), ("norm", "output.LayerNorm"))
+_LM_HEAD = (("transform.0", "predictions.transform.dense"), ("transform.2", "predictions.transform.LayerNorm"))
+_MATCHING = (("image_projection", "vision_proj"), ("text_projection", "text_proj"), ("match_head", "itm_head"))
+
+
+def names(kind: str, layers: int) -> dict[str, str]:
+    """Our names of modules -> theirs, of the class `kind`, but for the vision tower, which is under `vision_model`."""
+    decodes = kind == CAPTIONING
+    prefix = "text_decoder.bert." if decodes else "text_encoder."
+    found = {f"llm.{ours}": f"{prefix}{theirs}" for ours, theirs in _TEXT}
+    attentions = (("decoder_attention" if decodes else "encoder_attention", "attention"), ("cross", "crossattention"))
+    for number in range(layers):
+        mine, other = f"llm.layers.{number}.", f"{prefix}encoder.layer.{number}."
+        for ours, theirs in attentions:
+            found |= {f"{mine}{ours}.{a}": f"{other}{theirs}.{b}" for a, b in _ATTENTION}
+        found |= {f"{mine}feed.{a}": f"{other}{b}" for a, b in _FEED}
+    head = {f"llm.{ours}": f"text_decoder.cls.{theirs}" for ours, theirs in _LM_HEAD}
+    return found | (head if decodes else dict(_MATCHING))
+
+
+def to_library(model: Blip, kind: str) -> dict[str, Tensor]:
+    """The weights of `model` under the names of the class `kind`."""
+    known = names(kind, len(model.llm.layers))
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    found = {
+        f"{known[m]}.{leaf}": t for name, t in state.items() for m, _, leaf in [name.rpartition(".")] if m in known
+    }
+    found |= {name.replace("vision.model.", "vision_model.", 1): t for name, t in state.items() if _is_tower(name)}
+    if kind == CAPTIONING:
+        bias = state["llm.head_bias"]
+        found |= {f"text_decoder.cls.predictions.{name}": bias for name in ("bias", "decoder.bias")}
+        found["text_decoder.cls.predictions.decoder.weight"] = state["llm.words.weight"]
+    return found
+
+
+@torch.no_grad()
+def from_library(model: Blip, kind: str, theirs: Mapping[str, Tensor]) -> None:
+    """Copy the weights of the class `kind` into `model`; what the class does not have stays as it is.
+
+    Raises:
+        AssetError: a tensor is missing, unknown, or of another shape.
+    """
+    own = to_library(model, kind)
+    problems = [f"{name}: not in the checkpoint" for name in own if name not in theirs]
+    problems += [f"{name}: unknown" for name in theirs if name not in own and not name.endswith("position_ids")]
+    problems += [
+        f"{name}: {list(theirs[name].shape)}, the model has {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in theirs and theirs[name].shape != tensor.shape
+    ]
+    if problems:
+        raise AssetError(f"import: no {kind} checkpoint of this BLIP: {'; '.join(problems[:3])}")
+    for name, tensor in own.items():
+        tensor.copy_(theirs[name])
+
+
+def exportable(model: Any) -> None:
+    """Raise `ConfigError` unless `transformers` can express `model`."""
+    if not isinstance(model, Blip) or not isinstance(model.llm, Med):
+        raise ConfigError(f"model: {type(model).__name__} has no BLIP equivalent; only Blip with Med does")
+    vision = model.vision
+    kind = vision.model.config.model_type if isinstance(vision, HFVision) else type(vision).__name__
+    if kind != "blip_vision_model" or not vision.final_norm or not vision.keep_cls:
+        raise ConfigError("vision: BLIP takes a blip_vision_model with its class token and final norm, got " + kind)
+
+
+def library_config(model: Blip, tokenizer: Any = None) -> Any:
+    """The `BlipConfig` of `model`; `tokenizer` says what ends and pads a text."""
+    from transformers import BlipConfig
+
+    numbers = model.llm.numbers
+    text = {
+        name: getattr(numbers, name)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "layer_norm_eps",
+        )
+    }
+    text |= {"hidden_dropout_prob": numbers.dropout, "attention_probs_dropout_prob": numbers.dropout}
+    text |= {"bos_token_id": model.llm.decoder_start}
+    if tokenizer is not None:
+        ends = tokenizer.eos_token_id
+        text |= {"eos_token_id": ends, "sep_token_id": ends, "pad_token_id": tokenizer.pad_token_id or 0}
+    return BlipConfig(
+        text_config=text,
+        vision_config=model.vision.model.config.to_dict(),
+        image_text_hidden_size=model.image_projection.out_features,
+    )
+
+
+def export_blip(model: Blip, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Write `<folder>/retrieval` and `<folder>/captioning`, which plain `transformers` loads, each with the tokenizer.
+
+    They have no image processor, for that of BLIP squashes pictures, whatever the run did.
+
+    Raises:
+        ConfigError: `transformers` has no such model. AssetError: what it loads has other weights.
+    """
+    exportable(model)
+    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+    config = library_config(model, tokenizer)
+    classes = {RETRIEVAL: BlipForImageTextRetrieval, CAPTIONING: BlipForConditionalGeneration}
+    for kind, blip in classes.items():
+        state = to_library(model, kind)
+        with torch.device("meta"):
+            library = blip(config)
+        library.load_state_dict(state, strict=True, assign=True)
+        library.tie_weights()
+        library.save_pretrained(Path(folder) / kind)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(Path(folder) / kind)
+        loaded = blip.from_pretrained(Path(folder) / kind, dtype=model.llm.words.weight.dtype).state_dict()
+        differing = [
+            n
+            for n in state.keys() | loaded.keys()
+            if n not in loaded or n not in state or not _same(state[n], loaded[n])
+        ]
+        if differing:
+            raise AssetError(f"export: {Path(folder) / kind}: {sorted(differing)[0]} is not the model's")
+    return Path(folder)
+
+
+def bert_state(source: str, layers: int) -> dict[str, Tensor]:
+    """The weights of a BERT under the names of `Med`, for both of its self-attentions; what Med lacks is left out.
+
+    Raises:
+        AssetError: they cannot be read.
+    """
+    from transformers import BertForMaskedLM
+
+    try:
+        state = BertForMaskedLM.from_pretrained(source, use_safetensors=True).state_dict()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AssetError(f"llm.weights: {source!r} is no readable BERT: {error}") from error
+    theirs = {re.sub(r"^(bert|cls)\.", r"text_decoder.\1.", name): tensor for name, tensor in state.items()}
+    found = {"head_bias": state["cls.predictions.bias"]}
+    for ours, other in names(CAPTIONING, layers).items():
+        for leaf in ("weight", "bias"):
+            if (tensor := theirs.get(f"{other}.{leaf}")) is not None:
+                name = f"{ours}.{leaf}".removeprefix("llm.")
+                found[name] = tensor
+                found[name.replace("decoder_attention", "encoder_attention")] = tensor
+    return found
+
+
+def _is_tower(name: str) -> bool:
+    return name.startswith("vision.model.")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.cpu(), other.cpu())
