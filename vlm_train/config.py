@@ -166,9 +166,13 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
 
     Under `size` a group that its overlay exchanged is that file alone, with the values of the command line on top: what
     the recipe had said about the exchanged component does not apply. An overlay over a part that the recipe lacks adds
-    none.
+    none. An option with numbers of its own has an overlay of its own beside it, `_<size>_<option>.yaml`.
     """
     for group in PART_GROUPS if choices.get("size") else ():
+        own = config_dir() / group / f"_{choices['size']}_{choices.get(group)}.yaml"
+        if own.is_file():
+            cfg[group] = OmegaConf.merge(cfg[group], OmegaConf.load(own))
+            _apply(cfg, group, choices[group], overrides)
         if str(choices.get(group)).startswith("_"):
             cfg[group] = OmegaConf.load(config_dir() / group / f"{choices[group]}.yaml")
             _apply(cfg, group, choices[group], overrides)

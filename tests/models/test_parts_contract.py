@@ -25,8 +25,9 @@ def options(group: str) -> list[str]:
 
 def node(group: str, option: str, *, tiny: bool):
     config = OmegaConf.load(CONF / group / f"{option}.yaml")
-    if tiny:
-        config = OmegaConf.merge(config, OmegaConf.load(CONF / group / "_tiny.yaml"))
+    for overlay in ("_tiny.yaml", f"_tiny_{option}.yaml"):  # as size=tiny
+        if tiny and (CONF / group / overlay).is_file():
+            config = OmegaConf.merge(config, OmegaConf.load(CONF / group / overlay))
     if OmegaConf.is_missing(config, "weights"):
         config.weights = None
     return config
@@ -82,21 +83,18 @@ def test_vision(option):
 @pytest.mark.parametrize("option", options("connector"))
 def test_connector(option, grid):
     build = {"in_dim": 6, "out_dim": 10}
-    connector = hydra.utils.instantiate(OmegaConf.load(CONF / "connector" / f"{option}.yaml"), **build)
+    connector = hydra.utils.instantiate(node("connector", option, tiny=True), **build)
     tokens = connector(torch.randn(2, grid[0] * grid[1], 6), grid)
     rows, columns = connector.token_grid(grid)
     assert tokens.shape == (2, rows * columns, 10)
     assert_gradients(connector, tokens)
-    assert_state_round_trip(
-        connector, hydra.utils.instantiate(OmegaConf.load(CONF / "connector" / f"{option}.yaml"), **build)
-    )
+    assert_state_round_trip(connector, hydra.utils.instantiate(node("connector", option, tiny=True), **build))
 
 
 @pytest.mark.parametrize("option", options("connector"))
 def test_layout_pickles_without_weights(option):
     vision = part("vision", "clip_vit_l14_336")
-    config = OmegaConf.load(CONF / "connector" / f"{option}.yaml")
-    connector = hydra.utils.instantiate(config, in_dim=vision.out_dim, out_dim=64)
+    connector = hydra.utils.instantiate(node("connector", option, tiny=True), in_dim=vision.out_dim, out_dim=64)
     data = pickle.dumps(GridLayout(vision.patch_grid, connector.token_grid))
     assert len(data) < 1000
     (pieces,) = pickle.loads(data)([MediaSize(640, 480)])
