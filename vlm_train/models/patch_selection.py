@@ -5,7 +5,6 @@ Legend: N views, P patches, K most patches kept, D width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError

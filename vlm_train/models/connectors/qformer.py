@@ -61,6 +61,7 @@ class QFormerConnector(nn.Module):
             raise ConfigError(f"connector.levels: {levels} levels do not fit features of width {in_dim} (vision.layer)")
         if mass is not None and budget is None:
             raise ConfigError(f"connector.mass: {mass}, but nothing is selected; set connector.budget")
+        patches = None if budget is None else PatchSelection(dim=in_dim, budget=budget, mass=mass, hidden=score_hidden)
         self.qformer = QFormer(
             vision_dim=in_dim // levels,
             queries=queries,

@@ -19,7 +19,6 @@ from vlm_train.models.context import given_context
 from vlm_train.models.hub import ATTENTION, build_model, load_pretrained
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 
-
 _OTHER_NAMES: dict[str, dict[str, str | None]] = {"opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None}}
 """Numbers that a family of the library calls otherwise, or, None, does not have."""
 
