@@ -166,13 +166,12 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
 
     Under `size` a group that its overlay exchanged is that file alone, with the values of the command line on top: what
     the recipe had said about the exchanged component does not apply. An overlay over a part that the recipe lacks adds
-    none. An option with numbers of its own has an overlay of its own beside it, `_<size>_<option>.yaml`.
+    none. Connectors share no numbers, so each takes those of the overlay that it has.
     """
+    if choices.get("size") and OmegaConf.is_dict(cfg.connector):
+        cfg.connector = small_connector(cfg.connector)
+        _apply(cfg, "connector", choices["connector"], overrides)
     for group in PART_GROUPS if choices.get("size") else ():
-        own = config_dir() / group / f"_{choices['size']}_{choices.get(group)}.yaml"
-        if own.is_file():
-            cfg[group] = OmegaConf.merge(cfg[group], OmegaConf.load(own))
-            _apply(cfg, group, choices[group], overrides)
         if str(choices.get(group)).startswith("_"):
             cfg[group] = OmegaConf.load(config_dir() / group / f"{choices[group]}.yaml")
             _apply(cfg, group, choices[group], overrides)
@@ -186,6 +185,12 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     for name in cfg.paths:
         cfg.paths[name] = os.path.abspath(os.path.expanduser(cfg.paths[name]))
     return cfg
+
+
+def small_connector(connector: DictConfig) -> DictConfig:
+    """`connector` with those numbers of `conf/connector/_tiny.yaml` that it has."""
+    overlay = OmegaConf.load(config_dir() / "connector" / "_tiny.yaml")
+    return OmegaConf.merge(connector, {name: value for name, value in overlay.items() if name in connector})
 
 
 def values_below(group: str, overrides: Iterable[str]) -> list[Override]:

@@ -26,6 +26,8 @@ def dry_run(cfg: DictConfig) -> dict[str, Any]:
     from vlm_train.build import build_model
 
     cfg, notes = without_assets(cfg)
+    if cfg.batch.samples is not None:  # a device has no more rows than its share
+        cfg.batch.micro = min(cfg.batch.micro, -(-cfg.batch.samples // cfg.target.gpus))
     assumed = ASSUMED_NOTE in notes
     plan = make_plan(cfg, build_model(cfg, meta=True))
     rest = "\n".join(note for note in notes if note != ASSUMED_NOTE)

@@ -59,6 +59,8 @@ class QFormerConnector(nn.Module):
         super().__init__()
         if levels < 1 or in_dim % levels:
             raise ConfigError(f"connector.levels: {levels} levels do not fit features of width {in_dim} (vision.layer)")
+        if levels > (readers := -(-layers // cross_every)):
+            raise ConfigError(f"connector.levels: {levels}, but only {readers} blocks read the image")
         if mass is not None and budget is None:
             raise ConfigError(f"connector.mass: {mass}, but nothing is selected; set connector.budget")
         patches = None if budget is None else PatchSelection(dim=in_dim, budget=budget, mass=mass, hidden=score_hidden)
