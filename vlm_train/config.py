@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -190,7 +190,8 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
 def small_connector(connector: DictConfig) -> DictConfig:
     """`connector` with those numbers of `conf/connector/_tiny.yaml` that it has."""
     overlay = OmegaConf.load(config_dir() / "connector" / "_tiny.yaml")
-    return OmegaConf.merge(connector, {name: value for name, value in overlay.items() if name in connector})
+    small = OmegaConf.merge(connector, {name: value for name, value in overlay.items() if name in connector})
+    return cast(DictConfig, small)
 
 
 def values_below(group: str, overrides: Iterable[str]) -> list[Override]:

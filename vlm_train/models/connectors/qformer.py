@@ -73,9 +73,7 @@ class QFormerConnector(nn.Module):
             ffn=ffn,
             cross_every=cross_every,
             levels=levels,
-            select=None
-            if budget is None
-            else PatchSelection(dim=in_dim, budget=budget, mass=mass, hidden=score_hidden),
+            select=patches,
             dropout=dropout,
             eps=eps,
         )
