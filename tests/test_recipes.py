@@ -37,9 +37,22 @@ TWO_TOWERS = {
     "siglip_so400m": (1e-3, (0.9, 0.95), 1e-8, 1e-4, 20000, 100, None, 0.1, None, -10.0),
 }
 
+# Source of every row: BLIP-2's paper section 3.4; MiniGPT-4's paper and train_configs/. Steps, not epochs, are given.
+QFORMER_LINE = {
+    # recipe: (learning rate, least rate, samples a step, steps, warm-up steps, second beta, template)
+    "blip2_stage1": (1e-4, 1e-5, 1680, 250_000, 2000, 0.98, "caption_bert"),
+    "blip2_stage2_opt": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
+    "dynamic_qformer": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
+    "hierarchical_qformer": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
+    "minigpt4_stage1": (1e-4, 8e-5, 256, 20_000, 5000, 0.999, "plain"),
+    "minigpt4_stage2": (3e-5, 1e-5, 12, 400, 200, 0.999, "minigpt4"),
+    "minigpt4_llama2": (1e-4, 8e-5, 256, 20_000, 5000, 0.999, "plain"),
+    "minigpt5_gate": (1e-4, 8e-5, 256, 20_000, 5000, 0.999, "plain"),
+}
+
 
 def test_there_are_recipes() -> None:
-    assert {*PUBLISHED, *TWO_TOWERS} < set(RECIPES)
+    assert {*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE} < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
 
@@ -54,7 +67,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     assert "hydra" not in text
 
 
-@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TWO_TOWERS]))
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE]))
 def test_every_number_names_its_source(name: str) -> None:
     path = config.recipes_dir() / "recipe" / f"{name}.yaml"
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -103,6 +116,19 @@ def test_two_towers_say_what_was_published(name: str) -> None:
 @pytest.mark.parametrize("gpus", [1, 8, 128])
 def test_a_large_batch_needs_no_number_of_gpus(gpus: int) -> None:
     check(config.compose(["recipe=clip_vitb32", "launch=torchrun", f"launch.devices={gpus}"]), need_assets=False)
+
+
+@pytest.mark.parametrize("name", sorted(QFORMER_LINE))
+def test_the_qformer_line_says_what_was_published(name: str) -> None:
+    cfg = config.compose([f"recipe={name}"])
+    lr, least, samples, steps, warmup, beta, template = QFORMER_LINE[name]
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.max_steps, cfg.trainer.epochs) == (lr, samples, steps, None)
+    assert (list(cfg.optim.betas), cfg.optim.weight_decay) == ([0.9, beta], 0.05)
+    assert cfg.lr_schedule._target_ == "vlm_train.optim.cosine"
+    assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.warmup_ratio) == (warmup, 0.0)
+    assert cfg.lr_schedule.min_ratio * lr == pytest.approx(least)
+    assert cfg.trainer.precision == "16-mixed" and cfg.trainer.clip_norm is None
+    assert cfg.template == OmegaConf.load(config.config_dir() / "template" / f"{template}.yaml")
 
 
 @pytest.mark.parametrize("name", ["llava15_lora", "llava15_qlora"])

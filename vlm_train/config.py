@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -167,8 +167,11 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
 
     Under `size` a group that its overlay exchanged is that file alone, with the values of the command line on top: what
     the recipe had said about the exchanged component does not apply. An overlay over a part that the recipe lacks adds
-    none, nor one over numbers that the component's file does not have.
+    none, nor one over numbers that the component's file does not have: connectors take those of theirs that they have.
     """
+    if choices.get("size") and OmegaConf.is_dict(cfg.connector):
+        cfg.connector = small_connector(cfg.connector)
+        _apply(cfg, "connector", choices["connector"], overrides)
     for group in PART_GROUPS if choices.get("size") else ():
         if str(choices.get(group)).startswith("_"):
             cfg[group] = OmegaConf.load(config_dir() / group / f"{choices[group]}.yaml")
@@ -186,6 +189,13 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     for name in cfg.paths:
         cfg.paths[name] = os.path.abspath(os.path.expanduser(cfg.paths[name]))
     return cfg
+
+
+def small_connector(connector: DictConfig) -> DictConfig:
+    """`connector` with those numbers of `conf/connector/_tiny.yaml` that it has."""
+    overlay = OmegaConf.load(config_dir() / "connector" / "_tiny.yaml")
+    small = OmegaConf.merge(connector, {name: value for name, value in overlay.items() if name in connector})
+    return cast(DictConfig, small)
 
 
 def values_below(group: str, overrides: Iterable[str]) -> list[Override]:

@@ -20,6 +20,12 @@ LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
 LINEAR_7B, MLP_7B, MLP_13B = 4_198_400, 20_979_712, 31_467_520
 LORA_7B, LORA_13B = 319_815_680, 500_695_040
 
+VIT_G, LN_VISION, OPT_2_7B = 985_952_256, 2_816, 2_651_596_800
+QFORMER, QFORMER_TEXT, ALIGNED = 105_162_240, 185_684_736, 186_705_470  # ALIGNED: with text, heads and ln_vision
+TO_OPT, TO_VICUNA, CONCAT = 768 * 2560 + 2560, 3_149_824, 23_072_768
+SCORES = 2 * 1408 + 1408 * 256 + 256 + 256 + 1
+GATE = 1024 * 1408 + 1408 + 2 * 1408 * 1408 + 1408
+
 # recipe: (vision, connector, llm without adapters, trainable, visual tokens, optimizer steps)
 FACTS = {
     "llava1_stage1": (CLIP_L14, LINEAR_7B, LLAMA_7B, LINEAR_7B, 256, math.ceil(595_000 / 128)),
@@ -29,6 +35,18 @@ FACTS = {
     "llava15_13b_stage1": (CLIP_L14_336, MLP_13B, LLAMA_13B, MLP_13B, 576, 2181),
     "llava15_13b_stage2": (CLIP_L14_336, MLP_13B, LLAMA_13B, MLP_13B + LLAMA_13B, 576, 5198),
     "llava15_lora": (CLIP_L14_336, MLP_7B, LLAMA_7B + LORA_7B, MLP_7B + LORA_7B, 576, 5198),
+}
+
+# recipe: (vision, connector, llm, trainable, visual tokens, optimizer steps, warm-up)
+QFORMER_FACTS = {
+    "blip2_stage1": (VIT_G, QFORMER_TEXT, None, ALIGNED, 0, 250_000, 2000),
+    "blip2_stage2_opt": (VIT_G, QFORMER + TO_OPT, OPT_2_7B, 107_133_696, 32, 80_000, 2000),
+    "minigpt4_stage1": (VIT_G, QFORMER + TO_VICUNA, LLAMA_7B, TO_VICUNA, 32, 20_000, 5000),
+    "minigpt4_stage2": (VIT_G, QFORMER + TO_VICUNA, LLAMA_7B, TO_VICUNA, 32, 400, 200),
+    "minigpt4_llama2": (VIT_G, CONCAT, LLAMA_7B, CONCAT, 64, 20_000, 5000),
+    "minigpt5_gate": (VIT_G + CLIP_L14 + GATE, QFORMER + TO_VICUNA, LLAMA_7B, GATE + TO_VICUNA, 32, 20_000, 5000),
+    "dynamic_qformer": (VIT_G, QFORMER + TO_OPT + SCORES, OPT_2_7B, 107_133_696 + SCORES, 32, 80_000, 2000),
+    "hierarchical_qformer": (VIT_G, QFORMER + TO_OPT + 3 * LN_VISION, OPT_2_7B, 107_139_328, 32, 80_000, 2000),
 }
 
 
@@ -59,6 +77,27 @@ def test_counts_tokens_and_steps_are_exact(name: str) -> None:
     assert (plan["visual_tokens"], plan["steps"]) == (tokens, steps)
     assert plan["warmup_steps"] == math.ceil(0.03 * steps)
     assert plan["checkpoint_bytes"] == 3 * 4 * trainable, "weights and AdamW's two states in fp32; nothing frozen"
+
+
+@pytest.mark.parametrize("name", sorted(QFORMER_FACTS))
+def test_counts_of_the_qformer_line_are_exact(name: str) -> None:
+    plan = planned(f"recipe={name}")
+    vision, connector, llm, trainable, tokens, steps, warmup = QFORMER_FACTS[name]
+    parts = plan["parameters"]
+    assert (parts["vision"], parts["connector"], parts.get("llm")) == (vision, connector, llm)
+    assert plan["trainable"] == trainable
+    assert (plan["visual_tokens"], plan["steps"], plan["warmup_steps"]) == (tokens, steps, warmup)
+
+
+def test_other_sizes_of_the_qformer_line() -> None:
+    assert planned("recipe=blip2_stage2_opt", "llm=opt_6_7b")["trainable"] == 108_314_880
+    assert planned("recipe=minigpt4_stage1", "llm=vicuna_13b_v15")["trainable"] == 3_937_280
+
+
+def test_a_device_holds_no_more_rows_than_its_share(capsys: pytest.CaptureFixture[str]) -> None:
+    planned.cache_clear()
+    planned("recipe=llava15_stage1", "batch.micro=256")
+    assert "Predicted for 32 rows" in capsys.readouterr().out
 
 
 def test_lora_13b() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from tests.tiny_models import assert_close
 from vlm_train.errors import ConfigError
+from vlm_train.models.connectors.concat import ConcatLinear
 from vlm_train.models.connectors.linear import Linear
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
@@ -52,3 +53,23 @@ def test_pooling_of_everything_gives_one_token():
     torch.nn.init.zeros_(connector.layers[0].bias)
     assert_close(connector(torch.arange(15.0).view(1, 15, 1), (3, 5)), torch.tensor([[[7.0]]]))
     assert connector.token_grid((3, 5)) == (1, 1)
+
+
+def test_concatenation_is_minigpt4s_view_where_rows_are_multiples_of_four():
+    connector = ConcatLinear(in_dim=6, out_dim=5)
+    features = torch.randn(2, 64, 6)
+    assert_close(connector(features, (8, 8)), connector.proj(features.reshape(2, 16, 24)))
+    assert connector.token_grid((16, 16)) == (16, 4)
+
+
+def test_concatenation_does_not_mix_rows():
+    connector = ConcatLinear(in_dim=1, out_dim=4)
+    torch.nn.init.eye_(connector.proj.weight)
+    torch.nn.init.zeros_(connector.proj.bias)
+    tokens = connector(torch.arange(1.0, 11.0).view(1, 10, 1), (2, 5))
+    assert tokens[0].tolist() == [[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 9], [10, 0, 0, 0]]
+
+
+def test_concatenation_refuses_features_without_a_grid():
+    with pytest.raises(ConfigError, match=r"connector\.patches: features in a row of 257.*keep_cls=false"):
+        ConcatLinear(in_dim=2, out_dim=2).token_grid((1, 257))

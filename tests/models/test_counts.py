@@ -32,6 +32,9 @@ def count(module) -> int:
     ("group", "option", "expected"),
     [
         ("vision", "clip_vit_l14_336", 303_507_456),
+        ("vision", "eva_clip_vit_g", 985_952_256),
+        ("llm", "opt_2_7b", 2_651_596_800),
+        ("llm", "opt_6_7b", 6_658_473_984),
         ("llm", "vicuna_7b_v15", 6_738_415_616),
         ("llm", "vicuna_7b_v0", 6_738_415_616),
         ("llm", "llama2_7b_chat", 6_738_415_616),
@@ -60,6 +63,10 @@ def test_connectors(option, dim, expected):
     assert count(build("connector", option, in_dim=1024, out_dim=dim)) == expected
 
 
+def test_four_patches_of_vit_g():
+    assert count(build("connector", "concat4_linear", in_dim=1408, out_dim=4096)) == 23_072_768
+
+
 def test_llava15_7b():
     vision, llm = build("vision", "clip_vit_l14_336"), build("llm", "vicuna_7b_v15")
     connector = build("connector", "mlp2x_gelu", in_dim=vision.out_dim, out_dim=llm.dim)
@@ -70,7 +77,14 @@ def test_llava15_7b():
 
 
 @pytest.mark.parametrize(
-    ("option", "tokens"), [("clip_vit_l14", 256), ("clip_vit_l14_336", 576), ("siglip_so400m_384", 729)]
+    ("option", "tokens"),
+    [
+        ("clip_vit_l14", 256),
+        ("clip_vit_l14_336", 576),
+        ("siglip_so400m_384", 729),
+        ("eva_clip_vit_g", 257),
+        ("gated", 256),
+    ],
 )
 def test_visual_tokens_of_an_image(option, tokens):
     vision = build("vision", option)

@@ -32,6 +32,8 @@ FAMILIES = {
     "granite scale": {"model_type": "granite", "logits_scaling": 4.0},
     "cohere scale": {"model_type": "cohere", "logit_scale": 0.3},
     "phi": {"model_type": "phi"},
+    "opt": {"model_type": "opt", "dropout": 0.0},
+    "opt 350m": {"model_type": "opt", "dropout": 0.0, "do_layer_norm_before": False, "word_embed_proj_dim": 24},
 }
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6]]
 

@@ -14,12 +14,14 @@ from omegaconf import OmegaConf
 
 from tests.tiny_models import text_stream
 from vlm_train.build import build_layout
+from vlm_train.config import small_connector
 from vlm_train.data.layout import GridLayout, MediaSize
 from vlm_train.models.llms.text_tower import HFTextTower
 from vlm_train.models.med import START_TOKENS, Med
 from vlm_train.overlay import fitting
 
 CONF = Path(__file__).parents[2] / "conf"
+WIDTH = 6  # of the features; those of 3 layers, where a connector reads several
 ARGUMENTS = {"vision": {}, "llm": {"vocab_size": 50}}
 
 
@@ -29,7 +31,9 @@ def options(group: str) -> list[str]:
 
 def node(group: str, option: str, *, tiny: bool):
     config = OmegaConf.load(CONF / group / f"{option}.yaml")
-    if tiny:
+    if tiny and group == "connector":
+        config = small_connector(config)
+    elif tiny:
         config = OmegaConf.merge(config, fitting(OmegaConf.load(CONF / group / "_tiny.yaml"), config))
     if OmegaConf.is_missing(config, "weights"):
         config.weights = None
@@ -85,26 +89,23 @@ def test_vision(option):
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 @pytest.mark.parametrize("option", options("connector"))
 def test_connector(option, grid):
-    build = {"in_dim": 6, "out_dim": 10}
-    connector = hydra.utils.instantiate(OmegaConf.load(CONF / "connector" / f"{option}.yaml"), **build)
-    tokens = connector(torch.randn(2, grid[0] * grid[1], 6), grid)
+    build = {"in_dim": WIDTH, "out_dim": 10}
+    connector = hydra.utils.instantiate(node("connector", option, tiny=True), **build)
+    tokens = connector(torch.randn(2, grid[0] * grid[1], WIDTH), grid)
     rows, columns = connector.token_grid(grid)
     assert tokens.shape == (2, rows * columns, 10)
     assert_gradients(connector, tokens)
-    assert_state_round_trip(
-        connector, hydra.utils.instantiate(OmegaConf.load(CONF / "connector" / f"{option}.yaml"), **build)
-    )
+    assert_state_round_trip(connector, hydra.utils.instantiate(node("connector", option, tiny=True), **build))
 
 
 @pytest.mark.parametrize("option", options("connector"))
 def test_layout_pickles_without_weights(option):
     vision = part("vision", "clip_vit_l14_336")
-    config = OmegaConf.load(CONF / "connector" / f"{option}.yaml")
-    connector = hydra.utils.instantiate(config, in_dim=vision.out_dim, out_dim=64)
+    connector = hydra.utils.instantiate(node("connector", option, tiny=True), in_dim=WIDTH, out_dim=64)
     data = pickle.dumps(GridLayout(vision.patch_grid, connector.token_grid))
     assert len(data) < 1000
     (pieces,) = pickle.loads(data)([MediaSize(640, 480)])
-    tokens = connector(torch.randn(1, 16, vision.out_dim), vision.patch_grid(MediaSize(640, 480)))
+    tokens = connector(torch.randn(1, 16, WIDTH), vision.patch_grid(MediaSize(640, 480)))
     assert pieces[0].count == tokens.shape[1]
 
 

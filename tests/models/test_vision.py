@@ -136,3 +136,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         tiny_vision(clip_config(num_attention_heads=2), weights=str(tmp_path / "good")).load_weights()
     with pytest.raises(AssetError, match="vision.weights"):
         tiny_vision(weights=str(tmp_path / "nowhere")).load_weights()
+
+
+def test_a_layer_may_be_a_share_of_the_depth():
+    vision = tiny_vision(layer=[0.3333, 0.6667, -1])
+    assert vision.layer == [1, 2, -1] and vision.chosen == (1, 2, 3)
+    with pytest.raises(ConfigError, match=r"vision\.layer: 1\.5 does not exist"):
+        tiny_vision(layer=1.5)

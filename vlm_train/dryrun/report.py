@@ -17,7 +17,7 @@ ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""
 
 ASSUMED_NOTE = (
-    f"Note        there is no tokenizer yet: llm and total are those of an assumed vocabulary of {ASSUMED_VOCABULARY:,}"
+    f"Note        there is no tokenizer yet: counts are those of an assumed vocabulary of {ASSUMED_VOCABULARY:,}"
 )
 
 
@@ -26,6 +26,8 @@ def dry_run(cfg: DictConfig) -> dict[str, Any]:
     from vlm_train.build import build_model
 
     cfg, notes = without_assets(cfg)
+    if cfg.batch.samples is not None:  # a device has no more rows than its share
+        cfg.batch.micro = min(cfg.batch.micro, -(-cfg.batch.samples // cfg.target.gpus))
     assumed = ASSUMED_NOTE in notes
     plan = make_plan(cfg, build_model(cfg, meta=True))
     rest = "\n".join(note for note in notes if note != ASSUMED_NOTE)
@@ -44,8 +46,12 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
         if cfg[key] is not None and OmegaConf.is_missing(cfg[key], "weights"):
             notes.append(f"Note        {key}.weights is still open: a run needs it")
             cfg[key].weights = None
-    if cfg.llm is not None and cfg.llm.config.get("vocab_size") is None:
-        cfg.llm.config.vocab_size, known = _vocabulary(cfg)
+    reading = [] if cfg.llm is None else [cfg.llm.config]
+    reading += [cfg.connector] if cfg.connector is not None and cfg.connector.get("text") else []
+    if unsized := [part for part in reading if part.get("vocab_size") is None]:
+        size, known = _vocabulary(cfg)
+        for part in unsized:
+            part.vocab_size = size
         if not known:
             notes.append(ASSUMED_NOTE)
     return cfg, notes

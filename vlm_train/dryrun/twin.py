@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vlm_train.config import config_dir
+from vlm_train.config import config_dir, small_connector
 from vlm_train.errors import CheckpointError
 from vlm_train.overlay import fitting
 
@@ -26,6 +26,8 @@ def small(cfg: DictConfig) -> DictConfig:
             overlay = OmegaConf.load(config_dir() / group / "_tiny.yaml")
             with open_dict(cfg):
                 cfg[group] = OmegaConf.merge(cfg[group], fitting(overlay, cfg[group]))
+    if OmegaConf.is_dict(cfg.connector):
+        cfg.connector = small_connector(cfg.connector)
     if cfg.llm is not None:
         cfg.llm.config.vocab_size = VOCABULARY
     return cfg

@@ -88,7 +88,7 @@ class QFormerLayer(nn.Module):
         hidden: Tensor,
         count: int,
         *,
-        context: KeysValues | None,
+        context: Sequence[Tensor] | None,
         mask: Tensor | None,
         past: KeysValues | None,
         text: nn.Module | None,
@@ -96,7 +96,7 @@ class QFormerLayer(nn.Module):
         """`[B, L, D]`, of which the first `count` are queries -> the same shape, and the keys and values of its own.
 
         Args:
-            context: what cross-attention reads, in a layer that has one.
+            context: what cross-attention reads, in a layer that has one: keys, values and, if not all count, a mask.
             past: keys and values of tokens before these.
             text: the FFN of text tokens.
         """
@@ -107,7 +107,7 @@ class QFormerLayer(nn.Module):
         if count:
             asked = hidden[:, :count]
             if self.cross is not None and context is not None:
-                asked = self.cross(asked, context)
+                asked = self.cross(asked, (context[0], context[1]), *context[2:])
             parts.append(self.feed(asked))
         if text is not None and hidden.shape[1] > count:
             parts.append(text(hidden[:, count:]))
@@ -155,6 +155,10 @@ class QFormer(nn.Module):
         vision_dim: D_v.
         queries: learned queries; 0: the caller brings others.
         cross_every: one layer in so many reads the image, the first included.
+        levels: the features are those of so many encoder layers beside each other, each D_v wide; cross-attentions
+            read them in turn, early ones the first level, each behind a LayerNorm of its own.
+        select: which patches are read: `[B, P, levels D_v]` -> some of them and, if not all of these count, a mask
+            `[B, 1, 1, patches]`.
         dropout: of attention weights, of the embeddings and before every residual.
     """
 
@@ -168,11 +172,15 @@ class QFormer(nn.Module):
         heads: int = 12,
         ffn: int = 3072,
         cross_every: int = 2,
+        levels: int = 1,
+        select: nn.Module | None = None,
         dropout: float = 0.1,
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
         self.dim, self.dropout = dim, dropout
+        self.select = select
+        self.level_norms = nn.ModuleList(nn.LayerNorm(vision_dim) for _ in range(levels if levels > 1 else 0))
         self.queries = nn.Parameter(torch.empty(queries, dim).normal_(std=STD))
         self.norm = nn.LayerNorm(dim, eps=eps)
         reads = [vision_dim if number % cross_every == 0 else None for number in range(layers)]
@@ -180,10 +188,18 @@ class QFormer(nn.Module):
         self.apply(first_weights)
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Image features `[B, P, D_v]` -> keys and values of every cross-attention, `[B, H, P, C]` each."""
-        return tuple(
-            states for layer in self.blocks if layer.cross is not None for states in layer.cross.read(features)
-        )
+        """Image features `[B, P, levels D_v]` -> for every cross-attention keys and values, `[B, H, P, C]` each, and
+        the mask of a selection."""
+        features, *mask = (features,) if self.select is None else self.select(features)
+        readers = [layer.cross for layer in self.blocks if layer.cross is not None]
+        count = max(1, len(self.level_norms))
+        levels = features.chunk(count, dim=-1)
+        if self.level_norms:
+            levels = tuple(norm(level) for norm, level in zip(self.level_norms, levels, strict=True))
+        found: list[Tensor] = []
+        for number, reader in enumerate(readers):
+            found += [*reader.read(levels[number * count // len(readers)]), *mask]
+        return tuple(found)
 
     @property
     def blocks(self) -> list[QFormerLayer]:
@@ -211,12 +227,14 @@ class QFormer(nn.Module):
         count = 0 if queries is None else queries.shape[1]
         hidden = torch.cat([part for part in (queries, text) if part is not None], dim=1)
         hidden = F.dropout(self.norm(hidden), self.dropout, self.training)
-        read, keys_values = iter(context), []
+        keys_values = []
+        each = len(context) // max(1, sum(layer.cross is not None for layer in self.blocks))
+        read = iter(zip(*[iter(context)] * each, strict=True)) if each else iter(())
         for number, layer in enumerate(self.blocks):
             hidden, own = layer(
                 hidden,
                 count,
-                context=(next(read), next(read)) if count and layer.cross is not None else None,
+                context=next(read) if count and layer.cross is not None else None,
                 mask=mask,
                 past=past[number] if past else None,
                 text=None if branch is None else branch.feeds[number],

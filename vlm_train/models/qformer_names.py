@@ -72,7 +72,7 @@ def is_bert(names: Iterable[str]) -> bool:
 
 def new_beside_bert(name: str) -> bool:
     """Whether a parameter of ours has no counterpart in BERT."""
-    return ".cross." in name or name == "qformer.queries"
+    return ".cross." in name or name.startswith(("qformer.queries", "qformer.level_norms", "qformer.select"))
 
 
 def from_bert(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from vlm_train.data.layout import Grid
-from vlm_train.errors import AssetError
+from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.hub import read_state
+from vlm_train.models.patch_selection import PatchSelection
 from vlm_train.models.qformer import QFormer, TextBranch
 from vlm_train.models.qformer_names import connector_state, is_bert, known, new_beside_bert
 
@@ -31,8 +32,11 @@ class QFormerConnector(nn.Module):
             taken by `load_weights`, never the projection; None: random.
         text: with a text branch, for stages in which the Q-Former reads text.
         vocab_size: of the text branch; null: the tokenizer's.
-        queries, dim, layers, heads, ffn, cross_every, dropout, eps: see `QFormer`.
+        queries, dim, layers, heads, ffn, cross_every, levels, dropout, eps: see `QFormer`. Several levels need as many
+            entries in vision.layer.
         max_positions: most tokens of a text.
+        budget, mass: how many patches the queries read, see `PatchSelection`; null: all.
+        score_hidden: width of the head that scores them.
     """
 
     def __init__(
@@ -50,19 +54,32 @@ class QFormerConnector(nn.Module):
         heads: int = 12,
         ffn: int = 3072,
         cross_every: int = 2,
+        levels: int = 1,
+        budget: float | None = None,
+        mass: float | None = None,
+        score_hidden: int = 256,
         dropout: float = 0.1,
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
         self.weights = weights
+        if levels < 1 or in_dim % levels:
+            raise ConfigError(f"connector.levels: {levels} levels do not fit features of width {in_dim} (vision.layer)")
+        if levels > (readers := -(-layers // cross_every)):
+            raise ConfigError(f"connector.levels: {levels}, but only {readers} blocks read the image")
+        if mass is not None and budget is None:
+            raise ConfigError(f"connector.mass: {mass}, but nothing is selected; set connector.budget")
+        patches = None if budget is None else PatchSelection(dim=in_dim, budget=budget, mass=mass, hidden=score_hidden)
         self.qformer = QFormer(
-            vision_dim=in_dim,
+            vision_dim=in_dim // levels,
             queries=queries,
             dim=dim,
             layers=layers,
             heads=heads,
             ffn=ffn,
             cross_every=cross_every,
+            levels=levels,
+            select=patches,
             dropout=dropout,
             eps=eps,
         )

@@ -19,6 +19,15 @@ from vlm_train.models.context import given_context
 from vlm_train.models.hub import ATTENTION, build_model, load_pretrained
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 
+_OTHER_NAMES: dict[str, dict[str, str | None]] = {"opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None}}
+"""Numbers that a family of the library calls otherwise, or, None, does not have."""
+
+
+def library_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` by the names of the library's family: every family may be given Llama's."""
+    names = _OTHER_NAMES.get(str(config.get("model_type")), {})
+    return {str(names.get(name, name)): value for name, value in config.items() if names.get(name, name) is not None}
+
 
 @contextmanager
 def _no_guessed_packing() -> Iterator[None]:
@@ -41,8 +50,8 @@ class HFCausalLM(nn.Module):
     """A causal language model built from `config`; images enter as embeddings.
 
     Args:
-        config: `{model_type, ...}`, the fields of the `transformers` configuration; `vocab_size: null` takes
-            the length of the tokenizer.
+        config: `{model_type, ...}`, the fields of the `transformers` configuration, see `library_numbers`;
+            `vocab_size: null` takes the length of the tokenizer.
         weights: hub name, local folder or `*.gguf` file, read by `load_weights`; None: random.
         vocab_size: length of the tokenizer.
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
@@ -61,7 +70,7 @@ class HFCausalLM(nn.Module):
         super().__init__()
         from transformers import AutoModelForCausalLM
 
-        self.numbers = dict(config)
+        self.numbers = library_numbers(config)
         if self.numbers.get("vocab_size") is None:
             if vocab_size is None:
                 raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")

@@ -37,7 +37,7 @@ class HFVision(nn.Module):
     Args:
         config: `{model_type, ...}`, the fields of the `transformers` configuration.
         weights: hub name or local folder, read by `load_weights`; None: random.
-        layer: which hidden state, or several, concatenated along the width.
+        layer: which hidden state, or several, concatenated along the width; between 0 and 1: so much of the depth.
         keep_cls: keep the tokens in front of the patches; the features then have no grid: (1, P).
         final_norm: apply the tower's final LayerNorm (`layer` must be -1), as CLIP's own image embedding does.
         image_mean, image_std: per channel, of pixels in [0, 1].
@@ -50,7 +50,7 @@ class HFVision(nn.Module):
         *,
         config: Mapping[str, Any],
         weights: str | None = None,
-        layer: int | Sequence[int] = -2,
+        layer: float | Sequence[float] = -2,
         keep_cls: bool = False,
         final_norm: bool = False,
         image_mean: Sequence[float],
@@ -71,8 +71,8 @@ class HFVision(nn.Module):
         # Some layers take a mask as their second argument, in some releases only.
         takes_mask = "attention_mask" in inspect.signature(type(self.layers[0]).forward).parameters
         self._no_mask = (None,) if takes_mask else ()
-        self.chosen = _resolve_layers(layer, self.depth)
-        self.layer = layer
+        self.layer = _counted(layer, self.depth)
+        self.chosen = _resolve_layers(self.layer, self.depth)
         self.keep_cls = keep_cls
         self.final_norm = final_norm
         if final_norm and self.chosen != (self.depth,):
@@ -168,10 +168,17 @@ def _auto_model(model_type: Any) -> Any:
     return transformers.AutoModel
 
 
+def _counted(layer: float | Sequence[float], depth: int) -> int | list[int]:
+    """`layer` with shares of the depth as numbers of layers. What is no whole number otherwise stays, to be refused."""
+    if isinstance(layer, Sequence):
+        return [_counted(one, depth) for one in layer]  # type: ignore[misc]
+    return round(layer * depth) if 0 < layer < 1 else layer  # type: ignore[return-value]
+
+
 def _resolve_layers(layer: int | Sequence[int], depth: int) -> tuple[int, ...]:
     """Indices into hidden_states (0 .. depth) of the chosen layers, in the order given."""
-    wanted = [layer] if isinstance(layer, int) else list(layer)
-    if not wanted or any(not -depth - 1 <= index <= depth for index in wanted):
+    wanted = list(layer) if isinstance(layer, Sequence) else [layer]
+    if not wanted or any(not (isinstance(index, int) and -depth - 1 <= index <= depth) for index in wanted):
         raise ConfigError(
             f"vision.layer: {layer!r} does not exist; the tower has {depth} layers: {-depth - 1} ... {depth}"
         )

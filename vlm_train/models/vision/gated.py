@@ -1,0 +1,96 @@
+"""Two vision towers behind one gate: features of both, mixed patch by patch and channel by channel.
+
+Legend: N views, P patches, D / E widths of the first and the second tower, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlm_train.data.layout import Grid, MediaSize
+from vlm_train.errors import ConfigError
+from vlm_train.models.vision.hf import HFVision
+
+
+class GatedVision(nn.Module):
+    """`g * f1 + (1 - g) * f2` with `g = sigmoid(W [f1; f2])`: a vision encoder with the first tower's grid and width.
+
+    The second tower sees the same view, resized where its resolution differs; its features are projected to width D and
+    resampled to the first's grid where it has another. Towers keep their patches only. The gate starts at g = 1/2.
+
+    Args:
+        first, second: the settings of an `HFVision` each, without weights.
+        weights: `{first, second}`, what each tower loads; null: random.
+        config: numbers of both towers, over those of their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        first: Mapping[str, Any],
+        second: Mapping[str, Any],
+        weights: Mapping[str, str | None] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = weights
+        self.first, self.second = (_tower(name, one, config) for name, one in (("first", first), ("second", second)))
+        self.image_size: Grid = self.first.image_size
+        self.image_mean, self.image_std = self.first.image_mean, self.first.image_std
+        self.patch_grid = self.first.patch_grid
+        self.out_dim = self.first.out_dim
+        self.project = nn.Linear(self.second.out_dim, self.out_dim)
+        self.gate = nn.Linear(2 * self.out_dim, self.out_dim)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks of both towers, for activation checkpointing."""
+        return nn.ModuleList([*self.first.layers, *self.second.layers])
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 `[N, 3, H, W]` -> `[N, P, D]`."""
+        one = self.first.encode(pixels)
+        two = self._to_grid(self.project(self.second.encode(self._resized(pixels))))
+        gate = torch.sigmoid(self.gate(torch.cat([one, two], dim=-1)))
+        return gate * one + (1 - gate) * two
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The same as `encode`."""
+        return self.encode(pixels)
+
+    def unused_parameters(self) -> list[str]:
+        """Names of parameters that `encode` never reads, of both towers."""
+        towers = (("first", self.first), ("second", self.second))
+        return [f"{name}.{parameter}" for name, tower in towers for parameter in tower.unused_parameters()]
+
+    def load_weights(self) -> None:
+        """Read the weights of both towers. Raises `AssetError` if they are not those of their architectures."""
+        for name, tower in (("first", self.first), ("second", self.second)):
+            tower.weights = (self.weights or {}).get(name)
+            tower.load_weights()
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        size = self.second.image_size
+        if tuple(pixels.shape[-2:]) == size:
+            return pixels
+        return F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
+
+    def _to_grid(self, features: Tensor) -> Tensor:
+        wanted, own = (tower.patch_grid(MediaSize(*reversed(tower.image_size))) for tower in (self.first, self.second))
+        if wanted == own:
+            return features
+        image = features.transpose(1, 2).unflatten(2, own)
+        return F.interpolate(image, wanted, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def _tower(name: str, settings: Mapping[str, Any], config: Mapping[str, Any] | None) -> HFVision:
+    if settings.get("keep_cls"):
+        raise ConfigError(f"vision.{name}.keep_cls: true; allowed: false, since the gate mixes patches by their places")
+    return HFVision(**{**settings, "config": {**settings["config"], **(config or {})}})
