@@ -30,6 +30,7 @@ class LanguageModeling:
         chunks: a fixed number of head calls instead. ZeRO-3 gathers the head at every call, so ranks must agree on it.
         label_smoothing: share of every target that is spread evenly over the whole vocabulary, as torch's
             `cross_entropy` does.
+        name: of its lines in the log, where several objectives are at work.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class LanguageModeling:
         chunk: int = 1024,
         chunks: int | None = None,
         label_smoothing: float = 0.0,
+        name: str = "lm",
     ) -> None:
         if chunk < 1 or (chunks is not None and chunks < 1):
             raise ConfigError(f"objective.lm: chunk and chunks must be positive, got {chunk} and {chunks}")
@@ -47,10 +49,10 @@ class LanguageModeling:
         self.stream = stream
         self.chunk = chunk
         self.chunks = chunks
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.name = label_smoothing, name
 
     def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
-        """`{"lm": Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
+        """`{name: Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
         del gather  # tokens of other ranks play no part
         stream = batch.text[self.stream]
         index = supervised_positions(stream)
@@ -66,7 +68,7 @@ class LanguageModeling:
             losses.append(loss.detach())
         accuracy = correct / max(len(index), 1)
         sources = sums_by_source(batch, stream, index, torch.stack([torch.cat(losses), weights], dim=1))
-        return {"lm": Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()}, sources)}
+        return {self.name: Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()}, sources)}
 
 
 def supervised_positions(stream: TokenStream) -> Tensor:
