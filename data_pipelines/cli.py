@@ -71,9 +71,12 @@ def make(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: str = "") 
 
 
 def check_same(output: Path, arguments: Mapping[str, Any]) -> None:
-    """Raise `DataError` unless the finished set was made with these arguments."""
+    """Raise `DataError` unless the finished set was made with these arguments.
+
+    An option that did not exist then, and is off now, changes nothing.
+    """
     built = Manifest.read(output).build
-    names = sorted({*built, *arguments})
+    names = sorted({*built, *(name for name, value in arguments.items() if value or name in built)})
     differing = [
         f"{n}: {built.get(n)!r} there, {arguments.get(n)!r} now" for n in names if built.get(n) != arguments.get(n)
     ]

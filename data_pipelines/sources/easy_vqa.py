@@ -33,7 +33,8 @@ class EasyVQA(ListSource):
     rest, `trainval` all of them. `captions` replaces the questions by one caption such as "a teal
     triangle", derived from the answers; images whose answers settle neither colour nor shape are left out.
     `images=False` leaves the images out and keeps the text; `described` then puts the caption before every question, so
-    that a language model learns to answer from a description before it sees.
+    that a language model learns to answer from a description before it sees. `wrong` gives that share of the images the
+    caption of another one, for filters to find; the meta `right` says which are their own.
     """
 
     name = "easy_vqa"
@@ -46,13 +47,16 @@ class EasyVQA(ListSource):
         captions: bool = False,
         images: bool = True,
         described: bool = False,
+        wrong: float = 0.0,
         val_share: float = 0.05,
     ) -> None:
         check_choice("split", split, SPLITS)
+        if not 0 <= wrong < 1 or (wrong and not captions):
+            raise DataError(f"wrong: got {wrong}; allowed: from 0 to below 1, with captions=true")
         if not 0 < val_share < 1:
             raise DataError(f"val_share: got {val_share}; allowed: between 0 and 1")
         self.split, self.captions, self.images, self.val_share = split, captions, images, val_share
-        self.described = described
+        self.described, self.wrong = described, wrong
         self._official = "test" if split == "test" else "train"
         self._questions, self._paths = _load(self._official)
         self._ids = self._choose()
@@ -77,7 +81,7 @@ class EasyVQA(ListSource):
         colour, shape = describe(self._questions[image])
         blobs = [self._read(image)] if self.images else []
         items = range(len(blobs))
-        words = caption(colour, shape)
+        words, right = self._words(i)
         lead = (Text(text=words + " "),) if self.described and words else ()
         if self.captions:
             annotations = [captioned(words, images=len(blobs))]
@@ -86,8 +90,19 @@ class EasyVQA(ListSource):
                 exchange((*lead, Text(text=question.text)), question.answer, items=items)
                 for question in self._questions[image]
             ]
-        meta = {"image": image, "colour": colour, "shape": shape}
+        meta = {"image": image, "colour": colour, "shape": shape} | ({"right": right} if self.wrong else {})
         return make_sample(self, f"{self._official}-{image:05d}", blobs, annotations, meta)
+
+    def _words(self, i: int) -> tuple[str, bool]:
+        """The caption that sample `i` gets, and whether it is its own."""
+        own = caption(*describe(self._questions[self._ids[i]]))
+        draw = hashlib.sha256(f"easy_vqa-wrong-{self._ids[i]}".encode()).digest()
+        if int.from_bytes(draw[:4], "big") >= self.wrong * 2**32:
+            return own, True
+        first = int.from_bytes(draw[4:8], "big")
+        turned = (self._ids[(first + step) % len(self)] for step in range(len(self)))
+        others = (caption(*describe(self._questions[image])) for image in turned)
+        return next((other for other in others if other != own), own), False
 
     def _read(self, image: int) -> bytes:
         with open(self._paths[image], "rb") as file:

@@ -83,6 +83,17 @@ def test_easy_vqa_captions_agree_with_the_pixels():
     assert words == {(3, False): 3578, (3, True): 134, (2, False): 259}
 
 
+def test_easy_vqa_gives_some_images_the_caption_of_another() -> None:
+    own, noisy = EasyVQA(split="test", captions=True), EasyVQA(split="test", captions=True, wrong=0.3)
+    pairs = [(a.annotations[0].turns[1].text, b) for (a, _), (b, _) in zip(own, noisy, strict=True)]
+    assert all((text == sample.annotations[0].turns[1].text) == sample.meta["right"] for text, sample in pairs)
+    share = sum(not sample.meta["right"] for _, sample in pairs) / len(pairs)
+    assert 0.27 < share < 0.33
+    assert "right" not in own.record(0)[0].meta
+    with pytest.raises(DataError, match="wrong: got 0.3; allowed: .* with captions=true"):
+        EasyVQA(split="test", wrong=0.3)
+
+
 def test_describe_uses_negations_and_elimination():
     assert describe([Question("is there not a red shape?", "no")]) == ("red", None)
     assert describe([Question("is no circle present?", "yes"), Question("is a triangle present?", "no")]) == (
