@@ -13,10 +13,10 @@ NUMBERS = "config"
 
 
 def fitting(overlay: Any, node: DictConfig) -> DictConfig:
-    """What `overlay` says of the keys that `node` has."""
+    """What `overlay` says of the keys that `node` has; an empty node inside takes all of its part."""
     kept = {key: value for key, value in overlay.items() if key in node}
     for key, value in kept.items():
-        if OmegaConf.is_dict(value) and OmegaConf.is_dict(node[key]):
+        if OmegaConf.is_dict(value) and OmegaConf.is_dict(node[key]) and len(node[key]):
             kept[key] = fitting(value, node[key])
     return OmegaConf.create(kept)
 
@@ -24,11 +24,11 @@ def fitting(overlay: Any, node: DictConfig) -> DictConfig:
 def take_back(node: Any, option: Path, overlay: Path, asked: Container[str]) -> None:
     """Removes from `node`, where Hydra has laid `overlay` over `option`, the architecture numbers that only the overlay
     has. Those that the command line names (`asked`, full keys) stay, to be found wrong. An option of the user's own,
-    elsewhere than ours, keeps the overlay as it is."""
+    elsewhere than ours, keeps the overlay as it is, and so does one without numbers of its own."""
     if not (option.is_file() and overlay.is_file()):
         return
     own, said = (OmegaConf.select(OmegaConf.load(path), NUMBERS) for path in (option, overlay))
-    if own is None or said is None:
+    if not own or said is None:
         return
     with open_dict(node):
         for key in set(said) - set(own):

@@ -93,7 +93,7 @@ def test_frozen_parts_keep_no_graph_and_no_gradient(trained):
     assert not saved_shapes(lambda: model.vision.encode(batch.media.pixels))
     recording = []
     model.vision.layers[0].register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
-    assert model.features(batch.media).requires_grad == (trained == "connector")
+    assert model.features(batch).requires_grad == (trained == "connector")
     assert recording == [False]
     loss = LanguageModeling()(model, batch, identity_gather)["lm"]
     loss.sum.backward()
@@ -103,7 +103,7 @@ def test_frozen_parts_keep_no_graph_and_no_gradient(trained):
 
 def test_trained_vision_is_recorded():
     model = tiny_vlm()
-    assert saved_shapes(lambda: model.features(branched_batch().media))
+    assert saved_shapes(lambda: model.features(branched_batch()))
 
 
 def test_a_batch_without_images_makes_the_same_calls_and_gradients_of_zero():
@@ -164,7 +164,7 @@ def test_streams_see_their_own_placements():
     other = replace(orders, slots=replace(orders.slots, feature_index=feature_index))
     batch = batch_of(two, [0, 0])
     both = replace(batch, text={"llm": two, "rejected": other})
-    features = model.features(batch.media)
+    features = model.features(batch)
     embeds = model.embed(both, "rejected")
     expected = torch.cat([features[1], features[0]])
     assert torch.equal(embeds[0, 2:10], expected) and torch.equal(embeds[0, 11:], features[1])

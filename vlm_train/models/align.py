@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vlm_train.data.batch import Batch, TokenStream
 from vlm_train.data.layout import MediaLayout, NoMedia
 from vlm_train.errors import BatchError, ConfigError
-from vlm_train.models.masks import attention_mask
+from vlm_train.models.masks import attention_mask, both_ways
 from vlm_train.models.once import once
 from vlm_train.models.qformer import Passed, first_weights
 
@@ -87,7 +87,7 @@ class Aligner(nn.Module):
         queries = self._queries(len(ids))
         seen = torch.cat([real.new_ones(len(ids), queries.shape[1]), real], dim=1)
         text, former = self.connector.text, self.connector.qformer
-        passed = former(queries=queries, text=text(ids), branch=text, context=context, mask=_both_ways(seen))
+        passed = former(queries=queries, text=text(ids), branch=text, context=context, mask=both_ways(seen))
         return self.match_head(passed.hidden[:, : queries.shape[1]]).mean(dim=1)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
@@ -131,9 +131,4 @@ class Aligner(nn.Module):
     def _read(self, ids: Tensor, real: Tensor) -> Tensor:
         """Text `[B, T]` by itself, in both directions -> `[B, T, D]`."""
         branch = self.connector.text
-        return self.connector.qformer(text=branch(ids), branch=branch, mask=_both_ways(real)).hidden
-
-
-def _both_ways(real: Tensor) -> Tensor:
-    """Mask `[m, 1, L, L]`: all real tokens of a row see each other."""
-    return attention_mask(real.int(), torch.full_like(real, -1, dtype=torch.int32))
+        return self.connector.qformer(text=branch(ids), branch=branch, mask=both_ways(real)).hidden

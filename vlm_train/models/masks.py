@@ -47,3 +47,8 @@ def attention_mask(segment_ids: Tensor, attention_group: Tensor) -> Tensor:
     visible = (group_k <= 0) | same_group
     ordered = causal[None] | (same_group & (group_k < 0))
     return ((seg_q == seg_k) & visible & ordered)[:, None]
+
+
+def both_ways(real: Tensor) -> Tensor:
+    """Boolean mask `[B, 1, T, T]` of rows that are one bidirectional block each; `real` `[B, T]` marks no padding."""
+    return attention_mask(real.int(), torch.full_like(real, -1, dtype=torch.int32))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_train.data.batch import Batch, MediaBatch
-from vlm_train.data.layout import MediaSize
+from vlm_train.data.batch import Batch
+from vlm_train.data.layout import Grid, MediaSize
 from vlm_train.models.merge import check_slots, merge
 from vlm_train.models.text_only import decode_stream, generate_from
 
@@ -31,13 +31,18 @@ class PrefixVLM(nn.Module):
         self.connector = connector
         self.llm = llm
 
-    def features(self, media: MediaBatch) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """`[N, Q, D]` for every view, the blank one of a batch without images included: always one tower call."""
+        media = batch.media
         grid = self.vision.patch_grid(MediaSize(width=media.pixels.shape[-1], height=media.pixels.shape[-2]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision)):
             patches = self.vision.encode(media.pixels)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (patches.requires_grad or _trains(self.connector))):
-            return self.connector(patches.to(_dtype(self.connector, patches.dtype)), grid)
+            return self.connect(patches.to(_dtype(self.connector, patches.dtype)), grid, batch)
+
+    def connect(self, patches: Tensor, grid: Grid, batch: Batch) -> Tensor:
+        """`[N, P, D_v]` -> `[N, Q, D]`. A family whose connector reads more than patches finds it in the batch."""
+        return self.connector(patches, grid)
 
     def embed(self, batch: Batch, stream: str = "llm") -> Tensor:
         """`[B, T, D]`: the stream's tokens, with the image features at their placeholders.
@@ -47,7 +52,7 @@ class PrefixVLM(nn.Module):
         """
         media, text = batch.media, batch.text[stream]
         embeds = self.llm.embed(text.ids)
-        features = self.features(media)
+        features = self.features(batch)
         tokens = features.shape[1]
         check_slots([views * tokens for views in media.view_counts], media.slot_counts, media.keys)
         # Without images this merges an empty slice: the blank view stays in the graph, with gradients of zero, so that

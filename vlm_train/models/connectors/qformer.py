@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from vlm_train.data.layout import Grid
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.hub import read_state
+from vlm_train.models.masks import both_ways
 from vlm_train.models.patch_selection import PatchSelection
 from vlm_train.models.qformer import QFormer, TextBranch
 from vlm_train.models.qformer_names import connector_state, is_bert, known, new_beside_bert
@@ -103,6 +105,21 @@ class QFormerConnector(nn.Module):
     def layers(self) -> nn.ModuleList:
         """For layer-wise learning rates and activation checkpointing."""
         return self.qformer.layers
+
+    def instructed(self, features: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        """`[N, P, D_v]` and instructions `[N, T]` of which `real` marks the tokens -> `[N, Q, D_t]`; queries and
+        instruction see all of each other."""
+        assert self.text is not None
+        queries = self.qformer.queries.expand(len(features), -1, -1)
+        seen = torch.cat([real.new_ones(queries.shape[:2]), real], dim=1)
+        passed = self.qformer(
+            queries=queries,
+            text=self.text(ids),
+            branch=self.text,
+            context=self.qformer.context(features),
+            mask=both_ways(seen),
+        )
+        return self.projection(passed.hidden[:, : queries.shape[1]])
 
     def load_weights(self) -> None:
         """Read `weights`. Raises `AssetError` if they hold no Q-Former or BERT of these numbers."""
