@@ -254,9 +254,12 @@ def _interrupt(*_: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's SIGTERM stops it like Ctrl-C
-    return run(build, "build", __doc__ or "", argv)
+    """The command line. A batch system's SIGTERM stops it like Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run(build, "build", __doc__ or "", argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
