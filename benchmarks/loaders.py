@@ -54,6 +54,7 @@ def our_data(
         layout=GridLayout(patch_grid, token_grid),
         image=ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, draft=draft),
         image_size=(SIDE, SIDE),
+        rendering={},
         cfg=SimpleNamespace(batch=SimpleNamespace(micro=BATCH, normalise="token", samples=BATCH, tokens=None)),
     )
     data = VLMData(
