@@ -23,8 +23,6 @@ from vlm_train.export.chat import add_chat_template
 from vlm_train.export.llava import IMAGE_TOKEN, make_processor
 
 CHATS = [name for name in NAMES if name not in ("caption", "caption_bert")]  # which place no image
-    name for name in NAMES if not name.startswith("caption")
-]  # which place no image, for text towers and alignment
 
 
 def two_by_two(size: object) -> tuple[int, int]:
