@@ -29,6 +29,8 @@ from data_pipelines.stream import ShardSet
 
 @dataclass
 class Settings:
+    """What the command line sets, `key=value`."""
+
     quick: bool = True
     lines: list[str] = field(default_factory=list)
     peers_python: str = sys.executable

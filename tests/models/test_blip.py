@@ -169,7 +169,7 @@ def test_a_batch_of_padding_reaches_the_same_parameters():
     model, empty = blip(), batch_of(text_stream([[0]], segments=[[0]]), [])
     model(empty).sum().backward()
     assert model.llm.layers[0].cross.key.weight.grad is not None and model.image_vectors(empty).shape == (0, 1, 24)
-    with pytest.raises(BatchError, match="2 views for 3 texts"):
+    with pytest.raises(BatchError, match="2 views of 2 images for 3 texts"):
         model(batch_of(text_stream(ROWS), [0, 1], tokens=0))
 
 

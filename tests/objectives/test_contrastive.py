@@ -11,7 +11,8 @@ from vlm_train.data.collate import collate
 from vlm_train.errors import BatchError
 from vlm_train.models.two_tower import TwoTower
 from vlm_train.objectives.base import identity_gather
-from vlm_train.objectives.contrastive import Contrastive, caption_hashes
+from vlm_train.objectives.contrastive import Contrastive
+from vlm_train.objectives.pairs import caption_hashes
 
 ROWS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [8, 9]]
 

@@ -16,7 +16,7 @@ from vlm_train.data.collate import collate
 from vlm_train.errors import ConfigError
 from vlm_train.models.two_tower import TwoTower
 from vlm_train.objectives.base import identity_gather
-from vlm_train.objectives.contrastive import caption_hashes
+from vlm_train.objectives.pairs import caption_hashes
 from vlm_train.objectives.sigmoid import Sigmoid
 
 

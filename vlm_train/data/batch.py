@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipelines.errors import BadSample
 from vlm_train.data.streams import Alignment
+from vlm_train.errors import BatchError
 
 IGNORE = -100
 """Label of a position that is not learned."""
@@ -186,6 +187,14 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader)."""
         return map_tensors(self, lambda t: t.pin_memory())
+
+
+def pairs_in(batch: Batch, text: str = "llm") -> int:
+    """Number of image-text pairs. Raises `BatchError` unless every text of the stream `text` has one image view."""
+    texts, pairs, views = len(batch.text[text].ids), len(batch.media.row), batch.media.real
+    if views != pairs or (pairs and pairs != texts):  # without pairs, a row of padding
+        raise BatchError(f"batch: needs one image view a text, got {views} views of {pairs} images for {texts} texts")
+    return pairs
 
 
 def ends_step(batch: Batch) -> bool:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.data.batch import Batch, TokenStream
+from vlm_train.data.batch import Batch, TokenStream, pairs_in
 from vlm_train.data.layout import MediaLayout, NoMedia
-from vlm_train.errors import BatchError, ConfigError
+from vlm_train.errors import ConfigError
 from vlm_train.models.masks import attention_mask, both_ways
 from vlm_train.models.once import once
 from vlm_train.models.qformer import Passed, first_weights
@@ -109,10 +109,7 @@ class Aligner(nn.Module):
         return F.linear(self.lm_head(hidden), self.connector.text.words.weight, self.lm_bias)
 
     def _features(self, batch: Batch) -> Tensor:
-        pairs, rows = len(batch.media.row), len(batch.text["llm"].ids)
-        if batch.media.real != pairs or (pairs and pairs != rows):  # without pairs, a row of padding
-            raise BatchError(f"model: needs one image view a text, got {batch.media.real} views for {rows} texts")
-        return self.vision.encode(batch.media.pixels)[:pairs]
+        return self.vision.encode(batch.media.pixels)[: pairs_in(batch)]
 
     def _asked(self, batch: Batch) -> Passed:
         """The pass of the queries alone."""

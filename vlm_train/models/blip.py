@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.data.batch import Batch, TokenStream
-from vlm_train.errors import BatchError, ConfigError
+from vlm_train.data.batch import Batch, TokenStream, pairs_in
+from vlm_train.errors import ConfigError
 from vlm_train.models.generate import Sampling, generate
 from vlm_train.models.masks import attention_mask, attention_of
 from vlm_train.models.once import once
@@ -61,10 +61,7 @@ class Blip(nn.Module):
 
     def features(self, batch: Batch) -> Tensor:
         """`[b, P, D_v]` of the batch's images, one a text."""
-        pairs, rows = len(batch.media.row), len(batch.text["llm"].ids)
-        if batch.media.real != pairs or (pairs and pairs != rows):  # without pairs, a row of padding
-            raise BatchError(f"model: needs one image view a text, got {batch.media.real} views for {rows} texts")
-        return self._views(batch)[:pairs]
+        return self._views(batch)[: pairs_in(batch)]
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
         """What cross-attention reads of images `[m, P, D_v]`: tensors with m rows."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_train.data.batch import Batch
-from vlm_train.data.sources import sums_by_source
 from vlm_train.objectives.base import Gather, Loss
 from vlm_train.objectives.pairs import Pairs, pairs_of
 
@@ -48,16 +47,15 @@ class ITC:
         scale = model.logit_scale.exp()
         to_text, to_image = (scale * one for one in similarities(image, text, pairs, gather, self.gather_grad))
         if self.mask_duplicates:
-            to_text, to_image = (one.masked_fill(pairs.same, float("-inf")) for one in (to_text, to_image))
+            same = pairs.same(gather)
+            to_text, to_image = (one.masked_fill(same, float("-inf")) for one in (to_text, to_image))
         losses = [smoothed(logits, pairs.own, self.label_smoothing) for logits in (to_text, to_image)]
         each = (losses[0] + losses[1]) / 2  # [b]
         count = each.new_tensor(float(len(each)))
-        hits = [_hits(logits.detach(), pairs.own) for logits in (to_text, to_image)]
+        hits = [pairs.hits(logits.detach()) for logits in (to_text, to_image)]
         metrics = {name: hit / count.clamp(min=1) for name, hit in zip(("r1_text", "r1_image"), hits, strict=True)}
         metrics["temperature"] = 1 / scale.detach()
-        values = torch.stack([each.detach(), torch.ones_like(each)], dim=1)
-        stream = batch.text["llm"]
-        sources = sums_by_source(batch, stream, batch.media.row * stream.ids.shape[1], values)
+        sources = pairs.by_source(each.detach())
         return {"itc": Loss(each.sum() + 0.0 * scale, count, self.weight, metrics, sources)}
 
 
@@ -68,11 +66,6 @@ def similarities(image: Tensor, text: Tensor, pairs: Pairs, gather: Gather, with
     to_text = torch.einsum("bqe,ge->bgq", image, all_text).amax(dim=-1)
     to_image = torch.einsum("be,gqe->bgq", text, all_image).amax(dim=-1)
     return to_text, to_image
-
-
-def _hits(logits: Tensor, own: Tensor) -> Tensor:
-    """How many rows of `[b, G]` are largest at their own pair."""
-    return (logits.argmax(dim=1) == own).sum() if logits.numel() else own.sum()
 
 
 def smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_train.data.batch import Batch
-from vlm_train.data.sources import sums_by_source
 from vlm_train.objectives.base import Gather, Loss
 from vlm_train.objectives.itc import similarities
 from vlm_train.objectives.pairs import Pairs, pairs_of
@@ -61,9 +60,7 @@ class ITM:
         losses = (F.cross_entropy(logits, target, reduction="none") * counted).view(3, count)
         each = losses.sum(dim=0) / counted.view(3, count).sum(dim=0)
         hits = ((logits.detach().argmax(dim=1) == target) * counted).sum() / counted.sum().clamp(min=1)
-        stream = batch.text["llm"]
-        values = torch.stack([each.detach(), torch.ones_like(each)], dim=1)
-        sources = sums_by_source(batch, stream, batch.media.row * stream.ids.shape[1], values)
+        sources = pairs.by_source(each.detach())
         total = each.sum() + 0.0 * logits.sum()
         return {"itm": Loss(total, each.new_tensor(float(count)), self.weight, {"accuracy": hits}, sources)}
 
@@ -75,7 +72,7 @@ class ITM:
         column = torch.arange(sum(pairs.sizes), device=pairs.own.device)
         closed = column[None] == pairs.own[:, None]
         if self.mask_duplicates:
-            closed = closed | pairs.same
+            closed = closed | pairs.same(gather)
         if self.local:
             first = sum(pairs.sizes[: gather.rank])
             closed = closed | ((column < first) | (column >= first + len(pairs.own)))[None]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vlm_train.data.batch import Batch
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.base import Gather, Loss
-from vlm_train.objectives.contrastive import duplicates, pairs_by_source, pairs_of
+from vlm_train.objectives.pairs import pairs_of
 
 
 class Sigmoid:
@@ -44,24 +44,21 @@ class Sigmoid:
         """
         if model.logit_bias is None:
             raise ConfigError("objective.sigmoid: its logits have a learned bias: set model.init_bias (SigLIP: -10)")
-        stream, pairs = batch.text[self.text], pairs_of(batch, self.text)
-        image = model.encode_image(batch.media)[:pairs]
-        text = model.encode_text(stream)[batch.media.row]
-        sizes = gather.sizes(pairs)
-        all_text = gather(text, sizes, with_grad=True)
-        target = torch.arange(pairs, device=image.device) + sum(sizes[: gather.rank])
+        pairs = pairs_of(batch, gather, self.text)
+        count = len(pairs.own)
+        image = model.encode_image(batch.media)[:count]
+        text = model.encode_text(pairs.stream)[batch.media.row]
+        all_text = gather(text, pairs.sizes, with_grad=True)
         scale = model.logit_scale.exp()
         logits = scale * image @ all_text.T + model.logit_bias  # [b, G]
-        sign = -torch.ones_like(logits).scatter(1, target[:, None], -1.0)  # 1 at the own text, -1 elsewhere
+        sign = -torch.ones_like(logits).scatter(1, pairs.own[:, None], -1.0)  # 1 at the own text, -1 elsewhere
         losses = F.softplus(-sign * logits)
         if self.mask_duplicates:
-            losses = losses.masked_fill(duplicates(batch, stream, target, gather, sizes), 0.0)
+            losses = losses.masked_fill(pairs.same(gather), 0.0)
         loss, each = losses.sum(), losses.detach().sum(dim=1)
-        hits = (logits.argmax(dim=1) == target).sum() if pairs else target.sum()
         metrics = {
-            "image_to_text": hits / max(pairs, 1),
+            "image_to_text": pairs.hits(logits) / max(count, 1),
             "logit_scale": scale.detach(),
             "logit_bias": model.logit_bias.detach(),
         }
-        sources = pairs_by_source(batch, stream, each)
-        return {"sigmoid": Loss(loss, loss.new_tensor(float(pairs)), self.weight, metrics, sources)}
+        return {"sigmoid": Loss(loss, loss.new_tensor(float(count)), self.weight, metrics, pairs.by_source(each))}

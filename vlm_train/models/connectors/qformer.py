@@ -6,6 +6,7 @@ Legend: N views, P patches, Q queries, D_v / D / D_t widths of features, Q-Forme
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,32 +73,11 @@ class QFormerConnector(nn.Module):
         if mass is not None and budget is None:
             raise ConfigError(f"connector.mass: {mass}, but nothing is selected; set connector.budget")
         patches = None if budget is None else PatchSelection(dim=in_dim, budget=budget, mass=mass, hidden=score_hidden)
-        self.qformer = QFormer(
-            vision_dim=in_dim // levels,
-            queries=queries,
-            dim=dim,
-            layers=layers,
-            heads=heads,
-            ffn=ffn,
-            cross_every=cross_every,
-            levels=levels,
-            select=patches,
-            dropout=dropout,
-            eps=eps,
-        )
-        self.text = (
-            TextBranch(
-                vocab_size=vocab_size or 0,
-                max_positions=max_positions,
-                dim=dim,
-                layers=layers,
-                ffn=ffn,
-                dropout=dropout,
-                eps=eps,
-            )
-            if text
-            else None
-        )
+        shared: dict[str, Any] = {"dim": dim, "layers": layers, "ffn": ffn, "dropout": dropout, "eps": eps}
+        reading: dict[str, Any] = {"cross_every": cross_every, "levels": levels, "select": patches}
+        self.qformer = QFormer(vision_dim=in_dim // levels, queries=queries, heads=heads, **reading, **shared)
+        words = {"vocab_size": vocab_size or 0, "max_positions": max_positions}
+        self.text = TextBranch(**words, **shared) if text else None
         self.projection = nn.Identity() if out_dim is None else nn.Linear(dim, out_dim)
         self.token_grid = partial(query_grid, count=queries)
 
