@@ -50,7 +50,12 @@ def tiny_vision(config: dict | None = None, **arguments) -> HFVision:
 
 
 def tiny_llm(config: dict | None = None, **arguments) -> HFCausalLM:
-    return HFCausalLM(config=config or llama_config(), **arguments)
+    """From Llama's numbers, which OPT calls otherwise or has not."""
+    config = dict(config or llama_config())
+    if config.get("model_type") == "opt":
+        config.pop("num_key_value_heads")
+        config["ffn_dim"] = config.pop("intermediate_size")
+    return HFCausalLM(config=config, **arguments)
 
 
 def tiny_vlm(seed: int = 0, spread: float = 3.0) -> PrefixVLM:

@@ -28,6 +28,16 @@ _INTERNAL = {"transformers_version", "architectures", "return_dict", "dtype", "o
 _UNLISTED = {"rope_theta", "tie_word_embeddings", "decoder_start_token_id", "dense_act_fn"}
 
 
+def with_vocabulary(config: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
+    """A language model's numbers, where `vocab_size: null` takes the tokenizer's. Raises `ConfigError` without one."""
+    numbers = dict(config)
+    if numbers.get("vocab_size") is None:
+        if vocab_size is None:
+            raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")
+        numbers["vocab_size"] = vocab_size
+    return numbers
+
+
 def build_config(setting: str, values: Mapping[str, Any]) -> Any:
     """A `transformers` configuration from `{model_type: ..., <its fields>}`.
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vlm_train.data.batch import Segments
 from vlm_train.errors import AssetError, ConfigError
+from vlm_train.models.hub import with_vocabulary
 from vlm_train.models.qformer import Attention, FeedForward, first_weights
 
 START_TOKENS = 2
@@ -27,8 +28,7 @@ START_TOKENS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """The architecture, named as in `transformers`. `vocab_size` includes `START_TOKENS`; every head has keys of its
-    own, whatever `num_key_value_heads` says, which overlays for causal language models set."""
+    """The architecture, named as in `transformers`. `vocab_size` includes `START_TOKENS`."""
 
     vocab_size: int
     hidden_size: int
@@ -38,7 +38,6 @@ class Numbers:
     max_position_embeddings: int
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
-    num_key_value_heads: int | None = None
 
 
 class MedLayer(nn.Module):
@@ -189,12 +188,7 @@ def _numbers(config: Mapping[str, Any], vocab_size: int | None) -> Numbers:
     known = [field.name for field in fields(Numbers)]
     if unknown := sorted(set(config) - set(known)):
         raise ConfigError(f"llm.config.{unknown[0]}: not a setting of Med. Allowed: {', '.join(known)}.")
-    values = dict(config)
-    if values.get("vocab_size") is None:
-        if vocab_size is None:
-            raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")
-        values["vocab_size"] = vocab_size + START_TOKENS
     try:
-        return Numbers(**values)
+        return Numbers(**with_vocabulary(config, None if vocab_size is None else vocab_size + START_TOKENS))
     except TypeError as error:
         raise ConfigError(f"llm.config: {error}") from error

@@ -16,17 +16,8 @@ from vlm_train.data.batch import Segments
 from vlm_train.errors import ConfigError
 from vlm_train.models.attention import PACKED, given_segments, register_packed
 from vlm_train.models.context import given_context
-from vlm_train.models.hub import ATTENTION, build_model, load_pretrained
+from vlm_train.models.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
-
-_OTHER_NAMES: dict[str, dict[str, str | None]] = {"opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None}}
-"""Numbers that a family of the library calls otherwise, or, None, does not have."""
-
-
-def library_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` by the names of the library's family: every family may be given Llama's."""
-    names = _OTHER_NAMES.get(str(config.get("model_type")), {})
-    return {str(names.get(name, name)): value for name, value in config.items() if names.get(name, name) is not None}
 
 
 @contextmanager
@@ -50,7 +41,7 @@ class HFCausalLM(nn.Module):
     """A causal language model built from `config`; images enter as embeddings.
 
     Args:
-        config: `{model_type, ...}`, the fields of the `transformers` configuration, see `library_numbers`;
+        config: `{model_type, ...}`, the fields of the `transformers` configuration;
             `vocab_size: null` takes the length of the tokenizer.
         weights: hub name, local folder or `*.gguf` file, read by `load_weights`; None: random.
         vocab_size: length of the tokenizer.
@@ -70,11 +61,7 @@ class HFCausalLM(nn.Module):
         super().__init__()
         from transformers import AutoModelForCausalLM
 
-        self.numbers = library_numbers(config)
-        if self.numbers.get("vocab_size") is None:
-            if vocab_size is None:
-                raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")
-            self.numbers["vocab_size"] = vocab_size
+        self.numbers = with_vocabulary(config, vocab_size)
         self.weights = weights
         self.new_tokens = new_tokens
         register_packed()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm_train.data.batch import Segments
 from vlm_train.errors import ConfigError
-from vlm_train.models.hub import build_model, load_pretrained
+from vlm_train.models.hub import build_model, load_pretrained, with_vocabulary
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 
 
@@ -54,11 +54,7 @@ class HFSeq2Seq(nn.Module):
         super().__init__()
         from transformers import AutoModelForSeq2SeqLM
 
-        self.numbers = dict(config)
-        if self.numbers.get("vocab_size") is None:
-            if vocab_size is None:
-                raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")
-            self.numbers["vocab_size"] = vocab_size
+        self.numbers = with_vocabulary(config, vocab_size)
         self.weights = weights
         self.new_tokens = new_tokens
         self.model = build_model(AutoModelForSeq2SeqLM, "llm", self.numbers, attention)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlm_train.data.batch import TokenStream
 from vlm_train.errors import ConfigError
 from vlm_train.models.clip_init import init_text
-from vlm_train.models.hub import build_config, load_pretrained
+from vlm_train.models.hub import build_config, load_pretrained, with_vocabulary
 
 CLIP, SIGLIP = "clip_text_model", "siglip_text_model"
 _DEFAULT_END = 49407  # `eos_token_id` of both configurations: the end of the text for CLIP
@@ -47,11 +47,7 @@ class HFTextTower(nn.Module):
         new_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.numbers = {k: v for k, v in config.items() if k != "num_key_value_heads"}  # of size=tiny: no such setting
-        if self.numbers.get("vocab_size") is None:
-            if vocab_size is None:
-                raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")
-            self.numbers["vocab_size"] = vocab_size
+        self.numbers = with_vocabulary(config, vocab_size)
         if new_tokens:
             raise ConfigError(
                 f"llm.config.vocab_size: {self.numbers['vocab_size']}, but the tokenizer has {new_tokens} tokens more; "
