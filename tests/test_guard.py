@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from tests.jobs import train_on_ranks
 from tests.small_run import command, make_data, train
 from tests.strategies.test_parity import STRATEGIES, log
+from vlm_train import cli, record
 from vlm_train.errors import TrainingError
 from vlm_train.modules.base import VLMModule
 from vlm_train.modules.guard import SCALE, SEARCH, Guard
 from vlm_train.modules.meter import all_finite
+from vlm_train.rollback import Rollback, stale
 
 POISON = "+callbacks.poison={{_target_: tests.audit.Poison, steps: {}, rank: {}}}"
 
@@ -74,6 +76,50 @@ def test_too_many_in_a_row_stop_the_run(data: Path, tmp_path: Path) -> None:
     train(job(data, tmp_path, "trainer.skip_steps=[[3,5]]"))  # from step 4 on, whose update was not made either
     assert all(torch.equal(a, b) for a, b in zip(*(weights(tmp_path / "run", s).values() for s in (2, 4)), strict=True))
     assert not torch.equal(*(weights(tmp_path / "run", s)["connector.layers.0.weight"] for s in (4, 6)))
+
+
+def test_a_run_goes_back_and_leaves_out_what_led_to_the_failure(data: Path, tmp_path: Path) -> None:
+    poison = [POISON.format([4, 5, 6], 0), "trainer.guard.max_in_a_row=2", "trainer.max_steps=8"]
+    went_back = job(data, tmp_path, *poison, "trainer.guard.rollback=1", "trainer.save_every=2", name="back")
+    assert cli.main(went_back) == 0
+    assert record.read_json(tmp_path / "back/rollbacks.json") == {"made": [{"to": 2, "last": 6}]}
+    assert "rollback 1 of 1: goes on from step 2, without the data of steps 3 to 6" in (
+        tmp_path / "back/output.log"
+    ).read_text(encoding="utf-8")
+    by_hand = train(job(data, tmp_path, "trainer.max_steps=8", "trainer.skip_steps=[[3,6]]", name="by_hand"))
+    for step in (2, 4, 8):
+        ours, theirs = weights(tmp_path / "back", step), weights(by_hand, step)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [row["step"] for row in log(tmp_path / "back") if row["split"] == "train"] == list(range(1, 9))
+    assert record.read(tmp_path / "back")["status"] == "done"
+
+
+def test_a_run_goes_back_only_so_often(data: Path, tmp_path: Path) -> None:
+    poison = [POISON.format([3, 4, 6, 7], 0), "trainer.guard={max_in_a_row: 1, rollback: 1}", "trainer.max_steps=8"]
+    assert cli.main(job(data, tmp_path, *poison)) == 1
+    assert record.read_json(tmp_path / "run/rollbacks.json") == {"made": [{"to": 2, "last": 4}]}
+    assert record.read(tmp_path / "run")["status"] == "failed"
+
+
+def test_without_an_earlier_checkpoint_there_is_nothing_to_go_back_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"skip_steps=\[\[5,5\]\]"):
+        Guard(tmp_path, max_in_a_row=0, rollback=1).leave_out(5, "gradient norm nan", [], rank=0)
+    assert "no checkpoint from before step 5" in capsys.readouterr().out
+    assert not (tmp_path / "rollbacks.json").exists()
+
+
+def test_a_checkpoint_that_was_taken_back_is_not_resumed() -> None:
+    made = [Rollback(to=4, last=9), Rollback(to=12, last=15)]
+    found = [
+        (step, count)
+        for step in (4, 6, 12, 14, 20)
+        for count in (0, 1, 2)
+        if stale({"step": step, "rollbacks": count}, made)
+    ]
+    assert found == [(6, 0), (12, 0), (14, 0), (14, 1), (20, 0), (20, 1)]
 
 
 def test_a_spike_is_far_above_the_usual_norm(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ RANGES: dict[str, str] = {
     "trainer.guard.spike": "> 0",
     "trainer.guard.window": ">= 2",
     "trainer.guard.max_in_a_row": ">= 0",
+    "trainer.guard.rollback": ">= 0",
     "trainer.watchdog_minutes": "> 0",
     "trainer.min_supervised_ratio": ">= 0, <= 1",
     "trainer.max_bad_samples": ">= 0",

@@ -147,9 +147,10 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = (), fresh: bool =
     if cfg.mode == "fit" and not cfg.dry_run and launch.rank() == 0:
         log.info("Run folder: %s\n%s\n", config.run_dir(cfg), provenance.table(cfg, found, only_changed=True))
         launch.prepare(cfg, provenance.table(cfg, found))
-    parallel = cfg.mode in launch.PARALLEL_MODES and not cfg.dry_run and cfg.launch.devices > 1
-    if fresh or (parallel and launch.started_by() == "local"):
-        return launch.run_child(cfg, cfg.launch.devices if parallel else 1)
+    trains = cfg.mode in launch.PARALLEL_MODES and not cfg.dry_run
+    own_tree = cfg.launch.devices > 1 or cfg.trainer.guard.rollback  # which can be started again
+    if fresh or (trains and own_tree and launch.started_by() == "local"):
+        return launch.run_child(cfg, cfg.launch.devices if trains else 1)
     return dispatch(cfg)
 
 

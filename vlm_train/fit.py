@@ -13,7 +13,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train import checkpoint, config, record
+from vlm_train import checkpoint, config, record, rollback
 from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.launch import rank
 
@@ -32,7 +32,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         if cfg.resume == "restart" and rank() == 0:
             for leftover in (folder / "checkpoints", folder / "eval"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in folder.glob("quarantine-*.jsonl"):
+            for leftover in (*folder.glob("quarantine-*.jsonl"), *folder.glob(rollback.RECORD)):
                 leftover.unlink()
         resumed = checkpoint.find_resume(cfg.resume, folder, identity)
         if rank() == 0:  # before any other rank can log
@@ -79,6 +79,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     facts |= {"vocabulary": vocabulary(built.tokenizer)}
     if resumed and not shares:
         resumed.require(**facts)
+    facts["rollbacks"] = len(rollback.rollbacks(folder))
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
     work = _work(cfg, built.tokenizer) if rank() == 0 else None
     module = _module(cfg, built.model, policy, data.plan, folder, work)

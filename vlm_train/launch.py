@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from omegaconf import DictConfig
 
 from vlm_train import agent, config, record
 from vlm_train.errors import ConfigError, Interrupted, TrainingError
+from vlm_train.rollback import rollbacks
 from vlm_train.stopping import ENDING, PREEMPTING
 
 log = logging.getLogger("vlm_train")
@@ -114,14 +116,18 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
     """Runs `cfg` in a fresh process tree of `devices` processes and returns the final metrics from its run.json.
 
     The child's output goes to our terminal, or, where there is none, to our output and `<run>/output.log`.
-    Signals are forwarded. Raises ChildError with the exit code and where to look, also when a training ended without
-    being done, and Interrupted when a signal ended it.
+    Signals are forwarded; a run that goes back to a checkpoint is started again. Raises ChildError with the exit code
+    and where to look, also when a training ended without being done, and Interrupted when a signal ended it.
     """
     devices = cfg.launch.devices if devices is None else devices
     folder = config.run_dir(cfg)
     with _config_file(cfg, folder) as path:
         several = ["vlm_train.agent", "--standalone", "--nproc-per-node", str(devices), "-m"] if devices > 1 else []
-        ended = _supervise([sys.executable, "-m", *several, CHILD, str(path)], folder if cfg.mode == "fit" else None)
+        command = [sys.executable, "-m", *several, CHILD, str(path)]
+        start = partial(_supervise, command, folder if cfg.mode == "fit" else None)
+        made, ended = len(rollbacks(folder)), start()
+        while not ended.signal and made < (made := len(rollbacks(folder))):  # it has prepared to go back
+            ended = start()
     trains = cfg.mode == "fit" and not cfg.dry_run
     if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
         return read_result(folder)

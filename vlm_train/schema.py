@@ -56,6 +56,7 @@ class Guard:
     spike: float | None = None  # nor one whose norm is so many median deviations above the usual one; null: any
     window: int = 100  # steps that say what is usual
     max_in_a_row: int = 10  # steps without update that are borne; one more stops the run
+    rollback: int = 0  # or so often takes it back to the checkpoint before them, leaving out the data since
 
 
 @dataclass

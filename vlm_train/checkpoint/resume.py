@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_train.checkpoint.files import FORMAT, STATE, verify
 from vlm_train.errors import CheckpointError
+from vlm_train.rollback import rollbacks, stale
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,17 @@ class Resume:
 
 
 def newest_valid(root: Path) -> Resume | None:
-    """The newest undamaged checkpoint; damaged ones are skipped aloud. None if there never was one.
+    """The newest undamaged checkpoint that no rollback has taken back; damaged ones are skipped aloud.
 
-    Raises:
-        CheckpointError: there are checkpoints, but none is valid.
+    None if there never was one. Raises CheckpointError when there are checkpoints, but none is valid.
     """
-    problems = []
+    problems, made = [], rollbacks(root.parent)
     for folder in sorted(root.glob("step-*"), reverse=True):
         try:
-            return Resume(folder, verify(folder))
+            found = Resume(folder, verify(folder))
+            if not stale(found.manifest, made):
+                return found
+            problems.append(f"{folder}: taken back by a rollback")
         except CheckpointError as error:
             problems.append(str(error))
             print(f"resume: skipping {error}", flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_train.errors import TrainingError
 from vlm_train.loggers.journal import Journal
+from vlm_train.rollback import go_back, rollbacks
 
 ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
 """Why an update is left out although nothing is wrong."""
@@ -29,6 +30,7 @@ class Guard:
             finite norm is fine.
         window: norms remembered; no spike is called before it is full.
         max_in_a_row: steps left out one after the other that are borne; one more stops the run.
+        rollback: how often the run is prepared for going on from the checkpoint before such steps.
         scaled: a loss scaler looks for its scale by letting gradients overflow, which is no fault.
         skip: [first, last] of steps that are left out whatever their norm.
     """
@@ -40,11 +42,14 @@ class Guard:
         spike: float | None = None,
         window: int = 100,
         max_in_a_row: int = 10,
+        rollback: int = 0,
         scaled: bool = False,
         skip: Sequence[Sequence[int]] = (),
     ) -> None:
         self.path, self.spike, self.max_in_a_row, self.scaled = folder, spike, max_in_a_row, scaled
-        self.skip = skip
+        made = rollbacks(folder)
+        self.skip = [*skip, *([one.to + 1, one.last] for one in made)]
+        self.rollback, self.rolled_back = rollback, len(made)
         self.norms: deque[float] = deque(maxlen=window)
         self.in_a_row = self.overflows = 0
 
@@ -75,11 +80,27 @@ class Guard:
         if rank == 0:
             print(f"step {step:>6}  no update: {reason}", flush=True)
         if self.in_a_row > self.max_in_a_row:
+            first = step - self.in_a_row + 1
+            if rank == 0:
+                self._go_back(first, step)
             raise TrainingError(
                 f"training: {self.in_a_row} steps in a row without an update, the last, {step}, for its {reason}; "
                 f"{self.path}/skipped-steps-*.jsonl names their samples. Lower optim.lr, set trainer.clip_norm, or "
-                f"leave the steps out: trainer.skip_steps=[[{step - self.in_a_row + 1},{step}]]."
+                f"leave the steps out: trainer.skip_steps=[[{first},{step}]]."
             )
+
+    def _go_back(self, first: int, last: int) -> None:
+        """Prepare the run, if it may, for being started again from before step `first`, and say so."""
+        if self.rolled_back >= self.rollback:
+            return
+        if (made := go_back(self.path, first, last)) is None:
+            print(f"rollback: there is no checkpoint from before step {first}", flush=True)
+            return
+        print(
+            f"rollback {self.rolled_back + 1} of {self.rollback}: goes on from step {made.to}, without the data of "
+            f"steps {made.to + 1} to {made.last}",
+            flush=True,
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

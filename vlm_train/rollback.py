@@ -1,0 +1,45 @@
+"""Going back: from steps that fail in a row to the checkpoint before them, leaving out the data of all steps since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_train import record
+
+RECORD = "rollbacks.json"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A run went back to the checkpoint of step `to`; the data of steps `to` + 1 to `last` makes no update."""
+
+    to: int
+    last: int
+
+
+def rollbacks(folder: Path) -> list[Rollback]:
+    """Those of a run, oldest first."""
+    return [Rollback(int(one["to"]), int(one["last"])) for one in record.read_json(folder / RECORD).get("made", [])]
+
+
+def go_back(folder: Path, first: int, last: int) -> Rollback | None:
+    """Let the run in `folder` go on from the newest checkpoint before step `first` when it is started again.
+
+    Returns None, and changes nothing, where there is none.
+    """
+    made = rollbacks(folder)
+    steps = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")]
+    earlier = [step for step in steps if step < first]
+    if not earlier:
+        return None
+    new = Rollback(max(earlier), last)
+    record.write_json(folder / RECORD, {"made": [asdict(one) for one in [*made, new]]})
+    return new
+
+
+def stale(manifest: Mapping[str, Any], made: list[Rollback]) -> bool:
+    """Whether a checkpoint holds steps that a later rollback has taken back."""
+    return any(one.to < int(manifest["step"]) for one in made[int(manifest.get("rollbacks", 0)) :])
