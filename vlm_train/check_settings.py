@@ -9,100 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from vlm_train.check_values import LITERALS, POSITIVE, RANGES
 from vlm_train.config import resolved
 from vlm_train.errors import ConfigError
 from vlm_train.signatures import hint
-
-LITERALS: dict[str, tuple[Any, ...]] = {
-    "mode": ("fit", "eval", "caption", "score", "export", "show", "lengths", "import", "config"),
-    "batch.normalise": ("token", "sample", "source", "sqrt_length"),
-    "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
-    "trainer.accelerator": ("auto", "cpu", "gpu"),
-    "trainer.activation_checkpointing": ("none", "full", "selective"),
-    "launch.kind": ("local", "torchrun", "srun"),
-    "init_from.*.which": ("last", "best"),
-    "columns.which": ("last", "best"),
-}
-
-POSITIVE = (
-    "batch.samples", "batch.tokens", "batch.micro", "trainer.epochs", "trainer.max_steps", "trainer.val_every",
-    "trainer.save_every", "trainer.log_every", "trainer.clip_norm", "launch.devices", "launch.nodes",
-)  # fmt: skip
-
-RANGES: dict[str, str] = {
-    "optim.lr": ">= 0",
-    "optim.betas.*": ">= 0, < 1",
-    "optim.eps": "> 0",
-    "optim.momentum": ">= 0, < 1",
-    "optim.weight_decay": ">= 0",
-    "params.rules.*.lr": ">= 0",
-    "params.rules.*.weight_decay": ">= 0",
-    "params.rules.*.layer_decay": "> 0, <= 1",
-    "lr_schedule.warmup_ratio": ">= 0, <= 1",
-    "lr_schedule.warmup_steps": ">= 0",
-    "lr_schedule.min_ratio": ">= 0, <= 1",
-    "trainer.threads": ">= 1",
-    "columns.batch": ">= 1",
-    "columns.max_new_tokens": ">= 1",
-    "columns.min_new_tokens": ">= 0",
-    "columns.temperature": ">= 0",
-    "columns.top_p": "> 0, <= 1",
-    "columns.repetition_penalty": "> 0",
-    "trainer.keep_last": ">= 1",
-    "trainer.keep_best": ">= 0",
-    "trainer.keep_every": ">= 1",
-    "trainer.guard.spike": "> 0",
-    "trainer.guard.window": ">= 2",
-    "trainer.guard.max_in_a_row": ">= 0",
-    "trainer.guard.rollback": ">= 0",
-    "trainer.watchdog_minutes": "> 0",
-    "trainer.min_supervised_ratio": ">= 0, <= 1",
-    "trainer.max_bad_samples": ">= 0",
-    "trainer.max_bad_share": ">= 0, <= 1",
-    "launch.timeout_minutes": "> 0",
-    "data.train.*.samples": ">= 1",
-    "data.val.*.samples": ">= 1",
-    "data.train.*.limit": ">= 1",
-    "data.val.*.limit": ">= 1",
-    "data.train.*.loss_weight": ">= 0",
-    "data.val.*.loss_weight": ">= 0",
-    "data.train.*.repeat": "> 0",
-    "data.train.*.weight": "> 0",
-    "data.train.*.share": "> 0, < 1",
-    "data.temperature": "> 0",
-    "data.window": ">= 1",
-    "data.pool": ">= 1",
-    "data.pack": ">= 1",
-    "data.pack_views": ">= 1",
-    "data.limit": ">= 1",
-    "data.val_limit": ">= 1",
-    "data.val_share": ">= 0, < 1",
-    "data.max_length": ">= 1",
-    "data.workers": ">= 0",
-    "data.prefetch": ">= 1",
-    "model.embed_dim": ">= 1",
-    "model.init_temperature": "> 0",
-    "model.max_scale": "> 0",
-    "connector.depth": ">= 1",
-    "connector.pool": ">= 1",
-    "objective.*.weight": ">= 0",
-    "objective.*.chunk": ">= 1",
-    "objective.*.label_smoothing": ">= 0, <= 1",
-    "instruction.max_length": ">= 1",
-    "tokenizer.min_count": ">= 1",
-    "tokenizer.max_words": ">= 1",
-    "peft.rank": ">= 1",
-    "peft.alpha": "> 0",
-    "peft.dropout": ">= 0, < 1",
-    "eval.*.limit": ">= 1",
-    "eval.*.batch": ">= 1",
-    "eval.*.max_new_tokens": ">= 1",
-    "target.gpus": ">= 1",
-    "target.memory_gib": "> 0",
-    "target.text_tokens": ">= 1",
-    "target.supervised_tokens": ">= 1",
-}
-"""Setting -> what its number must fulfil; `*` stands for every name or index. Absent and null ones are skipped."""
 
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 

@@ -75,8 +75,8 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     policy = _policy(cfg, built.model)
     data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
     data.plan = _plan(cfg, data, built.model, world)
-    facts = {"run_id": identity, "init_from": sources, "data": data.fingerprint(), "order": data.order()}
-    facts |= {"vocabulary": vocabulary(built.tokenizer)}
+    facts: dict[str, Any] = {"run_id": identity, "init_from": sources, "vocabulary": vocabulary(built.tokenizer)}
+    facts |= {"data": data.fingerprint(), "order": data.order()}
     if resumed and not shares:
         resumed.require(**facts)
     facts["rollbacks"] = len(rollback.rollbacks(folder))
