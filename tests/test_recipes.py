@@ -37,11 +37,15 @@ TWO_TOWERS = {
     "siglip_so400m": (1e-3, (0.9, 0.95), 1e-8, 1e-4, 20000, 100, None, 0.1, None, -10.0),
 }
 
-# Source of every row: BLIP-2's paper section 3.4; MiniGPT-4's paper and train_configs/. Steps, not epochs, are given.
+# Source of every row: BLIP-2's paper section 3.4; notes on InstructBLIP's section 2.6; MiniGPT-4's paper and
+# train_configs/. Steps, not epochs, are given.
 QFORMER_LINE = {
     # recipe: (learning rate, least rate, samples a step, steps, warm-up steps, second beta, template)
     "blip2_stage1": (1e-4, 1e-5, 1680, 250_000, 2000, 0.98, "caption_bert"),
     "blip2_stage2_opt": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
+    "blip2_stage2_flant5": (1e-4, 5e-5, 1520, 80_000, 2000, 0.98, "seq2seq"),
+    "instructblip_vicuna7b": (1e-5, 0.0, 128, 60_000, 1000, 0.999, "instructblip"),
+    "instructblip_flant5xl": (1e-5, 0.0, 192, 60_000, 1000, 0.999, "seq2seq"),
     "dynamic_qformer": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
     "hierarchical_qformer": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
     "minigpt4_stage1": (1e-4, 8e-5, 256, 20_000, 5000, 0.999, "plain"),
@@ -127,8 +131,14 @@ def test_the_qformer_line_says_what_was_published(name: str) -> None:
     assert cfg.lr_schedule._target_ == "vlm_train.optim.cosine"
     assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.warmup_ratio) == (warmup, 0.0)
     assert cfg.lr_schedule.min_ratio * lr == pytest.approx(least)
-    assert cfg.trainer.precision == "16-mixed" and cfg.trainer.clip_norm is None
+    assert cfg.trainer.precision == ("bf16-mixed" if "flant5" in name else "16-mixed") and cfg.trainer.clip_norm is None
     assert cfg.template == OmegaConf.load(config.config_dir() / "template" / f"{template}.yaml")
+
+
+def test_instructblip_draws_by_the_square_root_of_sizes() -> None:
+    cfg = config.compose(["recipe=instructblip_vicuna7b"])
+    assert cfg.data.mixture == "sqrt" and len(cfg.data.train) == 13
+    assert cfg.instruction.max_length == 128 and cfg.connector.vocab_size == 30523
 
 
 @pytest.mark.parametrize("name", ["llava15_lora", "llava15_qlora"])

@@ -111,6 +111,8 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
                 parts[name].load_weights()
         torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
         model = cast(nn.Module, make(cfg.model, **parts))
+        if not meta and hasattr(model, "load_weights"):
+            cast(Any, model).load_weights()
         if cfg.peft is not None:
             torch.manual_seed(derive_seed(cfg.seed, "init", "peft"))
             make(cfg.peft, model=model)

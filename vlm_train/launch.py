@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -191,10 +193,14 @@ def _supervise(command: Sequence[str], folder: Path | None) -> Ended:
         start_new_session=True,  # Ctrl-C reaches the child once, through us
         preexec_fn=agent.die_with_parent if sys.platform == "linux" else None,
     )
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    copying = threading.Thread(target=_copy_output, args=(child, folder, last), daemon=True)
     with _forwarding(child) as received:
-        last = _copy_output(child, folder) if piped else []
-        code = child.wait()
-    return Ended(code, last, received[0] if received else _stopping_signal(code))
+        if piped:
+            copying.start()
+        while child.poll() is None or copying.is_alive():  # a signal can miss a wait without end, just before it blocks
+            time.sleep(0.05)
+    return Ended(child.returncode, [*last], received[0] if received else _stopping_signal(child.returncode))
 
 
 def _stopping_signal(code: int) -> int:
@@ -225,18 +231,20 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _copy_output(child: subprocess.Popen[bytes], folder: Path | None) -> list[str]:
-    """Copies the child's output to ours and to `<run>/output.log`, and keeps the last lines."""
+def _copy_output(child: subprocess.Popen[bytes], folder: Path | None, last: deque[str]) -> None:
+    """Copies the child's output to ours and to `<run>/output.log`, and keeps the last lines.
+
+    A full disk, or a reader of ours that is gone, does not end the child.
+    """
     assert child.stdout is not None
-    last: list[str] = []
-    with open(folder / "output.log" if folder else os.devnull, "ab") as copy:
+    with open(folder / "output.log" if folder else os.devnull, "ab", buffering=0) as copy:
         for line in child.stdout:
-            copy.write(line)
-            copy.flush()
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
-            last = [*last, line.decode(errors="replace").rstrip()][-LAST_LINES:]
-    return last
+            last.append(line.decode(errors="replace").rstrip())
+            with suppress(OSError):
+                copy.write(line)
+            with suppress(OSError):
+                sys.stdout.write(line.decode(errors="replace"))
+                sys.stdout.flush()
 
 
 def _describe(cfg: DictConfig, folder: Path, ended: Ended) -> str:

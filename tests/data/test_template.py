@@ -28,6 +28,7 @@ LEARNED = {
     "caption": "{}<eos>",
     "caption_bert": "{}[SEP]",
     "caption_opt": "<bos>{}\n",
+    "instructblip": " {}<eos>",
     "minigpt4": "{}###",
     "minigpt4_llama2": "{}<eos>",
     "qa": " {}<eos>",

@@ -6,17 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+from transformers import (
+    AutoProcessor,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    InstructBlipForConditionalGeneration,
+)
 
+from tests.models.test_instruct import model as instructed
 from tests.models.test_qformer import QUERIES, tiny_aligner, tiny_connector, tiny_vision
+from tests.models.test_seq2seq import tiny_t5
 from tests.tiny_models import assert_close, batch_of, text_stream
 from tests.tiny_models import tiny_vision as clip_vision
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.blip2 import export_blip2, verify
+from vlm_train.models.instruct import InstructSeq2Seq
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.seq2seq import PrefixSeq2Seq
 
 TEXT = {"ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 
@@ -47,6 +56,33 @@ def test_a_language_model_behind_a_q_former(tmp_path: Path) -> None:
     assert_close(model.logits(model(batch)), out.logits)
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert processor.num_query_tokens == QUERIES and processor.image_processor.size["height"] == 32
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_an_encoder_decoder_behind_a_q_former(reads: bool, tmp_path: Path) -> None:
+    """BLIP-2 and InstructBLIP with T5: `export_blip2` compares the logits of the folder that it wrote."""
+    tokenizer = byte_level(add=["<image>"])
+    llm = tiny_t5(words=len(tokenizer))
+    family = InstructSeq2Seq if reads else PrefixSeq2Seq
+    model = family(vision=tiny_vision(), connector=tiny_connector(llm.dim, text=reads), llm=llm).eval()
+    export_blip2(model, tokenizer, tmp_path, instruction=byte_level())
+    assert verify(model, tmp_path) < 1e-5
+    with torch.no_grad():
+        model.llm.model.lm_head.weight.add_(0.1 * torch.randn_like(model.llm.model.lm_head.weight))
+    with pytest.raises(AssetError, match="differs by"):
+        verify(model, tmp_path)
+
+
+def test_an_instruction_aware_q_former(tmp_path: Path) -> None:
+    model = instructed()
+    export_blip2(model, byte_level(), tmp_path, instruction=byte_level())
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(tmp_path)
+    assert theirs.config.qformer_config.vocab_size == len(model.connector.text.words.weight)
+    assert AutoProcessor.from_pretrained(tmp_path).qformer_tokenizer is not None
+    with torch.no_grad():
+        model.connector.text.words.weight.add_(torch.randn_like(model.connector.text.words.weight))
+    with pytest.raises(AssetError, match="differs by"):
+        verify(model, tmp_path)
 
 
 def test_an_aligned_q_former(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def count(module) -> int:
         ("llm", "opt_6_7b", 6_658_473_984),
         ("llm", "vicuna_7b_v15", 6_738_415_616),
         ("llm", "vicuna_7b_v0", 6_738_415_616),
+        ("llm", "vicuna_7b_v11", 6_738_415_616),
         ("llm", "llama2_7b_chat", 6_738_415_616),
         ("llm", "vicuna_13b_v15", 13_015_864_320),
         ("llm", "llama3_8b", 8_030_261_248),

@@ -15,6 +15,7 @@ from transformers import (
     Blip2Config,
     Blip2ForImageTextRetrieval,
     Blip2QFormerConfig,
+    Blip2QFormerModel,
     Blip2VisionConfig,
 )
 
@@ -100,6 +101,23 @@ def test_similarities_and_matching_are_those_of_the_library() -> None:
     logits = model.match(model.own_context(batch), given["input_ids"], given["attention_mask"].bool())
     assert_close(logits, itm)
     assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_library_s_q_former() -> None:
+    """`Blip2QFormerModel` by itself: queries alone, and queries with text that all see each other."""
+    model = tiny_aligner().eval()
+    former, branch = model.connector.qformer, model.connector.text
+    theirs: Blip2QFormerModel = as_library(model).qformer
+    patches, ids = torch.randn(2, 5, 24), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    queries = former.queries.expand(2, -1, -1)
+    alone = theirs(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+    context = former.context(patches)
+    assert_close(former(queries=queries, context=context).hidden, alone)
+    both = torch.cat([queries, branch(ids)], dim=1)
+    mixed = theirs(query_embeds=both, query_length=QUERIES, encoder_hidden_states=patches).last_hidden_state
+    passed = former(queries=queries, text=branch(ids), branch=branch, context=context)
+    assert_close(passed.hidden, mixed)
 
 
 def test_gradients_are_those_of_the_library() -> None:
@@ -191,6 +209,35 @@ def test_it_starts_from_bert() -> None:
     assert torch.equal(after["text.words.weight"][-1], before["text.words.weight"][-1])
     assert torch.equal(after["qformer.layers.1.feed.up.weight"], after["text.feeds.1.up.weight"])
     assert torch.equal(after["text.feeds.1.up.weight"], bert.bert.encoder.layer[1].intermediate.dense.weight)
+
+
+def test_a_tower_is_read_out_of_a_whole_blip2(tmp_path: Path) -> None:
+    whole = as_library(model := tiny_aligner())
+    whole.save_pretrained(tmp_path)
+    numbers = {"model_type": "blip_2_vision_model", **VISION}
+    own = {"image_mean": MEAN, "image_std": STD, "layer": -1, "keep_cls": True, "final_norm": True}
+    tower = HFVision(config=numbers, weights=str(tmp_path), **own)
+    tower.load_weights()
+    pixels = pairs().media.pixels
+    assert torch.equal(tower.encode(pixels), model.vision.encode(pixels))
+    other = HFVision(config=numbers | {"num_hidden_layers": 1}, weights=str(tmp_path), **own)
+    with pytest.raises(AssetError, match=r"vision_model\.\*.*unexpected 1\d \(encoder\.layers\.1"):
+        other.load_weights()
+
+
+def test_its_generating_head_starts_from_bert_s(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=WORDS - 1,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    bert = BertForMaskedLM(config).eval()
+    torch.nn.init.normal_(bert.cls.predictions.bias)
+    bert.save_pretrained(tmp_path)
+    model = tiny_aligner(weights=str(tmp_path))
+    model.connector.load_weights()
+    model.load_weights()
+    hidden = torch.randn(2, 3, 32)
+    assert_close(model.logits(hidden)[..., :-1], bert.cls(hidden))
 
 
 def test_files_are_read_in_both_layouts(tmp_path: Path) -> None:

@@ -10,12 +10,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, T5Config
 
+from tests.models.test_qformer import QUERIES, VISION, tiny_connector
+from tests.models.test_qformer import tiny_vision as blip2_vision
 from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vision
 from vlm_train.data.batch import IGNORE, Batch, TokenStream
+from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.errors import AssetError
 from vlm_train.models.connectors.linear import Linear
 from vlm_train.models.llms.hf_seq2seq import HFSeq2Seq
+from vlm_train.models.qformer_names import to_library
 from vlm_train.models.seq2seq import PrefixSeq2Seq
 from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.lm import LanguageModeling
@@ -41,10 +46,10 @@ def t5_config(**changes) -> dict:
     } | changes
 
 
-def tiny_t5(seed: int = 0, **arguments) -> HFSeq2Seq:
+def tiny_t5(seed: int = 0, words: int = 50, **arguments) -> HFSeq2Seq:
     """A random Flan-T5 in training mode without dropout, its head apart from its embedding."""
     torch.manual_seed(seed)
-    llm = HFSeq2Seq(config=t5_config(dropout_rate=0.0), **arguments)
+    llm = HFSeq2Seq(config=t5_config(dropout_rate=0.0, vocab_size=words), **arguments)
     nn.init.normal_(llm.model.lm_head.weight, std=0.3)
     return llm
 
@@ -139,6 +144,40 @@ def test_family_trains_as_a_reference_by_hand() -> None:
     expected = library(model.llm)(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
     assert loss.count == 5
     assert_close(loss.sum / loss.count, expected, "loss")
+
+
+@torch.no_grad()
+def test_logits_behind_a_q_former_are_blip2_s() -> None:
+    """`Blip2ForConditionalGeneration` with T5, built by hand."""
+    llm = tiny_t5().eval()
+    model = PrefixSeq2Seq(vision=blip2_vision(), connector=tiny_connector(llm.dim, text=False), llm=llm).eval()
+    rows = [[PLACEHOLDER_ID] * QUERIES + words for words in ([21, 22, 1], [23, 1])]
+    batch = batch_of(text_stream(rows), [0, 1], tokens=QUERIES)
+    batch = replace(batch, text={**batch.text, "decoder": decoder_stream(ANSWERS)})
+    former = Blip2QFormerConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, encoder_hidden_size=24
+    )
+    text = {key: value for key, value in llm.numbers.items() if key != "model_type"}
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(**VISION), qformer_config=former, text_config=T5Config(**text),
+        num_query_tokens=QUERIES, image_token_index=49,
+    )  # fmt: skip
+    theirs = Blip2ForConditionalGeneration(config).eval()
+    theirs.language_model.lm_head.weight = nn.Parameter(torch.empty_like(llm.model.lm_head.weight))
+    state = to_library(model.connector.state_dict(), list(theirs.state_dict()))
+    state |= {f"vision_model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
+    state |= {f"language_model.{name}": tensor for name, tensor in llm.model.state_dict().items()}
+    theirs.load_state_dict(state, strict=True)
+    asked, answer = batch.text["llm"], batch.text["decoder"].ids.clone()
+    answer[:, 0] = llm.start_id
+    out = theirs(
+        pixel_values=(batch.media.pixels.float() / 255 - model.vision.mean) / model.vision.std,
+        input_ids=torch.where(asked.ids < 0, 49, asked.ids),
+        attention_mask=(asked.segment_ids != 0).long(),
+        decoder_input_ids=answer,
+    )
+    assert_close(model.logits(model(batch))[0], out.logits[0])
+    assert_close(model.logits(model(batch))[1, :2], out.logits[1, :2])
 
 
 def test_a_frozen_model_passes_gradients_on_to_the_connector() -> None:

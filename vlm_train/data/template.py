@@ -116,7 +116,8 @@ class ChatTemplate:
             for token in self.special
             if token not in known
         ]
-        strings = (v for k, v in vars(self).items() if isinstance(v, str) and k != "system")
+        own = {**vars(self), **vars(self.style)}
+        strings = (v for k, v in own.items() if isinstance(v, str) and k != "system")
         if tokenizer.eos_token is None and any("{eos}" in text for text in strings):
             problems.append("template: writes {eos}, but the tokenizer has no eos token")
         if problems:

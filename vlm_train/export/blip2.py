@@ -1,4 +1,4 @@
-"""To the native BLIP-2 of `transformers`: an aligned Q-Former for retrieval, or one in front of a language model.
+"""To the native BLIP-2 and InstructBLIP of `transformers`: an aligned Q-Former, or one in front of a language model.
 
 An export is read back and compared before it counts as done.
 """
@@ -11,20 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.chat import IMAGE_TOKEN
 from vlm_train.export.merged import merged_state
+from vlm_train.export.rows import padded, rows_with
 from vlm_train.models.align import Aligner
 from vlm_train.models.connectors.qformer import QFormerConnector
+from vlm_train.models.instruct import InstructVLM
 from vlm_train.models.llms.hf import HFCausalLM
+from vlm_train.models.llms.hf_seq2seq import HFSeq2Seq
 from vlm_train.models.prefix import PrefixVLM
 from vlm_train.models.qformer_names import to_library
+from vlm_train.models.seq2seq import PrefixSeq2Seq
 from vlm_train.models.vision.hf import HFVision
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+_TOWERS = ("blip_2_vision_model", "instructblip_vision_model")  # one architecture
 _HEADS = {"vision_projection": "image_projection", "text_projection": "text_projection", "itm_head": "match_head"}
 
 
@@ -34,10 +39,22 @@ def speaks_blip2(model: Any) -> bool:
 
 
 def export_blip2(
-    model: Any, tokenizer: Any, folder: str | Path, *, image_mode: str = "resize", eos_ids: Sequence[int] = ()
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    image_mode: str = "resize",
+    eos_ids: Sequence[int] = (),
+    instruction: Any = None,
 ) -> Path:
-    """Write `model` as a folder of `Blip2ForImageTextRetrieval` (an `Aligner`) or `Blip2ForConditionalGeneration`, with
-    tokenizer and processor, and verify its numbers. `image_mode`, `eos_ids`: as in `export_llava`.
+    """Write `model` as a folder of `transformers`, with tokenizer and processor, and verify its numbers.
+
+    An `Aligner` becomes a `Blip2ForImageTextRetrieval`, an `InstructVLM` an `InstructBlipForConditionalGeneration`,
+    another prefix model a `Blip2ForConditionalGeneration`.
+
+    Args:
+        image_mode, eos_ids: as in `export_llava`.
+        instruction: tokenizer of the text that the Q-Former reads, for an `InstructVLM`.
 
     Raises:
         ConfigError: BLIP-2 has no such composition.
@@ -55,11 +72,12 @@ def export_blip2(
         theirs = _class(model)(config)
     theirs.load_state_dict(_state(model, theirs), strict=True, assign=True)
     if isinstance(model, PrefixVLM):
-        theirs.tie_weights()
+        if not (isinstance(model, PrefixSeq2Seq) and model.llm.head_parameters()):
+            theirs.tie_weights()  # `transformers` 5 ties every T5
         eos = list(eos_ids) or tokenizer.eos_token_id
         theirs.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     theirs.save_pretrained(folder)
-    _processor(model, tokenizer, image_mode).save_pretrained(folder)
+    _processor(model, tokenizer, image_mode, instruction).save_pretrained(folder)
     verify(model, folder)
     return folder
 
@@ -81,6 +99,13 @@ def verify(model: Any, folder: str | Path) -> float:
     given["attention_mask"] = torch.ones_like(text.ids)
     if isinstance(model, PrefixVLM):
         ids = torch.where(text.ids < 0, loaded.config.image_token_index, text.ids)
+        if isinstance(model, InstructVLM):
+            asked = batch.text["qformer"].ids
+            given |= {"qformer_input_ids": asked, "qformer_attention_mask": torch.ones_like(asked)}
+        if isinstance(model, PrefixSeq2Seq):
+            answer = batch.text["decoder"].ids.clone()
+            answer[:, 0] = model.llm.start_id
+            given["decoder_input_ids"] = answer
         theirs = loaded(input_ids=ids, **given).logits[..., : model.llm.vocab_size]
         ours = model.logits(model(batch))
     else:
@@ -98,64 +123,76 @@ def exportable(model: Any) -> None:
         raise ConfigError(f"model: {type(model).__name__} has no BLIP-2 equivalent; only prefix and align do")
     problems = []
     tower = model.vision
-    if not isinstance(tower, HFVision) or tower.model.config.model_type != "blip_2_vision_model":
+    if not isinstance(tower, HFVision) or tower.model.config.model_type not in _TOWERS:
         problems.append("vision.config.model_type: BLIP-2's tower is blip_2_vision_model")
     elif not (tower.final_norm and tower.keep_cls):
         problems.append("vision: BLIP-2 reads every token after the final norm; set keep_cls and final_norm")
-    if isinstance(model, PrefixVLM) and model.connector.text is not None:
+    if isinstance(model, PrefixVLM) and not isinstance(model, InstructVLM) and model.connector.text is not None:
         problems.append("connector.text: BLIP-2 drops the text branch in stage 2")
-    if isinstance(model, PrefixVLM) and (not isinstance(model.llm, HFCausalLM) or model.llm.new_tokens):
-        problems.append("llm: BLIP-2 takes a transformers causal language model without added tokens")
+    if isinstance(model, PrefixVLM) and (not isinstance(model.llm, HFCausalLM | HFSeq2Seq) or model.llm.new_tokens):
+        problems.append("llm: BLIP-2 takes a language model of transformers without added tokens")
     if problems:
         raise ConfigError(problems)
 
 
 def _class(model: Any) -> Any:
-    from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+    from transformers import (
+        Blip2ForConditionalGeneration,
+        Blip2ForImageTextRetrieval,
+        InstructBlipForConditionalGeneration,
+    )
 
+    if isinstance(model, InstructVLM):
+        return InstructBlipForConditionalGeneration
     return Blip2ForConditionalGeneration if isinstance(model, PrefixVLM) else Blip2ForImageTextRetrieval
 
 
 def _config(model: Any, image_token_id: int | None) -> Any:
-    from transformers import Blip2Config, Blip2QFormerConfig
-
+    config = _class(model).config_class
     former, text = model.connector.qformer, model.connector.text
     first = former.blocks[0]
     every = next((n for n, layer in enumerate(former.blocks) if n and layer.cross is not None), len(former.blocks))
     words = {} if text is None else {"vocab_size": len(text.words.weight)}
     words |= {} if text is None else {"max_position_embeddings": len(text.positions.weight)}
-    numbers = Blip2QFormerConfig(
-        hidden_size=former.dim,
-        num_hidden_layers=len(former.blocks),
-        num_attention_heads=first.attention.heads,
-        intermediate_size=first.feed.up.out_features,
-        encoder_hidden_size=first.cross.key.in_features,
-        cross_attention_frequency=every,
-        layer_norm_eps=former.norm.eps,
-        use_qformer_text_input=text is not None,
+    words |= {} if isinstance(model, InstructVLM) else {"use_qformer_text_input": text is not None}
+    numbers = {
+        "hidden_size": former.dim,
+        "num_hidden_layers": len(former.blocks),
+        "num_attention_heads": first.attention.heads,
+        "intermediate_size": first.feed.up.out_features,
+        "encoder_hidden_size": first.cross.key.in_features,
+        "cross_attention_frequency": every,
+        "layer_norm_eps": former.norm.eps,
         **words,
-    )
-    shared: dict[str, Any] = {"vision_config": model.vision.model.config, "qformer_config": numbers}
+    }
+    tower = {key: value for key, value in model.vision.model.config.to_dict().items() if key != "model_type"}
+    shared: dict[str, Any] = {"vision_config": tower, "qformer_config": numbers}
     shared["num_query_tokens"] = len(former.queries)
     if isinstance(model, PrefixVLM):
-        config = copy.deepcopy(model.llm.model.config)
-        return Blip2Config(text_config=config, image_token_index=image_token_id, **shared)
-    return Blip2Config(image_text_hidden_size=model.image_projection.out_features, **shared)
+        language = copy.deepcopy(model.llm.model.config)
+        language.vocab_size = rows_with(int(image_token_id or 0), model.llm.vocab_size)
+        return config(text_config=language, image_token_index=image_token_id, **shared)
+    return config(image_text_hidden_size=model.image_projection.out_features, **shared)
 
 
-def _state(model: Any, theirs: nn.Module) -> dict[str, Tensor]:
+def _state(model: Any, theirs: Any) -> dict[str, Tensor]:
     """Our weights under BLIP-2's names."""
     connector = model.connector.state_dict()
     state = {f"vision_model.{name}": tensor for name, tensor in merged_state(model.vision.model).items()}
     state |= {name: tensor.contiguous() for name, tensor in to_library(connector, list(theirs.state_dict())).items()}
     if isinstance(model, PrefixVLM):
-        return state | {f"language_model.{name}": tensor for name, tensor in merged_state(model.llm.model).items()}
+        language, rows = model.llm.model, theirs.config.text_config.vocab_size
+        tables = [one.weight for one in (language.get_input_embeddings(), language.get_output_embeddings())]
+        everywhere = language.named_parameters(remove_duplicate=False)
+        long = {name for name, parameter in everywhere if any(parameter is table for table in tables)}
+        own = merged_state(language)
+        return state | {f"language_model.{n}": padded(one, rows) if n in long else one for n, one in own.items()}
     own = model.state_dict()
     return state | {f"{a}.{kind}": own[f"{b}.{kind}"] for a, b in _HEADS.items() for kind in ("weight", "bias")}
 
 
-def _processor(model: Any, tokenizer: Any, image_mode: str) -> Any:
-    from transformers import Blip2Processor, BlipImageProcessorPil
+def _processor(model: Any, tokenizer: Any, image_mode: str, instruction: Any) -> Any:
+    from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
     height, width = model.vision.image_size
     if image_mode != "resize":
@@ -165,29 +202,40 @@ def _processor(model: Any, tokenizer: Any, image_mode: str) -> Any:
         image_mean=list(model.vision.image_mean),
         image_std=list(model.vision.image_std),
     )
-    return Blip2Processor(images, tokenizer, num_query_tokens=len(model.connector.qformer.queries))
+    queries = len(model.connector.qformer.queries)
+    if isinstance(model, InstructVLM):
+        return InstructBlipProcessor(images, tokenizer, instruction or tokenizer, num_query_tokens=queries)
+    return Blip2Processor(images, tokenizer, num_query_tokens=queries)
 
 
 def _probe(model: Any, device: torch.device) -> Batch:
-    """A random image and text."""
+    """A random image, and a random text in every stream."""
     from vlm_train.data.layout import PLACEHOLDER_ID
 
     generator = torch.Generator().manual_seed(0)
     height, width = model.vision.image_size
     pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
     slots = len(model.connector.qformer.queries) if isinstance(model, PrefixVLM) else 0
-    words = model.llm.vocab_size if isinstance(model, PrefixVLM) else len(model.connector.text.words.weight)
-    ids = torch.randint(2, words - 1, (1, slots + 6), generator=generator)
-    ids[:, :slots] = PLACEHOLDER_ID
-    stream = TokenStream(
+    text = {}
+    for name in getattr(model, "streams", ["llm"]):
+        own = isinstance(model, PrefixVLM) and name != "qformer"
+        words = model.llm.vocab_size if own else len(model.connector.text.words.weight)
+        places = slots if name == "llm" else 0
+        ids = torch.randint(2, words - 1, (1, places + 6), generator=generator)
+        ids[:, :places] = PLACEHOLDER_ID
+        text[name] = _stream(ids, places)
+    media = MediaBatch(pixels=pixels, view_counts=(1,), slot_counts=(slots,), row=torch.zeros(1, dtype=torch.int64))
+    return Batch(text=text, media=media).to(device)
+
+
+def _stream(ids: Tensor, places: int) -> TokenStream:
+    return TokenStream(
         ids=ids,
         labels=torch.full_like(ids, -100),
         weights=torch.zeros(ids.shape),
         positions=torch.arange(ids.shape[1])[None, None],
         segment_ids=torch.ones_like(ids, dtype=torch.int32),
         attention_group=torch.zeros_like(ids, dtype=torch.int32),
-        slots=Slots(index=torch.arange(slots), placeholders=slots),
+        slots=Slots(index=torch.arange(places), placeholders=places),
         plain_causal=True,
     )
-    media = MediaBatch(pixels=pixels, view_counts=(1,), slot_counts=(slots,), row=torch.zeros(1, dtype=torch.int64))
-    return Batch(text={"llm": stream}, media=media).to(device)

@@ -7,6 +7,7 @@ written this way, or gives other ids than our own renderer, is left out: no temp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,14 @@ _SPACED = """{%- for stretch in whole.split('<image>') -%}
 def _chat(template: ChatTemplate, tokenizer: Any) -> str:
     """The body of a template of fixed strings: `ChatTemplate.segments` in Jinja."""
 
-    def text(value: str) -> str:
-        value = value.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
-        return quoted(value)
+    def filled(value: str) -> str:
+        return value.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
 
+    def text(value: str) -> str:
+        return quoted(filled(value))
+
+    prefix, suffix = (filled(value) for value in (template.style.media_prefix, template.style.media_suffix))
+    style = replace(template.style, media_prefix=prefix, media_suffix=suffix)
     system_prefix, system_suffix = text(template.system_prefix), text(template.system_suffix)
     default = "''" if template.system is None else f"{system_prefix} ~ {quoted(template.system)} ~ {system_suffix}"
     head, in_user = ("", "ns.system ~ ") if template.system_in_user else ("{{- ns.system -}}", "")
@@ -107,7 +112,7 @@ def _chat(template: ChatTemplate, tokenizer: Any) -> str:
     user = f"{text(template.user_prefix)} ~ {in_user}{question} ~ {text(template.user_suffix)}"
     assistant = text(template.assistant_prefix)
     answer = f"{assistant} ~ {text(template.answer_lead)} ~ content(message, true) ~ {text(template.assistant_suffix)}"
-    return f"""{_content(template.style)}
+    return f"""{_content(style)}
 {{%- set ns = namespace(system={default}, answered=false) -%}}
 {{%- if messages and messages[0]['role'] == 'system' -%}}
 {{%- set said = content(messages[0], true) -%}}

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.chat import IMAGE_TOKEN
 from vlm_train.export.merged import merged_state, quantised
+from vlm_train.export.rows import padded, rows_with
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.prefix import PrefixVLM
 from vlm_train.models.vision.hf import HFVision
 
-_ROW_MULTIPLE = 64  # vocabulary rows are padded to this, as in the published LLaVA conversions
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
 
@@ -163,10 +163,7 @@ def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:
     from transformers import LlavaConfig
 
     vision, text = model.vision, copy.deepcopy(model.llm.model.config)
-    rows = max(model.llm.vocab_size, image_token_id + 1)
-    if rows > model.llm.vocab_size:
-        rows = -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    text.vocab_size = rows
+    text.vocab_size = rows_with(image_token_id, model.llm.vocab_size)
     text.dtype = next(model.llm.parameters()).dtype
     grid = vision.grid[0] * vision.grid[1]
     return LlavaConfig(
@@ -193,8 +190,8 @@ def _llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
         if not key.startswith(f"{name}."):
             state[f"model.language_model.{key}"] = value
     embedding, head = _rows(model.llm)
-    state[f"model.language_model.{name}.weight"] = _pad_rows(embedding, rows)
-    state["lm_head.weight"] = _pad_rows(head, rows)
+    state[f"model.language_model.{name}.weight"] = padded(embedding, rows)
+    state["lm_head.weight"] = padded(head, rows)
     return state
 
 
@@ -220,12 +217,6 @@ def _fill_rows(llm: HFCausalLM, embedding: Tensor, head: Tensor) -> None:
         module.weight.copy_(table[:base])
         if llm.new_tokens:
             getattr(module, new).copy_(table[base : llm.vocab_size])
-
-
-def _pad_rows(table: Tensor, rows: int) -> Tensor:
-    if rows == len(table):
-        return table
-    return torch.cat([table, table.mean(dim=0, keepdim=True).expand(rows - len(table), -1)])
 
 
 def _embedding_name(llm: HFCausalLM) -> str:

@@ -55,8 +55,11 @@ def write_export(built: Any, folder: Path) -> Path:
         print(f"Exported to {out}: for retrieval and for captioning, each with the run's weights.", flush=True)
         return out
     with replacing(out) as partial:
-        write = export_blip2 if speaks_blip2(model) else export_llava
-        write(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built))
+        if speaks_blip2(model):
+            asks = getattr(built.instruction, "tokenizer", None)
+            export_blip2(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built), instruction=asks)
+        else:
+            export_llava(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built))
         problem = add_chat_template(partial, built.template, built.tokenizer, built.layout, built.image_size)
     chat = f"it has no chat template: {problem}" if problem else "its chat template gives the prompts of training"
     print(f"Exported to {out}; its logits equal the run's; {chat}.", flush=True)

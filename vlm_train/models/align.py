@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from vlm_train.data.batch import Batch, TokenStream, pairs_in
 from vlm_train.data.layout import MediaLayout, NoMedia
 from vlm_train.errors import ConfigError
+from vlm_train.models.hub import read_state
 from vlm_train.models.masks import attention_mask, both_ways
 from vlm_train.models.once import once
 from vlm_train.models.qformer import Passed, first_weights
+from vlm_train.models.qformer_names import head_from_bert
 
 
 class Aligner(nn.Module):
@@ -56,6 +58,13 @@ class Aligner(nn.Module):
         self.lm_bias = nn.Parameter(torch.zeros(words))
         self.lm_head.apply(first_weights)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(init_temperature)))
+
+    def load_weights(self) -> None:
+        """Start the head that generates text from that of the BERT which `connector.weights` names, as LAVIS does; any
+        other file has none. Raises `AssetError` if it cannot be read."""
+        if (source := self.connector.weights) is not None:
+            theirs = read_state(source, setting="connector.weights", wanted=lambda name: name.startswith("cls."))
+            self.load_state_dict(head_from_bert(theirs, self.lm_bias.detach()), strict=False)
 
     def media_layout(self, image: Any) -> MediaLayout:
         """Images take no place in the text."""

@@ -172,6 +172,28 @@ def read_state(source: str, *, setting: str, wanted: Callable[[str], bool]) -> d
     return found
 
 
+def load_inside(model: Any, source: str, *, prefix: str, setting: str) -> bool:
+    """Load what a whole model's checkpoint at `source` holds under `prefix`, reading nothing else of it.
+
+    Returns:
+        Whether there is anything. Raises `AssetError` if it is another architecture's.
+    """
+    found = read_state(source, setting=setting, wanted=lambda name: name.startswith(prefix))
+    if not found:
+        return False
+    own = model.state_dict()
+    state = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unexpected or other:
+        raise AssetError(
+            f"{setting}: {prefix}* of {source!r} does not fit {type(model).__name__}: missing {_some([*missing])}, "
+            f"unexpected {_some([*unexpected])}, other shape {_some(other)}"
+        )
+    model.load_state_dict(state)
+    return True
+
+
 def _check_numbers(config_class: Any, source: str, wanted: Mapping[str, Any], setting: str) -> None:
     """Raise `AssetError` where the checkpoint's configuration contradicts `wanted` (a wrong RoPE base is silent)."""
     try:

@@ -18,6 +18,7 @@ from vlm_train.data.layout import Grid
 from vlm_train.data.streams import Alignment
 from vlm_train.errors import ConfigError
 from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.seq2seq import PrefixSeq2Seq
 
 
 class InstructVLM(PrefixVLM):
@@ -42,3 +43,9 @@ class InstructVLM(PrefixVLM):
         if not media.real:  # the blank view
             rows = torch.zeros(len(patches), dtype=torch.int64, device=patches.device)
         return self.connector.instructed(patches, text.ids[rows], (text.segment_ids != 0)[rows])
+
+
+class InstructSeq2Seq(InstructVLM, PrefixSeq2Seq):
+    """The same in front of an encoder-decoder, whose encoder reads the instruction once more."""
+
+    streams: ClassVar[Mapping[str, Alignment]] = {"llm": "none", "decoder": "seq2seq", "qformer": "none"}

@@ -95,6 +95,18 @@ def from_bert(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     return taken
 
 
+def head_from_bert(state: Mapping[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
+    """What the head of an `Aligner` that generates text, its `bias` longer by the added tokens, takes from BERT's."""
+    taken: dict[str, Tensor] = {}
+    for theirs, own in (("transform.dense", "lm_head.0"), ("transform.LayerNorm", "lm_head.2")):
+        for kind, old in (("weight", "gamma"), ("bias", "beta")):
+            named = [f"cls.predictions.{theirs}.{one}" for one in (kind, old)]
+            taken |= {f"{own}.{kind}": state[name] for name in named if name in state}
+    if (found := state.get("cls.predictions.bias")) is not None:
+        taken["lm_bias"] = torch.cat([found, bias[len(found) :].to(found)])
+    return taken
+
+
 def _bert(name: str) -> str:
     """BERT's name of a parameter as a Q-Former would have it; old files say gamma and beta."""
     name = name.removeprefix("bert.").replace("attention.self.", "attention.attention.")

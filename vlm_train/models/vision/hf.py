@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from vlm_train.data.layout import Grid, MediaSize
 from vlm_train.errors import ConfigError
 from vlm_train.models.clip_init import init_vision
-from vlm_train.models.hub import build_model, load_pretrained
+from vlm_train.models.hub import build_model, load_inside, load_pretrained
 
 # Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
 _NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projection", r"position_ids$")
+
+# Towers that are published inside whole models only.
+_INSIDE = ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
 
 
 def fixed_grid(size: MediaSize, grid: Grid) -> Grid:
@@ -36,7 +39,8 @@ class HFVision(nn.Module):
 
     Args:
         config: `{model_type, ...}`, the fields of the `transformers` configuration.
-        weights: hub name or local folder, read by `load_weights`; None: random.
+        weights: hub name or local folder, read by `load_weights`; a whole BLIP, BLIP-2 or InstructBLIP gives its tower.
+            None: random.
         layer: which hidden state, or several, concatenated along the width; between 0 and 1: so much of the depth.
         keep_cls: keep the tokens in front of the patches; the features then have no grid: (1, P).
         final_norm: apply the tower's final LayerNorm (`layer` must be -1), as CLIP's own image embedding does.
@@ -139,6 +143,10 @@ class HFVision(nn.Module):
     def load_weights(self) -> None:
         """Read `weights` into the tower. Raises `AssetError` if they are not those of this architecture."""
         if self.weights is None:
+            return
+        if self.model.config.model_type in _INSIDE and load_inside(
+            self.model, self.weights, prefix="vision_model.", setting="vision.weights"
+        ):
             return
         self.model = load_pretrained(
             self.model, self.weights, setting="vision.weights", declared=_NOT_VISION, config=self.numbers
