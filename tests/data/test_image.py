@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from data_pipelines.errors import BadSample
-from vlm_train.data.image import ImageTransform, decode_rgb
+from vlm_train.data.image import ImageTransform, decode_rgb, random_part
+from vlm_train.errors import ConfigError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -123,6 +124,36 @@ def test_flip_depends_on_the_generator_only():
     assert all(is_mirrored or np.array_equal(view, plain) for view, is_mirrored in zip(views, mirrored))
     assert 0 < sum(mirrored) < 20
     assert np.array_equal(flipping(data), plain)  # evaluation
+
+
+def test_a_random_part_is_one_of_the_image():
+    rng = np.random.default_rng(0)
+    parts = [random_part((640, 480), [0.5, 1.0], rng) for _ in range(500)]
+    shares = [(right - left) * (bottom - top) / (640 * 480) for left, top, right, bottom in parts]
+    aspects = [(right - left) / (bottom - top) for left, top, right, bottom in parts]
+    assert all(left >= 0 and top >= 0 and right <= 640 and bottom <= 480 for left, top, right, bottom in parts)
+    assert 0.499 < min(shares) < 0.52 and 0.95 < max(shares) <= 1.0 and 0.6 < sum(shares) / 500 < 0.75
+    assert 0.74 < min(aspects) < 0.85 and 1.25 < max(aspects) < 1.34
+    assert len({part[0] for part in parts}) > 50 and len({part[1] for part in parts}) > 50
+    assert random_part((1000, 10), [0.9, 1.0], rng) == (493, 0, 506, 10)  # none fits
+    assert random_part((10, 1000), [0.9, 1.0], rng) == (0, 493, 10, 506)
+
+
+def test_a_random_part_is_resized_while_training_only():
+    image = picture(64, 48)
+    data = encode(image)
+    transform = ImageTransform(mode="resize", size=(16, 16), area=[0.5, 1.0])
+    part = random_part((64, 48), [0.5, 1.0], np.random.default_rng(3))
+    expected = np.asarray(image.crop(part).resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(transform(data, np.random.default_rng(3))[0], expected)
+    assert np.array_equal(transform(data), ImageTransform(mode="resize", size=(16, 16))(data))
+    assert transform.random
+
+
+@pytest.mark.parametrize("area", [[0.0, 1.0], [0.5], [0.9, 0.5], [0.5, 1.5]])
+def test_an_area_is_a_range_of_shares(area):
+    with pytest.raises(ConfigError, match="image.area"):
+        ImageTransform(size=(4, 4), area=area)
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:

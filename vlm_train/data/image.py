@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -26,6 +26,12 @@ from vlm_train.errors import ConfigError
 Mode = Literal["crop", "pad", "resize"]
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
 
+ASPECTS, TRIES = (3 / 4, 4 / 3), 10
+"""Width over height of a random part, and how often one is drawn that fits, before the middle is taken."""
+
+Rectangle = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels."""
+
 
 class ImageTransform:
     """One square or rectangular view of every image, and of every used frame of a video.
@@ -37,6 +43,8 @@ class ImageTransform:
         size: (height, width) in pixels of the tower's view; given by `build.py`.
         mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
         flip: mirror at random with probability 0.5 while training; all frames of a video alike.
+        area: [least, most] share of the image while training: a random part of it, of an aspect ratio between 3 : 4 and
+            4 : 3, is resized instead ("random resized crop"); the same part of all frames. None: the whole image.
         draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8, never below what the resize makes of the image. Faster for
             images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and 2048 x 1536
             -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7, at most 56.
@@ -50,22 +58,26 @@ class ImageTransform:
         size: tuple[int, int],
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         flip: bool = False,
+        area: Sequence[float] | None = None,
         draft: bool = False,
         frames: int = 8,
     ) -> None:
         if frames < 1:
             raise ConfigError(f"image.frames: {frames}; allowed: at least 1")
+        if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
+            raise ConfigError(f"image.area: {[*area]}; allowed: [least, most] with 0 < least <= most <= 1, or null")
         self.mode = mode
         self.size = size
         self.fill = tuple(int(channel * 255) for channel in mean)
         self.flip = flip
+        self.area = area
         self.draft = draft
         self.frames = frames
 
     @property
     def random(self) -> bool:
         """Whether training makes random choices."""
-        return self.flip
+        return self.flip or self.area is not None
 
     def view_size(self, size: MediaSize) -> MediaSize:
         """The size in pixels of the view made of an image, which decides its patch grid."""
@@ -91,27 +103,33 @@ class ImageTransform:
             BadSample: the bytes are not a sound JPEG, PNG or WebP image, or MP4, WebM or Matroska video, of acceptable
                 size.
         """
+        area = self.area if generator is not None else None
         if video_extension(data) is None:
-            pictures = [self._decoded(data, where)]
+            pictures = [self._decoded(data, where, whole=area is not None)]
         else:
             frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
             pictures = [(frame, self._resized(*frame.size)) for frame in frames]
         mirror = self.flip and generator is not None and generator.random() < 0.5
-        views = [self._view(image, resized, mirror) for image, resized in pictures]
+        part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
+        views = [self._view(image, resized, mirror, part) for image, resized in pictures]
         return np.stack(views) if len(views) > 1 else views[0][None]
 
-    def _decoded(self, data: bytes, where: str) -> tuple[Image.Image, tuple[int, int]]:
-        """An image in RGB, and the size that it is resized to."""
+    def _decoded(self, data: bytes, where: str, *, whole: bool) -> tuple[Image.Image, tuple[int, int]]:
+        """An image in RGB, and the size that it is resized to; `whole`: with all its pixels."""
         with _opened(data, where) as file:
             resized = self._resized(*file.size)
-            if self.draft:
+            if self.draft and not whole:
                 file.draft("RGB", resized)  # does nothing to other formats than JPEG
             return _rgb(file), resized
 
-    def _view(self, image: Image.Image, resized: tuple[int, int], mirror: bool) -> np.ndarray:
-        """`[3, H, W]` of one decoded image."""
+    def _view(
+        self, image: Image.Image, resized: tuple[int, int], mirror: bool, part: Rectangle | None = None
+    ) -> np.ndarray:
+        """`[3, H, W]` of one decoded image, or of a part of it."""
         height, width = self.size
-        if self.mode == "crop":
+        if part is not None:
+            image = image.crop(part).resize((width, height), Image.Resampling.BICUBIC)
+        elif self.mode == "crop":
             left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
             image = resized_part(image, resized, (left, top), (width, height))
         else:
@@ -132,6 +150,23 @@ class ImageTransform:
         if self.mode == "pad":
             return math.ceil(width * w / max(w, h)), math.ceil(height * h / max(w, h))
         return width, height
+
+
+def random_part(size: tuple[int, int], area: Sequence[float], generator: np.random.Generator) -> Rectangle:
+    """A part of an image of `size` (width, height) with a share `area` [least, most] of its area, as torchvision's
+    RandomResizedCrop draws it. Where none fits, the largest one in the middle of an allowed aspect ratio."""
+    w, h = size
+    for _ in range(TRIES):
+        wanted = w * h * generator.uniform(*area)
+        aspect = math.exp(generator.uniform(*map(math.log, ASPECTS)))
+        width, height = round(math.sqrt(wanted * aspect)), round(math.sqrt(wanted / aspect))
+        if 0 < width <= w and 0 < height <= h:
+            left, top = int(generator.integers(w - width + 1)), int(generator.integers(h - height + 1))
+            return left, top, left + width, top + height
+    narrow, wide = ASPECTS
+    width, height = min(w, max(1, round(h * wide))), min(h, max(1, round(w / narrow)))
+    left, top = (w - width) // 2, (h - height) // 2
+    return left, top, left + width, top + height
 
 
 def decode_rgb(data: bytes, where: str = "image") -> Image.Image:
