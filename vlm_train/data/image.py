@@ -155,15 +155,14 @@ class ImageTransform:
 def random_part(size: tuple[int, int], area: Sequence[float], generator: np.random.Generator) -> Rectangle:
     """A part of an image of `size` (width, height) with a share `area` [least, most] of its area, as torchvision's
     RandomResizedCrop draws it. Where none fits, the largest one in the middle of an allowed aspect ratio."""
-    w, h = size
+    (w, h), (least, most), (narrow, wide) = size, area, ASPECTS
     for _ in range(TRIES):
-        wanted = w * h * generator.uniform(*area)
-        aspect = math.exp(generator.uniform(*map(math.log, ASPECTS)))
+        wanted = w * h * generator.uniform(least, most)
+        aspect = math.exp(generator.uniform(math.log(narrow), math.log(wide)))
         width, height = round(math.sqrt(wanted * aspect)), round(math.sqrt(wanted / aspect))
         if 0 < width <= w and 0 < height <= h:
             left, top = int(generator.integers(w - width + 1)), int(generator.integers(h - height + 1))
             return left, top, left + width, top + height
-    narrow, wide = ASPECTS
     width, height = min(w, max(1, round(h * wide))), min(h, max(1, round(w / narrow)))
     left, top = (w - width) // 2, (h - height) // 2
     return left, top, left + width, top + height
