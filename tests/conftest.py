@@ -8,6 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # `make test &` in a script; every process of a test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def own_log_handlers() -> Iterator[None]:
