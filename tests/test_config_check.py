@@ -120,6 +120,8 @@ def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() ->
         and "allowed: batch.micro=32" in found
         and "model.cache_chunk=8" in found
     )
+    (found,) = problems("batch.micro=8", "run_name=x", recipe="easyvqa_blip2_stage1")[:1]
+    assert "cannot cut" in found and "cache_chunk" not in found  # the Q-Former's model has none
     assert problems("launch.devices=2", recipe="easyvqa_clip") == []  # micro 32 holds the 16 of a process
     assert problems("launch.devices=2", "batch.micro=16", recipe="easyvqa_clip") == []
     for strategy in ("zero1", "fsdp2"):

@@ -21,6 +21,12 @@ class Tower(nn.Module):
         self.norm = nn.LayerNorm(4)
 
 
+class Sub(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([nn.Linear(2, 2)])
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +101,14 @@ def test_layer_decay_counts_from_the_last_layer():
     assert [found[f"vision.layers.{n}.0.weight"] for n in range(3)] == [0.125, 0.25, 0.5]
     assert found["vision.embed.weight"] == 0.0625 and found["vision.norm.weight"] == 1.0
     assert found["llm.layers.0.0.weight"] == found["connector.weight"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["layers", "blocks", "h", "block", "layer"])  # T5 says block, BERT says layer
+def test_layer_decay_knows_the_names_of_layers(name: str):
+    tower = nn.ModuleDict({name: nn.ModuleList(Sub() for _ in range(2))})
+    model, policy = apply(Rule(".*", lr=1.0, layer_decay=0.5), model=nn.ModuleDict({"llm": tower}))
+    found = {one: lr for one, (lr, _) in settings(model, policy).items()}
+    assert [found[f"llm.{name}.{n}.layer.0.weight"] for n in range(2)] == [0.25, 0.5]
 
 
 def test_unused_parameters_are_frozen_and_shown():

@@ -111,10 +111,11 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     if packed(cfg):
         yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
     if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
+        caches = "cache_chunk" in (resolved(cfg, "model") or {})
         yield (
             f"{path}: contrasts all samples of a step with each other, so batch.micro={micro} cannot cut the "
-            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}. "
-            f"Gradient caching bounds its memory: model.cache_chunk={micro}."
+            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}."
+            + (f" Gradient caching bounds its memory: model.cache_chunk={micro}." if caches else "")
         )
 
 

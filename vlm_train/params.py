@@ -16,7 +16,7 @@ from torch import nn
 from vlm_train.errors import ConfigError
 from vlm_train.quantise import quantised_weights
 
-_LAYER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")
 
 
 class RuleLike(Protocol):
