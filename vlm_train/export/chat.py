@@ -50,6 +50,8 @@ def difference(
     """Where the processor's prompt ids differ from those of training, over sample conversations; None: nowhere."""
     from PIL import Image
 
+    if not hasattr(processor, "image_token_id"):
+        return f"{type(processor).__name__} puts the image before every text by itself"
     height, width = image_size
     for turns in _conversations():
         count = sum(isinstance(part, Media) for turn in turns for part in turn.parts)
