@@ -78,3 +78,30 @@ def constant(
 
     warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
     return get_constant_schedule_with_warmup(optimizer, warmup)
+
+
+def epoch_decay(
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    epochs: float | None,
+    factor: float,
+    warmup_ratio: float = 0.0,
+    warmup_steps: int | None = None,
+    min_ratio: float = 0.0,
+) -> LRScheduler:
+    """Linear warm-up from 0, then constant within a pass over the data and `factor` times as high in each next one,
+    `min_ratio` at least (BLIP, `utils.py`).
+
+    Args:
+        epochs: passes in `total_steps`; None: one.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    one_pass = total_steps / (epochs or 1)
+
+    def ratio(step: int) -> float:
+        return min(step / warmup if warmup else 1.0, max(min_ratio, factor ** int(step / one_pass)))
+
+    return LambdaLR(optimizer, ratio)
