@@ -94,6 +94,16 @@ def test_a_run_goes_back_and_leaves_out_what_led_to_the_failure(data: Path, tmp_
     assert record.read(tmp_path / "back")["status"] == "done"
 
 
+@pytest.mark.slow
+def test_both_processes_go_back(data: Path, tmp_path: Path) -> None:
+    poison = [POISON.format([4, 5], 1), "trainer.guard={max_in_a_row: 1, rollback: 1}", "launch.devices=2"]
+    assert cli.main(job(data, tmp_path, *poison, *STRATEGIES["ddp"])) == 0
+    assert record.read_json(tmp_path / "run/rollbacks.json") == {"made": [{"to": 2, "last": 5}]}
+    before, after = (weights(tmp_path / "run", step) for step in (2, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert record.read(tmp_path / "run")["status"] == "done"
+
+
 def test_a_run_goes_back_only_so_often(data: Path, tmp_path: Path) -> None:
     poison = [POISON.format([3, 4, 6, 7], 0), "trainer.guard={max_in_a_row: 1, rollback: 1}", "trainer.max_steps=8"]
     assert cli.main(job(data, tmp_path, *poison)) == 1
