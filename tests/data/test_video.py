@@ -68,7 +68,7 @@ def test_every_used_frame_is_a_view(clip, mode):
 
 def test_all_frames_of_a_video_are_mirrored_alike(clip):
     flipping = ImageTransform(size=(8, 8), flip=True, frames=3)
-    flipping._view = lambda image, resized, mirror: np.full((3, 8, 8), 255 * mirror)  # type: ignore[method-assign]
+    flipping._view = lambda image, resized, mirror, *_: np.full((3, 8, 8), 255 * mirror)  # type: ignore[method-assign]
     seen = {tuple(flipping(clip, np.random.default_rng(seed))[:, 0, 0, 0]) for seed in range(12)}
     assert seen == {(0, 0, 0), (255, 255, 255)}
 

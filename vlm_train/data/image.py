@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.video import video_extension
+from vlm_train.data.augment import LEVELS, distorted, draw
 from vlm_train.data.layout import MediaSize
 from vlm_train.data.resample import resized_part
 from vlm_train.data.video import decode_frames
@@ -45,6 +46,7 @@ class ImageTransform:
         flip: mirror at random with probability 0.5 while training; all frames of a video alike.
         area: [least, most] share of the image while training: a random part of it, of an aspect ratio between 3 : 4 and
             4 : 3, is resized instead ("random resized crop"); the same part of all frames. None: the whole image.
+        augment: [count, level of 10] of random distortions while training, see `vlm_train.data.augment`; None: none.
         draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8, never below what the resize makes of the image. Faster for
             images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and 2048 x 1536
             -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7, at most 56.
@@ -59,6 +61,7 @@ class ImageTransform:
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         flip: bool = False,
         area: Sequence[float] | None = None,
+        augment: Sequence[int] | None = None,
         draft: bool = False,
         frames: int = 8,
     ) -> None:
@@ -69,15 +72,17 @@ class ImageTransform:
         self.mode = mode
         self.size = size
         self.fill = tuple(int(channel * 255) for channel in mean)
+        if augment is not None and not (len(augment) == 2 and augment[0] >= 1 and 0 <= augment[1] <= LEVELS):
+            raise ConfigError(f"image.augment: {[*augment]}; allowed: [count, level], 1 or more and 0 to 10, or null")
         self.flip = flip
-        self.area = area
+        self.area, self.augment = area, augment
         self.draft = draft
         self.frames = frames
 
     @property
     def random(self) -> bool:
         """Whether training makes random choices."""
-        return self.flip or self.area is not None
+        return self.flip or self.area is not None or self.augment is not None
 
     def view_size(self, size: MediaSize) -> MediaSize:
         """The size in pixels of the view made of an image, which decides its patch grid."""
@@ -111,7 +116,8 @@ class ImageTransform:
             pictures = [(frame, self._resized(*frame.size)) for frame in frames]
         mirror = self.flip and generator is not None and generator.random() < 0.5
         part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
-        views = [self._view(image, resized, mirror, part) for image, resized in pictures]
+        drawn = draw(*self.augment, generator) if self.augment and generator is not None else []
+        views = [self._view(image, resized, mirror, part, drawn) for image, resized in pictures]
         return np.stack(views) if len(views) > 1 else views[0][None]
 
     def _decoded(self, data: bytes, where: str, *, whole: bool) -> tuple[Image.Image, tuple[int, int]]:
@@ -123,9 +129,14 @@ class ImageTransform:
             return _rgb(file), resized
 
     def _view(
-        self, image: Image.Image, resized: tuple[int, int], mirror: bool, part: Rectangle | None = None
+        self,
+        image: Image.Image,
+        resized: tuple[int, int],
+        mirror: bool,
+        part: Rectangle | None,
+        drawn: Sequence[tuple[str, float]],
     ) -> np.ndarray:
-        """`[3, H, W]` of one decoded image, or of a part of it."""
+        """`[3, H, W]` of one decoded image, or of a part of it, after the distortions that were drawn."""
         height, width = self.size
         if part is not None:
             image = image.crop(part).resize((width, height), Image.Resampling.BICUBIC)
@@ -138,6 +149,7 @@ class ImageTransform:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = distorted(image, drawn)
         planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")
         return np.frombuffer(planes, np.uint8).reshape(3, *image.size[::-1])
 
