@@ -116,7 +116,7 @@ class ImageTransform:
             pictures = [(frame, self._resized(*frame.size)) for frame in frames]
         mirror = self.flip and generator is not None and generator.random() < 0.5
         part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
-        drawn = draw(*self.augment, generator) if self.augment and generator is not None else []
+        drawn = draw(self.augment[0], self.augment[1], generator) if self.augment and generator is not None else []
         views = [self._view(image, resized, mirror, part, drawn) for image, resized in pictures]
         return np.stack(views) if len(views) > 1 else views[0][None]
 
