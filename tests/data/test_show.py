@@ -61,3 +61,9 @@ def test_the_shown_sample_is_named(tmp_path, monkeypatch, capsys) -> None:
     show(OmegaConf.create({"data": options, "run": None}))
     assert capsys.readouterr().out.startswith(f"sample sample-00, number 0 of 12 in {folder}, source test\n")
     assert np.asarray(Image.open(tmp_path / "show.png")).shape == (8, 8, 3)
+    built.image = ImageTransform(mode="resize", size=(8, 8), area=[0.5, 0.6])
+    show(OmegaConf.create({"data": options, "run": None, "seed": 1}))
+    assert "then as training does in passes 0 to 2" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "show.png"))
+    views = [sheet[top : top + 8, left : left + 8].tobytes() for top in (0, 8) for left in (0, 8)]
+    assert len(set(views)) == 4

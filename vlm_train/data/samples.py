@@ -87,6 +87,11 @@ class Source:
         return np.arange(self.first, self.first + self.size) if self.pieces is None else self.pieces[:, 0].astype(int)
 
 
+def draws_of(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """What the random choices for a sample come from, in a pass: nothing else decides them."""
+    return np.random.default_rng(derive_seed(seed, "sample", epoch, index))
+
+
 class Samples:
     """The samples of several sources, numbered through. Picklable: files open lazily per process.
 
@@ -159,7 +164,7 @@ class Samples:
             return []
         generator = None
         if training and self.image.random:
-            generator = np.random.default_rng(derive_seed(self.seed, "sample", address.epoch, address.index))
+            generator = draws_of(self.seed, address.epoch, address.index)
         views: list[np.ndarray | None] = [None] * len(blobs)
         for number in rendered.media:
             views[number] = self.image(blobs[number], generator, f"sample {rendered.key!r}")

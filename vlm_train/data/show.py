@@ -14,13 +14,18 @@ from omegaconf import DictConfig
 
 from vlm_train.config import run_dir
 from vlm_train.data.render import Rendered, render
+from vlm_train.data.samples import draws_of
 from vlm_train.data.streams import IGNORE, QFORMER, Stream
+
+PASSES = 3
+"""Passes of training whose random views are shown."""
 
 GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
 
 def show(cfg: DictConfig) -> None:
-    """Print the first training sample as tokens and save its views as `show.png`, in `run=` or here."""
+    """Print the first training sample as tokens and save its views as `show.png`, in `run=` or here; where training
+    draws them at random, those of the first passes stand behind the one of evaluations."""
     from data_pipelines.stream import ShardSet
     from vlm_train.build import build
 
@@ -44,8 +49,11 @@ def show(cfg: DictConfig) -> None:
     print(format_tokens(rendered, built.tokenizer, sys.stdout.isatty(), others))
     if rendered.media and built.image is not None:
         folder = run_dir(cfg) if cfg.run else Path.cwd()
-        views = np.concatenate([built.image(blobs[number]) for number in rendered.media])
+        passes = [None, *(draws_of(cfg.seed, epoch, 0) for epoch in range(PASSES if built.image.random else 0))]
+        views = np.concatenate([built.image(blobs[number], drawn) for drawn in passes for number in rendered.media])
         print(save_views(views, folder / "show.png"))
+        if built.image.random:
+            print(f"first as evaluations see it, then as training does in passes 0 to {PASSES - 1}")
 
 
 def format_tokens(
