@@ -83,6 +83,14 @@ def test_the_features_depend_on_the_instruction() -> None:
     assert torch.equal(one[0], other[0]) and not torch.allclose(one[1], other[1])
 
 
+@torch.no_grad()
+def test_the_features_do_not_depend_on_padding() -> None:
+    """Instructions are padded on the right while training, and on the left where answers are generated."""
+    ours, right = model(), questions()
+    left = replace(right, text={**right.text, "qformer": text_stream(INSTRUCTIONS, left=True)})
+    assert_close(ours.features(left), ours.features(right))
+
+
 def test_a_q_former_without_text_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"connector.text=true"):
         InstructVLM(vision=None, connector=tiny_connector(48, text=False), llm=None)

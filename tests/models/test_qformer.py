@@ -53,8 +53,8 @@ def tiny_aligner(seed: int = 0, **changes: Any) -> Aligner:
     return model
 
 
-def pairs(rows: list[list[int]] = ROWS, seed: int = 1) -> Batch:
-    return batch_of(text_stream(rows), list(range(len(rows))), tokens=0, seed=seed)
+def pairs(rows: list[list[int]] = ROWS, seed: int = 1, left: bool = False) -> Batch:
+    return batch_of(text_stream(rows, left=left), list(range(len(rows))), tokens=0, seed=seed)
 
 
 def library() -> Blip2ForImageTextRetrieval:
@@ -173,14 +173,19 @@ def test_text_never_leaks_into_queries_nor_the_future_into_the_past() -> None:
         assert not torch.equal(model(batch)[:, 0], model(image)[:, 0])
 
 
+@pytest.mark.parametrize("left", [False, True])
 @torch.no_grad()
-def test_padding_changes_nothing() -> None:
-    model, batch = tiny_aligner().eval(), pairs()
+def test_padding_changes_nothing(left: bool) -> None:
+    model, batch = tiny_aligner().eval(), pairs(left=left)
+    real = batch.text["llm"].segment_ids != 0
+    matched = model.match(model.own_context(batch), batch.text["llm"].ids, real)
     for row, ids in enumerate(ROWS):
         alone = pairs([ids])
         alone.media.pixels[:] = batch.media.pixels[row]
         assert_close(model.text_vectors(alone)[0], model.text_vectors(batch)[row])
-        assert_close(model(alone)[0], model(batch)[row, : len(ids)])
+        assert_close(model(alone)[0], model(batch)[row, real[row]])
+        words = alone.text["llm"].ids
+        assert_close(model.match(model.own_context(alone), words, torch.ones_like(words) > 0)[0], matched[row])
 
 
 def test_a_batch_without_images_reaches_every_parameter_that_learns() -> None:

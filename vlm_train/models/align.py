@@ -22,6 +22,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.hub import read_state
 from vlm_train.models.masks import attention_mask, both_ways
 from vlm_train.models.once import once
+from vlm_train.models.padding import at_first, started
 from vlm_train.models.qformer import Passed, first_weights
 from vlm_train.models.qformer_names import head_from_bert
 
@@ -96,7 +97,7 @@ class Aligner(nn.Module):
         queries = self._queries(len(ids))
         seen = torch.cat([real.new_ones(len(ids), queries.shape[1]), real], dim=1)
         text, former = self.connector.text, self.connector.qformer
-        passed = former(queries=queries, text=text(ids), branch=text, context=context, mask=both_ways(seen))
+        passed = former(queries=queries, text=text(ids, real), branch=text, context=context, mask=both_ways(seen))
         return self.match_head(passed.hidden[:, : queries.shape[1]]).mean(dim=1)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
@@ -105,13 +106,14 @@ class Aligner(nn.Module):
         asked = self._asked(batch)
         if not len(asked.hidden):  # a batch of padding: no image, one row of text
             return self._read(text.ids, text.segment_ids != 0)
-        ids = torch.cat([torch.full_like(text.ids[:, :1], self.start_id), text.ids[:, 1:]], dim=1)
+        real = text.segment_ids != 0
+        ids = started(text.ids, real, self.start_id)
         count = asked.hidden.shape[1]
         segments = F.pad(text.segment_ids, (count, 0), value=1)
         groups = F.pad(torch.zeros_like(text.attention_group), (count, 0), value=-1)  # queries are a shared block
         mask = attention_mask(segments, groups)[:, :, count:]
         branch = self.connector.text
-        return self.connector.qformer(text=branch(ids), branch=branch, mask=mask, past=asked.keys_values).hidden
+        return self.connector.qformer(text=branch(ids, real), branch=branch, mask=mask, past=asked.keys_values).hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> `[..., V]`; the weights are those of the embeddings."""
@@ -128,8 +130,8 @@ class Aligner(nn.Module):
         return self.connector.qformer(queries=self._queries(len(context[0])), context=context)
 
     def _text_vectors(self, stream: TokenStream) -> Tensor:
-        hidden = self._read(stream.ids, stream.segment_ids != 0)
-        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
+        real = stream.segment_ids != 0
+        return F.normalize(self.text_projection(at_first(self._read(stream.ids, real), real)), dim=-1)
 
     def _queries(self, rows: int) -> Tensor:
         return self.connector.qformer.queries.expand(rows, -1, -1)
@@ -137,4 +139,4 @@ class Aligner(nn.Module):
     def _read(self, ids: Tensor, real: Tensor) -> Tensor:
         """Text `[B, T]` by itself, in both directions -> `[B, T, D]`."""
         branch = self.connector.text
-        return self.connector.qformer(text=branch(ids), branch=branch, mask=both_ways(real)).hidden
+        return self.connector.qformer(text=branch(ids, real), branch=branch, mask=both_ways(real)).hidden

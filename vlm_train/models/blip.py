@@ -20,6 +20,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.generate import Sampling, generate
 from vlm_train.models.masks import attention_mask, attention_of
 from vlm_train.models.once import once
+from vlm_train.models.padding import at_first, places, started
 from vlm_train.models.qformer import first_weights
 
 
@@ -83,12 +84,12 @@ class Blip(nn.Module):
     def match(self, context: tuple[Tensor, ...], ids: Tensor, real: Tensor) -> Tensor:
         """Whether images and texts `[m, T]` belong together: logits `[m, 2]`, the second says yes; `real` marks tokens
         that are no padding."""
-        return self.match_head(self._read(_started(ids, real, self.llm.encoder_start), real, context))
+        return self.match_head(self._read(started(ids, real, self.llm.encoder_start), real, context))
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         """Final hidden states `[B, T, D]` of text that is generated from the image (LM)."""
         text = batch.text[stream]
-        ids = _started(text.ids, text.segment_ids != 0, self.llm.decoder_start)
+        ids = started(text.ids, text.segment_ids != 0, self.llm.decoder_start)
         # A batch of padding still reads its blank view, so that every rank has the same gradients.
         context = self.own_context(batch) if len(batch.media.row) else self.context(self._views(batch))
         return self.llm.decode(self.llm.embed(ids), text.positions, attention_of(text, False), context)
@@ -122,13 +123,13 @@ class Blip(nn.Module):
 
         def following(ids: Tensor, real: Tensor) -> Tensor:
             mask = attention_mask(real.int(), torch.zeros_like(ids))
-            hidden = self.llm.decode(self.llm.embed(ids), _positions(real), mask, context)
+            hidden = self.llm.decode(self.llm.embed(ids), places(real)[None], mask, context)
             logits = self.llm.head(hidden[:, -1])
             logits[:, [self.llm.decoder_start, self.llm.encoder_start]] = float("-inf")  # they are no text
             return logits
 
         real = text.segment_ids != 0
-        return generate(following, _started(text.ids, real, self.llm.decoder_start), real, sampling, eos_ids)
+        return generate(following, started(text.ids, real, self.llm.decoder_start), real, sampling, eos_ids)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -154,20 +155,5 @@ class Blip(nn.Module):
     def _read(self, ids: Tensor, real: Tensor, context: tuple[Tensor, ...] = ()) -> Tensor:
         """Texts `[m, T]`, all of whose tokens see each other -> the hidden state `[m, D]` of their first token."""
         mask = attention_mask(real.int(), torch.full_like(ids, -1))
-        hidden = self.llm.encode(self.llm.embed(ids), _positions(real), mask, context)
-        return hidden.gather(1, _first(real)[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0]
-
-
-def _first(real: Tensor) -> Tensor:
-    """Index `[m, 1]` of the first real token of each row."""
-    return real.int().argmax(dim=1, keepdim=True)
-
-
-def _started(ids: Tensor, real: Tensor, start: int) -> Tensor:
-    """Ids `[m, T]` with `start` in place of the first real token of each row."""
-    return ids.scatter(1, _first(real), start)
-
-
-def _positions(real: Tensor) -> Tensor:
-    """Positions `[1, m, T]`, counted from the first real token."""
-    return (real.long().cumsum(dim=1) - 1).clamp(min=0)[None]
+        hidden = self.llm.encode(self.llm.embed(ids), places(real)[None], mask, context)
+        return at_first(hidden, real)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_train.errors import BatchError
+from vlm_train.models.padding import places
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one attention, `[B, H, L, C]` each."""
@@ -126,13 +127,17 @@ class TextBranch(nn.Module):
         self.feeds = nn.ModuleList(FeedForward(dim, ffn, dropout=dropout, eps=eps) for _ in range(layers))
         self.apply(first_weights)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids `[B, T]` -> embeddings `[B, T, D]`, positions counted from 0. Raises `BatchError` for too many."""
+    def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """Token ids `[B, T]` -> embeddings `[B, T, D]`. Raises `BatchError` for too many.
+
+        Positions count from the first token that `real` `[B, T]` marks as no padding; None: from the first.
+        """
         if ids.shape[1] > (most := len(self.positions.weight)):
             raise BatchError(
                 f"connector: a text of {ids.shape[1]} tokens, but max_positions={most}; set data.max_length"
             )
-        return self.words(ids) + self.positions.weight[: ids.shape[1]]
+        positions = self.positions.weight[: ids.shape[1]] if real is None else self.positions(places(real))
+        return self.words(ids) + positions
 
 
 @dataclass(frozen=True)

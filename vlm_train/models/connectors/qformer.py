@@ -94,7 +94,7 @@ class QFormerConnector(nn.Module):
         seen = torch.cat([real.new_ones(queries.shape[:2]), real], dim=1)
         passed = self.qformer(
             queries=queries,
-            text=self.text(ids),
+            text=self.text(ids, real),
             branch=self.text,
             context=self.qformer.context(features),
             mask=both_ways(seen),
