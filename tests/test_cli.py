@@ -149,7 +149,8 @@ def test_not_an_override(fails: Callable[..., str], override: str) -> None:
 
 def test_setting_of_an_empty_group(fails: Callable[..., str]) -> None:
     assert "peft is empty. Choose an option for it first, peft=<option>." in fails(STAGE, "peft.rank=3")
-    assert "vision=null: a group on the command line takes the name of an option" in fails(STAGE, "vision=null")
+    said = fails(STAGE, "vision=null")
+    assert "vision=null: a group on the command line takes the name of an option" in said and "; ~vision leaves" in said
 
 
 def test_problems_of_composition_and_of_the_check_come_together(fails: Callable[..., str]) -> None:

@@ -281,6 +281,14 @@ def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:
         assert any(line.startswith(key) for line in lines), lines
 
 
+def test_contrast_that_cannot_be_cut_says_what_bounds_memory() -> None:
+    for recipe, advice in (("blip2_stage1", "or a smaller batch.samples"), ("clip_vitb32", "model.cache_chunk=8")):
+        cfg = config.compose([f"recipe={recipe}", "batch.micro=8"])
+        with pytest.raises(ConfigError, match="cannot cut the") as raised:
+            check(cfg, need_assets=False)
+        assert advice in str(raised.value) and str(raised.value).count("cache_chunk") == (recipe == "clip_vitb32")
+
+
 def test_streams_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = ["model=prefix_seq2seq", "llm=flant5_xl", "template=seq2seq"]
     learned = "objective.lm.stream=decoder"
@@ -290,6 +298,10 @@ def test_streams_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyP
     refused = problems(*pair, learned, "data.pack=2048", "data.over_length=split", "instruction=bert")
     named = ("data.pack: the model reads the streams llm and decoder", "data.over_length: ", "instruction: the model")
     assert len(refused) == len(named) and all(a.startswith(b) for a, b in zip(refused, named, strict=True))
+    assert problems("llm=flant5_xl") == [
+        "llm: HFSeq2Seq is an encoder-decoder. Use model=prefix_seq2seq or instruct_seq2seq, or a causal llm."
+    ]
+    assert problems(pair[0], learned)[0].startswith("llm: the model needs an encoder-decoder such as llm=flant5_xl")
     assert problems("data.prefix_split=true")[0].startswith("data.prefix_split: only an encoder-decoder")
     assert problems(*pair, learned, "data.prefix_split=true") == []
     assert problems(*pair, learned, "data.rejected=true")[0].startswith("data.rejected: the model reads the streams")

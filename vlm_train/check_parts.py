@@ -111,11 +111,16 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     if packed(cfg):
         yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
     if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
-        caches = "cache_chunk" in (resolved(cfg, "model") or {})
+        model = resolved(cfg, "model")
+        caches = isinstance(model, dict) and "cache_chunk" in model
+        advice = (
+            f"Gradient caching bounds its memory: model.cache_chunk={micro}."
+            if caches
+            else "If that is too much for its memory: more processes (launch.devices), or a smaller batch.samples."
+        )
         yield (
             f"{path}: contrasts all samples of a step with each other, so batch.micro={micro} cannot cut the "
-            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}."
-            + (f" Gradient caching bounds its memory: model.cache_chunk={micro}." if caches else "")
+            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}. {advice}"
         )
 
 
@@ -174,7 +179,23 @@ def check_streams(cfg: DictConfig) -> Iterator[str]:
     if "qformer" in streams and instruction is None:
         yield "instruction is empty: the model's Q-Former reads one. Choose an option, instruction=<option>."
     if "qformer" not in streams and instruction is not None:
-        yield "instruction: the model reads none. Use instruction=null, or a model with the stream qformer."
+        yield "instruction: the model reads none. Leave it out (~instruction), or choose a model that reads qformer."
+
+
+def check_kind(cfg: DictConfig) -> Iterator[str]:
+    """An encoder-decoder (it has a `start_id`) goes with a model that reads answers as a stream of their own."""
+    model, target = resolved(cfg, "model"), _our_target(resolved(cfg, "llm"))
+    if target is None or "llm" not in _wanted_parts(model):
+        return
+    try:
+        encodes = "start_id" in members(target)
+    except UnknownTarget:  # reported with the target
+        return
+    name = target.rpartition(".")[2]
+    if encodes and "seq2seq" not in _streams(cfg).values():
+        yield f"llm: {name} is an encoder-decoder. Use model=prefix_seq2seq or instruct_seq2seq, or a causal llm."
+    elif not encodes and "seq2seq" in _streams(cfg).values():
+        yield f"llm: the model needs an encoder-decoder such as llm=flant5_xl, got {name}; or use another model."
 
 
 def check_peft(cfg: DictConfig) -> Iterator[str]:

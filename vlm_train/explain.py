@@ -56,7 +56,8 @@ def _describe(error: BaseException, overrides: list[str], dirs: Sequence[str | P
         return unknown_key(key, _without(overrides, culprit), dirs), culprit
     if text == GROUP_WITHOUT_OPTION:
         culprit = next((o for o in overrides if _key(o) in groups(dirs) and o.endswith("=null")), None)
-        return f"{culprit}: a group on the command line takes the name of an option (--help lists them).", culprit
+        instead = f"takes the name of an option (--help lists them); ~{str(culprit).partition('=')[0]} leaves it out."
+        return f"{culprit}: a group on the command line {instead}", culprit
     if text == EMPTY_PARENT:
         return _below_empty(overrides, dirs)
     if match := re.match(r"Error merging override (.+)", text):
