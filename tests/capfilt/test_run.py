@@ -120,6 +120,20 @@ def test_scores_are_those_of_the_model(run: Path, shards: Path, monkeypatch: pyt
         assert near[1][key] == pytest.approx(values, abs=1e-5) and near[2][key] == pytest.approx(values, abs=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["instructblip_vicuna7b", "blip2_stage2_flant5"])
+def test_other_models_write_captions(recipe: str, shards: Path, tmp_path: Path) -> None:
+    """Those that read several streams, and whose language model is one of transformers."""
+    folder = tmp_path / "runs/other"
+    cfg = config.compose(
+        [f"recipe={recipe}", "size=tiny", "init_from=[]", "run_name=other", f"paths.runs={folder.parent}"]
+    )
+    config.save_config(cfg, config.run_file(folder))
+    weights = {name: parameter.detach() for name, parameter in build(cfg).model.named_parameters()}
+    checkpoint.save_weights(folder / "checkpoints", weights, run_id="other", step=0)
+    assert cli.main(["mode=caption", f"run={folder}", f"columns.shards={shards}", *FAST]) == 0
+    assert len(rows(tmp_path / "web.columns/caption", shards, "caption")) == 6
+
+
 def test_a_kill_costs_a_shard(run: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = ["mode=caption", f"run={run}", f"columns.shards={shards}", *FAST]
     whole, broken = shards.parent / "whole", shards.parent / "broken"

@@ -85,6 +85,14 @@ def test_dialogue_keeps_the_weights_of_its_annotations(tokenizer) -> None:
     assert stream.weights[stream.weights > 0].tolist() == [0.5] * 3 + [3.0] * 3
 
 
+def test_a_given_lead_is_learned_and_ends_the_prompt(tokenizer) -> None:
+    item, template = sample((user("", 0), assistant("a")), media=1), load("caption_opt")
+    learned = render(item, template, tokenizer, layout).llm
+    asked = render(item, template, tokenizer, layout, generation=True).llm
+    assert asked.ids.tolist() == [*learned.ids[:3].tolist(), tokenizer.bos_token_id]  # three of the image
+    assert tokenizer.decode(learned.labels[learned.labels != IGNORE].tolist()) == "<bos>a\n"
+
+
 def test_turn_without_weight_is_not_learned(tokenizer) -> None:
     turns = (user("Q"), assistant("aa", weight=0.0), user("R"), assistant("b"))
     stream = render(sample(turns), load("qa"), tokenizer, layout).llm

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
+from tests.data.rendering import load
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout
 from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation import answers
-from vlm_train.evaluation.answers import Answer, AnswerAccuracy, derangement, pictured
+from vlm_train.evaluation.answers import Answer, AnswerAccuracy, derangement, end_ids, pictured
 
 unreadable: set[int] = set()
 broken: set[int] = set()
@@ -166,3 +168,22 @@ def test_derangement_moves_every_number(count: int) -> None:
 def test_unknown_control_is_refused() -> None:
     with pytest.raises(ConfigError, match="shuffled_images"):
         AnswerAccuracy(shards="x", controls=["blank"])
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("qa", []),
+        ("llama2", []),
+        ("plain", ["\n"]),
+        ("caption_opt", ["\n"]),
+        ("chatml", ["<|im_end|>"]),
+        ("minigpt4", []),
+    ],
+)
+def test_answers_end_as_their_template_ends_them(template: str, ends: list[str]) -> None:
+    """A line break is a token; "###" is three, and none ends an answer."""
+    tokenizer = byte_level()
+    wanted = [tokenizer(end, add_special_tokens=False)["input_ids"] for end in ends]
+    built: Any = SimpleNamespace(tokenizer=tokenizer, template=load(template))
+    assert end_ids(built) == [tokenizer.eos_token_id, *(token for (token,) in wanted)]

@@ -227,6 +227,19 @@ def test_generation_stops_at_the_end_token_and_fills_up():
     assert set(stopped[0, first:].tolist()) == {eos}
 
 
+def test_generation_has_a_least_length_and_avoids_repetition():
+    torch.manual_seed(1)
+    llm = tiny_llm().eval()
+    stream = text_stream([[5, 6]])
+    embeds = llm.embed(stream.ids)
+    first = int(generate_from(llm, embeds, stream, max_new_tokens=1, eos_ids=[])[0, 0])
+    longer = generate_from(llm, embeds, stream, max_new_tokens=6, min_new_tokens=4, eos_ids=[first])[0].tolist()
+    assert first not in longer[:4]
+    for penalty, varied in ((1e-6, False), (1e6, True)):
+        found = generate_from(llm, embeds, stream, max_new_tokens=6, eos_ids=[], repetition_penalty=penalty)[0].tolist()
+        assert (len(set(found)) == len(found)) == varied
+
+
 def test_vocabulary_comes_from_the_tokenizer_if_open():
     assert tiny_llm(llama_config(vocab_size=None), vocab_size=33).vocab_size == 33
     assert tiny_llm(vocab_size=33).vocab_size == 97

@@ -57,7 +57,7 @@ def caption(cfg: DictConfig) -> dict[str, Any]:
 
     def texts(built: Built, sample: Sample) -> list[Rendered]:
         parts = built.template, built.tokenizer, built.layout
-        return [render(sample, *parts, annotations="first", generation=True)]
+        return [render(sample, *parts, annotations="first", generation=True, **built.rendering)]
 
     def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
         eos_ids, model = end_ids(built), _offering(built, ("generate",), cfg.mode)

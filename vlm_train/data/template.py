@@ -45,6 +45,7 @@ class ChatTemplate:
         system_in_user: the system message stands inside the first user turn (Llama-2).
         answer_lead: what stands between the prompt and the answer and is generated with it (a space, for tokenizers
             that glue it to the first word).
+        lead_given: `answer_lead` is learned, but a prompt for an answer ends with it.
         separator: text between an answer and the next user turn; not learned.
         user_text: false leaves the questions out and keeps only their media.
         special: tokens that the strings rely on; the tokenizer must have each as one token.
@@ -63,6 +64,7 @@ class ChatTemplate:
         user_suffix: str = "",
         assistant_prefix: str = "",
         answer_lead: str = "",
+        lead_given: bool = False,
         assistant_suffix: str = "",
         separator: str = "",
         user_text: bool = True,
@@ -78,7 +80,7 @@ class ChatTemplate:
         self.system_prefix, self.system_suffix = system_prefix, system_suffix
         self.user_prefix, self.user_suffix, self.user_text = user_prefix, user_suffix, user_text
         self.assistant_prefix, self.assistant_suffix = assistant_prefix, assistant_suffix
-        self.answer_lead, self.separator = answer_lead, separator
+        self.answer_lead, self.lead_given, self.separator = answer_lead, lead_given, separator
         self.special = tuple(special)
         self.style = ContentStyle(
             media=media,
@@ -105,7 +107,7 @@ class ChatTemplate:
                 out += [*self.style.content(turn, turn.weight), Run(self.assistant_suffix, turn.weight)]
             answered = turn.role == "assistant"
         if generation:
-            out.append(Run(self.assistant_prefix))
+            out += [Run(self.assistant_prefix), *([Run(self.answer_lead)] if self.lead_given else [])]
         return [self._fill(segment, tokenizer) for segment in out]
 
     def check(self, tokenizer: Any) -> None:

@@ -250,10 +250,18 @@ def end_ids(built: Built) -> list[int]:
     """Tokens that end an answer: the tokenizer's end-of-text and, if it is one token, what the template ends with."""
     tokenizer = built.tokenizer
     found = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    suffix = getattr(built.template, "assistant_suffix", "").replace("{eos}", "").strip()
-    if suffix in tokenizer.get_vocab() and (end := tokenizer.convert_tokens_to_ids(suffix)) not in found:
-        found.append(end)
-    return found
+    suffix = getattr(built.template, "assistant_suffix", "")
+    end = None if "{eos}" in suffix else _one_token(tokenizer, suffix)
+    return found if end is None or end in found else [*found, end]
+
+
+def _one_token(tokenizer: Any, suffix: str) -> int | None:
+    """The token that `suffix` is behind a word, or without its blanks; None where it is not one."""
+    if (name := suffix.strip()) in tokenizer.get_vocab():
+        return int(tokenizer.convert_tokens_to_ids(name))
+    core = tokenizer.backend_tokenizer
+    word, whole = (core.encode(text, add_special_tokens=False).ids for text in ("a", f"a{suffix}"))
+    return int(whole[-1]) if len(whole) == len(word) + 1 and whole[:-1] == word else None
 
 
 def decode(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:

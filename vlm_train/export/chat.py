@@ -113,6 +113,7 @@ def _chat(template: ChatTemplate, tokenizer: Any) -> str:
     question = f"content(message, {'true' if template.user_text else 'false'})"
     user = f"{text(template.user_prefix)} ~ {in_user}{question} ~ {text(template.user_suffix)}"
     assistant = text(template.assistant_prefix)
+    prompt = f"{assistant} ~ {text(template.answer_lead)}" if template.lead_given else assistant
     answer = f"{assistant} ~ {text(template.answer_lead)} ~ content(message, true) ~ {text(template.assistant_suffix)}"
     return f"""{_content(style)}
 {{%- set ns = namespace(system={default}, answered=false) -%}}
@@ -133,7 +134,7 @@ def _chat(template: ChatTemplate, tokenizer: Any) -> str:
 {{%- endif -%}}
 {{%- set ns.answered = message['role'] == 'assistant' -%}}
 {{%- endfor -%}}
-{{%- if add_generation_prompt -%}}{{{{- {assistant} -}}}}{{%- endif -%}}"""
+{{%- if add_generation_prompt -%}}{{{{- {prompt} -}}}}{{%- endif -%}}"""
 
 
 def _own(template: TokenizerTemplate, tokenizer: Any) -> str:

@@ -137,6 +137,8 @@ class HFCausalLM(nn.Module):
         eos_ids: Sequence[int],
         temperature: float = 0.0,
         top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        min_new_tokens: int = 0,
         num_beams: int = 1,
         context: Any = None,
     ) -> Tensor:
@@ -146,6 +148,7 @@ class HFCausalLM(nn.Module):
             embeds: `[B, T, D]` prompt embeddings, padded on the LEFT.
             mask: `[B, T]`, True at real tokens.
             temperature: 0 is greedy.
+            repetition_penalty, min_new_tokens: as in `Sampling`; the penalty does not see the prompt.
             context: as in `decode`.
 
         Returns:
@@ -156,6 +159,8 @@ class HFCausalLM(nn.Module):
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            repetition_penalty=repetition_penalty,
             do_sample=temperature > 0,
             num_beams=num_beams,
             eos_token_id=list(eos_ids) or None,

@@ -124,6 +124,8 @@ class HFSeq2Seq(nn.Module):
         eos_ids: Sequence[int],
         temperature: float = 0.0,
         top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        min_new_tokens: int = 0,
         num_beams: int = 1,
     ) -> Tensor:
         """Answer prompts with a key-value cache.
@@ -132,6 +134,7 @@ class HFSeq2Seq(nn.Module):
             embeds: `[B, S, D]` the encoder's embeddings, padded on either side.
             mask: `[B, S]`, True at real tokens.
             temperature: 0 is greedy.
+            repetition_penalty, min_new_tokens: as in `Sampling`; the penalty does not see the prompt.
 
         Returns:
             `[B, up to max_new_tokens]` token ids without the start token; a row that ended is filled up with its
@@ -142,6 +145,8 @@ class HFSeq2Seq(nn.Module):
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            repetition_penalty=repetition_penalty,
             do_sample=temperature > 0,
             num_beams=num_beams,
             eos_token_id=list(eos_ids) or None,
