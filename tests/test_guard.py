@@ -104,6 +104,14 @@ def test_both_processes_go_back(data: Path, tmp_path: Path) -> None:
     assert record.read(tmp_path / "run")["status"] == "done"
 
 
+def test_a_run_that_goes_back_is_resumed_however_it_was_started(data: Path, tmp_path: Path) -> None:
+    poison = [POISON.format([3, 4], 0), "trainer.guard={max_in_a_row: 1, rollback: 1}", "trainer.max_steps=5"]
+    for resume in ("never", "restart"):
+        assert cli.main(job(data, tmp_path, *poison, f"resume={resume}", name=resume)) == 0, resume
+        assert record.read_json(tmp_path / resume / "rollbacks.json") == {"made": [{"to": 2, "last": 4}]}
+        assert record.read(tmp_path / resume)["status"] == "done"
+
+
 def test_a_run_goes_back_only_so_often(data: Path, tmp_path: Path) -> None:
     poison = [POISON.format([3, 4, 6, 7], 0), "trainer.guard={max_in_a_row: 1, rollback: 1}", "trainer.max_steps=8"]
     assert cli.main(job(data, tmp_path, *poison)) == 1

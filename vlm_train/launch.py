@@ -127,8 +127,11 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
         several = ["vlm_train.agent", "--standalone", "--nproc-per-node", str(devices), "-m"] if devices > 1 else []
         command = [sys.executable, "-m", *several, CHILD, str(path)]
         start = partial(_supervise, command, folder if cfg.mode == "fit" else None)
-        made, ended = len(rollbacks(folder)), start()
+        made, ended = 0 if cfg.resume == "restart" else len(rollbacks(folder)), start()
         while not ended.signal and made < (made := len(rollbacks(folder))):  # it has prepared to go back
+            again = cfg.copy()
+            again.resume = "auto"
+            config.save_config(again, path)
             ended = start()
     trains = cfg.mode == "fit" and not cfg.dry_run
     if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
