@@ -55,8 +55,17 @@ QFORMER_LINE = {
 }
 
 
+# arXiv 2201.12086, appendix; configs/*.yaml and models/ of github.com/salesforce/BLIP.
+BLIP = {
+    # recipe: (learning rate, samples a step, epochs, tokens of a text, least share of an image, LM's label smoothing)
+    "blip_base": (3e-4, 2880, 20, 30, 0.2, 0.1),
+    "blip_captioner": (1e-5, 256, 5, 40, 0.5, 0.1),
+    "blip_filter": (1e-5, 256, 6, 35, 0.5, None),
+}
+
+
 def test_there_are_recipes() -> None:
-    assert {*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE} < set(RECIPES)
+    assert {*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
 
@@ -133,6 +142,21 @@ def test_the_qformer_line_says_what_was_published(name: str) -> None:
     assert cfg.lr_schedule.min_ratio * lr == pytest.approx(least)
     assert cfg.trainer.precision == ("bf16-mixed" if "flant5" in name else "16-mixed") and cfg.trainer.clip_norm is None
     assert cfg.template == OmegaConf.load(config.config_dir() / "template" / f"{template}.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(BLIP))
+def test_blip_says_what_was_published(name: str) -> None:
+    cfg = config.compose([f"recipe={name}"])
+    lr, samples, epochs, length, least, smoothing = BLIP[name]
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs, cfg.data.max_length) == (lr, samples, epochs, length)
+    assert (list(cfg.optim.betas), cfg.optim.weight_decay, cfg.params.decay_norms_and_biases) == (
+        [0.9, 0.999],
+        0.05,
+        True,
+    )
+    assert (list(cfg.image.area), cfg.image.flip) == ([least, 1.0], True)
+    assert cfg.trainer.precision == "32-true" and cfg.trainer.clip_norm is None
+    assert (cfg.objective.lm.label_smoothing if "lm" in cfg.objective else None) == smoothing
 
 
 def test_instructblip_draws_by_the_square_root_of_sizes() -> None:
