@@ -197,3 +197,10 @@ def test_schedule_hands_over_what_its_recipes_wait_for(name: str) -> None:
         assert [list(s.parts) for s in stage.init_from] == [list(s.parts) for s in recipe.init_from]
         earlier.append(stage.recipe)
     assert len(earlier) > 1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_schedule_fixes_a_learning_rate(name: str) -> None:
+    """Else optim.lr on the command line would do nothing to that stage."""
+    for stage in config.compose([f"schedule={name}"]).schedule.stages:
+        assert not re.search(r"\blr:\s*\d", " ".join(stage.overrides)), stage.overrides
