@@ -11,6 +11,8 @@ from transformers import AutoProcessor
 
 from tests.data.rendering import load
 from tests.tiny_models import tiny_llm, tiny_vision
+from vlm_train import config
+from vlm_train.build import build
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout
 from vlm_train.data.tokenizer import byte_level
@@ -46,6 +48,20 @@ def test_export_carries_the_template_of_training(tmp_path: Path, capsys: pytest.
     text = processor.apply_chat_template([message], add_generation_prompt=True)
     assert text.startswith("<bos>A chat between") and text.endswith("USER: <image>\nWhat color? ASSISTANT:")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["blip2_stage1", "blip2_stage2_opt", "blip2_stage2_flant5", "instructblip_vicuna7b", "minigpt4_stage1"]
+)
+def test_models_with_a_q_former_are_exported_from_their_runs(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = build(config.compose([f"recipe={recipe}", "size=tiny", "init_from=[]"]))
+    processor = AutoProcessor.from_pretrained(write_export(made, tmp_path))
+    assert "its logits equal the run's; it has no chat template: " in capsys.readouterr().out
+    assert processor.num_query_tokens == 4
+    bos = processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id
+    assert bos == (recipe in ("blip2_stage2_opt", "minigpt4_stage1")), "where training has it"
 
 
 def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

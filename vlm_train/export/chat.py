@@ -40,7 +40,8 @@ def add_chat_template(
         problem = difference(_processor(folder), template, tokenizer, layout, image_size)
         if problem is None:
             return None
-    _write(folder, None, add_bos=template.bos and tokenizer.bos_token is not None)
+    given = getattr(template, "lead_given", False) and template.answer_lead == "{bos}"  # behind the image
+    _write(folder, None, add_bos=(template.bos or given) and tokenizer.bos_token is not None)
     return problem
 
 
