@@ -100,7 +100,7 @@ def test_wrong_pairs_are_wrong_and_hard() -> None:
     """Never the pair itself nor, if asked, an equal caption; and drawn in proportion to the likeness."""
     model = tiny_aligner().eval()
     with torch.no_grad():
-        model.logit_scale.fill_(6.0)  # so sharp that the nearest is drawn
+        model.temperature.fill_(0.0025)  # so sharp that the nearest is drawn
     batch = part()
     recorded = Recorded(model)
     loss = ITM(mask_duplicates=True)(model, batch, identity_gather)["itm"]

@@ -9,7 +9,6 @@ vocabulary.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class Aligner(nn.Module):
         vision: a `VisionEncoder`.
         connector: a `QFormerConnector` with `text: true`.
         embed_dim: E.
-        init_temperature: similarities are divided by it at first; it is learned.
+        init_temperature: similarities are divided by it at first; it is learned itself, not its logarithm as in CLIP.
         start_id: token id that starts a text that is to be generated, `[DEC]`; null: the last of the vocabulary.
     """
 
@@ -58,7 +57,7 @@ class Aligner(nn.Module):
         self.lm_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps=connector.qformer.norm.eps))
         self.lm_bias = nn.Parameter(torch.zeros(words))
         self.lm_head.apply(first_weights)
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(init_temperature)))
+        self.temperature = nn.Parameter(torch.tensor(init_temperature))
 
     def load_weights(self) -> None:
         """Start the head that generates text from that of the BERT which `connector.weights` names, as LAVIS does; any

@@ -8,7 +8,6 @@ features, E shared space, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class Blip(nn.Module):
         vision: a `VisionEncoder` that keeps its class token in front.
         llm: a `Med`, which is given cross-attention here.
         embed_dim: E.
-        init_temperature: similarities are divided by it at first; it is learned.
+        init_temperature: similarities are divided by it at first; it is learned itself, not its logarithm as in CLIP.
         min_temperature, max_temperature: its bounds, kept by `clamp_` after every optimizer step.
     """
 
@@ -57,8 +56,8 @@ class Blip(nn.Module):
         self.match_head = nn.Linear(llm.dim, 2)
         for layer in (self.image_projection, self.text_projection, self.match_head):
             first_weights(layer)
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(init_temperature)))
-        self.scale_bounds = (-math.log(max_temperature), -math.log(min_temperature))
+        self.temperature = nn.Parameter(torch.tensor(init_temperature))
+        self.bounds = (min_temperature, max_temperature)
 
     def features(self, batch: Batch) -> Tensor:
         """`[b, P, D_v]` of the batch's images, one a text."""
@@ -134,7 +133,7 @@ class Blip(nn.Module):
     @torch.no_grad()
     def clamp_(self) -> None:
         """Bound the temperature; called after every optimizer step."""
-        self.logit_scale.clamp_(*self.scale_bounds)
+        self.temperature.clamp_(*self.bounds)
 
     def unused_parameters(self) -> list[str]:
         """Names of parameters that none of the three losses reaches."""

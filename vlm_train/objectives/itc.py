@@ -44,7 +44,7 @@ class ITC:
         """`{"itc": Loss}`: sum over the local pairs of the mean of both directions."""
         image, text = model.image_vectors(batch), model.text_vectors(batch)
         pairs = pairs_of(batch, gather)
-        scale = model.logit_scale.exp()
+        scale = 1 / model.temperature
         to_text, to_image = (scale * one for one in similarities(image, text, pairs, gather, self.gather_grad))
         if self.mask_duplicates:
             same = pairs.same(gather)

@@ -44,7 +44,7 @@ class ITM:
         """`{"itm": Loss}`: sum over the local pairs of the mean over their three questions."""
         pairs = pairs_of(batch, gather)
         vectors = model.image_vectors(batch).detach(), model.text_vectors(batch).detach()
-        scale = model.logit_scale.detach().exp()
+        scale = 1 / model.temperature.detach()
         likeness = [scale * one for one in similarities(*vectors, pairs, gather, with_grad=False)]
         wrong_text, wrong_image, usable = self._negatives(likeness, batch, pairs, gather)
         ids, real = _texts(batch, gather)
