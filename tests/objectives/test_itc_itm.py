@@ -96,6 +96,16 @@ class Recorded:
         model.match = noted  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("cut", [2, 4])
+def test_local_negatives_are_those_of_a_rank_by_itself(cut: int) -> None:
+    model, parts = tiny_aligner().eval(), [(0, cut), (cut, 5)]  # cut 4 leaves one pair alone
+    split = on_ranks(lambda b, g: ITM(local=True)(model, b, g)["itm"], [part(*one) for one in parts])
+    for found, one in zip(split, parts, strict=True):
+        alone = ITM()(model, part(*one), identity_gather)["itm"]
+        assert_close(found.sum, alone.sum)
+        assert found.count == alone.count
+
+
 def test_wrong_pairs_are_wrong_and_hard() -> None:
     """Never the pair itself nor, if asked, an equal caption; and drawn in proportion to the likeness."""
     model = tiny_aligner().eval()

@@ -95,9 +95,10 @@ class ITM:
     def _other_context(
         self, model: Any, batch: Batch, own: tuple[Tensor, ...], wrong: Tensor, pairs: Pairs, gather: Gather
     ) -> tuple[Tensor, ...]:
-        """What cross-attention reads of the wrong images; where there is one rank it is known already."""
-        if len(pairs.sizes) == 1:
-            return tuple(one[wrong] for one in own)
+        """What cross-attention reads of the wrong images; where they are this rank's it is known already."""
+        if self.local or len(pairs.sizes) == 1:
+            here = (wrong - pairs.own[:1]).clamp(min=0)  # a pair alone on its rank drew number 0, and does not count
+            return tuple(one[here] for one in own)
         features = model.features(batch)
         everything = gather(features, pairs.sizes, with_grad=features.requires_grad)
         return model.context(everything[wrong])
