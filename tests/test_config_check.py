@@ -103,6 +103,11 @@ def test_all_problems_are_raised_together() -> None:
         assert any(problem.startswith(key) for problem in found), (key, found)
 
 
+@pytest.mark.parametrize("more", ["data.pack=512", "data.group=length", "data.over_length=split"])
+def test_what_needs_one_length_of_a_sample_takes_no_drawn_annotation(more: str) -> None:
+    assert any(found.startswith("data.annotations: drawn") for found in problems("data.annotations=drawn", more))
+
+
 def test_parts_that_the_model_needs_are_there() -> None:
     cfg = config.compose(["recipe=llava15_stage1"])
     cfg.vision = None

@@ -99,6 +99,12 @@ def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
         yield "data.group: packed rows are evened out by themselves; use null, modality or modality_length, got length."
     if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):
         yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; lower data.max_length."
+    by_length = pack is not None or data.get("group") in ("length", "modality_length")
+    if data.get("annotations") == "drawn" and (by_length or data.get("over_length") == "split"):
+        yield (
+            "data.annotations: drawn gives a sample another length in every pass, and data.pack, groups by length and "
+            "data.over_length=split need one; use first, independent or dialogue."
+        )
     if data.get("rejected") and data.get("over_length") == "split":
         yield "data.over_length: pairs of answers (data.rejected) are not cut; use truncate, drop or error, got split."
 

@@ -21,6 +21,7 @@ from vlm_train.data.batch import map_tensors
 from vlm_train.data.cost import Cost
 from vlm_train.data.datamodule import VLMData
 from vlm_train.data.image import ImageTransform
+from vlm_train.data.mixture import Address
 from vlm_train.data.parcel import Parcel
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
@@ -103,6 +104,22 @@ def test_a_set_without_samples_is_named(root: Path, tmp_path: Path) -> None:
     index_folder(tmp_path / "empty")
     with pytest.raises(DataError, match=r"/empty: a shard set without samples"):
         data(root / "train", tmp_path / "empty")
+
+
+def test_a_pass_draws_an_annotation(tmp_path: Path) -> None:
+    texts = [f"answer {n}" for n in range(3)]
+    folder = write(tmp_path / "s", *[[(user("what?", 0), assistant(text)) for text in texts]] * 4)
+    drawn = data(folder, annotations="drawn")
+
+    def told(index: int, epoch: int, training: bool = True) -> str:
+        stream = drawn.train.item(Address(index, epoch), training=training).rendered.llm
+        return byte_level().decode(stream.ids[stream.ids >= 0])
+
+    seen = [[told(index, epoch) for epoch in range(12)] for index in range(4)]
+    assert seen == [[told(index, epoch) for epoch in range(12)] for index in range(4)]
+    assert all(any(text in one for one in row) for text in texts for row in seen)
+    assert len({tuple(one[-10:] for one in row) for row in seen}) == 4  # every sample has draws of its own
+    assert all("answer 0" in told(index, 5, training=False) for index in range(4))
 
 
 def test_a_held_out_share_is_the_end_of_train(root: Path) -> None:

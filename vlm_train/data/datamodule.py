@@ -44,7 +44,7 @@ class VLMData(pl.LightningDataModule):
         shard_cache, shard_cache_bytes: where remote shards (s3, gs, https) are kept, and how much of them; null:
             $VLM_TRAIN_CACHE or ~/.cache/vlm_train/shards.
         val_share: share of every train source held out at its end when `val` is empty.
-        annotations: dialogue | independent | first, see `vlm_train.data.render`.
+        annotations: dialogue | independent | first | drawn, see `vlm_train.data.render`.
         max_length: tokens of a sample, image tokens included; over_length: truncate | drop | split (whole turns, as
             samples of their own) | error.
         rejected: also the stream "rejected", for preference objectives.
@@ -71,7 +71,7 @@ class VLMData(pl.LightningDataModule):
         shard_cache: str | None = None,
         shard_cache_bytes: int = CACHE_BYTES,
         val_share: float = 0.0,
-        annotations: Literal["dialogue", "independent", "first"] = "dialogue",
+        annotations: Literal["dialogue", "independent", "first", "drawn"] = "dialogue",
         max_length: int | None = 2048,
         over_length: Literal["truncate", "drop", "split", "error"] = "truncate",
         rejected: bool = False,

@@ -20,7 +20,7 @@ from vlm_train.data.template import Template
 from vlm_train.data.writer import Writer
 from vlm_train.errors import ConfigError
 
-Annotations = Literal["independent", "dialogue", "first"]
+Annotations = Literal["independent", "dialogue", "first", "drawn"]
 OverLength = Literal["drop", "truncate", "split", "error"]
 
 
@@ -71,7 +71,7 @@ def render(
 
     Args:
         annotations: independent (all, as branches that do not see each other) | dialogue (all, as one conversation) |
-            first (one only).
+            first (one only) | drawn (one only, which training draws anew in every pass: `annotation`, else the first).
         annotation: render only this one; with `generation` and `rejected` it is 0 if not given.
         max_length: most tokens of a stream, media included; null: no limit.
         over_length: drop (`BadSample`) | truncate (cut whole text tokens off the end, or off the beginning of an
@@ -158,7 +158,7 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 def _choose(all_annotations: Sequence[Annotation], mode: str, number: int | None) -> list[Annotation]:
     if number is not None and not 0 <= number < len(all_annotations):
         raise BadSample(f"no annotation {number}; it has {len(all_annotations)}", kind="malformed")
-    if number is not None or mode == "first":
+    if number is not None or mode in ("first", "drawn"):
         return [all_annotations[number or 0]]
     return [join(all_annotations)] if mode == "dialogue" else list(all_annotations)
 

@@ -145,7 +145,7 @@ class Samples:
         shards = source.shards
         try:
             sample, blobs = shards.load(number)
-            rendered = self._render(sample, piece)
+            rendered = self._render(sample, piece, self._drawn(address, sample) if training else None)
             if training and self.lengths is not None:
                 self._require_planned(address.index, rendered, source, number)
             views = self._views(address, rendered, blobs, training)
@@ -186,8 +186,16 @@ class Samples:
         self.sources = [source.part(0, source.size - size) for source, size in zip(self.sources, held)]
         return tail
 
-    def _render(self, sample: Sample, piece: int = 0) -> Rendered:
-        return render(sample, self.template, self.tokenizer, self.layout, piece=piece, **self.options)
+    def _render(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> Rendered:
+        return render(
+            sample, self.template, self.tokenizer, self.layout, piece=piece, annotation=annotation, **self.options
+        )
+
+    def _drawn(self, address: Address, sample: Sample) -> int | None:
+        """Which annotation a pass draws, with `annotations: drawn`."""
+        if self.options.get("annotations") != "drawn" or not sample.annotations:
+            return None
+        return derive_seed(self.seed, "annotation", address.epoch, address.index) % len(sample.annotations)
 
     def shares(self) -> tuple[Share, ...]:
         """How every source takes part in the mixture, with the places of its shards."""
