@@ -115,8 +115,8 @@ def test_a_pass_draws_an_annotation(tmp_path: Path) -> None:
         stream = drawn.train.item(Address(index, epoch), training=training).rendered.llm
         return byte_level().decode(stream.ids[stream.ids >= 0])
 
-    seen = [[told(index, epoch) for epoch in range(12)] for index in range(4)]
-    assert seen == [[told(index, epoch) for epoch in range(12)] for index in range(4)]
+    seen = [[told(index, epoch) for epoch in range(30)] for index in range(4)]
+    assert seen == [[told(index, epoch) for epoch in range(30)] for index in range(4)]
     assert all(any(text in one for one in row) for text in texts for row in seen)
     assert len({tuple(one[-10:] for one in row) for row in seen}) == 4  # every sample has draws of its own
     assert all("answer 0" in told(index, 5, training=False) for index in range(4))
