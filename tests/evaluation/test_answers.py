@@ -21,7 +21,7 @@ from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation import answers
-from vlm_train.evaluation.answers import Answer, AnswerAccuracy, derangement, end_ids, pictured
+from vlm_train.evaluation.answers import Answer, AnswerAccuracy, decode, derangement, end_ids, pictured
 
 unreadable: set[int] = set()
 broken: set[int] = set()
@@ -187,3 +187,14 @@ def test_answers_end_as_their_template_ends_them(template: str, ends: list[str])
     wanted = [tokenizer(end, add_special_tokens=False)["input_ids"] for end in ends]
     built: Any = SimpleNamespace(tokenizer=tokenizer, template=load(template))
     assert end_ids(built) == [tokenizer.eos_token_id, *(token for (token,) in wanted)]
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "answer"),
+    [("minigpt4", "a cat###Human: what", "a cat"), ("qa", "a #cat<eos> ###", "a #cat"), ("plain", "a cat\nb", "a cat")],
+)
+def test_an_answer_ends_where_the_template_ends_it(template: str, written: str, answer: str) -> None:
+    tokenizer = byte_level()
+    built: Any = SimpleNamespace(tokenizer=tokenizer, template=load(template))
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert decode(built, ids, end_ids(built)).strip() == answer

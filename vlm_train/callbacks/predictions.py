@@ -106,7 +106,7 @@ class Predictions(pl.Callback):
         with evaluating(model):
             batch = self.batch.to(next(model.parameters()).device)
             ids = model.generate(batch, max_new_tokens=self.max_new_tokens, eos_ids=ends)
-        return [decode(held_out.tokenizer, row, ends).strip() for row in ids.tolist()]
+        return [decode(held_out, row, ends).strip() for row in ids.tolist()]  # type: ignore[arg-type]
 
     def _write(self, trainer: pl.Trainer, answers: Sequence[str]) -> None:
         assert self.asked is not None

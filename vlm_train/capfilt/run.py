@@ -62,9 +62,7 @@ def caption(cfg: DictConfig) -> dict[str, Any]:
     def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
         eos_ids, model = end_ids(built), _offering(built, ("generate",), cfg.mode)
         batch = _batch(built, [(one.texts[0], one.views) for one in shown])
-        found = [
-            decode(built.tokenizer, row, eos_ids) for row in model.generate(batch, eos_ids=eos_ids, **given).tolist()
-        ]
+        found = [decode(built, row, eos_ids) for row in model.generate(batch, eos_ids=eos_ids, **given).tolist()]
         return [{"key": one.key, "caption": text.strip()} for one, text in zip(shown, found, strict=True)]
 
     return _write(cfg, ("caption",), {"seed": cfg.seed, **given}, texts, rows)

@@ -126,7 +126,7 @@ class AnswerAccuracy:
                 batch = collate_prompts([(prompt, views) for _, _, prompt, views in group], built.image_size)
                 ids = model.generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=eos_ids)
                 for (sample, asked, prompt, _), row in zip(group, ids.tolist(), strict=True):
-                    text = normalised(decode(built.tokenizer, row, eos_ids))
+                    text = normalised(decode(built, row, eos_ids))
                     answers.append(Answer(sample, prompt.key, asked, prompt.reference, text))
                 progress(len(group))
         return answers
@@ -264,10 +264,12 @@ def _one_token(tokenizer: Any, suffix: str) -> int | None:
     return int(whole[-1]) if len(whole) == len(word) + 1 and whole[:-1] == word else None
 
 
-def decode(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
-    """The text before the first ending token."""
+def decode(built: Built, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
+    """The text before the first ending token, and before what the template ends with, be it several tokens (`###`)."""
     end = next((position for position, token in enumerate(ids) if token in eos_ids), len(ids))
-    return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
+    text = str(built.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
+    suffix = getattr(built.template, "assistant_suffix", "").strip()
+    return text.partition(suffix)[0] if suffix and "{" not in suffix else text
 
 
 def write_predictions(folder: Path, answers: Sequence[Answer], pictures: dict[int, str]) -> None:
