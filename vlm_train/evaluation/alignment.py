@@ -96,10 +96,11 @@ class Alignment:
     ) -> tuple[list[str], Batch]:
         """Captions, and the batch, of the numbered samples that can be used."""
         captions, items = list[str](), list[Sequence[Item]]()
+        parts, longest = (built.template, built.tokenizer, built.layout), built.cfg.data.get("max_length")
         for number in numbers:
             with unusable.watch(number):
                 sample, blobs = shards.load(number)
-                rendered = render(sample, built.template, built.tokenizer, built.layout, annotations="first")
+                rendered = render(sample, *parts, annotations="first", max_length=longest, over_length="truncate")
                 items.append([Item(rendered, views_of(built, blobs[:1]))])
                 captions.append(normalised(reference(sample.annotations[0])))
         batch = collate(items, built.image_size)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_train.data.batch import Segments
-from vlm_train.errors import AssetError, ConfigError
+from vlm_train.errors import AssetError, BatchError, ConfigError
 from vlm_train.models.hub import with_vocabulary
 from vlm_train.models.qformer import Attention, FeedForward, first_weights
 
@@ -167,6 +167,10 @@ class Med(nn.Module):
     def _run(
         self, embeds: Tensor, positions: Tensor, mask: Tensor, context: Sequence[Tensor], *, decodes: bool
     ) -> Tensor:
+        if embeds.shape[1] > (most := self.positions.num_embeddings):
+            raise BatchError(
+                f"llm: a text of {embeds.shape[1]} tokens, but it has {most} positions; set data.max_length"
+            )
         hidden = self.norm(embeds + self.positions(positions[0]))
         hidden = F.dropout(hidden, self.numbers.dropout, self.training)
         for number, layer in enumerate(self.layers):
