@@ -177,7 +177,7 @@ def test_asked_to_stop_saves_the_step_and_resumes_exactly(
             "easyvqa_clip",
             ["batch.micro=4", "model.max_scale=1.5", "trainer.log_every=4"],
         ),
-        ("llava15_lora", ["+image.flip=true", "peft.dropout=0.3", "trainer.save_every=1", "optim.lr=1e-2"]),
+        ("llava15_lora", ["image.flip=true", "peft.dropout=0.3", "trainer.save_every=1", "optim.lr=1e-2"]),
     ],
 )
 def test_other_recipes_resume_exactly(recipe: str, more: list[str], data: Path, tmp_path: Path) -> None:

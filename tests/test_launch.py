@@ -358,3 +358,17 @@ def test_status_of_a_missing_run_is_empty(tmp_path: Path) -> None:
     assert record.read(tmp_path) == {}
     (tmp_path / "run.json").write_text(json.dumps({"status": "done"}))
     assert launch.read_result(tmp_path) == {}
+
+
+def test_another_agent_that_leaves_first_is_no_news() -> None:
+    """torch logs a traceback where the machine that had the rendezvous is done before the others."""
+    import logging
+
+    from vlm_train import agent
+
+    name = "torch.distributed.elastic.agent.server.api"
+    said = [
+        logging.LogRecord(name, logging.ERROR, "api.py", 1, text, (1.0,), None)
+        for text in ("Error waiting on exit barrier. Elapsed: %s seconds", "Something else after %s seconds")
+    ]
+    assert [agent._matters(one) for one in said] == [False, True]

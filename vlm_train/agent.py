@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # we say it
+    logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(_matters)
     own = ["--signals-to-handle", "SIGQUIT"] if sys.platform == "linux" else []
     with tempfile.TemporaryDirectory(prefix="vlm_train-") as errors:
         os.environ |= {PID: str(os.getpid()), ERRORS: errors}
@@ -50,6 +51,11 @@ def main(arguments: Sequence[str]) -> int:
                 return exit_code(received[0])
             return _explain(error.failures, first, Path(errors))
     return 0
+
+
+def _matters(entry: logging.LogRecord) -> bool:
+    """Not that another machine's agent, which had the rendezvous, left first when all was done."""
+    return not str(entry.msg).startswith("Error waiting on exit barrier")
 
 
 def _hand_on_signals() -> list[int]:
