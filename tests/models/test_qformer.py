@@ -53,6 +53,15 @@ def tiny_aligner(seed: int = 0, **changes: Any) -> Aligner:
     return model
 
 
+def tiny_bert() -> BertForMaskedLM:
+    """Of the Q-Former's numbers, with a word less."""
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=WORDS - 1,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    return BertForMaskedLM(config).eval()
+
+
 def pairs(rows: list[list[int]] = ROWS, seed: int = 1, left: bool = False) -> Batch:
     return batch_of(text_stream(rows, left=left), list(range(len(rows))), tokens=0, seed=seed)
 
@@ -196,12 +205,7 @@ def test_a_batch_without_images_reaches_every_parameter_that_learns() -> None:
 
 
 def test_it_starts_from_bert() -> None:
-    bert = BertForMaskedLM(
-        BertConfig(
-            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=WORDS - 1,
-            max_position_embeddings=20,
-        )
-    )  # fmt: skip
+    bert = tiny_bert()
     connector = tiny_connector()
     before = {name: tensor.clone() for name, tensor in connector.state_dict().items()}
     taken = from_bert(bert.state_dict(), connector.state_dict())
@@ -231,11 +235,7 @@ def test_a_tower_is_read_out_of_a_whole_blip2(tmp_path: Path) -> None:
 
 
 def test_its_generating_head_starts_from_bert_s(tmp_path: Path) -> None:
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=WORDS - 1,
-        max_position_embeddings=20,
-    )  # fmt: skip
-    bert = BertForMaskedLM(config).eval()
+    bert = tiny_bert()
     torch.nn.init.normal_(bert.cls.predictions.bias)
     bert.save_pretrained(tmp_path)
     model = tiny_aligner(weights=str(tmp_path))
@@ -247,11 +247,7 @@ def test_its_generating_head_starts_from_bert_s(tmp_path: Path) -> None:
 
 def test_files_are_read_in_both_layouts(tmp_path: Path) -> None:
     """BERT's old names of norms, and a whole BLIP-2 of which only the Q-Former is taken."""
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=WORDS - 1,
-        max_position_embeddings=20,
-    )  # fmt: skip
-    bert = BertForMaskedLM(config).state_dict()
+    bert = tiny_bert().state_dict()
     old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for name, t in bert.items()}
     for name, state in (("bert", old), ("blip2", as_library(tiny_aligner()).state_dict())):
         (tmp_path / name).mkdir()

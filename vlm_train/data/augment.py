@@ -17,14 +17,14 @@ LEVELS = 10
 GREY = (128, 128, 128)
 """What fills the places where a distorted image has no pixel."""
 
-BLUR = Image.Resampling.BILINEAR
+BILINEAR = Image.Resampling.BILINEAR
 
 Distort = Callable[[Image.Image, float], Image.Image]
 
 
 def _warped(image: Image.Image, x: Sequence[float], y: Sequence[float]) -> Image.Image:
     """Every pixel from the place that x = `(a, b, c)`, a column + b row + c, and y give."""
-    return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), BLUR, fillcolor=GREY)
+    return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), BILINEAR, fillcolor=GREY)
 
 
 DISTORTIONS: dict[str, tuple[Distort, float, bool]] = {
@@ -37,7 +37,7 @@ DISTORTIONS: dict[str, tuple[Distort, float, bool]] = {
     "shear_y": (lambda image, by: _warped(image, (1, 0, 0), (by, 1, 0)), 0.3, True),
     "translate_x": (lambda image, by: _warped(image, (1, 0, by), (0, 1, 0)), 10, True),
     "translate_y": (lambda image, by: _warped(image, (1, 0, 0), (0, 1, by)), 10, True),
-    "rotate": (lambda image, by: image.rotate(by, BLUR, fillcolor=GREY), 30, True),
+    "rotate": (lambda image, by: image.rotate(by, BILINEAR, fillcolor=GREY), 30, True),
 }
 """Name -> how, its amount at the strongest level (factors; shares; pixels; degrees), and whether that has a sign."""
 
