@@ -68,6 +68,13 @@ def test_child_sees_no_other_process_group(cfg: DictConfig, child, monkeypatch: 
     assert record.read(config.run_dir(cfg))["seen"] == {}
 
 
+def test_a_child_is_read_where_its_log_cannot_be_written(cfg: DictConfig, child, capsys) -> None:
+    (config.run_dir(cfg) / "output.log").mkdir(parents=True)
+    child(f"print('x' * 300_000); {DONE}")  # more than a pipe holds
+    assert launch.run_child(cfg) == {"val/loss": 0.5}
+    assert "xxx" in capsys.readouterr().out
+
+
 def test_failure_names_the_code_and_the_last_lines(cfg: DictConfig, child) -> None:
     child('print("the reason"); sys.exit(3)')
     with pytest.raises(

@@ -6,6 +6,7 @@ Several devices, every stage of a schedule and every job of a multirun go throug
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -240,14 +241,21 @@ def _copy_output(child: subprocess.Popen[bytes], folder: Path | None, last: dequ
     A full disk, or a reader of ours that is gone, does not end the child.
     """
     assert child.stdout is not None
-    with open(folder / "output.log" if folder else os.devnull, "ab", buffering=0) as copy:
+    with _log(folder) as copy:
         for line in child.stdout:
             last.append(line.decode(errors="replace").rstrip())
             with suppress(OSError):
                 copy.write(line)
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # gone, closed, or of another encoding
                 sys.stdout.write(line.decode(errors="replace"))
                 sys.stdout.flush()
+
+
+def _log(folder: Path | None) -> io.RawIOBase:
+    """`<folder>/output.log`; nowhere without one, or where it cannot be opened: the child must be read all the same."""
+    with suppress(OSError):
+        return open(folder / "output.log" if folder else os.devnull, "ab", buffering=0)
+    return open(os.devnull, "ab", buffering=0)
 
 
 def _describe(cfg: DictConfig, folder: Path, ended: Ended) -> str:
