@@ -26,8 +26,10 @@ from vlm_train.data.cost import Cost
 from vlm_train.data.datamodule import VLMData
 from vlm_train.data.image import ImageTransform, Mode
 from vlm_train.data.layout import Grid, GridLayout, MediaSize
+from vlm_train.data.processor import Processor
 from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level
+from vlm_train.schema import BatchSize
 
 SIDE = 336
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,19 +50,17 @@ def our_data(
 ) -> VLMData:
     """The data module of a LLaVA-1.5 run (576 image tokens, one token a byte of text), `steps` before its end."""
     options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
-    built: Any = SimpleNamespace(
+    processor = Processor(
         template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),
         tokenizer=byte_level(),
         layout=GridLayout(patch_grid, token_grid),
         image=ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, draft=draft),
-        image_size=(SIDE, SIDE),
-        rendering={},
-        cfg=SimpleNamespace(batch=SimpleNamespace(micro=BATCH, normalise="token", samples=BATCH, tokens=None)),
     )
     data = VLMData(
         train=[{"shards": str(folder)}],
         val=[],
-        built=built,
+        processor=processor,
+        batch=BatchSize(samples=BATCH, micro=BATCH),
         shuffle="full" if shuffle else "none",
         workers=workers,
         prefetch=PREFETCH,

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlm_train import config
-from vlm_train.build import build_model
+from vlm_train.build import build_lr_schedule, build_model, build_objectives, build_optimizer
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
 from vlm_train.dryrun.trace import image_size, visual_tokens
 from vlm_train.objectives.base import Loss, Objective, identity_gather
@@ -64,10 +63,10 @@ class Work:
         return optimizer, self.make_schedule(optimizer, steps)
 
     def make_optimizer(self, groups: Any) -> Any:
-        return instantiate(self.cfg.optim, _partial_=True, _convert_="all")(groups)
+        return build_optimizer(self.cfg, groups)
 
     def make_schedule(self, optimizer: Any, steps: int) -> Any:
-        return instantiate(self.cfg.lr_schedule, _partial_=True, _convert_="all")(optimizer, total_steps=steps)
+        return build_lr_schedule(self.cfg, optimizer, total_steps=steps)
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -100,8 +99,7 @@ def small_llava(rows: int, *overrides: str) -> Work:
     """The quickstart's LLaVA with rows of 180 tokens: made ids and pixels; connector and language model learn."""
     cfg = _config("recipe=easyvqa_stage2", "llm.config.vocab_size=2048", *overrides)
     model = build_model(cfg)
-    objectives = {name: instantiate(node) for name, node in cfg.objective.items() if node is not None}
-    return _work(cfg, model, objectives, _batch(model, rows, text=120, supervised=40))
+    return _work(cfg, model, build_objectives(cfg), _batch(model, rows, text=120, supervised=40))
 
 
 class Toy(nn.Module):

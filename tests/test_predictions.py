@@ -38,13 +38,15 @@ def test_answers_are_the_models_and_pictures_what_it_sees(data: Path, tmp_path: 
     cfg = config.load_config(run / "config.yaml")
     built = build(cfg)
     load_run_weights(built.model, [], run)
-    AnswerAccuracy(shards=str(data / "tiny/val"), max_new_tokens=6).run(built, tmp_path / "eval", final=True)
+    AnswerAccuracy(shards=str(data / "tiny/val"), max_new_tokens=6).run(
+        built.model, built.processor, tmp_path / "eval", final=True
+    )
     found = [json.loads(line) for line in (tmp_path / "eval/predictions.jsonl").read_text().splitlines()]
     assert [row["prediction"].lower() for row in rows] == [found[number]["prediction"] for number in (0, 2)]
     _, (blob,) = ShardSet(data / "tiny/val").load(2)
-    assert built.image is not None
+    assert built.processor.image is not None
     seen = np.asarray(Image.open(run / "predictions" / rows[1]["image"]))
-    assert np.array_equal(seen, built.image(blob)[0].transpose(1, 2, 0))
+    assert np.array_equal(seen, built.processor.image(blob)[0].transpose(1, 2, 0))
     events = tensorboard_of(run)
     assert [image.step for image in events.Images("predictions/1")] == [2, 3]
     assert "Which number is 2?" in (run / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Configuration -> objects. The only place that threads widths, tokenizer and image layout between parts."""
+"""Configuration -> objects: every component of a run is made here, and given what other parts decide."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from hydra.utils import get_class, instantiate
@@ -17,48 +17,38 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
-from vlm_train.data.streams import CAUSAL, Alignment
+from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia, ViewGrid
+from vlm_train.data.processor import Processor
+from vlm_train.data.streams import CAUSAL
 from vlm_train.launch import rank
+from vlm_train.objectives.base import Objective
 from vlm_train.peft import hits
 from vlm_train.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from vlm_train.data.datamodule import VLMData
 
 PARTS = ("vision", "connector", "llm")
 
 
 @dataclass
 class Built:
-    """The objects of a run. `instruction` writes the stream "qformer", where the model reads one."""
+    """What a configuration comes to: the model, and the processor that makes what it reads."""
 
     cfg: DictConfig
     model: nn.Module
-    tokenizer: Any
-    template: Any
-    layout: MediaLayout
-    image: ImageTransform | None
-    instruction: Any = None
-
-    @property
-    def streams(self) -> Mapping[str, Alignment]:
-        """The token streams that the model reads, and their alignment: the family's attribute `streams`."""
-        return cast(Mapping[str, Alignment], getattr(self.model, "streams", CAUSAL))
-
-    @property
-    def rendering(self) -> dict[str, Any]:
-        """What `vlm_train.data.render` has to know of the model, besides its media layout."""
-        if self.streams == CAUSAL:
-            return {}
-        return {"streams": dict(self.streams), "instruction": self.instruction}
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of one view; a small dummy where the family has no images."""
-        return self.image.size if self.image is not None else (8, 8)
+    processor: Processor
 
 
-def make(node: DictConfig, **threaded: Any) -> Any:
-    """Call a node's `_target_` with its options and what the other parts give."""
-    return instantiate(node, _partial_=True, _convert_="all")(**threaded)
+def make(node: DictConfig, *given: Any, **threaded: Any) -> Any:
+    """Call a node's `_target_` with its options and what other parts give, which Hydra must not copy into a
+    configuration."""
+    return instantiate(node, _partial_=True, _convert_="all")(*given, **threaded)
+
+
+def make_each(group: DictConfig | None, **threaded: Any) -> dict[str, Any]:
+    """Name -> component of a group of named ones; a null entry removes one."""
+    return {str(name): make(node, **threaded) for name, node in (group or {}).items() if node is not None}
 
 
 def quiet() -> None:
@@ -73,16 +63,28 @@ def build(cfg: DictConfig, *, meta: bool = False) -> Built:
     quiet()
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, which writes bars into log files
-    tokenizer = make(cfg.tokenizer)
+    tokenizer = build_tokenizer(cfg)
     template = make(cfg.template)
     template.check(tokenizer)
     model = build_model(cfg, tokenizer, meta=meta)
     if rank() == 0:
         for line in hits(model):
             print(line, flush=True)
+    return Built(cfg, model, build_processor(cfg, model, tokenizer, template))
+
+
+def build_processor(cfg: DictConfig, model: nn.Module, tokenizer: Any, template: Any) -> Processor:
+    """The processor of a model: what the parts decide about its data, without their weights."""
     image = build_image(cfg, model)
-    instruction = None if cfg.instruction is None else make(cfg.instruction)
-    return Built(cfg, model, tokenizer, template, build_layout(model, image), image, instruction)
+    return Processor(
+        tokenizer=tokenizer,
+        template=template,
+        layout=build_layout(model, image),
+        image=image,
+        instruction=None if cfg.instruction is None else make(cfg.instruction),
+        streams=dict(getattr(model, "streams", CAUSAL)),
+        max_length=cfg.data.get("max_length"),
+    )
 
 
 def halve(model: nn.Module) -> None:
@@ -153,12 +155,46 @@ def build_layout(model: Any, image: ImageTransform | None) -> MediaLayout:
     return GridLayout(ViewGrid(image, model.vision.patch_grid), connector.token_grid, views=image.view_count)
 
 
-@dataclass(frozen=True)
-class ViewGrid:
-    """Patch grid of the view that the image transform makes of a media item."""
+def build_tokenizer(cfg: DictConfig) -> Any:
+    """The tokenizer of the language model's text."""
+    return make(cfg.tokenizer)
 
-    image: ImageTransform
-    patch_grid: Any
 
-    def __call__(self, size: Any) -> Any:
-        return self.patch_grid(self.image.view_size(size))
+def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
+    """The data module; it plans nothing yet."""
+    return cast("VLMData", make(cfg.data, processor=processor, batch=cfg.batch, seed=cfg.seed))
+
+
+def build_objectives(cfg: DictConfig) -> dict[str, Objective]:
+    """Name -> loss."""
+    return make_each(cfg.objective)
+
+
+def build_evaluators(cfg: DictConfig) -> dict[str, Any]:
+    """Name -> evaluator."""
+    return make_each(cfg.eval)
+
+
+def build_optimizer(cfg: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer of parameter groups, each a dictionary as torch takes it."""
+    return cast(torch.optim.Optimizer, make(cfg.optim, groups))
+
+
+def build_lr_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, *, total_steps: int) -> Any:
+    """The learning rate schedule of an optimizer over a run of `total_steps`."""
+    return make(cfg.lr_schedule, optimizer, total_steps=total_steps)
+
+
+def build_callbacks(cfg: DictConfig) -> list[Any]:
+    """The configured callbacks; those that every run has are made by the trainer."""
+    return [*make_each(cfg.callbacks).values()]
+
+
+def build_loggers(cfg: DictConfig, folder: Path) -> list[Any]:
+    """The configured loggers of a run in `folder`."""
+    return [*make_each(cfg.logger, folder=folder).values()]
+
+
+def build_strategy(node: DictConfig) -> Any:
+    """The strategy of a node that `vlm_train.trainer.make_strategy` has completed."""
+    return make(node)

@@ -54,7 +54,7 @@ THREADED: dict[str, frozenset[str]] = {
     "connector": frozenset({"in_dim", "out_dim"}),
     "llm": frozenset({"vocab_size", "new_tokens"}),  # one of them: does the configuration fix the vocabulary?
     "image": frozenset({"size", "mean"}),
-    "data": frozenset({"built", "seed"}),
+    "data": frozenset({"processor", "batch", "seed"}),
     "peft": frozenset({"model"}),
     "optim": frozenset({"params"}),
     "lr_schedule": frozenset({"optimizer", "total_steps"}),

@@ -39,8 +39,8 @@ MODES = {
     "score": "vlm_train.capfilt.run:score",
     "export": "vlm_train.export.run:export",
     "import": "vlm_train.export.run:import_",
-    "show": "vlm_train.data.show:show",
-    "lengths": "vlm_train.data.survey:survey",
+    "show": "vlm_train.runs.preview:show",
+    "lengths": "vlm_train.runs.preview:measure_lengths",
 }
 """Mode -> the function that carries it out, imported only then: `(cfg) -> dict | None`."""
 

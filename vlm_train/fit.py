@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train import checkpoint, config, record, rollback
@@ -53,11 +52,9 @@ def _start(resumed: checkpoint.Resume | None) -> str:
 def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Resume | None) -> dict[str, Any]:
     import torch
 
-    from vlm_train.build import build, halve
+    from vlm_train.build import build, build_data, build_evaluators, halve
     from vlm_train.callbacks.loop import Evaluation
-    from vlm_train.data.datamodule import VLMData
     from vlm_train.data.tokenizer import vocabulary
-    from vlm_train.evaluation.run import make_evaluators
     from vlm_train.trainer import halves_weights, loop_callbacks, make_trainer, processes, shards_model
 
     if cfg.trainer.threads:
@@ -73,19 +70,23 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     if halves_weights(cfg):
         halve(built.model)
     policy = _policy(cfg, built.model)
-    data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=built, seed=cfg.seed)
+    data = build_data(cfg, built.processor)
     data.plan = _plan(cfg, data, built.model, world)
-    facts: dict[str, Any] = {"run_id": identity, "init_from": sources, "vocabulary": vocabulary(built.tokenizer)}
+    facts: dict[str, Any] = {
+        "run_id": identity,
+        "init_from": sources,
+        "vocabulary": vocabulary(built.processor.tokenizer),
+    }
     facts |= {"data": data.fingerprint(), "order": data.order()}
     if resumed and not shares:
         resumed.require(**facts)
     facts["rollbacks"] = len(rollback.rollbacks(folder))
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
-    work = _work(cfg, built.tokenizer) if rank() == 0 else None
+    work = _work(cfg, built.processor.tokenizer) if rank() == 0 else None
     module = _module(cfg, built.model, policy, data.plan, folder, work)
-    evaluators = make_evaluators(cfg)
+    evaluators = build_evaluators(cfg)
     every = None if len(data.val) else cfg.trainer.val_every
-    evaluation = Evaluation(built, evaluators, folder, every=every, val_every=cfg.trainer.val_every)
+    evaluation = Evaluation(built.processor, evaluators, folder, every=every, val_every=cfg.trainer.val_every)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed)
     trainer = make_trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
@@ -106,7 +107,7 @@ def _describe(cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Pa
     """Say and record what is about to be trained."""
     print(policy.table(), flush=True)
     _write_parameters(folder, policy)
-    built.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
+    built.processor.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
     _write_status(folder, **names, status="running", started=time.time(), exit_code=None)
     for logger in trainer.loggers:
@@ -139,6 +140,7 @@ def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
 
 
 def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
+    from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
     from vlm_train.strategies.spread import units
@@ -148,7 +150,7 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, w
         checkpoint_layers(layers, selective=cfg.trainer.activation_checkpointing == "selective")
     for one in (layers or [model]) if cfg.trainer.compile else ():
         one.compile()  # layer by layer: the same code for all of them, and shards are gathered in between
-    objectives = {k: instantiate(v, _convert_="all") for k, v in cfg.objective.items() if v is not None}
+    objectives = build_objectives(cfg)
     for name, objective in objectives.items():
         if objective.stream == "samples" and (plan.packing or cfg.batch.micro * plan.world < cfg.batch.samples):
             raise ConfigError(
@@ -159,8 +161,8 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, w
         model,
         objectives,
         policy,
-        partial(_call, cfg.optim),
-        partial(_call, cfg.lr_schedule, total_steps=plan.steps),
+        partial(build_optimizer, cfg),
+        partial(build_lr_schedule, cfg, total_steps=plan.steps),
         seed=cfg.seed,
         total_steps=plan.steps,
         normalise=cfg.batch.normalise,
@@ -197,11 +199,6 @@ def _guard(cfg: DictConfig, folder: Path) -> Any:
     return Guard(folder, **cfg.trainer.guard, scaled=scaled, skip=cfg.trainer.skip_steps)
 
 
-def _call(node: DictConfig, value: Any, **options: Any) -> Any:
-    """Call a component with one live object, which Hydra must not copy into a configuration."""
-    return instantiate(node, _partial_=True, _convert_="all")(value, **options)
-
-
 def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
     """Final evaluation, on all ranks where weights are in shards; run.json and report, on rank 0."""
     from vlm_train.callbacks.loop import results_folder
@@ -212,7 +209,7 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
     metrics: dict[str, float] = {}
     if evaluators:
         with results_folder(folder, trainer.is_global_zero) as results:
-            found = run_evaluators(built, evaluators, results)  # which also records the results
+            found = run_evaluators(built.model, built.processor, evaluators, results)  # which also records the results
         metrics = {f"{name}/accuracy": found[name]["accuracy"] for name in evaluators}
         module.write("test", metrics)
     if not trainer.is_global_zero:

@@ -10,13 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from vlm_train.build import build_callbacks, build_loggers, build_strategy
 from vlm_train.callbacks.accumulation import NEVER, Accumulation
 from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log
 from vlm_train.callbacks.signals import StopSignals
@@ -38,9 +38,7 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
         logging.getLogger(name).setLevel(logging.WARNING)
     if not on_gpu(cfg):
         keep_freed_memory()
-    own = [instantiate(node, _convert_="all") for node in _named(cfg.callbacks)]
     strategy = make_strategy(cfg, plan.world)
-    loggers = [instantiate(node, _partial_=True, _convert_="all")(folder=folder) for node in _named(cfg.logger)]
     try:
         return pl.Trainer(
             accelerator=cfg.trainer.accelerator,
@@ -54,8 +52,8 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
             val_check_interval=NEVER,  # `Accumulation` says when
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            logger=loggers,
-            callbacks=[*own, *callbacks],
+            logger=build_loggers(cfg, folder),
+            callbacks=[*build_callbacks(cfg), *callbacks],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -85,7 +83,7 @@ def make_strategy(cfg: DictConfig, world: int) -> Any:
         options["timeout_minutes"] = cfg.launch.timeout_minutes
     if target == FSDP2:
         options["compute_dtype"] = {"bf16-mixed": "bf16"}.get(cfg.trainer.precision)
-    return instantiate(options, _convert_="all")
+    return build_strategy(OmegaConf.create(options))
 
 
 def processes(cfg: DictConfig) -> int:
@@ -149,8 +147,3 @@ def loop_callbacks(
         evaluation,
         checkpoints,
     ]
-
-
-def _named(group: DictConfig | None) -> list[DictConfig]:
-    """The components of a group of named ones; a null entry removes one."""
-    return [node for node in (group or {}).values() if node is not None]

@@ -23,8 +23,10 @@ from vlm_train.data.datamodule import VLMData
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.mixture import Address
 from vlm_train.data.parcel import Parcel
+from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
+from vlm_train.schema import BatchSize
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +36,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data(*train: Any, val: list[Any] | None = None, normalise: str = "token", **options: Any) -> VLMData:
     """A data module over `train`, as `fit` makes it, on a pretended device."""
-    built = SimpleNamespace(
+    processor = Processor(
         template=load("qa"),
-        rendering={},
         tokenizer=byte_level(),
         layout=layout,
         image=ImageTransform(mode="resize", size=(8, 8)),
-        image_size=(8, 8),
-        cfg=SimpleNamespace(batch=SimpleNamespace(micro=2, normalise=normalise, samples=4, tokens=None)),
     )
+    batch = BatchSize(micro=2, normalise=normalise, samples=4)
     entries = [one if isinstance(one, dict) else {"shards": str(one)} for one in train]
     options = {"shuffle": "none", "workers": 0, "cache": "/nonexistent"} | options
-    made = VLMData(train=entries, val=val or [], built=built, **options)
+    made = VLMData(train=entries, val=val or [], processor=processor, batch=batch, **options)
     made.trainer = trainer("cpu")
     made.plan = made.make_plan(batch=4, tokens=None, epochs=2, most=None, world=1, cost=Cost())
     return made

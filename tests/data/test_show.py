@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
 
+from data_pipelines.stream import ShardSet
 from tests.data.rendering import assistant, layout, load, sample, user
 from tests.small_run import make_data
-from vlm_train import build
 from vlm_train.data.image import ImageTransform
+from vlm_train.data.processor import Processor
 from vlm_train.data.render import render
-from vlm_train.data.show import format_tokens, learned_tokens, save_views, show
+from vlm_train.data.show import format_tokens, learned_tokens, save_views, show_sample
 from vlm_train.data.tokenizer import byte_level
 
 
@@ -53,16 +53,14 @@ def test_views_are_saved_as_they_are(tmp_path) -> None:
 
 def test_the_shown_sample_is_named(tmp_path, monkeypatch, capsys) -> None:
     folder = make_data(tmp_path) / "tiny" / "train"
-    parts = {"template": load("qa"), "tokenizer": byte_level(), "layout": layout}
-    built = SimpleNamespace(**parts, rendering={}, instruction=None, image=ImageTransform(mode="resize", size=(8, 8)))
-    monkeypatch.setattr(build, "build", lambda cfg: built)
-    monkeypatch.chdir(tmp_path)
-    options = {"train": [{"shards": str(folder)}], "annotations": "first", "max_length": None, "over_length": "drop"}
-    show(OmegaConf.create({"data": options, "run": None}))
+    image = ImageTransform(mode="resize", size=(8, 8))
+    processor = Processor(template=load("qa"), tokenizer=byte_level(), layout=layout, image=image)
+    options = {"annotations": "first", "max_length": None, "over_length": "drop"}
+    show_sample(processor, ShardSet(folder), options, seed=1, folder=tmp_path)
     assert capsys.readouterr().out.startswith(f"sample sample-00, number 0 of 12 in {folder}, source test\n")
     assert np.asarray(Image.open(tmp_path / "show.png")).shape == (8, 8, 3)
-    built.image = ImageTransform(mode="resize", size=(8, 8), area=[0.5, 0.6])
-    show(OmegaConf.create({"data": options, "run": None, "seed": 1}))
+    processor = replace(processor, image=ImageTransform(mode="resize", size=(8, 8), area=[0.5, 0.6]))
+    show_sample(processor, ShardSet(folder), options, seed=1, folder=tmp_path)
     assert "then as training does in passes 0 to 2" in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "show.png"))
     views = [sheet[top : top + 8, left : left + 8].tobytes() for top in (0, 8) for left in (0, 8)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from vlm_train.data.datamodule import Samples
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import MediaSize
 from vlm_train.data.order import Address
+from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.data.video import decode_frames
 from vlm_train.errors import ConfigError
@@ -95,9 +95,8 @@ def test_a_prefix_model_reads_a_video(tmp_path, clip):
     model = PrefixVLM(vision=vision, connector=MLP(in_dim=vision.out_dim, out_dim=llm.dim), llm=llm)
     transform = ImageTransform(mode="resize", size=(32, 32), frames=3)
     layout = pickle.loads(pickle.dumps(build_layout(model, transform)))
-    parts = {"template": load("qa"), "tokenizer": tokenizer, "layout": layout, "image": transform}
-    built = SimpleNamespace(**parts, rendering={}, image_size=(32, 32))
-    samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], built, {}, seed=0, limit=None)
+    processor = Processor(template=load("qa"), tokenizer=tokenizer, layout=layout, image=transform)
+    samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], processor, {}, seed=0, limit=None)
     items = [samples.item(Address(index, 0), training=True) for index in range(2)]
     batch = collate([[item] for item in items], (32, 32))
     assert batch.media.view_counts == (1, 3, 1) and batch.media.slot_counts == (4, 12, 4)

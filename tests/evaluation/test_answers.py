@@ -6,7 +6,6 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,14 +13,14 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
-from tests.data.rendering import load
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout
+from vlm_train.data.processor import Processor
 from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation import answers
-from vlm_train.evaluation.answers import Answer, AnswerAccuracy, decode, derangement, end_ids, pictured
+from vlm_train.evaluation.answers import Answer, AnswerAccuracy, derangement, pictured
 
 unreadable: set[int] = set()
 broken: set[int] = set()
@@ -97,9 +96,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     image = ImageTransform(mode="resize", size=(8, 8))
     template = ChatTemplate(media="first", assistant_suffix="{eos}")
     layout = GridLayout(one_token, one_token)
-    return SimpleNamespace(
-        model=model, tokenizer=tokenizer, template=template, layout=layout, image=image, rendering={}, image_size=(8, 8)
-    )
+    processor = Processor(tokenizer=tokenizer, template=template, layout=layout, image=image)
+    return SimpleNamespace(model=model, processor=processor)
 
 
 def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tmp_path: Path) -> None:
@@ -108,7 +106,7 @@ def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tm
         shards="x", batch=4, controls=["shuffled_images"], majority_shards=["x"], published=[published], pictures=2
     )
     built.model.train()
-    found = evaluator.run(built, tmp_path, final=True)
+    found = evaluator.run(built.model, built.processor, tmp_path, final=True)
     assert (found["accuracy"], found["n"]) == (2 / 6, 6)
     assert [row["value"] for row in found["results"]] == [2 / 6, 2 / 6, 5 / 6, 0.5]
     assert built.model.training and built.model.modes == {False}
@@ -129,8 +127,8 @@ def test_unusable_samples_are_named_and_left_out(
     unreadable.add(0)
     broken.add(2)
     evaluator = AnswerAccuracy(shards="x", controls=["shuffled_images"], majority_shards=["x"])
-    assert evaluator.run(built, tmp_path, final=False)["n"] == 2
-    found = evaluator.run(built, tmp_path, final=True)
+    assert evaluator.run(built.model, built.processor, tmp_path, final=False)["n"] == 2
+    found = evaluator.run(built.model, built.processor, tmp_path, final=True)
     assert (found["accuracy"], found["n"]) == (1 / 2, 2)
     assert [row["name"] for row in found["results"]] == ["this run", "question only"]
     assert found["results"][0]["note"] == "generation, exact match, 2 samples unusable"
@@ -143,7 +141,7 @@ def test_unusable_samples_are_named_and_left_out(
 def test_nothing_usable_is_an_error(built: SimpleNamespace, tmp_path: Path) -> None:
     unreadable.update(range(3))
     with pytest.raises(ConfigError, match="none of the 3 samples of x can be used: x/0.tar, key 's0'"):
-        AnswerAccuracy(shards="x").run(built, tmp_path, final=True)
+        AnswerAccuracy(shards="x").run(built.model, built.processor, tmp_path, final=True)
 
 
 def test_pictures_show_wrong_answers_and_a_spread_of_the_others() -> None:
@@ -153,7 +151,7 @@ def test_pictures_show_wrong_answers_and_a_spread_of_the_others() -> None:
 
 
 def test_validation_is_limited_and_writes_nothing(built: SimpleNamespace, tmp_path: Path) -> None:
-    found = AnswerAccuracy(shards="x", validation_limit=1).run(built, tmp_path, final=False)
+    found = AnswerAccuracy(shards="x", validation_limit=1).run(built.model, built.processor, tmp_path, final=False)
     assert found == {"accuracy": 0.0, "n": 2, "results": []}
     assert list(tmp_path.iterdir()) == []
 
@@ -168,33 +166,3 @@ def test_derangement_moves_every_number(count: int) -> None:
 def test_unknown_control_is_refused() -> None:
     with pytest.raises(ConfigError, match="shuffled_images"):
         AnswerAccuracy(shards="x", controls=["blank"])
-
-
-@pytest.mark.parametrize(
-    ("template", "ends"),
-    [
-        ("qa", []),
-        ("llama2", []),
-        ("plain", ["\n"]),
-        ("caption_opt", ["\n"]),
-        ("chatml", ["<|im_end|>"]),
-        ("minigpt4", []),
-    ],
-)
-def test_answers_end_as_their_template_ends_them(template: str, ends: list[str]) -> None:
-    """A line break is a token; "###" is three, and none ends an answer."""
-    tokenizer = byte_level()
-    wanted = [tokenizer(end, add_special_tokens=False)["input_ids"] for end in ends]
-    built: Any = SimpleNamespace(tokenizer=tokenizer, template=load(template))
-    assert end_ids(built) == [tokenizer.eos_token_id, *(token for (token,) in wanted)]
-
-
-@pytest.mark.parametrize(
-    ("template", "written", "answer"),
-    [("minigpt4", "a cat###Human: what", "a cat"), ("qa", "a #cat<eos> ###", "a #cat"), ("plain", "a cat\nb", "a cat")],
-)
-def test_an_answer_ends_where_the_template_ends_it(template: str, written: str, answer: str) -> None:
-    tokenizer = byte_level()
-    built: Any = SimpleNamespace(tokenizer=tokenizer, template=load(template))
-    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
-    assert decode(built, ids, end_ids(built)).strip() == answer

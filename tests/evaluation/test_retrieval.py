@@ -15,6 +15,7 @@ from tests.data.rendering import assistant, load
 from tests.small_run import picture
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import NoMedia
+from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.retrieval import CaptionRetrieval, image_chance, recalls
@@ -51,21 +52,15 @@ def shards(folder: Path, bad: tuple[int, ...]) -> str:
 @pytest.fixture
 def built() -> SimpleNamespace:
     image = ImageTransform(mode="resize", size=(8, 8))
-    return SimpleNamespace(
-        model=Towers(),
-        tokenizer=byte_level(),
-        template=load("caption"),
-        layout=NoMedia(),
-        image=image,
-        image_size=(8, 8),
-    )
+    processor = Processor(tokenizer=byte_level(), template=load("caption"), layout=NoMedia(), image=image)
+    return SimpleNamespace(model=Towers(), processor=processor)
 
 
 def test_unusable_samples_are_left_out(
     built: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shards(tmp_path / "set", bad=(COUNT - 1,))
-    found = CaptionRetrieval(shards=folder).run(built, tmp_path, final=True)
+    found = CaptionRetrieval(shards=folder).run(built.model, built.processor, tmp_path, final=True)
     assert (found["accuracy"], found["n"]) == (1.0, COUNT - 1)
     assert found["results"][0]["note"].endswith("(chance 0.250), 1 sample unusable")
     assert "key 's4': image: cannot decode" in capsys.readouterr().out
@@ -74,7 +69,7 @@ def test_unusable_samples_are_left_out(
 def test_nothing_usable_is_an_error(built: SimpleNamespace, tmp_path: Path) -> None:
     folder = shards(tmp_path / "set", bad=tuple(range(COUNT)))
     with pytest.raises(ConfigError, match="none of the 5 samples"):
-        CaptionRetrieval(shards=folder, batch=2).run(built, tmp_path, final=True)
+        CaptionRetrieval(shards=folder, batch=2).run(built.model, built.processor, tmp_path, final=True)
 
 
 def test_recalls_of_both_directions_by_hand() -> None:

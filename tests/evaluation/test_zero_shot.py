@@ -17,6 +17,7 @@ from data_pipelines.shards import ShardWriter
 from tests.data.rendering import load
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import NoMedia
+from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.zero_shot import ZeroShot, class_of
@@ -50,8 +51,8 @@ class Towers(torch.nn.Module):
 @pytest.fixture
 def built() -> SimpleNamespace:
     image = ImageTransform(mode="resize", size=(8, 8))
-    parts = {"tokenizer": TOKENIZER, "template": load("caption"), "layout": NoMedia()}
-    return SimpleNamespace(model=Towers(), image=image, image_size=(8, 8), **parts)
+    processor = Processor(tokenizer=TOKENIZER, template=load("caption"), layout=NoMedia(), image=image)
+    return SimpleNamespace(model=Towers(), processor=processor)
 
 
 def shards(folder: Path, captions: list[tuple[str, str]]) -> str:
@@ -76,20 +77,20 @@ def test_images_are_given_the_nearest_class(built: SimpleNamespace, tmp_path: Pa
     ]
     folder = shards(tmp_path / "set", pairs)
     evaluator = ZeroShot(shards=folder, classes=list(COLOURS), templates=["a {}", "the {} one"], batch=2, name="colour")
-    found = evaluator.run(built, tmp_path, final=True)
+    found = evaluator.run(built.model, built.processor, tmp_path, final=True)
     assert (found["accuracy"], found["n"]) == (pytest.approx(2 / 3), 3)
     assert built.model.asked == [text for name in COLOURS for text in (f"a {name}", f"the {name} one")]
     (row,) = found["results"]
     assert row["name"] == "colour" and row["value"] == found["accuracy"]
     assert row["note"] == ("nearest of 3 classes, 2 prompts each (chance 0.333, most frequent class 0.667), 2 left out")
-    assert evaluator.run(built, tmp_path, final=False)["results"] == []
+    assert evaluator.run(built.model, built.processor, tmp_path, final=False)["results"] == []
 
 
 def test_prompts_are_averaged_as_unit_vectors(built: SimpleNamespace) -> None:
     evaluator = ZeroShot(shards="", classes=["red", "green"], templates=["a {}", "dark {}"])
     plain, dark = torch.tensor([1.0, 0, 0]), torch.tensor([1.0, 0, 1.5]) / 3.25**0.5
     expected = (plain + dark) / (plain + dark).norm()
-    assert torch.allclose(evaluator.class_vectors(built)[0], expected, atol=1e-6)
+    assert torch.allclose(evaluator.class_vectors(built.model, built.processor)[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,11 @@ def test_wrong_settings_are_refused(built: SimpleNamespace, tmp_path: Path) -> N
         ZeroShot(shards="", classes=["a", "b"], templates=["a photo"])
     folder = shards(tmp_path / "set", [("red", "a red thing")])
     with pytest.raises(ConfigError, match="no caption of .* says one of up, down"):
-        ZeroShot(shards=folder, classes=["up", "down"], templates=["{}"]).run(built, tmp_path, final=True)
+        ZeroShot(shards=folder, classes=["up", "down"], templates=["{}"]).run(
+            built.model, built.processor, tmp_path, final=True
+        )
     with pytest.raises(ConfigError, match="needs model=two_tower, got Linear"):
         built.model = torch.nn.Linear(1, 1)
-        ZeroShot(shards=folder, classes=["red", "blue"], templates=["{}"]).run(built, tmp_path, final=True)
+        ZeroShot(shards=folder, classes=["red", "blue"], templates=["{}"]).run(
+            built.model, built.processor, tmp_path, final=True
+        )

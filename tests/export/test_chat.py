@@ -14,7 +14,9 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.rendering import NAMES, assistant, load, sample, user
 from tests.tiny_models import tiny_vision
+from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import PLACEHOLDER_ID, GridLayout
+from vlm_train.data.processor import Processor
 from vlm_train.data.render import render
 from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level, words
@@ -65,7 +67,9 @@ def exported(folder: Path, template: Any, tokenizer: Any) -> tuple[str | None, A
     )
     copy.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     make_processor(tiny_vision(), copy, "resize").save_pretrained(folder / "export")
-    problem = add_chat_template(folder / "export", template, tokenizer, LAYOUT, (32, 32))
+    image = ImageTransform(mode="resize", size=(32, 32))
+    ours = Processor(tokenizer=tokenizer, template=template, layout=LAYOUT, image=image)
+    problem = add_chat_template(folder / "export", ours)
     return problem, AutoProcessor.from_pretrained(folder / "export")
 
 

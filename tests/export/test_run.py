@@ -15,6 +15,7 @@ from vlm_train import config
 from vlm_train.build import build
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout
+from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import AssetError
 from vlm_train.export import llava
@@ -35,9 +36,8 @@ def built(template: str = "vicuna_v1") -> SimpleNamespace:
     model = PrefixVLM(vision=vision, connector=MLP(in_dim=vision.out_dim, out_dim=llm.dim), llm=llm)
     image = ImageTransform(mode="pad", size=(32, 32))
     layout = GridLayout(two_by_two, two_by_two)
-    return SimpleNamespace(
-        model=model, tokenizer=tokenizer, template=load(template), layout=layout, image=image, image_size=(32, 32)
-    )
+    processor = Processor(tokenizer=tokenizer, template=load(template), layout=layout, image=image)
+    return SimpleNamespace(model=model, processor=processor)
 
 
 def test_export_carries_the_template_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.save import Writer
 from vlm_train.checkpoint.state import restore
 from vlm_train.data.batch import Batch, ends_step
+from vlm_train.data.processor import Processor
 from vlm_train.errors import Interrupted
 
 
@@ -154,9 +155,15 @@ class Evaluation(pl.Callback):
     """
 
     def __init__(
-        self, built: Any, evaluators: dict[str, Any], folder: Path, *, every: int | None, val_every: int | None
+        self,
+        processor: Processor,
+        evaluators: dict[str, Any],
+        folder: Path,
+        *,
+        every: int | None,
+        val_every: int | None,
     ) -> None:
-        self.built, self.folder, self.every, self.val_every = built, folder, every, val_every
+        self.processor, self.folder, self.every, self.val_every = processor, folder, every, val_every
         self.evaluators = {name: one for name, one in evaluators.items() if getattr(one, "at_validation", True)}
 
     def on_train_batch_end(
@@ -178,7 +185,7 @@ class Evaluation(pl.Callback):
             return
         with results_folder(self.folder / "eval", trainer.is_global_zero) as folder:
             for name, evaluator in self.evaluators.items():
-                result = evaluator.run(self.built, folder / name, final=False)
+                result = evaluator.run(pl_module.model, self.processor, folder / name, final=False)
                 found = {f"{name}/accuracy": result["accuracy"]}
                 pl_module.validation_metrics |= found  # type: ignore[operator]
                 pl_module.write("val", found)  # type: ignore[operator]

@@ -15,12 +15,13 @@ from data_pipelines.errors import BadSample
 from vlm_train import record
 from vlm_train.data.batch import Batch
 from vlm_train.data.collate import collate_prompts
-from vlm_train.data.render import Rendered, render
+from vlm_train.data.processor import Processor
+from vlm_train.data.render import Rendered
 from vlm_train.data.samples import Samples
 from vlm_train.data.show import save_views
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.answers import decode, end_ids, question, spread
-from vlm_train.evaluation.common import evaluating, views_of
+from vlm_train.evaluation.answers import question, spread
+from vlm_train.evaluation.common import evaluating
 from vlm_train.loggers.mirror import Mirror, Picture
 
 FOLDER = "predictions"
@@ -73,7 +74,7 @@ class Predictions(pl.Callback):
             if self.asked is None:
                 self._prepare(held_out, _folder(trainer))
             if self.asked:
-                self._write(trainer, self._answers(held_out, model))
+                self._write(trainer, self._answers(held_out.processor, model))
         except Exception as error:  # a run is worth more than its samples
             print(f"callbacks.predictions: none any more: {type(error).__name__}: {error}", flush=True)
             self.asked = []
@@ -81,16 +82,13 @@ class Predictions(pl.Callback):
     def _prepare(self, held_out: Samples, folder: Path) -> None:
         """Render the questions and save their pictures; unusable samples are passed over."""
         prompts: list[tuple[Rendered, list[np.ndarray]]] = []
-        self.asked = []
+        self.asked, processor = [], held_out.processor
         for index in spread(range(len(held_out)), self.samples):
             source, number, _ = held_out.locate(index)
             try:
                 sample, blobs = source.shards.load(number)
-                parts = held_out.template, held_out.tokenizer, held_out.layout
-                prompt = render(
-                    sample, *parts, annotations="first", annotation=0, generation=True, **held_out.rendering
-                )
-                views = views_of(held_out, blobs)  # type: ignore[arg-type]
+                prompt = processor.render(sample, annotations="first", annotation=0, generation=True)
+                views = processor.make_views(blobs)
             except BadSample:
                 continue
             image = f"images/{len(prompts)}.png" if views else None
@@ -98,15 +96,14 @@ class Predictions(pl.Callback):
                 save_views(np.concatenate(views), folder / image)
             prompts.append((prompt, views))
             self.asked.append(Asked(sample.key, question(sample.annotations[0]), prompt.reference, image))
-        self.batch = collate_prompts(prompts, held_out.image_size) if prompts else None
+        self.batch = collate_prompts(prompts, processor.image_size) if prompts else None
 
-    def _answers(self, held_out: Samples, model: Any) -> list[str]:
-        ends = end_ids(held_out)  # type: ignore[arg-type]
+    def _answers(self, processor: Processor, model: Any) -> list[str]:
         assert self.batch is not None
         with evaluating(model):
             batch = self.batch.to(next(model.parameters()).device)
-            ids = model.generate(batch, max_new_tokens=self.max_new_tokens, eos_ids=ends)
-        return [decode(held_out, row, ends).strip() for row in ids.tolist()]  # type: ignore[arg-type]
+            ids = model.generate(batch, max_new_tokens=self.max_new_tokens, eos_ids=processor.end_ids)
+        return [processor.decode_answer(row).strip() for row in ids.tolist()]
 
     def _write(self, trainer: pl.Trainer, answers: Sequence[str]) -> None:
         assert self.asked is not None

@@ -18,16 +18,16 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
 from data_pipelines.stream import ShardSet
 from vlm_train.config import resolved, run_dir
-from vlm_train.data.render import Rendered, render
+from vlm_train.data.render import Rendered
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.answers import decode, end_ids
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar, views_of
+from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.evaluation.run import require_own_weights
 from vlm_train.randomness import derive_seed
 
 if TYPE_CHECKING:
     from vlm_train.build import Built
     from vlm_train.data.batch import Batch
+    from vlm_train.data.processor import Processor
 
     Row = dict[str, Any]
 
@@ -55,14 +55,14 @@ def caption(cfg: DictConfig) -> dict[str, Any]:
     given = {name: cfg.columns[name] for name in SAMPLING if cfg.columns[name] != SAMPLING[name]}
     given["max_new_tokens"] = cfg.columns.max_new_tokens
 
-    def texts(built: Built, sample: Sample) -> list[Rendered]:
-        parts = built.template, built.tokenizer, built.layout
-        return [render(sample, *parts, annotations="first", generation=True, **built.rendering)]
+    def texts(processor: Processor, sample: Sample) -> list[Rendered]:
+        return [processor.render(sample, annotations="first", generation=True)]
 
     def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
-        eos_ids, model = end_ids(built), _offering(built, ("generate",), cfg.mode)
+        model, processor = _offering(built, ("generate",), cfg.mode), built.processor
         batch = _batch(built, [(one.texts[0], one.views) for one in shown])
-        found = [decode(built, row, eos_ids) for row in model.generate(batch, eos_ids=eos_ids, **given).tolist()]
+        ids = model.generate(batch, eos_ids=processor.end_ids, **given)
+        found = [processor.decode_answer(row) for row in ids.tolist()]
         return [{"key": one.key, "caption": text.strip()} for one, text in zip(shown, found, strict=True)]
 
     return _write(cfg, ("caption",), {"seed": cfg.seed, **given}, texts, rows)
@@ -72,11 +72,10 @@ def score(cfg: DictConfig) -> dict[str, Any]:
     """Write what the model thinks of every caption, those of `columns.captions` in place of the samples' own: `match`,
     the probability that its ITM head gives a match, and `similarity`, the cosine that ITC learns."""
 
-    def texts(built: Built, sample: Sample) -> list[Rendered]:
-        options = built.template, built.tokenizer, built.layout
-        length: Any = {"max_length": cfg.data.get("max_length"), "over_length": "truncate"}
+    def texts(processor: Processor, sample: Sample) -> list[Rendered]:
+        length: Any = {"max_length": processor.max_length, "over_length": "truncate"}
         count = len(sample.annotations)
-        return [render(sample, *options, annotations="first", annotation=n, **length) for n in range(count)]
+        return [processor.render(sample, annotations="first", annotation=n, **length) for n in range(count)]
 
     def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
         model = _offering(built, MATCHES, cfg.mode)
@@ -107,7 +106,7 @@ def _write(
     cfg: DictConfig,
     names: Sequence[str],
     about: dict[str, Any],
-    texts: Callable[[Built, Sample], list[Rendered]],
+    texts: Callable[[Processor, Sample], list[Rendered]],
     rows: Callable[[Built, Sequence[Shown]], list[Row]],
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `texts` of every sample, and `rows` of some."""
@@ -130,7 +129,7 @@ def _write(
             for shard in missing:
                 _seed(derive_seed(cfg.seed, "columns", shard))
                 found: list[Row] = []
-                for shown in _shown(built, shards, shard, captions, texts, cfg.columns.batch, unusable):
+                for shown in _shown(built.processor, shards, shard, captions, texts, cfg.columns.batch, unusable):
                     found += rows(built, shown)
                     step(len(shown))
                 writer.write(shard, found)
@@ -192,11 +191,11 @@ def _seed(seed: int) -> None:
 
 
 def _shown(
-    built: Built,
+    processor: Processor,
     shards: ShardSet,
     shard: int,
     captions: Columns | None,
-    texts: Callable[[Built, Sample], list[Rendered]],
+    texts: Callable[[Processor, Sample], list[Rendered]],
     size: int,
     unusable: Unusable,
 ) -> Iterator[list[Shown]]:
@@ -210,7 +209,7 @@ def _shown(
                 raise BadSample(f"{len(sample.media)} media items; a caption is about one image", kind="media")
             if captions is not None:
                 sample = with_caption(sample, str(captions.row(number).get("caption") or ""))
-            group.append(Shown(sample.key, views_of(built, blobs), texts(built, sample)))
+            group.append(Shown(sample.key, processor.make_views(blobs), texts(processor, sample)))
         if len(group) == size:
             yield group
             group = []
@@ -221,4 +220,4 @@ def _shown(
 def _batch(built: Built, items: Sequence[tuple[Rendered, list[Any]]]) -> Batch:
     from vlm_train.data.collate import collate_prompts
 
-    return collate_prompts(list(items), built.image_size).to(next(built.model.parameters()).device)
+    return collate_prompts(list(items), built.processor.image_size).to(next(built.model.parameters()).device)

@@ -17,15 +17,16 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipelines.remote import CACHE_BYTES
-from vlm_train.build import Built
 from vlm_train.data.budget import Place, TokenPlan
 from vlm_train.data.cost import Cost
 from vlm_train.data.lengths import fingerprint
 from vlm_train.data.mixture import Mixture
 from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes
+from vlm_train.data.processor import Processor
 from vlm_train.data.samples import Samples
 from vlm_train.data.windows import MicroBatches, ValidationStream, WindowStream
 from vlm_train.errors import ConfigError
+from vlm_train.schema import BatchSize
 from vlm_train.stopping import STOPPING
 
 
@@ -51,7 +52,7 @@ class VLMData(pl.LightningDataModule):
         prefix_split: of encoder-decoders: the first words of an answer end the prompt (`vlm_train.data.prefix`).
         limit, val_limit: use the first samples of every source only.
         workers, prefetch: loader processes, and windows each keeps ready.
-        built, seed: given by `fit`, as is the attribute `plan`.
+        processor, batch, seed: given by `build.py`: the run's processor, and its `batch`. `plan` is set by `fit`.
     """
 
     def __init__(
@@ -80,18 +81,17 @@ class VLMData(pl.LightningDataModule):
         val_limit: int | None = None,
         workers: int = 2,
         prefetch: int = 4,
-        built: Built | None = None,
+        processor: Processor,
+        batch: BatchSize,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if built is None:
-            raise ConfigError("data: VLMData needs the built model parts")
         _check(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
-        self.train = Samples(train, built, options, seed=seed, limit=limit, remote=remote)
-        self.val = Samples(val, built, options, seed=seed, limit=val_limit, remote=remote)
+        self.train = Samples(train, processor, options, seed=seed, limit=limit, remote=remote)
+        self.val = Samples(val, processor, options, seed=seed, limit=val_limit, remote=remote)
         if val_share and not val:
             self.val = self.train.split(val_share, val_limit)
         if over_length == "split":  # after the held-out samples are taken: pieces of one sample stay together
@@ -109,7 +109,6 @@ class VLMData(pl.LightningDataModule):
         self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_views, self.group, self.window = pack, pack_views, group, window
         self.cache = Path(cache)
-        batch = built.cfg.batch
         self.micro, self.normalise, self.batch = batch.micro, batch.normalise, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None

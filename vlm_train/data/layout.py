@@ -79,6 +79,23 @@ class GridLayout:
         return layouts
 
 
+class ViewSizes(Protocol):
+    """What makes views: the size in pixels of the view of a media item."""
+
+    def view_size(self, size: MediaSize) -> MediaSize: ...
+
+
+@dataclass(frozen=True)
+class ViewGrid:
+    """Patch grid of the view that an image transform makes of a media item."""
+
+    image: ViewSizes
+    patch_grid: Callable[[MediaSize], Grid]
+
+    def __call__(self, size: MediaSize) -> Grid:
+        return self.patch_grid(self.image.view_size(size))
+
+
 class NoMedia:
     """Layout of models whose text holds no placeholders (two towers: the image never enters the text)."""
 

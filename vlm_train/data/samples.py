@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Sample
 from data_pipelines.stream import ShardSet
-from vlm_train.build import Built
 from vlm_train.data.collate import Item
 from vlm_train.data.layout import MediaSize
 from vlm_train.data.lengths import Lengths, cached_lengths, fingerprint
 from vlm_train.data.mixture import Address, Share
-from vlm_train.data.render import NoPiece, Rendered, render
-from vlm_train.data.streams import CAUSAL
+from vlm_train.data.processor import Processor
+from vlm_train.data.render import NoPiece, Rendered
 from vlm_train.errors import ConfigError
 from vlm_train.randomness import derive_seed
 
@@ -102,7 +101,7 @@ class Samples:
     def __init__(
         self,
         entries: Sequence[dict[str, Any]],
-        built: Built,
+        processor: Processor,
         options: dict[str, Any],
         *,
         seed: int,
@@ -110,16 +109,9 @@ class Samples:
         remote: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.sources = [Source.open(entry, limit, **remote) for entry in entries]
-        self.template, self.tokenizer, self.layout, self.image = (
-            built.template,
-            built.tokenizer,
-            built.layout,
-            built.image,
-        )
-        self.image_size = built.image_size
-        self.rendering = built.rendering
-        self.options = options | self.rendering
-        self.streams = (*self.rendering.get("streams", CAUSAL), *(("rejected",) if options.get("rejected") else ()))
+        self.processor = processor
+        self.options = options
+        self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
         self.seed = seed
         self.lengths: Lengths | None = None
 
@@ -160,14 +152,15 @@ class Samples:
         self, address: Address, rendered: Rendered, blobs: Sequence[bytes], training: bool
     ) -> list[np.ndarray | None]:
         """Those of the media items that the sample shows."""
-        if self.image is None:
+        image = self.processor.image
+        if image is None:
             return []
         generator = None
-        if training and self.image.random:
+        if training and image.random:
             generator = draws_of(self.seed, address.epoch, address.index)
         views: list[np.ndarray | None] = [None] * len(blobs)
         for number in rendered.media:
-            views[number] = self.image(blobs[number], generator, f"sample {rendered.key!r}")
+            views[number] = image(blobs[number], generator, f"sample {rendered.key!r}")
         return views
 
     def split(self, share: float, limit: int | None) -> Samples:
@@ -187,9 +180,7 @@ class Samples:
         return tail
 
     def _render(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> Rendered:
-        return render(
-            sample, self.template, self.tokenizer, self.layout, piece=piece, annotation=annotation, **self.options
-        )
+        return self.processor.render(sample, piece=piece, annotation=annotation, **self.options)
 
     def _drawn(self, address: Address, sample: Sample) -> int | None:
         """Which annotation a pass draws, with `annotations: drawn`."""
@@ -223,7 +214,7 @@ class Samples:
     def _measured(self, source: Source, cache: Path, workers: int) -> Lengths:
         """Those of a source. The whole shard set is measured, so that other stretches of it are known as well."""
         shards = source.shards
-        key = fingerprint(shards.fingerprint, self.template, self.tokenizer, self.layout, self.options, self.image)
+        key = fingerprint(shards.fingerprint, self.processor, self.options)
 
         def measure(number: int) -> list[tuple[int, int]]:
             return self._sizes(shards.sample(number))
@@ -243,11 +234,11 @@ class Samples:
 
     def _size(self, rendered: Rendered, sample: Sample) -> tuple[int, int]:
         tokens = max(len(stream) for stream in rendered.streams.values())
-        if self.image is None:
+        if self.processor.image is None:
             return tokens, 0
         media = [sample.media[one] for one in rendered.media]
         sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
-        return tokens, sum(self.image.view_count(one) for one in sizes)
+        return tokens, sum(self.processor.image.view_count(one) for one in sizes)
 
     def _require_planned(self, index: int, rendered: Rendered, source: Source, number: int) -> None:
         assert self.lengths is not None

@@ -1,4 +1,4 @@
-"""`mode=show`: what the model sees of a sample: its tokens, coloured by what is learned, and its pixels."""
+"""What the model sees of a sample: its tokens, coloured by what is learned, and its pixels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import DictConfig
 
-from vlm_train.config import run_dir
-from vlm_train.data.render import Rendered, render
+from data_pipelines.stream import ShardSet
+from vlm_train.data.processor import Processor
+from vlm_train.data.render import Rendered
 from vlm_train.data.samples import draws_of
 from vlm_train.data.streams import IGNORE, QFORMER, Stream
 
@@ -23,36 +23,26 @@ PASSES = 3
 GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
 
-def show(cfg: DictConfig) -> None:
-    """Print the first training sample as tokens and save its views as `show.png`, in `run=` or here; where training
-    draws them at random, those of the first passes stand behind the one of evaluations."""
-    from data_pipelines.stream import ShardSet
-    from vlm_train.build import build
+def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, Any], *, seed: int, folder: Path) -> None:
+    """Print the first sample of `shards` as tokens and save its views as `folder/show.png`; where training draws them
+    at random, those of the first passes stand behind the one of evaluations.
 
-    built = build(cfg)
-    shards = ShardSet(cfg.data.train[0].shards)
+    Args:
+        options: those of rendering, see `vlm_train.data.render.render`.
+        seed: the run's.
+    """
     sample, blobs = shards.load(0)
-    rendered = render(
-        sample,
-        built.template,
-        built.tokenizer,
-        built.layout,
-        annotations=cfg.data.annotations,
-        max_length=cfg.data.max_length,
-        over_length=cfg.data.over_length,
-        prefix_split=cfg.data.get("prefix_split") or False,
-        **built.rendering,
-    )
+    rendered = processor.render(sample, **options)
     source = f", source {sample.source}" if sample.source else ""
     print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")
-    others = {} if built.instruction is None else {QFORMER: built.instruction.tokenizer}
-    print(format_tokens(rendered, built.tokenizer, sys.stdout.isatty(), others))
-    if rendered.media and built.image is not None:
-        folder = run_dir(cfg) if cfg.run else Path.cwd()
-        passes = [None, *(draws_of(cfg.seed, epoch, 0) for epoch in range(PASSES if built.image.random else 0))]
-        views = np.concatenate([built.image(blobs[number], drawn) for drawn in passes for number in rendered.media])
+    others = {} if processor.instruction is None else {QFORMER: processor.instruction.tokenizer}
+    print(format_tokens(rendered, processor.tokenizer, sys.stdout.isatty(), others))
+    image = processor.image
+    if rendered.media and image is not None:
+        passes = [None, *(draws_of(seed, epoch, 0) for epoch in range(PASSES if image.random else 0))]
+        views = np.concatenate([image(blobs[number], drawn) for drawn in passes for number in rendered.media])
         print(save_views(views, folder / "show.png"))
-        if built.image.random:
+        if image.random:
             print(f"first as evaluations see it, then as training does in passes 0 to {PASSES - 1}")
 
 

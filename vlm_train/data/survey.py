@@ -1,32 +1,21 @@
-"""`mode=lengths`: how long the training samples are, and how full rows get. Needs no weights and no GPU.
-
-It leaves the length index behind, so that a run on expensive machines need not make it first.
-"""
+"""How long the training samples are, and how full rows get."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from hydra.utils import instantiate
 from numpy.typing import NDArray
-from omegaconf import DictConfig
 
+from vlm_train.data.datamodule import VLMData
 from vlm_train.data.pack import fill_rows
 
 PACKED = 8192
 """Samples that are packed to see how full rows get."""
 
 
-def survey(cfg: DictConfig) -> None:
+def survey(data: VLMData) -> None:
     """Measure every training source, and print a line for each."""
-    from vlm_train.build import build
-    from vlm_train.data.datamodule import VLMData
-
-    cfg = cfg.copy()
-    if cfg.data.get("val"):  # not looked at, so it need not be there
-        cfg.data.val, cfg.data.val_share = [], 0.0
-    data: VLMData = instantiate(cfg.data, _partial_=True, _convert_="all")(built=build(cfg, meta=True), seed=cfg.seed)
     tokens = data.train.measure(Path(data.cache)).tokens
     assert data.train.lengths is not None
     views, first = data.train.lengths.views, 0

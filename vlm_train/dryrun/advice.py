@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from vlm_train.build import build_objectives
 from vlm_train.config import config_dir
 from vlm_train.dryrun.memory import (
     GIB,
@@ -140,7 +140,7 @@ def _changes(cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool) 
         kept = plan.activations["full"]
         needs = replace(needs, activations=kept * rows_at_once(cfg))
         yield "trainer.activation_checkpointing=full", needs, True
-    streams = [instantiate(node).stream for node in cfg.objective.values() if node is not None]
+    streams = [objective.stream for objective in build_objectives(cfg).values()]
     if micro > 1 and "samples" not in streams:  # those contrast the rows of a micro-batch with each other
         while micro > 1:
             micro //= 2

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from vlm_train.build import build_objectives, build_optimizer
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
 from vlm_train.dryrun.memory import Needs
@@ -110,7 +110,7 @@ def _rows(cfg: DictConfig) -> int:
 
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
     """Trace the losses of one sample."""
-    objectives = [instantiate(node) for node in cfg.objective.values() if node is not None]
+    objectives = build_objectives(cfg).values()
     named = [getattr(objective, "text", objective.stream) for objective in objectives]
     streams = ["llm" if name == "samples" else name for name in named]  # pairs are normalised by samples
     batch = meta_batch(model, streams=streams, rows=1, text_tokens=text_tokens, supervised=supervised)
@@ -126,7 +126,7 @@ def optimizer_states(cfg: DictConfig) -> int:
     """Numbers that the optimizer keeps per parameter, found by letting it step once."""
     parameter = nn.Parameter(torch.zeros(64))
     parameter.grad = torch.zeros(64)
-    optimizer = instantiate(cfg.optim, params=[{"params": [parameter]}], _convert_="all")
+    optimizer = build_optimizer(cfg, [{"params": [parameter]}])
     optimizer.step()
     return sum(value.numel() for value in optimizer.state[parameter].values() if value.numel() == 64) // 64
 
@@ -181,5 +181,5 @@ def _logits(cfg: DictConfig, model: Any) -> int:
     nodes = [node for node in cfg.objective.values() if node is not None]
     chunk = max((node.get("chunk") or 0 for node in nodes), default=0)
     head = chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0
-    contrasts = cfg.batch.samples and any(instantiate(node).stream == "samples" for node in nodes)
+    contrasts = cfg.batch.samples and any(one.stream == "samples" for one in build_objectives(cfg).values())
     return max(head, 5 * 4 * _rows(cfg) * cfg.batch.samples if contrasts else 0)

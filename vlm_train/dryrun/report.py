@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from vlm_train.build import build_model, build_tokenizer
 from vlm_train.dryrun.advice import Advice, Lever, advise
 from vlm_train.dryrun.memory import GIB, Peak
 from vlm_train.dryrun.plan import Plan, checkpointing, make_plan, rows_at_once
@@ -23,8 +23,6 @@ ASSUMED_NOTE = (
 
 def dry_run(cfg: DictConfig) -> dict[str, Any]:
     """Build the model of `cfg` on the meta device, print its plan, and return it as plain data."""
-    from vlm_train.build import build_model
-
     cfg, notes = without_assets(cfg)
     if cfg.batch.samples is not None:  # a device has no more rows than its share
         cfg.batch.micro = min(cfg.batch.micro, -(-cfg.batch.samples // cfg.target.gpus))
@@ -59,7 +57,7 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
 
 def _vocabulary(cfg: DictConfig) -> tuple[int, bool]:
     try:
-        return len(instantiate(cfg.tokenizer)), True
+        return len(build_tokenizer(cfg)), True
     except Exception:  # whatever the tokenizer lacks, the plan goes on with a guess and says so
         return ASSUMED_VOCABULARY, False
 

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipelines.stream import ShardSet
 from vlm_train.data.batch import Batch
 from vlm_train.data.collate import Item, collate
-from vlm_train.data.render import render
+from vlm_train.data.processor import Processor
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.answers import normalised, reference
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar, views_of
+from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.randomness import derive_seed
-
-if TYPE_CHECKING:
-    from vlm_train.build import Built
 
 
 class Alignment:
@@ -41,14 +38,13 @@ class Alignment:
         self.shards, self.limit, self.batch, self.at_validation = shards, limit, batch, at_validation
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
         """Returns `accuracy` (R@1) in [0, 1], `n` images, `results`: rows `{name, value, n, note}` if `final`.
 
         Raises:
             ConfigError: the model aligns nothing, or there are fewer than two captions.
         """
         del folder
-        model: Any = built.model
         if not (hasattr(model, "image_vectors") and hasattr(model, "match")):
             raise ConfigError(f"eval: alignment needs model=align or model=blip, got {type(model).__name__}")
         shards = ShardSet(self.shards)
@@ -56,14 +52,16 @@ class Alignment:
         unusable = Unusable(shards, self.reported)
         own: list[str] = []
         images, texts, matched = [], dict[str, Tensor](), []
+        aligner, device = cast(Any, model), next(model.parameters()).device
         with evaluating(model):
             progress = progress_bar("images", count)
             for start in range(0, count, self.batch):
                 numbers = range(start, min(start + self.batch, count))
-                captions, batch = self._batch(built, shards, numbers, unusable)
+                captions, batch = self._batch(processor, shards, numbers, unusable)
                 if captions:
-                    images.append(model.image_vectors(batch))
-                    for caption, vector in zip(captions, model.text_vectors(batch), strict=True):
+                    batch = batch.to(device)
+                    images.append(aligner.image_vectors(batch))
+                    for caption, vector in zip(captions, aligner.text_vectors(batch), strict=True):
                         texts.setdefault(caption, vector)
                     matched.append(_matched(model, batch, captions, start))
                     own += captions
@@ -92,19 +90,18 @@ class Alignment:
         return {"accuracy": recall, "n": len(own), "results": rows if final else []}
 
     def _batch(
-        self, built: Built, shards: ShardSet, numbers: Iterable[int], unusable: Unusable
+        self, processor: Processor, shards: ShardSet, numbers: Iterable[int], unusable: Unusable
     ) -> tuple[list[str], Batch]:
         """Captions, and the batch, of the numbered samples that can be used."""
         captions, items = list[str](), list[Sequence[Item]]()
-        parts, longest = (built.template, built.tokenizer, built.layout), built.cfg.data.get("max_length")
         for number in numbers:
             with unusable.watch(number):
                 sample, blobs = shards.load(number)
-                rendered = render(sample, *parts, annotations="first", max_length=longest, over_length="truncate")
-                items.append([Item(rendered, views_of(built, blobs[:1]))])
+                length = {"max_length": processor.max_length, "over_length": "truncate"}
+                rendered = processor.render(sample, annotations="first", **length)
+                items.append([Item(rendered, processor.make_views(blobs[:1]))])
                 captions.append(normalised(reference(sample.annotations[0])))
-        batch = collate(items, built.image_size)
-        return captions, batch.to(next(built.model.parameters()).device)
+        return captions, collate(items, processor.image_size)
 
 
 def _nearest(images: Tensor, texts: Tensor) -> list[int]:

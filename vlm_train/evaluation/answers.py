@@ -17,14 +17,16 @@ import numpy as np
 
 from data_pipelines.sample import Annotation, Sample
 from data_pipelines.stream import ShardSet
-from vlm_train.data.render import Rendered, render
+from vlm_train.data.render import Rendered
 from vlm_train.data.show import save_views
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar, views_of
+from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.launch import rank
 
 if TYPE_CHECKING:
-    from vlm_train.build import Built
+    from torch import nn
+
+    from vlm_train.data.processor import Processor
 
 SHUFFLED_IMAGES = "shuffled_images"
 CONTROLS = (SHUFFLED_IMAGES,)
@@ -88,7 +90,7 @@ class AnswerAccuracy:
         self.validation_shards, self.validation_limit = validation_shards or shards, validation_limit
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
         """Answer the questions. `final` adds the controls and writes `predictions.jsonl` and images to `folder`.
 
         Returns:
@@ -98,7 +100,7 @@ class AnswerAccuracy:
         limit = self.limit if final else self.validation_limit
         count = len(shards) if limit is None else min(limit, len(shards))
         unusable = Unusable(shards, self.reported)
-        answers = self.answers(built, shards, [(number, number) for number in range(count)], unusable)
+        answers = self.answers(model, processor, shards, [(number, number) for number in range(count)], unusable)
         unusable.check(count)
         found: dict[str, Any] = {"accuracy": accuracy(answers), "n": len(answers), "results": []}
         if final:
@@ -106,56 +108,64 @@ class AnswerAccuracy:
                 "generation, exact match" + ("" if count == len(shards) else f", first {count} samples") + unusable.note
             )
             own = {"name": "this run", "value": found["accuracy"], "n": len(answers), "note": note}
-            found["results"] = [own, *self._controls(built, shards, answers, unusable), *self.published]
+            found["results"] = [own, *self._controls(model, processor, shards, answers, unusable), *self.published]
             if rank() == 0:
-                write_predictions(folder, answers, self._save_pictures(built, shards, answers, folder))
+                write_predictions(folder, answers, self._save_pictures(processor, shards, answers, folder))
         return found
 
     def answers(
-        self, built: Built, shards: ShardSet, pairs: Sequence[tuple[int, int]], unusable: Unusable
+        self,
+        model: nn.Module,
+        processor: Processor,
+        shards: ShardSet,
+        pairs: Sequence[tuple[int, int]],
+        unusable: Unusable,
     ) -> list[Answer]:
         """Answers to all questions of every pair's first sample, asked with the images of its second."""
         from vlm_train.data.collate import collate_prompts
 
-        eos_ids, model = end_ids(built), cast(Any, built.model)
-        answers = []
-        with evaluating(built.model):
-            device = next(built.model.parameters()).device
+        generate, answers = cast(Any, model).generate, []
+        with evaluating(model):
+            device = next(model.parameters()).device
             progress = progress_bar("questions", sum(shards.annotations(number) for number, _ in pairs))
-            for group in _groups(self._prompts(built, shards, pairs, unusable), self.batch):
-                batch = collate_prompts([(prompt, views) for _, _, prompt, views in group], built.image_size)
-                ids = model.generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=eos_ids)
+            for group in _groups(self._prompts(processor, shards, pairs, unusable), self.batch):
+                batch = collate_prompts([(prompt, views) for _, _, prompt, views in group], processor.image_size)
+                ids = generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=processor.end_ids)
                 for (sample, asked, prompt, _), row in zip(group, ids.tolist(), strict=True):
-                    text = normalised(decode(built, row, eos_ids))
+                    text = normalised(processor.decode_answer(row))
                     answers.append(Answer(sample, prompt.key, asked, prompt.reference, text))
                 progress(len(group))
         return answers
 
     def _prompts(
-        self, built: Built, shards: ShardSet, pairs: Sequence[tuple[int, int]], unusable: Unusable
+        self, processor: Processor, shards: ShardSet, pairs: Sequence[tuple[int, int]], unusable: Unusable
     ) -> Iterator[tuple[int, str, Rendered, list[np.ndarray]]]:
         for number, other in pairs:
             with unusable.watch(number):
                 sample, blobs = shards.load(number)
                 if other != number:
                     sample, blobs = _with_media_of(sample, *shards.load(other), shards)
-                views = views_of(built, blobs)
-                prompts = [self._prompt(built, sample, k) for k in range(len(sample.annotations))]
+                views = processor.make_views(blobs)
+                prompts = [
+                    processor.render(sample, annotations="first", annotation=one, generation=True)
+                    for one in range(len(sample.annotations))
+                ]
             if number not in unusable:
                 for annotation, prompt in zip(sample.annotations, prompts, strict=True):
                     yield number, question(annotation), prompt, views
 
-    def _prompt(self, built: Built, sample: Sample, k: int) -> Rendered:
-        parts = built.template, built.tokenizer, built.layout
-        return render(sample, *parts, annotations="first", annotation=k, generation=True, **built.rendering)
-
     def _controls(
-        self, built: Built, shards: ShardSet, answers: Sequence[Answer], unusable: Unusable
+        self,
+        model: nn.Module,
+        processor: Processor,
+        shards: ShardSet,
+        answers: Sequence[Answer],
+        unusable: Unusable,
     ) -> Iterator[dict[str, Any]]:
         usable = list(dict.fromkeys(answer.sample for answer in answers))
         if SHUFFLED_IMAGES in self.controls and len(usable) > 1:
             pairs = [(usable[i], usable[j]) for i, j in enumerate(derangement(len(usable), self.seed))]
-            shuffled = self.answers(built, shards, pairs, unusable)
+            shuffled = self.answers(model, processor, shards, pairs, unusable)
             note = "this run's model, each question with another sample's image"
             yield {"name": "images shuffled", "value": accuracy(shuffled), "n": len(shuffled), "note": note}
         if self.majority_shards:
@@ -169,12 +179,14 @@ class AnswerAccuracy:
                 "note": note,
             }
 
-    def _save_pictures(self, built: Built, shards: ShardSet, answers: Sequence[Answer], folder: Path) -> dict[int, str]:
+    def _save_pictures(
+        self, processor: Processor, shards: ShardSet, answers: Sequence[Answer], folder: Path
+    ) -> dict[int, str]:
         """Saves what the model sees of some samples; returns sample number -> path relative to `folder`."""
         paths = {}
         for number in pictured(answers, self.pictures):
             _, blobs = shards.load(number)
-            if views := views_of(built, blobs):
+            if views := processor.make_views(blobs):
                 paths[number] = f"images/{number}.png"
                 save_views(np.concatenate(views), folder / paths[number])
         return paths
@@ -244,32 +256,6 @@ def majority(sets: Sequence[ShardSet]) -> Callable[[str], str]:
         unusable.check(len(shards))
     total = sum(counts.values(), Counter[str]())
     return lambda asked: counts.get(normalised(asked), total).most_common(1)[0][0]
-
-
-def end_ids(built: Built) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end-of-text and, if it is one token, what the template ends with."""
-    tokenizer = built.tokenizer
-    found = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    suffix = getattr(built.template, "assistant_suffix", "")
-    end = None if "{eos}" in suffix else _one_token(tokenizer, suffix)
-    return found if end is None or end in found else [*found, end]
-
-
-def _one_token(tokenizer: Any, suffix: str) -> int | None:
-    """The token that `suffix` is behind a word, or without its blanks; None where it is not one."""
-    if (name := suffix.strip()) in tokenizer.get_vocab():
-        return int(tokenizer.convert_tokens_to_ids(name))
-    core = tokenizer.backend_tokenizer
-    word, whole = (core.encode(text, add_special_tokens=False).ids for text in ("a", f"a{suffix}"))
-    return int(whole[-1]) if len(whole) == len(word) + 1 and whole[:-1] == word else None
-
-
-def decode(built: Built, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
-    """The text before the first ending token, and before what the template ends with, be it several tokens (`###`)."""
-    end = next((position for position, token in enumerate(ids) if token in eos_ids), len(ids))
-    text = str(built.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
-    suffix = getattr(built.template, "assistant_suffix", "").strip()
-    return text.partition(suffix)[0] if suffix and "{" not in suffix else text
 
 
 def write_predictions(folder: Path, answers: Sequence[Answer], pictures: dict[int, str]) -> None:

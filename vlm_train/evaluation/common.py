@@ -1,20 +1,15 @@
-"""What every evaluator needs: the model in evaluation mode, what it sees of an image, samples that cannot be used."""
+"""What every evaluator needs: the model in evaluation mode, and samples that cannot be used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipelines.errors import BadSample
 from data_pipelines.stream import ShardSet
 from vlm_train.errors import ConfigError
 from vlm_train.launch import rank
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vlm_train.build import Built
 
 NAMED = 10
 """Unusable samples of a shard set that are named in full."""
@@ -63,11 +58,6 @@ class Unusable:
         if self.reasons and len(self.reasons) == count:
             first = next(iter(self.reasons.values()))
             raise ConfigError(f"eval: none of the {count:,} samples of {self.shards.address} can be used: {first}")
-
-
-def views_of(built: Built, blobs: Sequence[bytes]) -> list[np.ndarray]:
-    """Views `[V, 3, H, W]` of encoded images; none for a model without a vision tower."""
-    return [] if built.image is None else [built.image(blob) for blob in blobs]
 
 
 @contextmanager

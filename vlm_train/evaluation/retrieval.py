@@ -17,9 +17,9 @@ from vlm_train.evaluation.common import Unusable
 from vlm_train.evaluation.towers import image_vectors, text_vectors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from vlm_train.build import Built
+    from vlm_train.data.processor import Processor
 
 DEPTHS = (1, 5)
 
@@ -40,7 +40,7 @@ class CaptionRetrieval:
         self.shards, self.limit, self.batch, self.at_validation = shards, limit, batch, at_validation
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
         """Returns `accuracy` (R@1 of captions) in [0, 1], `n` images, `results`: rows `{name, value, n, note}` if
         `final`.
 
@@ -51,13 +51,13 @@ class CaptionRetrieval:
         shards = ShardSet(self.shards)
         count = len(shards) if self.limit is None else min(self.limit, len(shards))
         unusable = Unusable(shards, self.reported)
-        images, captions = image_vectors(built, shards, count, self.batch, unusable)
+        images, captions = image_vectors(model, processor, shards, count, self.batch, unusable)
         names: dict[str, str] = {}
         for caption in captions:
             names.setdefault(normalised(caption), caption)
         numbers = {name: number for number, name in enumerate(names)}
         own = [numbers[normalised(caption)] for caption in captions]
-        scores = images @ text_vectors(built, list(names.values()), self.batch).T  # [N, E] x [E, C]
+        scores = images @ text_vectors(model, processor, list(names.values()), self.batch).T  # [N, E] x [E, C]
         rows = recalls(scores, own)
         rows[0]["note"] += unusable.note
         return {"accuracy": rows[0]["value"], "n": len(own), "results": rows if final else []}

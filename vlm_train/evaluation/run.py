@@ -15,18 +15,20 @@ from vlm_train.errors import ConfigError
 from vlm_train.launch import rank
 
 if TYPE_CHECKING:
-    from vlm_train.build import Built
+    from torch import nn
+
+    from vlm_train.data.processor import Processor
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate the run in `run_dir(cfg)`; returns `results` (table rows) and each evaluator's findings by name."""
     import torch
 
-    from vlm_train.build import build
+    from vlm_train.build import build, build_evaluators
     from vlm_train.checkpoint import load_run_weights
     from vlm_train.report import results_table
 
-    evaluators = make_evaluators(cfg)
+    evaluators = build_evaluators(cfg)
     if not evaluators:
         raise ConfigError("eval: no evaluator is configured. Choose one, for example eval=easyvqa.")
     folder = run_dir(cfg)
@@ -36,22 +38,18 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     load_run_weights(built.model, cfg.init_from, folder)
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
         built.model.to("cuda")
-    found = run_evaluators(built, evaluators, folder, labels)
+    found = run_evaluators(built.model, built.processor, evaluators, folder, labels)
     if rank() == 0:
         print(results_table(folder))
     return found
 
 
-def make_evaluators(cfg: DictConfig) -> dict[str, Any]:
-    """Name -> evaluator, as `eval` configures them; a null one is left out."""
-    from hydra.utils import instantiate
-
-    nodes = cfg.eval or {}
-    return {str(name): instantiate(nodes[name], _convert_="all") for name in nodes if nodes[name] is not None}
-
-
 def run_evaluators(
-    built: Built, evaluators: dict[str, Any], folder: Path, labels: dict[str, str] | None = None
+    model: nn.Module,
+    processor: Processor,
+    evaluators: dict[str, Any],
+    folder: Path,
+    labels: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run every evaluator for good, into `folder/eval/<label>`, and add the results to the run's record.
 
@@ -59,7 +57,9 @@ def run_evaluators(
         `results` (table rows, `eval` naming their label), `<label>/accuracy`, and each evaluator's findings by name.
     """
     labels = labels or {name: name for name in evaluators}
-    found = {name: one.run(built, folder / "eval" / labels[name], final=True) for name, one in evaluators.items()}
+    found = {
+        name: one.run(model, processor, folder / "eval" / labels[name], final=True) for name, one in evaluators.items()
+    }
     rows = [row | {"eval": labels[name]} for name, one in found.items() for row in one["results"]]
     metrics = {f"{labels[name]}/accuracy": one["accuracy"] for name, one in found.items()}
     if rank() == 0:

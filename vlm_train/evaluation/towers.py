@@ -6,7 +6,7 @@ Legend: N images, C texts, E width of the shared space.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -14,18 +14,19 @@ from data_pipelines.errors import BadSample
 from data_pipelines.members import captioned
 from data_pipelines.sample import Sample
 from data_pipelines.stream import ShardSet
-from vlm_train.data.render import render
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.answers import reference
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar, views_of
+from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from vlm_train.build import Built
+    from vlm_train.data.processor import Processor
 
 
-def image_vectors(built: Built, shards: ShardSet, count: int, batch: int, unusable: Unusable) -> tuple[Any, list[str]]:
+def image_vectors(
+    model: nn.Module, processor: Processor, shards: ShardSet, count: int, batch: int, unusable: Unusable
+) -> tuple[Any, list[str]]:
     """Unit vectors `[N, E]` of the images of the first `count` samples, and their captions: the first annotation of
     each. Samples that cannot be used are left out, `batch` images are encoded at a time.
 
@@ -34,21 +35,21 @@ def image_vectors(built: Built, shards: ShardSet, count: int, batch: int, unusab
     """
     import torch
 
-    if not hasattr(built.model, "encode_image") or not hasattr(built.model, "encode_text"):
-        raise ConfigError(f"eval: needs model=two_tower, got {type(built.model).__name__}")
+    if not hasattr(model, "encode_image") or not hasattr(model, "encode_text"):
+        raise ConfigError(f"eval: needs model=two_tower, got {type(model).__name__}")
     captions: list[str] = []
     vectors = []
     progress = progress_bar("images", count)
-    with evaluating(built.model):
+    with evaluating(model):
         for start in range(0, count, batch):
             views = []
             for number in range(start, min(start + batch, count)):
                 with unusable.watch(number):
-                    caption, view = _captioned_image(built, shards, number)
+                    caption, view = _captioned_image(processor, shards, number)
                     captions.append(caption)
                     views.append(view)
             if views:
-                vectors.append(_encode_images(built, views))
+                vectors.append(_encode_images(model, views))
             progress(min(batch, count - start))
     unusable.check(count)
     if not vectors:
@@ -56,45 +57,42 @@ def image_vectors(built: Built, shards: ShardSet, count: int, batch: int, unusab
     return torch.cat(vectors), captions
 
 
-def text_vectors(built: Built, texts: Sequence[str], batch: int) -> Tensor:
+def text_vectors(model: nn.Module, processor: Processor, texts: Sequence[str], batch: int) -> Tensor:
     """Unit vectors `[C, E]` of texts, rendered as captions, `batch` at a time."""
     import torch
 
     from vlm_train.data.collate import collate_prompts
 
-    model: Any = built.model
-    parts = built.template, built.tokenizer, built.layout
-    device = next(built.model.parameters()).device
+    encode, device = cast(Any, model).encode_text, next(model.parameters()).device
     vectors = []
-    with evaluating(built.model):
+    with evaluating(model):
         for start in range(0, len(texts), batch):
             samples = [
                 Sample(key=f"text-{number}", media=(), annotations=(captioned(text, images=0),), source="eval")
                 for number, text in enumerate(texts[start : start + batch])
             ]
-            prompts = [(render(sample, *parts, annotations="first"), ()) for sample in samples]
-            vectors.append(model.encode_text(collate_prompts(prompts, built.image_size).to(device).text["llm"]))
+            prompts = [(processor.render(sample, annotations="first"), ()) for sample in samples]
+            vectors.append(encode(collate_prompts(prompts, processor.image_size).to(device).text["llm"]))
     return torch.cat(vectors)
 
 
-def _captioned_image(built: Built, shards: ShardSet, number: int) -> tuple[str, np.ndarray]:
+def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tuple[str, np.ndarray]:
     """Caption and view `[1, 3, H, W]` of a sample. Raises BadSample for one without caption."""
     sample, blobs = shards.load(number)
     caption = reference(sample.annotations[0])
     if not caption:
         raise BadSample(f"sample {sample.key!r}: its first annotation is no caption")
-    views = views_of(built, blobs[:1])
+    views = processor.make_views(blobs[:1])
     if len(views) != 1 or len(views[0]) != 1:
         raise ConfigError(f"eval: needs one image a sample, but {sample.key!r} of {shards.address} has not")
     return caption, views[0]
 
 
-def _encode_images(built: Built, views: Sequence[np.ndarray]) -> Tensor:
+def _encode_images(model: nn.Module, views: Sequence[np.ndarray]) -> Tensor:
     import torch
 
     from vlm_train.data.batch import MediaBatch
 
-    pixels = torch.from_numpy(np.concatenate(views)).to(next(built.model.parameters()).device)
+    pixels = torch.from_numpy(np.concatenate(views)).to(next(model.parameters()).device)
     rows = torch.arange(len(views), device=pixels.device)
-    model: Any = built.model
-    return model.encode_image(MediaBatch(pixels=pixels, view_counts=(1,) * len(views), row=rows))
+    return cast(Any, model).encode_image(MediaBatch(pixels=pixels, view_counts=(1,) * len(views), row=rows))

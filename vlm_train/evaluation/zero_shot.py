@@ -17,9 +17,9 @@ from vlm_train.evaluation.common import Unusable
 from vlm_train.evaluation.towers import image_vectors, text_vectors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from vlm_train.build import Built
+    from vlm_train.data.processor import Processor
 
 PLACE = "{}"
 
@@ -59,7 +59,7 @@ class ZeroShot:
         self.limit, self.batch, self.at_validation = limit, batch, at_validation
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, built: Built, folder: Path, *, final: bool) -> dict[str, Any]:
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
         """Returns `accuracy` in [0, 1], `n` images, `results`: a row `{name, value, n, note}` if `final`.
 
         Raises:
@@ -69,12 +69,12 @@ class ZeroShot:
         shards = ShardSet(self.shards)
         count = len(shards) if self.limit is None else min(self.limit, len(shards))
         unusable = Unusable(shards, self.reported)
-        images, captions = image_vectors(built, shards, count, self.batch, unusable)
+        images, captions = image_vectors(model, processor, shards, count, self.batch, unusable)
         labels = [class_of(caption, self.classes) for caption in captions]
         kept = [number for number, label in enumerate(labels) if label is not None]
         if not kept:
             raise ConfigError(f"eval: {self.name}: no caption of {self.shards} says one of {', '.join(self.classes)}")
-        found = (images[kept] @ self.class_vectors(built).T).argmax(dim=1).tolist()  # [N, E] x [E, K]
+        found = (images[kept] @ self.class_vectors(model, processor).T).argmax(dim=1).tolist()  # [N, E] x [E, K]
         wanted = [labels[number] for number in kept]
         value = sum(self.classes[one] == label for one, label in zip(found, wanted, strict=True)) / len(kept)
         most = Counter(wanted).most_common(1)[0][1] / len(kept)
@@ -86,12 +86,12 @@ class ZeroShot:
         row = {"name": self.name, "value": value, "n": len(kept), "note": note}
         return {"accuracy": value, "n": len(kept), "results": [row] if final else []}
 
-    def class_vectors(self, built: Built) -> Tensor:
+    def class_vectors(self, model: nn.Module, processor: Processor) -> Tensor:
         """Unit vectors `[K, E]`."""
         from torch.nn import functional as F
 
         prompts = [template.replace(PLACE, name) for name in self.classes for template in self.templates]
-        vectors = text_vectors(built, prompts, self.batch)
+        vectors = text_vectors(model, processor, prompts, self.batch)
         return F.normalize(vectors.unflatten(0, (len(self.classes), -1)).mean(dim=1), dim=-1)  # [K, P, E]
 
 

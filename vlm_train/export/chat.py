@@ -13,31 +13,29 @@ from typing import Any
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
-from vlm_train.data.layout import PLACEHOLDER_ID, MediaLayout
-from vlm_train.data.render import render
+from vlm_train.data.layout import PLACEHOLDER_ID
+from vlm_train.data.processor import Processor
 from vlm_train.data.segments import ContentStyle
 from vlm_train.data.template import ChatTemplate, TokenizerTemplate
 
 IMAGE_TOKEN = "<image>"
 
 
-def add_chat_template(
-    folder: Path, template: Any, tokenizer: Any, layout: MediaLayout, image_size: tuple[int, int]
-) -> str | None:
-    """Give the exported processor in `folder` the chat template that reproduces `template`.
+def add_chat_template(folder: Path, ours: Processor) -> str | None:
+    """Give the exported processor in `folder` the chat template that reproduces the one of training.
 
     Args:
-        tokenizer: the one that the run was trained with.
-        layout: the run's media layout.
-        image_size: (height, width) in pixels of one view.
+        ours: the run's processor.
 
     Returns:
         None, or why the folder has no chat template; its tokenizer then adds the bos token if training did.
     """
+    template: Any = ours.template
+    tokenizer = ours.tokenizer
     problem: str | None = f"{type(template).__name__} cannot be written as one"
     for jinja in jinja_templates(template, tokenizer):
         _write(folder, jinja, add_bos=False)
-        problem = difference(_processor(folder), template, tokenizer, layout, image_size)
+        problem = difference(_processor(folder), ours)
         if problem is None:
             return None
     given = getattr(template, "lead_given", False) and template.answer_lead == "{bos}"  # behind the image
@@ -45,24 +43,22 @@ def add_chat_template(
     return problem
 
 
-def difference(
-    processor: Any, template: Any, tokenizer: Any, layout: MediaLayout, image_size: tuple[int, int]
-) -> str | None:
-    """Where the processor's prompt ids differ from those of training, over sample conversations; None: nowhere."""
+def difference(processor: Any, ours: Processor) -> str | None:
+    """Where the exported processor's prompt ids differ from ours, over sample conversations; None: nowhere."""
     from PIL import Image
 
     if not hasattr(processor, "image_token_id"):
         return f"{type(processor).__name__} puts the image before every text by itself"
-    height, width = image_size
+    height, width = ours.image_size
     for turns in _conversations():
         count = sum(isinstance(part, Media) for turn in turns for part in turn.parts)
         media = tuple(MediaItem(name=f"{item}.png", width=width, height=height) for item in range(count))
         sample = Sample(key="chat", media=media, annotations=(Annotation(turns=turns),))
         try:
-            ours = render(sample, template, tokenizer, layout, annotations="first", generation=True).llm.ids.tolist()
+            prompt = ours.render(sample, annotations="first", generation=True).llm.ids.tolist()
         except BadSample:  # a conversation that the template does not allow
             continue
-        expected = [processor.image_token_id if token == PLACEHOLDER_ID else token for token in ours]
+        expected = [processor.image_token_id if token == PLACEHOLDER_ID else token for token in prompt]
         images = [Image.new("RGB", (width, height)) for _ in range(count)] or None
         try:
             text = processor.apply_chat_template([_message(turn) for turn in turns], add_generation_prompt=True)

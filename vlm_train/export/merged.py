@@ -48,7 +48,7 @@ def unquantised(built: Any) -> Any:
 
     cfg = built.cfg.copy()
     cfg.peft.bits = None
-    fresh = build_model(cfg, built.tokenizer)
+    fresh = build_model(cfg, built.processor.tokenizer)
     hand_over(fresh, cfg.init_from)
     skip = {f"{name}.weight" for name, _ in quantised_layers(built.model)}
     own = dict(fresh.named_parameters())

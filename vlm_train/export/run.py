@@ -35,7 +35,6 @@ def write_export(built: Any, folder: Path) -> Path:
     Raises:
         ConfigError: `transformers` has no such model. AssetError: what was written does not give the same logits.
     """
-    from vlm_train.evaluation.answers import end_ids
     from vlm_train.export.blip import export_blip
     from vlm_train.export.blip2 import export_blip2, speaks_blip2
     from vlm_train.export.chat import add_chat_template
@@ -46,21 +45,22 @@ def write_export(built: Any, folder: Path) -> Path:
     if quantised(built.model):
         print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
         built = unquantised(built)
-    mode = getattr(built.image, "mode", "pad")
     model: Any = built.model.eval()
+    processor = built.processor
+    tokenizer, mode = processor.tokenizer, getattr(processor.image, "mode", "pad")
     out = folder / EXPORT_FOLDER
     if isinstance(model, Blip):
         with replacing(out) as partial:
-            export_blip(model, partial, built.tokenizer)
+            export_blip(model, partial, tokenizer)
         print(f"Exported to {out}: for retrieval and for captioning, each with the run's weights.", flush=True)
         return out
     with replacing(out) as partial:
         if speaks_blip2(model):
-            asks = getattr(built.instruction, "tokenizer", None)
-            export_blip2(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built), instruction=asks)
+            asks = getattr(processor.instruction, "tokenizer", None)
+            export_blip2(model, tokenizer, partial, image_mode=mode, eos_ids=processor.end_ids, instruction=asks)
         else:
-            export_llava(model, built.tokenizer, partial, image_mode=mode, eos_ids=end_ids(built))
-        problem = add_chat_template(partial, built.template, built.tokenizer, built.layout, built.image_size)
+            export_llava(model, tokenizer, partial, image_mode=mode, eos_ids=processor.end_ids)
+        problem = add_chat_template(partial, processor)
     chat = f"it has no chat template: {problem}" if problem else "its chat template gives the prompts of training"
     print(f"Exported to {out}; its logits equal the run's; {chat}.", flush=True)
     return out
@@ -114,7 +114,7 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     save_config(cfg, run_file(folder))
     weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
     checkpoint.save_weights(folder / "checkpoints", weights, run_id=run_id(cfg), step=0)
-    built.tokenizer.save_pretrained(folder / TOKENIZER)
+    built.processor.tokenizer.save_pretrained(folder / TOKENIZER)
     record.update(folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute()))
     print(f"Imported {source} as {folder}. Start from it with init_from=[{{run: {folder}}}].", flush=True)
     return {"run": str(folder)}

@@ -1,0 +1,93 @@
+"""The processor of a run: all that turns a sample into what the model reads, and tokens back into text.
+
+`build.py` makes it once. The loader, the evaluators and whoever shows a sample take it as it is; it pickles, so that
+worker processes have the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.sample import Sample
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.instruction import Instruction
+from vlm_train.data.layout import MediaLayout
+from vlm_train.data.render import Rendered, render
+from vlm_train.data.streams import CAUSAL, Alignment
+from vlm_train.data.template import Template
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """Samples -> token streams and views; tokens -> text.
+
+    Args:
+        layout: how many placeholder tokens a sample's media take, and how they stand.
+        image: what makes views of images and videos; None: the model has no vision tower.
+        instruction: writes the stream "qformer", where the model reads one.
+        streams: the token streams that the model reads, and how their labels are aligned.
+        max_length: most tokens of a stream in training; None: no limit.
+    """
+
+    tokenizer: Any
+    template: Template
+    layout: MediaLayout
+    image: ImageTransform | None = None
+    instruction: Instruction | None = None
+    streams: Mapping[str, Alignment] = field(default_factory=lambda: dict(CAUSAL))
+    max_length: int | None = None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of one view; a small dummy where the model has no images."""
+        return self.image.size if self.image is not None else (8, 8)
+
+    def render(self, sample: Sample, **options: Any) -> Rendered:
+        """The token streams of a sample; `options` are those of `vlm_train.data.render.render`, which says what they
+        mean and what is raised."""
+        return render(
+            sample,
+            self.template,
+            self.tokenizer,
+            self.layout,
+            streams=self.streams,
+            instruction=self.instruction,
+            **options,
+        )
+
+    def make_views(self, blobs: Sequence[bytes]) -> list[np.ndarray]:
+        """uint8 views `[V, 3, H, W]` of every encoded image or video, without random choices; none for a model without
+        a vision tower. Raises `BadSample` where one cannot be decoded."""
+        return [] if self.image is None else [self.image(blob) for blob in blobs]
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's end of text and, if it is one token, what the template ends
+        with."""
+        eos = self.tokenizer.eos_token_id
+        found = [] if eos is None else [eos]
+        suffix = getattr(self.template, "assistant_suffix", "")
+        end = None if "{eos}" in suffix else _find_token(self.tokenizer, suffix)
+        return found if end is None or end in found else [*found, end]
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The text before the first ending token, and before what the template ends with, be it several tokens
+        (`###`)."""
+        stop = next((position for position, token in enumerate(ids) if token in self.end_ids), len(ids))
+        text = str(self.tokenizer.decode(list(ids[:stop]), skip_special_tokens=True))
+        suffix = getattr(self.template, "assistant_suffix", "").strip()
+        return text.partition(suffix)[0] if suffix and "{" not in suffix else text
+
+
+def _find_token(tokenizer: Any, suffix: str) -> int | None:
+    """The token that `suffix` is behind a word, or without its blanks; None where it is not one."""
+    if (name := suffix.strip()) in tokenizer.get_vocab():
+        return int(tokenizer.convert_tokens_to_ids(name))
+    core = tokenizer.backend_tokenizer
+    word, whole = (core.encode(text, add_special_tokens=False).ids for text in ("a", f"a{suffix}"))
+    return int(whole[-1]) if len(whole) == len(word) + 1 and whole[:-1] == word else None
