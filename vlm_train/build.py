@@ -21,6 +21,7 @@ from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia, ViewGrid
 from vlm_train.data.processor import Processor
 from vlm_train.data.streams import CAUSAL
 from vlm_train.launch import rank
+from vlm_train.models.layers.inserted_blocks import check_ownership
 from vlm_train.objectives.base import Objective
 from vlm_train.peft import hits
 from vlm_train.randomness import derive_seed
@@ -113,6 +114,7 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
                 parts[name].load_weights()
         torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
         model = cast(nn.Module, make(cfg.model, **parts))
+        check_ownership(model)
         if not meta and hasattr(model, "load_weights"):
             cast(Any, model).load_weights()
         if cfg.peft is not None:

@@ -229,3 +229,22 @@ def test_segments_are_for_causal_rows_only():
     single = collate_rows([[item(plain(3, 1))], [item(plain(5, 1))]], SIZE).text["llm"]
     assert single.plain_causal and single.segments.lengths == (3, 2, 5)
     assert collate_rows([], SIZE).text["llm"].segments.lengths == (1,)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_token_knows_the_last_item_before_it(left):
+    """In its own sample, of packed rows too; with placeholders or without."""
+    one = replace(stream(6, 1, ((1, 2), (4, 0))), attention_group=np.zeros(6, np.int32))
+    two = replace(stream(3, 1), attention_group=np.zeros(3, np.int32))
+    three = replace(stream(2, 1, ((0, 1),)), attention_group=np.zeros(2, np.int32))
+    batch = collate_rows([[item(one), item(two, "b")], [item(three, "c")]], SIZE, left=left)
+    row = [2, 2]
+    expected = [[-1, 0, 0, 0, 1, 1, -1, -1, -1], [-1] * 7 + row if left else row + [-1] * 7]
+    assert batch.text["llm"].media_of_token.tolist() == expected
+    assert collate_rows([], SIZE).text["llm"].media_of_token.tolist() == [[-1]]
+
+
+def test_a_token_knows_no_item_of_another_branch():
+    groups = np.array([0, 0, 1, 1, 1, 2, 2], np.int32)  # the second item is private to the first branch
+    branched = replace(stream(7, 1, ((1, 0), (3, 0))), attention_group=groups)
+    assert collate([item(branched)], SIZE).text["llm"].media_of_token.tolist() == [[-1, 0, 0, 1, 1, 0, 0]]

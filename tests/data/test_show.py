@@ -34,6 +34,13 @@ def test_marks_show_what_is_learned() -> None:
     ]
 
 
+def test_an_image_without_placeholders_is_marked() -> None:
+    tokenizer = byte_level(add=["<image>"])
+    item = sample((user("A?", 0), assistant("no")), media=1)
+    rendered = render(item, load("qa"), tokenizer, lambda sizes: [["<image>"] for _ in sizes])
+    assert format_tokens(rendered, tokenizer, colour=False).endswith("<bos>[image 0]<image>A?« no<eos>»")
+
+
 def test_colours_carry_the_same_text() -> None:
     tokenizer = byte_level()
     rendered = render(sample((user("A?"), assistant("yes"))), load("qa"), tokenizer, layout)

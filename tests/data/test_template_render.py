@@ -288,6 +288,37 @@ def test_literal_of_the_layout_must_be_in_the_vocabulary() -> None:
     assert stream.slots[0].start == 2
 
 
+def test_an_item_of_literals_only_is_shown() -> None:
+    """The layout says what is shown; the item stands where its first literal does."""
+
+    def literals(sizes: object) -> list[list[Piece]]:
+        return [["<image>"] for _ in sizes]  # type: ignore[attr-defined]
+
+    tokenizer = words(["q r a b"], add=["<image>"])
+    turns = (user("q", 0), assistant("a"), user("r", 1), assistant("b"))
+    found = render(sample(turns, media=3), load("qa"), tokenizer, literals)
+    assert found.media == (0, 1)  # the third stands nowhere
+    marker = tokenizer.convert_tokens_to_ids("<image>")
+    places = np.flatnonzero(found.llm.ids == marker).tolist()
+    assert [(s.start, s.slot) for s in found.llm.slots] == list(zip(places, (Slot(0, 0), Slot(1, 0)), strict=True))
+    prompt = render(sample(turns, media=2), load("qa"), tokenizer, literals, generation=True)
+    assert prompt.media == (0, 1)
+    last = places[1]
+    assert render(sample(turns, media=2), load("qa"), tokenizer, literals, max_length=last + 1, over_length="truncate")
+    with pytest.raises(BadSample, match=f"would cut an image that ends at token {last + 1}"):
+        render(sample(turns, media=2), load("qa"), tokenizer, literals, max_length=last, over_length="truncate")
+
+
+def test_a_slot_without_placeholders_marks_a_place(tokenizer) -> None:
+    def marks(sizes: object) -> list[list[Piece]]:
+        return [[Slot(item, 0)] for item, _ in enumerate(sizes)]  # type: ignore[arg-type]
+
+    with_mark = render(sample((user("Q", 0), assistant("a")), media=1), load("qa"), tokenizer, marks)
+    without = render(sample((user("Q"), assistant("a"))), load("qa"), tokenizer, marks)
+    assert with_mark.media == (0,) and [s.slot for s in with_mark.llm.slots] == [Slot(0, 0)]
+    np.testing.assert_array_equal(with_mark.llm.ids, without.llm.ids)
+
+
 def test_slots_keep_item_and_grid(tokenizer) -> None:
     stream = render(sample((user("Q", 1, 0), assistant("a")), media=2), load("qa"), tokenizer, layout).llm
     assert [(s.start, s.slot) for s in stream.slots] == [(1, Slot(1, 4, (1, 4))), (5, Slot(0, 3, (1, 3)))]

@@ -108,67 +108,6 @@ def test_plain_causal_rows_leave_sdpa_its_fast_kernels(monkeypatch):
     assert masking_utils.find_packed_sequence_indices is guess
 
 
-class Gate(torch.nn.Module):
-    """An inserted block: it adds the context to what its layer gives."""
-
-    reads_context = True
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.context = None
-        self.scale = torch.nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, hidden: torch.Tensor, **options: object) -> torch.Tensor:
-        hidden = self.layer(hidden, **options)
-        return hidden if self.context is None else hidden + self.scale * self.context
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_inserted_blocks_read_the_context(checkpointed):
-    torch.manual_seed(0)
-    llm, stream = tiny_llm(), replace(text_stream([[5, 6, 7]]), plain_causal=True)
-    embeds = llm.embed(stream.ids).detach()
-    before = llm.decode(embeds, stream.positions, None)
-    gate = llm.layers[1] = Gate(llm.layers[1])
-    if checkpointed:
-        checkpoint_layers(llm.layers)
-    assert torch.equal(llm.decode(embeds, stream.positions, None), before)
-    context = torch.randn(1, 3, llm.dim, requires_grad=True)
-    hidden = decode_stream(llm, embeds, stream, context)
-    assert not torch.equal(hidden, before) and gate.context is None
-    hidden.square().sum().backward()  # computes the layers again, long after `decode`
-    assert gate.scale.grad != 0 and context.grad.abs().sum() > 0 and gate.context is None
-    expected = torch.autograd.grad(_by_hand(llm, gate, embeds, context).square().sum(), context)[0]
-    assert_close(context.grad, expected)
-
-
-def _by_hand(llm, gate, embeds, context):
-    """The last layer adds the context: what `decode` without context gives before the norm, plus the rest."""
-    inner = []
-    handle = gate.register_forward_hook(lambda module, inputs, output: inner.append(output))
-    llm.decode(embeds, torch.arange(3)[None, None], None)
-    handle.remove()
-    return llm.decoder.norm(inner[0].detach() + gate.scale.detach() * context)
-
-
-def test_generation_reads_the_context_too():
-    torch.manual_seed(0)
-    llm, stream = tiny_llm().eval(), text_stream([[5, 6]])
-    llm.layers[1] = Gate(llm.layers[1])
-    ask = {"max_new_tokens": 3, "eos_ids": []}
-    plain = generate_from(llm, llm.embed(stream.ids), stream, **ask)
-    pushed = 100 * llm.model.lm_head.weight.detach()[42].expand(1, 1, -1)
-    assert (generate_from(llm, llm.embed(stream.ids), stream, context=pushed, **ask) == 42).all()
-    assert torch.equal(generate_from(llm, llm.embed(stream.ids), stream, **ask), plain)
-
-
-def test_a_context_that_nothing_reads_is_an_error():
-    llm, stream = tiny_llm(), text_stream([[5, 6]])
-    with pytest.raises(ConfigError, match="a context, but none of its blocks reads one"):
-        decode_stream(llm, llm.embed(stream.ids), stream, torch.zeros(1))
-
-
 def test_position_axes_reach_models_that_have_them(monkeypatch):
     llm, stream = tiny_llm(), text_stream([[5, 6, 7]])
     three = replace(stream, positions=torch.tensor([[0, 1, 1], [0, 1, 2], [0, 2, 1]])[:, None])
@@ -313,16 +252,9 @@ def test_weights_of_a_gguf_file(tmp_path):
     assert_close(logits[1], logits[0])
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_checkpointed_layers_compile(reads):
-    """`torch.compile` refuses a `context_fn`, which layers that read a context need."""
-
-    class Layer(torch.nn.Linear):
-        reads_context = True
-        context = None
-
+def test_checkpointed_layers_compile():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*((Layer if reads else torch.nn.Linear)(4, 4) for _ in range(2)))
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2)))
     x = torch.randn(3, 4)
     model(x).square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]

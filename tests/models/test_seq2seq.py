@@ -110,14 +110,14 @@ def test_logits_and_loss_are_the_library_s(tied: bool, attention: str) -> None:
     embeds, labels = torch.randn(2, 6, llm.dim), torch.tensor(([5, 6, 1], [7, 1, IGNORE]))
     real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     ids = torch.tensor([[0, 5, 6], [0, 7, 1]])
-    context = llm.encode(embeds, real[:, None, None])
-    logits = llm.head(llm.decode(llm.embed(ids), torch.arange(3).expand(1, 2, 3), None, context))
+    encoded = llm.encode(embeds, real[:, None, None])
+    logits = llm.head(llm.decode(llm.embed(ids), torch.arange(3).expand(1, 2, 3), None, encoded=encoded))
     expected = library(llm)(inputs_embeds=embeds, attention_mask=real.long(), labels=labels)
     assert_close(logits[0], expected.logits[0], "logits")
     assert_close(logits[1, :2], expected.logits[1, :2], "logits of the shorter row")
     assert_close(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), expected.loss, "loss")
     causal = torch.ones(3, 3, dtype=torch.bool).tril().expand(2, 1, 3, 3)
-    masked = llm.head(llm.decode(llm.embed(ids), torch.arange(3).expand(1, 2, 3), causal, context))
+    masked = llm.head(llm.decode(llm.embed(ids), torch.arange(3).expand(1, 2, 3), causal, encoded=encoded))
     assert_close(masked, logits, "explicit mask")
 
 
@@ -129,8 +129,8 @@ def test_another_architecture_fits_the_contract() -> None:
     llm = HFSeq2Seq(config={"model_type": "bart", "decoder_start_token_id": 2} | numbers).eval()
     ids, answer = torch.randint(3, 50, (2, 6)), torch.tensor([[2, 7, 8], [2, 9, 3]])
     real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    context = llm.encode(llm.embed(ids), real[:, None, None])
-    logits = llm.head(llm.decode(llm.embed(answer), torch.arange(3)[None, None], None, context))
+    encoded = llm.encode(llm.embed(ids), real[:, None, None])
+    logits = llm.head(llm.decode(llm.embed(answer), torch.arange(3)[None, None], None, encoded=encoded))
     expected = llm.model(input_ids=ids, attention_mask=real.long(), decoder_input_ids=answer).logits
     assert_close(logits, expected)
     assert (len(llm.layers), llm.start_id) == (4, 2)
@@ -235,8 +235,10 @@ def test_blip2_runs_other_weights_activation(tmp_path: Path) -> None:
 def test_new_tokens_reach_both_sides() -> None:
     llm = tiny_t5(new_tokens=2)
     assert llm.vocab_size == 52
-    context = llm.encode(llm.embed(torch.tensor([[50, 3]])), torch.ones(1, 1, 1, 2, dtype=torch.bool))
-    logits = llm.head(llm.decode(llm.embed(torch.tensor([[0, 51]])), torch.arange(2)[None, None], None, context))
+    encoded = llm.encode(llm.embed(torch.tensor([[50, 3]])), torch.ones(1, 1, 1, 2, dtype=torch.bool))
+    logits = llm.head(
+        llm.decode(llm.embed(torch.tensor([[0, 51]])), torch.arange(2)[None, None], None, encoded=encoded)
+    )
     assert logits.shape == (1, 2, 52)
     logits.sum().backward()
     learned = {name for name, p in llm.named_parameters() if "new_" in name and p.grad.abs().max() > 0}

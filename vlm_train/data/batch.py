@@ -79,6 +79,9 @@ class TokenStream:
         plain_causal: every row is one segment of group 0 at positions 0, 1, ..., padded on the right. Then causal
             attention needs no mask, and fast kernels run. Decided by collate: a device would have to be asked.
         segments: the same rows as causal segments, each of group 0 at positions 0, 1, ...; None: only a mask tells.
+        media_of_token: `[B, T]` int64, the last media item that stands at or before the token where it may see it (in
+            its own segment, in the shared part or its own branch), as a number in the batch; -1: none. Inserted
+            cross-attention reads it. None: the batch was not made by collate.
     """
 
     ids: Tensor
@@ -92,6 +95,7 @@ class TokenStream:
     supervised: Tensor | None = None
     plain_causal: bool = False
     segments: Segments | None = None
+    media_of_token: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,7 @@ def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise:
     target = np.zeros((count, width), np.float32)
     positions = np.zeros((axes, count, width), np.int64)
     segments, groups = np.zeros((count, width), np.int32), np.zeros((count, width), np.int32)
+    media, sample = np.full((count, width), -1, np.int64), 0
     for row, items in enumerate(rows):
         start = width - sum(lengths[row]) if left else 0
         for segment, item in enumerate(items, start=1):
@@ -133,7 +134,8 @@ def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise:
             target[row, where] = target_weights(stream, normalise, item.weight)
             positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
             segments[row, where] = segment
-            start += len(stream)
+            media[row, where] = _last_media(stream, shelf, sample)
+            start, sample = start + len(stream), sample + 1
     streams = [item.rendered.streams[name] for row in rows for item in row]
     causal = all(map(_plain, streams))
     return TokenStream(
@@ -148,11 +150,22 @@ def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise:
         supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
         plain_causal=causal and all(len(row) == 1 for row in rows) and (not left or len(set(map(len, streams))) < 2),
         segments=segments_of(lengths, width) if causal and not left else None,
+        media_of_token=torch.from_numpy(media),
     )
 
 
 def _plain(stream: Stream) -> bool:
     return not stream.attention_group.any() and np.array_equal(stream.positions, np.arange(len(stream))[None])
+
+
+def _last_media(stream: Stream, shelf: _Shelf, sample: int) -> np.ndarray:
+    """`media_of_token` of one sample `[T]`."""
+    last = np.full(len(stream), -1, np.int64)
+    for placed in sorted(stream.slots, key=lambda placed: placed.start):
+        group = stream.attention_group[placed.start : placed.start + 1]
+        later = np.arange(len(stream)) >= placed.start
+        last[later & ((group <= 0) | (stream.attention_group == group))] = shelf.numbers[sample, placed.slot.item]
+    return last
 
 
 def _slots(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, ids: np.ndarray, left: bool) -> Slots:

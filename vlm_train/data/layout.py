@@ -28,7 +28,10 @@ class MediaSize:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """`count` placeholder tokens for media item `item`; `grid` (rows, columns) is their arrangement, if any."""
+    """`count` placeholder tokens for media item `item`; `grid` (rows, columns) is their arrangement, if any.
+
+    `Slot(item, 0)` takes no place: it says that the item stands here, for models that read media by cross-attention.
+    """
 
     item: int
     count: int
@@ -42,8 +45,9 @@ Piece = str | Slot
 class MediaLayout(Protocol):
     """`layout(sizes)` gives, for every media item of one sample, the pieces that stand for it in the text.
 
-    An item without pieces takes no place in the text and is shown to the model all the same. A layout of a model with
-    several position axes also has a method `positions`, see `vlm_train.data.streams.Positions`.
+    Literals without a slot stand for an item as `Slot(item, 0)` before them would. An item without pieces takes no
+    place in the text and is shown to the model all the same. A layout of a model with several position axes also has a
+    method `positions`, see `vlm_train.data.streams.Positions`.
     """
 
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]: ...

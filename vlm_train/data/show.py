@@ -93,9 +93,11 @@ def _pieces(
     while position < end:
         if position in slots:
             slot = slots[position].slot
-            yield _paint(f"[image {slot.item} x{slot.count}]", DIM, colour)
-            position += max(slot.count, 1)
-            continue
+            size = f" x{slot.count}" if slot.count else ""  # without placeholders it stands before the next token
+            yield _paint(f"[image {slot.item}{size}]", DIM, colour)
+            position += slot.count
+            if slot.count:
+                continue
         stop = position + 1
         while stop < end and stop not in slots and learned[stop] == learned[position]:
             stop += 1

@@ -199,12 +199,13 @@ def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
         raise ConfigError(f"{message} (data.over_length=error)")
     if over_length in ("drop", "split"):  # split: the rejected answer, which is cut nowhere
         raise BadSample(message, kind="too_long")
-    if stream.slots and stream.slots[-1].end > max_length:
-        cut = f"{message}, and cutting there would cut an image that ends at token {stream.slots[-1].end}"
+    last = max((placed.start + max(placed.slot.count, 1) for placed in stream.slots), default=0)
+    if last > max_length:  # a token has to be left that sees an image without placeholders
+        cut = f"{message}, and cutting there would cut an image that ends at token {last}"
         raise BadSample(cut, kind="too_long")
     tokens = np.arange(max_length)
     if stream.alignment == "none":  # a prompt loses the beginning of its text
-        tokens[stream.slots[-1].end if stream.slots else 0 :] += len(stream) - max_length
+        tokens[last:] += len(stream) - max_length
     kept = {name: getattr(stream, name)[tokens] for name in ("ids", "labels", "weights", "attention_group")}
     kept["positions"] = stream.positions[:, :max_length].copy()
     if stream.alignment == "causal":

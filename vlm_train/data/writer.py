@@ -98,7 +98,8 @@ class Writer:
         return single(tokens) if self.answer is None else encoded(tokens), reference
 
     def shown(self, streams: Mapping[str, Stream]) -> tuple[int, ...]:
-        """The media items that a model is to see."""
+        """The media items that a model is to see: those that stand in a text, and those that the layout gives no
+        place in one."""
         placed = {placed.slot.item for stream in streams.values() for placed in stream.slots}
         return tuple(item for item, pieces in enumerate(self.pieces) if item in placed or not pieces)
 
@@ -134,7 +135,10 @@ class Writer:
         """The tokens of a media item that stands at `start`."""
         ids: list[NDArray[np.int64]] = []
         offset = 0
-        for piece in self.pieces[item]:
+        pieces = self.pieces[item]
+        if not any(isinstance(piece, Slot) for piece in pieces):  # literals that mark where the item stands
+            pieces = [Slot(item, 0), *pieces]
+        for piece in pieces:
             if isinstance(piece, Slot):
                 slots.append(PlacedSlot(start, piece, offset))
                 offset += piece.count

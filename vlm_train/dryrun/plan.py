@@ -15,8 +15,9 @@ from vlm_train.build import build_objectives, build_optimizer
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
 from vlm_train.dryrun.memory import Needs
-from vlm_train.dryrun.trace import Trace, blocks, meta_batch, trace, visual_tokens
+from vlm_train.dryrun.trace import Trace, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
+from vlm_train.models.layers.numbered import numbered_layers
 from vlm_train.objectives.base import identity_gather
 from vlm_train.params import Policy, apply_policy, unused_parameters
 from vlm_train.quantise import quantised_layers
@@ -132,7 +133,9 @@ def optimizer_states(cfg: DictConfig) -> int:
 
 
 def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> Needs:
-    layers = [sum(p.numel() for p in block.parameters()) for part in model.children() for block in blocks(part)]
+    layers = [
+        sum(p.numel() for p in block.parameters()) for part in model.children() for block in numbered_layers(part)
+    ]
     quantised = [how for _, how in quantised_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
     return Needs(
@@ -152,7 +155,7 @@ def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
 
 def _outside(model: nn.Module) -> Iterator[int]:
     """Parameters of every module outside blocks by itself (embeddings, heads, connectors)."""
-    inside = {id(one) for part in model.children() for block in blocks(part) for one in block.modules()}
+    inside = {id(one) for part in model.children() for block in numbered_layers(part) for one in block.modules()}
     for module in model.modules():
         if id(module) not in inside:
             yield sum(p.numel() for p in module.parameters(recurse=False))

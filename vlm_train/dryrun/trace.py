@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import MediaSize, Slot
 from vlm_train.data.streams import CAUSAL
+from vlm_train.models.layers.numbered import numbered_layers
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -126,8 +127,10 @@ class _Products(TorchFunctionMode):
             key, value = (tensor.repeat_interleave(groups, dim=-3) for tensor in (key, value))
         flops = 2.0 * query.numel() * key.shape[-2] + 2.0 * query[..., 0].numel() * key.shape[-2] * value.shape[-1]
         grads = 2 * any(tensor.requires_grad for tensor in (query, key, value))
-        # Every mask of ours is causal inside its segments; encoders that see everything pass none.
-        self._add(flops, grads, 0, causal=is_causal or attn_mask is not None)
+        # Every mask of ours between a text and itself is causal inside its segments; encoders that see everything pass
+        # none.
+        masked = attn_mask is not None and query.shape[-2] == key.shape[-2]
+        self._add(flops, grads, 0, causal=is_causal or masked)
         if attn_mask is not None:
             attn_mask = attn_mask.detach()  # learned distances (T5): this kernel has no gradients for them
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -163,19 +166,13 @@ class _Layers:
     current: _Layer | None = None
 
 
-def blocks(part: nn.Module) -> list[nn.Module]:
-    """The numbered layers of a part, if it has any."""
-    layers = getattr(part, "layers", None)
-    return list(layers) if isinstance(layers, nn.ModuleList) else []
-
-
 @contextmanager
 def _watch_layers(model: nn.Module) -> Iterator[_Layers]:
     """Know which numbered layer of which part is running."""
     layers = _Layers()
     handles = []
     for part, module in model.named_children():
-        for index, block in enumerate(blocks(module)):
+        for index, block in enumerate(numbered_layers(module)):
             layers.seen[f"{part}.{index}"] = layer = _Layer()
 
             def enter(_: nn.Module, args: Any, kwargs: Any, layer: _Layer = layer) -> None:
@@ -268,4 +265,5 @@ def _meta_stream(rows: int, text_tokens: int, slots: int, supervised: int) -> To
         attention_group=torch.zeros_like(ones),
         slots=Slots(index=torch.zeros(rows * slots, dtype=torch.int64), placeholders=rows * slots),
         supervised=torch.zeros(rows * supervised, dtype=torch.int64),
+        media_of_token=torch.zeros_like(ids),
     )

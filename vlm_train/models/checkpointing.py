@@ -7,15 +7,13 @@ behind frozen inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-from vlm_train.models.context import context_readers, recomputed_context
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 ATTENTION = tuple(
@@ -38,27 +36,12 @@ def checkpoint_layers(layers: Iterable[nn.Module], *, selective: bool = False) -
     Args:
         selective: keep what attention and every second matrix product give; the rest is cheap to compute again.
     """
+    again: Any = checkpoint
+    if selective:  # `torch.compile` refuses a `context_fn`, and leaves those layers alone
+        again = torch.compiler.disable(partial(checkpoint, context_fn=_kept))
     for layer in layers:
         if not isinstance(layer.forward, partial):
-            layer.forward = partial(_checkpoint_of(layer, selective), layer.forward, use_reentrant=False)
-
-
-def _checkpoint_of(layer: nn.Module, selective: bool) -> Any:
-    """`checkpoint`, with a `context_fn` where one is needed: `torch.compile` refuses those, and leaves them alone."""
-    reads = bool(context_readers(layer))
-    if not (reads or selective):
-        return checkpoint
-
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = [], []
-        for one in (recomputed_context(layer) if reads else None, _kept if selective else None):
-            if one is not None:
-                forward, recomputed = one()
-                first.append(forward)
-                again.append(recomputed)
-        return _all(first), _all(again)
-
-    return torch.compiler.disable(partial(checkpoint, context_fn=contexts))
+            layer.forward = partial(again, layer.forward, use_reentrant=False)
 
 
 def _kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -75,11 +58,3 @@ def _kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
-
-
-@contextmanager
-def _all(contexts: Iterable[AbstractContextManager[Any]]) -> Any:
-    with ExitStack() as stack:
-        for one in contexts:
-            stack.enter_context(one)
-        yield

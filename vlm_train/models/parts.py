@@ -6,10 +6,12 @@ Legend: N media views, P patch tokens, Q connector tokens, B rows, T tokens, A p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.data.batch import Segments, TokenStream
 from vlm_train.data.layout import Grid, MediaLayout, MediaSize
 from vlm_train.data.streams import Alignment
@@ -54,7 +56,7 @@ class LanguageModel(Protocol):
     Attributes:
         dim: width D_t of embeddings and hidden states.
         vocab_size: rows of the output head.
-        layers: the decoder blocks, for layer-wise learning rates, inserted blocks and activation checkpointing.
+        layers: the decoder's layers, for layer-wise learning rates and activation checkpointing.
         takes_segments: whether `decode` takes segments in place of a mask.
     """
 
@@ -67,10 +69,30 @@ class LanguageModel(Protocol):
         """Token ids `[B, T]` -> embeddings `[B, T, D_t]`. Negative ids (placeholders) give any finite embedding."""
         ...
 
-    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, context: Any = None) -> Tensor:
+    def insert(self, make_block: Callable[[], nn.Module], *, every: int = 1) -> nn.ModuleList:
+        """Insert a block before every `every`-th layer (the layers `every`, `2 * every`, ... counted from 1).
+
+        A block is called as `block(hidden, cross_states)`, `[R, Q, D_t]` -> `[R, Q, D_t]`, in every pass, also where
+        the batch has no media. The family keeps what this returns, `self.blocks = llm.insert(...)`: the blocks are
+        named, trained, frozen and saved as a part of their own, outside `llm`, so that patterns such as LoRA's
+        `llm\\..*` do not reach them. Call it after the weights are loaded.
+
+        Raises:
+            ConfigError: `every` is not between 1 and the number of layers.
+        """
+        ...
+
+    def decode(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        mask: Tensor | Segments | None,
+        *,
+        cross_states: CrossStates | None = None,
+    ) -> Tensor:
         """Embeddings `[B, T, D_t]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None = plain causal
-        from position 0 on; segments = each causal by itself) -> final hidden states `[B, T, D_t]`. `context` is
-        opaque: only inserted blocks (or the cross-attention of an encoder-decoder) read it."""
+        from position 0 on; segments = each causal by itself) -> final hidden states `[B, T, D_t]`. The inserted blocks
+        read `cross_states`."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -78,32 +100,45 @@ class LanguageModel(Protocol):
         ...
 
 
-class EncoderDecoder(LanguageModel, Protocol):
-    """A language model whose decoder reads, as its `context`, what `encode` made of another stream.
+@dataclass(frozen=True)
+class Encoded:
+    """What a decoder reads: the encoder's hidden states `[B, S, D_t]` and which of them count `[B, 1, 1, S]`."""
+
+    states: Tensor
+    mask: Tensor
+
+
+class EncoderDecoder(Protocol):
+    """A language model whose decoder reads what `encode` made of another stream.
+
+    It takes no inserted blocks: images stand in the encoder's text.
 
     Attributes:
+        dim, vocab_size, layers, takes_segments: as of `LanguageModel`.
         start_id: the token that a decoder's input begins with.
     """
 
+    dim: int
+    vocab_size: int
+    layers: nn.ModuleList
+    takes_segments: bool
     start_id: int
 
-    def encode(self, embeds: Tensor, mask: Tensor) -> Any:
-        """Embeddings `[B, S, D_t]` and mask `[B, 1, 1, S]` (True = every token sees it) of the encoder's stream ->
-        context."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """As of `LanguageModel`, for either side."""
         ...
 
+    def encode(self, embeds: Tensor, mask: Tensor) -> Encoded:
+        """Embeddings `[B, S, D_t]` and mask `[B, 1, 1, S]` (True = every token sees it) of the encoder's stream."""
+        ...
 
-@runtime_checkable
-class ReadsContext(Protocol):
-    """A block inserted among the layers of a language model that reads the `context` given to `decode`.
+    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, *, encoded: Encoded) -> Tensor:
+        """As of `LanguageModel`; the decoder attends to `encoded`."""
+        ...
 
-    Attributes:
-        reads_context: true; it marks such a block.
-        context: set while `decode` runs (and while its layers are computed again in backward), else None.
-    """
-
-    reads_context: bool
-    context: Any
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., D_t]` -> logits `[..., V]`."""
+        ...
 
 
 class TextTower(Protocol):

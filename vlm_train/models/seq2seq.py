@@ -27,7 +27,7 @@ class PrefixSeq2Seq(PrefixVLM):
     def forward(self, batch: Batch, stream: str = "decoder") -> Tensor:
         """Final hidden states `[B, T, D]` of the decoder over `stream`, which answers the stream "llm"."""
         text, answer = batch.text["llm"], batch.text[stream]
-        context = self.llm.encode(self.embed(batch), (text.segment_ids != 0)[:, None, None])
+        encoded = self.llm.encode(self.embed(batch), (text.segment_ids != 0)[:, None, None])
         start = torch.full_like(answer.ids[:, :1], self.llm.start_id)
         embeds = self.llm.embed(torch.cat([start, answer.ids[:, 1:]], dim=1))
-        return decode_stream(self.llm, embeds, answer, context)
+        return decode_stream(self.llm, embeds, answer, encoded=encoded)

@@ -7,20 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.data.batch import Batch, TokenStream
 from vlm_train.models.masks import attention_of
+from vlm_train.models.parts import Encoded
 
 
-def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, context: Any = None) -> Tensor:
-    """Run `llm` over embeddings `[B, T, D]` with the stream's positions, segments and groups -> `[B, T, D]`."""
-    return llm.decode(embeds, stream.positions, attention_of(stream, llm.takes_segments), context)
+def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossStates | Encoded) -> Tensor:
+    """Run `llm` over embeddings `[B, T, D]` with the stream's positions, segments and groups -> `[B, T, D]`.
+
+    `reads` is what else it reads: `cross_states` for inserted blocks, `encoded` for the decoder of an encoder-decoder.
+    """
+    return llm.decode(embeds, stream.positions, attention_of(stream, llm.takes_segments), **reads)
 
 
-def generate_from(llm: Any, embeds: Tensor, stream: TokenStream, **settings: Any) -> Tensor:
+def generate_from(
+    llm: Any, embeds: Tensor, stream: TokenStream, *, cross_states: CrossStates | None = None, **settings: Any
+) -> Tensor:
     """Continue the prompts of `stream`: rows of one segment, padded on any side -> `[B, up to max_new_tokens]`."""
     real = stream.segment_ids != 0
     order = real.int().argsort(dim=1, stable=True)  # padding to the left, real tokens in their order
     embeds = embeds.gather(1, order[..., None].expand_as(embeds))
+    if cross_states is not None:
+        settings["cross_states"] = cross_states.reorder_tokens(order)
     return llm.generate(embeds, real.gather(1, order), **settings)
 
 

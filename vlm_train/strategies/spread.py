@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from vlm_train.models.layers.numbered import numbered_layers
+
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at once: every numbered layer of every part, then the model for all the rest."""
-    found: list[nn.Module] = []
-    for part in model.children():
-        layers = getattr(part, "layers", None)
-        found += list(layers) if isinstance(layers, nn.ModuleList) else []
-    return [*found, model]
+    """What is gathered at once: every numbered layer of every part, every inserted block, then the model for all the
+    rest."""
+    return [*(layer for part in model.children() for layer in numbered_layers(part)), model]
 
 
 def spread(

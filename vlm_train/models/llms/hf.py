@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.data.batch import Segments
 from vlm_train.errors import ConfigError
 from vlm_train.models.attention import PACKED, given_segments, register_packed
-from vlm_train.models.context import given_context
 from vlm_train.models.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
+from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 
 
@@ -64,6 +65,7 @@ class HFCausalLM(nn.Module):
         self.numbers = with_vocabulary(config, vocab_size)
         self.weights = weights
         self.new_tokens = new_tokens
+        self.inserter = BlockInserter()
         register_packed()
         self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, *ATTENTION))
         if self.takes_segments and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
@@ -96,15 +98,26 @@ class HFCausalLM(nn.Module):
         """Token ids `[B, T]` -> embeddings `[B, T, D]`; negative ids (placeholders) give token 0's."""
         return self.model.get_input_embeddings()(ids.clamp(min=0))
 
-    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, context: Any = None) -> Tensor:
+    def insert(self, make_block: MakeBlock, *, every: int = 1) -> nn.ModuleList:
+        """Insert a block before every `every`-th layer, see `LanguageModel.insert`."""
+        return self.inserter.insert(self.layers, make_block, every)
+
+    def decode(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        mask: Tensor | Segments | None,
+        *,
+        cross_states: CrossStates | None = None,
+    ) -> Tensor:
         """Embeddings `[B, T, D]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend) -> hidden `[B, T, D]`.
 
         Without a mask attention is plain causal and positions count from 0 (padding on the right does no harm then);
-        with segments the same is true of each of them. Fast kernels run only so. `context` is held by the inserted
-        blocks that read one, see `ReadsContext`.
+        with segments the same is true of each of them. Fast kernels run only so. The inserted blocks read
+        `cross_states`.
         """
         segments = mask if isinstance(mask, Segments) else None
-        with given_context(self.model, context), given_segments(segments), _no_guessed_packing():
+        with self.inserter.given(cross_states), given_segments(segments), _no_guessed_packing():
             output = self.decoder(
                 inputs_embeds=embeds,
                 attention_mask=None if mask is None else self._library_mask(mask, positions[0], embeds.dtype),
@@ -140,7 +153,7 @@ class HFCausalLM(nn.Module):
         repetition_penalty: float = 1.0,
         min_new_tokens: int = 0,
         num_beams: int = 1,
-        context: Any = None,
+        cross_states: CrossStates | None = None,
     ) -> Tensor:
         """Continue prompts with a key-value cache.
 
@@ -149,7 +162,7 @@ class HFCausalLM(nn.Module):
             mask: `[B, T]`, True at real tokens.
             temperature: 0 is greedy.
             repetition_penalty, min_new_tokens: as in `Sampling`; the penalty does not see the prompt.
-            context: as in `decode`.
+            cross_states: as in `decode`, for the tokens of the padded prompts.
 
         Returns:
             `[B, up to max_new_tokens]` new token ids; a row that ended is filled up with its end-of-text token.
@@ -168,7 +181,7 @@ class HFCausalLM(nn.Module):
             use_cache=True,
             **sampling,
         )
-        with given_context(self.model, context):
+        with self.inserter.given(cross_states), self.inserter.following_cache(self.decoder):
             return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings)
 
     def head_parameters(self) -> list[str]:

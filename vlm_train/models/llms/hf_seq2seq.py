@@ -6,7 +6,6 @@ Legend: B rows, S tokens of the encoder, T tokens of the decoder, D width, V voc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +15,7 @@ from vlm_train.data.batch import Segments
 from vlm_train.errors import ConfigError
 from vlm_train.models.hub import build_model, load_pretrained, with_vocabulary
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the decoder reads: the encoder's hidden states `[B, S, D]` and which of them count `[B, 1, 1, S]`."""
-
-    states: Tensor
-    mask: Tensor
+from vlm_train.models.parts import Encoded
 
 
 class HFSeq2Seq(nn.Module):
@@ -86,23 +78,23 @@ class HFSeq2Seq(nn.Module):
         return self.model.get_input_embeddings()(ids.clamp(min=0))
 
     def encode(self, embeds: Tensor, mask: Tensor) -> Encoded:
-        """Embeddings `[B, S, D]` and mask `[B, 1, 1, S]` (True = a token that all others see) -> context."""
+        """Embeddings `[B, S, D]` and mask `[B, 1, 1, S]` (True = a token that all others see)."""
         output = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=self._library_mask(mask, embeds))
         return Encoded(output.last_hidden_state, mask)
 
-    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, context: Any = None) -> Tensor:
+    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, *, encoded: Encoded) -> Tensor:
         """Embeddings `[B, T, D]`, mask `[B, 1, T, T]` (True = attend; None = plain causal) -> hidden `[B, T, D]`.
 
-        `context` is what `encode` gave. Positions are not asked for: these models count tokens themselves.
+        Positions are not asked for: these models count tokens themselves.
         """
         del positions
-        assert isinstance(context, Encoded) and not isinstance(mask, Segments)
+        assert not isinstance(mask, Segments)
         rows, length = embeds.shape[:2]
-        seen = context.mask.expand(rows, 1, length, context.states.shape[1])
+        seen = encoded.mask.expand(rows, 1, length, encoded.states.shape[1])
         output = self.model.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=None if mask is None else self._library_mask(mask, embeds),
-            encoder_hidden_states=context.states,
+            encoder_hidden_states=encoded.states,
             encoder_attention_mask=self._library_mask(seen, embeds),
             use_cache=False,
         )

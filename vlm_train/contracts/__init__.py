@@ -1,0 +1,1 @@
+"""What the halves of the framework hand each other: types and protocols without logic."""
