@@ -134,8 +134,10 @@ def test_llm(option):
     ids = torch.randint(0, 50, (2, 7))
     embeds = llm.embed(ids)
     positions = torch.arange(7).expand(1, 2, 7)
-    context = llm.encode(llm.embed(ids[:, :5]), torch.ones(2, 1, 1, 5, dtype=torch.bool)) if pairs else None
-    hidden = llm.decode(embeds, positions, None, context)
+    reads = {}
+    if pairs:
+        reads["encoded"] = llm.encode(llm.embed(ids[:, :5]), torch.ones(2, 1, 1, 5, dtype=torch.bool))
+    hidden = llm.decode(embeds, positions, None, **reads)
     logits = llm.head(hidden)
     assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, rows)
     assert_gradients(llm, logits, [n for n, _ in llm.named_parameters() if encodes and "encoder_attention" in n])
