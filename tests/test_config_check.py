@@ -150,9 +150,9 @@ def test_a_strategy_that_cannot_be(overrides: list[str], words: str) -> None:
 
 
 def test_best_follows_what_is_measured() -> None:
-    (found,) = problems("trainer.best=answers/acuracy", recipe="easyvqa_stage2")
-    assert "did you mean" in found.lower() and "Allowed: loss, answers/accuracy" in found
-    assert problems("trainer.best=answers/accuracy", recipe="easyvqa_stage2") == []
+    (found,) = problems("trainer.best=answers/exact_mach", recipe="easyvqa_stage2")
+    assert "did you mean" in found.lower() and "Allowed: loss, answers/exact_match" in found
+    assert problems("trainer.best=answers/exact_match", recipe="easyvqa_stage2") == []
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((config.config_dir() / "strategy").glob("*.yaml"))])

@@ -70,23 +70,23 @@ def test_every_number_has_one_place(trained: Path, tmp_path: Path) -> None:
     old = [{"name": "this run", "value": 0.5, "n": 4, "note": "from training", "eval": "answers"}]
     before = record(run)
     (run / "run.json").write_text(
-        json.dumps(before | {"results": old, "metrics": {"answers/accuracy": 0.5, "loss": 1}})
+        json.dumps(before | {"results": old, "metrics": {"answers/exact_match": 0.5, "loss": 1}})
     )
 
     few = ["mode=eval", f"run={run}", "eval.answers.limit=2"]
     assert cli.main(few) == cli.main(few) == 0
     found = record(run)
     labels = [row.get("eval") for row in found["results"]]
-    assert found["results"][0] == old[0] and found["metrics"]["answers/accuracy"] == 0.5
+    assert found["results"][0] == old[0] and found["metrics"]["answers/exact_match"] == 0.5
     (label,) = set(labels[1:])
     assert re.fullmatch("answers-[0-9a-f]{8}", label) and labels.count(label) == 4
-    assert found["metrics"][f"{label}/accuracy"] == found["results"][1]["value"]
+    assert found["metrics"][f"{label}/exact_match"] == found["results"][1]["value"]
     assert [path.name for path in (run / "eval").iterdir()] == [label]
 
     assert cli.main(["mode=eval", f"run={run}"]) == 0
     found = record(run)
     assert [row["eval"] for row in found["results"]] == ["answers"] * 4 + [label] * 4
-    assert found["metrics"]["answers/accuracy"] == found["results"][0]["value"]
+    assert found["metrics"]["answers/exact_match"] == found["results"][0]["value"]
     assert found["metrics"]["loss"] == 1 and found["status"] == "done"
     assert cli.main(["mode=eval", f"run={run}", "template=vicuna_v1"]) == 0, "another prompt is another evaluation"
     assert len({row["eval"] for row in record(run)["results"]}) == 3

@@ -17,7 +17,7 @@ from vlm_train.build import build
 from vlm_train.callbacks.predictions import Predictions
 from vlm_train.checkpoint import load_run_weights
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.answers import AnswerAccuracy
+from vlm_train.evaluation.answers import QuestionAnswering
 from vlm_train.models.prefix import PrefixVLM
 
 
@@ -38,11 +38,10 @@ def test_answers_are_the_models_and_pictures_what_it_sees(data: Path, tmp_path: 
     cfg = config.load_config(run / "config.yaml")
     built = build(cfg)
     load_run_weights(built.model, [], run)
-    AnswerAccuracy(shards=str(data / "tiny/val"), max_new_tokens=6).run(
-        built.model, built.processor, tmp_path / "eval", final=True
-    )
+    evaluator = QuestionAnswering(shards=str(data / "tiny/val"), max_new_tokens=6)
+    evaluator.run(built.model, built.processor, tmp_path / "eval", final=True)
     found = [json.loads(line) for line in (tmp_path / "eval/predictions.jsonl").read_text().splitlines()]
-    assert [row["prediction"].lower() for row in rows] == [found[number]["prediction"] for number in (0, 2)]
+    assert [row["prediction"] for row in rows] == [found[number]["prediction"] for number in (0, 2)]
     _, (blob,) = ShardSet(data / "tiny/val").load(2)
     assert built.processor.image is not None
     seen = np.asarray(Image.open(run / "predictions" / rows[1]["image"]))

@@ -271,7 +271,7 @@ def test_optuna_seeks_what_is_better() -> None:
         found = optuna_defaults(["hydra/sweeper=optuna", f"sweep_metric={metric}", *more])
         return [line.partition("=")[2] for line in found if line.startswith("hydra.sweeper.direction=")]
 
-    assert direction("val_loss") == ["minimize"] and direction("answers/accuracy") == ["maximize"]
+    assert direction("val_loss") == ["minimize"] and direction("answers/exact_match") == ["maximize"]
     assert direction("val_loss", "hydra.sweeper.direction=maximize") == []
 
 

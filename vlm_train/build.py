@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
+from vlm_train.contracts.evaluator import EVALUATOR_MEMBERS, Evaluator
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia, ViewGrid
 from vlm_train.data.processor import Processor
 from vlm_train.data.streams import CAUSAL
+from vlm_train.errors import ConfigError
 from vlm_train.launch import rank
 from vlm_train.models.layers.inserted_blocks import check_ownership
 from vlm_train.objectives.base import Objective
@@ -172,9 +174,14 @@ def build_objectives(cfg: DictConfig) -> dict[str, Objective]:
     return make_each(cfg.objective)
 
 
-def build_evaluators(cfg: DictConfig) -> dict[str, Any]:
-    """Name -> evaluator."""
-    return make_each(cfg.eval)
+def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
+    """Name -> evaluator. Raises ConfigError for what is none."""
+    found = make_each(cfg.eval)
+    for name, one in found.items():
+        if missing := [member for member in EVALUATOR_MEMBERS if not hasattr(one, member)]:
+            lacks = ", ".join(missing)
+            raise ConfigError(f"eval.{name}: {type(one).__name__} is no evaluator (contracts/evaluator.py): no {lacks}")
+    return found
 
 
 def build_optimizer(cfg: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -1,7 +1,8 @@
 """Everything that can be known to be wrong before a weight is read. All problems are raised together.
 
 Order of cost: the composed values, then our own targets from their source, then targets of other packages, which have
-to be imported, and last the assets. A later kind is only looked at when the earlier ones found nothing.
+to be imported, then what only constructed evaluators can tell, and last the assets. A later kind is only looked at when
+the earlier ones found nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from vlm_train.assets import missing_assets
 from vlm_train.check_parts import (
     PARTS,
-    check_best,
     check_columns,
     check_groups,
     check_kind,
@@ -79,9 +79,10 @@ def check(cfg: DictConfig, *, need_assets: bool) -> None:
     problems = [problem for one in CHECKS for problem in one(cfg)]
     if problems:
         raise ConfigError(problems)
-    problems = list(check_foreign_targets(cfg))
-    if problems:
-        raise ConfigError(problems)
+    for one in (check_foreign_targets, check_best):
+        problems = list(one(cfg))
+        if problems:
+            raise ConfigError(problems)
     if need_assets and (missing := missing_assets(cfg)):
         raise AssetError(missing)
 
@@ -139,6 +140,19 @@ def check_foreign_targets(cfg: DictConfig) -> Iterator[str]:
             yield from _check_component(path, group, node, import_signature)
 
 
+def check_best(cfg: DictConfig) -> Iterator[str]:
+    """What BEST follows is measured at validations. Constructs the evaluators, whose targets are trusted by now."""
+    best = cfg.trainer.best
+    if cfg.mode != "fit" or best == "loss":
+        return
+    from vlm_train.build import build_evaluators
+    from vlm_train.evaluation.run import validation_metrics
+
+    allowed = ["loss", *validation_metrics(build_evaluators(cfg))]
+    if best not in allowed:
+        yield f"trainer.best: got {best!r}.{hint(best, allowed)} Allowed: {', '.join(allowed)}."
+
+
 def _check_component(
     path: str, group: str, node: dict[str, Any], signature_of: Callable[[str], Signature]
 ) -> Iterator[str]:
@@ -179,7 +193,7 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 
 CHECKS: list[Check] = [
     check_values, check_groups, check_targets, check_unsafe_keys, check_literals, check_numbers, check_data,
-    check_batch, check_length, check_warmup, check_objectives, check_best, check_columns, check_peft, check_streams,
+    check_batch, check_length, check_warmup, check_objectives, check_columns, check_peft, check_streams,
     check_kind, check_launch, check_strategy, check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

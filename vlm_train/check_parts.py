@@ -124,14 +124,6 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
         )
 
 
-def check_best(cfg: DictConfig) -> Iterator[str]:
-    """What BEST follows is measured at validations."""
-    evaluators = [f"{name}/accuracy" for name, node in (resolved(cfg, "eval") or {}).items() if node is not None]
-    allowed = ["loss", *evaluators]
-    if cfg.trainer.best not in allowed:
-        yield f"trainer.best: got {cfg.trainer.best!r}.{hint(cfg.trainer.best, allowed)} Allowed: {', '.join(allowed)}."
-
-
 def check_columns(cfg: DictConfig) -> Iterator[str]:
     """Modes that write columns know of which set, and each process its share."""
     if cfg.mode in ("caption", "score") and not cfg.columns.shards:

@@ -55,13 +55,16 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     from vlm_train.build import build, build_data, build_evaluators, halve
     from vlm_train.callbacks.loop import Evaluation
     from vlm_train.data.tokenizer import vocabulary
+    from vlm_train.evaluation.run import require_methods
     from vlm_train.trainer import halves_weights, loop_callbacks, make_trainer, processes, shards_model
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     world = processes(cfg)
     shares = world > 1 and shards_model(cfg) and rank() > 0  # rank 0 spreads its weights later
+    evaluators = build_evaluators(cfg)
     built = build(cfg, meta=shares)
+    require_methods(evaluators, built.model)
     sources: list[str] = []
     if not shares:
         sources = checkpoint.hand_over(built.model, cfg.init_from)
@@ -84,13 +87,12 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
     work = _work(cfg, built.processor.tokenizer) if rank() == 0 else None
     module = _module(cfg, built.model, policy, data.plan, folder, work)
-    evaluators = build_evaluators(cfg)
     every = None if len(data.val) else cfg.trainer.val_every
     evaluation = Evaluation(built.processor, evaluators, folder, every=every, val_every=cfg.trainer.val_every)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed)
     trainer = make_trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
-        _describe(cfg, built, policy, trainer, folder, identity)
+        _describe(cfg, built, policy, trainer, folder, identity, evaluators)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # not our calls
@@ -103,12 +105,17 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     return metrics
 
 
-def _describe(cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Path, identity: str) -> None:
+def _describe(
+    cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Path, identity: str, evaluators: dict[str, Any]
+) -> None:
     """Say and record what is about to be trained."""
+    from vlm_train.evaluation.run import describe_evaluators
+
     print(policy.table(), flush=True)
     _write_parameters(folder, policy)
     built.processor.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
+    names["evaluators"] = describe_evaluators(evaluators, {name: name for name in evaluators})
     _write_status(folder, **names, status="running", started=time.time(), exit_code=None)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
@@ -209,8 +216,7 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
     metrics: dict[str, float] = {}
     if evaluators:
         with results_folder(folder, trainer.is_global_zero) as results:
-            found = run_evaluators(built.model, built.processor, evaluators, results)  # which also records the results
-        metrics = {f"{name}/accuracy": found[name]["accuracy"] for name in evaluators}
+            metrics = run_evaluators(built.model, built.processor, evaluators, results)  # and record the results
         module.write("test", metrics)
     if not trainer.is_global_zero:
         return {}

@@ -24,6 +24,7 @@ from vlm_train.callbacks.watchdog import Watchdog
 from vlm_train.checkpoint import Resume
 from vlm_train.checkpoint.save import Keep, Writer
 from vlm_train.errors import ConfigError
+from vlm_train.evaluation.run import validation_metrics
 from vlm_train.modules.device import keep_freed_memory
 
 SINGLE = "vlm_train.strategies.replicated.Single"
@@ -128,7 +129,9 @@ def loop_callbacks(
     """
     settings = cfg.trainer
     val_every = None if evaluation.every else settings.val_every or plan.steps  # at least at the end
-    keep = Keep(settings.keep_last, settings.keep_best, settings.keep_every, lower=settings.best.endswith("loss"))
+    higher_is_better = {"loss": False, **validation_metrics(evaluation.evaluators)}
+    lower = not higher_is_better[settings.best]
+    keep = Keep(settings.keep_last, settings.keep_best, settings.keep_every, lower=lower)
     writer = Writer(module.folder / "checkpoints", keep, background=settings.async_save, agree=module.over_ranks)
     checkpoints = Checkpoints(
         writer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,12 @@ from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation import answers
-from vlm_train.evaluation.answers import Answer, AnswerAccuracy, derangement, pictured
+from vlm_train.evaluation.answers import QuestionAnswering
+from vlm_train.evaluation.controls import derangement
+from vlm_train.evaluation.generate import Answer
+from vlm_train.evaluation.metrics.character_error_rate import CharacterErrorRate
+from vlm_train.evaluation.metrics.exact_match import ExactMatch
+from vlm_train.evaluation.predictions import pictured
 
 unreadable: set[int] = set()
 broken: set[int] = set()
@@ -102,20 +108,20 @@ def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tmp_path: Path) -> None:
     published = {"name": "elsewhere", "value": 0.5, "note": "published"}
-    evaluator = AnswerAccuracy(
+    evaluator = QuestionAnswering(
         shards="x", batch=4, controls=["shuffled_images"], majority_shards=["x"], published=[published], pictures=2
     )
     built.model.train()
     found = evaluator.run(built.model, built.processor, tmp_path, final=True)
-    assert (found["accuracy"], found["n"]) == (2 / 6, 6)
-    assert [row["value"] for row in found["results"]] == [2 / 6, 2 / 6, 5 / 6, 0.5]
+    assert (found.metrics, found.rows[0].n) == ({"exact_match": 2 / 6}, 6)
+    assert [row.value for row in found.rows] == [2 / 6, 2 / 6, 5 / 6, 0.5]
     assert built.model.training and built.model.modes == {False}
     own, shuffled = built.model.seen[:6], built.model.seen[6:]
     assert own == [0, 0, 40, 40, 80, 80] and sorted(shuffled) == own
     assert all(a != b for a, b in zip(own, shuffled, strict=True))
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert rows[2] == {
-        "key": "s1", "question": "dark?", "reference": "yes", "prediction": "yes", "correct": True,
+        "key": "s1", "question": "dark?", "reference": "yes", "prediction": "Yes", "correct": True,
         "image": "images/1.png",
     }  # fmt: skip
     assert (tmp_path / "images/1.png").is_file() and rows[4]["image"] is None
@@ -126,12 +132,12 @@ def test_unusable_samples_are_named_and_left_out(
 ) -> None:
     unreadable.add(0)
     broken.add(2)
-    evaluator = AnswerAccuracy(shards="x", controls=["shuffled_images"], majority_shards=["x"])
-    assert evaluator.run(built.model, built.processor, tmp_path, final=False)["n"] == 2
+    evaluator = QuestionAnswering(shards="x", controls=["shuffled_images"], majority_shards=["x"])
+    assert evaluator.run(built.model, built.processor, tmp_path, final=False).metrics == {"exact_match": 1 / 2}
     found = evaluator.run(built.model, built.processor, tmp_path, final=True)
-    assert (found["accuracy"], found["n"]) == (1 / 2, 2)
-    assert [row["name"] for row in found["results"]] == ["this run", "question only"]
-    assert found["results"][0]["note"] == "generation, exact match, 2 samples unusable"
+    assert (found.metrics, found.rows[0].n) == ({"exact_match": 1 / 2}, 2)
+    assert [row.name for row in found.rows] == ["this run", "question only"]
+    assert found.rows[0].note == "generation, exact match, 2 samples unusable"
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "eval: unusable, left out: x/0.tar, key 's0': member 0.png is corrupt"
     assert said[1].startswith("eval: unusable, left out: x/0.tar, key 's2': image: cannot decode")
@@ -141,19 +147,65 @@ def test_unusable_samples_are_named_and_left_out(
 def test_nothing_usable_is_an_error(built: SimpleNamespace, tmp_path: Path) -> None:
     unreadable.update(range(3))
     with pytest.raises(ConfigError, match="none of the 3 samples of x can be used: x/0.tar, key 's0'"):
-        AnswerAccuracy(shards="x").run(built.model, built.processor, tmp_path, final=True)
+        QuestionAnswering(shards="x").run(built.model, built.processor, tmp_path, final=True)
 
 
 def test_pictures_show_wrong_answers_and_a_spread_of_the_others() -> None:
-    asked = [Answer(number, f"s{number}", "?", "yes", "no" if number in (70, 90) else "yes") for number in range(100)]
+    asked = [
+        Answer(number, f"s{number}", "?", ("yes",), "no" if number in (70, 90) else "yes") for number in range(100)
+    ]
     assert pictured(asked, 10) == [0, 12, 24, 36, 49, 61, 70, 74, 86, 90]
     assert pictured(asked[:3], 48) == [0, 1, 2] and pictured(asked, 0) == []
 
 
 def test_validation_is_limited_and_writes_nothing(built: SimpleNamespace, tmp_path: Path) -> None:
-    found = AnswerAccuracy(shards="x", validation_limit=1).run(built.model, built.processor, tmp_path, final=False)
-    assert found == {"accuracy": 0.0, "n": 2, "results": []}
+    found = QuestionAnswering(shards="x", validation_limit=1).run(built.model, built.processor, tmp_path, final=False)
+    assert (found.metrics, found.rows) == ({"exact_match": 0.0}, ())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_metric_is_measured_on_answers_and_controls(built: SimpleNamespace, tmp_path: Path) -> None:
+    """The model says "Yes"; the references are no, gray, yes, gray, yes, gray."""
+    rate = (3 + 4 + 1 + 4 + 1 + 4) / (2 + 4 + 3 + 4 + 3 + 4)
+    published = [{"name": "elsewhere", "value": 0.1, "metric": "cer"}]
+    metrics = {"exact_match": ExactMatch(), "none": None, "cer": CharacterErrorRate()}
+    evaluator = QuestionAnswering(shards="x", metrics=metrics, majority_shards=["x"], published=published)
+    assert (evaluator.primary, evaluator.higher_is_better) == ("exact_match", {"exact_match": True, "cer": False})
+    found = evaluator.run(built.model, built.processor, tmp_path, final=True)
+    assert found.metrics == pytest.approx({"exact_match": 2 / 6, "cer": rate})
+    told = [(row.name, row.metric, row.value) for row in found.rows]
+    assert told == [
+        ("this run", "exact_match", pytest.approx(2 / 6)),
+        ("question only", "exact_match", pytest.approx(5 / 6)),
+        ("this run", "cer", pytest.approx(rate)),
+        ("question only", "cer", pytest.approx(3 / 20)),
+        ("elsewhere", "cer", 0.1),
+    ]
+    assert found.rows[2].note == "generation, cer"
+
+
+def test_metrics_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two of them return 'exact_match'"):
+        QuestionAnswering(shards="x", metrics={"a": ExactMatch(), "b": ExactMatch()})
+    with pytest.raises(ConfigError, match="metrics: none is left"):
+        QuestionAnswering(shards="x", metrics={"exact_match": None})
+    with pytest.raises(ConfigError, match="published: no metric 'f1'; allowed: exact_match"):
+        QuestionAnswering(shards="x", published=[{"name": "a", "value": 1.0, "metric": "f1"}])
+
+
+def test_answers_of_the_source_count_where_they_are_asked_for(
+    built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Listed(Shards):
+        def load(self, i: int):
+            sample, blobs = super().load(i)
+            return replace(sample, meta={"annotations": [{"answers": ["maybe", "yes"]}]}), blobs
+
+    monkeypatch.setattr(answers, "ShardSet", Listed)
+    evaluator = QuestionAnswering(shards="x")
+    assert evaluator.run(built.model, built.processor, tmp_path, final=False).metrics == {"exact_match": 2 / 6}
+    evaluator = QuestionAnswering(shards="x", all_answers=True)
+    assert evaluator.run(built.model, built.processor, tmp_path, final=False).metrics == {"exact_match": 3 / 6}
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
@@ -165,4 +217,4 @@ def test_derangement_moves_every_number(count: int) -> None:
 
 def test_unknown_control_is_refused() -> None:
     with pytest.raises(ConfigError, match="shuffled_images"):
-        AnswerAccuracy(shards="x", controls=["blank"])
+        QuestionAnswering(shards="x", controls=["blank"])

@@ -61,8 +61,8 @@ def test_unusable_samples_are_left_out(
 ) -> None:
     folder = shards(tmp_path / "set", bad=(COUNT - 1,))
     found = CaptionRetrieval(shards=folder).run(built.model, built.processor, tmp_path, final=True)
-    assert (found["accuracy"], found["n"]) == (1.0, COUNT - 1)
-    assert found["results"][0]["note"].endswith("(chance 0.250), 1 sample unusable")
+    assert (found.metrics["caption_recall_at_1"], found.rows[0].n) == (1.0, COUNT - 1)
+    assert found.rows[0].note.endswith("(chance 0.250), 1 sample unusable")
     assert "key 's4': image: cannot decode" in capsys.readouterr().out
 
 
@@ -80,11 +80,11 @@ def test_recalls_of_both_directions_by_hand() -> None:
     scores[0] = torch.tensor([0.0, 6.0, 5.0, 4.0, 3.0, 2.0])  # its own caption is the last
     scores[2] = torch.tensor([6.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # and this one's the second
     rows = recalls(scores, own)
-    assert [row["name"] for row in rows] == [f"{kind} retrieval R@{k}" for kind in ("caption", "image") for k in (1, 5)]
+    assert [row.name for row in rows] == [f"{kind} retrieval R@{k}" for kind in ("caption", "image") for k in (1, 5)]
     # Image 2 is the nearest of caption 0, and image 0 that of all others but its own.
-    assert [row["value"] for row in rows] == pytest.approx([5 / 7, 6 / 7, 0.0, 1.0])
-    assert [row["n"] for row in rows] == [7, 7, 6, 6]
-    chances = [float(row["note"].split("chance ")[1].rstrip(")")) for row in rows]
+    assert [row.value for row in rows] == pytest.approx([5 / 7, 6 / 7, 0.0, 1.0])
+    assert [row.n for row in rows] == [7, 7, 6, 6]
+    chances = [float(row.note.split("chance ")[1].rstrip(")")) for row in rows]
     assert chances == pytest.approx([1 / 6, 5 / 6, (2 / 7 + 5 / 7) / 6, (20 / 21 + 5 * 5 / 7) / 6], abs=5e-4)
 
 

@@ -20,6 +20,7 @@ from vlm_train.data.layout import NoMedia
 from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
+from vlm_train.evaluation.run import require_methods
 from vlm_train.evaluation.zero_shot import ZeroShot, class_of
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -78,12 +79,12 @@ def test_images_are_given_the_nearest_class(built: SimpleNamespace, tmp_path: Pa
     folder = shards(tmp_path / "set", pairs)
     evaluator = ZeroShot(shards=folder, classes=list(COLOURS), templates=["a {}", "the {} one"], batch=2, name="colour")
     found = evaluator.run(built.model, built.processor, tmp_path, final=True)
-    assert (found["accuracy"], found["n"]) == (pytest.approx(2 / 3), 3)
+    assert found.metrics == {"accuracy": pytest.approx(2 / 3)}
     assert built.model.asked == [text for name in COLOURS for text in (f"a {name}", f"the {name} one")]
-    (row,) = found["results"]
-    assert row["name"] == "colour" and row["value"] == found["accuracy"]
-    assert row["note"] == ("nearest of 3 classes, 2 prompts each (chance 0.333, most frequent class 0.667), 2 left out")
-    assert evaluator.run(built.model, built.processor, tmp_path, final=False)["results"] == []
+    (row,) = found.rows
+    assert (row.name, row.value, row.n) == ("colour", found.metrics["accuracy"], 3)
+    assert row.note == ("nearest of 3 classes, 2 prompts each (chance 0.333, most frequent class 0.667), 2 left out")
+    assert evaluator.run(built.model, built.processor, tmp_path, final=False).rows == ()
 
 
 def test_prompts_are_averaged_as_unit_vectors(built: SimpleNamespace) -> None:
@@ -115,11 +116,9 @@ def test_wrong_settings_are_refused(built: SimpleNamespace, tmp_path: Path) -> N
         ZeroShot(shards="", classes=["a", "b"], templates=["a photo"])
     folder = shards(tmp_path / "set", [("red", "a red thing")])
     with pytest.raises(ConfigError, match="no caption of .* says one of up, down"):
-        ZeroShot(shards=folder, classes=["up", "down"], templates=["{}"]).run(
-            built.model, built.processor, tmp_path, final=True
-        )
-    with pytest.raises(ConfigError, match="needs model=two_tower, got Linear"):
-        built.model = torch.nn.Linear(1, 1)
-        ZeroShot(shards=folder, classes=["red", "blue"], templates=["{}"]).run(
-            built.model, built.processor, tmp_path, final=True
-        )
+        evaluator = ZeroShot(shards=folder, classes=["up", "down"], templates=["{}"])
+        evaluator.run(built.model, built.processor, tmp_path, final=True)
+    evaluator = ZeroShot(shards=folder, classes=["red", "blue"], templates=["{}"])
+    with pytest.raises(ConfigError, match="eval.shape: needs encode_image, encode_text, which Linear does not have"):
+        require_methods({"shape": evaluator}, torch.nn.Linear(1, 1))
+    require_methods({"shape": evaluator}, built.model)

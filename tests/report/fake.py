@@ -18,6 +18,7 @@ STAGES = {  # steps, seconds, first loss, last loss, loss names, first and last 
     "easyvqa_stage1": (200, 60, 1.2, 0.4, ("loss",), (0.60, 0.83)),
     "easyvqa_stage2": (800, 240, 0.5, 0.02, ("loss", "lm/loss", "contrastive/loss"), (0.83, 0.984)),
 }
+EVALUATORS = {"answers": {"primary": "exact_match", "higher_is_better": {"exact_match": True, "cer": False}}}
 RESULTS = [
     {"name": "easyvqa (this run)", "value": 0.984, "n": 9673, "note": "generation, exact match, all test questions"},
     {
@@ -50,6 +51,7 @@ def write_run(folder: Path, name: str, start: float = START) -> Path:
     folder.mkdir(parents=True)
     rng, final = random.Random(name), name == "easyvqa_stage2"
     record = {"run_id": folder.name, "recipe": name, "status": "done", "step": steps, "total_steps": steps}
+    record |= {"evaluators": EVALUATORS if accuracy else {}}
     (folder / "run.json").write_text(json.dumps(record | ({"results": RESULTS} if final else {})))
     (folder / "config.yaml").write_text(
         f"seed: 42\nrecipe_name: {name}\nbatch:\n  samples: 64\n  tokens: null\n  micro: 16\noptim:\n"
@@ -64,7 +66,8 @@ def write_run(folder: Path, name: str, start: float = START) -> Path:
         if step % 50 == 0:
             val = dict.fromkeys(losses, value * 1.05)
             if accuracy:
-                val["answers/accuracy"] = accuracy[0] + (accuracy[1] - accuracy[0]) * (1 - math.exp(-4 * done))
+                val["answers/exact_match"] = accuracy[0] + (accuracy[1] - accuracy[0]) * (1 - math.exp(-4 * done))
+                val["answers/cer"] = 0.9 * (1 - val["answers/exact_match"])
             lines.append({"step": step, "time": now, "split": "val", **val})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if final:

@@ -12,18 +12,18 @@ from tests.report.fake import RESULTS, STAGES, write_run, write_schedule
 from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
-from vlm_train.report.charts import accuracy_chart, controls_of, loss_chart, plotly_script, short_names, thin
+from vlm_train.report.charts import controls_of, loss_chart, plotly_script, score_chart, short_names, thin
 from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings, render
 from vlm_train.report.read import (
     Point,
     Prediction,
-    Result,
     active_seconds,
     read_curves,
     read_predictions,
     read_report,
     read_tried,
 )
+from vlm_train.report.results import Result, read_metrics
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -45,8 +45,8 @@ def test_schedule_report_shows_every_section(tmp_path: Path) -> None:
     for index, name in enumerate(STAGES):
         assert f"<h3>{name}</h3>" in text
         assert f'id="loss-{index}"' in text
-    assert 'id="accuracy-seconds"' in text
-    assert 'id="accuracy-steps"' in text
+    assert 'id="score-seconds"' in text
+    assert 'id="score-steps"' in text
     for row in RESULTS:
         assert row["name"] in text
     assert "98.4 %" in text
@@ -205,13 +205,14 @@ def test_pauses_are_not_training_time() -> None:
 
 
 def test_one_point_stands_in_a_readable_frame(tmp_path: Path) -> None:
-    lines(tmp_path / "metrics.jsonl", {"step": 4, "time": 1.0, "split": "val", "loss": 2.0, "answers/accuracy": 0.5})
-    lines(tmp_path / "run.json", {"run_id": "one", "recipe": "one", "status": "done"})
+    lines(tmp_path / "metrics.jsonl", {"step": 4, "time": 1.0, "split": "val", "loss": 2.0, "answers/exact_match": 0.5})
+    evaluators = {"answers": {"primary": "exact_match", "higher_is_better": {"exact_match": True}}}
+    lines(tmp_path / "run.json", {"run_id": "one", "recipe": "one", "status": "done", "evaluators": evaluators})
     report = read_report(tmp_path)
     loss, seconds, steps = (
         loss_chart(report.stages[0], "l"),
-        accuracy_chart(report, "seconds", "s"),
-        accuracy_chart(report, "steps", "a"),
+        score_chart(report, "seconds", "s"),
+        score_chart(report, "steps", "a"),
     )
     assert '"range":[0,4.08]' in loss and '"range":[0.0,2.5]' in loss
     assert '"range":[0,1]' in seconds and '"range":[0,4.08]' in steps and '"range":[0.0,0.625]' in steps
@@ -294,3 +295,28 @@ def test_runs_that_were_interrupted_or_imported_say_so(tmp_path: Path) -> None:
     lines(tmp_path / "run.json", {"run_id": "one", "status": "imported", "source": "/models/llava"})
     text = render(read_report(tmp_path))
     assert "from <code>/models/llava</code>" in text and "the same command resumes" not in text
+
+
+def test_metrics_of_both_directions_have_their_place(tmp_path: Path) -> None:
+    """The primary one among the scores, others in charts of their own; the table names metrics where names repeat."""
+    folder = write_run(tmp_path / "run", "easyvqa_stage2")
+    text = page(folder)
+    assert "<h3>answers/cer (lower is better)</h3>" in text and "val answers" in text
+    assert "Metric</th>" not in text, "every row has its own name"
+    record = json.loads((folder / "run.json").read_text())
+    both = [row | {"metric": "exact_match", "eval": "answers"} for row in RESULTS[:2]]
+    both += [row | {"metric": "cer", "eval": "answers", "value": 0.25} for row in RESULTS[:2]]
+    lines(folder / "run.json", record | {"results": both})
+    text = page(folder)
+    assert "<th>Metric</th>" in text and "<td>cer (lower is better)</td>" in text
+    assert text.count("width: 25.0%") == 0, "a bar says how much is right"
+    results = read_report(folder).results
+    assert [row.text for row in results] == ["98.4 % ± 0.3", "66.8 % ± 0.9", "0.25", "0.25"]
+    assert controls_of(results) == results[1:2]
+    assert [line.split()[3] for line in results_table(folder).splitlines()[1::2]] == ["exact_match", "cer"]
+
+
+def test_damaged_descriptions_of_metrics_are_left_out() -> None:
+    assert read_metrics(7) == read_metrics({"a": 7}) == read_metrics({"a": {"higher_is_better": ["x"]}}) == {}
+    (one,) = read_metrics({"a": {"higher_is_better": {"x": None}}}).values()
+    assert one.higher_is_better and not one.primary

@@ -28,10 +28,10 @@ def test_shards_evaluate_and_export_as_ddp_does(strategy: str, tmp_path: Path) -
     train_on_ranks(job(strategy))
     one, other = (tmp_path / name for name in ("ddp", strategy))
     values = [
-        [(row["step"], row["answers/accuracy"]) for row in log(run) if "answers/accuracy" in row]
+        [(row["step"], row["answers/exact_match"]) for row in log(run) if "answers/exact_match" in row]
         for run in (one, other)
     ]
     assert values[0] == values[1] and len(values[0]) >= 2
     answers = [json.loads((run / "run.json").read_text())["metrics"] for run in (one, other)]
-    assert answers[0]["answers/accuracy"] == answers[1]["answers/accuracy"]
+    assert answers[0]["answers/exact_match"] == answers[1]["answers/exact_match"]
     assert (other / "export" / "model.safetensors").is_file()

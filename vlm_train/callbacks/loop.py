@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +17,11 @@ from vlm_train.checkpoint.generators import set_rng_state
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.save import Writer
 from vlm_train.checkpoint.state import restore
+from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.data.batch import Batch, ends_step
 from vlm_train.data.processor import Processor
 from vlm_train.errors import Interrupted
+from vlm_train.evaluation.run import run_evaluator
 
 
 class Log(pl.Callback):
@@ -157,14 +159,14 @@ class Evaluation(pl.Callback):
     def __init__(
         self,
         processor: Processor,
-        evaluators: dict[str, Any],
+        evaluators: Mapping[str, Evaluator],
         folder: Path,
         *,
         every: int | None,
         val_every: int | None,
     ) -> None:
         self.processor, self.folder, self.every, self.val_every = processor, folder, every, val_every
-        self.evaluators = {name: one for name, one in evaluators.items() if getattr(one, "at_validation", True)}
+        self.evaluators = {name: one for name, one in evaluators.items() if one.at_validation}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -185,8 +187,9 @@ class Evaluation(pl.Callback):
             return
         with results_folder(self.folder / "eval", trainer.is_global_zero) as folder:
             for name, evaluator in self.evaluators.items():
-                result = evaluator.run(pl_module.model, self.processor, folder / name, final=False)
-                found = {f"{name}/accuracy": result["accuracy"]}
+                where = folder / name
+                findings = run_evaluator(name, evaluator, pl_module.model, self.processor, where, final=False)
+                found = {f"{name}/{metric}": value for metric, value in findings.metrics.items()}
                 pl_module.validation_metrics |= found  # type: ignore[operator]
                 pl_module.write("val", found)  # type: ignore[operator]
 

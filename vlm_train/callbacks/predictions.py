@@ -20,8 +20,9 @@ from vlm_train.data.render import Rendered
 from vlm_train.data.samples import Samples
 from vlm_train.data.show import save_views
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.answers import question, spread
 from vlm_train.evaluation.common import evaluating
+from vlm_train.evaluation.generate import question
+from vlm_train.evaluation.predictions import spread
 from vlm_train.loggers.mirror import Mirror, Picture
 
 FOLDER = "predictions"

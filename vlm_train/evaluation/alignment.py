@@ -5,21 +5,23 @@ Legend: N images, C distinct captions, Q vectors an image, E width of the shared
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_pipelines.stream import ShardSet
+from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.data.batch import Batch
 from vlm_train.data.collate import Item, collate
 from vlm_train.data.processor import Processor
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.answers import normalised, reference
 from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
+from vlm_train.evaluation.generate import reference
+from vlm_train.evaluation.metrics.texts import normalize_text
 from vlm_train.randomness import derive_seed
 
 
@@ -34,19 +36,17 @@ class Alignment:
         at_validation: also run at every validation.
     """
 
+    needs = ("image_vectors", "text_vectors", "match", "own_context")
+    primary = "caption_recall_at_1"
+    higher_is_better: ClassVar[Mapping[str, bool]] = {"caption_recall_at_1": True, "matching_accuracy": True}
+
     def __init__(self, *, shards: str, limit: int | None = None, batch: int = 64, at_validation: bool = True) -> None:
         self.shards, self.limit, self.batch, self.at_validation = shards, limit, batch, at_validation
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
-        """Returns `accuracy` (R@1) in [0, 1], `n` images, `results`: rows `{name, value, n, note}` if `final`.
-
-        Raises:
-            ConfigError: the model aligns nothing, or there are fewer than two captions.
-        """
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> Findings:
+        """Encode all images and captions, rank and match them. Raises ConfigError for fewer than two captions."""
         del folder
-        if not (hasattr(model, "image_vectors") and hasattr(model, "match")):
-            raise ConfigError(f"eval: alignment needs model=align or model=blip, got {type(model).__name__}")
         shards = ShardSet(self.shards)
         count = len(shards) if self.limit is None else min(self.limit, len(shards))
         unusable = Unusable(shards, self.reported)
@@ -73,21 +73,15 @@ class Alignment:
         names = list(texts)
         recall = sum(names[one] == caption for one, caption in zip(found, own, strict=True)) / len(own)
         right, asked = (sum(one) for one in zip(*matched, strict=True))
-        rows = [
-            {
-                "name": "caption retrieval",
-                "value": recall,
-                "n": len(own),
-                "note": f"own caption is the nearest of {len(names)} (chance {1 / len(names):.3f}){unusable.note}",
-            },
-            {
-                "name": "matching",
-                "value": right / max(asked, 1),
-                "n": int(asked),
-                "note": "own and other captions told apart (chance 0.5)",
-            },
-        ]
-        return {"accuracy": recall, "n": len(own), "results": rows if final else []}
+        told_apart = right / max(asked, 1)
+        chance = f"own caption is the nearest of {len(names)} (chance {1 / len(names):.3f}){unusable.note}"
+        apart = "own and other captions told apart (chance 0.5)"
+        rows = (
+            ResultRow("caption retrieval", recall, len(own), chance, "caption_recall_at_1"),
+            ResultRow("matching", told_apart, int(asked), apart, "matching_accuracy"),
+        )
+        metrics = {row.metric: row.value for row in rows}
+        return Findings(metrics, self.primary, self.higher_is_better, rows if final else ())
 
     def _batch(
         self, processor: Processor, shards: ShardSet, numbers: Iterable[int], unusable: Unusable
@@ -100,7 +94,7 @@ class Alignment:
                 length = {"max_length": processor.max_length, "over_length": "truncate"}
                 rendered = processor.render(sample, annotations="first", **length)
                 items.append([Item(rendered, processor.make_views(blobs[:1]))])
-                captions.append(normalised(reference(sample.annotations[0])))
+                captions.append(normalize_text(reference(sample.annotations[0])))
         return captions, collate(items, processor.image_size)
 
 

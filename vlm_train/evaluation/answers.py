@@ -1,26 +1,22 @@
-"""Answer accuracy: every annotation of every sample is a question, answered by greedy generation and matched exactly.
+"""Questions answered by greedy generation, and compared with the references by metrics of texts.
 
 Next to the model's own result stand controls: what it reaches with the wrong images, and what the questions alone give.
-torch is imported where it is used, so that a configuration is checked without it.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from data_pipelines.sample import Annotation, Sample
 from data_pipelines.stream import ShardSet
-from vlm_train.data.render import Rendered
-from vlm_train.data.show import save_views
+from vlm_train.contracts.evaluator import Findings, ResultRow, TextMetric
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
+from vlm_train.evaluation.common import Unusable
+from vlm_train.evaluation.controls import SHUFFLED_IMAGES, answer_by_majority, answer_with_other_images
+from vlm_train.evaluation.generate import Answer, Generator
+from vlm_train.evaluation.metrics.exact_match import ExactMatch
+from vlm_train.evaluation.predictions import pictured, save_pictures, write_predictions
 from vlm_train.launch import rank
 
 if TYPE_CHECKING:
@@ -28,37 +24,24 @@ if TYPE_CHECKING:
 
     from vlm_train.data.processor import Processor
 
-SHUFFLED_IMAGES = "shuffled_images"
 CONTROLS = (SHUFFLED_IMAGES,)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answered question; `sample` is its sample's number in the shard set."""
-
-    sample: int
-    key: str
-    question: str
-    reference: str
-    prediction: str
-
-    @property
-    def correct(self) -> bool:
-        """Whether the prediction is the reference, letter case aside."""
-        return self.prediction == normalised(self.reference)
-
-
-class AnswerAccuracy:
-    """Share of questions whose generated answer equals the reference, letter case and outer blanks aside.
+class QuestionAnswering:
+    """Every annotation of every sample is a question, which the model answers.
 
     Args:
         shards: shard set with the questions.
+        metrics: what compares answers with references, by name; null leaves one out. Default: exact match. The first
+            value of the first metric is the primary one.
+        all_answers: also accept the answers that a source lists besides that of the annotation (DocVQA, VQAv2).
         limit: first samples only.
         batch: questions a call of the model.
         max_new_tokens: most tokens of an answer.
         controls: `shuffled_images`: every question with another sample's image.
         majority_shards: shard sets whose most frequent answer to the same question is another control.
-        published: results from elsewhere to stand beside ours: `{name, value, note}`.
+        published: results from elsewhere to stand beside ours: `{name, value, note, metric}`; `metric` is the primary
+            one where it is left out.
         pictures: samples whose image is saved with the predictions; up to half of them were answered wrongly.
         at_validation: also run at every validation, without controls.
         validation_shards: shard set used there; null: `shards`.
@@ -66,10 +49,14 @@ class AnswerAccuracy:
         seed: decides which image a question gets under `shuffled_images`.
     """
 
+    needs = ("generate",)
+
     def __init__(
         self,
         *,
         shards: str,
+        metrics: dict[str, TextMetric | None] | None = None,
+        all_answers: bool = False,
         limit: int | None = None,
         batch: int = 256,
         max_new_tokens: int = 8,
@@ -84,195 +71,81 @@ class AnswerAccuracy:
     ) -> None:
         if unknown := sorted(set(controls or ()) - set(CONTROLS)):
             raise ConfigError(f"eval: controls: {unknown[0]!r}; allowed: {', '.join(CONTROLS)}")
+        chosen = {"exact_match": ExactMatch()} if metrics is None else metrics
+        self.metrics: list[TextMetric] = [metric for metric in chosen.values() if metric is not None]
+        self.higher_is_better = _collect_directions(self.metrics)
+        self.primary = next(iter(self.higher_is_better))
+        self.published = [_read_published(row, self.primary, self.higher_is_better) for row in published or ()]
         self.shards, self.limit, self.batch, self.max_new_tokens = shards, limit, batch, max_new_tokens
-        self.controls, self.majority_shards, self.published = controls or [], majority_shards, published or []
+        self.all_answers, self.controls, self.majority_shards = all_answers, controls or [], majority_shards
         self.pictures, self.at_validation, self.seed = pictures, at_validation, seed
         self.validation_shards, self.validation_limit = validation_shards or shards, validation_limit
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> Findings:
         """Answer the questions. `final` adds the controls and writes `predictions.jsonl` and images to `folder`.
 
-        Returns:
-            `accuracy` in [0, 1], `n` questions, `results`: rows `{name, value, n, note}`, empty unless `final`.
+        Raises:
+            ConfigError: there is no question, or no sample that can be used.
         """
         shards = ShardSet(self.shards if final else self.validation_shards)
         limit = self.limit if final else self.validation_limit
         count = len(shards) if limit is None else min(limit, len(shards))
         unusable = Unusable(shards, self.reported)
-        answers = self.answers(model, processor, shards, [(number, number) for number in range(count)], unusable)
+        generator = Generator(model, processor, shards, unusable, self.batch, self.max_new_tokens, self.all_answers)
+        answers = generator.answer(range(count))
         unusable.check(count)
-        found: dict[str, Any] = {"accuracy": accuracy(answers), "n": len(answers), "results": []}
-        if final:
-            note = (
-                "generation, exact match" + ("" if count == len(shards) else f", first {count} samples") + unusable.note
-            )
-            own = {"name": "this run", "value": found["accuracy"], "n": len(answers), "note": note}
-            found["results"] = [own, *self._controls(model, processor, shards, answers, unusable), *self.published]
-            if rank() == 0:
-                write_predictions(folder, answers, self._save_pictures(processor, shards, answers, folder))
-        return found
+        if not answers:
+            raise ConfigError(f"eval: {shards.address} holds no questions")
+        found = self.measure(answers)
+        if not final:
+            return Findings(found, self.primary, self.higher_is_better)
+        note = ("" if count == len(shards) else f", first {count} samples") + unusable.note
+        compared = [("this run", f"generation, {{metric}}{note}", found, len(answers))]
+        compared += self._measure_controls(generator, answers)
+        rows: list[ResultRow] = []
+        for metric in self.higher_is_better:
+            for name, note, values, n in compared:
+                rows.append(ResultRow(name, values[metric], n, note.format(metric=metric.replace("_", " ")), metric))
+            rows += [row for row in self.published if row.metric == metric]
+        if rank() == 0:
+            paths = save_pictures(processor, shards, pictured(answers, self.pictures), folder)
+            write_predictions(folder, answers, paths)
+        return Findings(found, self.primary, self.higher_is_better, tuple(rows))
 
-    def answers(
-        self,
-        model: nn.Module,
-        processor: Processor,
-        shards: ShardSet,
-        pairs: Sequence[tuple[int, int]],
-        unusable: Unusable,
-    ) -> list[Answer]:
-        """Answers to all questions of every pair's first sample, asked with the images of its second."""
-        from vlm_train.data.collate import collate_prompts
+    def measure(self, answers: Sequence[Answer]) -> dict[str, float]:
+        """The values of all metrics, the primary one first."""
+        predictions = [answer.prediction for answer in answers]
+        references = [list(answer.references) for answer in answers]
+        return {name: value for metric in self.metrics for name, value in metric(predictions, references).items()}
 
-        generate, answers = cast(Any, model).generate, []
-        with evaluating(model):
-            device = next(model.parameters()).device
-            progress = progress_bar("questions", sum(shards.annotations(number) for number, _ in pairs))
-            for group in _groups(self._prompts(processor, shards, pairs, unusable), self.batch):
-                batch = collate_prompts([(prompt, views) for _, _, prompt, views in group], processor.image_size)
-                ids = generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=processor.end_ids)
-                for (sample, asked, prompt, _), row in zip(group, ids.tolist(), strict=True):
-                    text = normalised(processor.decode_answer(row))
-                    answers.append(Answer(sample, prompt.key, asked, prompt.reference, text))
-                progress(len(group))
-        return answers
-
-    def _prompts(
-        self, processor: Processor, shards: ShardSet, pairs: Sequence[tuple[int, int]], unusable: Unusable
-    ) -> Iterator[tuple[int, str, Rendered, list[np.ndarray]]]:
-        for number, other in pairs:
-            with unusable.watch(number):
-                sample, blobs = shards.load(number)
-                if other != number:
-                    sample, blobs = _with_media_of(sample, *shards.load(other), shards)
-                views = processor.make_views(blobs)
-                prompts = [
-                    processor.render(sample, annotations="first", annotation=one, generation=True)
-                    for one in range(len(sample.annotations))
-                ]
-            if number not in unusable:
-                for annotation, prompt in zip(sample.annotations, prompts, strict=True):
-                    yield number, question(annotation), prompt, views
-
-    def _controls(
-        self,
-        model: nn.Module,
-        processor: Processor,
-        shards: ShardSet,
-        answers: Sequence[Answer],
-        unusable: Unusable,
-    ) -> Iterator[dict[str, Any]]:
+    def _measure_controls(
+        self, generator: Generator, answers: Sequence[Answer]
+    ) -> Iterator[tuple[str, str, dict[str, float], int]]:
+        """Name, note, values and number of questions of every control."""
         usable = list(dict.fromkeys(answer.sample for answer in answers))
         if SHUFFLED_IMAGES in self.controls and len(usable) > 1:
-            pairs = [(usable[i], usable[j]) for i, j in enumerate(derangement(len(usable), self.seed))]
-            shuffled = self.answers(model, processor, shards, pairs, unusable)
+            shuffled = answer_with_other_images(generator, usable, self.seed)
             note = "this run's model, each question with another sample's image"
-            yield {"name": "images shuffled", "value": accuracy(shuffled), "n": len(shuffled), "note": note}
+            yield "images shuffled", note, self.measure(shuffled), len(shuffled)
         if self.majority_shards:
-            guess = majority([ShardSet(folder) for folder in self.majority_shards])
-            hits = [normalised(a.reference) == guess(a.question) for a in answers]
+            guessed = answer_by_majority(answers, [ShardSet(folder) for folder in self.majority_shards])
             note = "most frequent training answer to the same question"
-            yield {
-                "name": "question only",
-                "value": float(np.mean(hits) if hits else 0.0),
-                "n": len(hits),
-                "note": note,
-            }
-
-    def _save_pictures(
-        self, processor: Processor, shards: ShardSet, answers: Sequence[Answer], folder: Path
-    ) -> dict[int, str]:
-        """Saves what the model sees of some samples; returns sample number -> path relative to `folder`."""
-        paths = {}
-        for number in pictured(answers, self.pictures):
-            _, blobs = shards.load(number)
-            if views := processor.make_views(blobs):
-                paths[number] = f"images/{number}.png"
-                save_views(np.concatenate(views), folder / paths[number])
-        return paths
+            yield "question only", note, self.measure(guessed), len(guessed)
 
 
-def _with_media_of(sample: Sample, donor: Sample, blobs: list[bytes], shards: ShardSet) -> tuple[Sample, list[bytes]]:
-    if len(donor.media) != len(sample.media):
-        raise ConfigError(
-            f"eval: {SHUFFLED_IMAGES} needs samples with equally many images, but {sample.key!r} has "
-            f"{len(sample.media)} and {donor.key!r} {len(donor.media)} ({shards.address})"
-        )
-    return replace(sample, media=donor.media), blobs
+def _collect_directions(metrics: Sequence[TextMetric]) -> dict[str, bool]:
+    """Name -> whether higher is better, of every value. Raises ConfigError where there is none, or a name twice."""
+    if not metrics:
+        raise ConfigError("eval: metrics: none is left; choose one, or leave `metrics` out for exact match")
+    names = [name for metric in metrics for name in metric.higher_is_better]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"eval: metrics: two of them return {twice[0]!r}; leave one out (null)")
+    return {name: higher for metric in metrics for name, higher in metric.higher_is_better.items()}
 
 
-def pictured(answers: Sequence[Answer], most: int) -> list[int]:
-    """Samples whose picture is worth keeping: up to half with a wrong answer, the others spread evenly over all."""
-    wrong = list(dict.fromkeys(answer.sample for answer in answers if not answer.correct))
-    chosen = dict.fromkeys(spread(wrong, most // 2))
-    others = [number for number in dict.fromkeys(answer.sample for answer in answers) if number not in chosen]
-    return sorted([*chosen, *spread(others, most - len(chosen))])
-
-
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` items, evenly spread over all."""
-    count = min(len(items), most)
-    return [items[index * len(items) // count] for index in range(count)]
-
-
-def normalised(text: str) -> str:
-    """Text as it is compared: without outer blanks, in lower case."""
-    return text.strip().lower()
-
-
-def question(annotation: Annotation) -> str:
-    """The text of the last user turn."""
-    return next((turn.text.strip() for turn in reversed(annotation.turns) if turn.role == "user"), "")
-
-
-def reference(annotation: Annotation) -> str:
-    """The text of the last turn if it is an answer, else ""."""
-    last = annotation.turns[-1]
-    return last.text.strip() if last.role == "assistant" else ""
-
-
-def accuracy(answers: Sequence[Answer]) -> float:
-    """Share of correct answers; 0 without any."""
-    return sum(answer.correct for answer in answers) / max(len(answers), 1)
-
-
-def derangement(count: int, seed: int) -> list[int]:
-    """A seeded permutation of `range(count)` that moves every number: one cycle in random order. `count` > 1."""
-    order = np.random.default_rng(seed).permutation(count)
-    moved = np.empty(count, np.int64)
-    moved[order] = np.roll(order, 1)
-    return [int(number) for number in moved]
-
-
-def majority(sets: Sequence[ShardSet]) -> Callable[[str], str]:
-    """Question text -> its most frequent answer in `sets`, or the most frequent of all for an unknown question."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for shards in sets:
-        unusable = Unusable(shards)
-        for number in range(len(shards)):
-            with unusable.watch(number):
-                for annotation in shards.load(number)[0].annotations:
-                    counts[normalised(question(annotation))][normalised(reference(annotation))] += 1
-        unusable.check(len(shards))
-    total = sum(counts.values(), Counter[str]())
-    return lambda asked: counts.get(normalised(asked), total).most_common(1)[0][0]
-
-
-def write_predictions(folder: Path, answers: Sequence[Answer], pictures: dict[int, str]) -> None:
-    """Write `predictions.jsonl`, a line a question; `image` is relative to `folder` or null."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for answer in answers:
-            row = {name: getattr(answer, name) for name in ("key", "question", "reference", "prediction", "correct")}
-            file.write(json.dumps(row | {"image": pictures.get(answer.sample)}, ensure_ascii=False) + "\n")
-
-
-def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    group = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def _read_published(row: Mapping[str, Any], primary: str, known: Mapping[str, bool]) -> ResultRow:
+    metric = row.get("metric", primary)
+    if metric not in known:
+        raise ConfigError(f"eval: published: no metric {metric!r}; allowed: {', '.join(known)}")
+    return ResultRow(row["name"], float(row["value"]), row.get("n"), row.get("note", ""), metric)

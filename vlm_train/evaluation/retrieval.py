@@ -6,15 +6,17 @@ Legend: N images, C distinct captions, E width of the shared space.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from data_pipelines.stream import ShardSet
-from vlm_train.evaluation.answers import normalised
+from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.evaluation.common import Unusable
-from vlm_train.evaluation.towers import image_vectors, text_vectors
+from vlm_train.evaluation.metrics.texts import normalize_text
+from vlm_train.evaluation.towers import NEEDS, image_vectors, text_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,17 +38,18 @@ class CaptionRetrieval:
         at_validation: also run at every validation.
     """
 
+    needs = NEEDS
+    primary = f"caption_recall_at_{DEPTHS[0]}"
+    higher_is_better: ClassVar[Mapping[str, bool]] = {
+        f"{kind}_recall_at_{depth}": True for kind in ("caption", "image") for depth in DEPTHS
+    }
+
     def __init__(self, *, shards: str, limit: int | None = None, batch: int = 256, at_validation: bool = True) -> None:
         self.shards, self.limit, self.batch, self.at_validation = shards, limit, batch, at_validation
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
-        """Returns `accuracy` (R@1 of captions) in [0, 1], `n` images, `results`: rows `{name, value, n, note}` if
-        `final`.
-
-        Raises:
-            ConfigError: the model has no two towers, or no sample can be used.
-        """
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> Findings:
+        """Encode all images and captions and rank them. Raises ConfigError where no sample can be used."""
         del folder
         shards = ShardSet(self.shards)
         count = len(shards) if self.limit is None else min(self.limit, len(shards))
@@ -54,17 +57,18 @@ class CaptionRetrieval:
         images, captions = image_vectors(model, processor, shards, count, self.batch, unusable)
         names: dict[str, str] = {}
         for caption in captions:
-            names.setdefault(normalised(caption), caption)
+            names.setdefault(normalize_text(caption), caption)
         numbers = {name: number for number, name in enumerate(names)}
-        own = [numbers[normalised(caption)] for caption in captions]
+        own = [numbers[normalize_text(caption)] for caption in captions]
         scores = images @ text_vectors(model, processor, list(names.values()), self.batch).T  # [N, E] x [E, C]
-        rows = recalls(scores, own)
-        rows[0]["note"] += unusable.note
-        return {"accuracy": rows[0]["value"], "n": len(own), "results": rows if final else []}
+        first, *others = recalls(scores, own)
+        rows = (replace(first, note=first.note + unusable.note), *others)
+        found = {row.metric: row.value for row in rows}
+        return Findings(found, self.primary, self.higher_is_better, rows if final else ())
 
 
-def recalls(scores: Tensor, own: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows `{name, value, n, note}`: R@1, R@5 of captions, then of images.
+def recalls(scores: Tensor, own: Sequence[int]) -> list[ResultRow]:
+    """R@1, R@5 of captions, then of images.
 
     Args:
         scores: `[N, C]`, similarity of images and captions.
@@ -81,13 +85,13 @@ def recalls(scores: Tensor, own: Sequence[int]) -> list[dict[str, Any]]:
         note = (
             f"own caption is the nearest of {captions}" if depth == 1 else f"own caption is among the nearest {depth}"
         )
-        rows.append(_row(f"caption retrieval R@{depth}", found, f"{note} (chance {chance:.3f})"))
+        rows.append(_row("caption", depth, found, f"{note} (chance {chance:.3f})"))
     for depth in DEPTHS:
         nearest = scores.T.topk(min(depth, images), dim=1).indices
         found = bears[nearest] == torch.arange(captions, device=scores.device)[:, None]
         chance = image_chance(list(Counter(own).values()), depth)
         note = f"one of a caption's images is among the nearest {depth} of {images} (chance {chance:.3f})"
-        rows.append(_row(f"image retrieval R@{depth}", found, note))
+        rows.append(_row("image", depth, found, note))
     return rows
 
 
@@ -98,6 +102,7 @@ def image_chance(bearers: Sequence[int], depth: int) -> float:
     return 1 - sum(misses) / len(misses)
 
 
-def _row(name: str, found: Tensor, note: str) -> dict[str, Any]:
+def _row(kind: str, depth: int, found: Tensor, note: str) -> ResultRow:
     hits = found.any(dim=1)
-    return {"name": name, "value": hits.double().mean().item(), "n": len(hits), "note": note}
+    value = hits.double().mean().item()
+    return ResultRow(f"{kind} retrieval R@{depth}", value, len(hits), note, f"{kind}_recall_at_{depth}")

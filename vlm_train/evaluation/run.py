@@ -1,16 +1,18 @@
-"""`mode=eval`: runs the configured evaluators on a trained run and adds their results to its record and report."""
+"""Runs the configured evaluators: at validations, after training and by `mode=eval`, and records what they find."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from vlm_train.config import load_config, resolved, run_dir, run_file
+from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.errors import ConfigError
 from vlm_train.launch import rank
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from vlm_train.data.processor import Processor
 
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate the run in `run_dir(cfg)`; returns `results` (table rows) and each evaluator's findings by name."""
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Evaluate the run in `run_dir(cfg)`. Returns `<label>/<metric>` -> value."""
     import torch
 
     from vlm_train.build import build, build_evaluators
@@ -35,36 +37,88 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     require_own_weights(cfg, folder)
     labels = labels_of(cfg, folder)
     built = build(cfg)
+    require_methods(evaluators, built.model)
     load_run_weights(built.model, cfg.init_from, folder)
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
         built.model.to("cuda")
-    found = run_evaluators(built.model, built.processor, evaluators, folder, labels)
+    metrics = run_evaluators(built.model, built.processor, evaluators, folder, labels)
     if rank() == 0:
         print(results_table(folder))
-    return found
+    return metrics
+
+
+def require_methods(evaluators: Mapping[str, Evaluator], model: object) -> None:
+    """Raises ConfigError for every evaluator that needs methods which the model's family does not have."""
+    problems = []
+    for name, evaluator in evaluators.items():
+        if missing := [method for method in evaluator.needs if not hasattr(model, method)]:
+            problems.append(f"eval.{name}: needs {', '.join(missing)}, which {type(model).__name__} does not have.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def validation_metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
+    """`<evaluator>/<metric>` -> whether higher is better, of those that run at validations."""
+    return {
+        f"{name}/{metric}": higher
+        for name, evaluator in evaluators.items()
+        if evaluator.at_validation
+        for metric, higher in evaluator.higher_is_better.items()
+    }
+
+
+def run_evaluator(
+    name: str, evaluator: Evaluator, model: nn.Module, processor: Processor, folder: Path, *, final: bool
+) -> Findings:
+    """Run one evaluator. Values that are no finite number are named and left out.
+
+    Raises:
+        ConfigError: it found a metric that it does not declare, or another direction.
+    """
+    findings = evaluator.run(model, processor, folder, final=final)
+    declared, found = dict(evaluator.higher_is_better), dict(findings.higher_is_better)
+    if (declared, evaluator.primary) != (found, findings.primary):
+        raise ConfigError(
+            f"eval.{name}: declares {declared} with the primary metric {evaluator.primary}, "
+            f"but found {found} with {findings.primary}"
+        )
+    kept = findings.without_undefined()
+    for metric in findings.metrics.keys() - kept.metrics.keys() if rank() == 0 else ():
+        print(f"eval.{name}: {metric} is {findings.metrics[metric]} and left out", flush=True)
+    return kept
+
+
+def describe_evaluators(evaluators: Mapping[str, Evaluator], labels: Mapping[str, str]) -> dict[str, Any]:
+    """What `run.json` says of each evaluation under its label: which metric is primary, and their directions."""
+    return {
+        labels[name]: {"primary": one.primary, "higher_is_better": dict(one.higher_is_better)}
+        for name, one in evaluators.items()
+    }
 
 
 def run_evaluators(
     model: nn.Module,
     processor: Processor,
-    evaluators: dict[str, Any],
+    evaluators: Mapping[str, Evaluator],
     folder: Path,
-    labels: dict[str, str] | None = None,
-) -> dict[str, Any]:
+    labels: Mapping[str, str] | None = None,
+) -> dict[str, float]:
     """Run every evaluator for good, into `folder/eval/<label>`, and add the results to the run's record.
 
     Returns:
-        `results` (table rows, `eval` naming their label), `<label>/accuracy`, and each evaluator's findings by name.
+        `<label>/<metric>` -> value.
     """
     labels = labels or {name: name for name in evaluators}
     found = {
-        name: one.run(model, processor, folder / "eval" / labels[name], final=True) for name, one in evaluators.items()
+        name: run_evaluator(name, one, model, processor, folder / "eval" / labels[name], final=True)
+        for name, one in evaluators.items()
     }
-    rows = [row | {"eval": labels[name]} for name, one in found.items() for row in one["results"]]
-    metrics = {f"{labels[name]}/accuracy": one["accuracy"] for name, one in found.items()}
+    rows = [asdict(row) | {"eval": labels[name]} for name, one in found.items() for row in one.rows]
+    metrics = {f"{labels[name]}/{key}": value for name, one in found.items() for key, value in one.metrics.items()}
     if rank() == 0:
-        save_results(folder, rows, metrics, official={name for name, label in labels.items() if name == label})
-    return {**found, **metrics, "results": rows}
+        official = {name for name, label in labels.items() if name == label}
+        save_results(folder, rows, metrics, describe_evaluators(evaluators, labels), official)
+    return metrics
 
 
 DECIDE_WEIGHTS = ("seed", "init_from", "model", "vision", "connector", "llm", "peft")
@@ -121,19 +175,27 @@ def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
 
 
 def save_results(
-    folder: Path, rows: list[dict[str, Any]], metrics: dict[str, float], official: Collection[str]
+    folder: Path,
+    rows: list[dict[str, Any]],
+    metrics: Mapping[str, float],
+    evaluators: Mapping[str, Any],
+    official: Collection[str],
 ) -> None:
-    """Put `rows` and `metrics` into `run.json`, in place of earlier ones of the same label, and renew the report.
+    """Put results into `run.json`, in place of earlier ones of the same label, and renew the report.
 
-    Rows of `official` labels come first.
+    Args:
+        rows: of the results table; those of `official` labels come first.
+        evaluators: as `describe_evaluators` has them.
     """
     from vlm_train import record
     from vlm_train.report import write_report
 
     before = record.read(folder)
-    labels = {row["eval"] for row in rows}
-    kept = [row for row in before.get("results") or [] if row.get("eval") not in labels]
+    kept = [row for row in before.get("results") or [] if row.get("eval") not in evaluators]
     first = [row for row in rows if row["eval"] in official]
     results = [*first, *kept, *(row for row in rows if row["eval"] not in official)]
-    record.update(folder, results=results, metrics={**(before.get("metrics") or {}), **metrics})
+    stale = tuple(f"{label}/" for label in evaluators)
+    others = {name: value for name, value in (before.get("metrics") or {}).items() if not name.startswith(stale)}
+    described = {**(before.get("evaluators") or {}), **evaluators}
+    record.update(folder, results=results, metrics={**others, **metrics}, evaluators=described)
     write_report(folder)

@@ -15,8 +15,11 @@ from data_pipelines.members import captioned
 from data_pipelines.sample import Sample
 from data_pipelines.stream import ShardSet
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.answers import reference
 from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
+from vlm_train.evaluation.generate import reference
+
+NEEDS = ("encode_image", "encode_text")
+"""Methods of a family that these evaluators need."""
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,12 +34,10 @@ def image_vectors(
     each. Samples that cannot be used are left out, `batch` images are encoded at a time.
 
     Raises:
-        ConfigError: the model has no two towers, a sample has not one image, or none can be used.
+        ConfigError: a sample has not one image, or none can be used.
     """
     import torch
 
-    if not hasattr(model, "encode_image") or not hasattr(model, "encode_text"):
-        raise ConfigError(f"eval: needs model=two_tower, got {type(model).__name__}")
     captions: list[str] = []
     vectors = []
     progress = progress_bar("images", count)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from data_pipelines.stream import ShardSet
+from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
-from vlm_train.evaluation.towers import image_vectors, text_vectors
+from vlm_train.evaluation.towers import NEEDS, image_vectors, text_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +41,10 @@ class ZeroShot:
         at_validation: also run at every validation.
     """
 
+    needs = NEEDS
+    primary = "accuracy"
+    higher_is_better: ClassVar[Mapping[str, bool]] = {"accuracy": True}
+
     def __init__(
         self,
         *,
@@ -59,12 +64,8 @@ class ZeroShot:
         self.limit, self.batch, self.at_validation = limit, batch, at_validation
         self.reported: set[tuple[str, int]] = set()
 
-    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> dict[str, Any]:
-        """Returns `accuracy` in [0, 1], `n` images, `results`: a row `{name, value, n, note}` if `final`.
-
-        Raises:
-            ConfigError: the model has no two towers, or no caption says one of the classes.
-        """
+    def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> Findings:
+        """Find the nearest class of every image. Raises ConfigError where no caption says one of the classes."""
         del folder
         shards = ShardSet(self.shards)
         count = len(shards) if self.limit is None else min(self.limit, len(shards))
@@ -83,8 +84,8 @@ class ZeroShot:
             f"nearest of {len(self.classes)} classes, {len(self.templates)} prompts each "
             f"(chance {1 / len(self.classes):.3f}, most frequent class {most:.3f}){left}{unusable.note}"
         )
-        row = {"name": self.name, "value": value, "n": len(kept), "note": note}
-        return {"accuracy": value, "n": len(kept), "results": [row] if final else []}
+        rows = (ResultRow(self.name, value, len(kept), note, self.primary),) if final else ()
+        return Findings({self.primary: value}, self.primary, self.higher_is_better, rows)
 
     def class_vectors(self, model: nn.Module, processor: Processor) -> Tensor:
         """Unit vectors `[K, E]`."""

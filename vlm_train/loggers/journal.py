@@ -46,6 +46,6 @@ SHOWN = ("loss", "grad_norm", "samples_per_second", "skipped", "skipped_steps")
 
 
 def shown(row: Mapping[str, float]) -> str:
-    """What the terminal says of a line."""
-    chosen = ((k, v) for k, v in row.items() if (k in SHOWN or k.endswith("/accuracy")) and (v or k != "skipped"))
-    return "  ".join(f"{name} {value:.4g}" for name, value in chosen)
+    """What the terminal says of a line: some of the values of training, all that an evaluator found."""
+    chosen = {name: value for name, value in row.items() if name in SHOWN} or row
+    return "  ".join(f"{name} {value:.4g}" for name, value in chosen.items() if value or name != "skipped")

@@ -40,11 +40,16 @@ def results_table(folder: Path) -> str:
         return summary.table(records.read(Path(folder)))
     from vlm_train.report.read import read_report
 
-    rows = read_report(Path(folder)).results
-    if not rows:
+    report = read_report(Path(folder))
+    if not report.results:
         return ""
-    cells = [(row.name, row.text, "" if row.n is None else f"{row.n:,}", row.note) for row in rows]
-    cells.insert(0, ("", "result", "n", ""))
-    widths = [max(len(row[column]) for row in cells) for column in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
+    table = [("", "metric", "result", "n", "")]
+    for one in report.results:
+        table.append((one.name, one.metric, one.text, "" if one.n is None else f"{one.n:,}", one.note))
+    columns = [0, 1, 2, 3] if report.names_metrics else [0, 2, 3]
+    widths = {column: max(len(row[column]) for row in table) for column in columns}
+    lines = []
+    for row in table:
+        cells = [f"{row[c]:>{widths[c]}}" if c in (2, 3) else f"{row[c]:<{widths[c]}}" for c in columns]
+        lines.append("  ".join([*cells, row[4]]).rstrip())
     return "\n".join(lines)

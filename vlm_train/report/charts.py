@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from os.path import commonprefix
 from typing import Any
 
 import plotly.graph_objects as go
 
-from vlm_train.report.read import Point, Report, Result, Stage
+from vlm_train.report.read import Point, Report, Stage
+from vlm_train.report.results import Metric, Result
 
 COLOURS = ("#3b82c4", "#e0793a", "#3f9f6b", "#a767c4", "#c9a227", "#d4567a")  # readable on white and on near-black
 MUTED = "#8a8f98"
@@ -85,18 +86,44 @@ def loss_chart(stage: Stage, name: str) -> str:
     return _html(figure, name, height=300)
 
 
-def accuracy_chart(report: Report, axis: str, name: str) -> str:
-    """Accuracies of every stage, one after the other, over `axis` ("seconds" or "steps"); controls as dotted lines."""
+def score_of(metric: str, known: Mapping[str, Metric]) -> str | None:
+    """What to call a metric among the scores: primary ones where higher is better, and accuracies of losses."""
+    if (found := known.get(metric)) is not None:
+        return found.evaluation if found.primary and found.higher_is_better else None
+    return metric if "accuracy" in metric.lower() else None
+
+
+def metric_charts(stage: Stage, name: str) -> list[tuple[str, str]]:
+    """(title, chart) of every metric of an evaluation that is not among the scores."""
+    found = []
+    for number, (metric, about) in enumerate(sorted(stage.metrics.items())):
+        curves = {split: points for (split, other), points in stage.curves.items() if other == metric}
+        if not curves or score_of(metric, stage.metrics) is not None:
+            continue
+        figure = go.Figure()
+        for index, (split, points) in enumerate(sorted(curves.items(), key=lambda one: one[0] != "val")):
+            line = {"color": COLOURS[index % len(COLOURS)], "width": 1.6}
+            _draw(figure, [(point.step, point.value) for point in points], split, mode="lines+markers", line=line)
+        figure.update_xaxes(title_text="step")
+        figure.update_yaxes(range=_around([point.value for points in curves.values() for point in points]))
+        better = "higher" if about.higher_is_better else "lower"
+        found.append((f"{metric} ({better} is better)", _html(figure, f"{name}-{number}", height=220)))
+    return found
+
+
+def score_chart(report: Report, axis: str, name: str) -> str:
+    """Scores of every stage, one after the other, over `axis` ("seconds" or "steps"); controls as dotted lines."""
     figure, start, ends = go.Figure(), 0.0, [0.0]
     values = [control.value for control in controls_of(report.results)]
     names = short_names([stage.name for stage in report.stages])
     for index, stage in enumerate(report.stages):
         for (split, metric), points in stage.curves.items():
-            if "accuracy" not in metric.lower():
+            score = score_of(metric, stage.metrics)
+            if score is None:
                 continue
             values += [point.value for point in points]
             places = [(start + (point.seconds if axis == "seconds" else point.step), point.value) for point in points]
-            label = f"{names[index]}: {split} {metric.removesuffix('/accuracy')}"
+            label = f"{names[index]}: {split} {score}"
             line = {"color": COLOURS[index % len(COLOURS)], "dash": "dot" if split == "train" else "solid"}
             _draw(figure, places, label, mode="lines+markers", line=line)
         length = stage.seconds if axis == "seconds" else _steps(stage)
@@ -112,7 +139,8 @@ def accuracy_chart(report: Report, axis: str, name: str) -> str:
         _note(figure, text, x=1, xref="paper", xanchor="right", y=controls[-1].value, yanchor="bottom")
     title = "training time (s)" if axis == "seconds" else "optimizer steps"
     figure.update_xaxes(title_text=title, range=[0, (PAD * ends[-1]) or 1])
-    figure.update_yaxes(title_text="accuracy", tickformat=".0%", range=_around(values))
+    shares = all(0 <= value <= 1 for value in values)
+    figure.update_yaxes(title_text="score", tickformat=".0%" if shares else "", range=_around(values))
     return _html(figure, name, height=360)
 
 
@@ -151,8 +179,9 @@ def plotly_script() -> str:
 
 
 def controls_of(results: Sequence[Result]) -> list[Result]:
-    """What to compare with: every row of the first evaluation but the run's own."""
-    return [row for row in results[1:] if row.is_fraction and row.evaluation == results[0].evaluation]
+    """What to compare with: every row of the first evaluation's first metric but the run's own."""
+    first = next(((row.evaluation, row.metric) for row in results), None)
+    return [row for row in results[1:] if row.higher_is_better and (row.evaluation, row.metric) == first]
 
 
 def _control_groups(results: Sequence[Result]) -> list[list[Result]]:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
-from vlm_train.report.charts import accuracy_chart, loss_chart, plotly_script, training_charts
+from vlm_train.report.charts import loss_chart, metric_charts, plotly_script, score_chart, training_charts
 from vlm_train.report.read import Prediction, Report, Stage, Tried
 
 MAX_IMAGES = 48  # in the whole page
@@ -73,8 +73,11 @@ def render(report: Report) -> str:
         seconds=sum(stage.seconds for stage in report.stages),
         settings=[(stage, key_settings(stage.config)) for stage in report.stages],
         losses=[(stage, chart) for stage, chart in stages if chart],
-        accuracies=[
-            chart for axis in ("seconds", "steps") if (chart := accuracy_chart(report, axis, f"accuracy-{axis}"))
+        scores=[chart for axis in ("seconds", "steps") if (chart := score_chart(report, axis, f"score-{axis}"))],
+        metrics=[
+            (stage, charts)
+            for index, stage in enumerate(report.stages)
+            if (charts := metric_charts(stage, f"metric-{index}"))
         ],
         galleries=galleries(report),
         training=[

@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlm_train.errors import ConfigError
 from vlm_train.redact import without_credentials
+from vlm_train.report.results import Metric, Result, is_number, read_metrics, read_results
 
 PAUSE = 60.0  # seconds without a record after which nothing was running, if records usually come more often
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of the results table: the run's own result or a control."""
-
-    name: str
-    value: float
-    n: int | None
-    note: str
-    evaluation: str = ""  # rows of one evaluation share it
-
-    @property
-    def is_fraction(self) -> bool:
-        """Whether `value` is shown as a percentage."""
-        return 0.0 <= self.value <= 1.0
-
-    @property
-    def text(self) -> str:
-        """The value, with its 95 % sampling error (normal approximation) where the number of questions is known."""
-        if not self.is_fraction:
-            return f"{self.value:.4g}"
-        error = 196 * math.sqrt(self.value * (1 - self.value) / self.n) if self.n else 0.0
-        return f"{100 * self.value:.1f} %" + (f" ± {error:.1f}" if error >= 0.05 else "")
 
 
 @dataclass(frozen=True)
@@ -85,6 +61,11 @@ class Stage:
     config: str = ""
 
     @property
+    def metrics(self) -> dict[str, Metric]:
+        """`<evaluation>/<metric>`, the name of a curve, -> what it is."""
+        return read_metrics(self.record.get("evaluators"))
+
+    @property
     def seconds(self) -> float:
         """Time from the first to the last recorded metric, pauses between two starts left out."""
         return max((points[-1].seconds for points in self.curves.values()), default=0.0)
@@ -105,6 +86,11 @@ class Report:
     stages: list[Stage]
     results: list[Result]
 
+    @property
+    def names_metrics(self) -> bool:
+        """Whether results have to say of which metric they are: a name stands in several rows."""
+        return len({row.name for row in self.results}) < len(self.results)
+
 
 def read_report(folder: Path) -> Report:
     """Read a schedule folder (`schedule.json`) or a run folder (`run.json`)."""
@@ -121,9 +107,10 @@ def read_report(folder: Path) -> Report:
         title, expected = str(record.get("run_id", folder.name)), 1
     else:
         raise ConfigError(f"'{folder}' is neither a run nor a schedule: it holds no run.json and no schedule.json")
-    results = next((stage.record["results"] for stage in reversed(stages) if stage.record.get("results")), None)
+    last = next((stage for stage in reversed(stages) if stage.record.get("results")), None)
+    results = [] if last is None else read_results(last.record["results"], last.metrics)
     times = [_written(stage.folder) for stage in stages]
-    return Report(title, _status(stages, expected), max(filter(None, times), default=None), stages, _results(results))
+    return Report(title, _status(stages, expected), max(filter(None, times), default=None), stages, results)
 
 
 def read_stage(folder: Path, name: str) -> Stage:
@@ -146,12 +133,12 @@ def read_stage(folder: Path, name: str) -> Stage:
 
 def read_curves(path: Path) -> dict[tuple[str, str], list[Point]]:
     """`(split, metric) -> points` in step order. A step repeated after a resume counts once, as it was last."""
-    records = [row for row in _json_lines(path) if _finite(row.get("step")) and _finite(row.get("time"))]
+    records = [row for row in _json_lines(path) if is_number(row.get("step")) and is_number(row.get("time"))]
     seconds = active_seconds([float(row["time"]) for row in records])
     curves: dict[tuple[str, str], dict[int, Point]] = {}
     for row in records:
         for metric, value in row.items():
-            if metric not in ("step", "time", "split") and _finite(value):
+            if metric not in ("step", "time", "split") and is_number(value):
                 curve = curves.setdefault((str(row.get("split", "train")), metric), {})
                 curve[int(row["step"])] = Point(int(row["step"]), seconds[float(row["time"])], float(value))
     return {key: [curve[step] for step in sorted(curve)] for key, curve in curves.items()}
@@ -214,23 +201,6 @@ def _status(stages: list[Stage], expected: int) -> str:
     return worst or (statuses[-1] if stages and len(stages) == expected else "incomplete")
 
 
-def _results(rows: object) -> list[Result]:
-    """The valid rows of `results`, each once; a name that another evaluation used before is followed by its own."""
-    found: list[Result] = []
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and _finite(row.get("value")):
-            n = int(row["n"]) if _finite(row.get("n")) else None
-            name, note, evaluation = (str(row.get(key) or "") for key in ("name", "note", "eval"))
-            found.append(Result(name, float(row["value"]), n, note, evaluation))
-    first = {row.name: row for row in reversed(found)}
-    same = [row for row in found if row == replace(first[row.name], evaluation=row.evaluation)]  # published values
-    return [
-        replace(row, name=f"{row.name} ({row.evaluation})") if row.evaluation != first[row.name].evaluation else row
-        for row in found
-        if row == first[row.name] or row not in same
-    ]
-
-
 def _stage_folder(schedule: Path, run: str) -> Path | None:
     """Where a stage's run is now: as written, below or beside the schedule's folder (which may have been moved)."""
     candidates = (schedule.parent / Path(run).name, schedule / run, Path(run))
@@ -239,12 +209,8 @@ def _stage_folder(schedule: Path, run: str) -> Path | None:
 
 def _written(folder: Path) -> float | None:
     """When the run last wrote a metric, in seconds since the epoch."""
-    times = [row["time"] for row in _json_lines(folder / "metrics.jsonl") if _finite(row.get("time"))]
+    times = [row["time"] for row in _json_lines(folder / "metrics.jsonl") if is_number(row.get("time"))]
     return max(times, default=None)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _json(path: Path) -> object:
