@@ -65,7 +65,7 @@ def test_every_number_has_one_place(trained: Path, tmp_path: Path) -> None:
     """Another way of evaluating stands beside the run's own results; the same way again replaces what it found."""
     run = copy_of(trained, tmp_path)
     cfg = OmegaConf.load(run / "config.yaml")
-    cfg.eval = OmegaConf.load(config.config_dir() / "eval/easyvqa.yaml")
+    cfg.eval = config.compose(["recipe=easyvqa_stage2", "eval=easyvqa"]).eval
     OmegaConf.save(cfg, run / "config.yaml")  # as if it had been trained with eval=easyvqa
     old = [{"name": "this run", "value": 0.5, "n": 4, "note": "from training", "eval": "answers"}]
     before = record(run)
