@@ -17,11 +17,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests import small_run
+from vlm_train.build import build_evaluators
 from vlm_train.check import check
 from vlm_train.config import compose
 from vlm_train.dryrun.report import dry_run
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.run import make_evaluators, validation_metrics
+from vlm_train.evaluation.run import validation_metrics
 from vlm_train.schema import Root
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def test_metrics_are_those_of_evaluators(page: Path) -> None:
     """`<evaluator>/<metric>`: what is called like a metric, or stands below an evaluator's name, is one of its own."""
     known: set[str] = set()
     for option in (ROOT / "conf" / "eval").glob("*.yaml"):
-        known |= validation_metrics(make_evaluators(compose([f"eval={option.stem}"]))).keys()
+        known |= validation_metrics(build_evaluators(compose([f"eval={option.stem}"]))).keys()
     evaluators, metrics = ({name.split("/")[side] for name in known} for side in (0, 1))
     named = re.findall(r"`(\w+)/(\w+)`", page.read_text(encoding="utf-8"))
     found = [f"{one}/{two}" for one, two in named if one in evaluators or two in {*metrics, "accuracy"}]

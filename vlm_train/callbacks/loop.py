@@ -185,10 +185,10 @@ class Evaluation(pl.Callback):
         mark(trainer, EVALUATION)
         if not (trainer.is_global_zero or trainer.strategy.shards_model):  # type: ignore[attr-defined]
             return
+        model = cast(Any, pl_module).model
         with results_folder(self.folder / "eval", trainer.is_global_zero) as folder:
             for name, evaluator in self.evaluators.items():
-                where = folder / name
-                findings = run_evaluator(name, evaluator, pl_module.model, self.processor, where, final=False)
+                findings = run_evaluator(name, evaluator, model, self.processor, folder / name, final=False)
                 found = {f"{name}/{metric}": value for metric, value in findings.metrics.items()}
                 pl_module.validation_metrics |= found  # type: ignore[operator]
                 pl_module.write("val", found)  # type: ignore[operator]
