@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vlm_train import config
 from vlm_train.build import build_lr_schedule, build_model, build_objectives, build_optimizer
+from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
 from vlm_train.dryrun.trace import image_size, visual_tokens
-from vlm_train.objectives.base import Loss, Objective, identity_gather
 from vlm_train.params import Policy, apply_policy
 
 LOG_EVERY = 10
@@ -53,7 +53,7 @@ class Work:
         """The loss as one writes it: means of this batch."""
         total = torch.zeros(())
         for objective in self.objectives.values():
-            for loss in objective(self.model, batch, identity_gather).values():
+            for loss in objective(self.model, batch, StepContext()).values():
                 total = total + loss.weight * loss.sum / loss.count
         return total
 

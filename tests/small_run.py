@@ -21,10 +21,10 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def make_data(root: Path, bad: int | None = None, text_only: bool = False) -> Path:
+def make_data(root: Path, bad: int | None = None, text_only: bool = False, rejected: bool = False) -> Path:
     """`tiny/{train,val}` under `root`; the picture of training sample `bad` breaks off after its header.
 
-    `text_only`: samples of odd numbers have no picture.
+    `text_only`: samples of odd numbers have no picture. `rejected`: every answer has a worse one.
     """
     for split, count in (("train", 12), ("val", 4)):
         (root / "tiny").mkdir(parents=True, exist_ok=True)
@@ -39,10 +39,12 @@ def make_data(root: Path, bad: int | None = None, text_only: bool = False) -> Pa
                 question = Text(text=f"Which number is {number}?")
                 ask = Turn(role="user", parts=(Media(item=0), question) if shown else (question,))
                 answer = Turn(role="assistant", parts=(Text(text="shape " * (1 + number % 5) + str(number)),))
+                worse = Turn(role="assistant", parts=(Text(text="thing " * (1 + number % 3)),)) if rejected else None
+                annotation = Annotation(turns=(ask, answer), rejected=worse)
                 media = (image_item(0, blob),) if shown else ()
                 key = f"sample-{number:02d}"
                 writer.write(
-                    Sample(key=key, media=media, annotations=(Annotation(turns=(ask, answer)),), source="test"),
+                    Sample(key=key, media=media, annotations=(annotation,), source="test"),
                     [blob] if shown else [],
                 )
     return root

@@ -304,14 +304,6 @@ def test_handlers_of_the_caller_stay() -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-@pytest.mark.parametrize(("samples", "micro", "refused"), [(4, 8, False), (4, 4, False), (4, 2, True), (4, 3, True)])
-def test_contrasts_need_a_whole_step(samples: int, micro: int, refused: bool) -> None:
-    from vlm_train.check_parts import _check_whole_step
-
-    cfg = config.compose([STAGE, f"batch.samples={samples}", f"batch.micro={micro}"])
-    assert bool(list(_check_whole_step("objective.mine", cfg))) == refused
-
-
 def test_other_exits_are_left_alone() -> None:
     with pytest.raises(SystemExit) as caught:
         cli.guarded(lambda: sys.exit(3))

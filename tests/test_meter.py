@@ -15,6 +15,7 @@ from torch import nn
 from tests.small_run import command, make_data, train
 from vlm_train import config
 from vlm_train.build import build_model
+from vlm_train.contracts.objective import Loss
 from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream, Window, segments_of
 from vlm_train.data.sources import sums_by_source
 from vlm_train.dryrun.flops import count
@@ -25,7 +26,6 @@ from vlm_train.modules import device, meter
 from vlm_train.modules.base import VLMModule
 from vlm_train.modules.meter import Meter, part_norms, segment_lengths
 from vlm_train.modules.sums import Sums
-from vlm_train.objectives.base import Loss
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_train.contracts.objective import StepContext
+
 
 class ThreadGather:
     """The gather of one of several threads; gradients flow to the others only where they are asked for."""
@@ -34,9 +36,9 @@ class ThreadGather:
 
 
 def on_ranks(function: Callable[[Any, Any], Any], batches: Sequence[Any]) -> list[Any]:
-    """`function(batch, gather)` on as many ranks as there are batches."""
+    """`function(batch, context)` on as many ranks as there are batches."""
     world = len(batches)
     board, barrier = [None] * world, threading.Barrier(world)
     with ThreadPoolExecutor(world) as pool:
-        gathers = [ThreadGather(rank, world, board, barrier) for rank in range(world)]
-        return list(pool.map(function, batches, gathers))
+        contexts = [StepContext(ThreadGather(rank, world, board, barrier)) for rank in range(world)]
+        return list(pool.map(function, batches, contexts))

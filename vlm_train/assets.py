@@ -144,11 +144,16 @@ def _shards(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
     """Every run that weights are taken from, and a checkpoint to resume from, exist."""
-    for index, source in enumerate(resolved(cfg, "init_from") or []):
-        run, key = source.get("run"), f"init_from.{index}.run"
+    reference = resolved(cfg, "reference") or {}
+    sources = {f"init_from.{n}": one for n, one in enumerate(resolved(cfg, "init_from") or [])}
+    sources |= {f"reference.init_from.{n}": one for n, one in enumerate(reference.get("init_from") or [])}
+    for path, source in sources.items():
+        run, key = source.get("run"), f"{path}.run"
         if run in (None, "???"):
             yield f"{key} is missing: this recipe starts from another run's weights, {key}=<run folder>."
         elif Path(run).absolute() not in expected and not Path(run).exists():
             yield f"{key}: {run} does not exist. Expected a run folder, a checkpoint or .safetensors."
+    if (teacher := reference.get("model")) not in (None, "start") and not Path(teacher, "config.yaml").is_file():
+        yield f"reference.model: {teacher} is no run folder. Expected start, or a folder with config.yaml."
     if cfg.resume not in ("auto", "never", "restart") and not Path(cfg.resume).exists():
         yield f"resume: {cfg.resume} does not exist. Allowed: auto, never, restart, or the path of a checkpoint."

@@ -17,14 +17,14 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from vlm_train.contracts.evaluator import EVALUATOR_MEMBERS, Evaluator
+from vlm_train.contracts.family import Family
+from vlm_train.contracts.objective import Objective
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia, ViewGrid
 from vlm_train.data.processor import Processor
-from vlm_train.data.streams import CAUSAL
-from vlm_train.errors import ConfigError
+from vlm_train.errors import AssetError, ConfigError
 from vlm_train.launch import rank
 from vlm_train.models.layers.inserted_blocks import check_ownership
-from vlm_train.objectives.base import Objective
 from vlm_train.peft import hits
 from vlm_train.randomness import derive_seed
 
@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
 PARTS = ("vision", "connector", "llm")
 
+FAMILY = f"{Family.__module__}.{Family.__name__}"
+
 
 @dataclass
 class Built:
     """What a configuration comes to: the model, and the processor that makes what it reads."""
 
     cfg: DictConfig
-    model: nn.Module
+    model: Family
     processor: Processor
 
 
@@ -76,7 +78,7 @@ def build(cfg: DictConfig, *, meta: bool = False) -> Built:
     return Built(cfg, model, build_processor(cfg, model, tokenizer, template))
 
 
-def build_processor(cfg: DictConfig, model: nn.Module, tokenizer: Any, template: Any) -> Processor:
+def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: Any) -> Processor:
     """The processor of a model: what the parts decide about its data, without their weights."""
     image = build_image(cfg, model)
     return Processor(
@@ -85,7 +87,7 @@ def build_processor(cfg: DictConfig, model: nn.Module, tokenizer: Any, template:
         layout=build_layout(model, image),
         image=image,
         instruction=None if cfg.instruction is None else make(cfg.instruction),
-        streams=dict(getattr(model, "streams", CAUSAL)),
+        streams=dict(model.streams),
         max_length=cfg.data.get("max_length"),
     )
 
@@ -98,7 +100,7 @@ def halve(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -> nn.Module:
+def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -> Family:
     """The model of a configuration: parts, their weights, the family's wiring, adapters.
 
     Args:
@@ -115,14 +117,29 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
             if not meta and getattr(parts[name], "weights", None):
                 parts[name].load_weights()
         torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
-        model = cast(nn.Module, make(cfg.model, **parts))
+        model = make(cfg.model, **parts)
+        if not isinstance(model, Family):
+            raise ConfigError(f"model: {cfg.model._target_} is no family: it does not inherit from {FAMILY}.")
         check_ownership(model)
-        if not meta and hasattr(model, "load_weights"):
-            cast(Any, model).load_weights()
+        if not meta:
+            model.load_weights()
         if cfg.peft is not None:
             torch.manual_seed(derive_seed(cfg.seed, "init", "peft"))
             make(cfg.peft, model=model)
     return model
+
+
+def build_on_meta(cfg: DictConfig) -> Family | None:
+    """The model to look at before any weight is read; None, and a sentence, where its own code needs values."""
+    quiet()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build_model(cfg, build_tokenizer(cfg), meta=True)
+    except (ConfigError, AssetError):
+        raise
+    except Exception as error:  # of any model's own code
+        print(f"model: not built on the meta device: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return None
 
 
 def _threaded(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any) -> dict[str, Any]:
@@ -149,14 +166,15 @@ def build_image(cfg: DictConfig, model: Any) -> ImageTransform | None:
     return cast(ImageTransform, make(cfg.image, size=tuple(vision.image_size), mean=tuple(vision.image_mean)))
 
 
-def build_layout(model: Any, image: ImageTransform | None) -> MediaLayout:
+def build_layout(model: Family, image: ImageTransform | None) -> MediaLayout:
     """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own."""
-    if hasattr(model, "media_layout"):
-        return cast(MediaLayout, model.media_layout(image))
+    if (own := model.media_layout(image)) is not None:
+        return own
     connector = getattr(model, "connector", None)
     if connector is None or image is None:
         return NoMedia()
-    return GridLayout(ViewGrid(image, model.vision.patch_grid), connector.token_grid, views=image.view_count)
+    vision: Any = model.vision
+    return GridLayout(ViewGrid(image, vision.patch_grid), connector.token_grid, views=image.view_count)
 
 
 def build_tokenizer(cfg: DictConfig) -> Any:

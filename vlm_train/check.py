@@ -18,10 +18,7 @@ from vlm_train.check_parts import (
     PARTS,
     check_columns,
     check_groups,
-    check_kind,
-    check_objectives,
     check_peft,
-    check_streams,
     short,
 )
 from vlm_train.check_settings import (
@@ -193,7 +190,6 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 
 CHECKS: list[Check] = [
     check_values, check_groups, check_targets, check_unsafe_keys, check_literals, check_numbers, check_data,
-    check_batch, check_length, check_warmup, check_objectives, check_columns, check_peft, check_streams,
-    check_kind, check_launch, check_strategy, check_run,
+    check_batch, check_length, check_warmup, check_columns, check_peft, check_launch, check_strategy, check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

@@ -12,6 +12,8 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "trainer.activation_checkpointing": ("none", "full", "selective"),
     "launch.kind": ("local", "torchrun", "srun"),
     "init_from.*.which": ("last", "best"),
+    "reference.which": ("last", "best"),
+    "reference.init_from.*.which": ("last", "best"),
     "columns.which": ("last", "best"),
 }
 

@@ -37,7 +37,7 @@ GROUP_WITHOUT_OPTION = "Config group override must be a string or a list"
 
 TRAINING_KEYS = (
     "seed", "init_from", "model", "vision", "connector", "llm", "tokenizer", "image", "template", "instruction",
-    "objective", "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
+    "objective", "reference", "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
 )  # fmt: skip
 """What decides the trained weights, hence the run id."""
 
@@ -226,6 +226,8 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
     for name in Paths.__dataclass_fields__:
         cfg.paths[name] = name
     plain = {key: resolved(cfg, key) for key in TRAINING_KEYS}
+    if plain["reference"]["model"] is None:  # runs of before this key keep their ids
+        del plain["reference"]
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
         plain["batch"].pop("micro")
     for group, keys in COSMETIC_KEYS.items():

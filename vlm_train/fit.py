@@ -52,26 +52,34 @@ def _start(resumed: checkpoint.Resume | None) -> str:
 def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Resume | None) -> dict[str, Any]:
     import torch
 
-    from vlm_train.build import build, build_data, build_evaluators, halve
+    from vlm_train.build import build, build_data, build_evaluators, build_on_meta, halve
     from vlm_train.callbacks.loop import Evaluation
+    from vlm_train.check_model import check_model
     from vlm_train.data.tokenizer import vocabulary
-    from vlm_train.evaluation.run import require_methods
     from vlm_train.trainer import halves_weights, loop_callbacks, make_trainer, processes, shards_model
+    from vlm_train.training.reference import build_reference, reference_config
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     world = processes(cfg)
     shares = world > 1 and shards_model(cfg) and rank() > 0  # rank 0 spreads its weights later
-    evaluators = build_evaluators(cfg)
+    skeleton = build_on_meta(cfg)
+    if skeleton is not None:
+        check_model(cfg, skeleton)
+    evaluators, other = build_evaluators(cfg), reference_config(cfg)
     built = build(cfg, meta=shares)
-    require_methods(evaluators, built.model)
+    if skeleton is None:
+        check_model(cfg, built.model)
     sources: list[str] = []
     if not shares:
         sources = checkpoint.hand_over(built.model, cfg.init_from)
         if resumed:
             checkpoint.load_weights(built.model, resumed.folder / checkpoint.WEIGHTS)
+    reference, digests = build_reference(cfg, other, built.processor.tokenizer, meta=shares)
     if halves_weights(cfg):
         halve(built.model)
+        if reference is not None:
+            halve(reference)
     policy = _policy(cfg, built.model)
     data = build_data(cfg, built.processor)
     data.plan = _plan(cfg, data, built.model, world)
@@ -80,13 +88,15 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
         "init_from": sources,
         "vocabulary": vocabulary(built.processor.tokenizer),
     }
+    if cfg.reference.model is not None and not shares:
+        facts["reference"] = digests
     facts |= {"data": data.fingerprint(), "order": data.order()}
     if resumed and not shares:
         resumed.require(**facts)
     facts["rollbacks"] = len(rollback.rollbacks(folder))
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
-    work = _work(cfg, built.processor.tokenizer) if rank() == 0 else None
-    module = _module(cfg, built.model, policy, data.plan, folder, work)
+    work = _work(cfg, skeleton) if rank() == 0 else None
+    module = _module(cfg, built.model, reference, policy, data.plan, folder, work)
     every = None if len(data.val) else cfg.trainer.val_every
     evaluation = Evaluation(built.processor, evaluators, folder, every=every, val_every=cfg.trainer.val_every)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed)
@@ -122,14 +132,14 @@ def _describe(
 
 
 def _policy(cfg: DictConfig, model: Any) -> Any:
-    from vlm_train.params import apply_policy, unused_parameters
+    from vlm_train.params import apply_policy
 
     return apply_policy(
         model,
         cfg.params.rules,
         weight_decay=cfg.optim.weight_decay,
         decay_norms_and_biases=cfg.params.decay_norms_and_biases,
-        unused=unused_parameters(model),
+        unused=model.unused_parameters(),
     )
 
 
@@ -146,11 +156,12 @@ def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
     )
 
 
-def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
+def _module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
     from vlm_train.strategies.spread import units
+    from vlm_train.training.reference import lend
 
     *layers, _ = units(model)
     if cfg.trainer.activation_checkpointing != "none":
@@ -159,7 +170,7 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, w
         one.compile()  # layer by layer: the same code for all of them, and shards are gathered in between
     objectives = build_objectives(cfg)
     for name, objective in objectives.items():
-        if objective.stream == "samples" and (plan.packing or cfg.batch.micro * plan.world < cfg.batch.samples):
+        if objective.needs_whole_step and (plan.packing or cfg.batch.micro * plan.world < cfg.batch.samples):
             raise ConfigError(
                 f"objective.{name}: contrasts all samples of a step with each other, so they cannot be packed or cut "
                 f"into micro-batches; allowed: data.pack=null batch.micro={cfg.batch.samples // plan.world}"
@@ -170,6 +181,8 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, w
         policy,
         partial(build_optimizer, cfg),
         partial(build_lr_schedule, cfg, total_steps=plan.steps),
+        reference=reference,
+        lend_reference=lend(cfg, model, reference),
         seed=cfg.seed,
         total_steps=plan.steps,
         normalise=cfg.batch.normalise,
@@ -184,16 +197,17 @@ def _module(cfg: DictConfig, model: Any, policy: Any, plan: Any, folder: Path, w
     )
 
 
-def _work(cfg: DictConfig, tokenizer: Any) -> Any:
+def _work(cfg: DictConfig, skeleton: Any) -> Any:
     """What steps compute, for the log; None, and a sentence, where the model cannot be traced without its weights."""
     import torch
 
-    from vlm_train.build import build_model
     from vlm_train.dryrun.work import work_of
 
+    if skeleton is None:
+        return None
     try:
         with torch.random.fork_rng(devices=[]):
-            return work_of(cfg, build_model(cfg, tokenizer, meta=True))
+            return work_of(cfg, skeleton)
     except Exception as error:  # of any model's own code
         print(f"tflops: not logged: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
         return None

@@ -147,14 +147,6 @@ def apply_policy(
     return Policy(groups=list(groups.values()), rows=table)
 
 
-def unused_parameters(model: Any) -> list[str]:
-    """Full names of parameters that parts declare never to read."""
-    if hasattr(model, "unused_parameters"):
-        return list(model.unused_parameters())
-    parts: dict[str, Any] = {name: part for name, part in model.named_children() if hasattr(part, "unused_parameters")}
-    return [f"{name}.{parameter}" for name, part in parts.items() for parameter in part.unused_parameters()]
-
-
 def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
     """The deciding rule of every parameter, or one error that names all that is wrong."""
     named = dict(model.named_parameters())

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from vlm_train.errors import ConfigError
-from vlm_train.params import unused_parameters
 from vlm_train.quantise import quantise, quantised_layers
 
 Compute = Literal["bfloat16", "float16", "float32"]
@@ -120,7 +119,7 @@ def matching(model: Any, match: str, setting: str) -> list[str]:
         raise ConfigError(f"{setting}: {match!r} is not a regular expression: {error}") from error
     head = model.llm.model.get_output_embeddings()
     heads = {id(module) for module in head.modules()} if head is not None else set()
-    idle = set(unused_parameters(model))
+    idle = set(model.unused_parameters())
     linear = [
         name
         for name, module in model.named_modules()

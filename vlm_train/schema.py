@@ -22,6 +22,15 @@ class InitFrom:
 
 
 @dataclass
+class Reference:
+    """A second, frozen model that an objective compares the trained one with."""
+
+    model: str | None = None  # null: none | start: as this run starts | a run folder (a teacher): as that run ended
+    which: str = "last"  # last | best, of a run folder
+    init_from: list[InitFrom] | None = None  # start: a copy with these weights; null: the run's own, or adapters off
+
+
+@dataclass
 class Rule:
     """Who learns, and how: the first rule whose `match` (regex over the full name) fits a parameter decides."""
 
@@ -187,6 +196,7 @@ class Root:
     logger: Any = None
     eval: Any = None
 
+    reference: Reference = field(default_factory=Reference)
     params: Params = field(default_factory=Params)
     batch: BatchSize = field(default_factory=BatchSize)
     trainer: Trainer = field(default_factory=Trainer)

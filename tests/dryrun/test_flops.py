@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_train import config
 from vlm_train.build import build_model
+from vlm_train.contracts.objective import StepContext
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.plan import trace_step
 from vlm_train.dryrun.report import without_assets
 from vlm_train.dryrun.trace import meta_batch
-from vlm_train.objectives.base import identity_gather
-from vlm_train.params import apply_policy, unused_parameters
+from vlm_train.params import apply_policy
 
 FULL_SIZE = ["llava1_stage1", "llava1_stage2", "llava15_stage1", "llava15_stage2", "llava15_lora"]
 TEXT, SUPERVISED = 184, 40
@@ -26,7 +26,7 @@ TEXT, SUPERVISED = 184, 40
 def model_of(*overrides: str) -> tuple[Any, Any]:
     cfg, _ = without_assets(config.compose(["dry_run=true", *overrides]))
     model = build_model(cfg, meta=True)
-    apply_policy(model, cfg.params.rules, weight_decay=0.0, unused=unused_parameters(model))
+    apply_policy(model, cfg.params.rules, weight_decay=0.0, unused=model.unused_parameters())
     return cfg, model
 
 
@@ -35,7 +35,7 @@ def counted(cfg: Any, model: Any) -> tuple[float, float, float]:
     objective = instantiate(cfg.objective.lm)
     batch = meta_batch(model, streams=["llm"], rows=1, text_tokens=TEXT, supervised=SUPERVISED)
     with FlopCounterMode(display=False) as forward, torch.device("meta"):
-        loss = objective(model, batch, identity_gather)["lm"].sum
+        loss = objective(model, batch, StepContext())["lm"].sum
     with FlopCounterMode(display=False) as backward, torch.device("meta"):
         loss.backward()
     head = 2.0 * SUPERVISED * model.llm.dim * model.llm.vocab_size

@@ -15,12 +15,12 @@ from data_pipelines.members import captioned
 from data_pipelines.sample import Sample
 from data_pipelines.shards import ShardWriter
 from tests.data.rendering import load
+from vlm_train.check_model import check_evaluators
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import NoMedia
 from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.run import require_methods
 from vlm_train.evaluation.zero_shot import ZeroShot, class_of
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -119,6 +119,6 @@ def test_wrong_settings_are_refused(built: SimpleNamespace, tmp_path: Path) -> N
         evaluator = ZeroShot(shards=folder, classes=["up", "down"], templates=["{}"])
         evaluator.run(built.model, built.processor, tmp_path, final=True)
     evaluator = ZeroShot(shards=folder, classes=["red", "blue"], templates=["{}"])
-    with pytest.raises(ConfigError, match="eval.shape: needs encode_image, encode_text, which Linear does not have"):
-        require_methods({"shape": evaluator}, torch.nn.Linear(1, 1))
-    require_methods({"shape": evaluator}, built.model)
+    (found,) = check_evaluators({"shape": evaluator}, torch.nn.Linear(1, 1))
+    assert found.startswith("eval.shape: needs a model that EmbedsImagesAndTexts. Linear lacks encode_image, encode_te")
+    assert list(check_evaluators({"shape": evaluator}, built.model)) == []

@@ -8,11 +8,11 @@ import torch
 from tests.models.test_text_tower import siglip
 from tests.objectives.test_contrastive import captions, two_tower
 from tests.tiny_models import assert_close, batch_of, text_stream
+from vlm_train.contracts.objective import StepContext
 from vlm_train.data.batch import Batch
 from vlm_train.errors import ConfigError
 from vlm_train.models.checkpointing import checkpoint_layers
 from vlm_train.models.two_tower import TwoTower
-from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.sigmoid import Sigmoid
 
@@ -27,7 +27,7 @@ def many() -> Batch:
 def loss_and_gradients(model: TwoTower, objective, chunk: int | None):
     model.zero_grad()
     model.cache_chunk = chunk
-    (loss,) = objective(model, many(), identity_gather).values()
+    (loss,) = objective(model, many(), StepContext()).values()
     loss.sum.backward()
     return loss.sum.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -69,7 +69,7 @@ def kept(model: TwoTower, chunk: int | None) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = Contrastive()(model, many(), identity_gather)["contrastive"].sum  # held: what its graph keeps
+        loss = Contrastive()(model, many(), StepContext())["contrastive"].sum  # held: what its graph keeps
     del loss
     return sum(seen.values())
 
@@ -97,7 +97,7 @@ def test_a_batch_of_one_chunk_is_computed_once(monkeypatch):
     encode = model.vision.encode
     monkeypatch.setattr(model.vision, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     model.cache_chunk = 4
-    Contrastive()(model, captions(), identity_gather)["contrastive"].sum.backward()
+    Contrastive()(model, captions(), StepContext())["contrastive"].sum.backward()
     assert seen == [4]
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vlm
+from vlm_train.contracts.objective import StepContext
 from vlm_train.errors import BatchError
 from vlm_train.models.checkpointing import checkpoint_layers
-from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.lm import LanguageModeling
 
 PREFIX = [5, *IMAGE, 6]
@@ -68,7 +68,7 @@ def test_plain_rows_with_images_need_no_mask(attention):
         model.llm.model.set_attn_implementation(attention)
         one = replace(batch, text={"llm": replace(stream, plain_causal=plain)})
         hidden.append(model(one)[stream.segment_ids != 0])
-        LanguageModeling()(model, one, identity_gather)["lm"].sum.backward()
+        LanguageModeling()(model, one, StepContext())["lm"].sum.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert_close(hidden[1], hidden[0])
     assert gradients[0].keys() == gradients[1].keys()
@@ -95,7 +95,7 @@ def test_frozen_parts_keep_no_graph_and_no_gradient(trained):
     model.vision.layers[0].register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
     assert model.features(batch).requires_grad == (trained == "connector")
     assert recording == [False]
-    loss = LanguageModeling()(model, batch, identity_gather)["lm"]
+    loss = LanguageModeling()(model, batch, StepContext())["lm"]
     loss.sum.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith(trained), name

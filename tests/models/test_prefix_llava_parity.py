@@ -7,8 +7,8 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.tiny_models import IMAGE, MEAN, STD, assert_close, batch_of, text_stream, tiny_vlm
+from vlm_train.contracts.objective import StepContext
 from vlm_train.data.layout import PLACEHOLDER_ID
-from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.lm import LanguageModeling
 
 IMAGE_TOKEN = 96
@@ -62,7 +62,7 @@ def test_logits_loss_and_gradients_equal_llava(name):
     labels, weights = stream.labels.flatten(), stream.weights.sum()
     expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels, ignore_index=-100)
     expected.backward()
-    loss = LanguageModeling(chunk=3)(model, batch, identity_gather)["lm"]
+    loss = LanguageModeling(chunk=3)(model, batch, StepContext())["lm"]
     assert loss.count == weights
     (loss.sum / loss.count).backward()
     assert_close(loss.sum / loss.count, expected, "loss")

@@ -15,6 +15,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QForme
 from tests.models.test_qformer import QUERIES, VISION, tiny_connector
 from tests.models.test_qformer import tiny_vision as blip2_vision
 from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vision
+from vlm_train.contracts.objective import StepContext
 from vlm_train.data.batch import IGNORE, Batch, TokenStream
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.errors import AssetError
@@ -22,7 +23,6 @@ from vlm_train.models.connectors.linear import Linear
 from vlm_train.models.llms.hf_seq2seq import HFSeq2Seq
 from vlm_train.models.qformer_names import to_library
 from vlm_train.models.seq2seq import PrefixSeq2Seq
-from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.lm import LanguageModeling
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -138,7 +138,7 @@ def test_another_architecture_fits_the_contract() -> None:
 
 def test_family_trains_as_a_reference_by_hand() -> None:
     model, batch = tiny_family(), tiny_batch()
-    loss = LanguageModeling(stream="decoder", chunk=2)(model, batch, identity_gather)["lm"]
+    loss = LanguageModeling(stream="decoder", chunk=2)(model, batch, StepContext())["lm"]
     embeds, mask = by_hand(model, batch)
     labels = batch.text["decoder"].labels
     expected = library(model.llm)(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
@@ -183,7 +183,7 @@ def test_logits_behind_a_q_former_are_blip2_s() -> None:
 def test_a_frozen_model_passes_gradients_on_to_the_connector() -> None:
     model = tiny_family()
     model.llm.requires_grad_(False)
-    LanguageModeling(stream="decoder")(model, tiny_batch(), identity_gather)["lm"].sum.backward()
+    LanguageModeling(stream="decoder")(model, tiny_batch(), StepContext())["lm"].sum.backward()
     assert all(parameter.grad is None for parameter in model.llm.parameters())
     assert all(parameter.grad.abs().max() > 0 for parameter in model.connector.parameters())
 
@@ -192,7 +192,7 @@ def test_a_rank_without_samples_gets_numbers() -> None:
     model = tiny_family()
     empty = text_stream([[0]], segments=[[0]], learn_from=9)
     batch = replace(batch_of(empty, []), text={"llm": empty, "decoder": empty})
-    loss = LanguageModeling(stream="decoder")(model, batch, identity_gather)["lm"]
+    loss = LanguageModeling(stream="decoder")(model, batch, StepContext())["lm"]
     loss.sum.backward()
     assert loss.sum == 0 and all(torch.isfinite(p.grad).all() for p in model.connector.parameters())
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.tiny_models import assert_close, batch_of, text_stream, tiny_llm, tiny_vision
+from vlm_train.contracts.objective import StepContext
 from vlm_train.data.batch import Batch, MediaBatch
 from vlm_train.data.collate import collate
 from vlm_train.errors import BatchError
 from vlm_train.models.two_tower import TwoTower
-from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.pairs import caption_hashes
 
@@ -42,7 +42,7 @@ def test_loss_is_symmetric_info_nce():
     image, text = model.encode_image(batch.media), model.encode_text(batch.text["llm"])
     logits = (image @ text.T) / 0.07
     by_hand = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).sum() / 2
-    loss = Contrastive()(model, batch, identity_gather)["contrastive"]
+    loss = Contrastive()(model, batch, StepContext())["contrastive"]
     assert_close(loss.sum, by_hand)
     assert loss.count == 4
     assert_close(loss.metrics["logit_scale"], torch.tensor(1 / 0.07))
@@ -57,7 +57,7 @@ def test_images_in_another_order_than_their_texts():
         pixels=batch.media.pixels[order],
     )
     shuffled = Batch(text=batch.text, media=media)
-    losses = [Contrastive()(model, b, identity_gather)["contrastive"].sum for b in (batch, shuffled)]
+    losses = [Contrastive()(model, b, StepContext())["contrastive"].sum for b in (batch, shuffled)]
     assert_close(losses[1], losses[0])
 
 
@@ -82,7 +82,7 @@ class TwoRanks:
 def test_two_ranks_equal_one(mask_duplicates, cut):
     whole, split = two_tower(), two_tower()
     objective = Contrastive(mask_duplicates=mask_duplicates)
-    expected = objective(whole, captions(), identity_gather)["contrastive"].sum
+    expected = objective(whole, captions(), StepContext())["contrastive"].sum
     expected.backward()
 
     batches = [captions(0, cut), captions(cut, 4)]
@@ -91,8 +91,8 @@ def test_two_ranks_equal_one(mask_duplicates, cut):
         [split.encode_text(b.text["llm"]) for b in batches],
         [caption_hashes(b.text["llm"]) for b in batches],
     ]
-    gathers = [TwoRanks(rank, [cut, 4 - cut], everything) for rank in range(2)]
-    losses = [objective(split, batch, gather)["contrastive"] for batch, gather in zip(batches, gathers, strict=True)]
+    contexts = [StepContext(TwoRanks(rank, [cut, 4 - cut], everything)) for rank in range(2)]
+    losses = [objective(split, batch, one)["contrastive"] for batch, one in zip(batches, contexts, strict=True)]
     assert_close(losses[0].sum + losses[1].sum, expected)
     (losses[0].sum + losses[1].sum).backward()
     for (name, a), b in zip(split.named_parameters(), whole.named_parameters(), strict=True):
@@ -103,7 +103,7 @@ def test_two_ranks_equal_one(mask_duplicates, cut):
 def test_no_pairs_give_a_zero_that_reaches_every_parameter():
     model = two_tower()
     empty = collate([], (32, 32))
-    loss = Contrastive(mask_duplicates=True)(model, empty, identity_gather)["contrastive"]
+    loss = Contrastive(mask_duplicates=True)(model, empty, StepContext())["contrastive"]
     assert loss.sum == 0 and loss.count == 0 and all(torch.isfinite(value) for value in loss.metrics.values())
     loss.sum.backward()
     unused = model.unused_parameters()
@@ -116,7 +116,7 @@ def test_equal_captions_are_not_negatives():
     logits = (image @ text.T) / 0.07
     logits[1, 3] = logits[3, 1] = float("-inf")
     by_hand = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).sum() / 2
-    assert_close(Contrastive(mask_duplicates=True)(model, batch, identity_gather)["contrastive"].sum, by_hand)
+    assert_close(Contrastive(mask_duplicates=True)(model, batch, StepContext())["contrastive"].sum, by_hand)
 
 
 def test_caption_hash_ignores_padding_but_not_order():
@@ -129,4 +129,4 @@ def test_caption_hash_ignores_padding_but_not_order():
 def test_a_text_without_image_is_refused():
     batch = Batch(text={"llm": text_stream(ROWS)}, media=captions(0, 3).media)
     with pytest.raises(BatchError, match="3 views of 3 images for 4 texts"):
-        Contrastive()(two_tower(), batch, identity_gather)
+        Contrastive()(two_tower(), batch, StepContext())

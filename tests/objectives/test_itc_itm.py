@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models.test_qformer import QUERIES, pairs, tiny_aligner
 from tests.tiny_models import assert_close
 from tests.two_ranks import on_ranks
+from vlm_train.contracts.objective import Loss, StepContext
 from vlm_train.data.batch import Batch, Window
 from vlm_train.data.collate import collate
 from vlm_train.models.align import Aligner
-from vlm_train.objectives.base import Loss, identity_gather
 from vlm_train.objectives.itc import ITC
 from vlm_train.objectives.itm import ITM
 from vlm_train.objectives.lm import LanguageModeling
@@ -34,8 +34,8 @@ def part(first: int = 0, last: int = 5) -> Batch:
     return replace(batch, window=WINDOW, media=replace(batch.media, keys=whole.media.keys[first:last]))
 
 
-def losses(objectives: list[Any], model: Aligner, batch: Batch, gather: Any = identity_gather) -> dict[str, Loss]:
-    return {name: loss for one in objectives for name, loss in one(model, batch, gather).items()}
+def losses(objectives: list[Any], model: Aligner, batch: Batch, context: StepContext | None = None) -> dict[str, Loss]:
+    return {name: loss for one in objectives for name, loss in one(model, batch, context or StepContext()).items()}
 
 
 def all_three(**options: Any) -> list[Any]:
@@ -49,7 +49,7 @@ def test_contrast_is_the_cross_entropy_of_the_nearest_query(smoothing: float) ->
     logits = torch.stack([(image @ one).amax(dim=1) for one in text], dim=1) / 0.07  # [images, texts]
     target = torch.arange(5)
     both = [F.cross_entropy(one, target, label_smoothing=smoothing, reduction="sum") for one in (logits, logits.T)]
-    loss = ITC(label_smoothing=smoothing)(model, batch, identity_gather)["itc"]
+    loss = ITC(label_smoothing=smoothing)(model, batch, StepContext())["itc"]
     assert_close(loss.sum, (both[0] + both[1]) / 2)
     assert loss.count == 5 and loss.metrics["temperature"] == pytest.approx(0.07)
 
@@ -70,7 +70,7 @@ def test_two_ranks_equal_one(cut: int) -> None:
 
 def test_as_published_no_gradients_cross_ranks() -> None:
     """The value is the same; a rank's texts learn from its own side of a comparison only."""
-    batches, expected = [part(0, 2), part(2, 5)], ITC()(tiny_aligner().eval(), part(), identity_gather)["itc"].sum
+    batches, expected = [part(0, 2), part(2, 5)], ITC()(tiny_aligner().eval(), part(), StepContext())["itc"].sum
     gradients = []
     for grad in (True, False):
         model = tiny_aligner().eval()
@@ -101,7 +101,7 @@ def test_local_negatives_are_those_of_a_rank_by_itself(cut: int) -> None:
     model, parts = tiny_aligner().eval(), [(0, cut), (cut, 5)]  # cut 4 leaves one pair alone
     split = on_ranks(lambda b, g: ITM(local=True)(model, b, g)["itm"], [part(*one) for one in parts])
     for found, one in zip(split, parts, strict=True):
-        alone = ITM()(model, part(*one), identity_gather)["itm"]
+        alone = ITM()(model, part(*one), StepContext())["itm"]
         assert_close(found.sum, alone.sum)
         assert found.count == alone.count
 
@@ -113,7 +113,7 @@ def test_wrong_pairs_are_wrong_and_hard() -> None:
         model.temperature.fill_(0.0025)  # so sharp that the nearest is drawn
     batch = part()
     recorded = Recorded(model)
-    loss = ITM(mask_duplicates=True)(model, batch, identity_gather)["itm"]
+    loss = ITM(mask_duplicates=True)(model, batch, StepContext())["itm"]
     (context, ids) = recorded.asked[0]
     own = model.own_context(batch)[0]
     texts, images = batch.text["llm"].ids, own.flatten(1)
@@ -134,7 +134,7 @@ def test_draws_follow_the_softmax_and_the_step() -> None:
     batch = part()
     for step in range(300):
         recorded = Recorded(model)
-        ITM()(model, replace(batch, window=replace(WINDOW, step=step)), identity_gather)
+        ITM()(model, replace(batch, window=replace(WINDOW, step=step)), StepContext())
         drawn.append(recorded.asked[0][1][5])
     image, text = model.image_vectors(batch)[0], model.text_vectors(batch)
     logits = (image @ text.T).amax(dim=0) / 0.07

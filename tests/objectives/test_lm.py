@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vlm
+from vlm_train.contracts.objective import StepContext
 from vlm_train.data.batch import IGNORE
 from vlm_train.errors import ConfigError
-from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.lm import LanguageModeling
 
 ROWS = [[5, *IMAGE, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15]]
@@ -35,7 +35,7 @@ def full_loss(model, batch):
 def test_chunked_loss_equals_the_full_loss(settings):
     batch = weighted_batch()
     model, reference = tiny_vlm(), tiny_vlm()
-    loss = LanguageModeling(**settings)(model, batch, identity_gather)["lm"]
+    loss = LanguageModeling(**settings)(model, batch, StepContext())["lm"]
     expected = full_loss(reference, batch)
     assert_close(loss.sum, expected, tolerance=1e-6)
     assert_close(loss.count, batch.text["llm"].weights.sum())
@@ -50,10 +50,10 @@ def test_chunked_loss_equals_the_full_loss(settings):
 def test_logits_never_exceed_a_chunk():
     model, sizes = tiny_vlm(), []
     model.llm.model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[0]))
-    loss = LanguageModeling(chunk=3)(model, weighted_batch(), identity_gather)["lm"]
+    loss = LanguageModeling(chunk=3)(model, weighted_batch(), StepContext())["lm"]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        LanguageModeling(chunk=3)(model, weighted_batch(), identity_gather)
+        LanguageModeling(chunk=3)(model, weighted_batch(), StepContext())
     loss.sum.backward()
     assert max(sizes) <= 3
     assert not [shape for shape in kept if len(shape) == 2 and shape[1] == 97 and shape[0] != 48 and shape != (97, 48)]
@@ -66,7 +66,7 @@ def test_a_fixed_number_of_head_calls_whatever_the_batch_holds():
         calls.clear()
         batch = batch_of(stream, [0] if IMAGE[0] in stream.ids else [])
         with torch.no_grad():
-            LanguageModeling(chunks=3)(model, batch, identity_gather)
+            LanguageModeling(chunks=3)(model, batch, StepContext())
         assert len(calls) == 3
 
 
@@ -74,7 +74,7 @@ def test_a_fixed_number_of_head_calls_whatever_the_batch_holds():
 def test_no_supervised_token_gives_zero_attached_to_the_graph(settings):
     model = tiny_vlm()
     batch = batch_of(text_stream(ROWS, learn_from=99), [0])
-    loss = LanguageModeling(**settings)(model, batch, identity_gather)["lm"]
+    loss = LanguageModeling(**settings)(model, batch, StepContext())["lm"]
     assert loss.sum.item() == 0.0 and loss.count.item() == 0.0
     assert torch.isfinite(loss.metrics["accuracy"])
     loss.sum.backward()
@@ -86,7 +86,7 @@ def test_the_index_of_the_stream_is_used_if_given():
     stream = batch.text["llm"]
     index = (stream.labels.flatten() != IGNORE).nonzero().squeeze(1)
     given = replace(batch, text={"llm": replace(stream, supervised=index[:2])})
-    losses = [LanguageModeling()(tiny_vlm(), b, identity_gather)["lm"] for b in (batch, given)]
+    losses = [LanguageModeling()(tiny_vlm(), b, StepContext())["lm"] for b in (batch, given)]
     assert losses[1].count == stream.weights.flatten()[index[:2]].sum() < losses[0].count
 
 
@@ -96,7 +96,7 @@ def test_accuracy_counts_correct_targets():
     stream = batch.text["llm"]
     keep = stream.labels != IGNORE
     expected = (model.logits(model(batch)).argmax(-1) == stream.labels)[keep].float().mean()
-    assert_close(LanguageModeling(chunk=2)(model, batch, identity_gather)["lm"].metrics["accuracy"], expected)
+    assert_close(LanguageModeling(chunk=2)(model, batch, StepContext())["lm"].metrics["accuracy"], expected)
 
 
 def test_bad_chunks_are_refused():
@@ -110,12 +110,12 @@ def test_label_smoothing_is_torch_s():
     said = model.logits(model(batch)).argmax(dim=-1)  # labels that the model is sure of, so that smoothing costs much
     stream = replace(stream, labels=torch.where(stream.labels == IGNORE, IGNORE, said))
     batch = replace(batch, text={"llm": stream})
-    loss = LanguageModeling(chunk=3, label_smoothing=0.1)(model, batch, identity_gather)["lm"]
+    loss = LanguageModeling(chunk=3, label_smoothing=0.1)(model, batch, StepContext())["lm"]
     logits = model.logits(model(batch)).float().flatten(0, 1)
     expected = nn.functional.cross_entropy(
         logits, stream.labels.flatten(), reduction="none", ignore_index=IGNORE, label_smoothing=0.1
     )
     assert_close(loss.sum, (expected * stream.weights.flatten()).sum(), tolerance=1e-6)
-    plain = LanguageModeling(chunk=3)(model, batch, identity_gather)["lm"]
+    plain = LanguageModeling(chunk=3)(model, batch, StepContext())["lm"]
     assert (plain.sum - loss.sum).abs() > 1e-2 * plain.sum.abs()
     assert loss.metrics["accuracy"] == 1 == plain.metrics["accuracy"] and loss.count == plain.count

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from tests import ranks
 from tests.objectives.test_contrastive import captions, two_tower
 from tests.tiny_models import assert_close
+from vlm_train.contracts.objective import StepContext
 from vlm_train.models.two_tower import TwoTower
 from vlm_train.modules.gather import gather_for
-from vlm_train.objectives.base import Gather, identity_gather
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.sigmoid import Sigmoid
 
@@ -37,9 +37,9 @@ def model_for(name: str, chunk: int | None) -> TwoTower:
     return model
 
 
-def loss_and_gradients(name: str, chunk: int | None, first: int, last: int, gather: Gather) -> Found:
+def loss_and_gradients(name: str, chunk: int | None, first: int, last: int, context: StepContext) -> Found:
     model = model_for(name, chunk)
-    (loss,) = OBJECTIVES[name](model, captions(first, last), gather).values()
+    (loss,) = OBJECTIVES[name](model, captions(first, last), context).values()
     loss.sum.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.sum.detach(), **gradients}
@@ -49,12 +49,12 @@ def rank(number: int, folder: Path) -> None:
     """Every case on this rank; the sums over ranks go to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
-    gather = gather_for(2, torch.device("cpu"))
+    context = StepContext(gather_for(2, torch.device("cpu")))
     found = {}
     for name in OBJECTIVES:
         for cut in CUTS:
             for chunk in CHUNKS:
-                one = loss_and_gradients(name, chunk, 0 if number == 0 else cut, cut if number == 0 else 4, gather)
+                one = loss_and_gradients(name, chunk, 0 if number == 0 else cut, cut if number == 0 else 4, context)
                 for tensor in one.values():
                     dist.all_reduce(tensor)
                 found[f"{name}-{cut}-{chunk}"] = one
@@ -83,7 +83,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_ranks_equal_one(found: dict[str, Found], name: str, cut: int, chunk: int | None) -> None:
-    expected = loss_and_gradients(name, None, 0, 4, identity_gather)
+    expected = loss_and_gradients(name, None, 0, 4, StepContext())
     summed = found[f"{name}-{cut}-{chunk}"]
     assert summed.keys() == expected.keys() and len(expected) > 20
     assert_close(summed["loss"], expected["loss"])

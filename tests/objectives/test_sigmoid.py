@@ -12,10 +12,10 @@ from torch.nn.functional import softplus
 from tests.models.test_text_tower import ROWS, siglip
 from tests.objectives.test_contrastive import TwoRanks, captions, two_tower
 from tests.tiny_models import assert_close, batch_of, text_stream
+from vlm_train.contracts.objective import StepContext
 from vlm_train.data.collate import collate
 from vlm_train.errors import ConfigError
 from vlm_train.models.two_tower import TwoTower
-from vlm_train.objectives.base import identity_gather
 from vlm_train.objectives.pairs import caption_hashes
 from vlm_train.objectives.sigmoid import Sigmoid
 
@@ -35,7 +35,7 @@ def test_orthogonal_embeddings_at_the_published_start():
         encode_image=lambda media: unit[:4],
         encode_text=lambda stream: unit[4:],
     )
-    loss = Sigmoid()(model, captions(), identity_gather)["sigmoid"]
+    loss = Sigmoid()(model, captions(), StepContext())["sigmoid"]
     one = math.log1p(math.exp(10)) + 3 * math.log1p(math.exp(-10))
     assert float(loss.sum / loss.count) == pytest.approx(one, rel=1e-6) and loss.count == 4
 
@@ -46,7 +46,7 @@ def test_loss_is_that_of_transformers():
     normalised = (batch.media.pixels / 255 - model.vision.mean) / model.vision.std
     ids = torch.tensor([row + [1] * (7 - len(row)) for row in ROWS])
     expected = reference(input_ids=ids, pixel_values=normalised, return_loss=True).loss
-    loss = Sigmoid()(model, batch, identity_gather)["sigmoid"]
+    loss = Sigmoid()(model, batch, StepContext())["sigmoid"]
     assert_close(loss.sum / loss.count, expected)
     assert_close(loss.metrics["logit_bias"], torch.tensor(-10.0))
 
@@ -56,7 +56,7 @@ def test_loss_is_that_of_transformers():
 def test_two_ranks_equal_one(mask_duplicates, cut):
     whole, split = biased(), biased()
     objective = Sigmoid(mask_duplicates=mask_duplicates)
-    expected = objective(whole, captions(), identity_gather)["sigmoid"].sum
+    expected = objective(whole, captions(), StepContext())["sigmoid"].sum
     expected.backward()
 
     batches = [captions(0, cut), captions(cut, 4)]
@@ -64,8 +64,8 @@ def test_two_ranks_equal_one(mask_duplicates, cut):
         [split.encode_text(b.text["llm"]) for b in batches],
         [caption_hashes(b.text["llm"]) for b in batches],
     ]
-    gathers = [TwoRanks(rank, [cut, 4 - cut], everything) for rank in range(2)]
-    losses = [objective(split, batch, gather)["sigmoid"] for batch, gather in zip(batches, gathers, strict=True)]
+    contexts = [StepContext(TwoRanks(rank, [cut, 4 - cut], everything)) for rank in range(2)]
+    losses = [objective(split, batch, one)["sigmoid"] for batch, one in zip(batches, contexts, strict=True)]
     total = losses[0].sum + losses[1].sum
     assert_close(total, expected)
     total.backward()
@@ -80,12 +80,12 @@ def test_equal_captions_are_not_negatives():
     sign = 2 * torch.eye(4) - 1
     losses = softplus(-sign * logits)
     losses[1, 3] = losses[3, 1] = 0
-    assert_close(Sigmoid(mask_duplicates=True)(model, batch, identity_gather)["sigmoid"].sum, losses.sum())
+    assert_close(Sigmoid(mask_duplicates=True)(model, batch, StepContext())["sigmoid"].sum, losses.sum())
 
 
 def test_no_pairs_give_a_zero_that_reaches_every_parameter():
     model = biased()
-    loss = Sigmoid(mask_duplicates=True)(model, collate([], (32, 32)), identity_gather)["sigmoid"]
+    loss = Sigmoid(mask_duplicates=True)(model, collate([], (32, 32)), StepContext())["sigmoid"]
     assert loss.sum == 0 and loss.count == 0 and all(torch.isfinite(value) for value in loss.metrics.values())
     loss.sum.backward()
     unused = model.unused_parameters()
@@ -94,4 +94,4 @@ def test_no_pairs_give_a_zero_that_reaches_every_parameter():
 
 def test_a_model_without_bias_is_refused():
     with pytest.raises(ConfigError, match=r"set model\.init_bias"):
-        Sigmoid()(two_tower(), captions(), identity_gather)
+        Sigmoid()(two_tower(), captions(), StepContext())

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from data_pipelines.errors import BadSample
 from vlm_train import record
+from vlm_train.contracts.family import Family, Generates
 from vlm_train.data.batch import Batch
 from vlm_train.data.collate import collate_prompts
 from vlm_train.data.processor import Processor
@@ -68,8 +69,8 @@ class Predictions(pl.Callback):
         if not trainer.is_global_zero or self.asked == []:
             return
         held_out: Samples = trainer.datamodule.val  # type: ignore[attr-defined]
-        model: Any = pl_module.model
-        if not len(held_out) or not hasattr(model, "generate") or any(map(_is_part, model.parameters())):
+        model: Family = pl_module.model  # type: ignore[assignment]
+        if not len(held_out) or not isinstance(model, Generates) or any(map(_is_part, model.parameters())):
             return
         try:
             if self.asked is None:

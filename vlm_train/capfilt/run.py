@@ -18,6 +18,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
 from data_pipelines.stream import ShardSet
 from vlm_train.config import resolved, run_dir
+from vlm_train.contracts.family import AlignsPairs, Generates, MatchesPairs, missing_members
 from vlm_train.data.render import Rendered
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
@@ -47,8 +48,6 @@ SEEN = ("template", "image")
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 """Options of `generate`, of which a model gets those that change what it does anyway."""
 
-MATCHES = ("match", "own_context", "image_vectors", "text_vectors")
-
 
 def caption(cfg: DictConfig) -> dict[str, Any]:
     """Write a new caption for every sample into the column `caption`; it continues the template's prompt."""
@@ -59,7 +58,7 @@ def caption(cfg: DictConfig) -> dict[str, Any]:
         return [processor.render(sample, annotations="first", generation=True)]
 
     def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
-        model, processor = _offering(built, ("generate",), cfg.mode), built.processor
+        model, processor = _offering(built, (Generates,), cfg.mode), built.processor
         batch = _batch(built, [(one.texts[0], one.views) for one in shown])
         ids = model.generate(batch, eos_ids=processor.end_ids, **given)
         found = [processor.decode_answer(row) for row in ids.tolist()]
@@ -78,7 +77,7 @@ def score(cfg: DictConfig) -> dict[str, Any]:
         return [processor.render(sample, annotations="first", annotation=n, **length) for n in range(count)]
 
     def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
-        model = _offering(built, MATCHES, cfg.mode)
+        model = _offering(built, (AlignsPairs, MatchesPairs), cfg.mode)
         found: list[Row] = [{"key": one.key, "match": [], "similarity": []} for one in shown]
         pairs = [(row, text, one.views) for row, one in zip(found, shown, strict=True) for text in one.texts]
         for start in range(0, len(pairs), cfg.columns.batch):
@@ -167,9 +166,9 @@ def _identity(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _offering(built: Built, names: Sequence[str], mode: str) -> Any:
-    """The model, which has `names`."""
-    if missing := [name for name in names if not hasattr(built.model, name)]:
+def _offering(built: Built, needs: tuple[type, ...], mode: str) -> Any:
+    """The model, which offers all of `needs`."""
+    if missing := [name for protocol in needs for name in missing_members(built.model, protocol)]:
         raise ConfigError(
             f"mode={mode}: needs model.{', model.'.join(missing)}, which {type(built.model).__name__} does not have. "
             "Choose a run of another model, such as model=blip."

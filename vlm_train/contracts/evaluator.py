@@ -79,8 +79,8 @@ class Evaluator(Protocol):
         """Whether it also runs at every validation."""
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """Methods that the family must have, such as `generate`."""
+    def needs(self) -> tuple[type, ...]:
+        """What the model must offer, protocols of `vlm_train.contracts.family` such as `Generates`."""
 
     @property
     def primary(self) -> str:

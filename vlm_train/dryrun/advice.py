@@ -140,8 +140,7 @@ def _changes(cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool) 
         kept = plan.activations["full"]
         needs = replace(needs, activations=kept * rows_at_once(cfg))
         yield "trainer.activation_checkpointing=full", needs, True
-    streams = [objective.stream for objective in build_objectives(cfg).values()]
-    if micro > 1 and "samples" not in streams:  # those contrast the rows of a micro-batch with each other
+    if micro > 1 and not any(objective.needs_whole_step for objective in build_objectives(cfg).values()):
         while micro > 1:
             micro //= 2
             needs = replace(needs, activations=kept * micro, accumulates=True)

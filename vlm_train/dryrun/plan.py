@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vlm_train.build import build_objectives, build_optimizer
+from vlm_train.build import build_model, build_objectives, build_optimizer
+from vlm_train.contracts.objective import StepContext
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
 from vlm_train.dryrun.memory import Needs
 from vlm_train.dryrun.trace import Trace, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
 from vlm_train.models.layers.numbered import numbered_layers
-from vlm_train.objectives.base import identity_gather
-from vlm_train.params import Policy, apply_policy, unused_parameters
+from vlm_train.params import Policy, apply_policy
 from vlm_train.quantise import quantised_layers
+from vlm_train.training.reference import START, frozen, reference_config
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
         cfg.params.rules,
         weight_decay=cfg.optim.weight_decay,
         decay_norms_and_biases=cfg.params.decay_norms_and_biases,
-        unused=unused_parameters(model),
+        unused=model.unused_parameters(),
     )
     visual = visual_tokens(model)
     typical = trace_step(cfg, model, text_tokens=cfg.target.text_tokens, supervised=cfg.target.supervised_tokens)
@@ -112,12 +114,13 @@ def _rows(cfg: DictConfig) -> int:
 def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
     """Trace the losses of one sample."""
     objectives = build_objectives(cfg).values()
-    named = [getattr(objective, "text", objective.stream) for objective in objectives]
-    streams = ["llm" if name == "samples" else name for name in named]  # pairs are normalised by samples
+    streams = [name for objective in objectives for name in objective.streams]
     batch = meta_batch(model, streams=streams, rows=1, text_tokens=text_tokens, supervised=supervised)
 
+    context = StepContext(reference=None if cfg.reference.model is None else partial(frozen, model))
+
     def forward() -> list[Any]:
-        return [objective(model, batch, identity_gather) for objective in objectives]
+        return [objective(model, batch, context) for objective in objectives]
 
     with torch.device("meta"):
         return trace(model, forward)
@@ -139,7 +142,7 @@ def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
     quantised = [how for _, how in quantised_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
     return Needs(
-        parameters=policy.total,
+        parameters=policy.total + _reference_parameters(cfg, policy),
         trainable=policy.trainable,
         largest_layer=max([*layers, *_outside(model)]),
         outside=policy.total - sum(layers),
@@ -151,6 +154,14 @@ def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, 
         quantised_bytes=sum(how.stored for how in quantised),
         accumulates=cfg.batch.samples is None or cfg.batch.samples > rows,
     )
+
+
+def _reference_parameters(cfg: DictConfig, policy: Policy) -> int:
+    """Of the reference's own model."""
+    other = reference_config(cfg)
+    if other is None or cfg.reference.model == START:
+        return 0 if other is None else policy.total
+    return sum(parameter.numel() for parameter in build_model(other, meta=True).parameters())
 
 
 def _outside(model: nn.Module) -> Iterator[int]:
@@ -184,5 +195,5 @@ def _logits(cfg: DictConfig, model: Any) -> int:
     nodes = [node for node in cfg.objective.values() if node is not None]
     chunk = max((node.get("chunk") or 0 for node in nodes), default=0)
     head = chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0
-    contrasts = cfg.batch.samples and any(one.stream == "samples" for one in build_objectives(cfg).values())
+    contrasts = cfg.batch.samples and any(one.needs_whole_step for one in build_objectives(cfg).values())
     return max(head, 5 * 4 * _rows(cfg) * cfg.batch.samples if contrasts else 0)

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_model, build_tokenizer
+from vlm_train.check_model import check_model
 from vlm_train.dryrun.advice import Advice, Lever, advise
 from vlm_train.dryrun.memory import GIB, Peak
 from vlm_train.dryrun.plan import Plan, checkpointing, make_plan, rows_at_once
@@ -27,7 +28,9 @@ def dry_run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.batch.samples is not None:  # a device has no more rows than its share
         cfg.batch.micro = min(cfg.batch.micro, -(-cfg.batch.samples // cfg.target.gpus))
     assumed = ASSUMED_NOTE in notes
-    plan = make_plan(cfg, build_model(cfg, meta=True))
+    model = build_model(cfg, meta=True)
+    check_model(cfg, model)
+    plan = make_plan(cfg, model)
     rest = "\n".join(note for note in notes if note != ASSUMED_NOTE)
     print("\n\n".join([*text(cfg, plan, assumed_vocabulary=assumed), rest]).rstrip())
     return as_dict(cfg, plan)

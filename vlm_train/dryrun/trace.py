@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import MediaSize, Slot
-from vlm_train.data.streams import CAUSAL
 from vlm_train.models.layers.numbered import numbered_layers
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
@@ -212,9 +211,8 @@ def visual_tokens(model: Any) -> int:
     vision, connector = getattr(model, "vision", None), getattr(model, "connector", None)
     if vision is None or connector is None:
         return 0
-    if hasattr(model, "media_layout"):
-        pieces = model.media_layout(None)([image_size(model)])[0]
-        return sum(piece.count for piece in pieces if isinstance(piece, Slot))
+    if (layout := model.media_layout(None)) is not None:
+        return sum(piece.count for piece in layout([image_size(model)])[0] if isinstance(piece, Slot))
     rows, columns = connector.token_grid(vision.patch_grid(image_size(model)))
     return rows * columns
 
@@ -232,7 +230,7 @@ def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: in
     and a stream that is only read the rest.
     """
     slots = visual_tokens(model)
-    aligned = dict.fromkeys(streams, "causal") | dict(getattr(model, "streams", CAUSAL))
+    aligned = dict.fromkeys(streams, "causal") | dict(model.streams)
     asked = max(text_tokens - supervised, 1)
     text = {}
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from vlm_train.dryrun.flops import count
 from vlm_train.dryrun.plan import trace_step
 from vlm_train.dryrun.trace import visual_tokens
-from vlm_train.params import apply_policy, unused_parameters
+from vlm_train.params import apply_policy
 
 TEXTS = (32, 64, 128)
 """Text tokens of the traced samples: as many as a parabola needs."""
@@ -37,7 +37,7 @@ class Work:
 
 def work_of(cfg: DictConfig, model: Any) -> Work:
     """The coefficients of a configuration, whose `model` lies on the meta device. Sets `requires_grad` on it."""
-    decay, unused = cfg.optim.weight_decay, unused_parameters(model)
+    decay, unused = cfg.optim.weight_decay, model.unused_parameters()
     apply_policy(model, cfg.params.rules, weight_decay=decay, unused=unused)
 
     def flops(text: int, supervised: int) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data_pipelines.stream import ShardSet
 from vlm_train.contracts.evaluator import Findings, ResultRow
+from vlm_train.contracts.family import AlignsPairs, MatchesPairs
 from vlm_train.data.batch import Batch
 from vlm_train.data.collate import Item, collate
 from vlm_train.data.processor import Processor
@@ -36,7 +37,7 @@ class Alignment:
         at_validation: also run at every validation.
     """
 
-    needs = ("image_vectors", "text_vectors", "match", "own_context")
+    needs = (AlignsPairs, MatchesPairs)
     primary = "caption_recall_at_1"
     higher_is_better: ClassVar[Mapping[str, bool]] = {"caption_recall_at_1": True, "matching_accuracy": True}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.stream import ShardSet
 from vlm_train.contracts.evaluator import Findings, ResultRow, TextMetric
+from vlm_train.contracts.family import Generates
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
 from vlm_train.evaluation.controls import SHUFFLED_IMAGES, answer_by_majority, answer_with_other_images
@@ -49,7 +50,7 @@ class QuestionAnswering:
         seed: decides which image a question gets under `shuffled_images`.
     """
 
-    needs = ("generate",)
+    needs = (Generates,)
 
     def __init__(
         self,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from data_pipelines.stream import ShardSet
 from vlm_train.contracts.evaluator import Findings, ResultRow
+from vlm_train.contracts.family import EmbedsImagesAndTexts
 from vlm_train.evaluation.common import Unusable
 from vlm_train.evaluation.metrics.texts import normalize_text
-from vlm_train.evaluation.towers import NEEDS, image_vectors, text_vectors
+from vlm_train.evaluation.towers import image_vectors, text_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +39,7 @@ class CaptionRetrieval:
         at_validation: also run at every validation.
     """
 
-    needs = NEEDS
+    needs = (EmbedsImagesAndTexts,)
     primary = f"caption_recall_at_{DEPTHS[0]}"
     higher_is_better: ClassVar[Mapping[str, bool]] = {
         f"{kind}_recall_at_{depth}": True for kind in ("caption", "image") for depth in DEPTHS

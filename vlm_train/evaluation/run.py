@@ -26,7 +26,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate the run in `run_dir(cfg)`. Returns `<label>/<metric>` -> value."""
     import torch
 
-    from vlm_train.build import build, build_evaluators
+    from vlm_train.build import build, build_evaluators, build_on_meta
+    from vlm_train.check_model import check_evaluators
     from vlm_train.checkpoint import load_run_weights
     from vlm_train.report import results_table
 
@@ -36,8 +37,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     folder = run_dir(cfg)
     require_own_weights(cfg, folder)
     labels = labels_of(cfg, folder)
+    skeleton = build_on_meta(cfg)
+    if skeleton is not None and (problems := list(check_evaluators(evaluators, skeleton))):
+        raise ConfigError(problems)
     built = build(cfg)
-    require_methods(evaluators, built.model)
     load_run_weights(built.model, cfg.init_from, folder)
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
         built.model.to("cuda")
@@ -45,16 +48,6 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if rank() == 0:
         print(results_table(folder))
     return metrics
-
-
-def require_methods(evaluators: Mapping[str, Evaluator], model: object) -> None:
-    """Raises ConfigError for every evaluator that needs methods which the model's family does not have."""
-    problems = []
-    for name, evaluator in evaluators.items():
-        if missing := [method for method in evaluator.needs if not hasattr(model, method)]:
-            problems.append(f"eval.{name}: needs {', '.join(missing)}, which {type(model).__name__} does not have.")
-    if problems:
-        raise ConfigError(problems)
 
 
 def validation_metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:

@@ -18,9 +18,6 @@ from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.evaluation.generate import reference
 
-NEEDS = ("encode_image", "encode_text")
-"""Methods of a family that these evaluators need."""
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from data_pipelines.stream import ShardSet
 from vlm_train.contracts.evaluator import Findings, ResultRow
+from vlm_train.contracts.family import EmbedsImagesAndTexts
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
-from vlm_train.evaluation.towers import NEEDS, image_vectors, text_vectors
+from vlm_train.evaluation.towers import image_vectors, text_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +42,7 @@ class ZeroShot:
         at_validation: also run at every validation.
     """
 
-    needs = NEEDS
+    needs = (EmbedsImagesAndTexts,)
     primary = "accuracy"
     higher_is_better: ClassVar[Mapping[str, bool]] = {"accuracy": True}
 

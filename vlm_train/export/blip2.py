@@ -217,7 +217,7 @@ def _probe(model: Any, device: torch.device) -> Batch:
     pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
     slots = len(model.connector.qformer.queries) if isinstance(model, PrefixVLM) else 0
     text = {}
-    for name in getattr(model, "streams", ["llm"]):
+    for name in model.streams:
         own = isinstance(model, PrefixVLM) and name != "qformer"
         words = model.llm.vocab_size if own else len(model.connector.text.words.weight)
         places = slots if name == "llm" else 0

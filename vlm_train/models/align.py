@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_train.contracts.family import Family
 from vlm_train.data.batch import Batch, TokenStream, pairs_in
 from vlm_train.data.layout import MediaLayout, NoMedia
 from vlm_train.errors import ConfigError
@@ -26,7 +27,7 @@ from vlm_train.models.qformer import Passed, first_weights
 from vlm_train.models.qformer_names import head_from_bert
 
 
-class Aligner(nn.Module):
+class Aligner(Family):
     """vision -> Q-Former with its text branch -> a shared space, a matching head and a language-model head.
 
     Args:

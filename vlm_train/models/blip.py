@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_train.contracts.family import Family
 from vlm_train.data.batch import Batch, TokenStream, pairs_in
 from vlm_train.errors import ConfigError
 from vlm_train.models.generate import Sampling, generate
@@ -23,7 +24,7 @@ from vlm_train.models.padding import at_first, places, started
 from vlm_train.models.qformer import first_weights
 
 
-class Blip(nn.Module):
+class Blip(Family):
     """vision -> text transformer, with a shared space (ITC), a matching head (ITM) and a language-model head (LM).
 
     Args:
@@ -134,10 +135,6 @@ class Blip(nn.Module):
     def clamp_(self) -> None:
         """Bound the temperature; called after every optimizer step."""
         self.temperature.clamp_(*self.bounds)
-
-    def unused_parameters(self) -> list[str]:
-        """Names of parameters that none of the three losses reaches."""
-        return [f"vision.{name}" for name in self.vision.unused_parameters()]
 
     def _views(self, batch: Batch) -> Tensor:
         """Features of every view, the blank one included."""

@@ -5,16 +5,15 @@ Legend: N media views, P patch tokens, Q connector tokens, B rows, T tokens, A p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.data.batch import Segments, TokenStream
-from vlm_train.data.layout import Grid, MediaLayout, MediaSize
-from vlm_train.data.streams import Alignment
+from vlm_train.data.layout import Grid, MediaSize
 
 
 class VisionEncoder(Protocol):
@@ -158,25 +157,4 @@ class TextTower(Protocol):
 
     def head_parameters(self) -> list[str]:
         """Names of parameters that `pooled` never reads."""
-        ...
-
-
-class ReadsStreams(Protocol):
-    """A family that reads other token streams than the one causal text "llm". `build.py` has the data side render them.
-
-    Attributes:
-        streams: name -> alignment of its labels: causal (text that is read and continued), seq2seq (the last answer,
-            which "llm" then ends before) or none (text that is only read, in both directions). "qformer" is the
-            instruction, as `instruction` writes it. A literal of the class, which is read without importing it.
-    """
-
-    streams: Mapping[str, Alignment]
-
-
-class LaysOutMedia(Protocol):
-    """A family whose media do not stand as the connector's token grid: tiles with newlines, one token for a resampler's
-    64 latents, a processor's own layout. `build.py` asks it instead."""
-
-    def media_layout(self, image: Any) -> MediaLayout:
-        """The layout: a picklable object without weights. `image` is the transform of `vlm_train.data.image`."""
         ...

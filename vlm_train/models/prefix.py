@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.contracts.family import Family
 from vlm_train.data.batch import Batch
 from vlm_train.data.layout import Grid, MediaSize
 from vlm_train.models.merge import check_slots, merge
 from vlm_train.models.text_only import decode_stream, generate_from
 
 
-class PrefixVLM(nn.Module):
+class PrefixVLM(Family):
     """vision -> connector -> merge -> llm.
 
     Args:

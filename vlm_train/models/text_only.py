@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_train.contracts.cross_states import CrossStates
+from vlm_train.contracts.family import Family
 from vlm_train.data.batch import Batch, TokenStream
 from vlm_train.models.masks import attention_of
 from vlm_train.models.parts import Encoded
@@ -33,7 +34,7 @@ def generate_from(
     return llm.generate(embeds, real.gather(1, order), **settings)
 
 
-class TextOnly(nn.Module):
+class TextOnly(Family):
     """The language model without images; batches carry their blank view unread."""
 
     def __init__(self, *, llm: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vlm_train.contracts.family import Family
 from vlm_train.data.batch import MediaBatch, TokenStream
 from vlm_train.errors import ConfigError
 from vlm_train.models.text_only import decode_stream
@@ -22,7 +23,7 @@ from vlm_train.models.text_only import decode_stream
 POOLING = ("cls", "mean", "head")
 
 
-class TwoTower(nn.Module):
+class TwoTower(Family):
     """An image tower and a text tower, each projected without bias into the shared space.
 
     Args:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.checkpoint.generators import rng_state
+from vlm_train.contracts.family import Family
+from vlm_train.contracts.objective import Objective, StepContext, denominator_of
 from vlm_train.data.batch import Batch, Window, ends_step
 from vlm_train.data.sources import source_factors, weigh_sources
 from vlm_train.errors import TrainingError
@@ -22,7 +25,6 @@ from vlm_train.modules.bad_samples import BadSamples
 from vlm_train.modules.gather import gather_for, of_all_ranks
 from vlm_train.modules.guard import SCALE, Guard
 from vlm_train.modules.meter import Meter, Work, all_finite, part_norms
-from vlm_train.objectives.base import Objective, identity_gather
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed, seed_torch
 from vlm_train.record import METRICS
@@ -30,6 +32,9 @@ from vlm_train.record import METRICS
 
 class VLMModule(pl.LightningModule):
     """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
+
+    `reference` is a second, frozen model, moved and spread like the first and never saved; `lend_reference` is what
+    objectives are given of it.
 
     The loss of a micro-batch is its sum over the denominator of the whole optimizer step on all ranks, times what
     Lightning and DDP divide by: the gradient does not depend on how a step is cut.
@@ -39,12 +44,14 @@ class VLMModule(pl.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Family,
         objectives: Mapping[str, Objective],
         policy: Policy,
         make_optimizer: Any,
         make_schedule: Any,
         *,
+        reference: Family | None = None,
+        lend_reference: Callable[[], AbstractContextManager[Any]] | None = None,
         seed: int,
         total_steps: int,
         normalise: str = "token",
@@ -59,6 +66,7 @@ class VLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        self.reference, self.lend_reference = reference, lend_reference
         self.objectives = dict(objectives)
         self.policy = policy
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
@@ -87,6 +95,8 @@ class VLMModule(pl.LightningModule):
         if hasattr(self.trainer.strategy, "shard") and not self.spread:
             self.trainer.strategy.shard(self.model)
             self.policy.rebind(self.model)
+            if self.reference is not None:
+                self.trainer.strategy.shard(self.reference)
             self.spread = True
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -101,6 +111,8 @@ class VLMModule(pl.LightningModule):
         super().train(mode)
         if mode:
             freeze_eval(self.model)
+            if self.reference is not None:
+                self.reference.eval()
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -116,11 +128,12 @@ class VLMModule(pl.LightningModule):
         self.meter.hold(batch)
         if self.factors:
             batch = weigh_sources(batch, self.factors)
-        gather = gather_for(self.trainer.world_size, self.device)
+        context = StepContext(gather_for(self.trainer.world_size, self.device), self.lend_reference)
         total = torch.zeros((), device=self.device)
         for objective in self.objectives.values():
-            for name, loss in objective(self.model, batch, gather).items():
-                value = loss.sum * (loss.weight / max(self.denominators.get(objective.stream, 0.0), 1e-8))
+            denominator = max(self.denominators.get(denominator_of(objective), 0.0), 1e-8)
+            for name, loss in objective(self.model, batch, context).items():
+                value = loss.sum * (loss.weight / denominator)
                 total = total + value
                 self.meter.train.add(name, loss)
         # Lightning and DDP divide by both.
@@ -129,7 +142,7 @@ class VLMModule(pl.LightningModule):
     def _open(self, window: Window) -> None:
         """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any
         rank is asked to stop."""
-        names = sorted({objective.stream for objective in self.objectives.values()})  # the same on every rank
+        names = sorted({denominator_of(objective) for objective in self.objectives.values()})  # the same on every rank
         sums = [sum(window.sums.get(name, {}).values()) for name in names]
         sums += [float(bool(self.interrupt)), float(window.samples), float(len(window.problems))]
         if self.trainer.world_size > 1:
@@ -177,8 +190,7 @@ class VLMModule(pl.LightningModule):
         if self.left_out is not None:
             self.meter.leave_out()
             self.guard.leave_out(step, self.left_out, self.keys, self.global_rank)
-        if hasattr(self.model, "clamp_"):
-            cast(Any, self.model).clamp_()
+        self.model.clamp_()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """The schedule follows updates, not steps."""
@@ -228,9 +240,11 @@ class VLMModule(pl.LightningModule):
         together = cast(Any, self.trainer.strategy).shards_model  # a forward pass needs all ranks
         if not batch.references and not together:
             return
-        gather = identity_gather  # ranks may hold unequal numbers of held-out samples
+        context = StepContext(
+            reference=self.lend_reference
+        )  # no gather: ranks may hold unequal numbers of held-out samples
         for objective in self.objectives.values():
-            for name, loss in objective(self.model, batch, gather).items():
+            for name, loss in objective(self.model, batch, context).items():
                 self.meter.held_out.add(name, replace(loss, metrics={}))
 
     def on_train_start(self) -> None:

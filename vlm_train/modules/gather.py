@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlm_train.objectives.base import Gather, identity_gather
+from vlm_train.contracts.objective import Gather, OneRank
 
 
 def _joined(tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class RankGather:
 
 def gather_for(world: int, device: torch.device) -> Gather:
     """The gather of `world` ranks."""
-    return RankGather(device) if world > 1 else identity_gather
+    return RankGather(device) if world > 1 else OneRank()
 
 
 def of_all_ranks(value: Any, world: int) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlm_train.objectives.base import Loss
+from vlm_train.contracts.objective import Loss
 
 PAIR = ("sum", "count")
 """What is kept of an objective and source."""

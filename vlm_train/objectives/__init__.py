@@ -1,1 +1,1 @@
-"""Objectives: plain callables `(model, batch, gather) -> {name: Loss}`; they know nothing of Lightning."""
+"""Objectives: plain callables `(model, batch, context) -> {name: Loss}`; they know nothing of Lightning."""

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlm_train.contracts.family import EmbedsImagesAndTexts, ScalesSimilarity
+from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.batch import Batch
-from vlm_train.objectives.base import Gather, Loss
 from vlm_train.objectives.pairs import pairs_of
 
 
-class Contrastive:
+class Contrastive(Objective):
     """Every image against every text of the global batch, and the reverse.
 
     Every rank returns the sum over its own pairs, which may be none: the total over all ranks, divided by the number of
@@ -23,21 +24,23 @@ class Contrastive:
 
     Args:
         weight: factor in the total loss.
-        stream: the entry of `Window.sums` that normalises: pairs are samples.
         text: the token stream of the captions, one a row.
         mask_duplicates: pairs with the same caption are not negatives of each other.
     """
 
-    def __init__(
-        self, *, weight: float = 1.0, stream: str = "samples", text: str = "llm", mask_duplicates: bool = False
-    ) -> None:
+    normalized_by = "samples"
+    needs_whole_step = True
+    needs = (EmbedsImagesAndTexts, ScalesSimilarity)
+
+    def __init__(self, *, weight: float = 1.0, text: str = "llm", mask_duplicates: bool = False) -> None:
         self.weight = weight
-        self.stream = stream
         self.text = text
+        self.streams = (text,)
         self.mask_duplicates = mask_duplicates
 
-    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{"contrastive": Loss}`: sum over the local pairs of the mean of both directions."""
+        gather = context.gather
         pairs = pairs_of(batch, gather, self.text)
         count = len(pairs.own)
         image = model.encode_image(batch.media)[:count]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_train.contracts.family import AlignsPairs
+from vlm_train.contracts.objective import Gather, Loss, Objective, StepContext
 from vlm_train.data.batch import Batch
-from vlm_train.objectives.base import Gather, Loss
 from vlm_train.objectives.pairs import Pairs, pairs_of
 
 
-class ITC:
+class ITC(Objective):
     """Cross entropy over similarities; that of an image is the largest over its query vectors.
 
     Args:
@@ -25,8 +26,12 @@ class ITC:
         gather_grad: whether gradients go to the vectors of other ranks. False, as BLIP-2 is published: each rank learns
             from its own side of every comparison only, so gradients depend on how a batch is split over ranks.
         mask_duplicates: pairs with the same caption are not negatives of each other.
-        stream: the entry of `Window.sums` that normalises: pairs are samples.
     """
+
+    streams = ("llm",)
+    normalized_by = "samples"
+    needs_whole_step = True
+    needs = (AlignsPairs,)
 
     def __init__(
         self,
@@ -35,13 +40,13 @@ class ITC:
         label_smoothing: float = 0.1,
         gather_grad: bool = False,
         mask_duplicates: bool = False,
-        stream: str = "samples",
     ) -> None:
-        self.weight, self.label_smoothing, self.stream = weight, label_smoothing, stream
+        self.weight, self.label_smoothing = weight, label_smoothing
         self.gather_grad, self.mask_duplicates = gather_grad, mask_duplicates
 
-    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{"itc": Loss}`: sum over the local pairs of the mean of both directions."""
+        gather = context.gather
         image, text = model.image_vectors(batch), model.text_vectors(batch)
         pairs = pairs_of(batch, gather)
         scale = 1 / model.temperature

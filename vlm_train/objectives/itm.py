@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_train.contracts.family import AlignsPairs, MatchesPairs
+from vlm_train.contracts.objective import Gather, Loss, Objective, StepContext
 from vlm_train.data.batch import Batch
-from vlm_train.objectives.base import Gather, Loss
 from vlm_train.objectives.itc import similarities
 from vlm_train.objectives.pairs import Pairs, pairs_of
 from vlm_train.randomness import derive_seed
@@ -22,7 +23,7 @@ _MIX = 6364136223846793005
 """An odd multiplier; products wrap around."""
 
 
-class ITM:
+class ITM(Objective):
     """Two-way cross entropy of every pair, of its image with a wrong text, and of its text with a wrong image.
 
     Wrong ones are drawn from the global batch in proportion to the softmax of the similarities that ITC learns; the
@@ -32,16 +33,19 @@ class ITM:
         weight: factor in the total loss.
         mask_duplicates: pairs with the same caption are not negatives of each other.
         local: draw from this rank's pairs only (BLIP).
-        stream: the entry of `Window.sums` that normalises: pairs are samples.
     """
 
-    def __init__(
-        self, *, weight: float = 1.0, mask_duplicates: bool = False, local: bool = False, stream: str = "samples"
-    ) -> None:
-        self.weight, self.mask_duplicates, self.local, self.stream = weight, mask_duplicates, local, stream
+    streams = ("llm",)
+    normalized_by = "samples"
+    needs_whole_step = True
+    needs = (AlignsPairs, MatchesPairs)
 
-    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+    def __init__(self, *, weight: float = 1.0, mask_duplicates: bool = False, local: bool = False) -> None:
+        self.weight, self.mask_duplicates, self.local = weight, mask_duplicates, local
+
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{"itm": Loss}`: sum over the local pairs of the mean over their three questions."""
+        gather = context.gather
         pairs = pairs_of(batch, gather)
         vectors = model.image_vectors(batch).detach(), model.text_vectors(batch).detach()
         scale = 1 / model.temperature.detach()
@@ -49,9 +53,9 @@ class ITM:
         wrong_text, wrong_image, usable = self._negatives(likeness, batch, pairs, gather)
         ids, real = _texts(batch, gather)
         all_ids, all_real = (gather(one, pairs.sizes, with_grad=False) for one in (ids, real))
-        context = model.own_context(batch)
-        other = self._other_context(model, batch, context, wrong_image, pairs, gather)
-        both = tuple(torch.cat([own, own, far]) for own, far in zip(context, other, strict=True))
+        states = model.own_context(batch)
+        other = self._other_context(model, batch, states, wrong_image, pairs, gather)
+        both = tuple(torch.cat([own, own, far]) for own, far in zip(states, other, strict=True))
         asked = torch.cat([ids, all_ids[wrong_text], ids]), torch.cat([real, all_real[wrong_text], real])
         logits = model.match(both, *asked).float()  # [3b, 2]
         count = len(ids)

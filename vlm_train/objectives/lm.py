@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vlm_train.contracts.family import PredictsTokens
+from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.batch import IGNORE, Batch, TokenStream
 from vlm_train.data.sources import sums_by_source
 from vlm_train.errors import ConfigError
-from vlm_train.objectives.base import Gather, Loss
+from vlm_train.models.once import outputs_of
 
 
-class LanguageModeling:
+class LanguageModeling(Objective):
     """Cross entropy of `model(batch) -> hidden [B, T, D]` against the stream's labels.
 
     The head runs on `chunk` positions at a time and is recomputed in backward, so logits take at most `chunk` x V.
@@ -32,6 +34,8 @@ class LanguageModeling:
             `cross_entropy` does.
         name: of its lines in the log, where several objectives are at work.
     """
+
+    needs = (PredictsTokens,)
 
     def __init__(
         self,
@@ -47,16 +51,17 @@ class LanguageModeling:
             raise ConfigError(f"objective.lm: chunk and chunks must be positive, got {chunk} and {chunks}")
         self.weight = weight
         self.stream = stream
+        self.streams = (stream,)
         self.chunk = chunk
         self.chunks = chunks
         self.label_smoothing, self.name = label_smoothing, name
 
-    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{name: Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
-        del gather  # tokens of other ranks play no part
+        del context  # tokens of other ranks play no part
         stream = batch.text[self.stream]
         index = supervised_positions(stream)
-        hidden = model(batch, stream=self.stream).flatten(0, 1)[index]  # [S, D]
+        hidden = outputs_of(model, batch, self.stream).hidden.flatten(0, 1)[index]  # [S, D]
         labels, weights = stream.labels.flatten()[index], stream.weights.flatten()[index]
         # A batch without supervised tokens still runs the head once: its loss is 0, attached to the graph.
         pieces = self.chunks or max(1, -(-len(index) // self.chunk))

@@ -10,33 +10,35 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlm_train.contracts.family import EmbedsImagesAndTexts, ScalesSimilarity
+from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.batch import Batch
 from vlm_train.errors import ConfigError
-from vlm_train.objectives.base import Gather, Loss
 from vlm_train.objectives.pairs import pairs_of
 
 
-class Sigmoid:
+class Sigmoid(Objective):
     """-log sigmoid(z (scale x similarity + bias)) of every image with every text; z is 1 for a pair and -1 otherwise.
 
     Summed over the texts, averaged over the images: divided by G, not G^2. Only texts travel between ranks.
 
     Args:
         weight: factor in the total loss.
-        stream: the entry of `Window.sums` that normalises: pairs are samples.
         text: the token stream of the captions, one a row.
         mask_duplicates: pairs with the same caption are not negatives of each other.
     """
 
-    def __init__(
-        self, *, weight: float = 1.0, stream: str = "samples", text: str = "llm", mask_duplicates: bool = False
-    ) -> None:
+    normalized_by = "samples"
+    needs_whole_step = True
+    needs = (EmbedsImagesAndTexts, ScalesSimilarity)
+
+    def __init__(self, *, weight: float = 1.0, text: str = "llm", mask_duplicates: bool = False) -> None:
         self.weight = weight
-        self.stream = stream
         self.text = text
+        self.streams = (text,)
         self.mask_duplicates = mask_duplicates
 
-    def __call__(self, model: Any, batch: Batch, gather: Gather) -> dict[str, Loss]:
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{"sigmoid": Loss}`: sum over the local images of the losses with all texts.
 
         Raises:
@@ -44,6 +46,7 @@ class Sigmoid:
         """
         if model.logit_bias is None:
             raise ConfigError("objective.sigmoid: its logits have a learned bias: set model.init_bias (SigLIP: -10)")
+        gather = context.gather
         pairs = pairs_of(batch, gather, self.text)
         count = len(pairs.own)
         image = model.encode_image(batch.media)[:count]

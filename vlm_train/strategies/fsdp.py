@@ -56,13 +56,15 @@ class FSDP2(OwnState, DDPStrategy):
         precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
         offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
 
+        learns = any(parameter.requires_grad for parameter in model.parameters())
+
         def split(unit: nn.Module) -> None:
             fully_shard(
                 unit,
                 mesh=mesh,
                 mp_policy=precision,
                 offload_policy=offload,
-                reshard_after_forward=self.reshard_after_forward and unit is not model,
+                reshard_after_forward=self.reshard_after_forward and not (unit is model and learns),
             )
 
         spread(model, units(model), self.root_device, split)

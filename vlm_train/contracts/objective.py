@@ -1,0 +1,107 @@
+"""What an objective declares of itself, what it is given, and what it returns.
+
+An objective is a plain callable. Inheriting from `Objective` gives the usual declarations; a class that declares all of
+them itself need not inherit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from vlm_train.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as a sum, so that it can be normalised over the whole global batch.
+
+    Attributes:
+        sum: scalar, the weighted sum over this micro-batch.
+        count: the denominator's share of this micro-batch (sum of weights); the trainer divides by the global total.
+        weight: factor of this loss in the total.
+        metrics: further scalars to log, detached (accuracy, temperature ...).
+        sources: where a source's part of the loss is known, data source -> `[2]`, its part of `sum` and `count`.
+    """
+
+    sum: Tensor
+    count: Tensor
+    weight: float = 1.0
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Gather(Protocol):
+    """Collects tensors from all ranks along dimension 0; the identity on one rank. Every rank makes the same calls."""
+
+    rank: int
+
+    def sizes(self, rows: int) -> list[int]:
+        """How many rows every rank holds: the last step of an epoch, or a bad sample, makes them unequal."""
+        ...
+
+    def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
+        """`[rows, ...]` of all ranks, in rank order, as `[sum(sizes), ...]`.
+
+        `with_grad=True` sends gradients back to the rank that each slice came from (summed over ranks).
+        """
+        ...
+
+
+class OneRank:
+    """The gather of a single process."""
+
+    rank = 0
+
+    def sizes(self, rows: int) -> list[int]:
+        return [rows]
+
+    def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
+        return tensor
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What an objective may ask for besides the model and the batch.
+
+    Attributes:
+        gather: collects tensors from all ranks.
+        reference: `with context.reference() as reference:` gives the frozen second model, without gradients; None where
+            the run has none.
+    """
+
+    gather: Gather = field(default_factory=OneRank)
+    reference: Callable[[], AbstractContextManager[Any]] | None = None
+
+
+class Objective(Protocol):
+    """Computes named losses of a batch.
+
+    Attributes:
+        streams: the token streams that it reads.
+        normalized_by: what the sum over a step is divided by: `tokens`, the weights of the learned tokens of the first
+            of `streams`, or `samples`, their number.
+        needs_whole_step: compares the samples of a step with each other (in-batch negatives), so that they can be
+            neither cut into micro-batches nor packed.
+        needs_reference: reads `context.reference`.
+        needs: what the model must offer, protocols of `vlm_train.contracts.family`.
+    """
+
+    streams: tuple[str, ...]
+    normalized_by: Literal["tokens", "samples"] = "tokens"
+    needs_whole_step: bool = False
+    needs_reference: bool = False
+    needs: tuple[type, ...] = ()
+
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
+        """The losses of one micro-batch, by name."""
+        ...
+
+
+def denominator_of(objective: Objective) -> str:
+    """The entry of `Window.sums` that the losses of `objective` are divided by."""
+    return "samples" if objective.normalized_by == "samples" else objective.streams[0]

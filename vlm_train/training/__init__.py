@@ -1,0 +1,1 @@
+"""The run itself: what is trained, with what, and in which order."""
