@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.components import options
 from vlm_train import config, provenance
 from vlm_train.errors import ConfigError
+from vlm_train.size import SIZED_GROUPS, TINY
 
 RECIPE = "recipe=llava15_stage1"
 
@@ -86,7 +88,7 @@ def test_size_tiny_drops_what_a_recipe_says_about_exchanged_parts() -> None:
     assert small.vision is None
 
 
-def test_size_tiny_changes_only_numbers_that_a_component_has(tmp_path: Path) -> None:
+def test_size_tiny_lays_a_components_own_block_over_it() -> None:
     encoder_decoder = config.tiny(RECIPE, "llm=flant5_xl").llm
     assert encoder_decoder.config.d_model == 64 and encoder_decoder.config.num_layers == 2
     assert encoder_decoder.config.feed_forward_proj == "gated-gelu" and encoder_decoder.weights is None
@@ -94,10 +96,36 @@ def test_size_tiny_changes_only_numbers_that_a_component_has(tmp_path: Path) -> 
     decoder = config.tiny(RECIPE).llm
     assert decoder.config.hidden_size == 64 and not {"d_model", "num_heads"} & set(decoder.config)
     assert config.tiny(RECIPE, "llm=flant5_xl", "llm.config.d_model=32").llm.config.d_model == 32
-    assert config.tiny(RECIPE, "llm.config.d_model=32").llm.config.d_model == 32  # to be found wrong
+    assert config.tiny(RECIPE, "llm.tiny.config.hidden_size=32").llm.config.hidden_size == 32
+
+
+@pytest.mark.parametrize("group", SIZED_GROUPS)
+def test_every_component_says_how_it_becomes_small(group: str) -> None:
+    for option in options(group):
+        full, small = (config.compose([f"{group}={option}", *more]) for more in ([], ["size=tiny"]))
+        assert TINY not in full[group] and TINY not in small[group], option
+
+
+def test_a_component_without_a_block_is_refused_under_size_tiny(tmp_path: Path) -> None:
     (tmp_path / "llm").mkdir()
-    (tmp_path / "llm" / "own.yaml").write_text("config: {model_type: x}\n_target_: x\n")
-    assert config.compose([RECIPE, "llm=own", "size=tiny"], [tmp_path]).llm.config.d_model == 64
+    (tmp_path / "llm" / "own.yaml").write_text("config: {model_type: x, hidden_size: 8}\n_target_: x\n")
+    assert config.compose([RECIPE, "llm=own"], [tmp_path]).llm.config.hidden_size == 8
+    with pytest.raises(ConfigError, match=r"size=tiny: llm=own has no `tiny:` block\. Add one to its file"):
+        config.compose([RECIPE, "llm=own", "size=tiny"], [tmp_path])
+    (tmp_path / "llm" / "own.yaml").write_text(
+        "config: {hidden_size: 8}\n_target_: x\ntiny: {config: {hidden_size: 2}}\n"
+    )
+    assert config.compose([RECIPE, "llm=own", "size=tiny"], [tmp_path]).llm.config.hidden_size == 2
+
+
+def test_blocks_of_components_inside_a_component_count_too(tmp_path: Path) -> None:
+    (tmp_path / "vision").mkdir()
+    lines = ["defaults:", "  - /vision@first: clip_vit_l14", "  - /vision@second: siglip_so400m_384", "_target_: x"]
+    (tmp_path / "vision" / "two.yaml").write_text("\n".join(lines) + "\n")
+    small = config.compose([RECIPE, "vision=two", "size=tiny", "vision.second.layer=3"], [tmp_path]).vision
+    assert [small[name].config.hidden_size for name in ("first", "second")] == [32, 32]
+    assert small.second.layer == 3 and small.first.weights is None and TINY not in small.second
+    assert config.compose([RECIPE, "vision=two"], [tmp_path]).vision.second.config.hidden_size == 1152
 
 
 def test_size_tiny_gives_an_instruction_only_where_there_is_one() -> None:
@@ -113,11 +141,10 @@ def test_command_line_wins_over_size_tiny_and_the_recipe_loses(tmp_path: Path) -
     assert config.compose(line, [tmp_path]).tokenizer.add == []
     assert config.compose([*line, "tokenizer.add=['<img>']"], [tmp_path]).tokenizer.add == ["<img>"]
     assert config.compose([*line, "+tokenizer.extra=3"], [tmp_path]).tokenizer.extra == 3
-    assert config.compose([*line, "tokenizer=words", "tokenizer.min_count=2"], [tmp_path]).tokenizer.min_count == 2
-    with pytest.raises(ConfigError, match=r"tokenizer\.shards: tokenizer=_tiny of size has no such option"):
+    kept = config.compose([*line, "tokenizer=words", "tokenizer.tiny=null", "tokenizer.min_count=2"], [tmp_path])
+    assert kept.tokenizer.min_count == 2 and kept.tokenizer._target_.endswith("words_from_shards")
+    with pytest.raises(ConfigError, match=r"tokenizer\.shards: tokenizer has no such option under size=tiny"):
         config.compose(["recipe=easyvqa_lm", "size=tiny", "tokenizer.shards=x"])
-    with pytest.raises(ConfigError, match=r"vision\.weights: vision is empty"):
-        config.compose(["recipe=easyvqa_lm", "size=tiny", "vision.weights=x"])
 
 
 @pytest.mark.parametrize("line", ["defaults:\n  - override /hydra/launcher: basic", "hydra: {verbose: true}"])

@@ -12,15 +12,13 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -28,8 +26,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.errors import ConfigError
-from vlm_train.overlay import take_back
-from vlm_train.schema import PART_GROUPS, Paths, Root
+from vlm_train.schema import Paths, Root
+from vlm_train.size import TINY, apply_tiny, take_blocks
 
 CONFIG_NAME = "config"
 EMPTY_PARENT = "A setting lies below an empty one"
@@ -163,61 +161,18 @@ def tiny(*overrides: str) -> DictConfig:
 
 
 def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str] = ()) -> DictConfig:
-    """Names the configuration after its recipe and pins its folders to the directory the command was started in.
-
-    Under `size` a group that its overlay exchanged is that file alone, with the values of the command line on top: what
-    the recipe had said about the exchanged component does not apply. An overlay over a part that the recipe lacks adds
-    none, nor one over numbers that the component's file does not have: connectors take those of theirs that they have.
-    """
-    if choices.get("size") and OmegaConf.is_dict(cfg.connector):
-        cfg.connector = small_connector(cfg.connector)
-        _apply(cfg, "connector", choices["connector"], overrides)
-    for group in PART_GROUPS if choices.get("size") else ():
-        if str(choices.get(group)).startswith("_"):
-            cfg[group] = OmegaConf.load(config_dir() / group / f"{choices[group]}.yaml")
-            _apply(cfg, group, choices[group], overrides)
-        elif OmegaConf.is_dict(cfg[group]) and "_target_" not in cfg[group]:
-            cfg[group] = None
-            for override in values_below(group, overrides):
-                key = override.key_or_group
-                raise ConfigError(f"{key}: {group} is empty. Choose an option for it first, {group}=<option>.")
-        else:
-            option, overlay = (config_dir() / group / f"{n}.yaml" for n in (choices.get(group), f"_{choices['size']}"))
-            take_back(cfg[group], option, overlay, [o.key_or_group for o in values_below(group, overrides)])
+    """Names the configuration after its recipe, makes its parts small under `size=tiny`, and pins its folders to the
+    directory the command was started in."""
+    blocks = take_blocks(cfg)
+    if choices.get("size") == TINY:
+        apply_tiny(cfg, blocks, choices, overrides)
+    if cfg.dry_run:
+        cfg.tiny = blocks
     if cfg.recipe_name == "custom" and choices.get("recipe"):
         cfg.recipe_name = Path(str(choices["recipe"])).name
     for name in cfg.paths:
         cfg.paths[name] = os.path.abspath(os.path.expanduser(cfg.paths[name]))
     return cfg
-
-
-def small_connector(connector: DictConfig) -> DictConfig:
-    """`connector` with those numbers of `conf/connector/_tiny.yaml` that it has."""
-    overlay = OmegaConf.load(config_dir() / "connector" / "_tiny.yaml")
-    small = OmegaConf.merge(connector, {name: value for name, value in overlay.items() if name in connector})
-    return cast(DictConfig, small)
-
-
-def values_below(group: str, overrides: Iterable[str]) -> list[Override]:
-    """The command line's values, not choices, below a group."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [override for override in parsed if override.key_or_group.startswith(f"{group}.")]
-
-
-def _apply(cfg: DictConfig, group: str, option: str, overrides: Iterable[str]) -> None:
-    """Puts the command line's values on top of a group's file."""
-    for override in values_below(group, overrides):
-        key, line = override.key_or_group, str(override.input_line)
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(cfg, parent)
-        if line.startswith("~"):
-            if OmegaConf.is_dict(node):
-                node.pop(name, None)
-        elif line.startswith("+") or (OmegaConf.is_dict(node) and name in node) or OmegaConf.is_list(node):
-            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
-        else:
-            known = ", ".join(str(other) for other in cfg[group] if other != "_target_")
-            raise ConfigError(f"{key}: {group}={option} of size has no such option. Options: {known}.")
 
 
 def training_config(cfg: DictConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.config import CONFIG_NAME, hydra_session
 from vlm_train.redact import without_credentials
+from vlm_train.size import TINY
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -44,6 +45,9 @@ def origins(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
         for default in defaults.defaults:
             for key in leaves(loader._load_single_config(default, repo).config):
                 _set(found, key, _origin_of(default, parsed))
+        if any(default.config_path == f"size/{TINY}" for default in defaults.defaults):
+            for key in [key for key in found if f".{TINY}." in key]:
+                _set(found, key.replace(f".{TINY}.", "."), Origin("size", TINY))
         for override in defaults.config_overrides:
             for key in _written(override):
                 _set(found, key, Origin(COMMAND_LINE, COMMAND_LINE))
@@ -88,9 +92,6 @@ def _set(found: dict[str, Origin], key: str, origin: Origin) -> None:
 def _origin_of(default: ResultDefault, overrides: list[Override]) -> Origin:
     path = default.config_path or ""
     owner = path if "/" in path else ""
-    parent = default.parent or ""
-    if parent.startswith(("size/", "debug/")):  # an overlay's own pieces, such as vision/_tiny
-        owner = parent
     group = owner.split("/")[0]
     if group in ("recipe", "size", "debug", "schedule"):
         return Origin(group, owner.split("/", 1)[1])

@@ -206,6 +206,7 @@ class Root:
     sweep_metric: str | None = None  # multirun: the final metric that a sweeper such as Optuna optimises
     columns: Columns = field(default_factory=Columns)
     target: Target = field(default_factory=Target)
+    tiny: dict[str, Any] = field(default_factory=dict)  # dry_run only: the parts' `tiny:` blocks, for its small twin
 
 
 PART_GROUPS = (

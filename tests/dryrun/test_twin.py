@@ -34,6 +34,7 @@ def test_the_twin_is_small_and_of_the_same_parts() -> None:
     twin = small(cfg)
     assert (twin.vision.config.hidden_size, twin.llm.weights) == (32, None)
     assert (cfg.vision.config.hidden_size, twin.connector) == (1024, cfg.connector)
+    assert small(recipe("blip2_stage1")).connector.queries == 4
 
 
 def test_a_save_that_loses_values_is_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:

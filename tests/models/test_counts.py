@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from tests.components import component
 from vlm_train import config
 from vlm_train.build import build_model
 from vlm_train.models.prefix import PrefixVLM
 
-CONF = Path(__file__).parents[2] / "conf"
-
 
 def build(group: str, option: str, **arguments):
-    config = OmegaConf.load(CONF / group / f"{option}.yaml")
-    if OmegaConf.is_missing(config, "weights"):
-        config.weights = None
     with torch.device("meta"):
-        return hydra.utils.instantiate(config, **arguments)
+        return hydra.utils.instantiate(component(group, option), **arguments)
 
 
 def count(module) -> int:

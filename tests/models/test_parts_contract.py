@@ -5,45 +5,26 @@ from __future__ import annotations
 import io
 import pickle
 from functools import cache
-from pathlib import Path
 
 import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from tests.components import component, options
 from tests.tiny_models import text_stream
 from vlm_train.build import build_layout
-from vlm_train.config import small_connector
 from vlm_train.data.layout import GridLayout, MediaSize
 from vlm_train.models.llms.text_tower import HFTextTower
 from vlm_train.models.med import START_TOKENS, Med
-from vlm_train.overlay import fitting
 
-CONF = Path(__file__).parents[2] / "conf"
 WIDTH = 6  # of the features; those of 3 layers, where a connector reads several
 ARGUMENTS = {"vision": {}, "llm": {"vocab_size": 50}}
-
-
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
-
-
-def node(group: str, option: str, *, tiny: bool):
-    config = OmegaConf.load(CONF / group / f"{option}.yaml")
-    if tiny and group == "connector":
-        config = small_connector(config)
-    elif tiny:
-        config = OmegaConf.merge(config, fitting(OmegaConf.load(CONF / group / "_tiny.yaml"), config))
-    if OmegaConf.is_missing(config, "weights"):
-        config.weights = None
-    return config
 
 
 @cache
 def part(group: str, option: str):
     torch.manual_seed(0)
-    return hydra.utils.instantiate(node(group, option, tiny=True), **ARGUMENTS[group])
+    return hydra.utils.instantiate(component(group, option, tiny=True), **ARGUMENTS[group])
 
 
 def assert_gradients(module, output, unused=()):
@@ -70,7 +51,7 @@ def assert_state_round_trip(module, other):
 def test_as_written_on_meta(group):
     for option in options(group):
         with torch.device("meta"):
-            module = hydra.utils.instantiate(node(group, option, tiny=False), **ARGUMENTS[group])
+            module = hydra.utils.instantiate(component(group, option), **ARGUMENTS[group])
         assert all(parameter.is_meta for parameter in module.parameters()), option
 
 
@@ -83,25 +64,25 @@ def test_vision(option):
     rows, columns = vision.patch_grid(MediaSize(width=width, height=height))
     assert features.shape == (2, rows * columns, vision.out_dim)
     assert_gradients(vision, features, vision.unused_parameters())
-    assert_state_round_trip(vision, hydra.utils.instantiate(node("vision", option, tiny=True)))
+    assert_state_round_trip(vision, hydra.utils.instantiate(component("vision", option, tiny=True)))
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 @pytest.mark.parametrize("option", options("connector"))
 def test_connector(option, grid):
     build = {"in_dim": WIDTH, "out_dim": 10}
-    connector = hydra.utils.instantiate(node("connector", option, tiny=True), **build)
+    connector = hydra.utils.instantiate(component("connector", option, tiny=True), **build)
     tokens = connector(torch.randn(2, grid[0] * grid[1], WIDTH), grid)
     rows, columns = connector.token_grid(grid)
     assert tokens.shape == (2, rows * columns, 10)
     assert_gradients(connector, tokens)
-    assert_state_round_trip(connector, hydra.utils.instantiate(node("connector", option, tiny=True), **build))
+    assert_state_round_trip(connector, hydra.utils.instantiate(component("connector", option, tiny=True), **build))
 
 
 @pytest.mark.parametrize("option", options("connector"))
 def test_layout_pickles_without_weights(option):
     vision = part("vision", "clip_vit_l14_336")
-    connector = hydra.utils.instantiate(node("connector", option, tiny=True), in_dim=WIDTH, out_dim=64)
+    connector = hydra.utils.instantiate(component("connector", option, tiny=True), in_dim=WIDTH, out_dim=64)
     data = pickle.dumps(GridLayout(vision.patch_grid, connector.token_grid))
     assert len(data) < 1000
     (pieces,) = pickle.loads(data)([MediaSize(640, 480)])
@@ -111,7 +92,7 @@ def test_layout_pickles_without_weights(option):
 
 def text_towers() -> set[str]:
     """Options that only read captions: no head, no `decode`."""
-    return {name for name in options("llm") if node("llm", name, tiny=False)._target_.endswith(HFTextTower.__name__)}
+    return {name for name in options("llm") if component("llm", name)._target_.endswith(HFTextTower.__name__)}
 
 
 @pytest.mark.parametrize("option", sorted(text_towers()))
@@ -121,7 +102,7 @@ def test_text_tower(option):
     vectors = tower.pooled(text_stream([[5, 6, 7], [8]]))
     assert vectors.shape == (2, tower.dim)
     assert_gradients(tower, vectors, tower.head_parameters())
-    assert_state_round_trip(tower, hydra.utils.instantiate(node("llm", option, tiny=True), vocab_size=50))
+    assert_state_round_trip(tower, hydra.utils.instantiate(component("llm", option, tiny=True), vocab_size=50))
 
 
 @pytest.mark.parametrize("option", sorted(set(options("llm")) - text_towers()))
@@ -141,7 +122,7 @@ def test_llm(option):
     logits = llm.head(hidden)
     assert embeds.shape == hidden.shape == (2, 7, llm.dim) and logits.shape == (2, 7, rows)
     assert_gradients(llm, logits, [n for n, _ in llm.named_parameters() if encodes and "encoder_attention" in n])
-    assert_state_round_trip(llm, hydra.utils.instantiate(node("llm", option, tiny=True), vocab_size=50))
+    assert_state_round_trip(llm, hydra.utils.instantiate(component("llm", option, tiny=True), vocab_size=50))
 
 
 def test_a_family_may_lay_out_its_media_itself():

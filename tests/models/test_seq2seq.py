@@ -8,10 +8,10 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, T5Config
 
+from tests.components import component
 from tests.models.test_qformer import QUERIES, VISION, tiny_connector
 from tests.models.test_qformer import tiny_vision as blip2_vision
 from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vision
@@ -25,7 +25,6 @@ from vlm_train.models.qformer_names import to_library
 from vlm_train.models.seq2seq import PrefixSeq2Seq
 from vlm_train.objectives.lm import LanguageModeling
 
-CONF = Path(__file__).parents[2] / "conf"
 ANSWERS = [[11, 12, 1], [13, 1]]
 """Token ids that are learned; 1 ends a text."""
 
@@ -248,5 +247,5 @@ def test_new_tokens_reach_both_sides() -> None:
 @pytest.mark.parametrize(("name", "count"), [("flant5_xl", 2_849_757_184), ("flant5_xxl", 11_135_332_352)])
 def test_published_size(name: str, count: int) -> None:
     with torch.device("meta"):
-        llm = hydra.utils.instantiate(OmegaConf.load(CONF / "llm" / f"{name}.yaml"))
+        llm = hydra.utils.instantiate(component("llm", name))
     assert sum(parameter.numel() for parameter in llm.parameters()) == count

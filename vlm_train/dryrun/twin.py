@@ -6,28 +6,20 @@ import tempfile
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
-from vlm_train.config import config_dir, small_connector
 from vlm_train.errors import CheckpointError
-from vlm_train.overlay import fitting
+from vlm_train.size import shrink
 
-TINY_GROUPS = ("vision", "llm")
 VOCABULARY = 300
 
 
 def small(cfg: DictConfig) -> DictConfig:
-    """`cfg` with the overlays of size=tiny on its parts and a small vocabulary, and nothing quantised."""
+    """`cfg` with its parts as small as size=tiny makes them, a small vocabulary, and nothing quantised."""
     cfg = cfg.copy()
     if cfg.peft is not None and "bits" in cfg.peft:
         cfg.peft.bits = None
-    for group in TINY_GROUPS:
-        if cfg[group] is not None:
-            overlay = OmegaConf.load(config_dir() / group / "_tiny.yaml")
-            with open_dict(cfg):
-                cfg[group] = OmegaConf.merge(cfg[group], fitting(overlay, cfg[group]))
-    if OmegaConf.is_dict(cfg.connector):
-        cfg.connector = small_connector(cfg.connector)
+    shrink(cfg, cfg.tiny)
     if cfg.llm is not None:
         cfg.llm.config.vocab_size = VOCABULARY
     return cfg
