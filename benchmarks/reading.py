@@ -89,26 +89,30 @@ def _imported(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) 
 
 
 def folder_graph(files: Graph) -> Graph:
-    """The imports between what lies directly in a package, folders and loose files: of each package, by itself."""
+    """The imports between siblings: the folders and files that lie directly in one package, for every package.
+
+    An import from a file of folder `a` to one of folder `b` beside it is one of `a` -> `b`, however deep both lie.
+    """
     graph: Graph = {}
     for module, imported in files.items():
-        graph.setdefault(_unit(module), set()).update(_unit(other) for other in imported)
-    return {unit: others - {unit} for unit, others in graph.items()}
+        for other in imported:
+            one, another = _siblings(module, other)
+            graph.setdefault(one, set()).add(another)
+            graph.setdefault(another, set())
+    return graph
 
 
-def _unit(module: str) -> str:
-    return ".".join(module.split(".")[:2])
-
-
-def inner_folder_graph(files: Graph) -> Graph:
-    """The imports between folders of every depth; a folder stands for the files directly in it."""
-    known = python_files()
-    folder = {m: m if p.name == "__init__.py" else m.rpartition(".")[0] for m, p in known.items()}
-    folder |= {m: m for m in known if m.count(".") == 1 and m.startswith("vlm_train.")}  # loose files stand alone
-    graph: Graph = {}
-    for module, imported in files.items():
-        graph.setdefault(folder[module], set()).update(folder[other] for other in imported)
-    return {unit: others - {unit} for unit, others in graph.items()}
+def _siblings(one: str, other: str) -> tuple[str, str]:
+    """The two names below the innermost package that holds both modules; a package's own file is `__init__` in it."""
+    first, second = one.split("."), other.split(".")
+    shared = 0
+    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+        shared += 1
+    package = first[:shared]
+    return (
+        ".".join([*package, *(first[shared : shared + 1] or ["__init__"])]),
+        ".".join([*package, *(second[shared : shared + 1] or ["__init__"])]),
+    )
 
 
 def cycles(graph: Graph) -> list[list[str]]:
@@ -264,11 +268,7 @@ def report(trace: bool = True, detail: bool = False) -> str:
         lines.extend(f"    {item}" for item in (counted if detail else ()))
 
     for title, graph in (("", imports.running), (", with those for typing only", all_imports)):
-        for what, kind in (
-            ("files", graph),
-            ("folders", folder_graph(graph)),
-            ("inner folders", inner_folder_graph(graph)),
-        ):
+        for what, kind in (("files", graph), ("folders", folder_graph(graph))):
             found = cycles(kind)
             sizes = f" (of {', '.join(str(len(group)) for group in found)})" if found else ""
             add(f"import cycles between {what}{title}", f"{len(found)}{sizes}", [", ".join(group) for group in found])

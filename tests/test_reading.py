@@ -30,9 +30,11 @@ def test_cycles_are_found() -> None:
     assert reading.cycles(graph) == [["a", "b", "c"], ["e", "f"]]
 
 
-def test_a_folder_stands_for_its_files() -> None:
-    graph = {"p.a.x": {"p.b.y"}, "p.b.z": {"p.a.w", "p.b.y"}, "p.b.y": set[str](), "p.a.w": set[str]()}
-    assert reading.folder_graph(graph) == {"p.a": {"p.b"}, "p.b": {"p.a"}}
+def test_a_folder_stands_for_its_files_among_its_siblings() -> None:
+    graph = {"p.a.x": {"p.b.y"}, "p.b.z": {"p.a.w", "p.b.y"}, "p.b.y": {"p.b.c.v"}, "p.b.c.v": {"p.b", "p"}}
+    found = reading.folder_graph(graph)
+    assert found["p.a"] == {"p.b"} and found["p.b"] == {"p.a", "p.__init__"}
+    assert found["p.b.z"] == {"p.b.y"} and found["p.b.y"] == {"p.b.c"} and found["p.b.c"] == {"p.b.__init__"}
 
 
 def test_imports_in_functions_count_and_those_for_typing_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
