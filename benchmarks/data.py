@@ -70,7 +70,11 @@ def _against_webdataset(
     steps, skip = settings.samples(size) // BATCH, 1 + workers
 
     def ours() -> float:
-        return rate(our_loader(folder, steps, workers=workers, draft=draft), lambda batch: batch.media.real, skip)
+        return rate(
+            our_loader(folder, steps, workers=workers, draft=draft),
+            lambda batch: batch.media.inputs["vision"].real,
+            skip,
+        )
 
     def theirs() -> float:
         return rate(webdataset_loader(folder, workers=workers), len, skip)
@@ -81,7 +85,7 @@ def _against_webdataset(
 def check_pixels(folder: Path) -> None:
     """Both sides make the same pixels of the same samples, in every mode."""
     for mode in ("crop", "pad", "resize"):
-        ours = next(our_loader(folder, 1, mode=mode, shuffle=False)).media.pixels
+        ours = next(our_loader(folder, 1, mode=mode, shuffle=False)).media.inputs["vision"].values
         assert torch.equal(ours, next(iter(webdataset_loader(folder, mode=mode)))), f"pixels differ, mode {mode}"
 
 
@@ -120,7 +124,7 @@ def position(settings: Settings) -> Iterator[Line]:
                     state = json.dumps({"step": step, **data.state_dict()}).encode()
                 yield batch
 
-        return rate(batches(), lambda batch: batch.media.real)
+        return rate(batches(), lambda batch: batch.media.inputs["vision"].real)
 
     both = lambda keep: lambda: run(keep)  # noqa: E731
     about: dict[str, Any] = {"must": 0.99, "aim": 0.995, "unit": "samples/s"}

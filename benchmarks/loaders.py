@@ -21,14 +21,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.corpus import tars
+from vlm_train.contracts.media import Grid3
 from vlm_train.data.batch import Batch
 from vlm_train.data.cost import Cost
 from vlm_train.data.datamodule import VLMData
 from vlm_train.data.image import ImageTransform, Mode
-from vlm_train.data.layout import Grid, GridLayout, MediaSize
+from vlm_train.data.layout import GridLayout, MediaSize
 from vlm_train.data.processor import Processor
 from vlm_train.data.template import ChatTemplate
 from vlm_train.data.tokenizer import byte_level
+from vlm_train.models.connectors.mlp import same_grid
 from vlm_train.schema import BatchSize
 
 SIDE = 336
@@ -50,11 +52,12 @@ def our_data(
 ) -> VLMData:
     """The data module of a LLaVA-1.5 run (576 image tokens, one token a byte of text), `steps` before its end."""
     options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
+    plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, patch_grid=patch_grid, draft=draft)
     processor = Processor(
         template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),
         tokenizer=byte_level(),
-        layout=GridLayout(patch_grid, token_grid),
-        image=ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, draft=draft),
+        layout=GridLayout(plan.grids, same_grid),
+        images={"vision": plan},
     )
     data = VLMData(
         train=[{"shards": str(folder)}],
@@ -94,15 +97,10 @@ def stack(views: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(views))
 
 
-def patch_grid(size: MediaSize) -> Grid:
+def patch_grid(size: MediaSize) -> Grid3:
     """Patches of 14 pixels, as of a ViT-L/14."""
     del size
-    return SIDE // 14, SIDE // 14
-
-
-def token_grid(grid: Grid) -> Grid:
-    """One token a patch."""
-    return grid
+    return Grid3(1, SIDE // 14, SIDE // 14)
 
 
 def their_transform(data: bytes, mode: Mode) -> np.ndarray:

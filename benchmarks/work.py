@@ -15,7 +15,8 @@ from vlm_train import config
 from vlm_train.build import build_lr_schedule, build_model, build_objectives, build_optimizer
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
-from vlm_train.dryrun.trace import image_size, visual_tokens
+from vlm_train.dryrun.trace import visual_tokens
+from vlm_train.models.vision.example import blank_input
 from vlm_train.params import Policy, apply_policy
 
 LOG_EVERY = 10
@@ -122,7 +123,7 @@ class ToyObjective:
 def toy(width: int, *overrides: str) -> Work:
     """Nothing to compute: `width` squared parameters."""
     ids = torch.zeros(1, 1, dtype=torch.long)
-    media = MediaBatch(pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8), row=torch.zeros(0, dtype=torch.long))
+    media = MediaBatch(row=torch.zeros(0, dtype=torch.long))
     batch = Batch(text={"llm": _stream(ids, slots=0, supervised=1)}, media=media)
     cfg = _config("recipe=easyvqa_stage2", "params=all", *overrides)
     return _work(cfg, Toy(width), {"toy": ToyObjective()}, batch)
@@ -140,12 +141,12 @@ def _work(cfg: DictConfig, model: nn.Module, objectives: dict[str, Objective], b
 
 
 def _batch(model: Any, rows: int, *, text: int, supervised: int) -> Batch:
-    slots, size = visual_tokens(model), image_size(model)
+    slots, images = visual_tokens(model), blank_input(model.vision, rows)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 2000, (rows, slots + text), generator=generator)
+    images.values.random_(0, 256, generator=generator)
     media = MediaBatch(
-        pixels=torch.randint(0, 256, (rows, 3, size.height, size.width), dtype=torch.uint8, generator=generator),
-        view_counts=(1,) * rows,
+        inputs={"vision": images},
         slot_counts=(slots,) * rows,
         row=torch.arange(rows),
         keys=tuple(str(row) for row in range(rows)),

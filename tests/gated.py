@@ -59,7 +59,7 @@ class GatedVLM(PrefixVLM):
     def cross_states(self, batch: Batch, stream: str) -> CrossStates:
         media_of_token = batch.text[stream].media_of_token
         assert media_of_token is not None
-        return CrossStates(features=self.features(batch), media_of_token=media_of_token)
+        return CrossStates(features=self.features(batch).rectangular(), media_of_token=media_of_token)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         text = batch.text[stream]

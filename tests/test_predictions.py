@@ -43,9 +43,8 @@ def test_answers_are_the_models_and_pictures_what_it_sees(data: Path, tmp_path: 
     found = [json.loads(line) for line in (tmp_path / "eval/predictions.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in rows] == [found[number]["prediction"] for number in (0, 2)]
     _, (blob,) = ShardSet(data / "tiny/val").load(2)
-    assert built.processor.image is not None
     seen = np.asarray(Image.open(run / "predictions" / rows[1]["image"]))
-    assert np.array_equal(seen, built.processor.image(blob)[0].transpose(1, 2, 0))
+    assert np.array_equal(seen, built.processor.images["vision"](blob).values[0].transpose(1, 2, 0))
     events = tensorboard_of(run)
     assert [image.step for image in events.Images("predictions/1")] == [2, 3]
     assert "Which number is 2?" in (run / "report.html").read_text()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.small_run import command, make_data
 from vlm_train import cli
+from vlm_train.contracts.media import Features, Grid3
 from vlm_train.models.connectors.pool import PooledMLP
 
 Case = Callable[[Path, Path, pytest.MonkeyPatch], list[str]]
@@ -39,7 +40,12 @@ def damaged_shard(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def lying_connector(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     forward = PooledMLP.forward
-    monkeypatch.setattr(PooledMLP, "forward", lambda self, features, grid: forward(self, features, grid)[:, :-1])
+
+    def lie(self: PooledMLP, features: Features) -> Features:
+        tokens = forward(self, features).rectangular()[:, :-1]
+        return Features.from_rectangular(tokens, Grid3(1, 1, tokens.shape[1]))
+
+    monkeypatch.setattr(PooledMLP, "forward", lie)
     return command(data, folder, "connector=pool2x2_mlp")
 
 

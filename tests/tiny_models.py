@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.models.connectors.mlp import MLP
@@ -108,13 +111,18 @@ def batch_of(stream: TokenStream, items: list[int], *, tokens: int = 4, size: in
     if not items:
         pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     media = MediaBatch(
-        pixels=pixels,
-        view_counts=(1,) * len(items),
+        inputs={"vision": MediaInput(pixels, view_counts=(1,) * len(items))},
         slot_counts=(tokens,) * len(items),
         row=torch.tensor(items, dtype=torch.long),
         keys=tuple(f"sample{i}" for i in range(len(items))),
     )
     return Batch(text={"llm": stream}, media=media)
+
+
+def with_views(batch: Batch, values: Tensor) -> Batch:
+    """The batch with other views of the same media items."""
+    shown = replace(batch.media.inputs["vision"], values=values)
+    return replace(batch, media=replace(batch.media, inputs={"vision": shown}))
 
 
 def assert_close(got: Tensor, expected: Tensor, name: str = "", tolerance: float = 1e-5) -> None:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 from vlm_train.contracts.evaluator import EVALUATOR_MEMBERS, Evaluator
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.objective import Objective
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia, ViewGrid
+from vlm_train.data.images.plan import ImagePlan
+from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
 from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.launch import rank
@@ -80,12 +81,12 @@ def build(cfg: DictConfig, *, meta: bool = False) -> Built:
 
 def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: Any) -> Processor:
     """The processor of a model: what the parts decide about its data, without their weights."""
-    image = build_image(cfg, model)
+    images = build_images(cfg, model)
     return Processor(
         tokenizer=tokenizer,
         template=template,
-        layout=build_layout(model, image),
-        image=image,
+        layout=build_layout(model, images),
+        images=images,
         instruction=None if cfg.instruction is None else make(cfg.instruction),
         streams=dict(model.streams),
         max_length=cfg.data.get("max_length"),
@@ -158,23 +159,40 @@ def _threaded(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any)
     return {}
 
 
-def build_image(cfg: DictConfig, model: Any) -> ImageTransform | None:
-    """The image transform, with the size and mean of the model's tower; None without a tower."""
+def build_images(cfg: DictConfig, model: Any) -> dict[str, ImagePlan]:
+    """The image plan of every vision encoder, with what it needs to know of it; none without an encoder."""
     vision = getattr(model, "vision", None)
     if vision is None:
-        return None
-    return cast(ImageTransform, make(cfg.image, size=tuple(vision.image_size), mean=tuple(vision.image_mean)))
+        return {}
+    return {"vision": build_image_plan(cfg.image, vision)}
 
 
-def build_layout(model: Family, image: ImageTransform | None) -> MediaLayout:
+def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
+    """The image plan of a configuration for an encoder, which gives `size`, `mean`, `patch_grid` and `patch_size`.
+
+    Raises:
+        ConfigError: the plan makes views of one size, and the encoder takes native resolution, or the other way round.
+    """
+    wanted = inspect.signature(get_class(node._target_)).parameters
+    if ("size" in wanted) != (vision.image_size is not None):
+        size = vision.image_size
+        takes = "native resolution" if size is None else f"views of {size[0]} x {size[1]} pixels"
+        makes = "views of one size" if "size" in wanted else "flat patches"
+        raise ConfigError(f"image: {node._target_} makes {makes}, but the vision encoder takes {takes}")
+    given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
+    given["patch_size"] = getattr(vision, "patch_size", None)
+    return cast(ImagePlan, make(node, **{name: value for name, value in given.items() if name in wanted}))
+
+
+def build_layout(model: Family, images: Mapping[str, ImagePlan]) -> MediaLayout:
     """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own."""
+    image = images.get("vision")
     if (own := model.media_layout(image)) is not None:
         return own
     connector = getattr(model, "connector", None)
     if connector is None or image is None:
         return NoMedia()
-    vision: Any = model.vision
-    return GridLayout(ViewGrid(image, vision.patch_grid), connector.token_grid, views=image.view_count)
+    return GridLayout(image.grids, connector.token_grid)
 
 
 def build_tokenizer(cfg: DictConfig) -> Any:

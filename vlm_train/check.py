@@ -50,7 +50,7 @@ THREADED: dict[str, frozenset[str]] = {
     "model": frozenset(PARTS),
     "connector": frozenset({"in_dim", "out_dim"}),
     "llm": frozenset({"vocab_size", "new_tokens"}),  # one of them: does the configuration fix the vocabulary?
-    "image": frozenset({"size", "mean"}),
+    "image": frozenset({"size", "mean", "patch_grid", "patch_size"}),
     "data": frozenset({"processor", "batch", "seed"}),
     "peft": frozenset({"model"}),
     "optim": frozenset({"params"}),

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
+from vlm_train.contracts.media import Grid3
 from vlm_train.data import template as templates
 from vlm_train.data.layout import Piece, Slot
 
@@ -39,7 +40,7 @@ def sample(*annotations: tuple[Turn, ...] | Annotation, media: int = 0) -> Sampl
 
 def layout(sizes: object) -> list[list[Piece]]:
     """Item i takes 3 + i placeholders."""
-    return [[Slot(index, 3 + index, (1, 3 + index))] for index in range(len(sizes))]  # type: ignore[arg-type]
+    return [[Slot(index, 3 + index, Grid3(1, 1, 3 + index))] for index in range(len(sizes))]  # type: ignore[arg-type]
 
 
 def bounded(sizes: object) -> list[list[Piece]]:

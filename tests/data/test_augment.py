@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from tests.data.arrays import ImageTransform
 from tests.data.test_image import encode
 from vlm_train.data.augment import DISTORTIONS, GREY, distorted, draw
-from vlm_train.data.image import ImageTransform
 from vlm_train.errors import ConfigError
 
 

@@ -40,7 +40,7 @@ def data(*train: Any, val: list[Any] | None = None, normalise: str = "token", **
         template=load("qa"),
         tokenizer=byte_level(),
         layout=layout,
-        image=ImageTransform(mode="resize", size=(8, 8)),
+        images={"vision": ImageTransform(mode="resize", size=(8, 8))},
     )
     batch = BatchSize(micro=2, normalise=normalise, samples=4)
     entries = [one if isinstance(one, dict) else {"shards": str(one)} for one in train]
@@ -148,7 +148,7 @@ def test_batches_are_pinned_for_a_gpu_only(root: Path, device: str) -> None:
     assert module.val_dataloader().pin_memory is (device == "cuda")
     if device == "cpu":
         batch = next(iter(module.train_dataloader()))
-        assert not batch.text["llm"].ids.is_pinned() and not batch.media.pixels.is_pinned()
+        assert not batch.text["llm"].ids.is_pinned() and not batch.media.inputs["vision"].values.is_pinned()
 
 
 def test_a_loader_pins_every_batch_of_a_window(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,10 @@ def test_a_loader_pins_every_batch_of_a_window(root: Path, monkeypatch: pytest.M
     assert [type(one) for one in pinned] == [type(one) for one in window] and len(window) == 2
     for before, after in zip(window, pinned, strict=True):
         assert torch.equal(after.text["llm"].slots.index, before.text["llm"].slots.index + 1)
-        assert torch.equal(after.media.pixels, before.media.pixels + 1) and after.keys == before.keys
+        assert (
+            torch.equal(after.media.inputs["vision"].values, before.media.inputs["vision"].values + 1)
+            and after.keys == before.keys
+        )
 
 
 def test_validation_has_workers_and_their_number_changes_nothing(root: Path) -> None:
@@ -188,7 +191,7 @@ def test_a_rank_without_samples_names_the_same_sums(root: Path) -> None:
 def test_images_that_nothing_shows_and_images_shown_twice(tmp_path: Path) -> None:
     turns = (user("A", 1), assistant("a"), user("B", 1), assistant("b"))
     (batch, *_) = data(write(tmp_path / "set", [turns], [(user("C"), assistant("c"))])).train_dataloader()
-    assert batch.media.real == 1 and batch.media.slot_counts == (4,)
+    assert batch.media.inputs["vision"].real == 1 and batch.media.slot_counts == (4,)
     assert batch.text["llm"].slots.feature_index.tolist() == [0, 1, 2, 3] * 2
     assert batch.text["llm"].plain_causal
 
@@ -229,20 +232,20 @@ def test_workers_send_the_same_batches_in_few_tensors(root: Path) -> None:
 
 def test_large_tensors_travel_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
-    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.pixels.nbytes - 1)
+    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
     packed = Parcel.of(window)
-    assert packed.batches[0].media.pixels is window[0].media.pixels
+    assert packed.batches[0].media.inputs["vision"].values is window[0].media.inputs["vision"].values
     assert torch.equal(packed.unpack()[0].text["llm"].ids, window[0].text["llm"].ids)
 
 
 def test_a_parcel_is_pinned_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
-    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.pixels.nbytes - 1)
+    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
     packed = Parcel.of(window)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     pinned = packed.pin_memory()
     assert torch.equal(pinned.small, torch.frombuffer(packed.small, dtype=torch.uint8) + 1)
-    assert torch.equal(pinned.batches[0].media.pixels, window[0].media.pixels + 1)
+    assert torch.equal(pinned.batches[0].media.inputs["vision"].values, window[0].media.inputs["vision"].values + 1)
 
 
 def tensors_of(batch: Any) -> list[torch.Tensor]:

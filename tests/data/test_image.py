@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from data_pipelines.errors import BadSample
-from vlm_train.data.image import ImageTransform, decode_rgb, random_part
+from tests.data.arrays import ImageTransform
+from vlm_train.data.image import decode_rgb, random_part
 from vlm_train.errors import ConfigError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -29,7 +29,7 @@ def test_measured_is_rendered(root: Path, tmp_path: Path) -> None:
     found = module.train.measure(tmp_path, workers=1)
     items = [module.train.item(Address(number, 0), training=True) for number in range(16)]
     assert found.tokens.tolist() == [len(item.rendered.llm) for item in items]
-    assert found.views.tolist() == [sum(len(views) for views in item.views) for item in items]
+    assert found.views.tolist() == [sum(len(views) for views in item.views["vision"]) for item in items]
 
 
 def test_processes_measure_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_lengths_follow_what_the_tokenizer_calls_its_tokens(root: Path, tmp_path
 def test_views_follow_the_image_plan_where_images_stand_in_no_text(root: Path, tmp_path: Path) -> None:
     for frames in (8, 4):
         made = data(root / "train", cache=str(tmp_path))
-        made.train.image.frames = frames
+        made.train.processor.images["vision"].frames = frames
         made.train.measure(tmp_path)
     assert len(list(tmp_path.glob("*.npz"))) == 2
 

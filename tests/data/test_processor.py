@@ -84,7 +84,7 @@ def test_a_pickled_processor_holds_no_weights() -> None:
     data = pickle.dumps(processor)
     assert b"torch" not in data and len(data) < 200_000
     again = pickle.loads(data)
-    assert again.end_ids == processor.end_ids and again.image_size == processor.image_size == (32, 32)
+    assert again.end_ids == processor.end_ids and again.images["vision"].size == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -54,19 +54,19 @@ def test_views_are_saved_as_they_are(tmp_path) -> None:
     assert saved.shape == (8, 10, 3)
     for index, (top, left) in enumerate([(0, 0), (0, 5), (4, 0)]):
         np.testing.assert_array_equal(saved[top : top + 4, left : left + 5], pixels[index].transpose(1, 2, 0))
-    with pytest.raises(ValueError, match=r"uint8 \[N, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"uint8 \[3, H, W\] each"):
         save_views(pixels.astype(np.float32), tmp_path / "x.png")
 
 
 def test_the_shown_sample_is_named(tmp_path, monkeypatch, capsys) -> None:
     folder = make_data(tmp_path) / "tiny" / "train"
     image = ImageTransform(mode="resize", size=(8, 8))
-    processor = Processor(template=load("qa"), tokenizer=byte_level(), layout=layout, image=image)
+    processor = Processor(template=load("qa"), tokenizer=byte_level(), layout=layout, images={"vision": image})
     options = {"annotations": "first", "max_length": None, "over_length": "drop"}
     show_sample(processor, ShardSet(folder), options, seed=1, folder=tmp_path)
     assert capsys.readouterr().out.startswith(f"sample sample-00, number 0 of 12 in {folder}, source test\n")
     assert np.asarray(Image.open(tmp_path / "show.png")).shape == (8, 8, 3)
-    processor = replace(processor, image=ImageTransform(mode="resize", size=(8, 8), area=[0.5, 0.6]))
+    processor = replace(processor, images={"vision": ImageTransform(mode="resize", size=(8, 8), area=[0.5, 0.6])})
     show_sample(processor, ShardSet(folder), options, seed=1, folder=tmp_path)
     assert "then as training does in passes 0 to 2" in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "show.png"))

@@ -321,7 +321,7 @@ def test_a_slot_without_placeholders_marks_a_place(tokenizer) -> None:
 
 def test_slots_keep_item_and_grid(tokenizer) -> None:
     stream = render(sample((user("Q", 1, 0), assistant("a")), media=2), load("qa"), tokenizer, layout).llm
-    assert [(s.start, s.slot) for s in stream.slots] == [(1, Slot(1, 4, (1, 4))), (5, Slot(0, 3, (1, 3)))]
+    assert [(s.start, s.slot) for s in stream.slots] == [(1, Slot(1, 4, (1, 1, 4))), (5, Slot(0, 3, (1, 1, 3)))]
 
 
 def test_render_is_pure(tokenizer) -> None:

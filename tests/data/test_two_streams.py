@@ -11,7 +11,10 @@ import pytest
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.rendering import assistant, layout, load, sample, user
+from vlm_train.contracts.media import Grid3
 from vlm_train.data.collate import Item, collate, collate_prompts
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.images.plan import Views
 from vlm_train.data.instruction import Instruction
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.data.lengths import fingerprint
@@ -136,15 +139,19 @@ def test_prefix_follows_the_question(tokenizer) -> None:
     assert learned.weights.tolist() == [2.0, 1.0, 1.0]
 
 
+PLANS = {"vision": ImageTransform(size=(8, 8))}
+
+
 def item_of(rendered: Rendered, number: int) -> Item:
-    return Item(rendered, [np.full((1, 3, 8, 8), number, np.uint8)] * len(rendered.media), source="s")
+    view = Views(np.full((1, 3, 8, 8), number, np.uint8), (Grid3(1, 1, 1),))
+    return Item(rendered, {"vision": [view] * len(rendered.media)}, source="s")
 
 
 def test_collate_pads_every_stream_by_itself(tokenizer) -> None:
     texts = [("Hi?", "no"), ("Long question?", "y")]
     rows = [[item_of(paired(sample((user(a, 0), assistant(b)), media=1), tokenizer), n)] for n, (a, b) in
             enumerate(texts)]  # fmt: skip
-    batch = collate(rows, (8, 8))
+    batch = collate(rows, PLANS)
     prompt, answer = batch.text["llm"], batch.text["decoder"]
     assert prompt.ids.shape == (2, 18) and answer.ids.shape == (2, 3)
     assert (prompt.alignment, answer.alignment) == ("none", "seq2seq")
@@ -183,7 +190,7 @@ def test_instruction_by_hand(tmp_path: Path, tokenizer) -> None:
     assert instruction("a b c d what is").ids.tolist() == [2, 14, 15, 4, 5, 3]  # its end stays
     assert instruction("[SEP]").ids.tolist() == [2, 8, 10, 9, 3]  # text, not the end of one
     assert instruction("").ids.tolist() == [2, 3]
-    batch = collate_prompts([(asked, [np.zeros((1, 3, 8, 8), np.uint8)])], (8, 8))
+    batch = collate_prompts([(asked, {"vision": [PLANS["vision"].blank()]})], PLANS)
     assert batch.text["qformer"].ids.tolist() == [[2, 4, 5, 6, 7, 3]]
     with pytest.raises(ConfigError, match=r"instruction\.max_length: 2"):
         Instruction(tokenizer=str(tmp_path), max_length=2)

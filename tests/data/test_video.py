@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,15 @@ from data_pipelines.errors import BadSample
 from data_pipelines.media import media_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.shards import ShardWriter
+from tests.data.arrays import ImageTransform
 from tests.data.rendering import load
 from tests.small_run import picture
-from tests.tiny_models import llama_config, tiny_llm, tiny_vision
+from tests.tiny_models import llama_config, tiny_llm, tiny_vision, with_views
 from tests.videos import numbers, video
 from vlm_train.build import build_layout
+from vlm_train.data import image
 from vlm_train.data.collate import collate
 from vlm_train.data.datamodule import Samples
-from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import MediaSize
 from vlm_train.data.order import Address
 from vlm_train.data.processor import Processor
@@ -61,9 +61,9 @@ def test_every_used_frame_is_a_view(clip, mode):
     views = transform(clip)
     assert views.shape == (5, 3, 24, 32) and views.dtype == np.uint8
     assert numbers(views[..., 8:16, 12:20]) == [0, 4, 9, 14, 19]
-    assert transform.view_count(MediaSize(48, 40, frames=20)) == 5
-    assert transform.view_count(MediaSize(48, 40, frames=3)) == 3 == len(transform(video(3)))
-    assert transform.view_count(MediaSize(48, 40)) == 1 == len(transform(picture(0)))
+    assert len(transform.grids(MediaSize(48, 40, frames=20))) == 5
+    assert len(transform.grids(MediaSize(48, 40, frames=3))) == 3 == len(transform(video(3)))
+    assert len(transform.grids(MediaSize(48, 40))) == 1 == len(transform(picture(0)))
 
 
 def test_all_frames_of_a_video_are_mirrored_alike(clip):
@@ -93,15 +93,15 @@ def test_a_prefix_model_reads_a_video(tmp_path, clip):
     tokenizer = byte_level()
     vision, llm = tiny_vision(), tiny_llm(llama_config(vocab_size=len(tokenizer)))
     model = PrefixVLM(vision=vision, connector=MLP(in_dim=vision.out_dim, out_dim=llm.dim), llm=llm)
-    transform = ImageTransform(mode="resize", size=(32, 32), frames=3)
-    layout = pickle.loads(pickle.dumps(build_layout(model, transform)))
-    processor = Processor(template=load("qa"), tokenizer=tokenizer, layout=layout, image=transform)
+    images = {"vision": image.ImageTransform(mode="resize", size=(32, 32), frames=3, patch_grid=vision.patch_grid)}
+    layout = pickle.loads(pickle.dumps(build_layout(model, images)))
+    processor = Processor(template=load("qa"), tokenizer=tokenizer, layout=layout, images=images)
     samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], processor, {}, seed=0, limit=None)
     items = [samples.item(Address(index, 0), training=True) for index in range(2)]
-    batch = collate([[item] for item in items], (32, 32))
-    assert batch.media.view_counts == (1, 3, 1) and batch.media.slot_counts == (4, 12, 4)
+    batch = collate([[item] for item in items], images)
+    assert batch.media.inputs["vision"].view_counts == (1, 3, 1) and batch.media.slot_counts == (4, 12, 4)
     hidden = model(batch)
-    changed = batch.media.pixels.clone()
+    changed = batch.media.inputs["vision"].values.clone()
     changed[2] = 255 - changed[2]  # the middle frame of the video
-    other = model(replace(batch, media=replace(batch.media, pixels=changed)))
+    other = model(with_views(batch, changed))
     assert not torch.equal(hidden[0], other[0]) and torch.equal(hidden[1], other[1])

@@ -27,6 +27,7 @@ from vlm_train.evaluation.generate import Answer
 from vlm_train.evaluation.metrics.character_error_rate import CharacterErrorRate
 from vlm_train.evaluation.metrics.exact_match import ExactMatch
 from vlm_train.evaluation.predictions import pictured
+from vlm_train.models.connectors.mlp import same_grid
 
 unreadable: set[int] = set()
 broken: set[int] = set()
@@ -42,7 +43,7 @@ class Constant(torch.nn.Module):
 
     def generate(self, batch, *, max_new_tokens, eos_ids):
         self.modes.add(self.training)
-        self.seen += batch.media.pixels.float().mean(dim=(1, 2, 3)).int().tolist()
+        self.seen += batch.media.inputs["vision"].values.float().mean(dim=(1, 2, 3)).int().tolist()
         return torch.tensor([[*self.ids, eos_ids[0], self.ids[0]]] * len(batch.text["llm"].ids))
 
 
@@ -88,10 +89,6 @@ class Shards:
         return sample, [data.getvalue()[: 50 if i in broken else None]]
 
 
-def one_token(size: object) -> tuple[int, int]:
-    return 1, 1
-
-
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(answers, "ShardSet", Shards)
@@ -101,8 +98,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     model = Constant(tokenizer("Yes ", add_special_tokens=False)["input_ids"])
     image = ImageTransform(mode="resize", size=(8, 8))
     template = ChatTemplate(media="first", assistant_suffix="{eos}")
-    layout = GridLayout(one_token, one_token)
-    processor = Processor(tokenizer=tokenizer, template=template, layout=layout, image=image)
+    layout = GridLayout(image.grids, same_grid)
+    processor = Processor(tokenizer=tokenizer, template=template, layout=layout, images={"vision": image})
     return SimpleNamespace(model=model, processor=processor)
 
 

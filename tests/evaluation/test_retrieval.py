@@ -31,7 +31,7 @@ class Towers(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def encode_image(self, media) -> torch.Tensor:
-        return torch.eye(COUNT)[: media.real]
+        return torch.eye(COUNT)[: media.inputs["vision"].real]
 
     def encode_text(self, stream) -> torch.Tensor:
         return torch.eye(COUNT)[stream.segment_ids.sum(dim=1) - 3]  # bos, at least one letter, eos
@@ -52,7 +52,7 @@ def shards(folder: Path, bad: tuple[int, ...]) -> str:
 @pytest.fixture
 def built() -> SimpleNamespace:
     image = ImageTransform(mode="resize", size=(8, 8))
-    processor = Processor(tokenizer=byte_level(), template=load("caption"), layout=NoMedia(), image=image)
+    processor = Processor(tokenizer=byte_level(), template=load("caption"), layout=NoMedia(), images={"vision": image})
     return SimpleNamespace(model=Towers(), processor=processor)
 
 

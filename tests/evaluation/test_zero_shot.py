@@ -36,7 +36,7 @@ class Towers(torch.nn.Module):
         self.asked: list[str] = []
 
     def encode_image(self, media) -> torch.Tensor:
-        return torch.nn.functional.normalize(media.pixels.float().mean(dim=(2, 3)), dim=-1)
+        return torch.nn.functional.normalize(media.inputs["vision"].values.float().mean(dim=(2, 3)), dim=-1)
 
     def encode_text(self, stream) -> torch.Tensor:
         texts = [
@@ -52,7 +52,7 @@ class Towers(torch.nn.Module):
 @pytest.fixture
 def built() -> SimpleNamespace:
     image = ImageTransform(mode="resize", size=(8, 8))
-    processor = Processor(tokenizer=TOKENIZER, template=load("caption"), layout=NoMedia(), image=image)
+    processor = Processor(tokenizer=TOKENIZER, template=load("caption"), layout=NoMedia(), images={"vision": image})
     return SimpleNamespace(model=Towers(), processor=processor)
 
 

@@ -50,7 +50,7 @@ def test_a_language_model_behind_a_q_former(tmp_path: Path) -> None:
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
     rows = [[PLACEHOLDER_ID] * QUERIES + words for words in ([5, 6, 7, 8], [9, 10, 11, 12])]
     batch = batch_of(text_stream(rows), [0, 1], tokens=QUERIES)
-    pixels = (batch.media.pixels.float() / 255 - model.vision.mean) / model.vision.std
+    pixels = (batch.media.inputs["vision"].values.float() / 255 - model.vision.mean) / model.vision.std
     ids = torch.where(batch.text["llm"].ids < 0, theirs.config.image_token_index, batch.text["llm"].ids)
     out = theirs(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
     assert_close(model.logits(model(batch)), out.logits)

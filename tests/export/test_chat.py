@@ -14,8 +14,8 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.rendering import NAMES, assistant, load, sample, user
 from tests.tiny_models import tiny_vision
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import PLACEHOLDER_ID, GridLayout
+from vlm_train.contracts.media import Grid3
+from vlm_train.data.layout import PLACEHOLDER_ID, GridLayout, MediaSize
 from vlm_train.data.processor import Processor
 from vlm_train.data.render import render
 from vlm_train.data.template import ChatTemplate
@@ -23,15 +23,16 @@ from vlm_train.data.tokenizer import byte_level, words
 from vlm_train.errors import ConfigError
 from vlm_train.export.chat import add_chat_template
 from vlm_train.export.llava import IMAGE_TOKEN, make_processor
+from vlm_train.models.connectors.mlp import same_grid
 
 CHATS = [name for name in NAMES if name not in ("caption", "caption_bert")]  # which place no image
 
 
-def two_by_two(size: object) -> tuple[int, int]:
-    return 2, 2
+def two_by_two(size: object) -> tuple[Grid3, ...]:
+    return (Grid3(1, 2, 2),)
 
 
-LAYOUT = GridLayout(two_by_two, two_by_two)
+LAYOUT = GridLayout(two_by_two, same_grid)
 
 
 @lru_cache
@@ -67,9 +68,8 @@ def exported(folder: Path, template: Any, tokenizer: Any) -> tuple[str | None, A
     )
     copy.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     make_processor(tiny_vision(), copy, "resize").save_pretrained(folder / "export")
-    image = ImageTransform(mode="resize", size=(32, 32))
-    ours = Processor(tokenizer=tokenizer, template=template, layout=LAYOUT, image=image)
-    problem = add_chat_template(folder / "export", ours)
+    ours = Processor(tokenizer=tokenizer, template=template, layout=LAYOUT)
+    problem = add_chat_template(folder / "export", ours, MediaSize(32, 32))
     return problem, AutoProcessor.from_pretrained(folder / "export")
 
 

@@ -24,19 +24,15 @@ from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.prefix import PrefixVLM
 
 
-def two_by_two(size: object) -> tuple[int, int]:
-    return 2, 2
-
-
 def built(template: str = "vicuna_v1") -> SimpleNamespace:
     torch.manual_seed(0)
     tokenizer = byte_level()
     config = {"model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32}
     vision, llm = tiny_vision(), tiny_llm(config | {"num_hidden_layers": 1, "num_attention_heads": 2})
     model = PrefixVLM(vision=vision, connector=MLP(in_dim=vision.out_dim, out_dim=llm.dim), llm=llm)
-    image = ImageTransform(mode="pad", size=(32, 32))
-    layout = GridLayout(two_by_two, two_by_two)
-    processor = Processor(tokenizer=tokenizer, template=load(template), layout=layout, image=image)
+    image = ImageTransform(mode="pad", size=(32, 32), patch_grid=vision.patch_grid)
+    layout = GridLayout(image.grids, model.connector.token_grid)
+    processor = Processor(tokenizer=tokenizer, template=load(template), layout=layout, images={"vision": image})
     return SimpleNamespace(model=model, processor=processor)
 
 

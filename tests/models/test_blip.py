@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from tests.tiny_models import MEAN, STD, assert_close, batch_of, text_stream
+from tests.tiny_models import MEAN, STD, assert_close, batch_of, text_stream, with_views
 from vlm_train.errors import AssetError, BatchError, ConfigError
 from vlm_train.export.blip import CAPTIONING, RETRIEVAL, bert_state, export_blip, from_library, library_config
 from vlm_train.models.blip import Blip
@@ -54,7 +52,7 @@ def batch(rows=ROWS, left: bool = False):
 
 
 def pixels_of(model, given):
-    return (given.media.pixels / 255 - model.vision.mean) / model.vision.std
+    return (given.media.inputs["vision"].values / 255 - model.vision.mean) / model.vision.std
 
 
 def library(model, kind: str, folder):
@@ -121,7 +119,7 @@ def test_a_row_does_not_depend_on_its_padding(left):
     real = given.text["llm"].segment_ids != 0
     vectors, found = model.text_vectors(given), model.match(model.own_context(given), given.text["llm"].ids, real)
     for number, row in enumerate(ROWS):
-        alone = replace(batch([row]), media=replace(batch([row]).media, pixels=given.media.pixels[number][None]))
+        alone = with_views(batch([row]), given.media.inputs["vision"].values[number][None])
         assert_close(vectors[number], model.text_vectors(alone)[0])
         ids = alone.text["llm"].ids
         assert_close(found[number], model.match(model.own_context(alone), ids, torch.ones_like(ids) > 0)[0])
@@ -160,7 +158,7 @@ def test_encoder_and_decoder_share_all_but_self_attention():
 def test_the_tower_runs_once_a_batch(monkeypatch):
     model, given, calls = blip(), batch(), []
     encode = model.vision.encode
-    monkeypatch.setattr(model.vision, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(model.vision, "encode", lambda media: calls.append(len(media)) or encode(media))
     model(given), model.image_vectors(given), model.own_context(given)
     assert calls == [3]
 
@@ -194,8 +192,7 @@ def test_prompts_of_different_lengths_do_not_meet():
     given = batch(prompts)
     together = model.generate(given, max_new_tokens=5, eos_ids=[])
     for number, row in enumerate(prompts):
-        alone = batch([row])
-        alone = replace(alone, media=replace(alone.media, pixels=given.media.pixels[number][None]))
+        alone = with_views(batch([row]), given.media.inputs["vision"].values[number][None])
         assert model.generate(alone, max_new_tokens=5, eos_ids=[]).tolist()[0] == together[number].tolist()
 
 

@@ -10,6 +10,7 @@ from tests.components import component
 from vlm_train import config
 from vlm_train.build import build_model
 from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.vision.example import blank_input
 
 
 def build(group: str, option: str, **arguments):
@@ -82,8 +83,8 @@ def test_llava15_7b():
 )
 def test_visual_tokens_of_an_image(option, tokens):
     vision = build("vision", option)
-    height, width = vision.image_size
-    assert vision.encode(torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")).shape[1] == tokens
+    with torch.device("meta"):
+        assert vision.encode(blank_input(vision)).grids[0].size == tokens
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.tiny_models import MEAN, STD, assert_close, clip_config
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.layout import MediaSize
 from vlm_train.errors import ConfigError
 from vlm_train.models.vision.gated import GatedVision
@@ -30,25 +31,29 @@ def pixels(size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def encode(vision: Any, size: int = 32) -> torch.Tensor:
+    return vision.encode(MediaInput(pixels(size))).rectangular()
+
+
 def test_the_formula() -> None:
     vision = gated()
-    one, two = vision.first.encode(pixels()), vision.project(vision.second.encode(pixels()))
+    one, two = encode(vision.first), vision.project(encode(vision.second))
     gate = torch.sigmoid(torch.cat([one, two], dim=-1) @ vision.gate.weight.T + vision.gate.bias)
     assert gate.min() < 0.1 and gate.max() > 0.9 and gate.shape == (2, 4, 32)
-    assert_close(vision.encode(pixels()), gate * one + (1 - gate) * two)
+    assert_close(encode(vision), gate * one + (1 - gate) * two)
 
 
 def test_at_first_it_is_the_mean() -> None:
     vision = GatedVision(first=tower(), second=tower())
-    one, two = vision.first.encode(pixels()), vision.project(vision.second.encode(pixels()))
-    assert_close(vision.encode(pixels()), (one + two) / 2)
+    one, two = encode(vision.first), vision.project(encode(vision.second))
+    assert_close(encode(vision), (one + two) / 2)
 
 
 def test_another_resolution_and_grid_are_brought_to_the_first_ones() -> None:
     vision = gated(image_size=48, patch_size=8)
-    assert vision.second.encode(pixels(48)).shape == (2, 36, 24)
-    features = vision.encode(pixels())
-    assert features.shape == (2, 4, vision.out_dim) and vision.patch_grid(MediaSize(32, 32)) == (2, 2)
+    assert encode(vision.second, 48).shape == (2, 36, 24)
+    features = encode(vision)
+    assert features.shape == (2, 4, vision.out_dim) and vision.patch_grid(MediaSize(32, 32)) == (1, 2, 2)
     # Patches stay in their places: the second tower's upper half has a say in the upper half only.
     own = torch.zeros(1, 36, vision.out_dim)
     own[:, :18] = 1

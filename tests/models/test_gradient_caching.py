@@ -83,7 +83,7 @@ def test_backward_holds_one_chunk_at_a_time(monkeypatch):
     """The towers never see more than a chunk: neither in forward nor where backward computes again."""
     model, seen = two_tower(), []
     encode = model.vision.encode
-    monkeypatch.setattr(model.vision, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(model.vision, "encode", lambda media: seen.append(len(media)) or encode(media))
     loss_and_gradients(model, Contrastive(), 5)
     assert sorted(seen) == sorted([5, 5, 2] * 2)
     seen.clear()
@@ -95,7 +95,7 @@ def test_backward_holds_one_chunk_at_a_time(monkeypatch):
 def test_a_batch_of_one_chunk_is_computed_once(monkeypatch):
     model, seen = two_tower(), []
     encode = model.vision.encode
-    monkeypatch.setattr(model.vision, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(model.vision, "encode", lambda media: seen.append(len(media)) or encode(media))
     model.cache_chunk = 4
     Contrastive()(model, captions(), StepContext())["contrastive"].sum.backward()
     assert seen == [4]

@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_library() -> None:
     theirs.load_state_dict(state, strict=True)
     asked, ids = batch.text["qformer"], batch.text["llm"].ids
     out = theirs(
-        pixel_values=(batch.media.pixels.float() / 255 - ours.vision.mean) / ours.vision.std,
+        pixel_values=(batch.media.inputs["vision"].values.float() / 255 - ours.vision.mean) / ours.vision.std,
         qformer_input_ids=asked.ids,
         qformer_attention_mask=(asked.segment_ids != 0).long(),
         input_ids=torch.where(ids < 0, 96, ids),
@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_library() -> None:
 @torch.no_grad()
 def test_the_features_depend_on_the_instruction() -> None:
     ours = model()
-    one, other = (ours.features(questions(asked)) for asked in (INSTRUCTIONS, [[3, 4, 5, 6], [9, 8]]))
+    one, other = (ours.features(questions(asked)).rectangular() for asked in (INSTRUCTIONS, [[3, 4, 5, 6], [9, 8]]))
     assert torch.equal(one[0], other[0]) and not torch.allclose(one[1], other[1])
 
 
@@ -88,7 +88,7 @@ def test_the_features_do_not_depend_on_padding() -> None:
     """Instructions are padded on the right while training, and on the left where answers are generated."""
     ours, right = model(), questions()
     left = replace(right, text={**right.text, "qformer": text_stream(INSTRUCTIONS, left=True)})
-    assert_close(ours.features(left), ours.features(right))
+    assert_close(ours.features(left).values, ours.features(right).values)
 
 
 def test_a_q_former_without_text_is_refused() -> None:

@@ -11,9 +11,12 @@ from torch.nn import functional as F
 
 from data_pipelines.sample import Sample
 from tests.data.rendering import assistant, load, sample, user
-from tests.tiny_models import assert_close, llama_config, text_stream, tiny_llm, tiny_vision
+from tests.tiny_models import assert_close, llama_config, text_stream, tiny_llm, tiny_vision, with_views
+from vlm_train.contracts.media import Grid3
 from vlm_train.data.batch import Batch, segments_of
 from vlm_train.data.collate import Item, collate
+from vlm_train.data.image import ImageTransform
+from vlm_train.data.images.plan import Views
 from vlm_train.data.layout import GridLayout, NoMedia
 from vlm_train.data.render import render
 from vlm_train.data.tokenizer import byte_level
@@ -39,6 +42,7 @@ LLMS = {
 }
 UNROTATED = ("vision", "llm.model.model.decoder")  # the tower, OPT
 CASES = [(llm, way) for llm in LLMS for way in ATTENTIONS if llm != "gemma2 soft cap" or way == "eager"]
+PLANS = {"vision": ImageTransform(size=(32, 32), patch_grid=lambda size: Grid3(1, 2, 2))}
 TOKENIZER, QA = byte_level(), load("qa")
 
 SAMPLES = [
@@ -73,18 +77,19 @@ def items_of(model: PrefixVLM | TextOnly, samples: list[Sample]) -> list[Item]:
     generator = torch.Generator().manual_seed(1)
     layout = NoMedia()
     if isinstance(model, PrefixVLM):
-        layout = GridLayout(model.vision.patch_grid, model.connector.token_grid)
+        layout = GridLayout(PLANS["vision"].grids, model.connector.token_grid)
     items = []
     for number, one in enumerate(samples):
         rendered = render(one, QA, TOKENIZER, layout)
         views = [torch.randint(0, 256, (1, 3, 32, 32), generator=generator).byte().numpy() for _ in one.media]
-        shown = views if isinstance(model, PrefixVLM) else []
-        items.append(Item(replace(rendered, key=f"s{number}", media=rendered.media if shown else ()), shown))
+        views = [Views(view, (Grid3(1, 2, 2),)) for view in views] if isinstance(model, PrefixVLM) else []
+        shown = replace(rendered, key=f"s{number}", media=rendered.media if views else ())
+        items.append(Item(shown, {"vision": views}))
     return items
 
 
 def batch_of(items: list[Item], packs: tuple[tuple[int, ...], ...]) -> Batch:
-    return collate([[items[index] for index in row] for row in packs], (32, 32))
+    return collate([[items[index] for index in row] for row in packs], PLANS)
 
 
 def token_losses(model: PrefixVLM | TextOnly, batch: Batch) -> torch.Tensor:
@@ -99,11 +104,11 @@ def losses_and_gradients(model: PrefixVLM | TextOnly, batches: list[Batch]) -> d
     model.zero_grad()
     losses, images = [], []
     for batch in batches:
-        pixels = batch.media.pixels.float().requires_grad_()
-        loss = token_losses(model, replace(batch, media=replace(batch.media, pixels=pixels)))
+        pixels = batch.media.inputs["vision"].values.float().requires_grad_()
+        loss = token_losses(model, with_views(batch, pixels))
         loss.sum().backward()
         losses.append(loss.detach())
-        if batch.media.real:
+        if batch.media.inputs["vision"].real:
             images.append(pixels.grad)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return found | {"losses": torch.cat(losses)} | ({"images": torch.cat(images)} if images else {})
@@ -157,7 +162,9 @@ def test_nothing_leaks_into_other_samples(llm, attention):
     before = items_of(model, SAMPLES)
     other = sample((user("Where", 0), assistant("In bed")), media=1)  # as long as the first
     changed = items_of(model, [other, *SAMPLES[1:]])
-    changed[0] = replace(changed[0], views=[255 - view for view in changed[0].views])
+    changed[0] = replace(
+        changed[0], views={"vision": [replace(one, values=255 - one.values) for one in changed[0].views["vision"]]}
+    )
     for row in ((0, 1, 2), (1, 0, 2), (1, 2, 0)):
         hidden, stream = [], None
         for items in (before, changed):

@@ -13,9 +13,12 @@ import torch
 from tests.components import component, options
 from tests.tiny_models import text_stream
 from vlm_train.build import build_layout
+from vlm_train.contracts.media import Features, Grid3
+from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout, MediaSize
 from vlm_train.models.llms.text_tower import HFTextTower
 from vlm_train.models.med import START_TOKENS, Med
+from vlm_train.models.vision.example import blank_input
 
 WIDTH = 6  # of the features; those of 3 layers, where a connector reads several
 ARGUMENTS = {"vision": {}, "llm": {"vocab_size": 50}}
@@ -58,24 +61,24 @@ def test_as_written_on_meta(group):
 @pytest.mark.parametrize("option", options("vision"))
 def test_vision(option):
     vision = part("vision", option)
-    height, width = vision.image_size
-    pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
-    features = vision.encode(pixels)
-    rows, columns = vision.patch_grid(MediaSize(width=width, height=height))
-    assert features.shape == (2, rows * columns, vision.out_dim)
-    assert_gradients(vision, features, vision.unused_parameters())
+    images = blank_input(vision, 2)
+    images.values.random_(0, 256)
+    features = vision.encode(images)
+    assert features.grids == images.grids and features.values.shape == (sum(features.lengths), vision.out_dim)
+    assert_gradients(vision, features.values, vision.unused_parameters())
     assert_state_round_trip(vision, hydra.utils.instantiate(component("vision", option, tiny=True)))
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("grids", [[(1, 4, 4)] * 2, [(1, 3, 5)] * 2, [(1, 4, 4), (2, 3, 5), (1, 4, 4)]])
 @pytest.mark.parametrize("option", options("connector"))
-def test_connector(option, grid):
+def test_connector(option, grids):
     build = {"in_dim": WIDTH, "out_dim": 10}
     connector = hydra.utils.instantiate(component("connector", option, tiny=True), **build)
-    tokens = connector(torch.randn(2, grid[0] * grid[1], WIDTH), grid)
-    rows, columns = connector.token_grid(grid)
-    assert tokens.shape == (2, rows * columns, 10)
-    assert_gradients(connector, tokens)
+    grids = tuple(Grid3(*grid) for grid in grids)
+    tokens = connector(Features(torch.randn(sum(grid.size for grid in grids), WIDTH), grids))
+    assert tokens.grids == tuple(connector.token_grid(grid) for grid in grids)
+    assert tokens.values.shape == (sum(tokens.lengths), 10)
+    assert_gradients(connector, tokens.values)
     assert_state_round_trip(connector, hydra.utils.instantiate(component("connector", option, tiny=True), **build))
 
 
@@ -83,11 +86,12 @@ def test_connector(option, grid):
 def test_layout_pickles_without_weights(option):
     vision = part("vision", "clip_vit_l14_336")
     connector = hydra.utils.instantiate(component("connector", option, tiny=True), in_dim=WIDTH, out_dim=64)
-    data = pickle.dumps(GridLayout(vision.patch_grid, connector.token_grid))
-    assert len(data) < 1000
+    image = ImageTransform(size=vision.image_size, patch_grid=vision.patch_grid)
+    data = pickle.dumps(GridLayout(image.grids, connector.token_grid))
+    assert len(data) < 1500
     (pieces,) = pickle.loads(data)([MediaSize(640, 480)])
-    tokens = connector(torch.randn(1, 16, WIDTH), vision.patch_grid(MediaSize(640, 480)))
-    assert pieces[0].count == tokens.shape[1]
+    tokens = connector(Features(torch.randn(16, WIDTH), (vision.patch_grid(MediaSize(640, 480)),)))
+    assert pieces[0].count == tokens.lengths[0]
 
 
 def text_towers() -> set[str]:
@@ -130,4 +134,4 @@ def test_a_family_may_lay_out_its_media_itself():
         def media_layout(self, image):
             return ("its own", image)
 
-    assert build_layout(Family(), None) == ("its own", None)
+    assert build_layout(Family(), {}) == ("its own", None)

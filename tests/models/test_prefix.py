@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vlm
+from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vlm, with_views
 from vlm_train.contracts.objective import StepContext
 from vlm_train.errors import BatchError
 from vlm_train.models.checkpointing import checkpoint_layers
@@ -90,10 +90,10 @@ def test_frozen_parts_keep_no_graph_and_no_gradient(trained):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
     batch = branched_batch()
-    assert not saved_shapes(lambda: model.vision.encode(batch.media.pixels))
+    assert not saved_shapes(lambda: model.vision.encode(batch.media.inputs["vision"]))
     recording = []
     model.vision.layers[0].register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
-    assert model.features(batch).requires_grad == (trained == "connector")
+    assert model.features(batch).values.requires_grad == (trained == "connector")
     assert recording == [False]
     loss = LanguageModeling()(model, batch, StepContext())["lm"]
     loss.sum.backward()
@@ -127,14 +127,15 @@ def test_the_blank_view_changes_nothing():
     model = tiny_vlm()
     stream = text_stream([[5, 6, 7]])
     blank = batch_of(stream, [])
-    noise = replace(blank, media=replace(blank.media, pixels=torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)))
+    noise = with_views(blank, torch.full((1, 3, 32, 32), 200, dtype=torch.uint8))
     assert torch.equal(model(blank), model(noise))
 
 
 def test_several_views_of_one_item_are_joined():
     model = tiny_vlm()
     two_items = batch_of(text_stream([[5, *IMAGE, *IMAGE, 6]]), [0, 0])
-    one_item = replace(two_items.media, view_counts=(2,), slot_counts=(8,), row=torch.tensor([0]), keys=("a",))
+    inputs = {"vision": replace(two_items.media.inputs["vision"], view_counts=(2,))}
+    one_item = replace(two_items.media, inputs=inputs, slot_counts=(8,), row=torch.tensor([0]), keys=("a",))
     assert torch.equal(model(two_items), model(replace(two_items, media=one_item)))
 
 
@@ -164,7 +165,7 @@ def test_streams_see_their_own_placements():
     other = replace(orders, slots=replace(orders.slots, feature_index=feature_index))
     batch = batch_of(two, [0, 0])
     both = replace(batch, text={"llm": two, "rejected": other})
-    features = model.features(batch)
+    features = model.features(batch).rectangular()
     embeds = model.embed(both, "rejected")
     expected = torch.cat([features[1], features[0]])
     assert torch.equal(embeds[0, 2:10], expected) and torch.equal(embeds[0, 11:], features[1])

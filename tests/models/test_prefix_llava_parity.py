@@ -40,11 +40,11 @@ def reference_of(model) -> LlavaForConditionalGeneration:
 
 def reference_inputs(batch) -> dict:
     stream = batch.text["llm"]
-    pixels = (batch.media.pixels.float() / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(
-        1, 3, 1, 1
-    )
+    pixels = (batch.media.inputs["vision"].values.float() / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(
+        STD
+    ).view(1, 3, 1, 1)
     ids = torch.where(stream.ids == PLACEHOLDER_ID, IMAGE_TOKEN, stream.ids)
-    images = {"pixel_values": pixels[: batch.media.real]} if batch.media.real else {}
+    images = {"pixel_values": pixels[: batch.media.inputs["vision"].real]} if batch.media.inputs["vision"].real else {}
     return {"input_ids": ids, "attention_mask": (stream.segment_ids != 0).long(), **images}
 
 

@@ -92,7 +92,7 @@ def as_library(model: Aligner) -> Blip2ForImageTextRetrieval:
 
 
 def inputs(model: Aligner, batch: Batch) -> dict[str, Tensor]:
-    pixels = (batch.media.pixels.float() / 255 - model.vision.mean) / model.vision.std
+    pixels = (batch.media.inputs["vision"].values.float() / 255 - model.vision.mean) / model.vision.std
     text = batch.text["llm"]
     return {"pixel_values": pixels, "input_ids": text.ids, "attention_mask": (text.segment_ids != 0).long()}
 
@@ -190,7 +190,7 @@ def test_padding_changes_nothing(left: bool) -> None:
     matched = model.match(model.own_context(batch), batch.text["llm"].ids, real)
     for row, ids in enumerate(ROWS):
         alone = pairs([ids])
-        alone.media.pixels[:] = batch.media.pixels[row]
+        alone.media.inputs["vision"].values[:] = batch.media.inputs["vision"].values[row]
         assert_close(model.text_vectors(alone)[0], model.text_vectors(batch)[row])
         assert_close(model(alone)[0], model(batch)[row, real[row]])
         words = alone.text["llm"].ids
@@ -227,8 +227,8 @@ def test_a_tower_is_read_out_of_a_whole_blip2(tmp_path: Path) -> None:
     own = {"image_mean": MEAN, "image_std": STD, "layer": -1, "keep_cls": True, "final_norm": True}
     tower = HFVision(config=numbers, weights=str(tmp_path), **own)
     tower.load_weights()
-    pixels = pairs().media.pixels
-    assert torch.equal(tower.encode(pixels), model.vision.encode(pixels))
+    media = pairs().media.inputs["vision"]
+    assert torch.equal(tower.encode(media).values, model.vision.encode(media).values)
     other = HFVision(config=numbers | {"num_hidden_layers": 1}, weights=str(tmp_path), **own)
     with pytest.raises(AssetError, match=r"vision_model\.\*.*unexpected 1\d \(encoder\.layers\.1"):
         other.load_weights()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import assert_close
+from vlm_train.contracts.media import Features, Grid3
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.qformer import QFormerConnector
 from vlm_train.models.patch_selection import PatchSelection
@@ -24,6 +25,11 @@ def connector(seed: int = 0, **changes: Any) -> QFormerConnector:
             if parameter.ndim > 1:
                 parameter.mul_(8)
     return model
+
+
+def run(model: QFormerConnector, features: Tensor) -> Tensor:
+    """`[N, P, D_v]` -> `[N, Q, D_t]`."""
+    return model(Features.from_rectangular(features, Grid3(1, 1, features.shape[1]))).rectangular()
 
 
 class FirstChannel(nn.Module):
@@ -73,13 +79,13 @@ def test_patches_that_do_not_count_change_nothing() -> None:
     plain = connector().eval()
     plain.load_state_dict({n: t for n, t in model.state_dict().items() if ".select." not in n})
     for view, seen in zip(kept, mask[:, 0, 0], strict=True):
-        expected.append(plain(view[seen][None], (1, 1)))
-    assert_close(model(features, (3, 3)), torch.cat(expected))
+        expected.append(run(plain, view[seen][None]))
+    assert_close(run(model, features), torch.cat(expected))
 
 
 def test_the_scores_have_a_gradient_although_features_enter_unscaled() -> None:
     model = connector(budget=4)
-    model(torch.randn(2, 9, 12), (3, 3)).square().sum().backward()
+    run(model, torch.randn(2, 9, 12)).square().sum().backward()
     gradients = [parameter.grad for parameter in model.qformer.select.parameters()]
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[:-1])
 
@@ -106,7 +112,7 @@ def test_the_head_learns_to_keep_the_patches_that_tell() -> None:
     before = found()
     for _ in range(120):
         features, answer, _ = task(32)
-        loss = (model(features, (3, 4)).mean(dim=1) - answer).square().mean()
+        loss = (run(model, features).mean(dim=1) - answer).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -88,8 +88,8 @@ def tiny_batch() -> Batch:
 
 def by_hand(model: PrefixSeq2Seq, batch: Batch) -> tuple[Tensor, Tensor]:
     """The encoder's embeddings and mask, put together row by row."""
-    patches = model.vision.encode(batch.media.pixels)
-    features = model.connector(patches, (2, 2))
+    patches = model.vision.encode(batch.media.inputs["vision"])
+    features = model.connector(patches).rectangular()
     words = model.llm.model.shared
     first = torch.cat([features[0], words(torch.tensor([21, 22, 1]))])
     second = torch.cat([features[1], words(torch.tensor([1])), torch.zeros(2, model.llm.dim)])
@@ -170,7 +170,7 @@ def test_logits_behind_a_q_former_are_blip2_s() -> None:
     asked, answer = batch.text["llm"], batch.text["decoder"].ids.clone()
     answer[:, 0] = llm.start_id
     out = theirs(
-        pixel_values=(batch.media.pixels.float() / 255 - model.vision.mean) / model.vision.std,
+        pixel_values=(batch.media.inputs["vision"].values.float() / 255 - model.vision.mean) / model.vision.std,
         input_ids=torch.where(asked.ids < 0, 49, asked.ids),
         attention_mask=(asked.segment_ids != 0).long(),
         decoder_input_ids=answer,

@@ -23,7 +23,7 @@ def two_tower(**arguments) -> TwoTower:
 def test_image_embedding_is_clips():
     model, batch = two_tower(), batch_of(text_stream(ROWS), [0, 1])
     mean, std = model.vision.mean, model.vision.std
-    pooled = model.vision.model((batch.media.pixels / 255 - mean) / std).pooler_output
+    pooled = model.vision.model((batch.media.inputs["vision"].values / 255 - mean) / std).pooler_output
     expected = pooled @ model.image_projection.weight.T
     assert_close(model.encode_image(batch.media), expected / expected.norm(dim=-1, keepdim=True))
 
@@ -41,7 +41,7 @@ def test_mean_pooling_averages_the_patches():
     vision = tiny_vision(layer=-1)
     model = TwoTower(vision=vision, llm=tiny_llm(), embed_dim=12, pooling="mean")
     media = batch_of(text_stream(ROWS), [0, 1]).media
-    expected = model.image_projection(vision.encode(media.pixels).mean(dim=1))
+    expected = model.image_projection(vision.encode(media.inputs["vision"]).rectangular().mean(dim=1))
     assert_close(model.encode_image(media), expected / expected.norm(dim=-1, keepdim=True))
 
 

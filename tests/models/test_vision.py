@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from tests.tiny_models import MEAN, STD, assert_close, clip_config, siglip_config, tiny_vision
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.layout import MediaSize
 from vlm_train.errors import AssetError, ConfigError
 
@@ -39,22 +40,26 @@ def test_features_are_the_reference_hidden_states(tower, layer, keep_cls):
     vision = tiny_vision(TOWERS[tower], layer=layer, keep_cls=keep_cls).eval()
     reference = vision.model(normalised(pixels()), output_hidden_states=True).hidden_states[layer]
     dropped = 0 if keep_cls or tower == "siglip" else 1
-    features = vision.encode(pixels())
+    features = vision.encode(MediaInput(pixels())).rectangular()
     assert_close(features, reference[:, dropped:])
-    rows, columns = vision.patch_grid(MediaSize(32, 32))
+    _, rows, columns = vision.patch_grid(MediaSize(32, 32))
     assert features.shape == (2, rows * columns, vision.out_dim)
 
 
 def test_several_layers_are_concatenated_in_the_order_given():
     vision = tiny_vision(layer=[-1, 1])
     states = vision.model(normalised(pixels()), output_hidden_states=True).hidden_states
-    assert_close(vision.encode(pixels()), torch.cat([states[-1][:, 1:], states[1][:, 1:]], dim=-1))
+    assert_close(
+        vision.encode(MediaInput(pixels())).rectangular(), torch.cat([states[-1][:, 1:], states[1][:, 1:]], dim=-1)
+    )
     assert vision.out_dim == 64
 
 
 def test_final_norm_gives_the_towers_own_embedding():
     vision = tiny_vision(layer=-1, keep_cls=True, final_norm=True)
-    assert_close(vision.encode(pixels())[:, 0], vision.model(normalised(pixels())).pooler_output)
+    assert_close(
+        vision.encode(MediaInput(pixels())).rectangular()[:, 0], vision.model(normalised(pixels())).pooler_output
+    )
     with pytest.raises(ConfigError, match="vision.final_norm"):
         tiny_vision(layer=-2, final_norm=True)
 
@@ -63,7 +68,7 @@ def test_final_norm_gives_the_towers_own_embedding():
 @pytest.mark.parametrize("layer", [0, -2, -1, [0, 2]])
 def test_unused_parameters_are_exactly_those_without_gradient(tower, layer):
     vision = tiny_vision(TOWERS[tower], layer=layer)
-    vision.encode(pixels()).sum().backward()
+    vision.encode(MediaInput(pixels())).values.sum().backward()
     without = {name for name, parameter in vision.named_parameters() if parameter.grad is None}
     unused = set(vision.unused_parameters())
     assert unused == without | {name for name in unused if name.endswith("mask_token")}
@@ -72,13 +77,13 @@ def test_unused_parameters_are_exactly_those_without_gradient(tower, layer):
 def test_later_layers_are_not_run():
     vision = tiny_vision(layer=-2)
     vision.layers[2].forward = None  # calling it would fail
-    vision.encode(pixels())
+    vision.encode(MediaInput(pixels()))
 
 
 def test_meta_construction_and_small_layout():
     with torch.device("meta"):
         vision = tiny_vision()
-    assert vision.encode(pixels().to("meta")).shape == (2, 4, 32)
+    assert vision.encode(MediaInput(pixels().to("meta"))).rectangular().shape == (2, 4, 32)
     assert len(pickle.dumps(vision.patch_grid)) < 300
 
 
@@ -109,7 +114,7 @@ def test_weights_of_a_tower_folder(tmp_path, config, device):
     with torch.device(device):
         vision = tiny_vision(config, weights=str(tmp_path))
     vision.load_weights()
-    assert torch.equal(vision.encode(pixels()), saved.encode(pixels()))
+    assert torch.equal(vision.encode(MediaInput(pixels())).values, saved.encode(MediaInput(pixels())).values)
 
 
 def test_weights_of_a_whole_clip_checkpoint(tmp_path):
@@ -122,7 +127,7 @@ def test_weights_of_a_whole_clip_checkpoint(tmp_path):
     vision = tiny_vision(weights=str(tmp_path), layer=-1)
     vision.load_weights()
     expected = whole.vision_model(normalised(pixels())).last_hidden_state[:, 1:]
-    assert_close(vision.encode(pixels()), expected)
+    assert_close(vision.encode(MediaInput(pixels())).rectangular(), expected)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

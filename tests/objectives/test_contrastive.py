@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.tiny_models import assert_close, batch_of, text_stream, tiny_llm, tiny_vision
+from tests.tiny_models import assert_close, batch_of, text_stream, tiny_llm, tiny_vision, with_views
+from vlm_train.contracts.media import MediaInput
 from vlm_train.contracts.objective import StepContext
 from vlm_train.data.batch import Batch, MediaBatch
 from vlm_train.data.collate import collate
+from vlm_train.data.image import ImageTransform
 from vlm_train.errors import BatchError
 from vlm_train.models.two_tower import TwoTower
 from vlm_train.objectives.contrastive import Contrastive
@@ -26,11 +30,10 @@ def two_tower() -> TwoTower:
 def captions(first: int = 0, last: int = 4) -> Batch:
     whole = batch_of(text_stream(ROWS), [0, 1, 2, 3])
     stream = text_stream(ROWS[first:last])
-    pixels = whole.media.pixels[first:last]
+    pixels = whole.media.inputs["vision"].values[first:last]
     count = last - first
     media = MediaBatch(
-        pixels=pixels,
-        view_counts=(1,) * count,
+        inputs={"vision": MediaInput(pixels, view_counts=(1,) * count)},
         slot_counts=(0,) * count,
         row=torch.arange(count),
     )
@@ -51,12 +54,8 @@ def test_loss_is_symmetric_info_nce():
 def test_images_in_another_order_than_their_texts():
     model, batch = two_tower(), captions()
     order = torch.tensor([2, 0, 3, 1])
-    media = MediaBatch(
-        **{f: getattr(batch.media, f) for f in ("view_counts", "slot_counts")},
-        row=order,
-        pixels=batch.media.pixels[order],
-    )
-    shuffled = Batch(text=batch.text, media=media)
+    shuffled = with_views(batch, batch.media.inputs["vision"].values[order])
+    shuffled = replace(shuffled, media=replace(shuffled.media, row=order))
     losses = [Contrastive()(model, b, StepContext())["contrastive"].sum for b in (batch, shuffled)]
     assert_close(losses[1], losses[0])
 
@@ -102,7 +101,7 @@ def test_two_ranks_equal_one(mask_duplicates, cut):
 
 def test_no_pairs_give_a_zero_that_reaches_every_parameter():
     model = two_tower()
-    empty = collate([], (32, 32))
+    empty = collate([], {"vision": ImageTransform(size=(32, 32))})
     loss = Contrastive(mask_duplicates=True)(model, empty, StepContext())["contrastive"]
     assert loss.sum == 0 and loss.count == 0 and all(torch.isfinite(value) for value in loss.metrics.values())
     loss.sum.backward()

@@ -18,6 +18,7 @@ from tests.two_ranks import on_ranks
 from vlm_train.contracts.objective import Loss, StepContext
 from vlm_train.data.batch import Batch, Window
 from vlm_train.data.collate import collate
+from vlm_train.data.image import ImageTransform
 from vlm_train.models.align import Aligner
 from vlm_train.objectives.itc import ITC
 from vlm_train.objectives.itm import ITM
@@ -30,7 +31,7 @@ WINDOW = Window(step=3, micro=0, micro_count=1, sums={})
 def part(first: int = 0, last: int = 5) -> Batch:
     whole = pairs(ROWS)
     batch = pairs(ROWS[first:last])
-    batch.media.pixels[:] = whole.media.pixels[first:last]
+    batch.media.inputs["vision"].values[:] = whole.media.inputs["vision"].values[first:last]
     return replace(batch, window=WINDOW, media=replace(batch.media, keys=whole.media.keys[first:last]))
 
 
@@ -147,7 +148,7 @@ def test_draws_follow_the_softmax_and_the_step() -> None:
 
 def test_no_pairs_and_no_negatives() -> None:
     model = tiny_aligner().eval()
-    empty = replace(collate([], (32, 32)), window=WINDOW)
+    empty = replace(collate([], {"vision": ImageTransform(size=(32, 32))}), window=WINDOW)
     for name, loss in losses(all_three(), model, empty).items():
         assert loss.sum == 0 and loss.count == 0, name
         assert all(torch.isfinite(value) for value in loss.metrics.values())
@@ -184,7 +185,7 @@ def test_products_are_those_of_the_formula() -> None:
         losses(all_three(), model, batch)
         total = counter.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.vision.encode(batch.media.pixels)
+        model.vision.encode(batch.media.inputs["vision"])
         tower = counter.get_total_flops()
     self_attention, ffn, cross = 4 * dim * dim, 2 * dim * 64, 2 * dim * dim
     asked, read = b * 4 * QUERIES, b * 5 * length

@@ -14,6 +14,7 @@ from tests.objectives.test_contrastive import TwoRanks, captions, two_tower
 from tests.tiny_models import assert_close, batch_of, text_stream
 from vlm_train.contracts.objective import StepContext
 from vlm_train.data.collate import collate
+from vlm_train.data.image import ImageTransform
 from vlm_train.errors import ConfigError
 from vlm_train.models.two_tower import TwoTower
 from vlm_train.objectives.pairs import caption_hashes
@@ -43,7 +44,7 @@ def test_orthogonal_embeddings_at_the_published_start():
 def test_loss_is_that_of_transformers():
     model, reference = siglip()
     batch = batch_of(text_stream(ROWS), [0, 1, 2])
-    normalised = (batch.media.pixels / 255 - model.vision.mean) / model.vision.std
+    normalised = (batch.media.inputs["vision"].values / 255 - model.vision.mean) / model.vision.std
     ids = torch.tensor([row + [1] * (7 - len(row)) for row in ROWS])
     expected = reference(input_ids=ids, pixel_values=normalised, return_loss=True).loss
     loss = Sigmoid()(model, batch, StepContext())["sigmoid"]
@@ -85,7 +86,8 @@ def test_equal_captions_are_not_negatives():
 
 def test_no_pairs_give_a_zero_that_reaches_every_parameter():
     model = biased()
-    loss = Sigmoid(mask_duplicates=True)(model, collate([], (32, 32)), StepContext())["sigmoid"]
+    empty = collate([], {"vision": ImageTransform(size=(32, 32))})
+    loss = Sigmoid(mask_duplicates=True)(model, empty, StepContext())["sigmoid"]
     assert loss.sum == 0 and loss.count == 0 and all(torch.isfinite(value) for value in loss.metrics.values())
     loss.sum.backward()
     unused = model.unused_parameters()

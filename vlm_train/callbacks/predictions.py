@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from torch.distributed.tensor import DTensor
 
 from data_pipelines.errors import BadSample
@@ -16,6 +15,7 @@ from vlm_train import record
 from vlm_train.contracts.family import Family, Generates
 from vlm_train.data.batch import Batch
 from vlm_train.data.collate import collate_prompts
+from vlm_train.data.images.plan import MediaViews, collect_pictures
 from vlm_train.data.processor import Processor
 from vlm_train.data.render import Rendered
 from vlm_train.data.samples import Samples
@@ -83,7 +83,7 @@ class Predictions(pl.Callback):
 
     def _prepare(self, held_out: Samples, folder: Path) -> None:
         """Render the questions and save their pictures; unusable samples are passed over."""
-        prompts: list[tuple[Rendered, list[np.ndarray]]] = []
+        prompts: list[tuple[Rendered, MediaViews]] = []
         self.asked, processor = [], held_out.processor
         for index in spread(range(len(held_out)), self.samples):
             source, number, _ = held_out.locate(index)
@@ -93,12 +93,13 @@ class Predictions(pl.Callback):
                 views = processor.make_views(blobs)
             except BadSample:
                 continue
-            image = f"images/{len(prompts)}.png" if views else None
+            pictures = collect_pictures(views)
+            image = f"images/{len(prompts)}.png" if pictures else None
             if image:
-                save_views(np.concatenate(views), folder / image)
+                save_views(pictures, folder / image)
             prompts.append((prompt, views))
             self.asked.append(Asked(sample.key, question(sample.annotations[0]), prompt.reference, image))
-        self.batch = collate_prompts(prompts, processor.image_size) if prompts else None
+        self.batch = collate_prompts(prompts, processor.images) if prompts else None
 
     def _answers(self, processor: Processor, model: Any) -> list[str]:
         assert self.batch is not None

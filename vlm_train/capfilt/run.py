@@ -28,6 +28,7 @@ from vlm_train.randomness import derive_seed
 if TYPE_CHECKING:
     from vlm_train.build import Built
     from vlm_train.data.batch import Batch
+    from vlm_train.data.images.plan import MediaViews
     from vlm_train.data.processor import Processor
 
     Row = dict[str, Any]
@@ -38,7 +39,7 @@ class Shown:
     """A usable sample: its key, its image as the model sees it, and its prompt, or every caption of it."""
 
     key: str
-    views: list[Any]
+    views: MediaViews
     texts: list[Rendered]
 
 
@@ -216,7 +217,7 @@ def _shown(
         yield group
 
 
-def _batch(built: Built, items: Sequence[tuple[Rendered, list[Any]]]) -> Batch:
+def _batch(built: Built, items: Sequence[tuple[Rendered, MediaViews]]) -> Batch:
     from vlm_train.data.collate import collate_prompts
 
-    return collate_prompts(list(items), built.processor.image_size).to(next(built.model.parameters()).device)
+    return collate_prompts(list(items), built.processor.images).to(next(built.model.parameters()).device)

@@ -35,7 +35,7 @@ class Family(nn.Module):
     def media_layout(self, image: Any) -> MediaLayout | None:
         """Where media stand in the text: a picklable object without weights. None: as the connector's token grid.
 
-        `image` is the transform of `vlm_train.data.image`, or None where sizes alone are asked for.
+        `image` is the plan of its vision encoder, or None where sizes alone are asked for.
         """
         return None
 

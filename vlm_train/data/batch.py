@@ -1,6 +1,6 @@
 """`Batch`: the one shape in which data reaches every model family.
 
-Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, N media views, S placeholders.
+Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, S placeholders.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import BadSample
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.streams import Alignment
 from vlm_train.errors import BatchError
 
@@ -100,28 +101,20 @@ class TokenStream:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaBatch:
-    """All images (views, frames) of a batch, flat. Where their features go, each token stream says.
+    """All media items of a batch, in order. Where their features go, each token stream says.
 
     Attributes:
-        pixels: `[N, 3, H, W]` uint8, or a family's own flat patches. Never empty: a batch without images carries one
-            blank view, so that every rank makes the same tower calls (`real` says which views count).
-        view_counts: views of each media item, in order; their sum is the number of real views.
+        inputs: name of a vision encoder -> what it is given. A family with one encoder names it "vision".
         slot_counts: features of each media item, in order, as the layout promised them to the text; 0 for items that
             take no place in a text (two towers).
         row: `[items]` int64, the row of the batch each item belongs to.
         keys: sample key of each item, for messages.
     """
 
-    pixels: Tensor
-    view_counts: tuple[int, ...] = ()
+    inputs: Mapping[str, MediaInput] = field(default_factory=dict)
     slot_counts: tuple[int, ...] = ()
     row: Tensor
     keys: tuple[str, ...] = ()
-
-    @property
-    def real(self) -> int:
-        """Number of real views: `pixels[:real]` are images, the rest is the blank dummy."""
-        return sum(self.view_counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +177,7 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device`."""
-        if torch.device(device) == self.media.pixels.device:
+        if torch.device(device) == self.media.row.device:
             return self
         return map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
 
@@ -195,7 +188,7 @@ class Batch:
 
 def pairs_in(batch: Batch, text: str = "llm") -> int:
     """Number of image-text pairs. Raises `BatchError` unless every text of the stream `text` has one image view."""
-    texts, pairs, views = len(batch.text[text].ids), len(batch.media.row), batch.media.real
+    texts, pairs, views = len(batch.text[text].ids), len(batch.media.row), batch.media.inputs["vision"].real
     if views != pairs or (pairs and pairs != texts):  # without pairs, a row of padding
         raise BatchError(f"batch: needs one image view a text, got {views} views of {pairs} images for {texts} texts")
     return pairs

@@ -7,38 +7,38 @@ Normalisation (`batch.normalise`) becomes per-target weights here: the loss is a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window, segments_of
+from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.data.render import Rendered
 from vlm_train.data.streams import Stream
 from vlm_train.errors import BatchError
 
-Views = Sequence[np.ndarray | None]
-
 
 @dataclass(frozen=True)
 class Item:
-    """One sample ready for a batch: its streams, and per media item its uint8 views `[V, 3, H, W]`.
+    """One sample ready for a batch: its streams, and what every encoder is given of each of its media items.
 
     Items beyond `rendered.media` are not looked at and may be None; a model without a tower is given none at all.
     """
 
     rendered: Rendered
-    views: Views
+    views: MediaViews
     source: str = ""
     weight: float = 1.0
 
 
 def collate(
     rows: Sequence[Sequence[Item]],
-    image_size: tuple[int, int],
+    plans: Mapping[str, ImagePlan],
     *,
     streams: Sequence[str] = ("llm",),
     normalise: str = "token",
@@ -47,7 +47,8 @@ def collate(
 ) -> Batch:
     """Rows of one or several samples. No rows give one row of padding, so that every rank makes the same calls.
 
-    A packed row holds its samples one after the other, each a segment with positions of its own.
+    A packed row holds its samples one after the other, each a segment with positions of its own. `plans` are those that
+    made the views: a batch without media is given their blank ones.
 
     Raises:
         BatchError: items with different streams, or a placeholder that no given view would fill. Names the sample.
@@ -63,7 +64,7 @@ def collate(
     shelf = _shelve(items)
     return Batch(
         text={name: _stream(rows, name, shelf, normalise, left) for name in names},
-        media=_media(rows, items, shelf, image_size),
+        media=_media(rows, items, shelf, plans),
         window=window,
         sources=tuple(tuple(item.source for item in row) for row in rows) or ((),),
         keys=tuple(tuple(item.rendered.key for item in row) for row in rows) or ((),),
@@ -71,9 +72,9 @@ def collate(
     )
 
 
-def collate_prompts(items: Sequence[tuple[Rendered, Views]], image_size: tuple[int, int]) -> Batch:
+def collate_prompts(items: Sequence[tuple[Rendered, MediaViews]], plans: Mapping[str, ImagePlan]) -> Batch:
     """A batch of generation prompts, padded on the left."""
-    return collate([[Item(rendered, views)] for rendered, views in items], image_size, left=True)
+    return collate([[Item(rendered, views)] for rendered, views in items], plans, left=True)
 
 
 def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
@@ -100,7 +101,7 @@ def _shelve(items: Sequence[Item]) -> _Shelf:
     """Number the media that the model is given, and count their features as the slots of all streams want them."""
     numbers: dict[tuple[int, int], int] = {}
     for sample, item in enumerate(items):
-        for number in (n for n in item.rendered.media if n < len(item.views)):
+        for number in (n for n in item.rendered.media if n < _given(item)):
             numbers[sample, number] = len(numbers)
     counts = [0] * len(numbers)
     for sample, item in enumerate(items):
@@ -109,10 +110,15 @@ def _shelve(items: Sequence[Item]) -> _Shelf:
                 if (at := numbers.get((sample, placed.slot.item))) is None:
                     raise BatchError(
                         f"collate: sample {item.rendered.key!r}: media item {placed.slot.item} has "
-                        f"{placed.slot.count} placeholders, but 0 views ({len(item.views)} media items were given)"
+                        f"{placed.slot.count} placeholders, but 0 views ({_given(item)} media items were given)"
                     )
                 counts[at] = max(counts[at], placed.offset + placed.slot.count)
     return _Shelf(numbers, tuple(counts), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+
+
+def _given(item: Item) -> int:
+    """Media items of which every encoder has views; 0 without an encoder."""
+    return min(map(len, item.views.values()), default=0)
 
 
 def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise: str, left: bool) -> TokenStream:
@@ -199,26 +205,39 @@ def _slots(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, ids: np.nda
     )
 
 
-def _joined(views: Sequence[np.ndarray]) -> torch.Tensor:
-    """Views one after the other; in a loader process in memory that it shares, where they go anyway."""
-    shape = (sum(len(one) for one in views), *views[0].shape[1:])
+def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
+    """What an encoder is given of several media items; without any, one blank view of its plan."""
+    parts = items or [plan.blank()]
+    return MediaInput(
+        values=_join_arrays([views.values for views in parts]),
+        grids=tuple(grid for views in parts for grid in views.grids),
+        view_counts=tuple(map(len, items)),
+    )
+
+
+def _join_arrays(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """Arrays one after the other; in a loader process in memory that it shares, where they go anyway."""
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    joined = torch.from_numpy(np.empty(0, arrays[0].dtype))
     if get_worker_info() is None:
-        joined = torch.empty(shape, dtype=torch.uint8)
+        joined = joined.new_empty(shape)
     else:
-        storage = torch.UntypedStorage._new_shared(math.prod(shape))
-        joined = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
-    np.concatenate(views, out=joined.numpy())
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * joined.element_size())
+        joined = joined.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
+    np.concatenate(arrays, out=joined.numpy())
     return joined
 
 
 def _media(
-    rows: Sequence[Sequence[Item]], items: Sequence[Item], shelf: _Shelf, image_size: tuple[int, int]
+    rows: Sequence[Sequence[Item]], items: Sequence[Item], shelf: _Shelf, plans: Mapping[str, ImagePlan]
 ) -> MediaBatch:
     row_of = [number for number, row in enumerate(rows) for _ in row]
-    pixels = [np.asarray(items[sample].views[number]) for sample, number in shelf.numbers]
+    inputs = {}
+    for name, plan in plans.items():
+        shown = (items[sample].views[name][number] for sample, number in shelf.numbers)
+        inputs[name] = join_views([views for views in shown if views is not None], plan)
     return MediaBatch(
-        pixels=_joined(pixels or [np.zeros((1, 3, *image_size), np.uint8)]),
-        view_counts=tuple(len(views) for views in pixels),
+        inputs=inputs,
         slot_counts=shelf.counts,
         row=torch.tensor([row_of[sample] for sample, _ in shelf.numbers], dtype=torch.int64),
         keys=tuple(items[sample].rendered.key for sample, _ in shelf.numbers),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from vlm_train.data.layout import MediaSize
+from vlm_train.models.vision.example import typical_size
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,9 @@ def cost_of(model: Any) -> Cost:
     pair = passes * 2.0 * len(llm.layers) * llm.dim
     if vision is None:
         return Cost(token, pair)
-    rows, columns = vision.patch_grid(_view(vision))
+    patches = vision.patch_grid(typical_size(vision)).size
     weights = sum(p.numel() for p in vision.parameters())
-    return Cost(token, pair, (3.0 if _trains(vision) else 1.0) * 2.0 * weights * rows * columns)
-
-
-def _view(vision: Any) -> Any:
-    height, width = vision.image_size or (448, 448)
-    return MediaSize(width=width, height=height)
+    return Cost(token, pair, (3.0 if _trains(vision) else 1.0) * 2.0 * weights * patches)
 
 
 def _trains(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -18,7 +18,9 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.video import video_extension
+from vlm_train.contracts.media import Grid3
 from vlm_train.data.augment import LEVELS, distorted, draw
+from vlm_train.data.images.plan import Views
 from vlm_train.data.layout import MediaSize
 from vlm_train.data.resample import resized_part
 from vlm_train.data.video import decode_frames
@@ -34,6 +36,12 @@ Rectangle = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
 
+def one_patch(size: MediaSize) -> Grid3:
+    """A view that its encoder does not cut into patches."""
+    del size
+    return Grid3(1, 1, 1)
+
+
 class ImageTransform:
     """One square or rectangular view of every image, and of every used frame of a video.
 
@@ -43,6 +51,7 @@ class ImageTransform:
             ignored.
         size: (height, width) in pixels of the tower's view; given by `build.py`.
         mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
+        patch_grid: the tower's patch grid of a view; given by `build.py`.
         flip: mirror at random with probability 0.5 while training; all frames of a video alike.
         area: [least, most] share of the image while training: a random part of it, of an aspect ratio between 3 : 4 and
             4 : 3, is resized instead ("random resized crop"); the same part of all frames. None: the whole image.
@@ -59,6 +68,7 @@ class ImageTransform:
         mode: Mode = "crop",
         size: tuple[int, int],
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        patch_grid: Callable[[MediaSize], Grid3] = one_patch,
         flip: bool = False,
         area: Sequence[float] | None = None,
         augment: Sequence[int] | None = None,
@@ -71,6 +81,7 @@ class ImageTransform:
             raise ConfigError(f"image.area: {[*area]}; allowed: [least, most] with 0 < least <= most <= 1, or null")
         self.mode = mode
         self.size = size
+        self.patch_grid = patch_grid
         self.fill = tuple(int(channel * 255) for channel in mean)
         if augment is not None and not (len(augment) == 2 and augment[0] >= 1 and 0 <= augment[1] <= LEVELS):
             raise ConfigError(f"image.augment: {[*augment]}; allowed: [count, level], 1 or more and 0 to 10, or null")
@@ -84,30 +95,19 @@ class ImageTransform:
         """Whether training makes random choices."""
         return self.flip or self.area is not None or self.augment is not None
 
-    def view_size(self, size: MediaSize) -> MediaSize:
-        """The size in pixels of the view made of an image, which decides its patch grid."""
-        del size
-        return MediaSize(width=self.size[1], height=self.size[0])
+    def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
+        """Patch grids of the views of an image (one) or a video (one a used frame)."""
+        return self._grids(min(size.frames, self.frames))
 
-    def view_count(self, size: MediaSize) -> int:
-        """How many views are made of an image (1) or a video."""
-        return min(size.frames, self.frames)
+    def _grids(self, views: int) -> tuple[Grid3, ...]:
+        return (self.patch_grid(MediaSize(width=self.size[1], height=self.size[0])),) * views
 
-    def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> np.ndarray:
-        """Decode and transform one image, or the used frames of one video; its first bytes tell which it is.
+    def blank(self) -> Views:
+        """A black view."""
+        return Views(np.zeros((1, 3, *self.size), np.uint8), self._grids(1))
 
-        Args:
-            data: the encoded file.
-            generator: source of randomness while training; None: deterministic.
-            where: shard and key, for the message.
-
-        Returns:
-            uint8 `[V, 3, H, W]`; V is 1 for an image, see `view_count`.
-
-        Raises:
-            BadSample: the bytes are not a sound JPEG, PNG or WebP image, or MP4, WebM or Matroska video, of acceptable
-                size.
-        """
+    def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
+        """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         area = self.area if generator is not None else None
         if video_extension(data) is None:
             pictures = [self._decoded(data, where, whole=area is not None)]
@@ -118,7 +118,7 @@ class ImageTransform:
         part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
         drawn = draw(self.augment[0], self.augment[1], generator) if self.augment and generator is not None else []
         views = [self._view(image, resized, mirror, part, drawn) for image, resized in pictures]
-        return np.stack(views) if len(views) > 1 else views[0][None]
+        return Views(np.stack(views) if len(views) > 1 else views[0][None], self._grids(len(views)))
 
     def _decoded(self, data: bytes, where: str, *, whole: bool) -> tuple[Image.Image, tuple[int, int]]:
         """An image in RGB, and the size that it is resized to; `whole`: with all its pixels."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-Grid = tuple[int, int]  # rows, columns
+from vlm_train.contracts.media import Grid3, join_grids
 
 PLACEHOLDER_ID = -200
 """Token id of every placeholder position: outside any vocabulary, so it can never be mistaken for text."""
@@ -28,14 +28,20 @@ class MediaSize:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """`count` placeholder tokens for media item `item`; `grid` (rows, columns) is their arrangement, if any.
+    """A run of placeholders. `Slot(item, 0)` takes no place: it says that the item stands here, for models that read
+    media by cross-attention.
 
-    `Slot(item, 0)` takes no place: it says that the item stands here, for models that read media by cross-attention.
+    Attributes:
+        item: the media item whose features they receive.
+        count: placeholders.
+        grid: their arrangement, if any.
+        seconds: how long the video lasts that `grid.t` divides; None: an image.
     """
 
     item: int
     count: int
-    grid: Grid | None = None
+    grid: Grid3 | None = None
+    seconds: float | None = None
 
 
 Piece = str | Slot
@@ -53,51 +59,26 @@ class MediaLayout(Protocol):
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]: ...
 
 
-def one_view(size: MediaSize) -> int:
-    """Every image is one view, and so is every video."""
-    del size
-    return 1
-
-
 @dataclass(frozen=True)
 class GridLayout:
     """One run of placeholders an item, optionally between literal boundary tokens.
 
-    `patch_grid(size)` is the vision tower's patch grid for a view of an item, `token_grid(grid)` what the connector
-    makes of it, and `views(size)` how many views the item has, whose grids stand below each other. All three are
-    functions that pickle without weights.
+    `patch_grids(size)` are the patch grids of an item's views, as its image plan makes them, `token_grid(grid)` what
+    the connector makes of each. Both are functions that pickle without weights.
     """
 
-    patch_grid: Callable[[MediaSize], Grid]
-    token_grid: Callable[[Grid], Grid]
+    patch_grids: Callable[[MediaSize], Sequence[Grid3]]
+    token_grid: Callable[[Grid3], Grid3]
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
-    views: Callable[[MediaSize], int] = one_view
 
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
         layouts: list[list[Piece]] = []
         for item, size in enumerate(sizes):
-            rows, columns = self.token_grid(self.patch_grid(size))
-            rows *= self.views(size)
-            layouts.append([*self.before, Slot(item, rows * columns, (rows, columns)), *self.after])
+            grid = join_grids([self.token_grid(one) for one in self.patch_grids(size)])
+            slot = Slot(item, grid.size, grid, size.seconds or None)
+            layouts.append([*self.before, slot, *self.after])
         return layouts
-
-
-class ViewSizes(Protocol):
-    """What makes views: the size in pixels of the view of a media item."""
-
-    def view_size(self, size: MediaSize) -> MediaSize: ...
-
-
-@dataclass(frozen=True)
-class ViewGrid:
-    """Patch grid of the view that an image transform makes of a media item."""
-
-    image: ViewSizes
-    patch_grid: Callable[[MediaSize], Grid]
-
-    def __call__(self, size: MediaSize) -> Grid:
-        return self.patch_grid(self.image.view_size(size))
 
 
 class NoMedia:

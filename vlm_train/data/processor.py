@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from data_pipelines.sample import Sample
-from vlm_train.data.image import ImageTransform
+from vlm_train.data.images.plan import ImagePlan, MediaViews, make_views
 from vlm_train.data.instruction import Instruction
 from vlm_train.data.layout import MediaLayout
 from vlm_train.data.render import Rendered, render
@@ -28,7 +26,7 @@ class Processor:
 
     Args:
         layout: how many placeholder tokens a sample's media take, and how they stand.
-        image: what makes views of images and videos; None: the model has no vision tower.
+        images: name of a vision encoder -> its image plan; empty: the model has none.
         instruction: writes the stream "qformer", where the model reads one.
         streams: the token streams that the model reads, and how their labels are aligned.
         max_length: most tokens of a stream in training; None: no limit.
@@ -37,15 +35,10 @@ class Processor:
     tokenizer: Any
     template: Template
     layout: MediaLayout
-    image: ImageTransform | None = None
+    images: Mapping[str, ImagePlan] = field(default_factory=dict)
     instruction: Instruction | None = None
     streams: Mapping[str, Alignment] = field(default_factory=lambda: dict(CAUSAL))
     max_length: int | None = None
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of one view; a small dummy where the model has no images."""
-        return self.image.size if self.image is not None else (8, 8)
 
     def render(self, sample: Sample, **options: Any) -> Rendered:
         """The token streams of a sample; `options` are those of `vlm_train.data.render.render`, which says what they
@@ -60,10 +53,10 @@ class Processor:
             **options,
         )
 
-    def make_views(self, blobs: Sequence[bytes]) -> list[np.ndarray]:
-        """uint8 views `[V, 3, H, W]` of every encoded image or video, without random choices; none for a model without
-        a vision tower. Raises `BadSample` where one cannot be decoded."""
-        return [] if self.image is None else [self.image(blob) for blob in blobs]
+    def make_views(self, blobs: Sequence[bytes], **options: Any) -> MediaViews:
+        """What every vision encoder is given of encoded images and videos; `options` are those of
+        `vlm_train.data.images.plan.make_views`, which says what they mean and what is raised."""
+        return make_views(self.images, blobs, **options)
 
     @cached_property
     def end_ids(self) -> list[int]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -140,28 +141,18 @@ class Samples:
             rendered = self._render(sample, piece, self._drawn(address, sample) if training else None)
             if training and self.lengths is not None:
                 self._require_planned(address.index, rendered, source, number)
-            views = self._views(address, rendered, blobs, training)
+            views = self.processor.make_views(
+                blobs,
+                shown=rendered.media,
+                draws=partial(draws_of, self.seed, address.epoch, address.index) if training else None,
+                where=f"sample {rendered.key!r}",
+            )
         except NoPiece as error:
             raise DataError(f"{shards.where(number)}: {error}: {STALE}") from error
         except BadSample as error:
             error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
             raise
         return Item(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
-
-    def _views(
-        self, address: Address, rendered: Rendered, blobs: Sequence[bytes], training: bool
-    ) -> list[np.ndarray | None]:
-        """Those of the media items that the sample shows."""
-        image = self.processor.image
-        if image is None:
-            return []
-        generator = None
-        if training and image.random:
-            generator = draws_of(self.seed, address.epoch, address.index)
-        views: list[np.ndarray | None] = [None] * len(blobs)
-        for number in rendered.media:
-            views[number] = image(blobs[number], generator, f"sample {rendered.key!r}")
-        return views
 
     def split(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""
@@ -234,11 +225,9 @@ class Samples:
 
     def _size(self, rendered: Rendered, sample: Sample) -> tuple[int, int]:
         tokens = max(len(stream) for stream in rendered.streams.values())
-        if self.processor.image is None:
-            return tokens, 0
         media = [sample.media[one] for one in rendered.media]
         sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
-        return tokens, sum(self.processor.image.view_count(one) for one in sizes)
+        return tokens, sum(len(plan.grids(one)) for plan in self.processor.images.values() for one in sizes)
 
     def _require_planned(self, index: int, rendered: Rendered, source: Source, number: int) -> None:
         assert self.lengths is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.stream import ShardSet
+from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.processor import Processor
 from vlm_train.data.render import Rendered
 from vlm_train.data.samples import draws_of
@@ -37,12 +39,12 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
     print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")
     others = {} if processor.instruction is None else {QFORMER: processor.instruction.tokenizer}
     print(format_tokens(rendered, processor.tokenizer, sys.stdout.isatty(), others))
-    image = processor.image
-    if rendered.media and image is not None:
-        passes = [None, *(draws_of(seed, epoch, 0) for epoch in range(PASSES if image.random else 0))]
-        views = np.concatenate([image(blobs[number], drawn) for drawn in passes for number in rendered.media])
-        print(save_views(views, folder / "show.png"))
-        if image.random:
+    if rendered.media and processor.images:
+        random = any(plan.random for plan in processor.images.values())
+        passes = [None, *(partial(draws_of, seed, epoch, 0) for epoch in range(PASSES if random else 0))]
+        seen = [processor.make_views(blobs, shown=rendered.media, draws=draws) for draws in passes]
+        print(save_views([picture for views in seen for picture in collect_pictures(views)], folder / "show.png"))
+        if random:
             print(f"first as evaluations see it, then as training does in passes 0 to {PASSES - 1}")
 
 
@@ -113,24 +115,24 @@ def _paint(text: str, code: str, colour: bool) -> str:
     return f"{code}{text}{RESET}" if colour else text
 
 
-def save_views(pixels: NDArray[np.uint8], path: str | Path) -> Path:
-    """Save uint8 views `[N, 3, H, W]` side by side, as near a square as they fit, as one PNG.
+def save_views(pictures: Sequence[NDArray[np.uint8]], path: str | Path) -> Path:
+    """Save uint8 views `[3, H, W]` side by side, as near a square as they fit, as one PNG.
 
     Returns:
         The written path; its folder is created.
     """
     from PIL import Image
 
-    views = np.asarray(pixels)
-    if views.ndim != 4 or views.shape[1] != 3 or views.dtype != np.uint8 or not len(views):
-        raise ValueError(f"save_views: expected uint8 [N, 3, H, W], got {views.dtype} {list(views.shape)}")
-    count, _, height, width = views.shape
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
+    if not len(pictures) or any(p.ndim != 3 or p.shape[0] != 3 or p.dtype != np.uint8 for p in pictures):
+        found = ", ".join(f"{picture.dtype} {list(picture.shape)}" for picture in pictures)
+        raise ValueError(f"save_views: expected uint8 [3, H, W] each, got {found or 'none'}")
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = -(-len(pictures) // columns)
+    height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
     sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
-    for index, view in enumerate(views):
+    for index, picture in enumerate(pictures):
         top, left = index // columns * height, index % columns * width
-        sheet[top : top + height, left : left + width] = view.transpose(1, 2, 0)
+        sheet[top : top + picture.shape[1], left : left + picture.shape[2]] = picture.transpose(1, 2, 0)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(path, format="PNG")

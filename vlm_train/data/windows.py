@@ -49,7 +49,7 @@ class WindowStream(IterableDataset):
         window = self._window(step, micros, tuple(problems))
         how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
         return [
-            collate(rows, self.samples.processor.image_size, window=replace(window, micro=m), **how)
+            collate(rows, self.samples.processor.images, window=replace(window, micro=m), **how)
             for m, rows in enumerate(micros)
         ]
 
@@ -134,6 +134,4 @@ class ValidationStream(IterableDataset):
             row = [Address(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
             items = load_row(self.samples, row, problems, training=False)
             how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
-            yield replace(
-                collate([[i] for i in items], self.samples.processor.image_size, **how), problems=tuple(problems)
-            )
+            yield replace(collate([[i] for i in items], self.samples.processor.images, **how), problems=tuple(problems))

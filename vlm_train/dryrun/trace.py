@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
-from vlm_train.data.layout import MediaSize, Slot
+from vlm_train.data.layout import Slot
 from vlm_train.models.layers.numbered import numbered_layers
+from vlm_train.models.vision.example import blank_input, typical_size
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -212,15 +213,9 @@ def visual_tokens(model: Any) -> int:
     if vision is None or connector is None:
         return 0
     if (layout := model.media_layout(None)) is not None:
-        return sum(piece.count for piece in layout([image_size(model)])[0] if isinstance(piece, Slot))
-    rows, columns = connector.token_grid(vision.patch_grid(image_size(model)))
-    return rows * columns
-
-
-def image_size(model: Any) -> MediaSize:
-    """The size of one view (towers without a fixed size: 448 x 448)."""
-    height, width = model.vision.image_size or (448, 448)
-    return MediaSize(width=width, height=height)
+        return sum(piece.count for piece in layout([typical_size(vision)])[0] if isinstance(piece, Slot))
+    size: int = connector.token_grid(vision.patch_grid(typical_size(vision))).size
+    return size
 
 
 def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: int, supervised: int) -> Batch:
@@ -238,12 +233,9 @@ def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: in
             length = {"causal": text_tokens, "seq2seq": supervised, "none": asked}[alignment]
             shown = slots if alignment == "causal" or name == "llm" else 0
             text[name] = _meta_stream(rows, length, shown, 0 if alignment == "none" else supervised)
-        height, width = (1, 1)
-        if getattr(model, "vision", None) is not None:
-            height, width = image_size(model).height, image_size(model).width
+        vision = getattr(model, "vision", None)
         media = MediaBatch(
-            pixels=torch.zeros(rows, 3, height, width, dtype=torch.uint8),
-            view_counts=(1,) * rows,
+            inputs={} if vision is None else {"vision": blank_input(vision, rows)},
             slot_counts=(slots,) * rows,
             row=torch.arange(rows),
             keys=("meta",) * rows,

@@ -96,7 +96,7 @@ class Alignment:
                 rendered = processor.render(sample, annotations="first", **length)
                 items.append([Item(rendered, processor.make_views(blobs[:1]))])
                 captions.append(normalize_text(reference(sample.annotations[0])))
-        return captions, collate(items, processor.image_size)
+        return captions, collate(items, processor.images)
 
 
 def _nearest(images: Tensor, texts: Tensor) -> list[int]:

@@ -16,9 +16,9 @@ from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.evaluation.metrics.exact_match import matches
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
+    from vlm_train.data.images.plan import MediaViews
     from vlm_train.data.processor import Processor
 
 Load = Callable[[int], tuple[Sample, list[bytes]]]
@@ -74,7 +74,7 @@ class Generator:
             device = next(model.parameters()).device
             progress = progress_bar("questions", sum(shards.annotations(number) for number in numbers))
             for group in _groups(self._prompts(numbers, load or shards.load), self.batch):
-                batch = collate_prompts([(prompt, views) for *_, prompt, views in group], processor.image_size)
+                batch = collate_prompts([(prompt, views) for *_, prompt, views in group], processor.images)
                 ids = model.generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=processor.end_ids)
                 for (number, asked, references, prompt, _), row in zip(group, ids.tolist(), strict=True):
                     text = processor.decode_answer(row).strip()
@@ -84,7 +84,7 @@ class Generator:
 
     def _prompts(
         self, numbers: Sequence[int], load: Load
-    ) -> Iterator[tuple[int, str, tuple[str, ...], Rendered, list[np.ndarray]]]:
+    ) -> Iterator[tuple[int, str, tuple[str, ...], Rendered, MediaViews]]:
         for number in numbers:
             with self.unusable.watch(number):
                 sample, blobs = load(number)

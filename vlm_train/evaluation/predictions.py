@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from data_pipelines.stream import ShardSet
+from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.show import save_views
 from vlm_train.evaluation.generate import Answer
 
@@ -38,9 +37,9 @@ def save_pictures(processor: Processor, shards: ShardSet, numbers: Sequence[int]
     paths = {}
     for number in numbers:
         _, blobs = shards.load(number)
-        if views := processor.make_views(blobs):
+        if pictures := collect_pictures(processor.make_views(blobs)):
             paths[number] = f"images/{number}.png"
-            save_views(np.concatenate(views), folder / paths[number])
+            save_views(pictures, folder / paths[number])
     return paths
 
 

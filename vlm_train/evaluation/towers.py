@@ -5,10 +5,8 @@ Legend: N images, C texts, E width of the shared space.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
-
-import numpy as np
 
 from data_pipelines.errors import BadSample
 from data_pipelines.members import captioned
@@ -21,7 +19,9 @@ from vlm_train.evaluation.generate import reference
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vlm_train.data.images.plan import MediaViews, Views
     from vlm_train.data.processor import Processor
+    from vlm_train.data.render import Rendered
 
 
 def image_vectors(
@@ -47,7 +47,7 @@ def image_vectors(
                     captions.append(caption)
                     views.append(view)
             if views:
-                vectors.append(_encode_images(model, views))
+                vectors.append(_encode_images(model, processor, views))
             progress(min(batch, count - start))
     unusable.check(count)
     if not vectors:
@@ -69,28 +69,32 @@ def text_vectors(model: nn.Module, processor: Processor, texts: Sequence[str], b
                 Sample(key=f"text-{number}", media=(), annotations=(captioned(text, images=0),), source="eval")
                 for number, text in enumerate(texts[start : start + batch])
             ]
-            prompts = [(processor.render(sample, annotations="first"), ()) for sample in samples]
-            vectors.append(encode(collate_prompts(prompts, processor.image_size).to(device).text["llm"]))
+            rendered = [processor.render(sample, annotations="first") for sample in samples]
+            prompts: list[tuple[Rendered, MediaViews]] = [(one, {}) for one in rendered]
+            vectors.append(encode(collate_prompts(prompts, processor.images).to(device).text["llm"]))
     return torch.cat(vectors)
 
 
-def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tuple[str, np.ndarray]:
-    """Caption and view `[1, 3, H, W]` of a sample. Raises BadSample for one without caption."""
+def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tuple[str, dict[str, Views]]:
+    """Caption of a sample, and the one view that every encoder has of its image. Raises BadSample without caption."""
     sample, blobs = shards.load(number)
     caption = reference(sample.annotations[0])
     if not caption:
         raise BadSample(f"sample {sample.key!r}: its first annotation is no caption")
-    views = processor.make_views(blobs[:1])
-    if len(views) != 1 or len(views[0]) != 1:
+    made = processor.make_views(blobs[:1])
+    views = {name: one for name, items in made.items() for one in items if one is not None and len(one) == 1}
+    if not views or len(views) < len(made):
         raise ConfigError(f"eval: needs one image a sample, but {sample.key!r} of {shards.address} has not")
-    return caption, views[0]
+    return caption, views
 
 
-def _encode_images(model: nn.Module, views: Sequence[np.ndarray]) -> Tensor:
+def _encode_images(model: nn.Module, processor: Processor, views: Sequence[Mapping[str, Views]]) -> Tensor:
     import torch
 
-    from vlm_train.data.batch import MediaBatch
+    from vlm_train.data.batch import MediaBatch, map_tensors
+    from vlm_train.data.collate import join_views
 
-    pixels = torch.from_numpy(np.concatenate(views)).to(next(model.parameters()).device)
-    rows = torch.arange(len(views), device=pixels.device)
-    return cast(Any, model).encode_image(MediaBatch(pixels=pixels, view_counts=(1,) * len(views), row=rows))
+    device = next(model.parameters()).device
+    inputs = {name: join_views([one[name] for one in views], plan) for name, plan in processor.images.items()}
+    media = MediaBatch(inputs=inputs, row=torch.arange(len(views)))
+    return cast(Any, model).encode_image(map_tensors(media, lambda tensor: tensor.to(device)))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.chat import IMAGE_TOKEN
@@ -95,7 +96,7 @@ def verify(model: Any, folder: str | Path) -> float:
     text, vision = batch.text["llm"], model.vision
     dtype = next(vision.parameters()).dtype
     mean, std = (vision.get_buffer(name).to(dtype) for name in ("mean", "std"))
-    given = {"pixel_values": (batch.media.pixels.to(dtype) / 255 - mean) / std}
+    given = {"pixel_values": (batch.media.inputs["vision"].values.to(dtype) / 255 - mean) / std}
     given["attention_mask"] = torch.ones_like(text.ids)
     if isinstance(model, PrefixVLM):
         ids = torch.where(text.ids < 0, loaded.config.image_token_index, text.ids)
@@ -224,7 +225,8 @@ def _probe(model: Any, device: torch.device) -> Batch:
         ids = torch.randint(2, words - 1, (1, places + 6), generator=generator)
         ids[:, :places] = PLACEHOLDER_ID
         text[name] = _stream(ids, places)
-    media = MediaBatch(pixels=pixels, view_counts=(1,), slot_counts=(slots,), row=torch.zeros(1, dtype=torch.int64))
+    inputs = {"vision": MediaInput(pixels, view_counts=(1,))}
+    media = MediaBatch(inputs=inputs, slot_counts=(slots,), row=torch.zeros(1, dtype=torch.int64))
     return Batch(text=text, media=media).to(device)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
-from vlm_train.data.layout import PLACEHOLDER_ID
+from vlm_train.data.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.data.processor import Processor
 from vlm_train.data.segments import ContentStyle
 from vlm_train.data.template import ChatTemplate, TokenizerTemplate
@@ -21,11 +21,12 @@ from vlm_train.data.template import ChatTemplate, TokenizerTemplate
 IMAGE_TOKEN = "<image>"
 
 
-def add_chat_template(folder: Path, ours: Processor) -> str | None:
+def add_chat_template(folder: Path, ours: Processor, image_size: MediaSize) -> str | None:
     """Give the exported processor in `folder` the chat template that reproduces the one of training.
 
     Args:
         ours: the run's processor.
+        image_size: that of the images which are compared.
 
     Returns:
         None, or why the folder has no chat template; its tokenizer then adds the bos token if training did.
@@ -35,7 +36,7 @@ def add_chat_template(folder: Path, ours: Processor) -> str | None:
     problem: str | None = f"{type(template).__name__} cannot be written as one"
     for jinja in jinja_templates(template, tokenizer):
         _write(folder, jinja, add_bos=False)
-        problem = difference(_processor(folder), ours)
+        problem = difference(_processor(folder), ours, image_size)
         if problem is None:
             return None
     given = getattr(template, "lead_given", False) and template.answer_lead == "{bos}"  # behind the image
@@ -43,13 +44,13 @@ def add_chat_template(folder: Path, ours: Processor) -> str | None:
     return problem
 
 
-def difference(processor: Any, ours: Processor) -> str | None:
+def difference(processor: Any, ours: Processor, image_size: MediaSize) -> str | None:
     """Where the exported processor's prompt ids differ from ours, over sample conversations; None: nowhere."""
     from PIL import Image
 
     if not hasattr(processor, "image_token_id"):
         return f"{type(processor).__name__} puts the image before every text by itself"
-    height, width = ours.image_size
+    width, height = image_size.width, image_size.height
     for turns in _conversations():
         count = sum(isinstance(part, Media) for turn in turns for part in turn.parts)
         media = tuple(MediaItem(name=f"{item}.png", width=width, height=height) for item in range(count))

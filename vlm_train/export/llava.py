@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.contracts.media import MediaInput
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.chat import IMAGE_TOKEN
 from vlm_train.export.merged import merged_state, quantised
@@ -165,12 +166,11 @@ def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:
     vision, text = model.vision, copy.deepcopy(model.llm.model.config)
     text.vocab_size = rows_with(image_token_id, model.llm.vocab_size)
     text.dtype = next(model.llm.parameters()).dtype
-    grid = vision.grid[0] * vision.grid[1]
     return LlavaConfig(
         vision_config=vision.model.config.to_dict(),
         text_config=text.to_dict(),
         image_token_index=image_token_id,
-        image_seq_length=grid + (vision.prefix_tokens if vision.keep_cls else 0),
+        image_seq_length=vision.grid.size + (vision.prefix_tokens if vision.keep_cls else 0),
         projector_hidden_act="gelu",
         vision_feature_select_strategy="full" if vision.keep_cls or not vision.prefix_tokens else "default",
         vision_feature_layer=vision.layer if isinstance(vision.layer, int) else list(vision.layer),
@@ -248,7 +248,7 @@ def make_processor(vision: HFVision, tokenizer: Any, image_mode: str) -> Any:
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=height // vision.grid[0],
+        patch_size=height // vision.grid.h,
         vision_feature_select_strategy="full" if vision.keep_cls or not vision.prefix_tokens else "default",
         num_additional_image_tokens=vision.prefix_tokens,
         image_token=IMAGE_TOKEN,
@@ -269,7 +269,7 @@ def _probe(model: PrefixVLM, llava: nn.Module) -> tuple[Tensor, Tensor]:
     mean, std = (model.vision.get_buffer(name).to(dtype) for name in ("mean", "std"))
     theirs = llava(input_ids=ids, pixel_values=(pixels.to(dtype) / 255 - mean) / std).logits
 
-    features = model.connector(model.vision.encode(pixels), model.vision.grid)
+    features = model.connector(model.vision.encode(MediaInput(pixels))).rectangular()
     embeds = model.llm.embed(torch.where(ids == config.image_token_index, 0, ids))
     embeds = torch.cat([embeds[:, :4], features.to(embeds.dtype), embeds[:, 4 + features.shape[1] :]], dim=1)
     positions = torch.arange(ids.shape[1], device=device)[None, None]

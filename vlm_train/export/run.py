@@ -41,13 +41,14 @@ def write_export(built: Any, folder: Path) -> Path:
     from vlm_train.export.llava import export_llava
     from vlm_train.export.merged import quantised, unquantised
     from vlm_train.models.blip import Blip
+    from vlm_train.models.vision.example import typical_size
 
     if quantised(built.model):
         print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
         built = unquantised(built)
     model: Any = built.model.eval()
     processor = built.processor
-    tokenizer, mode = processor.tokenizer, getattr(processor.image, "mode", "pad")
+    tokenizer, mode = processor.tokenizer, getattr(processor.images.get("vision"), "mode", "pad")
     out = folder / EXPORT_FOLDER
     if isinstance(model, Blip):
         with replacing(out) as partial:
@@ -60,7 +61,7 @@ def write_export(built: Any, folder: Path) -> Path:
             export_blip2(model, tokenizer, partial, image_mode=mode, eos_ids=processor.end_ids, instruction=asks)
         else:
             export_llava(model, tokenizer, partial, image_mode=mode, eos_ids=processor.end_ids)
-        problem = add_chat_template(partial, processor)
+        problem = add_chat_template(partial, processor, typical_size(model.vision))
     chat = f"it has no chat template: {problem}" if problem else "its chat template gives the prompts of training"
     print(f"Exported to {out}; its logits equal the run's; {chat}.", flush=True)
     return out

@@ -72,7 +72,7 @@ class Aligner(Family):
         return NoMedia()
 
     def features(self, batch: Batch) -> Tensor:
-        """`[b, P, D_v]` of the batch's images, one a text."""
+        """`[b, P, D_v]` of the batch's images, one a text, all of one size."""
         return once(batch, self, "features", lambda: self._features(batch))
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
@@ -120,7 +120,7 @@ class Aligner(Family):
         return F.linear(self.lm_head(hidden), self.connector.text.words.weight, self.lm_bias)
 
     def _features(self, batch: Batch) -> Tensor:
-        return self.vision.encode(batch.media.pixels)[: pairs_in(batch)]
+        return self.vision.encode(batch.media.inputs["vision"]).rectangular()[: pairs_in(batch)]
 
     def _asked(self, batch: Batch) -> Passed:
         """The pass of the queries alone."""

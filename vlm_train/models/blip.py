@@ -61,7 +61,7 @@ class Blip(Family):
         self.bounds = (min_temperature, max_temperature)
 
     def features(self, batch: Batch) -> Tensor:
-        """`[b, P, D_v]` of the batch's images, one a text."""
+        """`[b, P, D_v]` of the batch's images, one a text, all of one size."""
         return self._views(batch)[: pairs_in(batch)]
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
@@ -143,7 +143,7 @@ class Blip(Family):
     def _encode(self, batch: Batch) -> Tensor:
         trains = any(parameter.requires_grad for parameter in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            return self.vision.encode(batch.media.pixels)
+            return self.vision.encode(batch.media.inputs["vision"]).rectangular()
 
     def _text_vectors(self, stream: TokenStream) -> Tensor:
         return F.normalize(self.text_projection(self._read(stream.ids, stream.segment_ids != 0)), dim=-1)

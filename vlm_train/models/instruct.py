@@ -2,7 +2,7 @@
 
 InstructBLIP (Dai et al. 2023, arXiv 2305.06500, section 2.3) is wired so.
 
-Legend: N views, P patches, Q queries, T tokens of an instruction, D width.
+Legend: D_v and D, widths of the tower and of the language model.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from vlm_train.contracts.media import Features
 from vlm_train.data.batch import Batch
-from vlm_train.data.layout import Grid
 from vlm_train.data.streams import Alignment
 from vlm_train.errors import ConfigError
 from vlm_train.models.prefix import PrefixVLM
@@ -35,13 +34,14 @@ class InstructVLM(PrefixVLM):
             raise ConfigError("model: the instruction needs a Q-Former that reads text: connector.text=true")
         super().__init__(vision=vision, connector=connector, llm=llm)
 
-    def connect(self, patches: Tensor, grid: Grid, batch: Batch) -> Tensor:
-        """`[N, P, D_v]` -> `[N, Q, D]`; every view is read with the instruction of its row."""
+    def connect(self, patches: Features, batch: Batch) -> Features:
+        """Width D_v -> D; every view is read with the instruction of its row."""
         text, media = batch.text["qformer"], batch.media
-        counts = torch.tensor(media.view_counts, dtype=torch.int64, device=media.row.device)
-        rows = torch.repeat_interleave(media.row, counts, output_size=media.real)
-        if not media.real:  # the blank view
-            rows = torch.zeros(len(patches), dtype=torch.int64, device=patches.device)
+        shown = media.inputs["vision"]
+        counts = torch.tensor(shown.view_counts, dtype=torch.int64).to(media.row.device, non_blocking=True)
+        rows = torch.repeat_interleave(media.row, counts, output_size=shown.real)
+        if not shown.real:  # the blank view
+            rows = rows.new_zeros(len(patches.grids))
         return self.connector.instructed(patches, text.ids[rows], (text.segment_ids != 0)[rows])
 
 

@@ -1,6 +1,6 @@
 """The contracts of the parts a family is wired from. Plain nn.Modules fulfil them; nothing here is inherited.
 
-Legend: N media views, P patch tokens, Q connector tokens, B rows, T tokens, A position axes, D_v / D_t widths.
+Legend: B rows, T tokens, A position axes, D_v / D_t widths of vision encoder and language model.
 """
 
 from __future__ import annotations
@@ -12,41 +12,42 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from vlm_train.contracts.cross_states import CrossStates
+from vlm_train.contracts.media import Features, Grid3, MediaInput
 from vlm_train.data.batch import Segments, TokenStream
-from vlm_train.data.layout import Grid, MediaSize
+from vlm_train.data.layout import MediaSize
 
 
 class VisionEncoder(Protocol):
-    """Pixels to patch features.
+    """Views or flat patches to patch features.
 
     Attributes:
         out_dim: width D_v of the features (the sum over layers when several are chosen).
-        image_size: (height, width) in pixels of one view, or None for native resolution.
+        image_size: (height, width) in pixels of every view, or None for native resolution, whose input is flat patches.
         image_mean, image_std: per-channel statistics in [0, 1] that `encode` normalises with.
-        patch_grid: module-level function or partial: `MediaSize` of a view -> (rows, columns) of patches.
+        patch_grid: module-level function or partial: `MediaSize` of a view -> its grid of features.
     """
 
     out_dim: int
-    image_size: Grid | None
+    image_size: tuple[int, int] | None
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
-    patch_grid: Callable[[MediaSize], Grid]
+    patch_grid: Callable[[MediaSize], Grid3]
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 `[N, 3, H, W]` -> `[N, P, D_v]`. Runs only the layers its features need."""
+    def encode(self, media: MediaInput) -> Features:
+        """Features of width D_v of every view. Runs only the layers they need."""
         ...
 
 
 class Connector(Protocol):
-    """Vision features to the language model's width: `forward([N, P, D_v], grid) -> [N, Q, D_t]`.
+    """Features of width D_v to features of the language model's width D_t, view by view.
 
     Attributes:
-        token_grid: module-level function or partial: patch grid -> token grid (rows, columns); Q is their product.
+        token_grid: module-level function or partial: patch grid of a view -> its grid of tokens.
     """
 
-    token_grid: Callable[[Grid], Grid]
+    token_grid: Callable[[Grid3], Grid3]
 
-    def __call__(self, features: Tensor, grid: Grid) -> Tensor: ...
+    def __call__(self, features: Features) -> Features: ...
 
 
 class LanguageModel(Protocol):

@@ -5,6 +5,7 @@ Legend: N views, P patches, K most patches kept, D width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
@@ -38,16 +39,31 @@ class PatchSelection(nn.Module):
         """K for so many patches."""
         return min(patches, -int(-patches * self.budget // 1) if self.budget < 1 else int(self.budget))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        """`[N, P, D]` -> `[N, K, D]`, and with `mass` a mask `[N, 1, 1, K]`, True where a patch counts."""
+    def forward(self, features: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ...]:
+        """`[N, P, D]` -> `[N, K, D]`, and with `mass` or `seen` a mask `[N, 1, 1, K]`, True where a patch counts.
+
+        `seen` `[N, P]` is False where a view has no patch; a share is then one of the patches that each view has.
+        """
         scores = self.score(features).squeeze(-1).float()
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
         best = scores.topk(self.count(scores.shape[1]), dim=1)
         places, order = best.indices.sort(dim=1)
-        share = best.values.gather(1, order).softmax(dim=1)
-        weight = 1 + (share - share.detach()) * share.shape[1]
+        counts = None if seen is None else self._within_budget(best.values, seen)
+        values = best.values if counts is None else best.values.masked_fill(~counts, float("-inf"))
+        share = values.gather(1, order).softmax(dim=1)
+        number = share.shape[1] if counts is None else counts.sum(dim=1, keepdim=True)
+        weight = 1 + (share - share.detach()) * number
         kept = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1])) * weight[..., None].to(features)
-        if self.mass is None:
-            return (kept,)
-        reached = scores.softmax(dim=1).gather(1, best.indices)
-        counts = (reached.cumsum(dim=1) - reached) < self.mass  # the first one always
-        return kept, counts.gather(1, order)[:, None, None]
+        if self.mass is not None:
+            reached = scores.softmax(dim=1).gather(1, best.indices)
+            heavy = (reached.cumsum(dim=1) - reached) < self.mass  # the first one always
+            counts = heavy if counts is None else heavy & counts
+        return (kept,) if counts is None else (kept, counts.gather(1, order)[:, None, None])
+
+    def _within_budget(self, best: Tensor, seen: Tensor) -> Tensor:
+        """`[N, K]`, True for the first of the best patches, as many as the budget allows of the patches `[N, P]` that a
+        view has."""
+        patches = seen.sum(dim=1, keepdim=True)
+        allowed = (patches * self.budget).ceil() if self.budget < 1 else patches
+        return torch.arange(best.shape[1], device=best.device) < allowed

@@ -1,6 +1,6 @@
 """Prefix models (LLaVA type): image tokens take the place of placeholders in the prompt of a causal language model.
 
-Legend: N views, P patches, Q tokens a view, B rows, T tokens, D width, V vocabulary.
+Legend: B rows, T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.contracts.family import Family
+from vlm_train.contracts.media import Features
 from vlm_train.data.batch import Batch
-from vlm_train.data.layout import Grid, MediaSize
 from vlm_train.models.merge import check_slots, merge
 from vlm_train.models.text_only import decode_stream, generate_from
 
@@ -22,7 +22,7 @@ class PrefixVLM(Family):
 
     Args:
         vision: a `VisionEncoder`.
-        connector: a `Connector`, `[N, P, D_v]` -> `[N, Q, D]`.
+        connector: a `Connector` to width D.
         llm: a `LanguageModel` of width D.
     """
 
@@ -32,18 +32,19 @@ class PrefixVLM(Family):
         self.connector = connector
         self.llm = llm
 
-    def features(self, batch: Batch) -> Tensor:
-        """`[N, Q, D]` for every view, the blank one of a batch without images included: always one tower call."""
-        media = batch.media
-        grid = self.vision.patch_grid(MediaSize(width=media.pixels.shape[-1], height=media.pixels.shape[-2]))
+    def features(self, batch: Batch) -> Features:
+        """Features of width D of every view, the blank one of a batch without images included: always one tower
+        call."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision)):
-            patches = self.vision.encode(media.pixels)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (patches.requires_grad or _trains(self.connector))):
-            return self.connect(patches.to(_dtype(self.connector, patches.dtype)), grid, batch)
+            patches = self.vision.encode(batch.media.inputs["vision"])
+        trains = patches.values.requires_grad or _trains(self.connector)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            dtype = _dtype(self.connector, patches.values.dtype)
+            return self.connect(patches.map(lambda values: values.to(dtype)), batch)
 
-    def connect(self, patches: Tensor, grid: Grid, batch: Batch) -> Tensor:
-        """`[N, P, D_v]` -> `[N, Q, D]`. A family whose connector reads more than patches finds it in the batch."""
-        return self.connector(patches, grid)
+    def connect(self, patches: Features, batch: Batch) -> Features:
+        """Width D_v -> D. A family whose connector reads more than patches finds it in the batch."""
+        return self.connector(patches)
 
     def embed(self, batch: Batch, stream: str = "llm") -> Tensor:
         """`[B, T, D]`: the stream's tokens, with the image features at their placeholders.
@@ -53,12 +54,11 @@ class PrefixVLM(Family):
         """
         media, text = batch.media, batch.text[stream]
         embeds = self.llm.embed(text.ids)
-        features = self.features(batch)
-        tokens = features.shape[1]
-        check_slots([views * tokens for views in media.view_counts], media.slot_counts, media.keys)
+        features, shown = self.features(batch), media.inputs["vision"]
+        check_slots(features.count_by_item(shown.view_counts), media.slot_counts, media.keys)
         # Without images this merges an empty slice: the blank view stays in the graph, with gradients of zero, so that
         # every rank makes the same collective calls in backward.
-        return merge(embeds, features[: media.real].flatten(0, 1), text.slots, media.slot_counts)
+        return merge(embeds, features.first(shown.real).values, text.slots, media.slot_counts)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         """Final hidden states `[B, T, D]`."""

@@ -162,8 +162,8 @@ class QFormer(nn.Module):
         cross_every: one layer in so many reads the image, the first included.
         levels: the features are those of so many encoder layers beside each other, each D_v wide; cross-attentions
             read them in turn, early ones the first level, each behind a LayerNorm of its own.
-        select: which patches are read: `[B, P, levels D_v]` -> some of them and, if not all of these count, a mask
-            `[B, 1, 1, patches]`.
+        select: which patches are read: `[B, P, levels D_v]` and a mask `[B, P]` or None -> some of them and, if not all
+            of these count, a mask `[B, 1, 1, patches]`.
         dropout: of attention weights, of the embeddings and before every residual.
     """
 
@@ -192,10 +192,12 @@ class QFormer(nn.Module):
         self.layers = nn.ModuleList(QFormerLayer(dim, heads, ffn, one, dropout=dropout, eps=eps) for one in reads)
         self.apply(first_weights)
 
-    def context(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Image features `[B, P, levels D_v]` -> for every cross-attention keys and values, `[B, H, P, C]` each, and
-        the mask of a selection."""
-        features, *mask = (features,) if self.select is None else self.select(features)
+    def context(self, features: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Image features `[B, P, levels D_v]` -> for every cross-attention keys and values, `[B, H, P, C]` each, and,
+        where not all patches are read, a mask `[B, 1, 1, P]`. `seen` `[B, P]` is False where an image has no patch."""
+        mask = [] if seen is None else [seen[:, None, None]]
+        if self.select is not None:
+            features, *mask = self.select(features, seen)
         readers = [layer.cross for layer in self.blocks if layer.cross is not None]
         count = max(1, len(self.level_norms))
         levels = features.chunk(count, dim=-1)

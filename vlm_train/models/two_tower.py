@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vlm_train.contracts.family import Family
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.batch import MediaBatch, TokenStream
 from vlm_train.errors import ConfigError
 from vlm_train.models.text_only import decode_stream
@@ -65,11 +66,13 @@ class TwoTower(Family):
 
     def encode_image(self, media: MediaBatch) -> Tensor:
         """Unit vectors `[N, E]`."""
-        return self._in_chunks(self._image_vectors, media.pixels)
+        shown = media.inputs["vision"]
+        return self._in_chunks(self._image_vectors, shown, len(shown))
 
     def encode_text(self, stream: TokenStream) -> Tensor:
         """Unit vectors `[B, E]`: of a causal language model from the last real token of each row."""
-        return self._in_chunks(lambda rows: self._text_vectors(_rows_of(stream, rows)), _numbers(stream.ids))
+        rows = torch.arange(len(stream.ids), device=stream.ids.device)
+        return self._in_chunks(lambda some: self._text_vectors(_rows_of(stream, some)), rows, len(rows))
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -83,12 +86,14 @@ class TwoTower(Family):
         unused = [name for name in self.vision.unused_parameters() if id(self.vision.get_parameter(name)) not in pooled]
         return [f"vision.{name}" for name in unused] + [f"llm.{name}" for name in self.llm.head_parameters()]
 
-    def _image_vectors(self, pixels: Tensor) -> Tensor:
-        features = self.vision.encode(pixels)
+    def _image_vectors(self, media: MediaInput) -> Tensor:
+        features = self.vision.encode(media)
         if self.pooling == "head":
-            pooled = self.vision.pooling_head(features)
+            pooled = self.vision.pooling_head(features.rectangular())
+        elif self.pooling == "cls":
+            pooled = features.rectangular()[:, 0]
         else:
-            pooled = features[:, 0] if self.pooling == "cls" else features.mean(dim=1)
+            pooled = features.mean()
         return F.normalize(self.image_projection(pooled), dim=-1)
 
     def _text_vectors(self, stream: TokenStream) -> Tensor:
@@ -100,9 +105,9 @@ class TwoTower(Family):
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         return F.normalize(self.text_projection(pooled), dim=-1)
 
-    def _in_chunks(self, encode: Callable[[Tensor], Tensor], whole: Tensor) -> Tensor:
+    def _in_chunks(self, encode: Callable[[Any], Tensor], whole: Any, size: int) -> Tensor:
         """`encode(whole)`, a chunk at a time where there are several; each is computed again in backward."""
-        if self.cache_chunk is None or len(whole) <= self.cache_chunk:
+        if self.cache_chunk is None or size <= self.cache_chunk:
             return encode(whole)
         parts = whole.split(self.cache_chunk)
         if not torch.is_grad_enabled():
@@ -134,10 +139,6 @@ def _projection(width: int, embed_dim: int | None) -> nn.Module:
     projection = nn.Linear(width, embed_dim, bias=False)
     nn.init.normal_(projection.weight, std=width**-0.5)
     return projection
-
-
-def _numbers(ids: Tensor) -> Tensor:
-    return torch.arange(len(ids), device=ids.device)
 
 
 def _rows_of(stream: TokenStream, rows: Tensor) -> TokenStream:

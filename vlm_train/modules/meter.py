@@ -88,7 +88,7 @@ class Meter:
         samples = [len(row) for row in batch.keys]
         lengths = [length for stream in batch.text.values() for length in segment_lengths(stream, samples)]
         self.count("pairs", float(sum(length**2 for length in lengths)))
-        self.count("views", batch.media.real)
+        self.count("views", sum(one.real for one in batch.media.inputs.values()))
 
     def start(self) -> None:
         """Training begins, or goes on."""

@@ -13,6 +13,7 @@ from torch import nn
 from tests.gated import GatedCrossAttention, GatedVLM
 from tests.tiny_models import assert_close, llama_config, text_stream, tiny_llm, tiny_vision
 from vlm_train.contracts.cross_states import CrossStates
+from vlm_train.contracts.media import MediaInput
 from vlm_train.data.batch import Batch, MediaBatch
 from vlm_train.errors import ConfigError
 from vlm_train.models.checkpointing import checkpoint_layers
@@ -63,10 +64,13 @@ def gated_batch(rows: list[list[int]] = ROWS, media: list[list[int]] = MEDIA, *,
         0, 256, (max(count, 1), 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
     text = replace(stream, media_of_token=torch.tensor(seen))
-    images = MediaBatch(
-        pixels=pixels, view_counts=(1,) * count, slot_counts=(0,) * count, row=torch.zeros(count, dtype=torch.long)
-    )
-    return Batch(text={"llm": text}, media=images)
+    return Batch(text={"llm": text}, media=media_of(pixels, count))
+
+
+def media_of(pixels: torch.Tensor, count: int) -> MediaBatch:
+    """So many images of one view each, or a blank view."""
+    images = MediaInput(pixels, view_counts=(1,) * count)
+    return MediaBatch(inputs={"vision": images}, slot_counts=(0,) * count, row=torch.zeros(count, dtype=torch.long))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,8 +136,8 @@ def test_rows_of_a_batch_are_those_of_batches_of_one():
         )
         text = replace(text, media_of_token=torch.tensor([[s - first if s >= 0 else -1 for s in seen]]))
         count = len({s for s in seen if s >= 0})
-        pixels = whole.media.pixels[first : first + max(count, 1)]
-        one = Batch(text={"llm": text}, media=replace(whole.media, pixels=pixels, view_counts=(1,) * count))
+        pixels = whole.media.inputs["vision"].values[first : first + max(count, 1)]
+        one = Batch(text={"llm": text}, media=media_of(pixels, count))
         assert_close(logits[number, : len(row)], model.logits(model(one))[0])
 
 
@@ -216,7 +220,7 @@ def test_beams_see_the_images_of_their_row():
         text = replace(
             text_stream([ROWS[row]]), media_of_token=torch.tensor([[max(m - first, -1) for m in media[row]]])
         )
-        one = replace(whole.media, pixels=whole.media.pixels[first : first + count], view_counts=(1,) * count)
+        one = media_of(whole.media.inputs["vision"].values[first : first + count], count)
         alone = model.generate(Batch(text={"llm": text}, media=one), **ask)
         assert together[row].tolist() == alone[0].tolist()
 

@@ -7,20 +7,19 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.data.layout import Grid
+from vlm_train.contracts.media import Features, Grid3, map_grids
 from vlm_train.errors import ConfigError
 
 
-def grouped_grid(grid: Grid, patches: int) -> Grid:
+def grouped_grid(grid: Grid3, patches: int) -> Grid3:
     """The token grid after `patches` neighbours of a row became one token."""
-    rows, columns = grid
-    if rows == 1 and columns > 1:
-        raise ConfigError(f"connector.patches: features in a row of {columns} have no grid; set vision.keep_cls=false")
-    return (rows, -(-columns // patches))
+    if grid.h == 1 and grid.w > 1:
+        raise ConfigError(f"connector.patches: features in a row of {grid.w} have no grid; set vision.keep_cls=false")
+    return grid._replace(w=-(-grid.w // patches))
 
 
 class ConcatLinear(nn.Module):
-    """`[N, P, in_dim]` -> `[N, Q, out_dim]`: `patches` neighbours of a row, left to right, then one linear layer.
+    """Width in_dim -> out_dim: `patches` neighbours of a row, left to right, then one linear layer.
 
     As MiniGPT-4's view of `[P, D]` as `[P / 4, 4 D]` where a row is a multiple of 4 (minigpt4/models/minigpt4.py);
     elsewhere the last token of a row ends in zeros. Features without a grid (a kept class token) are refused.
@@ -34,9 +33,13 @@ class ConcatLinear(nn.Module):
         self.token_grid = partial(grouped_grid, patches=patches)
         self.proj = nn.Linear(in_dim * patches, out_dim)
 
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        """`grid` is the (rows, columns) arrangement of the P patches."""
-        _, groups = grouped_grid(grid, self.patches)
-        image = features.unflatten(1, grid)
-        image = F.pad(image, (0, 0, 0, groups * self.patches - grid[1]))
-        return self.proj(image.unflatten(2, (groups, self.patches)).flatten(3).flatten(1, 2))
+    def forward(self, features: Features) -> Features:
+        """Neighbours are joined grid by grid, and projected all at once."""
+        return map_grids(features, self._join_neighbours, self.token_grid).map(self.proj)
+
+    def _join_neighbours(self, values: Tensor, grid: Grid3) -> Tensor:
+        """`[n, P, D]` -> `[n, Q, patches * D]`."""
+        groups = self.token_grid(grid).w
+        rows = values.unflatten(1, (grid.t * grid.h, grid.w))
+        rows = F.pad(rows, (0, 0, 0, groups * self.patches - grid.w))
+        return rows.unflatten(2, (groups, self.patches)).flatten(3).flatten(1, 2)

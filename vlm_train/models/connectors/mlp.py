@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from vlm_train.data.layout import Grid
+from vlm_train.contracts.media import Features, Grid3
 from vlm_train.errors import ConfigError
 
 
-def same_grid(grid: Grid) -> Grid:
+def same_grid(grid: Grid3) -> Grid3:
     """The token grid of connectors that keep one token a patch."""
     return grid
 
@@ -24,13 +24,13 @@ def mlp(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
 
 
 class MLP(nn.Module):
-    """`[N, P, in_dim]` -> `[N, P, out_dim]`; one token a patch. Initialised as torch's Linear, as in LLaVA."""
+    """Width in_dim -> out_dim; one token a patch. Initialised as torch's Linear, as in LLaVA."""
 
     def __init__(self, *, in_dim: int, out_dim: int, depth: int = 2) -> None:
         super().__init__()
         self.token_grid = same_grid
         self.layers = mlp(in_dim, out_dim, depth)
 
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        """`grid` is not used: patches are projected one by one."""
-        return self.layers(features)
+    def forward(self, features: Features) -> Features:
+        """Patches are projected one by one."""
+        return features.map(self.layers)

@@ -1,6 +1,6 @@
 """The Q-Former as a connector: a fixed number of queries takes the place of an image's patches.
 
-Legend: N views, P patches, Q queries, D_v / D / D_t widths of features, Q-Former and language model.
+Legend: N views, Q queries, D_v / D / D_t widths of features, Q-Former and language model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_train.data.layout import Grid
+from vlm_train.contracts.media import Features, Grid3
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.hub import read_state
 from vlm_train.models.masks import both_ways
@@ -20,10 +20,10 @@ from vlm_train.models.qformer import QFormer, TextBranch
 from vlm_train.models.qformer_names import connector_state, is_bert, known, new_beside_bert
 
 
-def query_grid(grid: Grid, count: int) -> Grid:
+def query_grid(grid: Grid3, count: int) -> Grid3:
     """The token grid of `count` queries, whatever the patches'."""
     del grid
-    return (1, count)
+    return Grid3(1, 1, count)
 
 
 class QFormerConnector(nn.Module):
@@ -86,20 +86,19 @@ class QFormerConnector(nn.Module):
         """For layer-wise learning rates and activation checkpointing."""
         return self.qformer.layers
 
-    def instructed(self, features: Tensor, ids: Tensor, real: Tensor) -> Tensor:
-        """`[N, P, D_v]` and instructions `[N, T]` of which `real` marks the tokens -> `[N, Q, D_t]`; queries and
-        instruction see all of each other."""
+    def instructed(self, features: Features, ids: Tensor, real: Tensor) -> Features:
+        """With instructions `[N, T]`, whose tokens `real` marks: queries and instruction see all of each other."""
         assert self.text is not None
-        queries = self.qformer.queries.expand(len(features), -1, -1)
+        queries = self._queries(features)
         seen = torch.cat([real.new_ones(queries.shape[:2]), real], dim=1)
         passed = self.qformer(
             queries=queries,
             text=self.text(ids, real),
             branch=self.text,
-            context=self.qformer.context(features),
+            context=self.qformer.context(*features.padded()),
             mask=both_ways(seen),
         )
-        return self.projection(passed.hidden[:, : queries.shape[1]])
+        return self._project(passed.hidden[:, : queries.shape[1]])
 
     def load_weights(self) -> None:
         """Read `weights`. Raises `AssetError` if they hold no Q-Former or BERT of these numbers."""
@@ -117,8 +116,14 @@ class QFormerConnector(nn.Module):
             )
         self.load_state_dict(taken, strict=False)
 
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        """`[N, P, D_v]` -> `[N, Q, D_t]`."""
-        del grid
-        queries = self.qformer.queries.expand(len(features), -1, -1)
-        return self.projection(self.qformer(queries=queries, context=self.qformer.context(features)).hidden)
+    def forward(self, features: Features) -> Features:
+        """Q features of width D_t a view."""
+        context = self.qformer.context(*features.padded())
+        return self._project(self.qformer(queries=self._queries(features), context=context).hidden)
+
+    def _queries(self, features: Features) -> Tensor:
+        return self.qformer.queries.expand(len(features.grids), -1, -1)
+
+    def _project(self, queries: Tensor) -> Features:
+        """`[N, Q, D]` -> features of width D_t."""
+        return Features.from_rectangular(self.projection(queries), Grid3(1, 1, queries.shape[1]))

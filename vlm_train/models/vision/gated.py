@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.data.layout import Grid, MediaSize
+from vlm_train.contracts.media import Features, MediaInput
+from vlm_train.data.layout import MediaSize
 from vlm_train.errors import ConfigError
 from vlm_train.models.vision.hf import HFVision
 
@@ -40,7 +41,7 @@ class GatedVision(nn.Module):
         super().__init__()
         self.weights = weights
         self.first, self.second = (_tower(name, one, config) for name, one in (("first", first), ("second", second)))
-        self.image_size: Grid = self.first.image_size
+        self.image_size = self.first.image_size
         self.image_mean, self.image_std = self.first.image_mean, self.first.image_std
         self.patch_grid = self.first.patch_grid
         self.out_dim = self.first.out_dim
@@ -54,16 +55,17 @@ class GatedVision(nn.Module):
         """The blocks of both towers, for activation checkpointing."""
         return nn.ModuleList([*self.first.layers, *self.second.layers])
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 `[N, 3, H, W]` -> `[N, P, D]`."""
-        one = self.first.encode(pixels)
-        two = self._to_grid(self.project(self.second.encode(self._resized(pixels))))
+    def encode(self, media: MediaInput) -> Features:
+        """Features `[N * P, D]` of uint8 views `[N, 3, H, W]`."""
+        first = self.first.encode(media)
+        second = self.second.encode(MediaInput(self._resized(media.values)))
+        one, two = first.rectangular(), self._to_grid(self.project(second.rectangular()))
         gate = torch.sigmoid(self.gate(torch.cat([one, two], dim=-1)))
-        return gate * one + (1 - gate) * two
+        return Features((gate * one + (1 - gate) * two).flatten(0, 1), first.grids)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, media: MediaInput) -> Features:
         """The same as `encode`."""
-        return self.encode(pixels)
+        return self.encode(media)
 
     def unused_parameters(self) -> list[str]:
         """Names of parameters that `encode` never reads, of both towers."""
@@ -86,8 +88,8 @@ class GatedVision(nn.Module):
         wanted, own = (tower.patch_grid(MediaSize(*reversed(tower.image_size))) for tower in (self.first, self.second))
         if wanted == own:
             return features
-        image = features.transpose(1, 2).unflatten(2, own)
-        return F.interpolate(image, wanted, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        image = features.transpose(1, 2).unflatten(2, own[1:])
+        return F.interpolate(image, wanted[1:], mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def _tower(name: str, settings: Mapping[str, Any], config: Mapping[str, Any] | None) -> HFVision:

@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlm_train.data.layout import Grid, MediaSize
+from vlm_train.contracts.media import Features, Grid3, MediaInput
+from vlm_train.data.layout import MediaSize
 from vlm_train.errors import ConfigError
 from vlm_train.models.clip_init import init_vision
 from vlm_train.models.hub import build_model, load_inside, load_pretrained
@@ -25,7 +26,7 @@ _NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projec
 _INSIDE = ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
 
 
-def fixed_grid(size: MediaSize, grid: Grid) -> Grid:
+def fixed_grid(size: MediaSize, grid: Grid3) -> Grid3:
     """The patch grid of an encoder with one input resolution: the same for every view."""
     del size
     return grid
@@ -42,7 +43,7 @@ class HFVision(nn.Module):
         weights: hub name or local folder, read by `load_weights`; a whole BLIP, BLIP-2 or InstructBLIP gives its tower.
             None: random.
         layer: which hidden state, or several, concatenated along the width; between 0 and 1: so much of the depth.
-        keep_cls: keep the tokens in front of the patches; the features then have no grid: (1, P).
+        keep_cls: keep the tokens in front of the patches; the features then have no grid: (1, 1, P).
         final_norm: apply the tower's final LayerNorm (`layer` must be -1), as CLIP's own image embedding does.
         image_mean, image_std: per channel, of pixels in [0, 1].
         attention: `sdpa` or `eager`.
@@ -83,11 +84,11 @@ class HFVision(nn.Module):
             raise ConfigError(f"vision.final_norm: needs vision.layer = -1, got {layer!r}")
 
         size, patch = _pair(tower_config.image_size), _pair(tower_config.patch_size)
-        self.image_size: Grid = size
-        self.grid: Grid = (size[0] // patch[0], size[1] // patch[1])
+        self.image_size = size
+        self.grid = Grid3(1, size[0] // patch[0], size[1] // patch[1])
         self.prefix_tokens = self._count_prefix_tokens()
-        patches = self.grid[0] * self.grid[1] + self.prefix_tokens
-        self.patch_grid = partial(fixed_grid, grid=(1, patches) if keep_cls else self.grid)
+        self.kept_grid = Grid3(1, 1, self.grid.size + self.prefix_tokens) if keep_cls else self.grid
+        self.patch_grid = partial(fixed_grid, grid=self.kept_grid)
         self.out_dim = tower_config.hidden_size * len(self.chosen)
         self.image_mean = _triple("image_mean", image_mean)
         self.image_std = _triple("image_std", image_std)
@@ -109,11 +110,11 @@ class HFVision(nn.Module):
         """The tower's own attention pooling, normalised features `[N, P, D]` -> `[N, D]` (SigLIP); None without."""
         return getattr(self.tower, "head", None)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 `[N, 3, H, W]` -> `[N, P, D_v]`."""
+    def encode(self, media: MediaInput) -> Features:
+        """Features `[N * P, D_v]` of uint8 views `[N, 3, H, W]`."""
         dtype = next(self.tower.embeddings.parameters()).dtype
         mean, std = self.get_buffer("mean").to(dtype), self.get_buffer("std").to(dtype)
-        hidden = self.tower.embeddings((pixels.to(dtype) / 255 - mean) / std)
+        hidden = self.tower.embeddings((media.values.to(dtype) / 255 - mean) / std)
         if (norm := _pre_norm(self.tower)) is not None:
             hidden = norm(hidden)
         states = {0: hidden}
@@ -127,11 +128,12 @@ class HFVision(nn.Module):
             features = [_final_norm(self.tower)(features[0])]
         if not self.keep_cls:
             features = [state[:, self.prefix_tokens :] for state in features]
-        return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+        values = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+        return Features.from_rectangular(values, self.kept_grid)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, media: MediaInput) -> Features:
         """The same as `encode`."""
-        return self.encode(pixels)
+        return self.encode(media)
 
     def unused_parameters(self) -> list[str]:
         """Names of parameters that `encode` never reads: later layers, final norm, pooling head. Kept for export."""
@@ -204,7 +206,7 @@ def _final_norm(tower: Any) -> Any:
     raise ConfigError(f"vision.final_norm: {type(tower).__name__} has no final norm")
 
 
-def _pair(value: int | Sequence[int]) -> Grid:
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 

@@ -1,0 +1,1 @@
+"""Image and video bytes -> what a vision encoder is given."""

@@ -1,0 +1,110 @@
+"""Image plans: what one vision encoder is given of an image or a video. Every encoder of a model has its own.
+
+Legend: V views, P patches of all views, C * p * p numbers of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vlm_train.contracts.media import Grid3
+from vlm_train.data.layout import MediaSize
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a plan makes of one media item.
+
+    Attributes:
+        values: uint8, views of one size `[V, 3, H, W]`, or flat patches, view by view, `[P, C * p * p]`.
+        grids: patch grid of every view.
+    """
+
+    values: np.ndarray
+    grids: tuple[Grid3, ...]
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def pictures(self) -> list[np.ndarray]:
+        """Every view as uint8 `[3, H, W]`, put together from its patches where they are flat."""
+        if self.values.ndim == 4:
+            return list(self.values)
+        ends = np.cumsum([grid.size for grid in self.grids])[:-1]
+        return [_picture(patches, grid) for patches, grid in zip(np.split(self.values, ends), self.grids, strict=True)]
+
+
+class ImagePlan(Protocol):
+    """How media become what an encoder is given. Picklable: data workers run it.
+
+    Attributes:
+        random: whether training makes random choices.
+    """
+
+    @property
+    def random(self) -> bool: ...
+
+    def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
+        """Patch grid of every view of a media item: known before its pixels are read."""
+        ...
+
+    def blank(self) -> Views:
+        """One small view of zeros, for batches without media."""
+        ...
+
+    def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
+        """Decode and transform one image, or the used frames of one video; its first bytes tell which it is.
+
+        Args:
+            data: the encoded file.
+            generator: source of randomness while training; None: deterministic.
+            where: shard and key, for the message.
+
+        Raises:
+            BadSample: the bytes are not a sound JPEG, PNG or WebP image, or MP4, WebM or Matroska video, of acceptable
+                size.
+        """
+        ...
+
+
+MediaViews = Mapping[str, Sequence[Views | None]]
+"""Name of an encoder -> its views of every media item of a sample; None: the sample does not show the item."""
+
+
+def make_views(
+    plans: Mapping[str, ImagePlan],
+    blobs: Sequence[bytes],
+    *,
+    shown: Collection[int] | None = None,
+    draws: Callable[[], np.random.Generator] | None = None,
+    where: str = "image",
+) -> dict[str, list[Views | None]]:
+    """What every encoder is given of a sample's encoded media.
+
+    Args:
+        shown: items that the model sees; None: all.
+        draws: makes a generator while training; each encoder gets a new one, so that all draw the same.
+        where: shard and key, for messages.
+    """
+    found: dict[str, list[Views | None]] = {}
+    for name, plan in plans.items():
+        generator = draws() if draws is not None and plan.random else None
+        wanted = range(len(blobs)) if shown is None else shown
+        found[name] = [plan(blob, generator, where) if n in wanted else None for n, blob in enumerate(blobs)]
+    return found
+
+
+def collect_pictures(views: MediaViews) -> list[np.ndarray]:
+    """Every view `[3, H, W]` of a sample, of one encoder after the other."""
+    return [picture for items in views.values() for one in items if one is not None for picture in one.pictures()]
+
+
+def _picture(patches: np.ndarray, grid: Grid3) -> np.ndarray:
+    """`[P, 3 * p * p]` of one view -> `[3, H, W]`, its times below each other."""
+    side = round((patches.shape[1] / 3) ** 0.5)
+    image = patches.reshape(grid.t * grid.h, grid.w, 3, side, side).transpose(2, 0, 3, 1, 4)
+    return np.ascontiguousarray(image.reshape(3, grid.t * grid.h * side, grid.w * side))

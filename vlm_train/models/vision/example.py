@@ -1,0 +1,37 @@
+"""Blank input of any vision encoder, for dry runs, probes of exports and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vlm_train.contracts.media import MediaInput
+from vlm_train.data.layout import MediaSize
+
+NATIVE_SIZE = MediaSize(width=448, height=448)
+"""What stands for an image where the encoder has no size of its own."""
+
+
+def typical_size(vision: Any) -> MediaSize:
+    """The size of one view of an encoder."""
+    if vision.image_size is None:
+        return NATIVE_SIZE
+    height, width = vision.image_size
+    return MediaSize(width=width, height=height)
+
+
+def blank_input(vision: Any, views: int = 1, sizes: Sequence[MediaSize] = ()) -> MediaInput:
+    """So many images of one view each, all zeros; on the default device.
+
+    Args:
+        sizes: of the views, for an encoder of native resolution; its `patch_size` is the side of a patch in pixels.
+    """
+    sizes = sizes or [typical_size(vision)] * views
+    grids = tuple(vision.patch_grid(size) for size in sizes)
+    if vision.image_size is None:
+        shape: tuple[int, ...] = (sum(grid.size for grid in grids), 3 * vision.patch_size**2)
+    else:
+        shape = (len(sizes), 3, *vision.image_size)
+    return MediaInput(torch.zeros(shape, dtype=torch.uint8), grids, (1,) * len(sizes))
