@@ -12,11 +12,13 @@ import torch
 from data_pipelines.sample import Annotation, Sample
 from tests.contracts.preference import Balance, Preference, Routed
 from tests.data.rendering import assistant, sample, user
-from tests.models.test_packed import QA, TOKENIZER, tiny_model
+from tests.models.test_packed import PLANS, QA, TOKENIZER, tiny_model
 from tests.tiny_models import assert_close, llama_config, tiny_llm
+from vlm_train.contracts.media import Grid3
 from vlm_train.contracts.objective import Objective, StepContext
 from vlm_train.data.batch import Batch
 from vlm_train.data.collate import Item, collate
+from vlm_train.data.images.plan import Views
 from vlm_train.data.layout import GridLayout, NoMedia
 from vlm_train.data.render import render
 from vlm_train.models.checkpointing import checkpoint_layers
@@ -37,7 +39,7 @@ def preferred(number: int, media: int) -> Sample:
 
 def items_of(model: Any) -> list[Item]:
     layout = (
-        NoMedia() if not hasattr(model, "vision") else GridLayout(model.vision.patch_grid, model.connector.token_grid)
+        NoMedia() if not hasattr(model, "vision") else GridLayout(PLANS["vision"].grids, model.connector.token_grid)
     )
     generator = torch.Generator().manual_seed(1)
     items = []
@@ -45,12 +47,13 @@ def items_of(model: Any) -> list[Item]:
         media = media if hasattr(model, "vision") else 0
         rendered = render(preferred(number, media), QA, TOKENIZER, layout, rejected=True)
         views = [torch.randint(0, 256, (1, 3, 32, 32), generator=generator).byte().numpy() for _ in range(media)]
-        items.append(Item(rendered, views, source="ab"[number % 2]))
+        given = {"vision": [Views(view, (Grid3(1, 2, 2),)) for view in views]}
+        items.append(Item(rendered, given, source="ab"[number % 2]))
     return items
 
 
 def batches_of(items: list[Item], cut: Any) -> list[Batch]:
-    return [collate([[items[index] for index in row] for row in rows], (32, 32)) for rows in cut]
+    return [collate([[items[index] for index in row] for row in rows], PLANS) for rows in cut]
 
 
 def step(
@@ -97,7 +100,7 @@ def test_a_preference_step_does_not_depend_on_how_it_is_cut(pair: tuple[Any, Ste
 def test_a_batch_of_padding_has_no_samples_and_all_gradients(pair: tuple[Any, StepContext]) -> None:
     model, context = pair
     whole = step(model, [Preference()], context, batches_of(items_of(model), WHOLE))
-    empty = step(model, [Preference()], context, [collate([], (32, 32), streams=("llm", "rejected"))])
+    empty = step(model, [Preference()], context, [collate([], PLANS, streams=("llm", "rejected"))])
     assert empty["preference"] == 0 and empty["preference/count"] == 0 and empty.keys() == whole.keys()
 
 
