@@ -86,10 +86,11 @@ def ours(work: Work, steps: int, saves: list[float] | None = None, look: Callabl
             partial(work.make_schedule, steps=steps),
             seed=0,
             total_steps=steps,
+            clip_norm=work.cfg.trainer.clip_norm,
             folder=folder,
         )
-        evaluation = Evaluation(None, {}, folder, every=NEVER, val_every=None)
-        callbacks = loop_callbacks(work.cfg, last, module, evaluation, {"run_id": "benchmark", "frozen": []}, None)
+        evaluation, facts = Evaluation(None, {}, folder), {"run_id": "benchmark", "frozen": []}
+        callbacks = loop_callbacks(work.cfg, last, module, evaluation, facts, None, held_out=False)
         if saves is not None:
             _time_saves(callbacks, saves)
         trainer = make_trainer(work.cfg, plan, [_Marks(clock), *callbacks], folder)
@@ -101,14 +102,14 @@ def ours(work: Work, steps: int, saves: list[float] | None = None, look: Callabl
 
 def _time_saves(callbacks: Iterable[Any], saves: list[float]) -> None:
     (checkpoints,) = (one for one in callbacks if isinstance(one, Checkpoints))
-    save = checkpoints._save
+    save = checkpoints.save
 
     def timed(*args: Any, **options: Any) -> None:
         start = time.perf_counter()
         save(*args, **options)
         saves.append(time.perf_counter() - start)
 
-    checkpoints._save = timed  # type: ignore[method-assign]
+    checkpoints.save = timed  # type: ignore[method-assign]
 
 
 class _Bare(pl.LightningModule):

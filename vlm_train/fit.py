@@ -97,9 +97,8 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
     work = _work(cfg, skeleton) if rank() == 0 else None
     module = _module(cfg, built.model, reference, policy, data.plan, folder, work)
-    every = None if len(data.val) else cfg.trainer.val_every
-    evaluation = Evaluation(built.processor, evaluators, folder, every=every, val_every=cfg.trainer.val_every)
-    callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed)
+    evaluation = Evaluation(built.processor, evaluators, folder)
+    callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
     trainer = make_trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
         _describe(cfg, built, policy, trainer, folder, identity, evaluators)
@@ -185,6 +184,7 @@ def _module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any,
         lend_reference=lend(cfg, model, reference),
         seed=cfg.seed,
         total_steps=plan.steps,
+        clip_norm=cfg.trainer.clip_norm,
         normalise=cfg.batch.normalise,
         max_bad_samples=cfg.trainer.max_bad_samples,
         max_bad_share=cfg.trainer.max_bad_share,

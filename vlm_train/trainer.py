@@ -17,8 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_callbacks, build_loggers, build_strategy
-from vlm_train.callbacks.accumulation import NEVER, Accumulation
-from vlm_train.callbacks.loop import Checkpoints, Evaluation, Log
+from vlm_train.callbacks.loop import AfterStep, Checkpoints, Evaluation
 from vlm_train.callbacks.signals import StopSignals
 from vlm_train.callbacks.watchdog import Watchdog
 from vlm_train.checkpoint import Resume
@@ -49,9 +48,7 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
             **_precision(cfg, strategy),
             max_steps=plan.steps,
             max_epochs=-1,
-            gradient_clip_val=cfg.trainer.clip_norm,
-            val_check_interval=NEVER,  # `Accumulation` says when
-            check_val_every_n_epoch=None,
+            check_val_every_n_epoch=sys.maxsize,  # never by itself: `AfterStep` validates
             num_sanity_val_steps=0,
             logger=build_loggers(cfg, folder),
             callbacks=[*build_callbacks(cfg), *callbacks],
@@ -121,32 +118,34 @@ def _precision(cfg: DictConfig, strategy: Any) -> dict[str, Any]:
 
 
 def loop_callbacks(
-    cfg: DictConfig, plan: Any, module: Any, evaluation: Evaluation, facts: dict[str, Any], resumed: Resume | None
+    cfg: DictConfig,
+    plan: Any,
+    module: Any,
+    evaluation: Evaluation,
+    facts: dict[str, Any],
+    resumed: Resume | None,
+    *,
+    held_out: bool,
 ) -> list[Any]:
-    """What happens at intervals. The log and the evaluators come before checkpoints, which must not lack their step.
+    """What looks at a run, and what happens at intervals.
 
-    `facts` go into every checkpoint's manifest.
+    Args:
+        facts: go into every checkpoint's manifest.
+        held_out: whether there are samples for a held-out loss.
     """
     settings = cfg.trainer
-    val_every = None if evaluation.every else settings.val_every or plan.steps  # at least at the end
     higher_is_better = {"loss": False, **validation_metrics(evaluation.evaluators)}
     lower = not higher_is_better[settings.best]
     keep = Keep(settings.keep_last, settings.keep_best, settings.keep_every, lower=lower)
     writer = Writer(module.folder / "checkpoints", keep, background=settings.async_save, agree=module.over_ranks)
-    checkpoints = Checkpoints(
-        writer,
-        facts,
-        every=settings.save_every,
-        val_every=val_every,
-        total=plan.steps,
-        metric=settings.best,
-        resumed=resumed,
-    )
-    return [
-        Accumulation(val_every=val_every, total=plan.steps),
-        Watchdog(module.folder, minutes=settings.watchdog_minutes),
-        StopSignals(),
-        Log(every=settings.log_every, total=plan.steps),
+    checkpoints = Checkpoints(writer, facts, metric=settings.best, total=plan.steps, resumed=resumed)
+    after_step = AfterStep(
         evaluation,
         checkpoints,
-    ]
+        log_every=settings.log_every,
+        val_every=settings.val_every,
+        save_every=settings.save_every,
+        total=plan.steps,
+        held_out=held_out,
+    )
+    return [Watchdog(module.folder, minutes=settings.watchdog_minutes), StopSignals(), checkpoints, after_step]

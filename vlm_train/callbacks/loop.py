@@ -24,47 +24,111 @@ from vlm_train.errors import Interrupted
 from vlm_train.evaluation.run import run_evaluator
 
 
-class Log(pl.Callback):
-    """Writes the training metrics every `every` optimizer steps and at the end. Comes before `Checkpoints`: a resumed
-    run goes on with the sums since the last line."""
+class AfterStep(pl.Callback):
+    """What follows an optimizer step, in this order: log, stop where a rank is asked to, validate, save.
 
-    def __init__(self, *, every: int, total: int) -> None:
-        self.every, self.total = every, total
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if ends_step(batch) and (step % self.every == 0 or step == self.total):
-            pl_module.log_training()  # type: ignore[operator]
-
-
-class Checkpoints(pl.Callback):
-    """Saves every `every` optimizer steps and at the end; BEST follows `metric` of the validation.
-
-    A step that is validated is saved after its validation, so that no resumed run lacks it. A run that is asked to stop
-    saves the step it is in and raises `Interrupted`, on every rank; a validation that this cuts off is made up for.
+    A step that is validated is saved after its validation, so that no resumed run lacks it. A validation that a stop
+    cuts off is made up for when the run goes on.
 
     Args:
-        facts: what the manifest says about the run besides the step.
-        val_every: as `Accumulation` has it; None: no validation.
-        metric: of the validation, "loss" or one of an evaluator.
-        resumed: the checkpoint that this run goes on from.
+        log_every, save_every: optimizer steps between two; also at the end.
+        val_every: between two validations, held-out loss and evaluators; None: none. The held-out loss is also measured
+            at the end, where evaluators run anyway.
+        total: the last step.
+        held_out: whether there are samples for a held-out loss.
     """
 
     def __init__(
         self,
-        writer: Writer,
-        facts: dict[str, Any],
+        evaluation: Evaluation,
+        checkpoints: Checkpoints,
         *,
-        every: int | None,
+        log_every: int,
         val_every: int | None,
+        save_every: int | None,
         total: int,
-        metric: str,
-        resumed: Resume | None = None,
+        held_out: bool,
     ) -> None:
-        self.writer, self.facts, self.metric, self.resumed = writer, facts, metric, resumed
-        self.every, self.val_every, self.total = every, val_every, total
+        self.evaluation, self.checkpoints = evaluation, checkpoints
+        self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
+        self.total, self.held_out = total, held_out
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if not ends_step(batch):
+            return
+        step, module = trainer.global_step, cast(Any, pl_module)
+        if step == self.total or step % self.log_every == 0:
+            module.log_training()
+        if module.stopping:
+            self.checkpoints.stop(trainer)
+        if self._measures_loss(step) or self._evaluates(step):
+            self._validate(trainer, module)
+        elif self._saves(step):
+            self.checkpoints.save(trainer)
+
+    def _validate(self, trainer: pl.Trainer, module: Any) -> None:
+        """Held-out loss and evaluators, then a checkpoint if it is the best, or due."""
+        module.meter.pause()
+        module.validation_metrics = {}
+        if self._measures_loss(trainer.global_step):
+            run_validation_loop(trainer)
+        if self._evaluates(trainer.global_step):
+            self.evaluation.run(trainer, module)
+        value, best = self.checkpoints.judge(trainer, module.validation_metrics)
+        if best or self._saves(trainer.global_step):
+            self.checkpoints.save(trainer, best=best, value=value)
+        if module.asked_to_stop():
+            self.checkpoints.stop(trainer)
+        module.meter.go_on()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for the validation that a stop cut off."""
+        step = trainer.global_step
+        if step and (self._measures_loss(step) or self._evaluates(step)):
+            held = {row["step"] for row in record.metrics(Path(trainer.default_root_dir)) if row["split"] == "val"}
+            if trainer.strategy.broadcast(step not in held):
+                self._validate(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if cast(Any, pl_module).asked_to_stop():
+            self.checkpoints.stop(trainer)
+
+    def _measures_loss(self, step: int) -> bool:
+        return self.held_out and (step == self.total or step % (self.val_every or self.total) == 0)
+
+    def _evaluates(self, step: int) -> bool:
+        return bool(self.evaluation.evaluators and self.val_every) and step % (self.val_every or 1) == 0
+
+    def _saves(self, step: int) -> bool:
+        return step == self.total or bool(self.save_every and step % self.save_every == 0)
+
+
+def run_validation_loop(trainer: pl.Trainer) -> None:
+    """Lightning's, now. It does the same where it counts batches to find out when; we count optimizer steps."""
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
+    first = connector._first_loop_iter
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
+class Checkpoints(pl.Callback):
+    """The checkpoints of a run: restored when it starts, written when `AfterStep` says so; BEST follows `metric`.
+
+    Args:
+        facts: what the manifest says about the run besides the step.
+        metric: of the validation, "loss" or one of an evaluator.
+        total: the last step, whose checkpoint must be written.
+        resumed: the checkpoint that this run goes on from.
+    """
+
+    def __init__(
+        self, writer: Writer, facts: dict[str, Any], *, metric: str, total: int, resumed: Resume | None = None
+    ) -> None:
+        self.writer, self.facts, self.metric, self.total, self.resumed = writer, facts, metric, total, resumed
         self.best: float | None = None
         self.written = set() if resumed is None else {resumed.step}  # others of the same step may be damaged
 
@@ -75,7 +139,7 @@ class Checkpoints(pl.Callback):
         self.best = state_dict["best"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore what learns; make up for the validation that a stop cut off."""
+        """Restore what learns."""
         if self.resumed is not None:
             restore(trainer.strategy, cast(Any, pl_module).policy.named, self.resumed.folder)
             rates = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
@@ -83,38 +147,34 @@ class Checkpoints(pl.Callback):
                 group["lr"] = rate
             for state in cast(Any, pl_module).generators:
                 set_rng_state(state)
-        step = trainer.global_step
-        if step and self._validated(step):
-            held = {row["step"] for row in record.metrics(self.writer.root.parent) if row["split"] == "val"}
-            if trainer.strategy.broadcast(step not in held):
-                trainer.validating = True
-                trainer.fit_loop.epoch_loop.val_loop.run()
-                trainer.training = True
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if not ends_step(batch):
-            return
-        if pl_module.stopping:
-            self._stop(trainer, pl_module)
-        if self._due(step) and not self._validated(step):
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = trainer.strategy.broadcast(pl_module.validation_metrics.get(self.metric))  # type: ignore[operator,union-attr]
+    def judge(self, trainer: pl.Trainer, metrics: Mapping[str, float]) -> tuple[float | None, bool]:
+        """The metric that BEST follows, None where it was not measured, and whether it is the best yet."""
+        value: float | None = trainer.strategy.broadcast(metrics.get(self.metric))
         lower = self.writer.keep.lower
         best = value is not None and (self.best is None or (value < self.best if lower else value > self.best))
         self.best = value if best else self.best
-        if best or self._due(trainer.global_step):
-            self._save(trainer, best=best, value=value)
-        if pl_module.asked_to_stop():  # type: ignore[operator]
-            self._stop(trainer, pl_module)
+        return value, best
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if pl_module.asked_to_stop():  # type: ignore[operator]
-            self._stop(trainer, pl_module)
+    def save(self, trainer: pl.Trainer, *, best: bool = False, value: float | None = None, must: bool = False) -> None:
+        """Write the checkpoint of this step, which a validation gave `value`. `must`: wait for it."""
+        mark(trainer, "save")
+        cast(Any, trainer.lightning_module).require_healthy()
+        step = trainer.global_step
+        trusted, self.written = step in self.written, self.written | {step}
+        facts = self.facts | {"metric": value, "world": trainer.world_size}
+        must = must or step == self.total
+        self.writer.save(trainer, step=step, facts=facts, best=best, must=must, rewrite=not trusted)
+
+    def stop(self, trainer: pl.Trainer) -> None:
+        """Save the step and raise `Interrupted`, on every rank."""
+        if trainer.global_step not in self.written or self.writer.failures:
+            self.save(trainer, must=True)
+        self.writer.finish(must=True)
+        if trainer.is_global_zero:
+            record.update(self.writer.root.parent, status="interrupted")
+        trainer.strategy.barrier()  # the first that leaves is the end of the others where `srun` or torchrun look on
+        raise Interrupted(cast(Any, trainer.lightning_module).interrupt or signal.SIGTERM, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer.finish(must=True)
@@ -122,76 +182,25 @@ class Checkpoints(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.writer.abandon()
 
-    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step not in self.written or self.writer.failures:
-            self._save(trainer, must=True)
-        self.writer.finish(must=True)
-        if trainer.is_global_zero:
-            record.update(self.writer.root.parent, status="interrupted")
-        trainer.strategy.barrier()  # the first that leaves is the end of the others where `srun` or torchrun look on
-        raise Interrupted(pl_module.interrupt or signal.SIGTERM, trainer.global_step)  # type: ignore[arg-type]
 
-    def _validated(self, step: int) -> bool:
-        return bool(self.val_every) and (step == self.total or step % (self.val_every or 1) == 0)
+class Evaluation:
+    """Runs the evaluators on their validation sets, but for those that run at the end only."""
 
-    def _due(self, step: int) -> bool:
-        return step == self.total or bool(self.every and step % self.every == 0)
-
-    def _save(self, trainer: pl.Trainer, *, best: bool = False, value: float | None = None, must: bool = False) -> None:
-        mark(trainer, "save")
-        trainer.lightning_module.require_healthy()  # type: ignore[operator]
-        step = trainer.global_step
-        trusted, self.written = step in self.written, self.written | {step}
-        facts = self.facts | {"metric": value, "world": trainer.world_size}
-        self.writer.save(
-            trainer, step=step, facts=facts, best=best, must=must or step == self.total, rewrite=not trusted
-        )
-
-
-class Evaluation(pl.Callback):
-    """Runs the evaluators on their validation sets whenever the validation loss is measured.
-
-    Args:
-        every: optimizer steps between two runs where there is no validation set, hence no validation loss; else None.
-        val_every: steps between validations; one at another step, the last, leaves them to the end of the run.
-    """
-
-    def __init__(
-        self,
-        processor: Processor,
-        evaluators: Mapping[str, Evaluator],
-        folder: Path,
-        *,
-        every: int | None,
-        val_every: int | None,
-    ) -> None:
-        self.processor, self.folder, self.every, self.val_every = processor, folder, every, val_every
+    def __init__(self, processor: Processor, evaluators: Mapping[str, Evaluator], folder: Path) -> None:
+        self.processor, self.folder = processor, folder
         self.evaluators = {name: one for name, one in evaluators.items() if one.at_validation}
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        if self.every and ends_step(batch) and trainer.global_step % self.every == 0:
-            pl_module.on_validation_start()
-            self._run(trainer, pl_module)
-            pl_module.on_validation_end()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = self.val_every and trainer.global_step % self.val_every == 0
-        if due:
-            self._run(trainer, pl_module)
-
-    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def run(self, trainer: pl.Trainer, module: Any) -> None:
+        """On rank 0, or on all ranks where they hold shards. Results go to the log and into `validation_metrics`."""
         mark(trainer, EVALUATION)
-        if not (trainer.is_global_zero or trainer.strategy.shards_model):  # type: ignore[attr-defined]
+        if not (trainer.is_global_zero or cast(Any, trainer.strategy).shards_model):
             return
-        model = cast(Any, pl_module).model
         with results_folder(self.folder / "eval", trainer.is_global_zero) as folder:
             for name, evaluator in self.evaluators.items():
-                findings = run_evaluator(name, evaluator, model, self.processor, folder / name, final=False)
+                findings = run_evaluator(name, evaluator, module.model, self.processor, folder / name, final=False)
                 found = {f"{name}/{metric}": value for metric, value in findings.metrics.items()}
-                pl_module.validation_metrics |= found  # type: ignore[operator]
-                pl_module.write("val", found)  # type: ignore[operator]
+                module.validation_metrics |= found
+                module.write("val", found)
 
 
 @contextmanager

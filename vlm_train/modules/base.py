@@ -33,13 +33,11 @@ from vlm_train.record import METRICS
 class VLMModule(pl.LightningModule):
     """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
 
-    `reference` is a second, frozen model, moved and spread like the first and never saved; `lend_reference` is what
-    objectives are given of it.
-
-    The loss of a micro-batch is its sum over the denominator of the whole optimizer step on all ranks, times what
-    Lightning and DDP divide by: the gradient does not depend on how a step is cut.
+    `training_step` is the whole step, in the order in which it happens. `reference` is a second, frozen model, moved and
+    spread like the first and never saved; `lend_reference` is what objectives are given of it.
     """
 
+    automatic_optimization = False
     strict_loading = False  # checkpoints hold what learns; `checkpoint.py` checks that nothing else is missing
 
     def __init__(
@@ -54,6 +52,7 @@ class VLMModule(pl.LightningModule):
         lend_reference: Callable[[], AbstractContextManager[Any]] | None = None,
         seed: int,
         total_steps: int,
+        clip_norm: float | None = None,
         normalise: str = "token",
         max_bad_samples: int = 100,
         max_bad_share: float = 0.05,
@@ -70,7 +69,7 @@ class VLMModule(pl.LightningModule):
         self.objectives = dict(objectives)
         self.policy = policy
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
-        self.seed, self.total_steps, self.normalise = seed, total_steps, normalise
+        self.seed, self.total_steps, self.clip_norm, self.normalise = seed, total_steps, clip_norm, normalise
         self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         least = min_supervised_ratio if "lm" in objectives else 0.0
@@ -82,7 +81,6 @@ class VLMModule(pl.LightningModule):
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
         self.guard = guard or Guard(folder)
         self.keys: list[str] = []  # of the samples of the step
-        self.at_boundary = True  # the micro-batch is the last of its step
         self.left_out: str | None = None  # why the last step made no update
         self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
         self.interrupt, self.stopping = 0, False
@@ -99,13 +97,6 @@ class VLMModule(pl.LightningModule):
                 self.trainer.strategy.shard(self.reference)
             self.spread = True
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
-        del dataloader_idx
-        if self.trainer.training:
-            self.meter.arrive()
-        return batch.to(device)
-
     def train(self, mode: bool = True) -> VLMModule:
         """Training mode, with frozen parts kept in eval mode."""
         super().train(mode)
@@ -115,17 +106,60 @@ class VLMModule(pl.LightningModule):
                 self.reference.eval()
         return self
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Losses of one micro-batch. Randomness (dropout) is addressed by step, micro-batch and rank."""
-        window = batch.window
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One micro-batch. The last one of a step also makes the update.
+
+        1. The batch is there: Lightning has called `transfer_batch_to_device`.
+        2. Randomness (dropout) gets its address: run, step, micro-batch, rank.
+        3. The first micro-batch opens the step: denominators over all micro-batches and ranks, bad samples, a stop.
+        4. `forward` gives the micro-batch's part of the loss, in the precision of the run.
+        5. Backward. Gradients are added up; they cross ranks in the last micro-batch.
+        6. The guard looks at the norm of the gradients: not finite, or a spike, means no update. Else they are clipped.
+        7. The optimizer makes its step, and the schedule follows updates, not steps.
+        8. The family keeps its bounds (the temperature of two towers).
+        9. Log, stop, validate, save: `callbacks.loop.AfterStep`, each at its interval.
+        """
+        window, strategy = batch.window, cast(Any, self.trainer.strategy)
         assert window is not None
         seed = derive_seed(self.seed, "step", window.step, window.micro, self.global_rank)
         seed_torch(seed, cuda=self.device.type == "cuda")
-        self.at_boundary = ends_step(batch)
+
         if window.micro == 0:
             self._open(window)
         self.keys += [key for row in batch.keys for key in row]
         self.meter.hold(batch)
+
+        last = ends_step(batch)
+        with strategy.gradients_cross_ranks(last):
+            with strategy.precision_plugin.train_step_context():
+                loss = strategy.model(batch)  # `forward`, through what the strategy has wrapped around this module
+            self.manual_backward(loss)
+        if not last:
+            return
+
+        if not strategy.clips_gradients:  # DeepSpeed does within its step, where it calls `objects_to`
+            self._clip_gradients()
+        cast(Any, self.optimizers()).step()
+        self.zero_grad(set_to_none=True)
+        if self.left_out is None and not strategy.updates():
+            self.left_out = SCALE
+        if self.left_out is None:
+            cast(Any, self.lr_schedulers()).step()
+        else:
+            self.meter.leave_out()
+            self.guard.leave_out(self.global_step, self.left_out, self.keys, self.global_rank)
+        self.model.clamp_()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
+        del dataloader_idx
+        if self.trainer.training:
+            self.meter.arrive()
+        return batch.to(device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A micro-batch's part of the loss, `[]`: the sums of all objectives over the denominators of the whole step on
+        all ranks, so that the gradient does not depend on how a step is cut."""
         if self.factors:
             batch = weigh_sources(batch, self.factors)
         context = StepContext(gather_for(self.trainer.world_size, self.device), self.lend_reference)
@@ -136,8 +170,7 @@ class VLMModule(pl.LightningModule):
                 value = loss.sum * (loss.weight / denominator)
                 total = total + value
                 self.meter.train.add(name, loss)
-        # Lightning and DDP divide by both.
-        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return total * self.trainer.world_size  # strategies take the mean over ranks
 
     def _open(self, window: Window) -> None:
         """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any
@@ -161,41 +194,22 @@ class VLMModule(pl.LightningModule):
         if reason := self.bad.judge(round(good), round(bad)):  # on every rank
             raise TrainingError(f"data.train: {reason}. {self.bad.summary(self.over_ranks(dict(self.bad.kinds)))}")
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
+    def _clip_gradients(self) -> None:
         """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
-        del optimizer, gradient_clip_algorithm
-        parameters = [p for group in self.policy.groups for p in group.parameters]
+        cast(Any, self.trainer.strategy).unscale_gradients()
         norms = part_norms(self.policy)
         total = nn.utils.get_total_norm(norms.values())
         if self.objects_to(total, norms):
             self.zero_grad(set_to_none=True)
-        elif gradient_clip_val is not None:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, total)
+        elif self.clip_norm is not None:
+            parameters = [p for group in self.policy.groups for p in group.parameters]
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, total)
 
     def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
         """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
         self.grad_norms = {"grad_norm": norm} | {f"grad_norm/{part}": one for part, one in (of_parts or {}).items()}
         self.left_out = self.guard.judge(float(norm), self.global_step + 1)
         return self.left_out is not None
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """An update, and the bounds that the family keeps after one (the temperature of two towers)."""
-        step = self.global_step + 1
-        super().optimizer_step(*args, **kwargs)
-        self.zero_grad(set_to_none=True)
-        if self.left_out is None and not cast(Any, self.trainer.strategy).updates():
-            self.left_out = SCALE
-        if self.left_out is not None:
-            self.meter.leave_out()
-            self.guard.leave_out(step, self.left_out, self.keys, self.global_rank)
-        self.model.clamp_()
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """The schedule follows updates, not steps."""
-        if self.left_out is None:
-            super().lr_scheduler_step(scheduler, metric)
 
     def log_training(self) -> None:
         """Write what happened since the last log line, and check it."""
@@ -255,14 +269,6 @@ class VLMModule(pl.LightningModule):
         """Wait for the next micro-batch, now that the callbacks are done."""
         self.meter.leave()
 
-    def on_validation_start(self) -> None:
-        """Stop the clock of the training speed."""
-        self.meter.pause()
-
-    def on_validation_end(self) -> None:
-        """Start it again, after the callbacks (evaluators, checkpoints) are done."""
-        self.meter.go_on()
-
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
         self.meter.hold_out()
@@ -286,14 +292,10 @@ class VLMModule(pl.LightningModule):
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
         print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown(row)}", flush=True)
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        """Gradients are cleared after each update: Lightning would clear them after a fixed number of batches."""
-
     def configure_optimizers(self) -> Any:
-        """One optimizer over the policy's groups, its schedule per optimizer step."""
+        """One optimizer over the policy's groups, and its schedule."""
         optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
-        schedule = self.make_schedule(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything but weights, which `checkpoint.py` writes as safetensors: the sums since the last log line."""

@@ -79,8 +79,8 @@ class FSDP2(OwnState, DDPStrategy):
         """Nothing: shards are where they belong."""
 
     @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Nothing: gradients of all but the last micro-batch are reduced too, which holds shards of them only."""
+    def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
+        """In every micro-batch, so that no rank holds more than its shard of them."""
         yield
 
     def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -46,3 +47,15 @@ class DDP(Replicated, DDPStrategy):
             gradient_as_bucket_view=True,  # one copy of the gradients less
             timeout=timedelta(minutes=timeout_minutes),
         )
+
+    @contextmanager
+    def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
+        """Once a step: those of the last micro-batch, on top of what the others have added up."""
+        if last:
+            yield
+        else:
+            with self.block_backward_sync():
+                yield
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """DDP's own forward has prepared it. Lightning prepares here what runs backward inside of forward."""

@@ -6,7 +6,8 @@ A checkpoint of such pieces can be read by any number of processes under any str
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,9 +58,11 @@ class HasState(Protocol):
 
 
 class OwnState:
-    """Leaves optimizer and weights out of Lightning's checkpoints, and the model where it is when training ends.
+    """What all our strategies share. Mixed into Lightning's.
 
-    Mixed into Lightning's strategies. `checkpoint` saves and restores the rest through `pieces` and `whole`.
+    The module makes the whole training step itself, and calls the methods below in the order in which they stand.
+    Optimizer and weights are left out of Lightning's checkpoints; `checkpoint` saves and restores them through `pieces`
+    and `whole`. When training ends the model stays where it is.
     """
 
     shards_model: bool
@@ -68,8 +71,44 @@ class OwnState:
     saved: bytes
     """What Lightning would have saved last."""
 
+    clips_gradients = False
+    """Whether the optimizer's step clips, and asks the module's `objects_to` itself."""
+
     optimizers: list[Any]
     is_global_zero: bool
+    lightning_module: Any
+    precision_plugin: Any
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """The module's, neither wrapped nor in the run's precision: it sends only its forward pass through both."""
+        self.lightning_module.training_step(batch, batch_idx)
+
+    @contextmanager
+    def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch, the `last` of its step or not: one device has no other rank."""
+        yield
+
+    def unscale_gradients(self) -> None:
+        """Make true gradients of those that fp16 has scaled."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizers[0])
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **options: Any) -> Any:
+        """Lightning's, but for fp16, where it would unscale the gradients a second time."""
+        if self._scaler is None:
+            return super().optimizer_step(optimizer, closure, model, **options)  # type: ignore[misc]
+        self.precision_plugin._after_closure(self.lightning_module, optimizer)  # the hooks of callbacks
+        self._scaler.step(optimizer)
+        return self._scaler.update()
+
+    @property
+    def _scaler(self) -> Any:
+        """Of fp16; else None."""
+        return getattr(self.precision_plugin, "scaler", None)
+
+    def updates(self) -> bool:
+        """Whether the last step made an update."""
+        return True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Keep it for `checkpoint.save`, which writes it with the rest."""
@@ -85,10 +124,6 @@ class OwnState:
         """Nothing."""
         return {}
 
-    def updates(self) -> bool:
-        """Whether the last step made an update."""
-        return True
-
     @property
     def lightning_restore_optimizer(self) -> bool:
         """Never."""
@@ -100,7 +135,7 @@ class OwnState:
 
     def teardown(self) -> None:
         """Only the accelerator's: the model is evaluated afterwards."""
-        self.precision_plugin.teardown()  # type: ignore[attr-defined]
+        self.precision_plugin.teardown()
         self.accelerator.teardown()  # type: ignore[attr-defined]
 
 

@@ -85,6 +85,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             raise ConfigError("strategy: DeepSpeed is not installed: pip install 'vlm-train[deepspeed]'.") from error
         self.stage = stage
         self.shards_model = stage == 3
+        self.clips_gradients = True
 
     @property
     def engine(self) -> Any:
@@ -110,10 +111,11 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         """Without a CUDA device number, and with float buffers as they are: rotary ones lose positions in 16 bits."""
         import deepspeed
 
+        assert isinstance(self.config, dict)
         with keep_buffers(model):
             engine, optimizer, *_ = deepspeed.initialize(
                 args=argparse.Namespace(device_rank=self.local_rank),
-                config=self.config,
+                config=self.config | {"gradient_clipping": cast(Any, model).clip_norm or 0.0},
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=optimizer,
@@ -170,14 +172,10 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         """Whether the last step made one: DeepSpeed leaves out those whose gradients overflow, silently."""
         return bool(self.engine.was_step_applied())
 
-    @property
-    def handles_gradient_accumulation(self) -> bool:
-        """No: Lightning calls the engine's step once an optimizer step; `ZeROPrecision.backward` tells it when."""
-        return False
-
     @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Nothing: DeepSpeed knows from `ZeROPrecision.backward` when to reduce."""
+    def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
+        """As the stage does it; the last micro-batch completes it, and is followed by the engine's step."""
+        self.engine.set_gradient_accumulation_boundary(last)
         yield
 
     # Weights.
@@ -289,11 +287,6 @@ class ZeROPrecision(DeepSpeedPrecision):
         """As it is: parts cast what they compute with, and the weights of targets stay exact."""
         return data
 
-    def _clip_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: DeepSpeed clips, and asks the guard itself; asked here too, it would see a norm of 0 every step."""
-
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Without a second division by the number of micro-batches; the last one reduces and is followed by a step."""
-        engine = model.trainer.model
-        engine.set_gradient_accumulation_boundary(model.at_boundary)
-        engine.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
+        """Without a second division by the number of micro-batches."""
+        model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
