@@ -110,10 +110,9 @@ def test_counts_by_kind_are_logged_and_survive_a_checkpoint(tmp_path):
     found = {name: value for name, value in row.items() if name.startswith("skipped")}
     assert found == {"skipped": 3, "skipped/corrupt": 1, "skipped/too_long": 2}
     assert module.meter.counts == dict.fromkeys(("samples", "tokens", "places", "supervised", "skipped"), 0.0)
-    checkpoint: dict = {}
-    module.on_save_checkpoint(checkpoint)
+    counts = module.counts()
     other = make_module(tmp_path, trainer, max_bad_share=0.5)
-    other.on_load_checkpoint(checkpoint)
+    other.set_counts(counts)
     with pytest.raises(TrainingError) as error:
         other._open(window(1, 0, *(problems(*(str(n) for n in range(1000)), kind="image"))))
     assert str(error.value).startswith("data.train: 1000 bad samples in a row; trainer.max_bad_samples=100. ")

@@ -105,7 +105,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # not our calls
-        trainer.fit(module, datamodule=data, ckpt_path=resumed.state if resumed else None, weights_only=True)
+        trainer.fit(module, datamodule=data)
         if trainer.global_step < data.plan.steps:
             raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
     metrics = _finish(built, module, evaluators, folder, trainer)

@@ -13,10 +13,9 @@ import lightning.pytorch as pl
 
 from vlm_train import record
 from vlm_train.callbacks.watchdog import EVALUATION, mark
-from vlm_train.checkpoint.generators import set_rng_state
 from vlm_train.checkpoint.resume import Resume
+from vlm_train.checkpoint.run_state import restore_run
 from vlm_train.checkpoint.save import Writer
-from vlm_train.checkpoint.state import restore
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.data.batch import Batch, ends_step
 from vlm_train.data.processor import Processor
@@ -138,15 +137,9 @@ class Checkpoints(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore what learns."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.resumed is not None:
-            restore(trainer.strategy, cast(Any, pl_module).policy.named, self.resumed.folder)
-            rates = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
-            for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
-                group["lr"] = rate
-            for state in cast(Any, pl_module).generators:
-                set_rng_state(state)
+            restore_run(trainer, self.resumed)
 
     def judge(self, trainer: pl.Trainer, metrics: Mapping[str, float]) -> tuple[float | None, bool]:
         """The metric that BEST follows, None where it was not measured, and whether it is the best yet."""

@@ -21,7 +21,7 @@ class Resume:
 
     @property
     def state(self) -> Path:
-        """Optimizer, schedule and position, in Lightning's format."""
+        """Step, schedule, counters: see `run_state`."""
         return self.folder / STATE
 
     @property

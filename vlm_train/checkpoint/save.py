@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlm_train.checkpoint import files
+from vlm_train.checkpoint.run_state import collect_run_state
 from vlm_train.checkpoint.state import owned
 from vlm_train.errors import CheckpointError
 
@@ -134,7 +135,7 @@ class Writer:
         """This rank's part, on the CPU; copied if training goes on meanwhile."""
         strategy, named = trainer.strategy, trainer.lightning_module.policy.named
         world, rank = trainer.world_size, trainer.global_rank
-        trainer.save_checkpoint(final)  # into strategy.saved
+        state = collect_run_state(trainer)
         parts: dict[str, dict[str, Tensor] | bytes] = {}
         pieces = {name: self._take(name, tensor) for name, tensor in owned(strategy.pieces(named)).items()}
         whole = {}
@@ -145,7 +146,7 @@ class Writer:
             parts[files.optimizer_file(rank, world)] = pieces
         if rank == 0:
             parts[files.WEIGHTS] = whole
-            parts[files.STATE] = strategy.saved
+            parts[files.STATE] = state
             facts["learned"] = {name: list(tensor.shape) for name, tensor in whole.items()}
         return _Job(final, step, facts, best, parts, world, rank)
 

@@ -29,8 +29,8 @@ def owned(pieces: Iterator[Piece]) -> dict[str, Tensor]:
     return {key(one): one.tensor[0] if one.single else one.tensor for one in pieces if one.owned}
 
 
-def restore(strategy: Any, named: dict[str, nn.Parameter], folder: Path) -> None:
-    """Fill what this process holds of the training state.
+def restore_pieces(strategy: Any, named: dict[str, nn.Parameter], folder: Path) -> None:
+    """Fill what this process holds of the optimizer's states, and of the exact weights behind 16-bit ones.
 
     Raises:
         CheckpointError: the checkpoint lacks a part of it.

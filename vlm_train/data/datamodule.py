@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipelines.remote import CACHE_BYTES
@@ -26,6 +27,7 @@ from vlm_train.data.processor import Processor
 from vlm_train.data.samples import Samples
 from vlm_train.data.windows import MicroBatches, ValidationStream, WindowStream
 from vlm_train.errors import ConfigError
+from vlm_train.randomness import derive_seed
 from vlm_train.schema import BatchSize
 from vlm_train.stopping import STOPPING
 
@@ -90,6 +92,7 @@ class VLMData(pl.LightningDataModule):
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
+        self.seed = seed
         self.train = Samples(train, processor, options, seed=seed, limit=limit, remote=remote)
         self.val = Samples(val, processor, options, seed=seed, limit=val_limit, remote=remote)
         if val_share and not val:
@@ -212,6 +215,7 @@ class VLMData(pl.LightningDataModule):
 
     def _loader(self, stream: IterableDataset, workers: int) -> DataLoader[Any]:
         assert self.trainer is not None
+        seed = derive_seed(self.seed, "workers", self.trainer.global_step)
         return DataLoader(
             stream,
             batch_size=None,
@@ -219,6 +223,7 @@ class VLMData(pl.LightningDataModule):
             prefetch_factor=self.prefetch if workers else None,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",  # by `Batch.pin_memory`
             worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(seed),  # the global one must stand where a resumed run has put it
         )
 
 

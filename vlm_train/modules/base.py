@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from vlm_train.checkpoint.generators import rng_state
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.objective import Objective, StepContext, denominator_of
 from vlm_train.data.batch import Batch, Window, ends_step
@@ -38,7 +37,6 @@ class VLMModule(pl.LightningModule):
     """
 
     automatic_optimization = False
-    strict_loading = False  # checkpoints hold what learns; `checkpoint.py` checks that nothing else is missing
 
     def __init__(
         self,
@@ -85,7 +83,6 @@ class VLMModule(pl.LightningModule):
         self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
         self.interrupt, self.stopping = 0, False
         self.spread = False
-        self.generators: list[dict[str, Any]] = []
         self.train()  # Lightning keeps the modes it finds, so they are set here
 
     def configure_model(self) -> None:
@@ -297,20 +294,17 @@ class VLMModule(pl.LightningModule):
         optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer)}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything but weights, which `checkpoint.py` writes as safetensors: the sums since the last log line."""
-        checkpoint["state_dict"] = {}
-        checkpoint["since_log"] = self.meter.state() | {
+    def counts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of what is counted: the sums since the last log line, bad samples, the guard. A
+        collective: every rank calls it."""
+        return self.meter.state() | {
             "bad": self.bad.state(self.over_ranks(dict(self.bad.kinds))),
             "guard": self.guard.state(),
         }
-        checkpoint["rng"] = of_all_ranks(rng_state(), self.trainer.world_size)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the sums: rank 0 takes those of all ranks."""
-        held = checkpoint["since_log"]
+    def set_counts(self, held: Mapping[str, Any]) -> None:
+        """Go on with `counts()`: rank 0 takes the sums of all ranks."""
         self.bad.load(held["bad"], first_rank=self.global_rank == 0)
         self.guard.load(held["guard"])
-        self.generators = checkpoint["rng"][self.global_rank :][:1]  # none for a rank that was not there
         if self.global_rank == 0:
             self.meter.load(held, self.device)

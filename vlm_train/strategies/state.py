@@ -5,7 +5,6 @@ A checkpoint of such pieces can be read by any number of processes under any str
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,15 +60,12 @@ class OwnState:
     """What all our strategies share. Mixed into Lightning's.
 
     The module makes the whole training step itself, and calls the methods below in the order in which they stand.
-    Optimizer and weights are left out of Lightning's checkpoints; `checkpoint` saves and restores them through `pieces`
-    and `whole`. When training ends the model stays where it is.
+    `checkpoint` saves and restores optimizer and weights through `pieces` and `whole`. When training ends the model
+    stays where it is.
     """
 
     shards_model: bool
     """Whether a forward pass is a collective, so that all ranks evaluate together."""
-
-    saved: bytes
-    """What Lightning would have saved last."""
 
     clips_gradients = False
     """Whether the optimizer's step clips, and asks the module's `objects_to` itself."""
@@ -110,24 +106,12 @@ class OwnState:
         """Whether the last step made an update."""
         return True
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Keep it for `checkpoint.save`, which writes it with the rest."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        self.saved = buffer.getvalue()
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing."""
+    def loss_scale(self) -> dict[str, Any]:
+        """Where the loss scale of fp16 stands, if the strategy keeps it, not the precision plugin."""
         return {}
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Never."""
-        return False
+    def set_loss_scale(self, held: Mapping[str, Any]) -> None:
+        """Go on with `loss_scale()`."""
 
     def allocate(self, kinds: Mapping[str, bool]) -> None:
         """See `HasState`."""

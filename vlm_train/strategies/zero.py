@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
-from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
 
 from vlm_train.errors import ConfigError
@@ -205,17 +204,13 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
     # Checkpoints: ours, not DeepSpeed's pickles.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """See `OwnState`; with the position of the loss scale of fp16."""
-        scaler = vars(self.engine.optimizer.loss_scaler)
-        checkpoint["loss_scaler"] = {key: value for key, value in scaler.items() if isinstance(value, int | float)}
-        OwnState.save_checkpoint(self, checkpoint, filepath)
+    def loss_scale(self) -> dict[str, Any]:
+        """See `OwnState`."""
+        return {k: v for k, v in vars(self.engine.optimizer.loss_scaler).items() if isinstance(v, int | float)}
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Lightning's plain file, on every rank."""
-        checkpoint = Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-        vars(self.engine.optimizer.loss_scaler).update(checkpoint.get("loss_scaler", {}))
-        return checkpoint
+    def set_loss_scale(self, held: Mapping[str, Any]) -> None:
+        """See `OwnState`."""
+        vars(self.engine.optimizer.loss_scaler).update(held)
 
     def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:
         """See `OwnState`: the fp32 weights as well, which in 16 bits are more exact than the model's."""
