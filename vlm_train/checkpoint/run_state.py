@@ -20,7 +20,7 @@ def collect_run_state(trainer: Any) -> bytes:
         "global_step": trainer.global_step,
         "lr_schedulers": [one.scheduler.state_dict() for one in trainer.lr_scheduler_configs],
         "since_log": module.counts(),
-        "loss_scaler": trainer.strategy.loss_scale(),
+        "loss_scaler": trainer.strategy.scaler_state(),
         "callbacks": {one.state_key: held for one in trainer.callbacks if (held := one.state_dict())},
         "rng": of_all_ranks(rng_state(), world),
     }
@@ -46,7 +46,7 @@ def restore_run(trainer: Any, resumed: Resume) -> None:
 
     # The optimizer: its states, the exact weights behind 16-bit ones, the loss scale, the step.
     restore_pieces(trainer.strategy, module.policy.named, resumed.folder)
-    trainer.strategy.set_loss_scale(state.get("loss_scaler", {}))
+    trainer.strategy.load_scaler_state(state.get("loss_scaler", {}))
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     progress.ready = progress.completed = state["global_step"]
 

@@ -32,8 +32,9 @@ from vlm_train.record import METRICS
 class VLMModule(pl.LightningModule):
     """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
 
-    `training_step` is the whole step, in the order in which it happens. `reference` is a second, frozen model, moved and
-    spread like the first and never saved; `lend_reference` is what objectives are given of it.
+    `training_step` is the whole step, in the order in which it happens.
+    `reference` is a second, frozen model, moved and spread like the first and never saved; `lend_reference` is what
+    objectives are given of it.
     """
 
     automatic_optimization = False

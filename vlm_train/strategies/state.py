@@ -106,12 +106,12 @@ class OwnState:
         """Whether the last step made an update."""
         return True
 
-    def loss_scale(self) -> dict[str, Any]:
+    def scaler_state(self) -> dict[str, Any]:
         """Where the loss scale of fp16 stands, if the strategy keeps it, not the precision plugin."""
         return {}
 
-    def set_loss_scale(self, held: Mapping[str, Any]) -> None:
-        """Go on with `loss_scale()`."""
+    def load_scaler_state(self, held: Mapping[str, Any]) -> None:
+        """Go on with `scaler_state()`."""
 
     def allocate(self, kinds: Mapping[str, bool]) -> None:
         """See `HasState`."""

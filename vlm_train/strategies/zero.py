@@ -204,11 +204,11 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
     # Checkpoints: ours, not DeepSpeed's pickles.
 
-    def loss_scale(self) -> dict[str, Any]:
+    def scaler_state(self) -> dict[str, Any]:
         """See `OwnState`."""
         return {k: v for k, v in vars(self.engine.optimizer.loss_scaler).items() if isinstance(v, int | float)}
 
-    def set_loss_scale(self, held: Mapping[str, Any]) -> None:
+    def load_scaler_state(self, held: Mapping[str, Any]) -> None:
         """See `OwnState`."""
         vars(self.engine.optimizer.loss_scaler).update(held)
 
