@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm_train import config
 from vlm_train.build import build_model
 from vlm_train.check import check
-from vlm_train.check_model import check_model
+from vlm_train.check_model import check_model, check_packing
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.batch import Batch
 from vlm_train.dryrun.report import without_assets
@@ -177,3 +177,14 @@ def test_contrasts_need_a_whole_step() -> None:
 def test_a_temperature_stays_whole(strategy: str) -> None:
     (found,) = problems(f"strategy={strategy}", recipe="easyvqa_clip")
     assert found.startswith("strategy: model.logit_scale is a single number") and "Use strategy=ddp" in found
+
+
+def test_mixers_that_no_mask_reaches_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config.compose(["recipe=llava15_stage1", "size=tiny", "data.pack=256", "data.max_length=128"])
+    model = build_model(without_assets(cfg)[0], meta=True)
+    assert list(check_packing(cfg, model)) == []
+    monkeypatch.setattr(model.llm, "unmasked_mixers", ["MambaMixer"])
+    (problem,) = check_packing(cfg, model)
+    assert problem.startswith("data.pack: 'llama' has MambaMixer, which no mask reaches")
+    cfg.data.pack = None
+    assert list(check_packing(cfg, model)) == []

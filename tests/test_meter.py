@@ -16,7 +16,7 @@ from tests.small_run import command, make_data, train
 from vlm_train import config
 from vlm_train.build import build_model
 from vlm_train.contracts.objective import Loss
-from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream, Window, segments_of
+from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream, Window
 from vlm_train.data.sources import sums_by_source
 from vlm_train.dryrun.flops import count
 from vlm_train.dryrun.plan import trace_step
@@ -84,7 +84,7 @@ def packed(*rows: list[int], width: int, sources: tuple[tuple[str, ...], ...] = 
     stream = TokenStream(
         ids=zeros, labels=zeros, weights=zeros.float(), positions=zeros[None], segment_ids=segments,
         attention_group=zeros.int(), slots=Slots(index=zeros[0, :0], placeholders=0),
-        segments=segments_of(list(rows), width),
+        sample_lengths=tuple(map(tuple, rows)),
     )  # fmt: skip
     media = MediaBatch(row=zeros[0, :0])
     keys = tuple(tuple(map(str, lengths)) for lengths in rows)

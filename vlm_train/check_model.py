@@ -38,10 +38,21 @@ def check_model(cfg: DictConfig, model: Family) -> None:
     for name, objective in objectives.items():
         problems += check_objective(f"objective.{name}", cfg, model, objective)
     problems += check_single_numbers(cfg, model)
+    problems += check_packing(cfg, model)
     if cfg.reference.model is not None and not any(objective.needs_reference for objective in objectives.values()):
         problems.append("reference.model: no objective reads it. Leave it out, or choose one that does.")
     if problems:
         raise ConfigError(problems)
+
+
+def check_packing(cfg: DictConfig, model: Family) -> Iterator[str]:
+    """Samples share a row only where a mask reaches all that mixes tokens."""
+    mixers = getattr(getattr(model, "llm", None), "unmasked_mixers", ())
+    if packed(cfg) and mixers:
+        yield (
+            f"data.pack: {cfg.llm.config.model_type!r} has {', '.join(mixers)}, which no mask reaches: samples of a "
+            "row would see each other. Use data.pack=null, or another llm."
+        )
 
 
 def check_objective(path: str, cfg: DictConfig, model: Family, objective: Objective) -> Iterator[str]:

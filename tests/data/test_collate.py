@@ -156,8 +156,8 @@ def test_samples_with_other_streams_are_refused():
         ({}, False, True),
         ({}, True, False),
         ({"attention_group": np.array([0, 0, 1, 1, 2], np.int32)}, False, False),
-        ({"positions": np.array([[0, 1, 2, 2, 3]])}, False, False),
-        ({"positions": np.arange(15).reshape(3, 5)}, False, False),
+        ({"positions": np.array([[0, 1, 2, 2, 3]])}, False, True),
+        ({"positions": np.arange(15).reshape(3, 5)}, False, True),
     ],
 )
 def test_plain_causal_means_that_no_mask_is_needed(change, left, plain):
@@ -226,20 +226,39 @@ def test_a_packed_row_holds_its_samples_as_segments():
         stretch = slice(start, start + len(of.rendered.llm))
         for name in ("ids", "labels", "weights"):
             assert np.array_equal(getattr(text, name)[row, stretch], getattr(of.rendered.llm, name)), name
-    assert not text.plain_causal and text.segments.lengths == (9, 4, 5, 8)
-    assert text.segments.starts.tolist() == [0, 9, 13, 18, 26]
+    assert not text.plain_causal and text.masked is None and text.sample_lengths == ((9, 4), (5,))
+    assert text.causal.lengths == (9, 4, 5, 8) and text.causal.max_length == 9 and text.causal.index is None
+    assert text.causal.cu_seqlens.tolist() == [0, 9, 13, 18, 26]
     assert text.slots.index.tolist() == [1, 2, 3, 13, 14, 16] and text.slots.feature_index is None
     assert batch.media.row.tolist() == [0, 1, 1] and batch.media.slot_counts == (3, 2, 1)
     assert batch.media.inputs["vision"].view_counts == (1, 1, 2) and batch.media.keys == ("a", "c", "c")
 
 
-def test_segments_are_for_causal_rows_only():
-    branches = item(stream(6, 1))  # attention groups
-    assert collate_rows([[item(plain(3, 1)), branches]], PLANS).text["llm"].segments is None
-    assert collate_rows([[item(plain(3, 1))]], PLANS, left=True).text["llm"].segments is None
+def test_samples_with_attention_groups_are_apart_from_causal_ones():
+    branched = item(stream(6, 1))
+    text = collate_rows([[item(plain(3, 1)), branched], [item(plain(5, 1))]], PLANS).text["llm"]
+    assert not text.plain_causal
+    assert text.causal.lengths == (3, 5, 4) and text.causal.index.tolist() == [*range(3), *range(9, 18)]
+    assert text.masked.lengths == (6,) and text.masked.index.tolist() == [*range(3, 9)]
+    alone = collate_rows([[branched]], PLANS).text["llm"]
+    assert alone.causal is None and alone.masked.lengths == (6,) and alone.masked.index is None
+
+
+def test_sequences_of_rows_that_are_plain_padded_on_the_left_or_empty():
     single = collate_rows([[item(plain(3, 1))], [item(plain(5, 1))]], PLANS).text["llm"]
-    assert single.plain_causal and single.segments.lengths == (3, 2, 5)
-    assert collate_rows([], PLANS).text["llm"].segments.lengths == (1,)
+    assert single.plain_causal and single.causal.lengths == (3, 2, 5)
+    left = collate_rows([[item(plain(3, 1))], [item(plain(5, 1))]], PLANS, left=True).text["llm"]
+    assert not left.plain_causal and left.causal.lengths == (2, 3, 5)
+    none = collate_rows([], PLANS).text["llm"]
+    assert none.causal.lengths == (1,) and none.sample_lengths == ()
+
+
+@pytest.mark.parametrize("positions", [np.array([[0, 1, 2, 2, 3]]), np.arange(15).reshape(3, 5)])
+def test_positions_say_nothing_about_sequences(positions):
+    moved = item(replace(plain(5, 1), positions=positions))
+    assert collate_rows([[moved], [item(plain(3, 1))]], PLANS).text["llm"].plain_causal
+    packed = collate_rows([[moved, item(plain(3, 1))]], PLANS).text["llm"]
+    assert packed.causal.lengths == (5, 3) and packed.masked is None and len(packed.positions) == len(positions)
 
 
 @pytest.mark.parametrize("left", [False, True])

@@ -157,7 +157,7 @@ def test_collate_pads_every_stream_by_itself(tokenizer) -> None:
     assert (prompt.alignment, answer.alignment) == ("none", "seq2seq")
     assert answer.labels.tolist()[1] == [*ids_of(tokenizer, "y"), tokenizer.eos_token_id, IGNORE]
     assert answer.supervised is not None and answer.supervised.tolist() == [0, 1, 2, 3, 4]
-    assert answer.plain_causal and not prompt.plain_causal and prompt.segments is None
+    assert answer.plain_causal and not prompt.plain_causal and prompt.masked is not None
     assert prompt.slots.index.tolist() == [0, 1, 2, 18, 19, 20] and len(answer.slots.index) == 0
     assert batch.media.slot_counts == (3, 3) and prompt.supervised is not None and len(prompt.supervised) == 0
 

@@ -1,6 +1,6 @@
 """`Batch`: the one shape in which data reaches every model family.
 
-Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, S placeholders.
+Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, S placeholders (of packed sequences: sequences).
 """
 
 from __future__ import annotations
@@ -39,25 +39,30 @@ class Slots:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segments:
-    """Where the causal segments of packed rows lie, for kernels that need no mask.
-
-    The rows are read as one sequence of B x T tokens; the padding behind a row is a segment of its own.
+class PackedSequences:
+    """Sequences of tokens that do not see each other, one after the other as attention kernels take them.
 
     Attributes:
-        lengths: of every segment, on the CPU; they add up to B x T.
-        starts: `[len(lengths) + 1]` int32, their starts and the end ("cu_seqlens").
+        lengths: S lengths, on the CPU.
+        max_length: the largest of them.
+        cu_seqlens: `[S + 1]` int32, where each begins, and where the last ends.
+        index: `[sum(lengths)]` int64, flat positions `b * T + t` of their tokens; None: all of the batch, in order.
     """
 
     lengths: tuple[int, ...]
-    starts: Tensor
+    max_length: int
+    cu_seqlens: Tensor
+    index: Tensor | None = None
 
 
-def segments_of(rows: Sequence[Sequence[int]], width: int) -> Segments:
-    """The segments of rows of `width` tokens, given as the lengths of their samples, padded on the right."""
-    padded = [[*row, width - sum(row)] for row in rows] or [[width]]
-    lengths = [length for row in padded for length in row if length]
-    return Segments(lengths=tuple(lengths), starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+def pack_sequences(spans: Sequence[tuple[int, int]], total: int) -> PackedSequences:
+    """The sequences at `spans` (start, length), not empty, of a batch of `total` tokens read row after row."""
+    lengths = tuple(length for _, length in spans)
+    index = None
+    if sum(lengths) < total:
+        index = torch.cat([torch.arange(start, start + length) for start, length in spans])
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedSequences(lengths=lengths, max_length=max(lengths), cu_seqlens=cu_seqlens, index=index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ class TokenStream:
         ids: `[B, T]` int64 token ids; placeholder positions hold `PLACEHOLDER_ID`, padding 0.
         labels: `[B, T]` int64 targets, `IGNORE` where nothing is learned.
         weights: `[B, T]` float32 loss weight per target (0 where ignored), normalisation rule included.
-        positions: `[A, B, T]` int64 position ids.
+        positions: `[A, B, T]` int64 position ids. They say nothing about who sees whom.
         segment_ids: `[B, T]` int32; 0 is padding, 1, 2, ... the samples packed into the row.
         attention_group: `[B, T]` int32, see `vlm_train.models.masks`: 0 shared by its segment, n > 0 a private branch,
             n < 0 a shared block whose tokens see each other in both directions.
@@ -77,9 +82,12 @@ class TokenStream:
             by), or none (a text that is only read).
         supervised: `[S]` int64, flat positions `b * T + t` that have a label. Made by collate, so that the loss need
             not ask the device for them; None: the loss finds them.
-        plain_causal: every row is one segment of group 0 at positions 0, 1, ..., padded on the right. Then causal
-            attention needs no mask, and fast kernels run. Decided by collate: a device would have to be asked.
-        segments: the same rows as causal segments, each of group 0 at positions 0, 1, ...; None: only a mask tells.
+        plain_causal: every row is one sample of group 0, padded on the right. Then causal attention needs no mask, and
+            fast kernels run. Like the fields below decided by collate: a device would have to be asked.
+        causal: the samples of group 0, and the padding of every row as a sequence of its own; None: there are none, or
+            only a mask tells.
+        masked: the samples with other groups; None likewise.
+        sample_lengths: tokens of every sample of every row, as in `segment_ids`; None: only `segment_ids` tells.
         media_of_token: `[B, T]` int64, the last media item that stands at or before the token where it may see it (in
             its own segment, in the shared part or its own branch), as a number in the batch; -1: none. Inserted
             cross-attention reads it. None: the batch was not made by collate.
@@ -95,7 +103,9 @@ class TokenStream:
     alignment: Alignment = "causal"
     supervised: Tensor | None = None
     plain_causal: bool = False
-    segments: Segments | None = None
+    causal: PackedSequences | None = None
+    masked: PackedSequences | None = None
+    sample_lengths: tuple[tuple[int, ...], ...] | None = None
     media_of_token: Tensor | None = None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from vlm_train.contracts.media import MediaInput
-from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window, segments_of
+from vlm_train.data.batch import IGNORE, Batch, MediaBatch, PackedSequences, Slots, TokenStream, Window, pack_sequences
 from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.data.render import Rendered
@@ -143,7 +143,8 @@ def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise:
             media[row, where] = _last_media(stream, shelf, sample)
             start, sample = start + len(stream), sample + 1
     streams = [item.rendered.streams[name] for row in rows for item in row]
-    causal = all(map(_plain, streams))
+    causal, masked = _sequences(rows, name, width, left)
+    padded_left = left and any(sum(one) < width for one in lengths)
     return TokenStream(
         ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -154,14 +155,34 @@ def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise:
         slots=_slots(rows, name, shelf, ids, left),
         alignment=streams[0].alignment if streams else "causal",
         supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
-        plain_causal=causal and all(len(row) == 1 for row in rows) and (not left or len(set(map(len, streams))) < 2),
-        segments=segments_of(lengths, width) if causal and not left else None,
+        plain_causal=masked is None and all(len(row) == 1 for row in rows) and not padded_left,
+        causal=causal,
+        masked=masked,
+        sample_lengths=tuple(map(tuple, lengths)),
         media_of_token=torch.from_numpy(media),
     )
 
 
-def _plain(stream: Stream) -> bool:
-    return not stream.attention_group.any() and np.array_equal(stream.positions, np.arange(len(stream))[None])
+def _sequences(
+    rows: Sequence[Sequence[Item]], name: str, width: int, left: bool
+) -> tuple[PackedSequences | None, PackedSequences | None]:
+    """Where attention is causal (samples of group 0, and padding), and where attention groups need a mask."""
+    causal: list[tuple[int, int]] = []
+    masked: list[tuple[int, int]] = []
+    for number, row in enumerate(rows or [[]]):
+        streams = [item.rendered.streams[name] for item in row]
+        lengths = [len(stream) for stream in streams]
+        grouped = [bool(stream.attention_group.any()) for stream in streams]
+        end = 0 if left else len(row)  # the padding's place among the samples
+        lengths.insert(end, width - sum(lengths))
+        grouped.insert(end, False)
+        start = number * width
+        for length, group in zip(lengths, grouped, strict=True):
+            if length:
+                (masked if group else causal).append((start, length))
+            start += length
+    total = max(len(rows), 1) * width
+    return pack_sequences(causal, total) if causal else None, pack_sequences(masked, total) if masked else None
 
 
 def _last_media(stream: Stream, shelf: _Shelf, sample: int) -> np.ndarray:

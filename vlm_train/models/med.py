@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.data.batch import Segments
 from vlm_train.errors import AssetError, BatchError, ConfigError
 from vlm_train.models.hub import with_vocabulary
+from vlm_train.models.masks import SequenceMask
 from vlm_train.models.qformer import Attention, FeedForward, first_weights
 
 START_TOKENS = 2
@@ -72,7 +72,7 @@ class Med(nn.Module):
         new_tokens: how many tokens the tokenizer has beyond `config.vocab_size`; there must be none.
     """
 
-    takes_segments = False
+    takes_packed = False
 
     def __init__(
         self,
@@ -126,12 +126,16 @@ class Med(nn.Module):
         return self._run(embeds, positions, mask, context, decodes=False)
 
     def decode(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, context: Sequence[Tensor] | None = None
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        mask: Tensor | SequenceMask | None,
+        context: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Embeddings `[B, T, D]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None: causal), and the
         `context` of an image a row -> hidden `[B, T, D]`."""
-        if isinstance(mask, Segments):
-            raise ConfigError("llm: takes no segments in place of a mask")
+        if isinstance(mask, SequenceMask):
+            raise ConfigError("llm: takes no sequences in place of a mask")
         if mask is None:
             length = embeds.shape[1]
             mask = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()[None, None]

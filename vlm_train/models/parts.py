@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.media import Features, Grid3, MediaInput
-from vlm_train.data.batch import Segments, TokenStream
+from vlm_train.data.batch import TokenStream
 from vlm_train.data.layout import MediaSize
+from vlm_train.models.masks import SequenceMask
 
 
 class VisionEncoder(Protocol):
@@ -57,13 +58,13 @@ class LanguageModel(Protocol):
         dim: width D_t of embeddings and hidden states.
         vocab_size: rows of the output head.
         layers: the decoder's layers, for layer-wise learning rates and activation checkpointing.
-        takes_segments: whether `decode` takes segments in place of a mask.
+        takes_packed: whether `decode` takes a `SequenceMask` in place of a mask.
     """
 
     dim: int
     vocab_size: int
     layers: nn.ModuleList
-    takes_segments: bool
+    takes_packed: bool
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> embeddings `[B, T, D_t]`. Negative ids (placeholders) give any finite embedding."""
@@ -86,13 +87,12 @@ class LanguageModel(Protocol):
         self,
         embeds: Tensor,
         positions: Tensor,
-        mask: Tensor | Segments | None,
+        mask: Tensor | SequenceMask | None,
         *,
         cross_states: CrossStates | None = None,
     ) -> Tensor:
-        """Embeddings `[B, T, D_t]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None = plain causal
-        from position 0 on; segments = each causal by itself) -> final hidden states `[B, T, D_t]`. The inserted blocks
-        read `cross_states`."""
+        """Embeddings `[B, T, D_t]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend; None = plain causal) or
+        a `SequenceMask` -> final hidden states `[B, T, D_t]`. The inserted blocks read `cross_states`."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -114,14 +114,14 @@ class EncoderDecoder(Protocol):
     It takes no inserted blocks: images stand in the encoder's text.
 
     Attributes:
-        dim, vocab_size, layers, takes_segments: as of `LanguageModel`.
+        dim, vocab_size, layers, takes_packed: as of `LanguageModel`.
         start_id: the token that a decoder's input begins with.
     """
 
     dim: int
     vocab_size: int
     layers: nn.ModuleList
-    takes_segments: bool
+    takes_packed: bool
     start_id: int
 
     def embed(self, ids: Tensor) -> Tensor:

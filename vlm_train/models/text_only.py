@@ -19,19 +19,19 @@ def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossS
 
     `reads` is what else it reads: `cross_states` for inserted blocks, `encoded` for the decoder of an encoder-decoder.
     """
-    return llm.decode(embeds, stream.positions, attention_of(stream, llm.takes_segments), **reads)
+    return llm.decode(embeds, stream.positions, attention_of(stream, llm.takes_packed), **reads)
 
 
 def generate_from(
     llm: Any, embeds: Tensor, stream: TokenStream, *, cross_states: CrossStates | None = None, **settings: Any
 ) -> Tensor:
     """Continue the prompts of `stream`: rows of one segment, padded on any side -> `[B, up to max_new_tokens]`."""
-    real = stream.segment_ids != 0
-    order = real.int().argsort(dim=1, stable=True)  # padding to the left, real tokens in their order
+    token_mask = stream.segment_ids != 0
+    order = token_mask.int().argsort(dim=1, stable=True)  # padding to the left, real tokens in their order
     embeds = embeds.gather(1, order[..., None].expand_as(embeds))
     if cross_states is not None:
         settings["cross_states"] = cross_states.reorder_tokens(order)
-    return llm.generate(embeds, real.gather(1, order), **settings)
+    return llm.generate(embeds, token_mask.gather(1, order), **settings)
 
 
 class TextOnly(Family):

@@ -147,4 +147,5 @@ def _rows_of(stream: TokenStream, rows: Tensor) -> TokenStream:
         return stream
     names = ("ids", "labels", "weights", "segment_ids", "attention_group")
     cut = {name: getattr(stream, name)[rows] for name in names}
-    return replace(stream, **cut, positions=stream.positions[:, rows], supervised=None, segments=None)
+    cut["positions"] = stream.positions[:, rows]
+    return replace(stream, **cut, supervised=None, causal=None, masked=None, sample_lengths=None)

@@ -183,15 +183,11 @@ class Meter:
 def segment_lengths(stream: TokenStream, samples: Sequence[int]) -> Iterator[float]:
     """Lengths of a stream's segments without padding, `samples` of every row; where only a mask tells them, as if those
     of a row were equally long."""
-    width = stream.ids.shape[1]
-    if stream.segments is None:
+    if stream.sample_lengths is None:
+        width = stream.ids.shape[1]
         yield from (width / count for count in samples for _ in range(count))
         return
-    rest = iter(stream.segments.lengths)
-    for count in samples:
-        lengths = [next(rest, 0) for _ in range(count)]
-        if sum(lengths) < width:
-            next(rest, 0)
+    for lengths in stream.sample_lengths:
         yield from lengths
 
 

@@ -5,37 +5,23 @@ Legend: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_train.contracts.cross_states import CrossStates
-from vlm_train.data.batch import Segments
 from vlm_train.errors import ConfigError
-from vlm_train.models.attention import PACKED, given_segments, register_packed
+from vlm_train.models.attention import PACKED, decoding, register_packed
 from vlm_train.models.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
+from vlm_train.models.llms.mixers import mixers_without_mask
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
+from vlm_train.models.masks import SequenceMask, within_window
 
-
-@contextmanager
-def _no_guessed_packing() -> Iterator[None]:
-    """Keep the library from reading packed sequences out of position ids where it is given no mask.
-
-    Its guess asks the device, and an explicit mask follows from it where kernels would do without one. What is packed
-    is known: it comes with segments or an explicit mask.
-    """
-    from transformers import masking_utils
-
-    guess = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = guess
+LAYER_LISTS = ("layers", "h", "blocks")
+MASKED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class HFCausalLM(nn.Module):
@@ -68,12 +54,13 @@ class HFCausalLM(nn.Module):
         self.inserter = BlockInserter()
         register_packed()
         self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, *ATTENTION))
-        if self.takes_segments and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
+        if self.takes_packed and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
             other = "sdpa" if self.model._supports_sdpa else "eager"
             raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run packed; choose {other}")
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
+        self.unmasked_mixers = mixers_without_mask(self._find_layers() or (), self._layer_kinds())
         self._add_tokens()
 
     @property
@@ -84,14 +71,14 @@ class HFCausalLM(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder blocks."""
-        for name in ("layers", "h", "blocks"):
-            if hasattr(self.decoder, name):
-                return getattr(self.decoder, name)
-        raise ConfigError(f"llm.config.model_type: {type(self.decoder).__name__} does not expose its layers")
+        layers = self._find_layers()
+        if layers is None:
+            raise ConfigError(f"llm.config.model_type: {type(self.decoder).__name__} does not expose its layers")
+        return layers
 
     @property
-    def takes_segments(self) -> bool:
-        """Whether `decode` takes segments in place of a mask."""
+    def takes_packed(self) -> bool:
+        """Whether `decode` takes a `SequenceMask`."""
         return self.model.config._attn_implementation == PACKED
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -106,22 +93,25 @@ class HFCausalLM(nn.Module):
         self,
         embeds: Tensor,
         positions: Tensor,
-        mask: Tensor | Segments | None,
+        mask: Tensor | SequenceMask | None,
         *,
         cross_states: CrossStates | None = None,
     ) -> Tensor:
         """Embeddings `[B, T, D]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend) -> hidden `[B, T, D]`.
 
-        Without a mask attention is plain causal and positions count from 0 (padding on the right does no harm then);
-        with segments the same is true of each of them. Fast kernels run only so. The inserted blocks read
-        `cross_states`.
+        Without a mask attention is plain causal (padding on the right does no harm then); with a `SequenceMask` each
+        sample attends by itself. Fast kernels run only so. The inserted blocks read `cross_states`.
+
+        Raises:
+            ConfigError: the model cannot take this mask, or these position axes.
         """
-        segments = mask if isinstance(mask, Segments) else None
-        with self.inserter.given(cross_states), given_segments(segments), _no_guessed_packing():
+        if mask is not None:
+            self._check_mask(mask)
+        with self.inserter.given(cross_states), decoding(mask if isinstance(mask, SequenceMask) else None):
             output = self.decoder(
                 inputs_embeds=embeds,
-                attention_mask=None if mask is None else self._library_mask(mask, positions[0], embeds.dtype),
-                position_ids=None if mask is None else self._library_positions(positions),
+                attention_mask=self._library_mask(mask, embeds),
+                position_ids=self._library_positions(positions),
                 use_cache=False,
             )
         return output.last_hidden_state
@@ -231,31 +221,47 @@ class HFCausalLM(nn.Module):
             )
         return positions
 
-    def _library_mask(self, mask: Tensor | Segments, positions: Tensor, dtype: torch.dtype) -> Any:
+    def _find_layers(self) -> nn.ModuleList | None:
+        return next((getattr(self.decoder, name) for name in LAYER_LISTS if hasattr(self.decoder, name)), None)
+
+    def _layer_kinds(self) -> set[str]:
+        return set(getattr(self.model.config, "layer_types", None) or ())
+
+    def _check_mask(self, mask: Tensor | SequenceMask) -> None:
+        config, name = self.model.config, self.numbers["model_type"]
+        if self.unmasked_mixers:
+            raise ConfigError(
+                f"llm.config.model_type: {name!r} has {', '.join(self.unmasked_mixers)}, which no mask reaches: "
+                "samples of a packed row, or independent annotations, would see each other. Use data.pack=null and "
+                "data.annotations=dialogue, first or drawn, or another model."
+            )
+        if unknown := self._layer_kinds() - MASKED_LAYERS:
+            raise ConfigError(
+                f"llm.config.layer_types: {', '.join(sorted(unknown))} can take neither sequences nor an explicit mask"
+            )
+        if isinstance(mask, SequenceMask) and not self.takes_packed:
+            raise ConfigError(f"llm.attention: {config._attn_implementation} takes no sequences; choose packed")
+
+    def _library_mask(self, mask: Tensor | SequenceMask | None, embeds: Tensor) -> Any:
         """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer.
 
-        None in place of segments, which packed attention gets by itself. Raises `ConfigError` where a kind of layer, or
-        the attention, cannot take them.
+        Given none, the library guesses from position ids what is packed, and asks the device. Packed attention gets it
+        by itself: a mask of tokens `[B, T]`, which nothing reads, keeps it from guessing.
         """
-        config = self.model.config
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if unknown := kinds - {"full_attention", "sliding_attention"}:
-            raise ConfigError(
-                f"llm.config.layer_types: {', '.join(sorted(unknown))} can take neither segments nor an explicit mask"
-            )
-        if isinstance(mask, Segments):
-            if not self.takes_segments:
-                raise ConfigError(f"llm.attention: {config._attn_implementation} takes no segments; choose packed")
-            return None
-        window = getattr(config, "sliding_window", None)
-        near = mask
-        if window is not None:
-            near = mask & (positions[:, None, :, None] - positions[:, None, None, :] < window)
-        if config._attn_implementation == "eager":
-            mask, near = (
-                torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, torch.finfo(dtype).min)
-                for m in (mask, near)
-            )
+        rows, length = embeds.shape[:2]
+        config, kinds = self.model.config, self._layer_kinds()
+        if self.takes_packed and not isinstance(mask, Tensor):
+            return torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
+        if kinds - MASKED_LAYERS:
+            return None  # plain rows; only the library knows what these layers take
+        eager, plain = config._attn_implementation == "eager", not isinstance(mask, Tensor)
+        if not isinstance(mask, Tensor):
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=embeds.device).tril()
+        near = within_window(mask, getattr(config, "sliding_window", None))
+        if eager:
+            least = torch.finfo(embeds.dtype).min
+            mask, near = (torch.zeros_like(one, dtype=embeds.dtype).masked_fill(~one, least) for one in (mask, near))
         if not kinds:
             return near
-        return {"full_attention": mask, "sliding_attention": near}
+        # sdpa is causal without a mask, and faster.
+        return {"full_attention": None if plain and not eager else mask, "sliding_attention": near}

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_train.data.batch import Segments
 from vlm_train.errors import ConfigError
 from vlm_train.models.hub import build_model, load_pretrained, with_vocabulary
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
+from vlm_train.models.masks import SequenceMask
 from vlm_train.models.parts import Encoded
 
 
@@ -32,7 +32,7 @@ class HFSeq2Seq(nn.Module):
         attention: `sdpa` or `eager`.
     """
 
-    takes_segments = False
+    takes_packed = False
 
     def __init__(
         self,
@@ -82,13 +82,15 @@ class HFSeq2Seq(nn.Module):
         output = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=self._library_mask(mask, embeds))
         return Encoded(output.last_hidden_state, mask)
 
-    def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | Segments | None, *, encoded: Encoded) -> Tensor:
+    def decode(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor | SequenceMask | None, *, encoded: Encoded
+    ) -> Tensor:
         """Embeddings `[B, T, D]`, mask `[B, 1, T, T]` (True = attend; None = plain causal) -> hidden `[B, T, D]`.
 
         Positions are not asked for: these models count tokens themselves.
         """
         del positions
-        assert not isinstance(mask, Segments)
+        assert not isinstance(mask, SequenceMask)
         rows, length = embeds.shape[:2]
         seen = encoded.mask.expand(rows, 1, length, encoded.states.shape[1])
         output = self.model.get_decoder()(
