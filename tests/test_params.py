@@ -67,7 +67,7 @@ def test_a_rule_matches_the_whole_name():
 def test_a_rule_that_matches_nothing_is_an_error():
     with pytest.raises(ConfigError) as caught:
         apply(Rule(r"conector\..*", lr=1.0), Rule(".*"))
-    expected = r"params.rules[0] 'conector\..*' matches no parameter. Top-level parts: vision, connector, llm."
+    expected = r"params.rules[0] 'conector\..*' matches no parameter. Parts: vision, connector, llm."
     assert str(caught.value) == expected
 
 

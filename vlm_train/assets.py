@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 
 from vlm_train.config import resolved
 from vlm_train.errors import AssetError
+from vlm_train.schema import MODEL_PARTS
+from vlm_train.trust import components
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_TIMEOUT = 5.0
@@ -65,17 +67,20 @@ def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str
 
 
 def _missing_weights(cfg: DictConfig) -> Iterator[str]:
-    """`<part>.weights` and the tokenizer's: a local file or folder, a name on the model hub, or a package's file."""
-    named = [(group, "weights", "config.json") for group in ("vision", "connector", "llm", "model")]
-    tokenizers = [("tokenizer", key, "tokenizer_config.json") for key in ("name", "file")]
-    tokenizers.append(("instruction", "tokenizer", "tokenizer_config.json"))
-    for group, key, probe in [*named, *tokenizers]:
-        part = resolved(cfg, group)
-        name = part.get(key) if isinstance(part, dict) else None
+    """The `weights` of every part and the tokenizer's: a local file or folder, a name on the model hub, or a package's
+    file."""
+    named = [
+        (f"{path}.weights", node.get("weights"), "config.json")
+        for path, group, node in components(cfg)
+        if group in ("model", *MODEL_PARTS)
+    ]
+    for group, key in (("tokenizer", "name"), ("tokenizer", "file"), ("instruction", "tokenizer")):
+        named.append((f"{group}.{key}", (resolved(cfg, group) or {}).get(key), "tokenizer_config.json"))
+    for path, name, probe in named:
         if name == "???":
-            yield f"{group}.{key} is missing: give a local path or a name on the hub, {group}.{key}=<value>."
+            yield f"{path} is missing: give a local path or a name on the hub, {path}=<value>."
         elif isinstance(name, str) and (reason := _absent(name, probe)):
-            yield f"{group}.{key}: {name} {reason}"
+            yield f"{path}: {name} {reason}"
 
 
 def _absent(name: str, probe: str) -> str | None:

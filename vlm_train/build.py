@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from vlm_train.contracts.evaluator import EVALUATOR_MEMBERS, Evaluator
 from vlm_train.contracts.family import Family
+from vlm_train.contracts.given import GIVEN
 from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
@@ -28,11 +29,10 @@ from vlm_train.launch import rank
 from vlm_train.models.layers.inserted_blocks import check_ownership
 from vlm_train.peft import hits
 from vlm_train.randomness import derive_seed
+from vlm_train.schema import MODEL_PARTS
 
 if TYPE_CHECKING:
     from vlm_train.data.datamodule import VLMData
-
-PARTS = ("vision", "connector", "llm")
 
 FAMILY = f"{Family.__module__}.{Family.__name__}"
 
@@ -46,15 +46,16 @@ class Built:
     processor: Processor
 
 
-def make(node: DictConfig, *given: Any, **threaded: Any) -> Any:
-    """Call a node's `_target_` with its options and what other parts give, which Hydra must not copy into a
-    configuration."""
-    return instantiate(node, _partial_=True, _convert_="all")(*given, **threaded)
+def make(group: str, node: DictConfig, **given: Any) -> Any:
+    """Call a node's `_target_` with its options and what `GIVEN` says that components of its group are given: live
+    objects, which Hydra must not copy into a configuration."""
+    assert given.keys() <= GIVEN.get(group, frozenset()), (group, sorted(given))
+    return instantiate(node, _partial_=True, _convert_="all")(**given)
 
 
-def make_each(group: DictConfig | None, **threaded: Any) -> dict[str, Any]:
+def make_each(group: str, nodes: DictConfig | None, **given: Any) -> dict[str, Any]:
     """Name -> component of a group of named ones; a null entry removes one."""
-    return {str(name): make(node, **threaded) for name, node in (group or {}).items() if node is not None}
+    return {str(name): make(group, node, **given) for name, node in (nodes or {}).items() if node is not None}
 
 
 def quiet() -> None:
@@ -70,7 +71,7 @@ def build(cfg: DictConfig, *, meta: bool = False) -> Built:
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, which writes bars into log files
     tokenizer = build_tokenizer(cfg)
-    template = make(cfg.template)
+    template = make("template", cfg.template)
     template.check(tokenizer)
     model = build_model(cfg, tokenizer, meta=meta)
     if rank() == 0:
@@ -87,7 +88,7 @@ def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: An
         template=template,
         layout=build_layout(model, images),
         images=images,
-        instruction=None if cfg.instruction is None else make(cfg.instruction),
+        instruction=None if cfg.instruction is None else make("instruction", cfg.instruction),
         streams=dict(model.streams),
         max_length=cfg.data.get("max_length"),
     )
@@ -109,16 +110,13 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
         meta: on the meta device, without weights.
     """
     family = get_class(cfg.model._target_)
-    wanted = [name for name in PARTS if name in inspect.signature(family).parameters]
+    wanted = [name for name in inspect.signature(family).parameters if name in MODEL_PARTS]
     parts: dict[str, Any] = {}
     with torch.device("meta" if meta else "cpu"):
-        for name in (n for n in ("vision", "llm", "connector") if n in wanted):
-            torch.manual_seed(derive_seed(cfg.seed, "init", name))
-            parts[name] = make(cfg[name], **_threaded(name, parts, cfg, tokenizer))
-            if not meta and getattr(parts[name], "weights", None):
-                parts[name].load_weights()
+        for name in sorted(wanted, key="connector".__eq__):  # it is given the widths of the others
+            parts[name] = _build_part(name, parts, cfg, tokenizer, meta)
         torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
-        model = make(cfg.model, **parts)
+        model = make("model", cfg.model, **parts)
         if not isinstance(model, Family):
             raise ConfigError(f"model: {cfg.model._target_} is no family: it does not inherit from {FAMILY}.")
         check_ownership(model)
@@ -126,7 +124,7 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
             model.load_weights()
         if cfg.peft is not None:
             torch.manual_seed(derive_seed(cfg.seed, "init", "peft"))
-            make(cfg.peft, model=model)
+            make("peft", cfg.peft, model=model)
     return model
 
 
@@ -143,20 +141,63 @@ def build_on_meta(cfg: DictConfig) -> Family | None:
         return None
 
 
-def _threaded(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any) -> dict[str, Any]:
-    """What the other parts decide about part `name`."""
+def _build_part(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: Any, meta: bool) -> nn.Module:
+    """A part with its weights: one component, or a `ModuleDict` of those that its node names."""
+
+    def build_one(node: DictConfig, *address: str) -> nn.Module:
+        torch.manual_seed(derive_seed(cfg.seed, "init", *address))
+        part = make(name, node, **_give(name, address[1:], node, parts, tokenizer))
+        if not meta and getattr(part, "weights", None):
+            part.load_weights()
+        return cast(nn.Module, part)
+
+    node = cfg[name]
+    if "_target_" in node:
+        return build_one(node, name)
+    return nn.ModuleDict(
+        {member: build_one(inner, name, member) for member, inner in node.items() if inner is not None}
+    )
+
+
+def _give(
+    name: str, member: tuple[str, ...], node: DictConfig, parts: dict[str, Any], tokenizer: Any
+) -> dict[str, Any]:
+    """What the other parts decide about part `name`, or about a member of it."""
     if name == "connector":
-        widths = {"in_dim": parts["vision"].out_dim, "out_dim": parts["llm"].dim if "llm" in parts else None}
-        reads = "vocab_size" in cfg.connector and cfg.connector.vocab_size is None and tokenizer is not None
+        reads = "vocab_size" in node and node.vocab_size is None and tokenizer is not None
+        in_dim = _width_of(parts["vision"], "out_dim")
+        if isinstance(in_dim, dict) and not member:
+            _require_several(node, in_dim)
+        widths = {
+            "in_dim": in_dim[member[0]] if member else in_dim,
+            "out_dim": _width_of(parts["llm"], "dim") if "llm" in parts else None,
+        }
         return widths | ({"vocab_size": len(tokenizer)} if reads else {})
     if name == "llm" and tokenizer is not None:
-        size = cfg.llm.config.get("vocab_size")
+        size = node.config.get("vocab_size")
         if size is None:
             return {"vocab_size": len(tokenizer)}
-        if "new_tokens" in cfg.llm:
+        if "new_tokens" in node:
             return {}
         return {"new_tokens": max(0, len(tokenizer) - size)}  # padded tables have room; others get rows of their own
     return {}
+
+
+def _require_several(connector: DictConfig, widths: dict[str, int]) -> None:
+    """Raises ConfigError if a connector behind several encoders takes the width of one."""
+    taken = inspect.signature(get_class(connector._target_)).parameters.get("in_dim")
+    if taken is not None and taken.annotation in (int, "int"):
+        raise ConfigError(
+            f"connector: {connector._target_} takes the features of one encoder, but vision has {', '.join(widths)}. "
+            f"Give each its own (connector.{next(iter(widths))}=...), or choose one whose in_dim is a mapping."
+        )
+
+
+def _width_of(part: Any, attribute: str) -> Any:
+    """A width of a part; where it has several members, theirs by name."""
+    if isinstance(part, nn.ModuleDict):
+        return {name: getattr(member, attribute) for name, member in part.items()}
+    return getattr(part, attribute)
 
 
 def build_images(cfg: DictConfig, model: Any) -> dict[str, ImagePlan]:
@@ -181,7 +222,7 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
         raise ConfigError(f"image: {node._target_} makes {makes}, but the vision encoder takes {takes}")
     given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
     given["patch_size"] = getattr(vision, "patch_size", None)
-    return cast(ImagePlan, make(node, **{name: value for name, value in given.items() if name in wanted}))
+    return cast(ImagePlan, make("image", node, **{name: value for name, value in given.items() if name in wanted}))
 
 
 def build_layout(model: Family, images: Mapping[str, ImagePlan]) -> MediaLayout:
@@ -197,22 +238,22 @@ def build_layout(model: Family, images: Mapping[str, ImagePlan]) -> MediaLayout:
 
 def build_tokenizer(cfg: DictConfig) -> Any:
     """The tokenizer of the language model's text."""
-    return make(cfg.tokenizer)
+    return make("tokenizer", cfg.tokenizer)
 
 
 def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
     """The data module; it plans nothing yet."""
-    return cast("VLMData", make(cfg.data, processor=processor, batch=cfg.batch, seed=cfg.seed))
+    return cast("VLMData", make("data", cfg.data, processor=processor, batch=cfg.batch, seed=cfg.seed))
 
 
 def build_objectives(cfg: DictConfig) -> dict[str, Objective]:
     """Name -> loss."""
-    return make_each(cfg.objective)
+    return make_each("objective", cfg.objective)
 
 
 def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
     """Name -> evaluator. Raises ConfigError for what is none."""
-    found = make_each(cfg.eval)
+    found = make_each("eval", cfg.eval)
     for name, one in found.items():
         if missing := [member for member in EVALUATOR_MEMBERS if not hasattr(one, member)]:
             lacks = ", ".join(missing)
@@ -222,24 +263,24 @@ def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
 
 def build_optimizer(cfg: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer of parameter groups, each a dictionary as torch takes it."""
-    return cast(torch.optim.Optimizer, make(cfg.optim, groups))
+    return cast(torch.optim.Optimizer, make("optim", cfg.optim, params=groups))
 
 
 def build_lr_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, *, total_steps: int) -> Any:
     """The learning rate schedule of an optimizer over a run of `total_steps`."""
-    return make(cfg.lr_schedule, optimizer, total_steps=total_steps)
+    return make("lr_schedule", cfg.lr_schedule, optimizer=optimizer, total_steps=total_steps)
 
 
 def build_callbacks(cfg: DictConfig) -> list[Any]:
     """The configured callbacks; those that every run has are made by the trainer."""
-    return [*make_each(cfg.callbacks).values()]
+    return [*make_each("callbacks", cfg.callbacks).values()]
 
 
 def build_loggers(cfg: DictConfig, folder: Path) -> list[Any]:
     """The configured loggers of a run in `folder`."""
-    return [*make_each(cfg.logger, folder=folder).values()]
+    return [*make_each("logger", cfg.logger, folder=folder).values()]
 
 
 def build_strategy(node: DictConfig) -> Any:
     """The strategy of a node that `vlm_train.trainer.make_strategy` has completed."""
-    return make(node)
+    return make("strategy", node)

@@ -15,8 +15,8 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from vlm_train.assets import missing_assets
 from vlm_train.check_parts import (
-    PARTS,
     check_columns,
+    check_encoders,
     check_groups,
     check_peft,
     short,
@@ -32,6 +32,7 @@ from vlm_train.check_settings import (
     check_strategy,
     check_warmup,
 )
+from vlm_train.contracts.given import GIVEN
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.signatures import (
     Parameter,
@@ -45,20 +46,6 @@ from vlm_train.signatures import (
     read_signature,
 )
 from vlm_train.trust import check_unsafe_keys, components, untrusted, untrusted_object
-
-THREADED: dict[str, frozenset[str]] = {
-    "model": frozenset(PARTS),
-    "connector": frozenset({"in_dim", "out_dim"}),
-    "llm": frozenset({"vocab_size", "new_tokens"}),  # one of them: does the configuration fix the vocabulary?
-    "image": frozenset({"size", "mean", "patch_grid", "patch_size"}),
-    "data": frozenset({"processor", "batch", "seed"}),
-    "peft": frozenset({"model"}),
-    "optim": frozenset({"params"}),
-    "lr_schedule": frozenset({"optimizer", "total_steps"}),
-    "logger": frozenset({"folder"}),
-    "strategy": frozenset({"device", "timeout_minutes", "compute_dtype"}),
-}
-"""Arguments that `build.py` and `fit.py` give from other parts, and no others: a configuration need not name them."""
 
 ASSET_KEYS = ("weights", "shards")
 """Keys that, like `init_from`, a recipe may leave to its user; a plan needs no asset, and assets.py asks for them."""
@@ -160,19 +147,19 @@ def _check_component(
         yield f"{path}._target_: {target} does not exist. {error}"
         return
     known = signature.parameters
-    threaded = THREADED.get(group, frozenset())
+    given = GIVEN.get(group, frozenset())
     for key, value in node.items():
         if key in INSTANTIATE_KEYS:
             continue
         if key not in known:
             if not signature.open:
-                yield _unknown_argument(path, key, target, [name for name in known if name not in threaded])
+                yield _unknown_argument(path, key, target, [name for name in known if name not in given])
         elif value != "???":
             yield from _check_type(f"{path}.{key}", value, known[key], signature)
     if node.get("_partial_"):
         return
     for name, parameter in known.items():
-        if parameter.required and name not in node and name not in threaded:
+        if parameter.required and name not in node and name not in given:
             yield f"{path}.{name} is missing: {target} requires it."
 
 
@@ -189,7 +176,8 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 
 
 CHECKS: list[Check] = [
-    check_values, check_groups, check_targets, check_unsafe_keys, check_literals, check_numbers, check_data,
-    check_batch, check_length, check_warmup, check_columns, check_peft, check_launch, check_strategy, check_run,
+    check_values, check_groups, check_encoders, check_targets, check_unsafe_keys, check_literals, check_numbers,
+    check_data, check_batch, check_length, check_warmup, check_columns, check_peft, check_launch, check_strategy,
+    check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

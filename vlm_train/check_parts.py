@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig
 
 from vlm_train.config import resolved
-from vlm_train.schema import DICT_GROUPS, PART_GROUPS
+from vlm_train.schema import DICT_GROUPS, MODEL_PARTS, PART_GROUPS, SEVERAL
 from vlm_train.signatures import UnknownTarget, is_ours, read_signature
 
-PARTS = ("vision", "connector", "llm")
-"""Arguments of a model's constructor that are groups of their own."""
-
 ALWAYS = ("model", "tokenizer", "template", "data", "optim", "lr_schedule")
-"""Groups that every run needs; those of `PARTS` follow from the model, and `image` from a vision tower."""
+"""Groups that every run needs; those of `MODEL_PARTS` follow from the model, and `image` from a vision tower."""
+
+NAME = re.compile(r"[A-Za-z]\w*")
+TAKEN = ("keys", "values", "items", "pop", "clear", "update", "type", "forward", "training")
+"""What a component cannot be called: modules have such members."""
 
 QUANTISED_BITS = (4, 8)
 """Widths of `peft.bits`."""
@@ -29,20 +31,56 @@ def check_groups(cfg: DictConfig) -> Iterator[str]:
         node = resolved(cfg, group)
         if node is None and group in required:
             yield f"{group} is empty: choose an option, {group}=<option> (--help lists them)."
-        elif node is not None and (not isinstance(node, dict) or "_target_" not in node):
-            choose = f"Choose an option, {group}=<option>."
-            yield f"{group} has no _target_: it needs one component, got {short(node)}. {choose}"
+        elif node is not None and not _is_component(node):
+            yield from _check_several(group, node)
     for group in DICT_GROUPS:
         node = resolved(cfg, group) or {}
         if not isinstance(node, dict):
             yield f"{group} must map names to components, got {short(node)}."
             continue
         for name, inner in node.items():
-            if inner is not None and (not isinstance(inner, dict) or "_target_" not in inner):
+            if inner is not None and not _is_component(inner):
                 yield f"{group}.{name} has no _target_: expected a component or null, got {short(inner)}."
     objectives = resolved(cfg, "objective") or {}
     if isinstance(objectives, dict) and not any(node is not None for node in objectives.values()):
         yield "objective is empty: there is no loss. Choose an option, objective=<option> (--help lists them)."
+
+
+def _is_component(node: Any) -> bool:
+    return isinstance(node, dict) and "_target_" in node
+
+
+def _check_several(group: str, node: Any) -> Iterator[str]:
+    """A group in place of one component may name several, if it is one of those."""
+    members = node if group in SEVERAL and isinstance(node, dict) else {}
+    if not any(map(_is_component, members.values())):
+        choose = f"Choose an option, {group}=<option>."
+        yield f"{group} has no _target_: it needs one component, got {short(node)}. {choose}"
+        return
+    for name, inner in members.items():
+        if inner is None:
+            continue
+        if not _is_component(inner):
+            yield f"{group}.{name} has no _target_: {group} names several components, and this is none: {short(inner)}."
+        elif group in MODEL_PARTS and (not NAME.fullmatch(name) or name in TAKEN):
+            yield f"{group}.{name}: a component cannot be called {name!r}. Allowed: letters, digits and _."
+
+
+def names_of(node: Any) -> list[str]:
+    """The names of the components of a group; none where it holds a single one."""
+    members = {} if not isinstance(node, dict) or "_target_" in node else node
+    return [name for name, inner in members.items() if _is_component(inner)]
+
+
+def check_encoders(cfg: DictConfig) -> Iterator[str]:
+    """Image plans and connectors that have names have those of the vision encoders."""
+    encoders = names_of(resolved(cfg, "vision"))
+    for group in ("image", "connector"):
+        named = names_of(resolved(cfg, group))
+        if named and sorted(named) != sorted(encoders):
+            one = f"one that serves all, {group}=<option>"
+            allowed = f"{', '.join(encoders)}, as vision names its encoders, or {one}" if encoders else one
+            yield f"{group}: has components called {', '.join(named)}. Allowed: {allowed}."
 
 
 def _wanted_parts(model: Any) -> list[str]:
@@ -52,7 +90,7 @@ def _wanted_parts(model: Any) -> list[str]:
         known = read_signature(target).parameters if target else {}
     except UnknownTarget:
         return []
-    return [name for name, parameter in known.items() if name in PARTS and parameter.required]
+    return [name for name, parameter in known.items() if name in MODEL_PARTS and parameter.required]
 
 
 def _our_target(node: Any) -> str | None:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.errors import ConfigError
-from vlm_train.schema import Paths, Root
+from vlm_train.schema import MODEL_PARTS, Paths, Root
 from vlm_train.size import TINY, apply_tiny, take_blocks
 
 CONFIG_NAME = "config"
@@ -34,8 +34,8 @@ EMPTY_PARENT = "A setting lies below an empty one"
 GROUP_WITHOUT_OPTION = "Config group override must be a string or a list"
 
 TRAINING_KEYS = (
-    "seed", "init_from", "model", "vision", "connector", "llm", "tokenizer", "image", "template", "instruction",
-    "objective", "reference", "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
+    "seed", "init_from", "model", *MODEL_PARTS, "tokenizer", "image", "template", "instruction", "objective",
+    "reference", "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
 )  # fmt: skip
 """What decides the trained weights, hence the run id."""
 

@@ -157,12 +157,12 @@ def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
 
 def _module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
+    from vlm_train.contracts.model_parts import find_layers
     from vlm_train.models.checkpointing import checkpoint_layers
     from vlm_train.modules.base import VLMModule
-    from vlm_train.strategies.spread import units
     from vlm_train.training.reference import lend
 
-    *layers, _ = units(model)
+    layers = list(find_layers(model).values())
     if cfg.trainer.activation_checkpointing != "none":
         checkpoint_layers(layers, selective=cfg.trainer.activation_checkpointing == "selective")
     for one in (layers or [model]) if cfg.trainer.compile else ():

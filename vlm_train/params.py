@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from vlm_train.contracts.model_parts import find_parts, name_part
 from vlm_train.errors import ConfigError
 from vlm_train.quantise import quantised_weights
 
@@ -45,7 +46,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a top-level part under one rule."""
+    """One line of the table: a part under one rule."""
 
     part: str
     rule: str
@@ -122,11 +123,12 @@ def apply_policy(
     decided = _decide(model, rules)
     stored = quantised_weights(model)
     _require_frozen(decided, stored)
-    depth = _depths(name for name in decided if name not in unused)
+    parts = find_parts(model)
+    depth = _depths((name for name in decided if name not in unused), parts)
     groups: dict[tuple[Any, ...], Group] = {}
     rows: dict[tuple[str, str, str], list[Any]] = {}
     for name, (parameter, rule) in decided.items():
-        part = name.split(".", 1)[0]
+        part = name_part(name, parts)
         lr = None if name in unused else rule.lr
         decay = None
         parameter.requires_grad_(lr is not None)
@@ -150,7 +152,7 @@ def apply_policy(
 def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
     """The deciding rule of every parameter, or one error that names all that is wrong."""
     named = dict(model.named_parameters())
-    parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in named))
+    parts = ", ".join(dict.fromkeys(name_part(name, find_parts(model)) for name in named))
     problems: list[str] = []
     patterns: list[tuple[re.Pattern[str], RuleLike]] = []
     for index, rule in enumerate(rules):
@@ -160,7 +162,7 @@ def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.P
             problems.append(f"params.rules[{index}] '{rule.match}' is not a regular expression: {error}")
             continue
         if not any(pattern.fullmatch(name) for name in named):
-            problems.append(f"params.rules[{index}] '{rule.match}' matches no parameter. Top-level parts: {parts}.")
+            problems.append(f"params.rules[{index}] '{rule.match}' matches no parameter. Parts: {parts}.")
         patterns.append((pattern, rule))
     decided: dict[str, tuple[nn.Parameter, RuleLike]] = {}
     missed: list[str] = []
@@ -191,12 +193,12 @@ def _require_frozen(decided: dict[str, tuple[nn.Parameter, RuleLike]], stored: I
         )
 
 
-def _depths(names: Iterable[str]) -> dict[str, int]:
-    """Number of numbered layers of each top-level part."""
+def _depths(names: Iterable[str], parts: Iterable[str]) -> dict[str, int]:
+    """Number of numbered layers of each part."""
     depth: dict[str, int] = {}
     for name in names:
         if found := _LAYER.search(name):
-            part = name.split(".", 1)[0]
+            part = name_part(name, parts)
             depth[part] = max(depth.get(part, 0), int(found.group(1)) + 1)
     return depth
 

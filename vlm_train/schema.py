@@ -6,7 +6,7 @@ them against its signature. Everything else is typed here. No torch import.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -164,6 +164,10 @@ class Target:
     supervised_tokens: int = 64  # how many of them are learned
 
 
+MODEL_PART = {"model_part": True}
+"""Marks the groups whose components a family is given as arguments of the same names."""
+
+
 @dataclass
 class Root:
     """The whole configuration. `python -m vlm_train --cfg job` prints it composed."""
@@ -179,9 +183,9 @@ class Root:
     recipe_name: str = "custom"  # set by each recipe; names the run
 
     model: Any = None
-    vision: Any = None
-    connector: Any = None
-    llm: Any = None
+    vision: Any = field(default=None, metadata=MODEL_PART)
+    connector: Any = field(default=None, metadata=MODEL_PART)
+    llm: Any = field(default=None, metadata=MODEL_PART)
     tokenizer: Any = None
     image: Any = None
     template: Any = None
@@ -209,11 +213,12 @@ class Root:
     tiny: dict[str, Any] = field(default_factory=dict)  # dry_run only: the parts' `tiny:` blocks, for its small twin
 
 
+MODEL_PARTS = tuple(one.name for one in fields(Root) if one.metadata == MODEL_PART)
+"""The groups that hold a part of the model: one component, or named ones as `{clip: {_target_: ...}, dino: ...}`."""
+
 PART_GROUPS = (
     "model",
-    "vision",
-    "connector",
-    "llm",
+    *MODEL_PARTS,
     "tokenizer",
     "image",
     "template",
@@ -224,7 +229,10 @@ PART_GROUPS = (
     "lr_schedule",
     "strategy",
 )
-"""Groups that hold one component (one `_target_`)."""
+"""Groups that hold one component (one `_target_`); those of `SEVERAL` may hold named ones instead."""
+
+SEVERAL = (*MODEL_PARTS, "image")
+"""Groups that may map names to components. Image plans bear the names of the vision encoders that they are for."""
 
 DICT_GROUPS = ("objective", "callbacks", "logger", "eval")
 """Groups that hold named components: `{name: {_target_: ...}}`; null removes one."""

@@ -14,12 +14,12 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlm_train.errors import ConfigError
-from vlm_train.schema import PART_GROUPS
+from vlm_train.schema import MODEL_PARTS, PART_GROUPS
 
 TINY = "tiny"
 """Name of the block, and of the option of the group `size`."""
 
-SIZED_GROUPS = ("vision", "connector", "llm", "tokenizer", "instruction", "data")
+SIZED_GROUPS = (*MODEL_PARTS, "tokenizer", "instruction", "data")
 """Groups whose components need a block; `tiny: {}` says that nothing of a component is large."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from vlm_train.contracts.model_parts import find_parts
 from vlm_train.data.batch import Batch, MediaBatch, TokenStream
 from vlm_train.data.layout import MediaLayout
 from vlm_train.data.streams import CAUSAL, Alignment
@@ -41,7 +42,7 @@ class Family(nn.Module):
 
     def unused_parameters(self) -> list[str]:
         """Full names of parameters that no loss reaches: those that the parts declare never to read."""
-        parts: dict[str, Any] = dict(self.named_children())
+        parts: dict[str, Any] = find_parts(self)
         return [
             f"{name}.{parameter}"
             for name, part in parts.items()

@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vlm_train.build import build_model, build_objectives, build_optimizer
+from vlm_train.contracts.model_parts import find_layers
 from vlm_train.contracts.objective import StepContext
 from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
 from vlm_train.dryrun.memory import Needs
 from vlm_train.dryrun.trace import Trace, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
-from vlm_train.models.layers.numbered import numbered_layers
 from vlm_train.params import Policy, apply_policy
 from vlm_train.quantise import quantised_layers
 from vlm_train.training.reference import START, frozen, reference_config
@@ -136,9 +136,7 @@ def optimizer_states(cfg: DictConfig) -> int:
 
 
 def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> Needs:
-    layers = [
-        sum(p.numel() for p in block.parameters()) for part in model.children() for block in numbered_layers(part)
-    ]
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(model).values()]
     quantised = [how for _, how in quantised_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
     return Needs(
@@ -165,8 +163,8 @@ def _reference_parameters(cfg: DictConfig, policy: Policy) -> int:
 
 
 def _outside(model: nn.Module) -> Iterator[int]:
-    """Parameters of every module outside blocks by itself (embeddings, heads, connectors)."""
-    inside = {id(one) for part in model.children() for block in numbered_layers(part) for one in block.modules()}
+    """Parameters of every module outside layers by itself (embeddings, heads, connectors)."""
+    inside = {id(one) for layer in find_layers(model).values() for one in layer.modules()}
     for module in model.modules():
         if id(module) not in inside:
             yield sum(p.numel() for p in module.parameters(recurse=False))

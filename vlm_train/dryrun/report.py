@@ -13,6 +13,8 @@ from vlm_train.check_model import check_model
 from vlm_train.dryrun.advice import Advice, Lever, advise
 from vlm_train.dryrun.memory import GIB, Peak
 from vlm_train.dryrun.plan import Plan, checkpointing, make_plan, rows_at_once
+from vlm_train.schema import MODEL_PARTS
+from vlm_train.trust import components
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""
@@ -43,10 +45,10 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
         if OmegaConf.is_missing(source, "run"):
             notes.append(f"Note        init_from[{index}].run is still open: a run needs it")
     cfg.init_from = []
-    for key in ("vision", "llm"):
-        if cfg[key] is not None and OmegaConf.is_missing(cfg[key], "weights"):
-            notes.append(f"Note        {key}.weights is still open: a run needs it")
-            cfg[key].weights = None
+    for path, group, node in components(cfg):
+        if group in MODEL_PARTS and node.get("weights") == "???":
+            notes.append(f"Note        {path}.weights is still open: a run needs it")
+            OmegaConf.update(cfg, f"{path}.weights", None)
     reading = [] if cfg.llm is None else [cfg.llm.config]
     reading += [cfg.connector] if cfg.connector is not None and cfg.connector.get("text") else []
     if unsized := [part for part in reading if part.get("vocab_size") is None]:

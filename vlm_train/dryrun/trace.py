@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vlm_train.contracts.model_parts import find_layers, find_parts, name_part
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import Slot
-from vlm_train.models.layers.numbered import numbered_layers
 from vlm_train.models.vision.example import blank_input, typical_size
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
@@ -29,7 +29,7 @@ class Product:
     """A matrix product of the forward pass, or one attention (its two products together).
 
     Attributes:
-        part: top-level part it belongs to.
+        part: the part it belongs to.
         flops: forward FLOPs, a multiply-add counted as two.
         input_grads: forward-sized products that backward adds for its inputs (attention: 2, one per operand).
         weight_grads: the same for a weight that learns.
@@ -142,7 +142,8 @@ class _Products(TorchFunctionMode):
 def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
     """Run `forward` (which calls `model`, all on the meta device) and note what it does."""
     result = Trace()
-    owners = {id(parameter): name.split(".", 1)[0] for name, parameter in model.named_parameters()}
+    parts = find_parts(model)
+    owners = {id(parameter): name_part(name, parts) for name, parameter in model.named_parameters()}
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     with _watch_layers(model) as layers, _Products(result, owners, layers), _watch_saved(own, layers) as outside:
         loss = forward()  # held until the end: what its graph keeps is what backward needs
@@ -171,18 +172,17 @@ def _watch_layers(model: nn.Module) -> Iterator[_Layers]:
     """Know which numbered layer of which part is running."""
     layers = _Layers()
     handles = []
-    for part, module in model.named_children():
-        for index, block in enumerate(numbered_layers(module)):
-            layers.seen[f"{part}.{index}"] = layer = _Layer()
+    for name, block in find_layers(model).items():
+        layers.seen[name] = layer = _Layer()
 
-            def enter(_: nn.Module, args: Any, kwargs: Any, layer: _Layer = layer) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                layer.given, layers.current = hidden.nbytes, layer
+        def enter(_: nn.Module, args: Any, kwargs: Any, layer: _Layer = layer) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            layer.given, layers.current = hidden.nbytes, layer
 
-            def leave(_: nn.Module, args: Any, output: Any) -> None:
-                layers.current = None
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            layers.current = None
 
-            handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+        handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
     try:
         yield layers
     finally:

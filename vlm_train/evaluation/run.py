@@ -15,6 +15,7 @@ from vlm_train.config import load_config, resolved, run_dir, run_file
 from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.errors import ConfigError
 from vlm_train.launch import rank
+from vlm_train.schema import MODEL_PARTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +115,7 @@ def run_evaluators(
     return metrics
 
 
-DECIDE_WEIGHTS = ("seed", "init_from", "model", "vision", "connector", "llm", "peft")
+DECIDE_WEIGHTS = ("seed", "init_from", "model", *MODEL_PARTS, "peft")
 """Keys that decide the weights that a run's checkpoint lacks: those of its frozen parts."""
 
 SEEN = ("tokenizer", "template", "image")

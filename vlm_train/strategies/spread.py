@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vlm_train.models.layers.numbered import numbered_layers
+from vlm_train.contracts.model_parts import find_layers
 
 
 def units(model: nn.Module) -> list[nn.Module]:
     """What is gathered at once: every numbered layer of every part, every inserted block, then the model for all the
     rest."""
-    return [*(layer for part in model.children() for layer in numbered_layers(part)), model]
+    return [*find_layers(model).values(), model]
 
 
 def spread(
