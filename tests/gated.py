@@ -53,7 +53,7 @@ class GatedVLM(PrefixVLM):
         super().__init__(vision=vision, connector=connector, llm=llm)
         self.blocks = llm.insert(lambda: GatedCrossAttention(llm.dim, gate=gate), every=every)
 
-    def media_layout(self, image: Any) -> MarkerLayout:
+    def media_layout(self, images: Any) -> MarkerLayout:
         return MarkerLayout()
 
     def cross_states(self, batch: Batch, stream: str) -> CrossStates:

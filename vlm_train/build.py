@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from vlm_train.contracts.evaluator import EVALUATOR_MEMBERS, Evaluator
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.given import GIVEN
+from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
@@ -202,10 +203,9 @@ def _width_of(part: Any, attribute: str) -> Any:
 
 def build_images(cfg: DictConfig, model: Any) -> dict[str, ImagePlan]:
     """The image plan of every vision encoder, with what it needs to know of it; none without an encoder."""
-    vision = getattr(model, "vision", None)
-    if vision is None:
-        return {}
-    return {"vision": build_image_plan(cfg.image, vision)}
+    nodes: Any = cfg.image or {}
+    single = nodes if "_target_" in nodes else None
+    return {name: build_image_plan(single or nodes[name], encoder) for name, encoder in find_encoders(model).items()}
 
 
 def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
@@ -225,14 +225,23 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
     return cast(ImagePlan, make("image", node, **{name: value for name, value in given.items() if name in wanted}))
 
 
-def build_layout(model: Family, images: Mapping[str, ImagePlan]) -> MediaLayout:
-    """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own."""
-    image = images.get("vision")
-    if (own := model.media_layout(image)) is not None:
+def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
+    """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own.
+
+    Raises:
+        ConfigError: the features of several encoders go through connectors, and the family does not say where to.
+    """
+    if (own := model.media_layout(images)) is not None:
         return own
-    connector = getattr(model, "connector", None)
-    if connector is None or image is None:
+    connector: Any = getattr(model, "connector", None)
+    if connector is None or not images:
         return NoMedia()
+    if len(images) > 1:
+        raise ConfigError(
+            f"model: {type(model).__name__} has several vision encoders: {', '.join(images)}. Its `media_layout` has to "
+            "say where their features stand in the text."
+        )
+    (image,) = images.values()
     return GridLayout(image.grids, connector.token_grid)
 
 

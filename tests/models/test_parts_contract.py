@@ -131,7 +131,7 @@ def test_llm(option):
 
 def test_a_family_may_lay_out_its_media_itself():
     class Family(torch.nn.Module):
-        def media_layout(self, image):
-            return ("its own", image)
+        def media_layout(self, images):
+            return ("its own", images)
 
-    assert build_layout(Family(), {}) == ("its own", None)
+    assert build_layout(Family(), {}) == ("its own", {})

@@ -33,10 +33,10 @@ class Family(nn.Module):
     streams: ClassVar[Mapping[str, Alignment]] = CAUSAL
     plays_reference = False
 
-    def media_layout(self, image: Any) -> MediaLayout | None:
+    def media_layout(self, images: Mapping[str, Any]) -> MediaLayout | None:
         """Where media stand in the text: a picklable object without weights. None: as the connector's token grid.
 
-        `image` is the plan of its vision encoder, or None where sizes alone are asked for.
+        `images` are the plans of its vision encoders, by name.
         """
         return None
 

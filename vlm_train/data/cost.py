@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.models.vision.example import typical_size
 
 
@@ -33,18 +34,21 @@ def cost_of(model: Any) -> Cost:
     Causal attention adds 2 FLOPs a layer, channel and pair of tokens (performed on half of the pairs, for queries with
     keys and for scores with values).
     """
-    llm, vision = getattr(model, "llm", None), getattr(model, "vision", None)
+    llm = getattr(model, "llm", None)
     if llm is None:
         return Cost()
     passes = 3.0 if _trains(llm) else 2.0
     embedding = llm.base_vocab_size * llm.dim
     token = passes * 2.0 * max(sum(p.numel() for p in llm.parameters()) - embedding, 1)
     pair = passes * 2.0 * len(llm.layers) * llm.dim
-    if vision is None:
-        return Cost(token, pair)
-    patches = vision.patch_grid(typical_size(vision)).size
-    weights = sum(p.numel() for p in vision.parameters())
-    return Cost(token, pair, (3.0 if _trains(vision) else 1.0) * 2.0 * weights * patches)
+    views = [_cost_of_view(encoder) for encoder in find_encoders(model).values()]
+    return Cost(token, pair, sum(views) / max(len(views), 1))
+
+
+def _cost_of_view(encoder: Any) -> float:
+    """FLOPs of a view of its own size in one vision encoder."""
+    patches = encoder.patch_grid(typical_size(encoder)).size
+    return (3.0 if _trains(encoder) else 1.0) * 2.0 * sum(p.numel() for p in encoder.parameters()) * patches
 
 
 def _trains(module: nn.Module) -> bool:

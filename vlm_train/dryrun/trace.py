@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vlm_train.contracts.model_parts import find_layers, find_parts, name_part
+from vlm_train.build import build_layout
+from vlm_train.contracts.model_parts import find_encoders, find_layers, find_parts, name_part
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import Slot
-from vlm_train.models.vision.example import blank_input, typical_size
+from vlm_train.models.vision.example import OneView, blank_input, typical_size
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -209,13 +210,10 @@ def _watch_saved(own: set[int], layers: _Layers) -> Iterator[dict[int, int]]:
 
 def visual_tokens(model: Any) -> int:
     """Placeholder tokens that one image of the tower's own size takes in the text; 0 where images stay out of it."""
-    vision, connector = getattr(model, "vision", None), getattr(model, "connector", None)
-    if vision is None or connector is None:
-        return 0
-    if (layout := model.media_layout(None)) is not None:
-        return sum(piece.count for piece in layout([typical_size(vision)])[0] if isinstance(piece, Slot))
-    size: int = connector.token_grid(vision.patch_grid(typical_size(vision))).size
-    return size
+    encoders = find_encoders(model)
+    layout = build_layout(model, {name: OneView(encoder) for name, encoder in encoders.items()})
+    sizes = [typical_size(encoder) for encoder in encoders.values()][:1]
+    return sum(piece.count for pieces in layout(sizes) for piece in pieces if isinstance(piece, Slot))
 
 
 def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: int, supervised: int) -> Batch:
@@ -233,9 +231,8 @@ def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: in
             length = {"causal": text_tokens, "seq2seq": supervised, "none": asked}[alignment]
             shown = slots if alignment == "causal" or name == "llm" else 0
             text[name] = _meta_stream(rows, length, shown, 0 if alignment == "none" else supervised)
-        vision = getattr(model, "vision", None)
         media = MediaBatch(
-            inputs={} if vision is None else {"vision": blank_input(vision, rows)},
+            inputs={name: blank_input(encoder, rows) for name, encoder in find_encoders(model).items()},
             slot_counts=(slots,) * rows,
             row=torch.arange(rows),
             keys=("meta",) * rows,

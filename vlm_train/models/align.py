@@ -9,6 +9,7 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Aligner(Family):
             theirs = read_state(source, setting="connector.weights", wanted=lambda name: name.startswith("cls."))
             self.load_state_dict(head_from_bert(theirs, self.lm_bias.detach()), strict=False)
 
-    def media_layout(self, image: Any) -> MediaLayout:
+    def media_layout(self, images: Mapping[str, Any]) -> MediaLayout:
         """Images take no place in the text."""
         return NoMedia()
 

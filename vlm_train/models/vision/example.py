@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlm_train.contracts.media import MediaInput
+from vlm_train.contracts.media import Grid3, MediaInput
 from vlm_train.data.layout import MediaSize
 
 NATIVE_SIZE = MediaSize(width=448, height=448)
@@ -20,6 +20,17 @@ def typical_size(vision: Any) -> MediaSize:
         return NATIVE_SIZE
     height, width = vision.image_size
     return MediaSize(width=width, height=height)
+
+
+class OneView:
+    """What a media layout asks of an image plan: every image is one view of its encoder's own size."""
+
+    def __init__(self, vision: Any) -> None:
+        self.vision = vision
+
+    def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
+        """Patch grid of the view."""
+        return (self.vision.patch_grid(typical_size(self.vision)),)
 
 
 def blank_input(vision: Any, views: int = 1, sizes: Sequence[MediaSize] = ()) -> MediaInput:

@@ -1,0 +1,62 @@
+"""A family with several vision encoders, written as a user of the package would: it joins their tokens view by view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_train.contracts.family import Family
+from vlm_train.contracts.media import Features, Grid3
+from vlm_train.data.batch import Batch
+from vlm_train.data.images.plan import ImagePlan
+from vlm_train.data.layout import MediaLayout, MediaSize, Piece, Slot
+from vlm_train.models.merge import check_slots, merge
+from vlm_train.models.text_only import decode_stream
+
+
+@dataclass(frozen=True)
+class JoinedTokens:
+    """The tokens of every encoder, one encoder after the other in every view."""
+
+    images: Mapping[str, ImagePlan]
+    token_grids: Mapping[str, Any]
+
+    def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
+        counts = [
+            sum(self.token_grids[name](grid).size for name, plan in self.images.items() for grid in plan.grids(size))
+            for size in sizes
+        ]
+        return [[Slot(item, count)] for item, count in enumerate(counts)]
+
+
+class TokenMixture(Family):
+    """vision: {name: encoder}, connector: {name: connector} -> joined tokens -> llm."""
+
+    def __init__(self, *, vision: Any, connector: Any, llm: Any) -> None:
+        super().__init__()
+        self.vision, self.connector, self.llm = vision, connector, llm
+
+    def media_layout(self, images: Mapping[str, ImagePlan]) -> MediaLayout:
+        return JoinedTokens(dict(images), {name: one.token_grid for name, one in self.connector.items()})
+
+    def features(self, batch: Batch) -> Features:
+        found = [
+            self.connector[name](encoder.encode(batch.media.inputs[name])).rectangular()
+            for name, encoder in self.vision.items()
+        ]
+        joined = torch.cat(found, dim=1)
+        return Features.from_rectangular(joined, Grid3(1, 1, joined.shape[1]))
+
+    def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
+        media, text = batch.media, batch.text[stream]
+        features, shown = self.features(batch), next(iter(media.inputs.values()))
+        check_slots(features.count_by_item(shown.view_counts), media.slot_counts, media.keys)
+        embeds = merge(self.llm.embed(text.ids), features.first(shown.real).values, text.slots, media.slot_counts)
+        return decode_stream(self.llm, embeds, text)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.llm.head(hidden)
