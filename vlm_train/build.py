@@ -238,7 +238,7 @@ def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
         return NoMedia()
     if len(images) > 1:
         raise ConfigError(
-            f"model: {type(model).__name__} has several vision encoders: {', '.join(images)}. Its `media_layout` has to "
+            f"model: {type(model).__name__} has several vision encoders: {', '.join(images)}. Its media_layout has to "
             "say where their features stand in the text."
         )
     (image,) = images.values()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.small_run import make_data, picture
@@ -129,9 +130,10 @@ def test_its_dry_run_tells_encoders_apart(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_connector_of_one_encoder_behind_two_is_refused(folder: Path) -> None:
-    more = ["~connector.clip", "~connector.siglip", "+connector={_target_: vlm_train.models.connectors.mlp.MLP}"]
+    cfg = compose(folder)
+    cfg.connector = OmegaConf.create({"_target_": "vlm_train.models.connectors.mlp.MLP"})
     with pytest.raises(ConfigError, match="takes the features of one encoder, but vision has clip, siglip"):
-        build(compose(folder, *more))
+        build(cfg)
 
 
 def test_a_family_has_to_say_where_several_encoders_stand(folder: Path) -> None:
