@@ -23,7 +23,7 @@ from vlm_train.fit import fit
 
 RECIPE = """# @package _global_
 defaults:
-  - easyvqa_stage2
+  - llava15_stage1
   - /vision@vision.clip: clip_vit_l14
   - /vision@vision.siglip: siglip_so400m_384
   - /connector@connector.clip: mlp2x_gelu
