@@ -183,7 +183,19 @@ def test_origins_cover_every_leaf(mine: Path) -> None:
     changed = provenance.table(
         config.compose(overrides, [mine]), provenance.origins(overrides, [mine]), only_changed=True
     )
-    assert {line.split()[0] for line in changed.splitlines()} == {"batch.samples", "optim.lr", "params.rules"}
+    keys = {line.split()[0] for line in changed.splitlines()}
+    assert keys == {"batch.samples", "optim.lr", "params.rules", "recipe_name"}
+
+
+def test_a_recipe_that_extends_another_has_its_own_name() -> None:
+    assert config.compose(["recipe=llava15_qlora"]).recipe_name == "llava15_qlora"
+    assert str(provenance.origins(["recipe=llava15_qlora"])["recipe_name"]) == "recipe: llava15_qlora"
+
+
+def test_what_no_training_run_reads_is_shown_last() -> None:
+    rows = [line.split()[0] for line in provenance.table(config.compose([RECIPE]), {}).splitlines()]
+    last = [row.split(".")[0] in provenance.NOT_TRAINING for row in rows]
+    assert last == sorted(last) and any(last) and "columns" not in rows[0]
 
 
 def test_every_option_of_debug_launch_and_paths_composes() -> None:

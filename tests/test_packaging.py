@@ -59,7 +59,7 @@ def test_wheel_holds_every_module_and_yaml_file(wheel: Path) -> None:
     ("arguments", "shown"),
     [
         (["-m", "vlm_train", "--help"], "recipe"),
-        (["-m", "vlm_train", "--cfg", "job", "recipe=llava15_stage1"], "recipe_name: llava15_stage1"),
+        (["-m", "vlm_train", "--cfg", "job", "recipe=llava15_stage1"], "warmup_ratio: 0.03"),
         (["-m", "vlm_train", "--cfg", "job", "recipe=llava15_stage2", "optim.lr=0.125"], "lr: 0.125"),
         (["-m", "vlm_train", "recipe=llava15_stage1", "dry_run=true"], ""),
         (["-m", "data_pipelines.build", "--help"], "easy_vqa"),

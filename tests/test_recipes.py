@@ -15,7 +15,7 @@ RECIPES = sorted(path.stem for path in (config.recipes_dir() / "recipe").glob("*
 SCHEDULES = sorted(path.stem for path in (config.recipes_dir() / "schedule").glob("*.yaml"))
 FILES = sorted(config.recipes_dir().glob("*/*.yaml"))
 
-# Source of every row: recipe_name, then the numbers of the paper or script named in the recipe's first lines.
+# Source of every row: its name, then the numbers of the paper or script named in the recipe's first lines.
 # LLaVA-1.0: README.md v1.0.1; LLaVA-1.5: scripts/v1_5/{pretrain,finetune,finetune_lora}.sh.
 PUBLISHED = {
     # recipe: (learning rate, samples a step, epochs, warm-up ratio, weight decay, max length, template, image)
@@ -77,6 +77,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     assert lines[1].startswith("# "), "says what it is"
     assert len(lines) <= 45
     assert "_target_" not in text, "components live in conf/"
+    assert "recipe_name" not in text, "it is the file's name"
     assert "hydra" not in text
 
 

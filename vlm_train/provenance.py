@@ -20,6 +20,8 @@ from vlm_train.size import TINY
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+NOT_TRAINING = ("columns", "target", "tiny")
+"""Root keys that only CapFilt and the dry run read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ def origins(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
         if any(default.config_path == f"size/{TINY}" for default in defaults.defaults):
             for key in [key for key in found if f".{TINY}." in key]:
                 _set(found, key.replace(f".{TINY}.", "."), Origin("size", TINY))
+        recipes = [str(one.config_path) for one in defaults.defaults if str(one.config_path).startswith("recipe/")]
+        if (
+            recipes and found["recipe_name"].layer == DEFAULT
+        ):  # the last one is the chosen one, others are what it extends
+            found["recipe_name"] = Origin("recipe", recipes[-1].split("/", 1)[1])
         for override in defaults.config_overrides:
             for key in _written(override):
                 _set(found, key, Origin(COMMAND_LINE, COMMAND_LINE))
@@ -55,9 +62,10 @@ def origins(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
 
 
 def table(cfg: DictConfig, found: dict[str, Origin], only_changed: bool = False) -> str:
-    """An aligned table of key, value and origin; interpolations are shown as written, addresses without a user."""
+    """An aligned table of key, value and origin; interpolations are shown as written, addresses without a user. What no
+    training run reads comes last."""
     rows = []
-    for key, value in sorted(leaves(cfg).items()):
+    for key, value in sorted(leaves(cfg).items(), key=lambda item: (item[0].split(".")[0] in NOT_TRAINING, item[0])):
         origin = _lookup(found, key)
         if not (only_changed and origin.layer == DEFAULT):
             rows.append((key, _short(without_credentials(value)), str(origin)))

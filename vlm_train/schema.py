@@ -180,7 +180,7 @@ class Root:
     resume: str = "auto"  # auto: this run's newest valid checkpoint | never | path | restart: delete its checkpoints
     init_from: list[InitFrom] = field(default_factory=list)
     allow_targets: list[str] = field(default_factory=list)  # further `_target_` prefixes to trust
-    recipe_name: str = "custom"  # set by each recipe; names the run
+    recipe_name: str = "custom"  # with recipe=<name>, that name; names the run
 
     model: Any = None
     vision: Any = field(default=None, metadata=MODEL_PART)
