@@ -16,6 +16,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from vlm_train.runs.folder import RunFolder
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("vlm_train", "data_pipelines")
 LONG_FILE, LONG_FUNCTION = 300, 50
@@ -246,7 +248,7 @@ def trace_step() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         cfg = config.compose(command(make_data(root), root / "runs", "data.workers=0", "trainer.max_steps=3"))
-        config.save_config(cfg, config.run_file(config.run_dir(cfg)))
+        config.save_config(cfg, RunFolder(config.run_dir(cfg)).config)
         sys.setprofile(trace)
         try:
             fit(cfg)

@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from vlm_train.runs.folder import RunFolder
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -70,7 +72,7 @@ def main(path: str) -> None:
     for job in json.loads(Path(path).read_text()):
         cfg = config.compose([*job, "launch=torchrun"])
         if os.environ["RANK"] == "0":
-            config.save_config(cfg, config.run_file(config.run_dir(cfg)))
+            config.save_config(cfg, RunFolder(config.run_dir(cfg)).config)
         with suppress(Interrupted):
             fit(cfg)
     destroy()  # otherwise its threads may abort the process at exit

@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from vlm_train import agent, config, launch
+from vlm_train.runs.folder import RunFolder
 
 LIMIT = 100.0
 """Seconds after which ranks that have not ended are killed: a hang is a failure."""
@@ -43,7 +44,7 @@ def run(overrides: Sequence[str], out: Path, *, fault: str = "none 0 0", ranks: 
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("")
     cfg = _composed("launch=torchrun", f"launch.devices={ranks}", *overrides)
-    path = config.run_file(config.run_dir(cfg))
+    path = RunFolder(config.run_dir(cfg)).config
     config.save_config(cfg, path)
     processes = [
         _server.Process(target=_rank, args=(path, {**common, "RANK": str(n), "LOCAL_RANK": str(n)}, out))

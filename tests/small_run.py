@@ -12,6 +12,7 @@ from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.shards import ShardWriter
 from vlm_train import config
 from vlm_train.fit import fit
+from vlm_train.runs.folder import RunFolder
 
 
 def picture(number: int) -> bytes:
@@ -60,6 +61,6 @@ def command(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
 def train(overrides: list[str]) -> Path:
     """Run `fit` in this process; returns the run folder."""
     cfg = config.compose(overrides)
-    config.save_config(cfg, config.run_file(config.run_dir(cfg)))
+    config.save_config(cfg, RunFolder(config.run_dir(cfg)).config)
     fit(cfg)
     return config.run_dir(cfg)

@@ -15,11 +15,11 @@ from tests.jobs import train_on_ranks
 from tests.small_run import command, make_data, train
 from tests.strategies.test_parity import STRATEGIES, log
 from vlm_train import cli, record
+from vlm_train.checkpoint.rollback import Rollback, stale
 from vlm_train.errors import TrainingError
 from vlm_train.modules.base import VLMModule
 from vlm_train.modules.guard import SCALE, SEARCH, Guard
 from vlm_train.modules.meter import all_finite
-from vlm_train.rollback import Rollback, stale
 
 POISON = "+callbacks.poison={{_target_: tests.audit.Poison, steps: {}, rank: {}}}"
 

@@ -26,6 +26,7 @@ from vlm_train.export.merged import merged_state, unquantised
 from vlm_train.params import apply_policy, freeze_eval
 from vlm_train.peft import base_names, hits, lora, qlora
 from vlm_train.quantise import assign, dequantised, full_shape, quantised_layers, quantised_weights
+from vlm_train.runs.folder import RunFolder
 
 pytest.importorskip("bitsandbytes")
 
@@ -283,7 +284,7 @@ def test_export_merges_into_a_fresh_base(data: Path, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert "peft: 14 linear layers adapted: llm" in said and "peft: 14 linear layers in 4 bits: llm" in said
     assert "adapters are merged into a fresh copy of the base" in said and "its logits equal the run's" in said
-    cfg = config.load_config(config.run_file(run))
+    cfg = config.load_config(RunFolder(run).config)
     built = build(cfg)
     load_run_weights(built.model, cfg.init_from, run)
     merged = merged_state(unquantised(built).model)

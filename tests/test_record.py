@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vlm_train import record
+from vlm_train.errors import ConfigError
 
 
 def test_a_missing_or_corrupt_record_reads_as_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -32,3 +37,30 @@ def test_a_value_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> N
         record.update(tmp_path, step=object())
     assert record.read(tmp_path) == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks are Unix's")
+def test_a_killed_process_lets_go_of_its_run_though_its_children_live_on(tmp_path: Path) -> None:
+    held = """
+import os, sys, time
+from pathlib import Path
+from vlm_train import record
+with record.lock(Path(sys.argv[1])):
+    if not os.fork():
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="is being trained by another process"), record.lock(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        with record.lock(tmp_path):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)

@@ -28,6 +28,7 @@ from vlm_train import agent, config, launch, provenance
 from vlm_train.check import check
 from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
 from vlm_train.explain import Composition, explain, unknown_in
+from vlm_train.runs.folder import RunFolder
 from vlm_train.stopping import PREEMPTING
 
 log = logging.getLogger("vlm_train")
@@ -44,7 +45,6 @@ MODES = {
 }
 """Mode -> the function that carries it out, imported only then: `(cfg) -> dict | None`."""
 
-TOKENIZER = "tokenizer"
 """Where a run keeps its tokenizer."""
 
 DRY_RUN = "vlm_train.dryrun.report:dry_run"
@@ -157,11 +157,12 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = (), fresh: bool =
 def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[DictConfig, dict[str, provenance.Origin]]:
     """The configuration of `run=<folder>` with this command line's groups and values on top, and its origins."""
     folder = Path(str(_value(overrides, "run"))).absolute()
-    cfg = config.load_config(config.run_file(folder))
+    run = RunFolder(folder)
+    cfg = config.load_config(run.config)
     cfg.allow_targets = []  # the folder may be somebody else's: trust is extended on the command line only
-    found = {str(key): provenance.Origin("run", str(config.run_file(folder))) for key in cfg}
-    if (folder / TOKENIZER / "tokenizer.json").is_file():  # what the ids meant, wherever the shards are now
-        cfg.tokenizer = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(folder / TOKENIZER)}
+    found = {str(key): provenance.Origin("run", str(run.config)) for key in cfg}
+    if (run.tokenizer / "tokenizer.json").is_file():  # what the ids meant, wherever the shards are now
+        cfg.tokenizer = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(run.tokenizer)}
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     groups = [override for override in parsed if override.key_or_group in config.groups(dirs)]
     chosen = config.compose([str(override.input_line) for override in groups], dirs)

@@ -243,11 +243,6 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
     partial.replace(path)
 
 
-def run_file(run: str | Path) -> Path:
-    """The configuration file of a run folder."""
-    return Path(run) / "config.yaml"
-
-
 def groups(config_dirs: Iterable[str | Path] = ()) -> set[str]:
     """Names of all groups: the folders of options."""
     folders = (config_dir(), recipes_dir(), *map(Path, config_dirs))

@@ -12,11 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train import checkpoint, config, record, rollback
+from vlm_train import checkpoint, config, record
+from vlm_train.checkpoint.rollback import rollbacks
 from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.launch import rank
-
-TOKENIZER = "tokenizer"
+from vlm_train.runs.folder import RunFolder
 
 
 def fit(cfg: DictConfig) -> dict[str, Any]:
@@ -29,10 +29,11 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
         return dict(status.get("metrics") or {})
     with record.lock(folder) if rank() == 0 else nullcontext():
         if cfg.resume == "restart" and rank() == 0:
-            for leftover in (folder / "checkpoints", folder / "eval"):
+            run = RunFolder(folder)
+            for leftover in (run.checkpoints, run.evaluation):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in (*folder.glob("quarantine-*.jsonl"), *folder.glob(rollback.RECORD)):
-                leftover.unlink()
+            for leftover in (*folder.glob("quarantine-*.jsonl"), run.rollbacks):
+                leftover.unlink(missing_ok=True)
         resumed = checkpoint.find_resume(cfg.resume, folder, identity)
         if rank() == 0:  # before any other rank can log
             record.keep_metrics(folder, resumed.step if resumed else -1)
@@ -93,7 +94,7 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
     facts |= {"data": data.fingerprint(), "order": data.order()}
     if resumed and not shares:
         resumed.require(**facts)
-    facts["rollbacks"] = len(rollback.rollbacks(folder))
+    facts["rollbacks"] = len(rollbacks(folder))
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
     work = _work(cfg, skeleton) if rank() == 0 else None
     module = _module(cfg, built.model, reference, policy, data.plan, folder, work)
@@ -122,7 +123,7 @@ def _describe(
 
     print(policy.table(), flush=True)
     _write_parameters(folder, policy)
-    built.processor.tokenizer.save_pretrained(folder / TOKENIZER)  # what the ids mean, should the shards change
+    built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
     names["evaluators"] = describe_evaluators(evaluators, {name: name for name in evaluators})
     _write_status(folder, **names, status="running", started=time.time(), exit_code=None)
@@ -283,4 +284,4 @@ def _write_parameters(folder: Path, policy: Any) -> None:
         }
         for r in policy.rows
     ]
-    record.write_json(folder / "params.json", rows)
+    record.write_json(RunFolder(folder).parameters, rows)

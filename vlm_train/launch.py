@@ -26,8 +26,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train import agent, config, record
+from vlm_train.checkpoint.rollback import rollbacks
 from vlm_train.errors import ConfigError, Interrupted, TrainingError
-from vlm_train.rollback import rollbacks
+from vlm_train.runs.folder import RunFolder
 from vlm_train.stopping import ENDING, PREEMPTING
 
 log = logging.getLogger("vlm_train")
@@ -93,11 +94,12 @@ def prepare(cfg: DictConfig, origins: str) -> Path:
     folder = config.run_dir(cfg)
     with record.lock(folder):  # a training holds it: nothing of a live run is overwritten
         pass
-    previous = config.run_file(folder)
-    if previous.is_file() and any((folder / "checkpoints").glob("*/")):
+    run = RunFolder(folder)
+    previous = run.config
+    if previous.is_file() and any(run.checkpoints.glob("*/")):
         _refuse_other_run(cfg, config.load_config(previous), folder)
     config.save_config(cfg, previous)
-    (folder / "config_origins.txt").write_text(origins + "\n", encoding="utf-8")
+    run.origins.write_text(origins + "\n", encoding="utf-8")
     return folder
 
 
@@ -161,12 +163,12 @@ def read_result(folder: Path) -> dict[str, Any]:
 def _config_file(cfg: DictConfig, folder: Path) -> Iterator[Path]:
     """The configuration on disk for a child: the run's own when training, else a temporary one."""
     if cfg.mode == "fit" and not cfg.dry_run:
-        config.save_config(cfg, config.run_file(folder))
-        yield config.run_file(folder)
+        config.save_config(cfg, RunFolder(folder).config)
+        yield RunFolder(folder).config
     else:
         with tempfile.TemporaryDirectory(prefix="vlm_train-") as temporary:
-            config.save_config(cfg, config.run_file(temporary))
-            yield config.run_file(temporary)
+            config.save_config(cfg, RunFolder(temporary).config)
+            yield RunFolder(temporary).config
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vlm_train.errors import ConfigError
+from vlm_train.runs.folder import RunFolder
 
 log = logging.getLogger("vlm_train")
-
-RECORD, METRICS = "run.json", "metrics.jsonl"
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The run.json of a run folder; empty without one. A corrupt one counts as none, and the log says so."""
-    return read_json(folder / RECORD)
+    return read_json(RunFolder(folder).record)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def update(folder: Path, **changes: Any) -> None:
     """Merges `changes` into the run.json of a run folder, which is created where missing. None removes a key."""
     kept = {key: value for key, value in read(folder).items() if key not in changes}
-    write_json(folder / RECORD, kept | {key: value for key, value in changes.items() if value is not None})
+    write_json(RunFolder(folder).record, kept | {key: value for key, value in changes.items() if value is not None})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,7 +55,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
-    path, rows = folder / METRICS, []
+    path, rows = RunFolder(folder).metrics, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
@@ -75,29 +73,29 @@ def last_loss(folder: Path, split: str) -> dict[str, Any]:
 def keep_metrics(folder: Path, step: int) -> None:
     """Drop the log lines after a step, which will be written again."""
     kept = [row for row in metrics(folder) if row["step"] <= step]
-    partial = folder / f"{METRICS}.partial"
+    path = RunFolder(folder).metrics
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    partial.replace(folder / METRICS)
+    partial.replace(path)
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds a run folder, so that the same command, started twice, does not write to it twice.
+    """Holds a run folder, so that the same command, started twice, does not write to it twice. A process that ends, or
+    is killed, lets go of it; its loader processes, which may outlive it for seconds, do not hold it.
 
     Raises:
         ConfigError: another process holds it.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
+    from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:  # closing it gives the lock back
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
-        # Loader processes may outlive a killed run for seconds: they must not go on holding it.
-        os.register_at_fork(after_in_child=file.close)
+    held = FileLock(RunFolder(folder).lock, fallback_to_soft=False)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(f"run_name: {folder} is being trained by another process.") from None
+    try:
         yield
+    finally:
+        held.release()

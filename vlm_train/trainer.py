@@ -25,6 +25,7 @@ from vlm_train.checkpoint.save import Keep, Writer
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.run import validation_metrics
 from vlm_train.modules.device import keep_freed_memory
+from vlm_train.runs.folder import RunFolder
 
 SINGLE = "vlm_train.strategies.replicated.Single"
 DDP = "vlm_train.strategies.replicated.DDP"
@@ -137,7 +138,7 @@ def loop_callbacks(
     higher_is_better = {"loss": False, **validation_metrics(evaluation.evaluators)}
     lower = not higher_is_better[settings.best]
     keep = Keep(settings.keep_last, settings.keep_best, settings.keep_every, lower=lower)
-    writer = Writer(module.folder / "checkpoints", keep, background=settings.async_save, agree=module.over_ranks)
+    writer = Writer(RunFolder(module.folder).checkpoints, keep, background=settings.async_save, agree=module.over_ranks)
     checkpoints = Checkpoints(writer, facts, metric=settings.best, total=plan.steps, resumed=resumed)
     after_step = AfterStep(
         evaluation,

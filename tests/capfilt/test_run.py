@@ -19,6 +19,7 @@ from tests.small_run import picture
 from vlm_train import checkpoint, cli, config
 from vlm_train.build import build
 from vlm_train.models.blip import Blip
+from vlm_train.runs.folder import RunFolder
 
 FAST = ["columns.max_new_tokens=6", "columns.min_new_tokens=2", "columns.batch=2"]
 
@@ -47,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has not learned anything yet."""
     folder = tmp_path_factory.mktemp("runs") / "blip"
     cfg = config.compose(["recipe=blip_base", "size=tiny", "run_name=blip", f"paths.runs={folder.parent}"])
-    config.save_config(cfg, config.run_file(folder))
+    config.save_config(cfg, RunFolder(folder).config)
     model = build(cfg).model
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     checkpoint.save_weights(folder / "checkpoints", weights, run_id="blip", step=0)
@@ -127,7 +128,7 @@ def test_other_models_write_captions(recipe: str, shards: Path, tmp_path: Path) 
     cfg = config.compose(
         [f"recipe={recipe}", "size=tiny", "init_from=[]", "run_name=other", f"paths.runs={folder.parent}"]
     )
-    config.save_config(cfg, config.run_file(folder))
+    config.save_config(cfg, RunFolder(folder).config)
     weights = {name: parameter.detach() for name, parameter in build(cfg).model.named_parameters()}
     checkpoint.save_weights(folder / "checkpoints", weights, run_id="other", step=0)
     assert cli.main(["mode=caption", f"run={folder}", f"columns.shards={shards}", *FAST]) == 0

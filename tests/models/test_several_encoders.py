@@ -20,6 +20,7 @@ from vlm_train.data.layout import MediaSize
 from vlm_train.dryrun.report import dry_run
 from vlm_train.errors import ConfigError
 from vlm_train.fit import fit
+from vlm_train.runs.folder import RunFolder
 
 RECIPE = """# @package _global_
 defaults:
@@ -86,7 +87,7 @@ def test_an_encoder_does_not_change_with_its_neighbours(folder: Path) -> None:
 
 def fit_run(cfg: Any) -> Path:
     folder = config.run_dir(cfg)
-    config.save_config(cfg, config.run_file(folder))
+    config.save_config(cfg, RunFolder(folder).config)
     fit(cfg)
     return folder
 

@@ -21,6 +21,7 @@ from vlm_train.data.batch import Batch, ends_step
 from vlm_train.data.processor import Processor
 from vlm_train.errors import Interrupted
 from vlm_train.evaluation.run import run_evaluator
+from vlm_train.runs.folder import RunFolder
 
 
 class AfterStep(pl.Callback):
@@ -188,7 +189,7 @@ class Evaluation:
         mark(trainer, EVALUATION)
         if not (trainer.is_global_zero or cast(Any, trainer.strategy).shards_model):
             return
-        with results_folder(self.folder / "eval", trainer.is_global_zero) as folder:
+        with results_folder(RunFolder(self.folder).evaluation, trainer.is_global_zero) as folder:
             for name, evaluator in self.evaluators.items():
                 findings = run_evaluator(name, evaluator, module.model, self.processor, folder / name, final=False)
                 found = {f"{name}/{metric}": value for metric, value in findings.metrics.items()}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_train.checkpoint.files import FORMAT, STATE, verify
+from vlm_train.checkpoint.rollback import rollbacks, stale
 from vlm_train.errors import CheckpointError
-from vlm_train.rollback import rollbacks, stale
+from vlm_train.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
     Raises:
         CheckpointError: damaged, of another run, without an optimizer's state, or `never` with checkpoints there.
     """
-    root = folder / "checkpoints"
+    root = RunFolder(folder).checkpoints
     if resume == "never":
         if any(root.glob("step-*")):
             raise CheckpointError(
@@ -75,7 +76,7 @@ def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
         return None
     if resume == "restart":
         return None
-    if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
+    if resume != "auto" and RunFolder(resume).checkpoints.is_dir():
         raise CheckpointError(f"resume: {resume} is a run; give one of its checkpoints, {resume}/checkpoints/step-...")
     found = newest_valid(root) if resume == "auto" else Resume(Path(resume), verify(Path(resume)))
     if found is None:

@@ -27,6 +27,7 @@ from vlm_train.checkpoint.resume import Resume
 from vlm_train.errors import CheckpointError
 from vlm_train.peft import base_names
 from vlm_train.quantise import assign, full_shape
+from vlm_train.runs.folder import RunFolder
 
 
 def save_weights(root: Path, weights: Mapping[str, torch.Tensor], *, run_id: str, step: int = 0) -> Path:
@@ -48,11 +49,11 @@ def weights_file(run: str | Path, which: str = "last") -> Path:
     path = Path(run)
     if path.is_file() and path.suffix == ".safetensors":
         return path
-    if (path / "checkpoints").is_dir():
-        pointer = path / "checkpoints" / ("BEST" if which == "best" else "LATEST")
+    if (root := RunFolder(path).checkpoints).is_dir():
+        pointer = root / ("BEST" if which == "best" else "LATEST")
         if not pointer.is_file():
             raise CheckpointError(f"{path}: has no finished checkpoint ({pointer.name} is missing)")
-        path = path / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+        path = root / pointer.read_text(encoding="utf-8").strip()
     verify(path)
     return path / WEIGHTS
 

@@ -7,7 +7,6 @@ renders: a row that was planned fits.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from data_pipelines.errors import BadSample, DataError
@@ -126,7 +126,7 @@ def _locked(path: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(held.enter_context(open(path, "w")), fcntl.LOCK_EX)
+            held.enter_context(FileLock(path, fallback_to_soft=False))
         except OSError as error:  # some network file systems have no locks
             raise _unusable(path, error) from error
         yield

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config import load_config, resolved, run_dir, run_file
+from vlm_train.config import load_config, resolved, run_dir
 from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.errors import ConfigError
 from vlm_train.launch import rank
+from vlm_train.runs.folder import RunFolder
 from vlm_train.schema import MODEL_PARTS
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def run_evaluators(
     """
     labels = labels or {name: name for name in evaluators}
     found = {
-        name: run_evaluator(name, one, model, processor, folder / "eval" / labels[name], final=True)
+        name: run_evaluator(name, one, model, processor, RunFolder(folder).evaluation / labels[name], final=True)
         for name, one in evaluators.items()
     }
     rows = [asdict(row) | {"eval": labels[name]} for name, one in found.items() for row in one.rows]
@@ -127,13 +128,13 @@ def require_own_weights(cfg: DictConfig, folder: Path) -> None:
 
     `weights` may name another place, for they may have moved, and `attention` another kernel.
     """
-    now, own = cfg.copy(), load_config(run_file(folder))
+    now, own = cfg.copy(), load_config(RunFolder(folder).config)
     for one in (now, own):
         for name in one.paths:
             one.paths[name] = name  # folders may have moved, too
     keys = [key for group in DECIDE_WEIGHTS for key in _different(group, resolved(now, group), resolved(own, group))]
     if keys:
-        where = f"If a folder has moved, change {run_file(folder)}."
+        where = f"If a folder has moved, change {RunFolder(folder).config}."
         raise ConfigError([f"{key}: decides the weights of this run; leave it out. {where}" for key in keys])
 
 
@@ -152,11 +153,9 @@ def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
 
     One label stands for one way of evaluating, so that results of a few samples never replace those of all.
     """
-    from vlm_train.fit import TOKENIZER
-
-    own = load_config(run_file(folder))
+    own = load_config(RunFolder(folder).config)
     changed = {group: resolved(cfg, group) for group in SEEN if resolved(cfg, group) != resolved(own, group)}
-    copy = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(folder / TOKENIZER)}
+    copy = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(RunFolder(folder).tokenizer)}
     if changed.get("tokenizer") == copy:  # as `run=` sets it
         del changed["tokenizer"]
     nodes, ours = resolved(cfg, "eval") or {}, resolved(own, "eval") or {}

@@ -10,11 +10,10 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train.config import run_dir, run_file, run_id, save_config
+from vlm_train.config import run_dir, run_id, save_config
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.evaluation.run import require_own_weights
-
-EXPORT_FOLDER = "export"
+from vlm_train.runs.folder import RunFolder
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def write_export(built: Any, folder: Path) -> Path:
     model: Any = built.model.eval()
     processor = built.processor
     tokenizer, mode = processor.tokenizer, getattr(processor.images.get("vision"), "mode", "pad")
-    out = folder / EXPORT_FOLDER
+    out = RunFolder(folder).export
     if isinstance(model, Blip):
         with replacing(out) as partial:
             export_blip(model, partial, tokenizer)
@@ -95,7 +94,6 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     from vlm_train import checkpoint, record
     from vlm_train.build import build
     from vlm_train.export.llava import import_llava
-    from vlm_train.fit import TOKENIZER
 
     source = _llava_folder(cfg)
     cfg = cfg.copy()
@@ -107,15 +105,15 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
         cfg.tokenizer.name = str(source.absolute())
     OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
-    if (folder / "checkpoints").exists():
+    if RunFolder(folder).checkpoints.exists():
         raise ConfigError(f"run_name: {folder} already holds checkpoints. Choose another run_name, or delete it.")
     built = build(cfg)
     import_llava(cast(Any, built.model), source)
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(cfg, run_file(folder))
+    save_config(cfg, RunFolder(folder).config)
     weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
-    checkpoint.save_weights(folder / "checkpoints", weights, run_id=run_id(cfg), step=0)
-    built.processor.tokenizer.save_pretrained(folder / TOKENIZER)
+    checkpoint.save_weights(RunFolder(folder).checkpoints, weights, run_id=run_id(cfg), step=0)
+    built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     record.update(folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute()))
     print(f"Imported {source} as {folder}. Start from it with init_from=[{{run: {folder}}}].", flush=True)
     return {"run": str(folder)}

@@ -12,6 +12,7 @@ from typing import Any
 from vlm_train import record
 from vlm_train.errors import ConfigError
 from vlm_train.loggers.mirror import Picture
+from vlm_train.runs.folder import RunFolder
 
 CSV, EVENTS = "metrics.csv", "tensorboard"
 
@@ -22,7 +23,8 @@ class Csv:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._write(record.metrics(folder))
-        self.read = (folder / record.METRICS).stat().st_size if (folder / record.METRICS).is_file() else 0
+        path = RunFolder(folder).metrics
+        self.read = path.stat().st_size if path.is_file() else 0
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
         """What metrics.jsonl has gained."""
@@ -35,7 +37,7 @@ class Csv:
 
     def _more(self) -> list[bytes]:
         """The lines that metrics.jsonl has gained."""
-        with open(self.folder / record.METRICS, "rb") as file:
+        with open(RunFolder(self.folder).metrics, "rb") as file:
             file.seek(self.read)
             lines = file.readlines()
         self.read += sum(map(len, lines))

@@ -26,7 +26,7 @@ from vlm_train.modules.guard import SCALE, Guard
 from vlm_train.modules.meter import Meter, Work, all_finite, part_norms
 from vlm_train.params import Policy, freeze_eval
 from vlm_train.randomness import derive_seed, seed_torch
-from vlm_train.record import METRICS
+from vlm_train.runs.folder import RunFolder
 
 
 class VLMModule(pl.LightningModule):
@@ -73,7 +73,7 @@ class VLMModule(pl.LightningModule):
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         least = min_supervised_ratio if "lm" in objectives else 0.0
         self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
-        self.journal = Journal(folder / METRICS)
+        self.journal = Journal(RunFolder(folder).metrics)
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-REPORT_NAME = "report.html"
+from vlm_train.runs.folder import RunFolder
 
 
 def write_report(folder: Path) -> Path:
@@ -20,7 +20,7 @@ def write_report(folder: Path) -> Path:
     from vlm_train.report.page import render  # plotly and jinja2 only where a report is written
     from vlm_train.report.read import read_report
 
-    path = Path(folder) / REPORT_NAME
+    path = RunFolder(folder).report
     partial = path.with_suffix(".partial")
     partial.write_text(render(read_report(Path(folder))), encoding="utf-8")
     partial.replace(path)

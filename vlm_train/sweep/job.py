@@ -26,6 +26,7 @@ from data_pipelines.errors import DataError
 from vlm_train import config, launch, record
 from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
 from vlm_train.explain import Composition, explain
+from vlm_train.runs.folder import RunFolder
 from vlm_train.signatures import hint
 from vlm_train.sweep import records, summary
 
@@ -116,7 +117,7 @@ def _run_of(cfg: DictConfig, overrides: list[str], dirs: list[str]) -> tuple[Pat
     folder = config.run_dir(cfg)
     if not trains or cfg.resume != "auto" or record.read(folder).get("status") != "done":
         return folder, False
-    same = config.training_hash(config.load_config(config.run_file(folder))) == config.training_hash(cfg)
+    same = config.training_hash(config.load_config(RunFolder(folder).config)) == config.training_hash(cfg)
     return folder, same  # a `run_name` may stand for another configuration, which is then refused
 
 

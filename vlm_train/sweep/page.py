@@ -10,10 +10,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlm_train.errors import ConfigError
-from vlm_train.report import REPORT_NAME
 from vlm_train.report.charts import plotly_script
 from vlm_train.report.page import duration
 from vlm_train.report.read import read_report
+from vlm_train.runs.folder import RunFolder
 from vlm_train.sweep import records
 from vlm_train.sweep.charts import coordinates, cost_chart
 from vlm_train.sweep.records import Job, Sweep
@@ -76,7 +76,7 @@ def render(sweep: Sweep, folder: Path) -> str:
 
 def _row(sweep: Sweep, job: Job, folder: Path) -> Row:
     run = _run_folder(job, folder)
-    report = run / REPORT_NAME
+    report = RunFolder(run).report
     link = os.path.relpath(report, folder) if report.is_file() else None
     values = [shorten(job.value(key)) for key in sweep.keys]
     return Row(job, values, sweep.score(job), _training_seconds(run) or job.seconds, link)

@@ -21,10 +21,11 @@ from vlm_train import checkpoint
 from vlm_train.build import build_model
 from vlm_train.check import check
 from vlm_train.checkpoint.files import manifest_of, sha256
-from vlm_train.config import load_config, run_file
+from vlm_train.config import load_config
 from vlm_train.contracts.family import Family
 from vlm_train.data.tokenizer import vocabulary
 from vlm_train.errors import ConfigError
+from vlm_train.runs.folder import RunFolder
 
 START = "start"
 """The reference is what the run starts from; any other value of `reference.model` is a run folder."""
@@ -44,7 +45,7 @@ def reference_config(cfg: DictConfig) -> DictConfig | None:
     if cfg.reference.model is None or is_model_without_adapters(cfg):
         return None
     if cfg.reference.model != START:
-        other = load_config(run_file(Path(cfg.reference.model)))
+        other = load_config(RunFolder(Path(cfg.reference.model)).config)
         other.allow_targets = cfg.allow_targets  # the folder may be somebody else's
         try:
             check(other, need_assets=False)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_train import record
-
-RECORD = "rollbacks.json"
+from vlm_train.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class Rollback:
 
 def rollbacks(folder: Path) -> list[Rollback]:
     """Those of a run, oldest first."""
-    return [Rollback(int(one["to"]), int(one["last"])) for one in record.read_json(folder / RECORD).get("made", [])]
+    held = record.read_json(RunFolder(folder).rollbacks)
+    return [Rollback(int(one["to"]), int(one["last"])) for one in held.get("made", [])]
 
 
 def go_back(folder: Path, first: int, last: int) -> Rollback | None:
@@ -31,12 +31,12 @@ def go_back(folder: Path, first: int, last: int) -> Rollback | None:
     Returns None, and changes nothing, where there is none.
     """
     made = rollbacks(folder)
-    steps = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")]
+    steps = [int(path.name.removeprefix("step-")) for path in RunFolder(folder).checkpoints.glob("step-*")]
     earlier = [step for step in steps if step < first]
     if not earlier:
         return None
     new = Rollback(max(earlier), last)
-    record.write_json(folder / RECORD, {"made": [asdict(one) for one in [*made, new]]})
+    record.write_json(RunFolder(folder).rollbacks, {"made": [asdict(one) for one in [*made, new]]})
     return new
 
 

@@ -1,0 +1,28 @@
+"""The folder of a run: every path in it has its name here, and only here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class RunFolder:
+    """The paths of a run's folder.
+
+    config.yaml, config_origins.txt     what was asked for, and where each value came from
+    run.json, params.json               how it went, and what learned
+    metrics.jsonl                       every log line
+    checkpoints/                        see `vlm_train.checkpoint.files`
+    rollbacks.json                      what was taken back
+    tokenizer/                          what the ids mean, should the shards change
+    eval/, export/, report.html         what came of it
+    .lock                               held by the process that trains it
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config, self.origins = self.path / "config.yaml", self.path / "config_origins.txt"
+        self.record, self.parameters = self.path / "run.json", self.path / "params.json"
+        self.metrics, self.rollbacks = self.path / "metrics.jsonl", self.path / "rollbacks.json"
+        self.checkpoints, self.tokenizer = self.path / "checkpoints", self.path / "tokenizer"
+        self.evaluation, self.export, self.report = self.path / "eval", self.path / "export", self.path / "report.html"
+        self.lock = self.path / ".lock"
