@@ -14,6 +14,7 @@ from vlm_train import config
 from vlm_train.assets import missing_assets
 from vlm_train.check import check
 from vlm_train.errors import AssetError, ConfigError
+from vlm_train.explain import unknown_key
 from vlm_train.signatures import UnknownTarget, fits, import_signature, read_signature
 from vlm_train.trust import nodes, untrusted
 
@@ -274,7 +275,8 @@ def test_settings_of_the_order_that_would_be_ignored_are_refused() -> None:
 
     weighted = "data.train=[{shards: a, weight: 2.0}]"
     assert found(weighted).startswith("data.train: a weight counts only with data.mixture=weights")
-    assert found("data.pack_views=4").startswith("data.pack_views: bounds packed rows, but data.pack is null")
+    assert "it is data.pack_patches now" in unknown_key("data.pack_views", [], [])
+    assert found("data.pack_patches=4").startswith("data.pack_patches: bounds packed rows, but data.pack is null")
     assert found("data.pack=1024").startswith(
         "data.pack: rows of 1024 tokens must hold samples of data.max_length=2048"
     )

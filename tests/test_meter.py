@@ -21,6 +21,7 @@ from vlm_train.data.sources import sums_by_source
 from vlm_train.dryrun.flops import count
 from vlm_train.dryrun.plan import trace_step
 from vlm_train.dryrun.report import without_assets
+from vlm_train.dryrun.trace import count_patches
 from vlm_train.dryrun.work import Work, work_of
 from vlm_train.modules import device, meter
 from vlm_train.modules.base import VLMModule
@@ -104,7 +105,7 @@ def test_padding_makes_no_pairs() -> None:
     assert list(segment_lengths(batch.text["llm"], [2, 1, 1])) == [2, 1, 3, 4]
     one = Meter(alone)
     one.hold(batch)
-    assert (one.counts["pairs"], one.counts["views"]) == (4 + 1 + 9 + 16, 0)
+    assert (one.counts["pairs"], one.counts["patches"]) == (4 + 1 + 9 + 16, 0)
 
 
 def clocked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -125,7 +126,7 @@ def step(one: Meter, clock: Any, *, wait: float, work: float, samples: int = 4) 
 
 def test_a_line_of_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = clocked(monkeypatch)
-    one = Meter(alone, work=Work(view=0, token=1e12, pair=0, supervised=4e12), peak_tflops=100.0)
+    one = Meter(alone, work=Work(patch=0, token=1e12, pair=0, supervised=4e12), peak_tflops=100.0)
     clock.now += 50  # until training starts
     one.start()
     step(one, clock, wait=1.0, work=3.0)
@@ -197,11 +198,12 @@ def test_work_is_what_the_dry_run_counts(recipe: str) -> None:
     cfg, model = model_of(f"recipe={recipe}", "size=tiny")
     work = work_of(cfg, model)
     seen = trace_step(cfg, model, text_tokens=50, supervised=13).products
-    views = int(hasattr(model, "vision"))
     slots = 0 if recipe in ("easyvqa_clip", "easyvqa_lm") else model.connector.token_grid(model.vision.grid)
     tokens = 50 + (slots.size if slots else 0)
     expected = sum(part.total for part in count(seen).values())
-    assert work(views=views, tokens=tokens, pairs=tokens**2, supervised=13) == pytest.approx(expected, rel=1e-6)
+    assert work(patches=count_patches(model), tokens=tokens, pairs=tokens**2, supervised=13) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,8 +215,8 @@ def test_work_is_what_the_dry_run_counts(recipe: str) -> None:
     ],
 )
 def test_work_of_published_shapes(recipe: str, tokens: int, supervised: int, tflops: float) -> None:
-    work = work_of(*model_of(f"recipe={recipe}"))
-    found = work(views=1, tokens=tokens, pairs=tokens**2, supervised=supervised) / 1e12
+    cfg, model = model_of(f"recipe={recipe}")
+    found = work_of(cfg, model)(patches=576, tokens=tokens, pairs=tokens**2, supervised=supervised) / 1e12
     assert found == pytest.approx(tflops, rel=0.02)
 
 

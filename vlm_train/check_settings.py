@@ -93,8 +93,8 @@ def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
     if any(entry.get("share") is not None and entry.get("weight") is not None for entry in entries):
         yield "data.train: an entry has a share of all draws or a weight among the others, got both."
     pack, longest = data.get("pack"), data.get("max_length")
-    if data.get("pack_views") is not None and pack is None:
-        yield "data.pack_views: bounds packed rows, but data.pack is null."
+    if data.get("pack_patches") is not None and pack is None:
+        yield "data.pack_patches: bounds packed rows, but data.pack is null."
     if data.get("group") == "length" and pack is not None:
         yield "data.group: packed rows are evened out by themselves; use null, modality or modality_length, got length."
     if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):

@@ -17,6 +17,11 @@ from vlm_train.errors import ConfigError
 from vlm_train.provenance import leaves
 from vlm_train.signatures import UnknownTarget, hint, is_ours, read_signature
 
+RENAMED = {
+    "data.pack_views": "it is data.pack_patches now: views times the patches of a view (CLIP ViT-L/14 at 336 px: 576)",
+}
+"""Old key -> what to write in its place."""
+
 Composition = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What composing raises when a file or an override is wrong."""
 
@@ -103,6 +108,8 @@ def unknown_key(key: str, overrides: Sequence[str], dirs: Sequence[str | Path]) 
 
 def unknown_in(key: str, cfg: DictConfig) -> str:
     """What to say about a key that `cfg` lacks."""
+    if key in RENAMED:
+        return f"{key}: {RENAMED[key]}."
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
     group = key.partition(".")[0]

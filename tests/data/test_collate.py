@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,23 @@ def test_media_that_stand_nowhere_are_left_out():
         batch.media.inputs["vision"].values.shape == (1, 3, *SIZE) and (batch.media.inputs["vision"].values == 7).all()
     )
     assert batch.media.slot_counts == (2,) and batch.text["llm"].slots.feature_index is None
+
+
+def test_every_encoder_is_given_views_of_its_own():
+    """Of its own size and number, or flat patches; the items are the same."""
+    one, text = item(stream(6, 1, ((1, 2), (3, 1)))), item(stream(3, 1), "b")
+    flat = [Views(np.full((4 + n, 12), n, np.uint8), (Grid3(1, 1, 4 + n),)) for n in range(2)]
+    both = {**one.views, "native": flat}
+    native = SimpleNamespace(blank=lambda: Views(np.zeros((1, 12), np.uint8), (Grid3(1, 1, 1),)))
+    plans = PLANS | {"native": native}
+    media = collate([replace(one, views=both), replace(text, views={"vision": [], "native": []})], plans).media
+    vision, patches = media.inputs["vision"], media.inputs["native"]
+    assert vision.view_counts == (1, 2) and vision.values.shape == (3, 3, *SIZE)
+    assert patches.view_counts == (1, 1) and patches.grids == ((1, 1, 4), (1, 1, 5)) and patches.is_flat
+    assert patches.values[:, 0].tolist() == [0] * 4 + [1] * 5 and patches.patches == 9
+    assert media.slot_counts == (2, 1) and media.row.tolist() == [0, 0]
+    blank = collate([text], plans).media.inputs
+    assert [one.real for one in blank.values()] == [0, 0] and len(blank["native"]) == 1
 
 
 def test_a_placeholder_that_nothing_fills_is_refused():

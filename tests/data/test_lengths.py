@@ -29,7 +29,9 @@ def test_measured_is_rendered(root: Path, tmp_path: Path) -> None:
     found = module.train.measure(tmp_path, workers=1)
     items = [module.train.item(Address(number, 0), training=True) for number in range(16)]
     assert found.tokens.tolist() == [len(item.rendered.llm) for item in items]
-    assert found.views.tolist() == [sum(len(views) for views in item.views["vision"]) for item in items]
+    assert found.patches.tolist() == [
+        sum(one.size for views in item.views["vision"] for one in views.grids) for item in items
+    ]
 
 
 def test_processes_measure_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +45,7 @@ def test_processes_measure_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     alone = cached_lengths("x", 100, "a" * 24, measure, tmp_path, 1)
     spread = cached_lengths("x", 100, "b" * 24, measure, tmp_path, 2)
-    for name in ("samples", "pieces", "tokens", "views"):
+    for name in ("samples", "pieces", "tokens", "patches"):
         assert np.array_equal(getattr(alone, name), getattr(spread, name))
     assert alone.tokens[alone.samples == 13].tolist() == [0] and len(alone.tokens) == 140  # 10 of the 50 odd are bad
     assert alone.of(20, 22).samples.tolist() == [20, 21, 21]
@@ -96,13 +98,13 @@ def test_lengths_follow_what_the_tokenizer_calls_its_tokens(root: Path, tmp_path
     for change in ({}, {"bos_token": None}, {"eos_token": "<pad>"}, {"chat_template": "{{ messages }}"}):
         made = data(root / "train", cache=str(tmp_path))
         for name, value in change.items():
-            setattr(made.train.tokenizer, name, value)
+            setattr(made.train.processor.tokenizer, name, value)
         tokens = made.train.measure(tmp_path).tokens.tolist()
         assert tokens == [len(made.train.item(Address(n, 0), training=True).rendered.llm) for n in range(12)]
     assert len(list(tmp_path.glob("*.npz"))) == 4
 
 
-def test_views_follow_the_image_plan_where_images_stand_in_no_text(root: Path, tmp_path: Path) -> None:
+def test_patches_follow_the_image_plan_where_images_stand_in_no_text(root: Path, tmp_path: Path) -> None:
     for frames in (8, 4):
         made = data(root / "train", cache=str(tmp_path))
         made.train.processor.images["vision"].frames = frames
@@ -131,10 +133,12 @@ def test_no_usable_sample_is_an_error_at_the_start(tmp_path: Path) -> None:
         data(folder, pack=64, max_length=50, over_length="drop", cache=str(tmp_path / "lengths"))
 
 
-def test_samples_of_more_views_than_a_row_holds_are_named_at_the_start(tmp_path: Path) -> None:
+def test_samples_of_more_patches_than_a_row_holds_are_named_at_the_start(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", [(user("Q", 0), assistant("a"))], [(user("Q", 0, 1), assistant("a"))])
-    with pytest.raises(ConfigError, match=r"data\.pack_views: rows of 1 views cannot hold 1 samples, .* 2 views: .*k1"):
-        data(folder, pack=64, max_length=64, pack_views=1, cache=str(tmp_path / "lengths"))
+    with pytest.raises(
+        ConfigError, match=r"data\.pack_patches: rows of 1 patches cannot hold 1 samples, .* 2 patches: .*k1"
+    ):
+        data(folder, pack=64, max_length=64, pack_patches=1, cache=str(tmp_path / "lengths"))
 
 
 class Layout:

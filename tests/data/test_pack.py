@@ -16,17 +16,17 @@ def text(rng: np.random.Generator, median: float = 130, spread: float = 0.8, mos
 
 
 def shape(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and views of samples as published models see them."""
+    """Tokens and patches of samples as published models see them."""
     rng = np.random.default_rng(0)
     if name == "llava15":  # 576 tokens an image, 6 % text-only dialogue
         alone = rng.random(SAMPLES) < 0.06
         return np.where(alone, text(rng, 400, 0.7, 2000), 576 + text(rng)), 1 - alone.astype(int)
     if name == "anyres":
-        views = rng.integers(1, 6, SAMPLES)
-        return 576 * views + text(rng), views
+        patches = rng.integers(1, 6, SAMPLES)
+        return 576 * patches + text(rng), patches
     if name == "internvl":
-        views = rng.integers(1, 14, SAMPLES)
-        return 256 * views + text(rng), views
+        patches = rng.integers(1, 14, SAMPLES)
+        return 256 * patches + text(rng), patches
     native = np.exp(rng.uniform(np.log(64), np.log(4096), SAMPLES)).astype(int)
     return native + text(rng), np.ones(SAMPLES, int)
 
@@ -54,25 +54,25 @@ def test_rows_are_full(name, length, least):
 
 @pytest.mark.parametrize("most", [20, 26, 40])
 def test_views_bound_a_row_too(most):
-    tokens, views = (column[:600].tolist() for column in shape("internvl"))
-    rows = fill_rows(tokens, 8192, views=views, max_views=most)
+    tokens, patches = (column[:600].tolist() for column in shape("internvl"))
+    rows = fill_rows(tokens, 8192, patches=patches, max_patches=most)
     assert sorted(i for row in rows for i in row) == list(range(600))
-    assert max(sum(views[i] for i in row) for row in rows) <= most
+    assert max(sum(patches[i] for i in row) for row in rows) <= most
     assert max(sum(tokens[i] for i in row) for row in rows) <= 8192
-    bound = max(sum(tokens) / 8192, sum(views) / most)
+    bound = max(sum(tokens) / 8192, sum(patches) / most)
     assert len(rows) <= 1.04 * bound + 1
 
 
 def test_the_best_subset_of_few_views_is_the_best():
-    """Against every subset, where views are scarce."""
+    """Against every subset, where patches are scarce."""
     rng = np.random.default_rng(1)
     for _ in range(50):
-        tokens, views = rng.integers(1, 30, 12).tolist(), rng.integers(0, 5, 12).tolist()
-        (first, *_), budget, room = fill_rows(tokens, 60, views=views, max_views=8, buffer=25), 60, 8
+        tokens, patches = rng.integers(1, 30, 12).tolist(), rng.integers(0, 5, 12).tolist()
+        (first, *_), budget, room = fill_rows(tokens, 60, patches=patches, max_patches=8, buffer=25), 60, 8
         best = 0
         for mask in range(1 << 11):
             row = [0, *(k + 1 for k in range(11) if mask >> k & 1)]
-            total, seen = sum(tokens[i] for i in row), sum(views[i] for i in row)
+            total, seen = sum(tokens[i] for i in row), sum(patches[i] for i in row)
             best = max(best, total) if total <= budget and seen <= room else best
         assert sum(tokens[i] for i in first) == best
 
@@ -95,19 +95,19 @@ def test_no_sample_waits_longer_than_its_turn():
 def test_a_sample_that_fits_no_row_is_an_error():
     with pytest.raises(ConfigError, match=r"data\.pack: a sample of 9 tokens does not fit into rows of 8"):
         fill_rows([3, 9], 8)
-    with pytest.raises(ConfigError, match=r"data\.pack_views: a sample of 4 views does not fit into rows of 3"):
-        share_rows([3, 5], [1, 1], 8, views=[1, 4], max_views=3)
+    with pytest.raises(ConfigError, match=r"data\.pack_patches: a sample of 4 patches does not fit into rows of 3"):
+        share_rows([3, 5], [1, 1], 8, patches=[1, 4], max_patches=3)
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 8, 24])
 def test_a_given_set_is_spread_over_few_even_rows(multiple):
-    tokens, views = (column[:128].tolist() for column in shape("llava15"))
+    tokens, patches = (column[:128].tolist() for column in shape("llava15"))
     costs = [t + t * t / 8000 for t in tokens]
-    rows = share_rows(tokens, costs, 4096, multiple=multiple, views=views, max_views=8)
+    rows = share_rows(tokens, costs, 4096, multiple=multiple, patches=patches, max_patches=8)
     assert sorted(i for row in rows for i in row) == list(range(128)) and len(rows) % multiple == 0
     assert max(sum(tokens[i] for i in row) for row in rows) <= 4096
-    assert max(sum(views[i] for i in row) for row in rows) <= 8
-    least = -(-max(-(-sum(tokens) // 4096), -(-sum(views) // 8)) // multiple) * multiple
+    assert max(sum(patches[i] for i in row) for row in rows) <= 8
+    least = -(-max(-(-sum(tokens) // 4096), -(-sum(patches) // 8)) // multiple) * multiple
     assert len(rows) <= max(least + multiple, 1.1 * least)
     held = np.array([sum(costs[i] for i in row) for row in rows])
     if multiple <= 8:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.components import component, options
-from tests.tiny_models import text_stream
+from tests.tiny_models import assert_close, text_stream
 from vlm_train.build import build_layout
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.data.image import ImageTransform
@@ -69,6 +69,19 @@ def test_vision(option):
     assert_state_round_trip(vision, hydra.utils.instantiate(component("vision", option, tiny=True)))
 
 
+def assert_views_are_what_they_are_alone(connector, grids):
+    """Values and the gradients of the features: a view does not depend on the others of its batch."""
+    values = torch.randn(sum(grid.size for grid in grids), WIDTH, requires_grad=True)
+    features = Features(values, grids)
+    together = connector(features).values
+    views = values.split(features.lengths)
+    alone = torch.cat([connector(Features(view, (grid,))).values for view, grid in zip(views, grids, strict=True)])
+    assert_close(together, alone)
+    weight = torch.randn(together.shape)
+    ours, expected = (torch.autograd.grad((one * weight).sum(), values)[0] for one in (together, alone))
+    assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("grids", [[(1, 4, 4)] * 2, [(1, 3, 5)] * 2, [(1, 4, 4), (2, 3, 5), (1, 4, 4)]])
 @pytest.mark.parametrize("option", options("connector"))
 def test_connector(option, grids):
@@ -79,6 +92,7 @@ def test_connector(option, grids):
     assert tokens.grids == tuple(connector.token_grid(grid) for grid in grids)
     assert tokens.values.shape == (sum(tokens.lengths), 10)
     assert_gradients(connector, tokens.values)
+    assert_views_are_what_they_are_alone(connector.eval(), grids)
     assert_state_round_trip(connector, hydra.utils.instantiate(component("connector", option, tiny=True), **build))
 
 

@@ -98,8 +98,8 @@ class TokenPlan:
     def identity(self) -> str:
         """Hash of what the places of an endless plan follow from."""
         packing = self.packing
-        arrays = (hashlib.sha256(x.tobytes()).hexdigest() for x in (packing.sizes.tokens, packing.sizes.views))
-        return fingerprint(self.mixture, self.tokens, self.total, packing.length, packing.views, *arrays)
+        arrays = (hashlib.sha256(x.tobytes()).hexdigest() for x in (packing.sizes.tokens, packing.sizes.patches))
+        return fingerprint(self.mixture, self.tokens, self.total, packing.length, packing.patches, *arrays)
 
     def remember(self, window: int, place: Place) -> None:
         """What `place` once found, so that a resumed run need not pack what lies before it."""
@@ -125,8 +125,8 @@ def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
         positions = [*place.waiting, *range(place.next, stop if plan.total is None else min(stop, plan.total))]
         drawn = [plan.mixture.draw(position) for position in positions]
         index = [address.index for address in drawn]
-        tokens, views = sizes.tokens[index].tolist(), sizes.views[index].tolist()
-        rows = fill_rows(tokens, plan.packing.length, views=views, max_views=plan.packing.views, most=most)
+        tokens, patches = sizes.tokens[index].tolist(), sizes.patches[index].tolist()
+        rows = fill_rows(tokens, plan.packing.length, patches=patches, max_patches=plan.packing.patches, most=most)
         taken = {i for row in rows for i in row}
         seen = len(taken) + BUFFER  # by the packer, which holds the others ready
         if seen <= len(positions) or stop >= (plan.total or math.inf):

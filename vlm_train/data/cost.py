@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vlm_train.contracts.model_parts import find_encoders
-from vlm_train.models.vision.example import typical_size
+from vlm_train.models.vision.example import count_typical_patches
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a training step, up to a factor: `token` a token, `pair` a squared token, `view` an image view."""
+    """FLOPs of a training step, up to a factor: `token` a token, `pair` a squared token, `patch` an image patch."""
 
     token: float = 1.0
     pair: float = 0.0
-    view: float = 0.0
+    patch: float = 0.0
 
-    def __call__(self, tokens: NDArray[Any], views: NDArray[Any]) -> NDArray[np.float64]:
-        """Cost of samples of `tokens` and `views` `[N]`."""
+    def __call__(self, tokens: NDArray[Any], patches: NDArray[Any]) -> NDArray[np.float64]:
+        """Cost of samples of `tokens` and `patches` `[N]`."""
         length = tokens.astype(np.float64)
-        return self.token * length + self.pair * length**2 + self.view * views
+        return self.token * length + self.pair * length**2 + self.patch * patches
 
 
 def cost_of(model: Any) -> Cost:
@@ -32,7 +32,8 @@ def cost_of(model: Any) -> Cost:
     the weight. A frozen language model still passes gradients on to what comes before it; a frozen tower does not.
 
     Causal attention adds 2 FLOPs a layer, channel and pair of tokens (performed on half of the pairs, for queries with
-    keys and for scores with values).
+    keys and for scores with values). Of several encoders, each counts by the
+    patches that an image of its own size has in it.
     """
     llm = getattr(model, "llm", None)
     if llm is None:
@@ -41,14 +42,15 @@ def cost_of(model: Any) -> Cost:
     embedding = llm.base_vocab_size * llm.dim
     token = passes * 2.0 * max(sum(p.numel() for p in llm.parameters()) - embedding, 1)
     pair = passes * 2.0 * len(llm.layers) * llm.dim
-    views = [_cost_of_view(encoder) for encoder in find_encoders(model).values()]
-    return Cost(token, pair, sum(views) / max(len(views), 1))
+    encoders = [*find_encoders(model).values()]
+    patches = [count_typical_patches(encoder) for encoder in encoders]
+    flops = sum(_flops_of_patch(encoder) * count for encoder, count in zip(encoders, patches, strict=True))
+    return Cost(token, pair, flops / max(sum(patches), 1))
 
 
-def _cost_of_view(encoder: Any) -> float:
-    """FLOPs of a view of its own size in one vision encoder."""
-    patches = encoder.patch_grid(typical_size(encoder)).size
-    return (3.0 if _trains(encoder) else 1.0) * 2.0 * sum(p.numel() for p in encoder.parameters()) * patches
+def _flops_of_patch(encoder: nn.Module) -> float:
+    """Of one patch in one vision encoder, without attention."""
+    return (3.0 if _trains(encoder) else 1.0) * 2.0 * sum(p.numel() for p in encoder.parameters())
 
 
 def _trains(module: nn.Module) -> bool:

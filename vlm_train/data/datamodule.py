@@ -42,7 +42,7 @@ class VLMData(pl.LightningDataModule):
         mixture, temperature, shuffle, window, pool: the order, see `vlm_train.data.mixture.Mixture` (its blocks are
             `window` draws).
         group: modality | length | modality_length | null, see `vlm_train.data.order.SamplePlan`.
-        pack: tokens of a packed row; null: one sample a row. pack_views: views (images, tiles, frames) of one at most.
+        pack: tokens of a packed row; null: one sample a row. pack_patches: patches of images of one at most.
         cache: folder of measured lengths, which packing and grouping by length need.
         shard_cache, shard_cache_bytes: where remote shards (s3, gs, https) are kept, and how much of them; null:
             $VLM_TRAIN_CACHE or ~/.cache/vlm_train/shards.
@@ -69,7 +69,7 @@ class VLMData(pl.LightningDataModule):
         pool: int = 16,
         group: Literal["modality", "length", "modality_length"] | None = None,
         pack: int | None = None,
-        pack_views: int | None = None,
+        pack_patches: int | None = None,
         cache: str = "data/.lengths",
         shard_cache: str | None = None,
         shard_cache_bytes: int = CACHE_BYTES,
@@ -110,7 +110,7 @@ class VLMData(pl.LightningDataModule):
             pool=pool,
         )
         self.max_length, self.over_length = max_length, over_length
-        self.pack, self.pack_views, self.group, self.window = pack, pack_views, group, window
+        self.pack, self.pack_patches, self.group, self.window = pack, pack_patches, group, window
         self.cache = Path(cache)
         self.micro, self.normalise, self.batch = batch.micro, batch.normalise, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
@@ -122,7 +122,7 @@ class VLMData(pl.LightningDataModule):
 
     def order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
-        how = (self.batch, self.pack, self.pack_views, self.group, self.window, self.train.options)
+        how = (self.batch, self.pack, self.pack_patches, self.group, self.window, self.train.options)
         return fingerprint(self.mixture, *how)
 
     def make_plan(
@@ -166,19 +166,20 @@ class VLMData(pl.LightningDataModule):
         if self.pack is None:
             return None
         lengths = self.train.measure(self.cache)
-        tokens, views = lengths.tokens, lengths.views
+        tokens, patches = lengths.tokens, lengths.patches
         if not tokens.any():
             raise ConfigError(
                 f"data.train: none of the {len(tokens)} samples can be used with data.max_length={self.max_length} and "
                 f"data.over_length={self.over_length}. mode=show says why."
             )
-        if self.pack_views is not None and len(over := np.flatnonzero(views > self.pack_views)):
+        if self.pack_patches is not None and len(over := np.flatnonzero(patches > self.pack_patches)):
             source, number, _ = self.train.locate(int(over[0]))
             raise ConfigError(
-                f"data.pack_views: rows of {self.pack_views} views cannot hold {len(over)} samples, the first of "
-                f"{views[over[0]]} views: {source.shards.where(number)}. Raise data.pack_views, or lower image.frames."
+                f"data.pack_patches: rows of {self.pack_patches} patches cannot hold {len(over)} samples, the first of "
+                f"{patches[over[0]]} patches: {source.shards.where(number)}. Raise data.pack_patches, or "
+                "lower image.frames or image.max_pixels."
             )
-        return Packing(sizes=Sizes(tokens, views, cost(tokens, views)), length=self.pack, views=self.pack_views)
+        return Packing(sizes=Sizes(tokens, patches, cost(tokens, patches)), length=self.pack, patches=self.pack_patches)
 
     def state_dict(self) -> dict[str, Any]:
         """Where an endless token plan stands, so that a resumed run packs nothing twice. It decides no order; a plan

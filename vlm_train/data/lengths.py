@@ -1,4 +1,4 @@
-"""The length index: how many tokens and views every sample takes, known before any image is read.
+"""The length index: how many tokens and patches every sample takes, known before any image is read.
 
 A length depends on the shards, the template, the tokenizer, the media layout and the options of rendering, so it is
 measured once for each such combination and kept in a small file (16 bytes a sample). What is measured is what training
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import BadSample, DataError
 
-VERSION = 1
+VERSION = 2
 CHUNK = 512  # samples that a process measures at a time
 FEW = 2000  # samples that are not worth starting processes for
 PROGRESS_SECONDS = 10.0
@@ -39,7 +39,7 @@ Measure = Callable[[int], list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and views of every piece of every sample `[P]`. A sample has one piece, unless it is split.
+    """Tokens and patches of every piece of every sample `[P]`. A sample has one piece, unless it is split.
 
     Attributes:
         samples: the sample's number in its shard set, ascending.
@@ -50,7 +50,7 @@ class Lengths:
     samples: NDArray[np.int32]
     pieces: NDArray[np.int32]
     tokens: NDArray[np.int32]
-    views: NDArray[np.int32]
+    patches: NDArray[np.int32]
 
     def of(self, first: int, stop: int) -> Lengths:
         """Those of samples `first` to `stop`."""
@@ -64,7 +64,7 @@ def cached_lengths(name: str, count: int, key: str, measure: Measure, cache: Pat
     Args:
         name: what the progress calls these samples.
         key: fingerprint of everything that a length depends on.
-        measure: number of a sample -> tokens and views of its pieces. Raises `BadSample` where it has none.
+        measure: number of a sample -> tokens and patches of its pieces. Raises `BadSample` where it has none.
     """
     path = cache / f"{key[:24]}.npz"
     if (found := _read(path, count)) is not None:
@@ -169,12 +169,12 @@ _measure: Measure
 
 
 def _measure_chunk(chunk: range, measure: Measure | None = None) -> NDArray[np.int32]:
-    """`[P, 4]`: sample, piece, tokens, views."""
+    """`[P, 4]`: sample, piece, tokens, patches."""
     measure = measure or _measure
     rows: list[tuple[int, int, int, int]] = []
     for number in chunk:
         try:
-            rows += [(number, piece, tokens, views) for piece, (tokens, views) in enumerate(measure(number))]
+            rows += [(number, piece, tokens, patches) for piece, (tokens, patches) in enumerate(measure(number))]
         except BadSample:
             rows.append((number, 0, 0, 0))  # training meets it, and says why
     return np.array(rows, np.int32).reshape(-1, 4)

@@ -57,20 +57,20 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of every sample, by index: tokens, views and cost `[N]`."""
+    """What is known of every sample, by index: tokens, patches and cost `[N]`."""
 
     tokens: NDArray[np.int32]
-    views: NDArray[np.int32]
+    patches: NDArray[np.int32]
     costs: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Rows of several samples: at most `length` tokens and `views` views each. `sizes` are those of all samples."""
+    """Rows of several samples: at most `length` tokens and `patches` patches each. `sizes` are those of all samples."""
 
     sizes: Sizes
     length: int
-    views: int | None = None
+    patches: int | None = None
 
 
 def check_batch(batch: int, world: int) -> None:
@@ -149,11 +149,11 @@ class SamplePlan:
 
     def _packed(self, addresses: Sequence[Address], packing: Packing, rank: int) -> list[Micro]:
         index = [address.index for address in addresses]
-        tokens, costs, views = (
-            x[index].tolist() for x in (packing.sizes.tokens, packing.sizes.costs, packing.sizes.views)
+        tokens, costs, patches = (
+            x[index].tolist() for x in (packing.sizes.tokens, packing.sizes.costs, packing.sizes.patches)
         )
         at_once = self.world * self.micro
-        rows = share_rows(tokens, costs, packing.length, multiple=at_once, views=views, max_views=packing.views)
+        rows = share_rows(tokens, costs, packing.length, multiple=at_once, patches=patches, max_patches=packing.patches)
         turns = deal([sum(costs[i] for i in row) for row in rows], self.world)
         return micro_batches([tuple(addresses[i] for i in rows[number]) for number in turns[:, rank]], self.micro)
 

@@ -1,8 +1,8 @@
 """Packing: which samples share a row. Pure functions over lengths; nothing here knows what a sample is.
 
-`fill_rows` closes full rows of a fixed length (token budgets), `share_rows` spreads a given set of samples over as few
-and as even rows as a step needs (exact sample counts). Both are bounded by tokens and, optionally, by views (images,
-tiles, frames), and give the same rows for the same input everywhere.
+`fill_rows` closes full rows of a fixed length (token budgets), `share_rows` spreads a given set of samples over as
+few and as even rows as a step needs (exact sample counts). Both are bounded by tokens and, optionally, by patches of
+images, and give the same rows for the same input everywhere.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def fill_rows(
     tokens: Sequence[int],
     budget: int,
     *,
-    views: Sequence[int] | None = None,
-    max_views: int | None = None,
+    patches: Sequence[int] | None = None,
+    max_patches: int | None = None,
     buffer: int = BUFFER,
     most: int | None = None,
 ) -> Rows:
-    """Samples in rows of at most `budget` tokens and `max_views` views, as full as they get.
+    """Samples in rows of at most `budget` tokens and `max_patches` patches, as full as they get.
 
     Every row takes the oldest sample that is left, so none waits longer than its turn, and with it the subset of the
     next `buffer` samples whose lengths add up closest to the budget.
 
     Args:
         tokens: length of every sample; 0: a hole, which takes no place.
-        views: views of every sample; read with `max_views` only.
+        patches: patches of every sample; read with `max_patches` only.
         most: rows at most; the next `buffer` samples have then been seen. None: rows for all samples.
 
     Returns:
@@ -47,14 +47,14 @@ def fill_rows(
     Raises:
         ConfigError: a sample that fits no row.
     """
-    _check_each(tokens, budget, views, max_views)
-    counts = [0] * len(tokens) if views is None or max_views is None else views
+    _check_each(tokens, budget, patches, max_patches)
+    counts = [0] * len(tokens) if patches is None or max_patches is None else patches
     waiting = iter(range(len(tokens)))
     pool = _take(waiting, buffer)
     rows: Rows = []
     while pool and (most is None or len(rows) < most):
         oldest, rest = pool[0], pool[1:]
-        room = None if max_views is None else max_views - counts[oldest]
+        room = None if max_patches is None else max_patches - counts[oldest]
         chosen = _best_subset([tokens[i] for i in rest], budget - tokens[oldest], [counts[i] for i in rest], room)
         holes = [i for i in rest if not tokens[i]]  # kept back, they would take the places of others in the buffer
         row = sorted([oldest, *(rest[k] for k in chosen), *holes])
@@ -70,8 +70,8 @@ def share_rows(
     budget: int,
     *,
     multiple: int = 1,
-    views: Sequence[int] | None = None,
-    max_views: int | None = None,
+    patches: Sequence[int] | None = None,
+    max_patches: int | None = None,
 ) -> Rows:
     """All samples in a multiple of `multiple` rows, as few as hold them, of about equal cost.
 
@@ -85,14 +85,14 @@ def share_rows(
     Raises:
         ConfigError: a sample that fits no row.
     """
-    _check_each(tokens, budget, views, max_views)
-    counts = [0] * len(tokens) if views is None or max_views is None else views
+    _check_each(tokens, budget, patches, max_patches)
+    counts = [0] * len(tokens) if patches is None or max_patches is None else patches
     least = -(-sum(tokens) // budget)
-    if max_views is not None:
-        least = max(least, -(-sum(counts) // max_views))
+    if max_patches is not None:
+        least = max(least, -(-sum(counts) // max_patches))
     number = max(1, -(-least // multiple)) * multiple
     while True:
-        rows = _spread(tokens, costs, counts, number, budget, max_views)
+        rows = _spread(tokens, costs, counts, number, budget, max_patches)
         if rows is not None:
             return rows
         number += multiple
@@ -108,19 +108,21 @@ def deal(costs: Sequence[float], ranks: int) -> NDArray[np.int64]:
     return order
 
 
-def _check_each(tokens: Sequence[int], budget: int, views: Sequence[int] | None, max_views: int | None) -> None:
+def _check_each(tokens: Sequence[int], budget: int, patches: Sequence[int] | None, max_patches: int | None) -> None:
     if len(tokens) and max(tokens) > budget:
         raise ConfigError(f"data.pack: a sample of {max(tokens)} tokens does not fit into rows of {budget}")
-    if max_views is not None and views is not None and len(views) and max(views) > max_views:
-        raise ConfigError(f"data.pack_views: a sample of {max(views)} views does not fit into rows of {max_views}")
+    if max_patches is not None and patches is not None and len(patches) and max(patches) > max_patches:
+        raise ConfigError(
+            f"data.pack_patches: a sample of {max(patches)} patches does not fit into rows of {max_patches}"
+        )
 
 
 def _take(source: Iterator[int], count: int) -> list[int]:
     return list(islice(source, count))
 
 
-def _best_subset(tokens: Sequence[int], budget: int, views: Sequence[int], room: int | None) -> list[int]:
-    """Indices of the subset with the largest sum of tokens within `budget`, with at most `room` views.
+def _best_subset(tokens: Sequence[int], budget: int, patches: Sequence[int], room: int | None) -> list[int]:
+    """Indices of the subset with the largest sum of tokens within `budget`, with at most `room` patches.
 
     Subset sums as the bits of an integer: bit s of `sums[k]` says that some of the first k samples add up to s.
     """
@@ -135,18 +137,18 @@ def _best_subset(tokens: Sequence[int], budget: int, views: Sequence[int], room:
         if not sums[k] >> left & 1:
             chosen.append(k)
             left -= tokens[k]
-    if room is not None and sum(views[k] for k in chosen) > room:
+    if room is not None and sum(patches[k] for k in chosen) > room:
         half = BUFFER // 2  # this takes much longer, and fewer lengths still fill well
-        return _best_subset_of_few_views(tokens[:half], budget, views[:half], room)
+        return _best_subset_of_few_patches(tokens[:half], budget, patches[:half], room)
     return chosen[::-1]
 
 
-def _best_subset_of_few_views(tokens: Sequence[int], budget: int, views: Sequence[int], room: int) -> list[int]:
-    """The same where views are scarce: for every sum of tokens, the subset of the fewest views that gives it."""
+def _best_subset_of_few_patches(tokens: Sequence[int], budget: int, patches: Sequence[int], room: int) -> list[int]:
+    """The same where patches are scarce: for every sum of tokens, the subset of the fewest patches that gives it."""
     fewest = np.full(budget + 1, room + 1, np.int32)
     fewest[0] = 0
     better: list[NDArray[np.bool_]] = []
-    for length, count in zip(tokens, views, strict=True):
+    for length, count in zip(tokens, patches, strict=True):
         offered = np.full(budget + 1, room + 1, np.int32)
         if length <= budget:
             offered[length:] = fewest[: budget + 1 - length] + count
@@ -166,24 +168,24 @@ def _best_subset_of_few_views(tokens: Sequence[int], budget: int, views: Sequenc
 def _spread(
     tokens: Sequence[int],
     costs: Sequence[float],
-    views: Sequence[int],
+    patches: Sequence[int],
     number: int,
     budget: int,
-    max_views: int | None,
+    max_patches: int | None,
 ) -> Rows | None:
     """The dearest sample first, each into the cheapest row with room for it; None if one finds no room."""
     rows: Rows = [[] for _ in range(number)]
-    space, room = [budget] * number, [max_views if max_views is not None else sum(views)] * number
+    space, room = [budget] * number, [max_patches if max_patches is not None else sum(patches)] * number
     heap = [(0.0, row) for row in range(number)]
     for i in sorted(range(len(tokens)), key=lambda i: (-costs[i], i)):
         full = []
-        while heap and (tokens[i] > space[heap[0][1]] or views[i] > room[heap[0][1]]):
+        while heap and (tokens[i] > space[heap[0][1]] or patches[i] > room[heap[0][1]]):
             full.append(heapq.heappop(heap))
         if not heap:
             return None
         cost, row = heapq.heappop(heap)
         rows[row].append(i)
-        space[row], room[row] = space[row] - tokens[i], room[row] - views[i]
+        space[row], room[row] = space[row] - tokens[i], room[row] - patches[i]
         for entry in (*full, (cost + costs[i], row)):
             heapq.heappush(heap, entry)
     return [sorted(row) for row in rows]

@@ -189,7 +189,7 @@ class Samples:
         return np.concatenate(counts) > 0
 
     def measure(self, cache: Path, workers: int | None = None) -> Lengths:
-        """Tokens and views of every sample `[N]`, kept in the folder `cache` and checked when a sample is loaded."""
+        """Tokens and patches of every sample `[N]`, kept in the folder `cache` and checked when a sample is loaded."""
         found = [self._measured(source, cache, workers or os.cpu_count() or 1) for source in self.sources]
         self.lengths = Lengths(*(np.concatenate([getattr(one, f.name) for one in found]) for f in fields(Lengths)))
         return self.lengths
@@ -215,7 +215,7 @@ class Samples:
         return whole.of(int(used[0]), int(used[-1]) + 1) if len(used) else whole.of(0, 0)
 
     def _sizes(self, sample: Sample) -> list[tuple[int, int]]:
-        """Tokens and views of a sample's pieces."""
+        """Tokens and patches of a sample's pieces."""
         sizes = [self._size(self._render(sample), sample)]
         if self.options["over_length"] == "split":
             with suppress(NoPiece):
@@ -227,7 +227,8 @@ class Samples:
         tokens = max(len(stream) for stream in rendered.streams.values())
         media = [sample.media[one] for one in rendered.media]
         sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
-        return tokens, sum(len(plan.grids(one)) for plan in self.processor.images.values() for one in sizes)
+        plans = self.processor.images.values()
+        return tokens, sum(grid.size for plan in plans for one in sizes for grid in plan.grids(one))
 
     def _require_planned(self, index: int, rendered: Rendered, source: Source, number: int) -> None:
         assert self.lengths is not None

@@ -20,7 +20,7 @@ from vlm_train.build import build_layout
 from vlm_train.contracts.model_parts import find_encoders, find_layers, find_parts, name_part
 from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.layout import Slot
-from vlm_train.models.vision.example import OneView, blank_input, typical_size
+from vlm_train.models.vision.example import OneView, blank_input, count_typical_patches, typical_size
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
@@ -214,6 +214,11 @@ def visual_tokens(model: Any) -> int:
     layout = build_layout(model, {name: OneView(encoder) for name, encoder in encoders.items()})
     sizes = [typical_size(encoder) for encoder in encoders.values()][:1]
     return sum(piece.count for pieces in layout(sizes) for piece in pieces if isinstance(piece, Slot))
+
+
+def count_patches(model: Any) -> int:
+    """Patches of one image in all vision encoders, in each of its own size; 0 without one."""
+    return sum(count_typical_patches(encoder) for encoder in find_encoders(model).values())
 
 
 def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: int, supervised: int) -> Batch:

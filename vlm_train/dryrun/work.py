@@ -1,7 +1,7 @@
 """What a training step computes, from what it holds: the useful FLOPs that the log's TFLOP/s and MFU refer to.
 
-The dry run's count (`flops.py`) of one sample is linear in its image views and supervised tokens, and quadratic in its
-length. A few traces on the meta device give the coefficients, for any family and any frozen parts.
+The dry run's count (`flops.py`) of one sample is linear in its image patches and supervised tokens, and quadratic in
+its length. A few traces on the meta device give the coefficients, for any family and any frozen parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from vlm_train.dryrun.flops import count
 from vlm_train.dryrun.plan import trace_step
-from vlm_train.dryrun.trace import visual_tokens
+from vlm_train.dryrun.trace import count_patches, visual_tokens
 from vlm_train.params import apply_policy
 
 TEXTS = (32, 64, 128)
@@ -23,16 +23,16 @@ TEXTS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a training step: of an image view, a token, a squared segment length, and a supervised token."""
+    """FLOPs of a training step: of an image patch, a token, a squared segment length, and a supervised token."""
 
-    view: float
+    patch: float
     token: float
     pair: float
     supervised: float
 
-    def __call__(self, *, views: float, tokens: float, pairs: float, supervised: float) -> float:
+    def __call__(self, *, patches: float, tokens: float, pairs: float, supervised: float) -> float:
         """FLOPs of a step that holds so many of each; `pairs` is the sum of the segments' squared lengths."""
-        return self.view * views + self.token * tokens + self.pair * pairs + self.supervised * supervised
+        return self.patch * patches + self.token * tokens + self.pair * pairs + self.supervised * supervised
 
 
 def work_of(cfg: DictConfig, model: Any) -> Work:
@@ -47,4 +47,7 @@ def work_of(cfg: DictConfig, model: Any) -> Work:
     lengths = np.array([visual_tokens(model) + text for text in TEXTS], np.float64)
     pair, token, rest = np.polyfit(lengths, [flops(text, 1) for text in TEXTS], 2)
     more = (flops(TEXTS[0], TEXTS[0]) - flops(TEXTS[0], 1)) / (TEXTS[0] - 1)
-    return Work(view=float(rest - more), token=float(token), pair=float(pair), supervised=float(more))
+    patches = count_patches(model)
+    return Work(
+        patch=float(rest - more) / max(patches, 1), token=float(token), pair=float(pair), supervised=float(more)
+    )

@@ -29,7 +29,7 @@ TIMED = ("samples_per_second", "tokens_per_second", "data_wait", "tflops", "mfu"
 class Work(Protocol):
     """FLOPs of what steps held, see `vlm_train.dryrun.work`."""
 
-    def __call__(self, *, views: float, tokens: float, pairs: float, supervised: float) -> float: ...
+    def __call__(self, *, patches: float, tokens: float, pairs: float, supervised: float) -> float: ...
 
 
 class Meter:
@@ -88,7 +88,7 @@ class Meter:
         samples = [len(row) for row in batch.keys]
         lengths = [length for stream in batch.text.values() for length in segment_lengths(stream, samples)]
         self.count("pairs", float(sum(length**2 for length in lengths)))
-        self.count("views", sum(one.real for one in batch.media.inputs.values()))
+        self.count("patches", sum(one.patches for one in batch.media.inputs.values()))
 
     def start(self) -> None:
         """Training begins, or goes on."""
@@ -141,7 +141,7 @@ class Meter:
             "data_wait": counts.get("wait", 0.0) / (seconds * counts["ranks"]),
         }
         if self.work is not None:
-            held = {name: counts.get(name, 0.0) for name in ("views", "tokens", "pairs", "supervised")}
+            held = {name: counts.get(name, 0.0) for name in ("patches", "tokens", "pairs", "supervised")}
             row["tflops"] = self.work(**held) / (seconds * counts["ranks"]) / 1e12
             if peak:
                 row["mfu"] = row["tflops"] / peak

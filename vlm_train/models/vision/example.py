@@ -22,6 +22,12 @@ def typical_size(vision: Any) -> MediaSize:
     return MediaSize(width=width, height=height)
 
 
+def count_typical_patches(vision: Any) -> int:
+    """Patches of one view of that size."""
+    size: int = vision.patch_grid(typical_size(vision)).size
+    return size
+
+
 class OneView:
     """What a media layout asks of an image plan: every image is one view of its encoder's own size."""
 

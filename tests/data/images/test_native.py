@@ -1,0 +1,85 @@
+"""Native resolution: sizes as Qwen2-VL has them, patches that are the pixels, grids known before anything is read."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from data_pipelines.errors import BadSample
+from tests.native import count_patches
+from tests.videos import video
+from vlm_train.build import build_image_plan
+from vlm_train.data.images.native import NativeResolution
+from vlm_train.data.layout import MediaSize
+from vlm_train.errors import ConfigError
+
+
+def plan(patch_size: int = 14, **options: Any) -> NativeResolution:
+    return NativeResolution(patch_size=patch_size, patch_grid=partial(count_patches, patch_size=patch_size), **options)
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (28, 28), (10, 15), (5000, 3000), (42, 70), (1, 150), (333, 777)])
+def test_sizes_are_those_of_smart_resize(size: tuple[int, int]) -> None:
+    width, height = size
+    found = plan().view_size(MediaSize(width=width, height=height))
+    expected = smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=1_003_520)
+    assert (found.height, found.width) == tuple(expected)
+
+
+def test_patches_are_the_pixels_in_rows() -> None:
+    pixels = noise(32, 48)
+    views = plan(8, min_pixels=256)(encode(pixels))
+    assert views.grids == ((1, 4, 6),) and views.values.shape == (24, 3 * 8 * 8) and views.values.dtype == np.uint8
+    assert np.array_equal(views.values[7].reshape(3, 8, 8), pixels[8:16, 8:16].transpose(2, 0, 1))
+    (whole,) = views.pictures()
+    assert np.array_equal(whole, pixels.transpose(2, 0, 1))
+
+
+def test_grids_are_known_before_pixels_are_read() -> None:
+    native = plan(8, min_pixels=1024, max_pixels=4096, frames=3)
+    for width, height in ((20, 20), (64, 32), (300, 40)):
+        assert native.grids(MediaSize(width, height)) == native(encode(noise(height, width))).grids
+    clip = native(video())
+    assert clip.grids == native.grids(MediaSize(48, 40, frames=20)) and len(clip) == 3
+    assert len(native.blank()) == 1 and native.blank().grids == ((1, 2, 2),) and not native.blank().values.any()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"min_pixels 100, .* at least 784 \(2 x 2 patches of 14 pixels\)"):
+        plan(min_pixels=100)
+    with pytest.raises(BadSample, match="here: image of 1000 x 4 pixels; one side is at most 200 times the other"):
+        plan()(encode(noise(4, 1000)), where="here")
+
+
+def test_a_plan_fits_its_encoder() -> None:
+    """Both kinds are built with what their encoder says; the wrong kind is named."""
+    native, crop = (OmegaConf.load(f"conf/image/{name}.yaml") for name in ("native", "crop"))
+    mean = (0.5, 0.5, 0.5)
+    free = SimpleNamespace(
+        image_size=None, image_mean=mean, patch_size=14, patch_grid=partial(count_patches, patch_size=14)
+    )
+    fixed = SimpleNamespace(image_size=(28, 28), image_mean=mean, patch_grid=partial(count_patches, patch_size=14))
+    assert build_image_plan(native, free).grids(MediaSize(56, 84)) == ((1, 6, 4),)
+    assert build_image_plan(crop, fixed).grids(MediaSize(56, 84)) == ((1, 2, 2),)
+    with pytest.raises(ConfigError, match="makes views of one size, but the vision encoder takes native resolution"):
+        build_image_plan(crop, free)
+    with pytest.raises(ConfigError, match="makes flat patches, but the vision encoder takes views of 28 x 28 pixels"):
+        build_image_plan(native, fixed)
