@@ -185,7 +185,7 @@ def test_an_imported_run_is_evaluated_and_exported(trained: Path, data: Path, tm
 
 @pytest.mark.parametrize(
     ("init_from", "said"),
-    [("[]", "takes one LLaVA folder"), ("[{run: RUN, parts: [llm]}]", "whole LLaVA"), ("[{run: RUN}]", "config.json")],
+    [("[]", "takes one folder"), ("[{run: RUN, parts: [llm]}]", "a whole model"), ("[{run: RUN}]", "config.json")],
 )
 def test_import_refuses(
     init_from: str, said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from vlm_train.contracts.evaluator import EVALUATOR_MEMBERS, Evaluator
+from vlm_train.contracts.evaluator import Evaluator
+from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.given import GIVEN
 from vlm_train.contracts.model_parts import find_encoders
@@ -262,12 +263,28 @@ def build_objectives(cfg: DictConfig) -> dict[str, Objective]:
 
 def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
     """Name -> evaluator. Raises ConfigError for what is none."""
-    found = make_each("eval", cfg.eval)
+    return _require_all("eval", make_each("eval", cfg.eval), Evaluator)
+
+
+def _require_all(group: str, found: dict[str, Any], protocol: type) -> dict[str, Any]:
+    """`found`, all of which have the members of `protocol`."""
+    members = [member for member in vars(protocol) if not member.startswith("_")]
     for name, one in found.items():
-        if missing := [member for member in EVALUATOR_MEMBERS if not hasattr(one, member)]:
-            lacks = ", ".join(missing)
-            raise ConfigError(f"eval.{name}: {type(one).__name__} is no evaluator (contracts/evaluator.py): no {lacks}")
+        if missing := [member for member in members if not hasattr(one, member)]:
+            raise ConfigError(
+                f"{group}.{name}: {type(one).__name__} is no {protocol.__name__}: no {', '.join(missing)}."
+            )
     return found
+
+
+def build_exporters(cfg: DictConfig) -> dict[str, Exporter]:
+    """Name -> exporter, in the order in which they are asked. Raises ConfigError for what is none."""
+    return _require_all("exporter", make_each("exporter", cfg.exporter), Exporter)
+
+
+def build_importers(cfg: DictConfig) -> dict[str, Importer]:
+    """Name -> importer, in the order in which they are asked. Raises ConfigError for what is none."""
+    return _require_all("importer", make_each("importer", cfg.importer), Importer)
 
 
 def build_optimizer(cfg: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -257,15 +257,16 @@ def _whole(built: Any, folder: Path) -> Any:
 
 
 def _export(built: Any, folder: Path) -> None:
-    """Export at the end of training. A model of new parts has no counterpart in `transformers`; its training counts."""
+    """Export at the end of training. No exporter may know a model of new parts; its training counts."""
+    from vlm_train.build import build_exporters
     from vlm_train.export.run import write_export
 
     try:
-        write_export(built, folder)
+        write_export(built, folder, build_exporters(built.cfg))
     except AssetError as error:
         print(f"trainer.export: failed, an earlier export is kept: {error}", flush=True)
     except ConfigError as error:
-        print(f"trainer.export: not exported, because `transformers` has no such model: {error}", flush=True)
+        print(f"trainer.export: not exported: {error}", flush=True)
 
 
 def _write_status(folder: Path, **changes: Any) -> None:

@@ -199,6 +199,8 @@ class Root:
     callbacks: Any = None
     logger: Any = None
     eval: Any = None
+    exporter: Any = None
+    importer: Any = None
 
     reference: Reference = field(default_factory=Reference)
     params: Params = field(default_factory=Params)
@@ -234,5 +236,5 @@ PART_GROUPS = (
 SEVERAL = (*MODEL_PARTS, "image")
 """Groups that may map names to components. Image plans bear the names of the vision encoders that they are for."""
 
-DICT_GROUPS = ("objective", "callbacks", "logger", "eval")
+DICT_GROUPS = ("objective", "callbacks", "logger", "eval", "exporter", "importer")
 """Groups that hold named components: `{name: {_target_: ...}}`; null removes one."""

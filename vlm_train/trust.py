@@ -17,6 +17,7 @@ from vlm_train.signatures import import_target, is_ours
 OUR_TARGETS = (
     "vlm_train.models.", "vlm_train.data.", "vlm_train.objectives.", "vlm_train.modules.", "vlm_train.callbacks.",
     "vlm_train.evaluation.", "vlm_train.strategies.", "vlm_train.optim.", "vlm_train.peft.", "vlm_train.loggers.",
+    "vlm_train.export.",
 )  # fmt: skip
 """Where our components live. Machinery such as `vlm_train.launch`, which starts programs, is none."""
 

@@ -91,5 +91,7 @@ def test_findings_are_what_was_declared(tmp_path: Path) -> None:
 def test_what_is_no_evaluator_is_refused(data: Path, tmp_path: Path) -> None:
     more = ["eval=none", "+eval.mine._target_=tests.contracts.scripted.NotAnEvaluator"]
     cfg = config.compose(command(data, tmp_path, *more))
-    with pytest.raises(ConfigError, match=r"eval\.mine: NotAnEvaluator is no evaluator .*: no needs, primary, higher"):
+    with pytest.raises(
+        ConfigError, match=r"eval\.mine: NotAnEvaluator is no Evaluator: no needs, primary, higher_is_b"
+    ):
         build_evaluators(cfg)

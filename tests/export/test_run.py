@@ -12,16 +12,18 @@ from transformers import AutoProcessor
 from tests.data.rendering import load
 from tests.tiny_models import tiny_llm, tiny_vision
 from vlm_train import config
-from vlm_train.build import build
+from vlm_train.build import build, build_exporters
 from vlm_train.data.image import ImageTransform
 from vlm_train.data.layout import GridLayout
 from vlm_train.data.processor import Processor
 from vlm_train.data.tokenizer import byte_level
 from vlm_train.errors import AssetError
-from vlm_train.export import llava
+from vlm_train.export.llava import LlavaExporter
 from vlm_train.export.run import replacing, write_export
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.prefix import PrefixVLM
+
+LLAVA = {"llava": LlavaExporter()}
 
 
 def built(template: str = "vicuna_v1") -> SimpleNamespace:
@@ -37,8 +39,8 @@ def built(template: str = "vicuna_v1") -> SimpleNamespace:
 
 
 def test_export_carries_the_template_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = write_export(built(), tmp_path)
-    assert "its chat template gives the prompts of training" in capsys.readouterr().out
+    out = write_export(built(), tmp_path, LLAVA)
+    assert "it has a chat template that gives the prompts of training" in capsys.readouterr().out
     processor = AutoProcessor.from_pretrained(out)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color?"}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
@@ -53,23 +55,23 @@ def test_models_with_a_q_former_are_exported_from_their_runs(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = build(config.compose([f"recipe={recipe}", "size=tiny", "init_from=[]"]))
-    processor = AutoProcessor.from_pretrained(write_export(made, tmp_path))
-    assert "its logits equal the run's; it has no chat template: " in capsys.readouterr().out
+    processor = AutoProcessor.from_pretrained(write_export(made, tmp_path, build_exporters(made.cfg)))
+    assert "(blip2); what it computes equals the run's; it has no chat template: " in capsys.readouterr().out
     assert processor.num_query_tokens == 4
     bos = processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id
     assert bos == (recipe in ("blip2_stage2_opt", "minigpt4_stage1")), "where training has it"
 
 
 def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = write_export(built(), tmp_path)
+    out = write_export(built(), tmp_path, LLAVA)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def refuse(*_: object) -> None:
         raise AssetError("export: logits differ")
 
-    monkeypatch.setattr(llava, "verify_export", refuse)
+    monkeypatch.setattr(LlavaExporter, "verify", refuse)
     with pytest.raises(AssetError):
-        write_export(built("qa"), tmp_path)
+        write_export(built("qa"), tmp_path, LLAVA)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 

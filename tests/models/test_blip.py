@@ -7,7 +7,15 @@ import torch
 
 from tests.tiny_models import MEAN, STD, assert_close, batch_of, text_stream, with_views
 from vlm_train.errors import AssetError, BatchError, ConfigError
-from vlm_train.export.blip import CAPTIONING, RETRIEVAL, bert_state, export_blip, from_library, library_config
+from vlm_train.export.blip import (
+    CAPTIONING,
+    RETRIEVAL,
+    bert_state,
+    from_library,
+    library_config,
+    verify_blip,
+    write_blip,
+)
 from vlm_train.models.blip import Blip
 from vlm_train.models.med import Med
 from vlm_train.models.vision.hf import HFVision
@@ -58,7 +66,8 @@ def pixels_of(model, given):
 def library(model, kind: str, folder):
     from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-    export_blip(model, folder)
+    write_blip(model, folder)
+    assert verify_blip(model, folder) == 0.0
     return (
         {RETRIEVAL: BlipForImageTextRetrieval, CAPTIONING: BlipForConditionalGeneration}[kind]
         .from_pretrained(folder / kind)

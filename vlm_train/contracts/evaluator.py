@@ -100,10 +100,6 @@ class Evaluator(Protocol):
         """
 
 
-EVALUATOR_MEMBERS = tuple(name for name in vars(Evaluator) if not name.startswith("_"))
-"""What the configuration is asked for by name where it gives something else."""
-
-
 @runtime_checkable
 class TextMetric(Protocol):
     """Compares generated texts with reference texts. The same texts always give the same values."""

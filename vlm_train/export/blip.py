@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_train.errors import AssetError, ConfigError
+from vlm_train.data.processor import Processor
+from vlm_train.errors import AssetError
 from vlm_train.models.blip import Blip
 from vlm_train.models.med import Med
 from vlm_train.models.vision.hf import HFVision
@@ -84,14 +85,29 @@ def from_library(model: Blip, kind: str, theirs: Mapping[str, Tensor]) -> None:
         tensor.copy_(theirs[name])
 
 
-def exportable(model: Any) -> None:
-    """Raise `ConfigError` unless `transformers` can express `model`."""
+class BlipExporter:
+    """Writes BLIP: one folder for retrieval, one for captioning."""
+
+    def problems(self, model: Any) -> list[str]:
+        return find_problems(model)
+
+    def write(self, model: Any, processor: Processor, folder: Path) -> str:
+        write_blip(model, folder, processor.tokenizer)
+        return "one folder for retrieval and one for captioning"
+
+    def verify(self, model: Any, folder: Path) -> float:
+        return verify_blip(model, folder)
+
+
+def find_problems(model: Any) -> list[str]:
+    """Every reason why BLIP cannot express `model`. Reads no weight."""
     if not isinstance(model, Blip) or not isinstance(model.llm, Med):
-        raise ConfigError(f"model: {type(model).__name__} has no BLIP equivalent; only Blip with Med does")
+        return [f"model: {type(model).__name__} has no BLIP equivalent; only Blip with Med does"]
     vision = model.vision
     kind = vision.model.config.model_type if isinstance(vision, HFVision) else type(vision).__name__
     if kind != "blip_vision_model" or not vision.final_norm or not vision.keep_cls:
-        raise ConfigError("vision: BLIP takes a blip_vision_model with its class token and final norm, got " + kind)
+        return ["vision: BLIP takes a blip_vision_model with its class token and final norm, got " + kind]
+    return []
 
 
 def library_config(model: Blip, tokenizer: Any = None) -> Any:
@@ -123,37 +139,41 @@ def library_config(model: Blip, tokenizer: Any = None) -> Any:
     )
 
 
-def export_blip(model: Blip, folder: str | Path, tokenizer: Any = None) -> Path:
+def _classes() -> dict[str, Any]:
+    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+    return {RETRIEVAL: BlipForImageTextRetrieval, CAPTIONING: BlipForConditionalGeneration}
+
+
+def write_blip(model: Blip, folder: str | Path, tokenizer: Any = None) -> None:
     """Write `<folder>/retrieval` and `<folder>/captioning`, which plain `transformers` loads, each with the tokenizer.
 
     They have no image processor, for that of BLIP squashes pictures, whatever the run did.
-
-    Raises:
-        ConfigError: `transformers` has no such model. AssetError: what it loads has other weights.
     """
-    exportable(model)
-    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
-
     config = library_config(model, tokenizer)
-    classes = {RETRIEVAL: BlipForImageTextRetrieval, CAPTIONING: BlipForConditionalGeneration}
-    for kind, blip in classes.items():
-        state = to_library(model, kind)
+    for kind, blip in _classes().items():
         with torch.device("meta"):
             library = blip(config)
-        library.load_state_dict(state, strict=True, assign=True)
+        library.load_state_dict(to_library(model, kind), strict=True, assign=True)
         library.tie_weights()
         library.save_pretrained(Path(folder) / kind)
         if tokenizer is not None:
             tokenizer.save_pretrained(Path(folder) / kind)
+
+
+def verify_blip(model: Blip, folder: str | Path) -> float:
+    """Read both folders with plain `transformers` and compare every weight. Returns 0: they are equal.
+
+    Raises:
+        AssetError: a weight is another one, missing or too many.
+    """
+    for kind, blip in _classes().items():
+        state = to_library(model, kind)
         loaded = blip.from_pretrained(Path(folder) / kind, dtype=model.llm.words.weight.dtype).state_dict()
-        differing = [
-            n
-            for n in state.keys() | loaded.keys()
-            if n not in loaded or n not in state or not _same(state[n], loaded[n])
-        ]
-        if differing:
-            raise AssetError(f"export: {Path(folder) / kind}: {sorted(differing)[0]} is not the model's")
-    return Path(folder)
+        for name in sorted(state.keys() | loaded.keys()):
+            if name not in loaded or name not in state or not _same(state[name], loaded[name]):
+                raise AssetError(f"export: {Path(folder) / kind}: {name} is not the model's")
+    return 0.0
 
 
 def bert_state(source: str, layers: int) -> dict[str, Tensor]:

@@ -1,7 +1,4 @@
-"""To the native BLIP-2 and InstructBLIP of `transformers`: an aligned Q-Former, or one in front of a language model.
-
-An export is read back and compared before it counts as done.
-"""
+"""To the native BLIP-2 and InstructBLIP of `transformers`: an aligned Q-Former, or one in front of a language model."""
 
 from __future__ import annotations
 
@@ -15,8 +12,9 @@ from torch import Tensor
 
 from vlm_train.contracts.media import MediaInput
 from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream
-from vlm_train.errors import AssetError, ConfigError
-from vlm_train.export.chat import IMAGE_TOKEN
+from vlm_train.data.processor import Processor
+from vlm_train.errors import AssetError
+from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
 from vlm_train.export.merged import merged_state
 from vlm_train.export.rows import padded, rows_with
 from vlm_train.models.align import Aligner
@@ -27,6 +25,7 @@ from vlm_train.models.llms.hf_seq2seq import HFSeq2Seq
 from vlm_train.models.prefix import PrefixVLM
 from vlm_train.models.qformer_names import to_library
 from vlm_train.models.seq2seq import PrefixSeq2Seq
+from vlm_train.models.vision.example import typical_size
 from vlm_train.models.vision.hf import HFVision
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -34,12 +33,28 @@ _TOWERS = ("blip_2_vision_model", "instructblip_vision_model")  # one architectu
 _HEADS = {"vision_projection": "image_projection", "text_projection": "text_projection", "itm_head": "match_head"}
 
 
-def speaks_blip2(model: Any) -> bool:
-    """Whether BLIP-2 is what `model` would be exported as."""
-    return isinstance(getattr(model, "connector", None), QFormerConnector)
+class Blip2Exporter:
+    """Writes BLIP-2 and InstructBLIP."""
+
+    def problems(self, model: Any) -> list[str]:
+        return find_problems(model)
+
+    def write(self, model: Any, processor: Processor, folder: Path) -> str:
+        write_blip2(
+            model,
+            processor.tokenizer,
+            folder,
+            image_mode=getattr(processor.images.get("vision"), "mode", "resize"),
+            eos_ids=processor.end_ids,
+            instruction=getattr(processor.instruction, "tokenizer", None),
+        )
+        return describe_chat_template(add_chat_template(folder, processor, typical_size(model.vision)))
+
+    def verify(self, model: Any, folder: Path) -> float:
+        return verify_blip2(model, folder)
 
 
-def export_blip2(
+def write_blip2(
     model: Any,
     tokenizer: Any,
     folder: str | Path,
@@ -47,21 +62,16 @@ def export_blip2(
     image_mode: str = "resize",
     eos_ids: Sequence[int] = (),
     instruction: Any = None,
-) -> Path:
-    """Write `model` as a folder of `transformers`, with tokenizer and processor, and verify its numbers.
+) -> None:
+    """Write `model` as a folder of `transformers`, with tokenizer and processor.
 
     An `Aligner` becomes a `Blip2ForImageTextRetrieval`, an `InstructVLM` an `InstructBlipForConditionalGeneration`,
     another prefix model a `Blip2ForConditionalGeneration`.
 
     Args:
-        image_mode, eos_ids: as in `export_llava`.
+        image_mode, eos_ids: as in `write_llava`.
         instruction: tokenizer of the text that the Q-Former reads, for an `InstructVLM`.
-
-    Raises:
-        ConfigError: BLIP-2 has no such composition.
-        AssetError: the folder read back does not give the same numbers.
     """
-    exportable(model)
     from transformers import GenerationConfig
 
     folder, tokenizer = Path(folder), copy.deepcopy(tokenizer)
@@ -79,12 +89,10 @@ def export_blip2(
         theirs.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     theirs.save_pretrained(folder)
     _processor(model, tokenizer, image_mode, instruction).save_pretrained(folder)
-    verify(model, folder)
-    return folder
 
 
 @torch.no_grad()
-def verify(model: Any, folder: str | Path) -> float:
+def verify_blip2(model: Any, folder: str | Path) -> float:
     """Read `folder` with plain `transformers` and compare on a random image and text.
 
     Returns:
@@ -118,10 +126,12 @@ def verify(model: Any, folder: str | Path) -> float:
     return difference
 
 
-def exportable(model: Any) -> None:
-    """Raise `ConfigError` with every reason why BLIP-2 cannot express `model`. Reads no weight."""
-    if not (speaks_blip2(model) and isinstance(model, PrefixVLM | Aligner)):
-        raise ConfigError(f"model: {type(model).__name__} has no BLIP-2 equivalent; only prefix and align do")
+def find_problems(model: Any) -> list[str]:
+    """Every reason why BLIP-2 cannot express `model`. Reads no weight."""
+    if not isinstance(model, PrefixVLM | Aligner):
+        return [f"model: {type(model).__name__} has no BLIP-2 equivalent; only prefix and align do"]
+    if not isinstance(model.connector, QFormerConnector):
+        return [f"connector: {type(model.connector).__name__}; BLIP-2 has a Q-Former"]
     problems = []
     tower = model.vision
     if not isinstance(tower, HFVision) or tower.model.config.model_type not in _TOWERS:
@@ -132,8 +142,7 @@ def exportable(model: Any) -> None:
         problems.append("connector.text: BLIP-2 drops the text branch in stage 2")
     if isinstance(model, PrefixVLM) and (not isinstance(model.llm, HFCausalLM | HFSeq2Seq) or model.llm.new_tokens):
         problems.append("llm: BLIP-2 takes a language model of transformers without added tokens")
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def _class(model: Any) -> Any:

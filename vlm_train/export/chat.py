@@ -44,6 +44,11 @@ def add_chat_template(folder: Path, ours: Processor, image_size: MediaSize) -> s
     return problem
 
 
+def describe_chat_template(problem: str | None) -> str:
+    """What `add_chat_template` came to, for the terminal."""
+    return f"no chat template: {problem}" if problem else "a chat template that gives the prompts of training"
+
+
 def difference(processor: Any, ours: Processor, image_size: MediaSize) -> str | None:
     """Where the exported processor's prompt ids differ from ours, over sample conversations; None: nowhere."""
     from PIL import Image

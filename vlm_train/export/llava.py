@@ -1,6 +1,6 @@
 """To and from the native LLaVA of `transformers`, which vLLM, TGI, SGLang and lmms-eval load.
 
-An export is read back and compared before it counts as done; an import checks every key and shape.
+An import checks every key and shape.
 """
 
 from __future__ import annotations
@@ -11,31 +11,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vlm_train.contracts.media import MediaInput
+from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.export.chat import IMAGE_TOKEN
+from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
 from vlm_train.export.merged import merged_state, quantised
 from vlm_train.export.rows import padded, rows_with
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.vision.example import typical_size
 from vlm_train.models.vision.hf import HFVision
+from vlm_train.record import read_json
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
 
 
-def export_llava(
+class LlavaExporter:
+    """Writes LLaVA."""
+
+    def problems(self, model: Any) -> list[str]:
+        return find_problems(model)
+
+    def write(self, model: Any, processor: Processor, folder: Path) -> str:
+        mode = getattr(processor.images.get("vision"), "mode", "pad")
+        write_llava(model, processor.tokenizer, folder, image_mode=mode, eos_ids=processor.end_ids)
+        return describe_chat_template(add_chat_template(folder, processor, typical_size(model.vision)))
+
+    def verify(self, model: Any, folder: Path) -> float:
+        return verify_llava(model, folder)
+
+
+class LlavaImporter:
+    """Reads local folders of a `LlavaForConditionalGeneration`: config.json, safetensors and tokenizer."""
+
+    def problems(self, folder: Path) -> list[str]:
+        path = folder / "config.json"
+        if not path.is_file():
+            return [f"{folder} has no config.json; download a LlavaForConditionalGeneration first"]
+        kind = read_json(path).get("model_type")
+        return [] if kind == "llava" else [f"{path}: model_type is {kind!r}, not 'llava'"]
+
+    def adapt(self, cfg: DictConfig, folder: Path) -> None:
+        for part in ("vision", "llm"):
+            cfg[part].weights = None
+        if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
+            cfg.tokenizer.name = str(folder.absolute())
+        OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
+
+    def read(self, model: Any, folder: Path) -> None:
+        import_llava(model, folder)
+
+
+def write_llava(
     model: PrefixVLM,
     tokenizer: Any,
     folder: str | Path,
     *,
     image_mode: str = "pad",
     eos_ids: Sequence[int] = (),
-) -> Path:
-    """Write `model` as a `LlavaForConditionalGeneration` folder with tokenizer and processor, and verify its logits.
+) -> None:
+    """Write `model` as a `LlavaForConditionalGeneration` folder with tokenizer and processor.
 
     The processor has no chat template, not even the tokenizer's own; see `chat.add_chat_template`.
 
@@ -45,15 +85,7 @@ def export_llava(
         folder: where to write; created. A failure leaves what it had written: `write_export` gives a temporary one.
         image_mode: `crop`, `pad` or `resize`, see `ImageTransform`.
         eos_ids: end-of-turn token ids for `generation_config.json`; empty: the tokenizer's end-of-text.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: LLaVA has no such composition.
-        AssetError: the folder read back does not give the same logits.
     """
-    exportable(model)
     from transformers import GenerationConfig, LlavaForConditionalGeneration
 
     folder = Path(folder)
@@ -72,12 +104,10 @@ def export_llava(
     llava.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, do_sample=False)
     llava.save_pretrained(folder)
     make_processor(model.vision, tokenizer, image_mode).save_pretrained(folder)
-    verify_export(model, folder)
-    return folder
 
 
 @torch.no_grad()
-def verify_export(model: PrefixVLM, folder: str | Path) -> float:
+def verify_llava(model: PrefixVLM, folder: str | Path) -> float:
     """Read `folder` with plain `transformers` and compare logits on a random image and text.
 
     Returns:
@@ -113,7 +143,8 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
         ConfigError: LLaVA has no such composition.
         AssetError: the checkpoint's parts are of another shape.
     """
-    exportable(model)
+    if problems := find_problems(model):
+        raise ConfigError(problems)
     from transformers import LlavaForConditionalGeneration
 
     dtype = next(model.llm.parameters()).dtype
@@ -137,10 +168,10 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
     _fill_rows(model.llm, table, state["lm_head.weight"])
 
 
-def exportable(model: Any) -> None:
-    """Raise `ConfigError` with every reason why LLaVA cannot express `model`. Reads no weight: it may be on meta."""
+def find_problems(model: Any) -> list[str]:
+    """Every reason why LLaVA cannot express `model`. Reads no weight: it may be on meta."""
     if not isinstance(model, PrefixVLM):
-        raise ConfigError(f"model: {type(model).__name__} has no LLaVA equivalent; only PrefixVLM does")
+        return [f"model: {type(model).__name__} has no LLaVA equivalent; only PrefixVLM does"]
     problems = []
     if not isinstance(model.vision, HFVision) or model.vision.final_norm:
         problems.append("vision: LLaVA takes a transformers tower without its final norm")
@@ -156,8 +187,7 @@ def exportable(model: Any) -> None:
             problems.append("llm: LLaVA's head has no bias")
     if layer := quantised(model):
         problems.append(f"{layer}: is quantised; its adapter can only be merged into an unquantised base model")
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:

@@ -1,69 +1,67 @@
-"""`mode=export` and `mode=import`: between a run folder and the native LLaVA format of `transformers`."""
+"""`mode=export` and `mode=import`: between a run folder and the formats of other libraries."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from vlm_train.config import run_dir, run_id, save_config
-from vlm_train.errors import AssetError, ConfigError
+from vlm_train.contracts.exporter import Exporter, Importer
+from vlm_train.errors import ConfigError
 from vlm_train.evaluation.run import require_own_weights
 from vlm_train.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from vlm_train.build import Built
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
     """Write the run's newest weights as `<run>/export`, which is read back and compared before it counts as done."""
-    from vlm_train.build import build
+    from vlm_train.build import build, build_exporters
     from vlm_train.checkpoint import load_run_weights
 
     folder = run_dir(cfg)
     require_own_weights(cfg, folder)
     built = build(cfg)
     load_run_weights(built.model, cfg.init_from, folder)
-    return {"export": str(write_export(built, folder))}
+    return {"export": str(write_export(built, folder, build_exporters(cfg)))}
 
 
-def write_export(built: Any, folder: Path) -> Path:
-    """Write `<folder>/export` from a trained model, once its logits and prompts were compared. A failure keeps the old.
+def write_export(built: Built, folder: Path, exporters: Mapping[str, Exporter]) -> Path:
+    """Write `<folder>/export` from a trained model, once what it computes was compared. A failure keeps the old one.
 
     Raises:
-        ConfigError: `transformers` has no such model. AssetError: what was written does not give the same logits.
+        ConfigError: no exporter can express the model. AssetError: what was written does not compute the same.
     """
-    from vlm_train.export.blip import export_blip
-    from vlm_train.export.blip2 import export_blip2, speaks_blip2
-    from vlm_train.export.chat import add_chat_template
-    from vlm_train.export.llava import export_llava
     from vlm_train.export.merged import quantised, unquantised
-    from vlm_train.models.blip import Blip
-    from vlm_train.models.vision.example import typical_size
 
     if quantised(built.model):
         print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
         built = unquantised(built)
-    model: Any = built.model.eval()
-    processor = built.processor
-    tokenizer, mode = processor.tokenizer, getattr(processor.images.get("vision"), "mode", "pad")
+    model = built.model.eval()
+    name = choose_exporter(model, exporters)
     out = RunFolder(folder).export
-    if isinstance(model, Blip):
-        with replacing(out) as partial:
-            export_blip(model, partial, tokenizer)
-        print(f"Exported to {out}: for retrieval and for captioning, each with the run's weights.", flush=True)
-        return out
     with replacing(out) as partial:
-        if speaks_blip2(model):
-            asks = getattr(processor.instruction, "tokenizer", None)
-            export_blip2(model, tokenizer, partial, image_mode=mode, eos_ids=processor.end_ids, instruction=asks)
-        else:
-            export_llava(model, tokenizer, partial, image_mode=mode, eos_ids=processor.end_ids)
-        problem = add_chat_template(partial, processor, typical_size(model.vision))
-    chat = f"it has no chat template: {problem}" if problem else "its chat template gives the prompts of training"
-    print(f"Exported to {out}; its logits equal the run's; {chat}.", flush=True)
+        has = exporters[name].write(model, built.processor, partial)
+        exporters[name].verify(model, partial)
+    print(f"Exported to {out} ({name}); what it computes equals the run's; it has {has}.", flush=True)
     return out
+
+
+def choose_exporter(model: Any, exporters: Mapping[str, Exporter]) -> str:
+    """The name of the first exporter that has no problems with `model`. Raises ConfigError with those of all."""
+    refused = []
+    for name, exporter in exporters.items():
+        problems = exporter.problems(model)
+        if not problems:
+            return name
+        refused.append(f"exporter.{name}: {'; '.join(problems)}")
+    raise ConfigError(refused or "exporter is empty: nothing can write the model. Choose an option, exporter=default.")
 
 
 @contextmanager
@@ -86,29 +84,25 @@ def replacing(final: Path) -> Iterator[Path]:
 
 
 def import_(cfg: DictConfig) -> dict[str, Any]:
-    """Turn the local LLaVA folder that `init_from` names into a run that others can start from, evaluate and export.
+    """Turn the local folder that `init_from` names into a run that others can start from, evaluate and export.
 
     Raises:
-        ConfigError: `init_from` does not name exactly one whole LLaVA folder.
+        ConfigError: `init_from` does not name exactly one whole folder, or no importer reads it.
     """
     from vlm_train import checkpoint, record
-    from vlm_train.build import build
-    from vlm_train.export.llava import import_llava
+    from vlm_train.build import build, build_importers
 
-    source = _llava_folder(cfg)
+    source = _source_folder(cfg)
+    importer = _choose_importer(source, build_importers(cfg))
     cfg = cfg.copy()
     cfg.run_name = cfg.run_name or f"{run_id(cfg)}-imported"  # never the folder of the run that trains this recipe
     folder = run_dir(cfg)
     cfg.init_from = []
-    for part in ("vision", "llm"):
-        cfg[part].weights = None
-    if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
-        cfg.tokenizer.name = str(source.absolute())
-    OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
+    importer.adapt(cfg, source)
     if RunFolder(folder).checkpoints.exists():
         raise ConfigError(f"run_name: {folder} already holds checkpoints. Choose another run_name, or delete it.")
     built = build(cfg)
-    import_llava(cast(Any, built.model), source)
+    importer.read(built.model, source)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, RunFolder(folder).config)
     weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
@@ -119,17 +113,21 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     return {"run": str(folder)}
 
 
-def _llava_folder(cfg: DictConfig) -> Path:
+def _source_folder(cfg: DictConfig) -> Path:
     if len(cfg.init_from) != 1:
-        raise ConfigError(f"init_from: mode=import takes one LLaVA folder, got {len(cfg.init_from)} entries.")
+        raise ConfigError(f"init_from: mode=import takes one folder, got {len(cfg.init_from)} entries.")
     (entry,) = cfg.init_from
     if entry.parts is not None:
-        raise ConfigError(
-            "init_from.0.parts: mode=import takes the whole LLaVA; name parts where a run starts from it."
-        )
-    if not (Path(entry.run) / "config.json").is_file():
-        raise AssetError(
-            f"init_from.0.run: {entry.run} has no config.json. Expected a local folder with the config.json, weights "
-            "(safetensors) and tokenizer of a LlavaForConditionalGeneration; download it first."
-        )
+        raise ConfigError("init_from.0.parts: mode=import takes a whole model; name parts where a run starts from it.")
     return Path(entry.run)
+
+
+def _choose_importer(source: Path, importers: Mapping[str, Importer]) -> Importer:
+    """The first importer that can read `source`. Raises ConfigError with the problems of all."""
+    refused = []
+    for name, importer in importers.items():
+        problems = importer.problems(source)
+        if not problems:
+            return importer
+        refused.append(f"init_from.0.run: importer.{name}: {'; '.join(problems)}")
+    raise ConfigError(refused or "importer is empty: nothing can read the folder. Choose an option, importer=default.")
