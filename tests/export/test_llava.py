@@ -21,7 +21,8 @@ from tests.tiny_models import (
 )
 from vlm_train.data.layout import PLACEHOLDER_ID
 from vlm_train.errors import AssetError
-from vlm_train.export.llava import find_problems, import_llava, verify_llava, write_llava
+from vlm_train.export.llava import find_problems, verify_llava, write_llava
+from vlm_train.export.llava_import import import_llava
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.prefix import PrefixVLM

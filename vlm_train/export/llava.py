@@ -1,22 +1,18 @@
-"""To and from the native LLaVA of `transformers`, which vLLM, TGI, SGLang and lmms-eval load.
-
-An import checks every key and shape.
-"""
+"""To the native LLaVA of `transformers`, which vLLM, TGI, SGLang and lmms-eval load."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vlm_train.contracts.media import MediaInput
 from vlm_train.data.processor import Processor
-from vlm_train.errors import AssetError, ConfigError
+from vlm_train.errors import AssetError
 from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
 from vlm_train.export.merged import merged_state, quantised
 from vlm_train.export.rows import padded, rows_with
@@ -25,7 +21,6 @@ from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.prefix import PrefixVLM
 from vlm_train.models.vision.example import typical_size
 from vlm_train.models.vision.hf import HFVision
-from vlm_train.record import read_json
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
@@ -44,27 +39,6 @@ class LlavaExporter:
 
     def verify(self, model: Any, folder: Path) -> float:
         return verify_llava(model, folder)
-
-
-class LlavaImporter:
-    """Reads local folders of a `LlavaForConditionalGeneration`: config.json, safetensors and tokenizer."""
-
-    def problems(self, folder: Path) -> list[str]:
-        path = folder / "config.json"
-        if not path.is_file():
-            return [f"{folder} has no config.json; download a LlavaForConditionalGeneration first"]
-        kind = read_json(path).get("model_type")
-        return [] if kind == "llava" else [f"{path}: model_type is {kind!r}, not 'llava'"]
-
-    def adapt(self, cfg: DictConfig, folder: Path) -> None:
-        for part in ("vision", "llm"):
-            cfg[part].weights = None
-        if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
-            cfg.tokenizer.name = str(folder.absolute())
-        OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
-
-    def read(self, model: Any, folder: Path) -> None:
-        import_llava(model, folder)
 
 
 def write_llava(
@@ -134,40 +108,6 @@ def verify_llava(model: PrefixVLM, folder: str | Path) -> float:
     return difference
 
 
-def import_llava(model: PrefixVLM, folder: str | Path) -> None:
-    """Load the weights of a local `LlavaForConditionalGeneration` folder into `model`.
-
-    Vocabulary rows beyond the model's are left out (`<image>` and padding rows).
-
-    Raises:
-        ConfigError: LLaVA has no such composition.
-        AssetError: the checkpoint's parts are of another shape.
-    """
-    if problems := find_problems(model):
-        raise ConfigError(problems)
-    from transformers import LlavaForConditionalGeneration
-
-    dtype = next(model.llm.parameters()).dtype
-    try:
-        llava = LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise AssetError(f"import: {str(folder)!r} is not a LLaVA checkpoint: {error}") from error
-    state = llava.state_dict()
-    embedding = f"{_embedding_name(model.llm)}."
-    try:
-        model.vision.model.load_state_dict(_under(state, "model.vision_tower."))
-        model.connector.layers[0].load_state_dict(_under(state, "model.multi_modal_projector.linear_1."))
-        model.connector.layers[2].load_state_dict(_under(state, "model.multi_modal_projector.linear_2."))
-        body = _under(state, "model.language_model.")
-        table = body.pop(f"{embedding}weight")
-        missing, unexpected = model.llm.decoder.load_state_dict(body, strict=False)
-    except RuntimeError as error:
-        raise AssetError(f"import: {str(folder)!r} does not fit the model: {error}") from error
-    if unexpected or any(not key.startswith(embedding) for key in missing):
-        raise AssetError(f"import: {str(folder)!r}: missing {missing}, unexpected {unexpected}")
-    _fill_rows(model.llm, table, state["lm_head.weight"])
-
-
 def find_problems(model: Any) -> list[str]:
     """Every reason why LLaVA cannot express `model`. Reads no weight: it may be on meta."""
     if not isinstance(model, PrefixVLM):
@@ -211,7 +151,7 @@ def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:
 
 def _llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
     """Our weights under LLaVA's names, the vocabulary filled up with mean rows."""
-    name = _embedding_name(model.llm)
+    name = embedding_name(model.llm)
     state = {f"model.vision_tower.{key}": value for key, value in merged_state(model.vision.model).items()}
     for key, value in merged_state(model.connector.layers).items():
         layer, _, kind = key.partition(".")
@@ -234,29 +174,10 @@ def _rows(llm: HFCausalLM) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([base, new]).detach() for base, new in tables)  # type: ignore[return-value]
 
 
-@torch.no_grad()
-def _fill_rows(llm: HFCausalLM, embedding: Tensor, head: Tensor) -> None:
-    """Copy the first `llm.vocab_size` rows of both tables into the model."""
-    if embedding.shape[0] < llm.vocab_size or embedding.shape[1] != llm.dim:
-        raise AssetError(
-            f"import: the checkpoint has {embedding.shape[0]} tokens of width {embedding.shape[1]}, "
-            f"the model needs {llm.vocab_size} of width {llm.dim}"
-        )
-    inputs, outputs, base = llm.model.get_input_embeddings(), llm.model.get_output_embeddings(), llm.base_vocab_size
-    for module, table, new in ((inputs, embedding, "new_embeddings"), (outputs, head, "new_head")):
-        module.weight.copy_(table[:base])
-        if llm.new_tokens:
-            getattr(module, new).copy_(table[base : llm.vocab_size])
-
-
-def _embedding_name(llm: HFCausalLM) -> str:
+def embedding_name(llm: HFCausalLM) -> str:
     """Name of the embedding table inside the decoder."""
     table = llm.model.get_input_embeddings()
     return next(name for name, module in llm.decoder.named_modules() if module is table)
-
-
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def make_processor(vision: HFVision, tokenizer: Any, image_mode: str) -> Any:

@@ -1,0 +1,91 @@
+"""From the native LLaVA of `transformers`: every key and shape is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from vlm_train.errors import AssetError, ConfigError
+from vlm_train.export.llava import embedding_name, find_problems
+from vlm_train.models.llms.hf import HFCausalLM
+from vlm_train.models.prefix import PrefixVLM
+from vlm_train.record import read_json
+
+
+class LlavaImporter:
+    """Reads local folders of a `LlavaForConditionalGeneration`: config.json, safetensors and tokenizer."""
+
+    def problems(self, folder: Path) -> list[str]:
+        path = folder / "config.json"
+        if not path.is_file():
+            return [f"{folder} has no config.json; download a LlavaForConditionalGeneration first"]
+        kind = read_json(path).get("model_type")
+        return [] if kind == "llava" else [f"{path}: model_type is {kind!r}, not 'llava'"]
+
+    def adapt(self, cfg: DictConfig, folder: Path) -> None:
+        for part in ("vision", "llm"):
+            cfg[part].weights = None
+        if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
+            cfg.tokenizer.name = str(folder.absolute())
+        OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
+
+    def read(self, model: Any, folder: Path) -> None:
+        import_llava(model, folder)
+
+
+def import_llava(model: PrefixVLM, folder: str | Path) -> None:
+    """Load the weights of a local `LlavaForConditionalGeneration` folder into `model`.
+
+    Vocabulary rows beyond the model's are left out (`<image>` and padding rows).
+
+    Raises:
+        ConfigError: LLaVA has no such composition.
+        AssetError: the checkpoint's parts are of another shape.
+    """
+    if problems := find_problems(model):
+        raise ConfigError(problems)
+    from transformers import LlavaForConditionalGeneration
+
+    dtype = next(model.llm.parameters()).dtype
+    try:
+        llava = LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AssetError(f"import: {str(folder)!r} is not a LLaVA checkpoint: {error}") from error
+    state = llava.state_dict()
+    embedding = f"{embedding_name(model.llm)}."
+    try:
+        model.vision.model.load_state_dict(_under(state, "model.vision_tower."))
+        model.connector.layers[0].load_state_dict(_under(state, "model.multi_modal_projector.linear_1."))
+        model.connector.layers[2].load_state_dict(_under(state, "model.multi_modal_projector.linear_2."))
+        body = _under(state, "model.language_model.")
+        table = body.pop(f"{embedding}weight")
+        missing, unexpected = model.llm.decoder.load_state_dict(body, strict=False)
+    except RuntimeError as error:
+        raise AssetError(f"import: {str(folder)!r} does not fit the model: {error}") from error
+    if unexpected or any(not key.startswith(embedding) for key in missing):
+        raise AssetError(f"import: {str(folder)!r}: missing {missing}, unexpected {unexpected}")
+    _fill_rows(model.llm, table, state["lm_head.weight"])
+
+
+@torch.no_grad()
+def _fill_rows(llm: HFCausalLM, embedding: Tensor, head: Tensor) -> None:
+    """Copy the first `llm.vocab_size` rows of both tables into the model."""
+    if embedding.shape[0] < llm.vocab_size or embedding.shape[1] != llm.dim:
+        raise AssetError(
+            f"import: the checkpoint has {embedding.shape[0]} tokens of width {embedding.shape[1]}, "
+            f"the model needs {llm.vocab_size} of width {llm.dim}"
+        )
+    inputs, outputs, base = llm.model.get_input_embeddings(), llm.model.get_output_embeddings(), llm.base_vocab_size
+    for module, table, new in ((inputs, embedding, "new_embeddings"), (outputs, head, "new_head")):
+        module.weight.copy_(table[:base])
+        if llm.new_tokens:
+            getattr(module, new).copy_(table[base : llm.vocab_size])
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
