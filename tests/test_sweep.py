@@ -272,6 +272,10 @@ def test_optuna_seeks_what_is_better() -> None:
         return [line.partition("=")[2] for line in found if line.startswith("hydra.sweeper.direction=")]
 
     assert direction("val_loss") == ["minimize"] and direction("answers/exact_match") == ["maximize"]
+    error_rate = ["recipe=easyvqa_stage2", "optim.lr=1e-4,1e-3", "+metric@eval.answers.metrics.cer=cer"]
+    assert direction("answers/cer", *error_rate) == ["minimize"], "as the metric says"
+    assert direction("answers/cer", "schedule=easyvqa", *error_rate[1:]) == ["minimize"]
+    assert direction("answers/exact_match", *error_rate) == ["maximize"]
     assert direction("val_loss", "hydra.sweeper.direction=maximize") == []
 
 

@@ -33,7 +33,7 @@ def write_sweep(runs: Path, metric: str | None = None) -> Path:
                 loss = 0.4 + 0.3 * abs(math.log10(lr / 1e-3)) + 0.05 * (connector == "linear") - samples / 200
                 overrides = [START[0], f"optim.lr={lr}", f"batch.samples={samples}", f"connector={connector}"]
                 job = records.Job(number, overrides, "done", str(runs / f"run-{number}"), host=socket.gethostname())
-                job.metrics = {"val_loss": loss, "easyvqa/accuracy": 1 - loss / 2}
+                job.metrics = {"val_loss": loss, "answers/exact_match": 1 - loss / 2}
                 job.seconds = 60.0 + 4 * samples + 7 * (connector != "linear") + number
                 if number == 3:
                     job.status, job.error, job.metrics = "failed", f"TrainingError: {POOR}", {}
@@ -67,8 +67,8 @@ def test_ranks_by_validation_loss_or_by_the_metric(folder: Path, tmp_path: Path)
     assert (sweep.metric, sweep.lower, ranked[0].number, ranked[0].value("optim.lr")) == ("val_loss", True, 7, "0.001")
     scores = [sweep.score(job) for job in ranked]
     assert scores[:10] == sorted(scores[:10]) and [job.number for job in ranked[10:]] == [3, 4]
-    other = records.read(write_sweep(tmp_path / "other", "easyvqa/accuracy"))
-    assert (other.metric, other.lower, other.ranked()[0].number) == ("easyvqa/accuracy", False, 7)
+    other = records.read(write_sweep(tmp_path / "other", "answers/exact_match"))
+    assert (other.metric, other.lower, other.ranked()[0].number) == ("answers/exact_match", False, 7)
 
 
 def test_a_killed_job_is_not_running(folder: Path) -> None:

@@ -52,14 +52,18 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def validation_metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
-    """`<evaluator>/<metric>` -> whether higher is better, of those that run at validations."""
+def every_metric(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
+    """`<evaluator>/<metric>` -> whether higher is better."""
     return {
         f"{name}/{metric}": higher
         for name, evaluator in evaluators.items()
-        if evaluator.at_validation
         for metric, higher in evaluator.higher_is_better.items()
     }
+
+
+def validation_metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
+    """`<evaluator>/<metric>` -> whether higher is better, of those that run at validations."""
+    return every_metric({name: one for name, one in evaluators.items() if one.at_validation})
 
 
 def run_evaluator(

@@ -10,6 +10,7 @@ from pathlib import Path
 from vlm_train import cli, config, launch
 from vlm_train.errors import ConfigError, VLMTrainError
 from vlm_train.sweep import records, summary
+from vlm_train.sweep.direction import direction_of
 from vlm_train.sweep.job import JobError, carry_out
 from vlm_train.sweep.watch import announcing, passing_on
 
@@ -96,7 +97,7 @@ def optuna_defaults(overrides: Sequence[str]) -> list[str]:
     metric = records.given(overrides, "sweep_metric") or ""
     wanted = {
         "hydra.sweeper.max_failure_rate": "1.0",
-        "hydra.sweeper.direction": "minimize" if records.lower_is_better(metric) else "maximize",
+        "hydra.sweeper.direction": direction_of(metric, overrides),
     }
     if records.given(overrides, "hydra/sweeper/sampler") in SEEDED:
         wanted["hydra.sweeper.sampler.seed"] = "42"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import socket
 import time
 from collections.abc import Iterable, Sequence
@@ -18,12 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from vlm_train import record
 from vlm_train.errors import ConfigError
+from vlm_train.sweep.direction import direction_of
 
 SWEEP, JOBS, STOP = "sweep.json", "jobs", "stop"
 FALLBACK = ("val_loss", "loss")
 """What runs are ranked by without `sweep_metric`: the first that one of them has."""
 
-LOWER_IS_BETTER = re.compile(r"loss|perplexity|error", re.IGNORECASE)
 PARAMS = "hydra.sweeper.params"
 
 
@@ -106,6 +105,7 @@ def start(folder: Path, overrides: Sequence[str]) -> None:
         if (_read(path) or {}).get("status") != "done":
             path.unlink()
     metric, direction = given(overrides, "sweep_metric"), given(overrides, "hydra.sweeper.direction")
+    direction = direction or (direction_of(metric, overrides) if metric else None)
     content = {"name": folder.name, "overrides": list(overrides), "keys": swept(overrides), "metric": metric}
     record.write_json(folder / SWEEP, content | {"direction": direction})
 
@@ -135,13 +135,8 @@ def read(folder: Path) -> Sweep:
     differ = [key for key in names if len({job.value(key) for job in jobs}) > 1]
     keys = list(dict.fromkeys([*map(str, content.get("keys") or []), *differ]))
     metric = content.get("metric") or next((name for name in FALLBACK if any(name in j.metrics for j in jobs)), None)
-    lower = content.get("direction") or ("minimize" if lower_is_better(str(metric)) else "maximize")
+    lower = content.get("direction") or direction_of(str(metric), content.get("overrides") or [])
     return Sweep(str(content.get("name", folder.name)), jobs, keys, metric, lower == "minimize")
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric of this name improves as it falls."""
-    return bool(LOWER_IS_BETTER.search(metric))
 
 
 def _job(content: dict[str, Any] | None) -> Job | None:
