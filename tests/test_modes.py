@@ -139,6 +139,14 @@ def test_another_tokenizer_is_another_evaluation(tmp_path: Path) -> None:
     assert len({label(added), label(copy | {"add": ["zzz"]}), "answers"}) == 3
 
 
+def test_a_metric_is_added_to_an_evaluation(tmp_path: Path) -> None:
+    own = config.tiny("recipe=easyvqa_stage2", "run_name=own", "eval=none", f"paths.runs={tmp_path}")
+    config.save_config(own, tmp_path / "own" / "config.yaml")
+    cfg, _ = cli.from_run([f"run={tmp_path / 'own'}", "eval=easyvqa", "+metric@eval.answers.metrics.cer=cer"], [])
+    assert list(cfg.eval.answers.metrics) == ["exact_match", "cer"]
+    assert cfg.eval.answers.metrics.cer._target_.endswith("CharacterErrorRate") and "metric" not in cfg
+
+
 def test_eval_needs_an_evaluator(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["mode=eval", f"run={trained}", "eval=none"]) == 2
     assert "eval=easyvqa" in capsys.readouterr().err

@@ -171,6 +171,7 @@ def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[Dict
         if key in ("recipe", "size", "debug"):
             raise ConfigError(f"{key}: cannot be given with run=; {folder} brings its own configuration.")
         group = override in groups
+        key = override.package or key  # +metric@eval.answers.metrics.cer=cer
         value = OmegaConf.select(chosen, key) if group else override.value()
         try:
             OmegaConf.update(cfg, key, value, merge=not group, force_add=str(override.input_line).startswith("+"))
