@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipelines.manifest import MANIFEST
-from data_pipelines.media import image_item
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from data_pipelines.shards import ShardWriter
+from data_pipelines.shards.manifest import MANIFEST
+from data_pipelines.shards.tar_writer import ShardWriter
 
 SIZES = {"small": (640, 480), "medium": (1024, 768), "large": (2048, 1536)}
 SLOPE = 1.2

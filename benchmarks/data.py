@@ -24,7 +24,7 @@ from benchmarks.corpus import SIZES, shard_set, tars
 from benchmarks.loaders import BATCH, CONF, PREFETCH, our_data, our_loader, webdataset_loader
 from benchmarks.measure import Line, Report, paired, rate
 from benchmarks.peers import PEERS, Peer
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
 
 
 @dataclass

@@ -21,17 +21,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.corpus import tars
+from vlm_train.config.schema import BatchSize
+from vlm_train.contracts.batch import Batch
+from vlm_train.contracts.layout import GridLayout, MediaSize
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.batch import Batch
-from vlm_train.data.cost import Cost
 from vlm_train.data.datamodule import VLMData
-from vlm_train.data.image import ImageTransform, Mode
-from vlm_train.data.layout import GridLayout, MediaSize
+from vlm_train.data.images.transform import ImageTransform, Mode
+from vlm_train.data.order.cost import Cost
 from vlm_train.data.processor import Processor
-from vlm_train.data.template import ChatTemplate
-from vlm_train.data.tokenizer import byte_level
-from vlm_train.models.connectors.mlp import same_grid
-from vlm_train.schema import BatchSize
+from vlm_train.data.text.template import ChatTemplate
+from vlm_train.data.text.tokenizer import byte_level
+from vlm_train.models.connectors.grids import same_grid
 
 SIDE = 336
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -6,7 +6,7 @@ import bisect
 
 import numpy as np
 
-from vlm_train.data.pack import fill_rows
+from vlm_train.data.order.packing import fill_rows
 
 GOALS = (
     ("llava15", 2048, 0.93, None),

@@ -21,8 +21,8 @@ import torch
 from benchmarks.corpus import tars
 from benchmarks.loaders import BATCH, CONF, PREFETCH, our_data, stack, their_transform
 from benchmarks.measure import rate
-from data_pipelines.stream import ShardSet
-from vlm_train.data.windows import MicroBatches
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.data.loader import MicroBatches
 
 ENDLESS = 10_000_000
 

@@ -1,6 +1,6 @@
 """Figures of how the code reads: `python -m benchmarks.reading` prints them, `trace=false` leaves the slow one out.
 
-Counted over `vlm_train` and `data_pipelines`. Tests keep some of them: see tests/test_reading.py.
+Counted over `vlm_train` and `data_pipelines`. Tests keep some of them: see tests/benchmarks/test_reading.py.
 """
 
 from __future__ import annotations
@@ -238,17 +238,19 @@ class StepTrace:
 
 def trace_step() -> list[str]:
     """The functions of one training step of a tiny LLaVA, from a shard's Sample to the loss."""
-    from data_pipelines.stream import ShardSet
-    from tests.small_run import command, make_data
-    from vlm_train import config
-    from vlm_train.fit import fit
+    from data_pipelines.shards.shard_set import ShardSet
+    from tests.support.small_run import command, make_data
+    from vlm_train.config.compose import compose
+    from vlm_train.config.run_file import save_config
+    from vlm_train.config.run_identity import run_dir
     from vlm_train.objectives.lm import LanguageModeling
+    from vlm_train.training.fit import fit
 
     trace = StepTrace(ShardSet.load.__code__, LanguageModeling.__call__.__code__)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        cfg = config.compose(command(make_data(root), root / "runs", "data.workers=0", "trainer.max_steps=3"))
-        config.save_config(cfg, RunFolder(config.run_dir(cfg)).config)
+        cfg = compose(command(make_data(root), root / "runs", "data.workers=0", "trainer.max_steps=3"))
+        save_config(cfg, RunFolder(run_dir(cfg)).config)
         sys.setprofile(trace)
         try:
             fit(cfg)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.work import CLIP, LOG_EVERY, Clock, Work
-from vlm_train.callbacks.loop import Checkpoints, Evaluation
-from vlm_train.data.batch import Batch
-from vlm_train.modules.base import VLMModule
-from vlm_train.trainer import loop_callbacks, make_trainer
+from vlm_train.contracts.batch import Batch
+from vlm_train.training.callbacks.loop import Checkpoints, Evaluation
+from vlm_train.training.module import VLMModule
+from vlm_train.training.trainer import loop_callbacks, make_trainer
 
 NEVER = 10**9
 """A step that is never reached."""

@@ -11,13 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from vlm_train import config
 from vlm_train.build import build_lr_schedule, build_model, build_objectives, build_optimizer
+from vlm_train.config.compose import compose
+from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
 from vlm_train.contracts.objective import Loss, Objective, StepContext
-from vlm_train.data.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
-from vlm_train.dryrun.trace import visual_tokens
 from vlm_train.models.vision.example import blank_input
-from vlm_train.params import Policy, apply_policy
+from vlm_train.training.params import Policy, apply_policy
+from vlm_train.training.trace import visual_tokens
 
 LOG_EVERY = 10
 CLIP = 1.0
@@ -132,7 +132,7 @@ def toy(width: int, *overrides: str) -> Work:
 def _config(*overrides: str) -> DictConfig:
     fixed = ["init_from=[]", "eval=none", f"trainer.log_every={LOG_EVERY}", f"trainer.clip_norm={CLIP}"]
     fixed += ["trainer.val_every=null", "trainer.save_every=null", "trainer.accelerator=cpu"]
-    return config.compose([*fixed, *overrides])
+    return compose([*fixed, *overrides])
 
 
 def _work(cfg: DictConfig, model: nn.Module, objectives: dict[str, Objective], batch: Batch) -> Work:

@@ -27,18 +27,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipelines import engines
+from data_pipelines.building import engines
+from data_pipelines.building.merge import QUARANTINE, bad_rows, duplicates, merge, write_lines
+from data_pipelines.building.parts import PART, Part, PartWriter, part_folder, write_part
+from data_pipelines.building.progress import Progress
 from data_pipelines.cli import check_same, make, run
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import MANIFEST, Manifest
-from data_pipelines.merge import QUARANTINE, bad_rows, duplicates, merge, write_lines
-from data_pipelines.partial import Partial
-from data_pipelines.parts import PART, Part, PartWriter, part_folder, write_part
-from data_pipelines.progress import Progress
 from data_pipelines.sample import SCHEMA_VERSION
-from data_pipelines.shards import MAX_SHARD_BYTES, SAMPLES_PER_SHARD
+from data_pipelines.shards.manifest import MANIFEST, Manifest
+from data_pipelines.shards.partial import Partial
+from data_pipelines.shards.shard_set import ShardSet
+from data_pipelines.shards.tar_writer import MAX_SHARD_BYTES, SAMPLES_PER_SHARD
 from data_pipelines.sources import Source
-from data_pipelines.stream import ShardSet
 
 PLAN = "plan.json"
 RUNNING = ("output", "force", "max_bad", "allow_targets", "workers", "engine", "node", "nodes")

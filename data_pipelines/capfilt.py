@@ -18,16 +18,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipelines.building.merge import write_lines
+from data_pipelines.building.progress import Progress
 from data_pipelines.cli import check_same, run
-from data_pipelines.columns import Columns
 from data_pipelines.errors import BadSample, DataError, common_reason
 from data_pipelines.filters import check_range, outside
-from data_pipelines.manifest import MANIFEST
-from data_pipelines.merge import write_lines
-from data_pipelines.progress import Progress
 from data_pipelines.sample import Sample, Text, Turn
-from data_pipelines.shards import ShardWriter
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.columns import Columns
+from data_pipelines.shards.manifest import MANIFEST
+from data_pipelines.shards.shard_set import ShardSet
+from data_pipelines.shards.tar_writer import ShardWriter
 
 DROPPED = "dropped.jsonl"
 RUNNING = ("output", "force")

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import Manifest
+from data_pipelines.shards.manifest import Manifest
 
 CONF = Path(__file__).resolve().parent / "conf"
 GROUPS = {"build": "source", "filter": "filter"}  # by command, the group of components that it takes

@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipelines import engines
+from data_pipelines.building import engines
+from data_pipelines.building.merge import write_lines
+from data_pipelines.building.progress import Progress
 from data_pipelines.cli import CONF, check_same, make, run
 from data_pipelines.errors import BadSample, DataError, common_reason
 from data_pipelines.filters import Drop, Filter
-from data_pipelines.index import INDEX, IndexBuilder
-from data_pipelines.manifest import MANIFEST, SHARED, FileInfo, Manifest
-from data_pipelines.merge import write_lines
-from data_pipelines.partial import Partial
-from data_pipelines.progress import Progress
-from data_pipelines.shards import MAX_SHARD_BYTES, SAMPLES_PER_SHARD, ShardWriter
-from data_pipelines.stats import Stats, lengths
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.index_file import INDEX, IndexBuilder
+from data_pipelines.shards.manifest import MANIFEST, SHARED, FileInfo, Manifest
+from data_pipelines.shards.partial import Partial
+from data_pipelines.shards.shard_set import ShardSet
+from data_pipelines.shards.stats import Stats, lengths
+from data_pipelines.shards.tar_writer import MAX_SHARD_BYTES, SAMPLES_PER_SHARD, ShardWriter
 
 DROPPED = "dropped.jsonl"
 CHUNK = 64  # samples that a process looks at before it answers

@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 
 from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.manifest import Manifest
-from data_pipelines.page import page, shown, unusable
+from data_pipelines.inspection.html import page, shown, unusable
 from data_pipelines.sample import Annotation, Box, Media, MediaItem, Part, Sample, Text
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.shard_set import ShardSet
 
 
 def about(manifest: Manifest) -> str:

@@ -18,16 +18,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_pipelines import engines
+from data_pipelines.building import engines
+from data_pipelines.building.progress import Progress
 from data_pipelines.cli import run
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.manifest import FileInfo
-from data_pipelines.media import check_media, check_pixels
-from data_pipelines.members import scan
-from data_pipelines.progress import Progress
-from data_pipelines.remote import is_remote
+from data_pipelines.media.limits import check_media, check_pixels
 from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.manifest import FileInfo
+from data_pipelines.shards.members import scan
+from data_pipelines.shards.remote import is_remote
+from data_pipelines.shards.shard_set import ShardSet
 
 TAG = "<image>"
 CHUNK = 64  # samples that a process checks before it answers

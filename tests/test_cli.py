@@ -16,8 +16,11 @@ import pytest
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
-from vlm_train import cli, config, launch
+from vlm_train import cli
+from vlm_train.config.run_file import load_config
+from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.errors import BatchError, ConfigError, Interrupted, TrainingError
+from vlm_train.runs import launch, process
 
 STAGE = "recipe=llava15_stage1"
 
@@ -33,7 +36,7 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def no_assets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Composition and launching without weights and shards."""
-    monkeypatch.setattr("vlm_train.check.missing_assets", lambda *_: [])
+    monkeypatch.setattr("vlm_train.check.check.missing_assets", lambda *_: [])
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def dispatched(monkeypatch: pytest.MonkeyPatch, no_assets: None) -> list[DictCon
         seen.append(cfg)
         return {"val/loss": 1.0}
 
-    monkeypatch.setattr(cli, "dispatch", dispatch)
+    monkeypatch.setattr(process, "dispatch", dispatch)
     return seen
 
 
@@ -177,7 +180,7 @@ def test_runtime_failures_exit_with_1(
     def fail(_: DictConfig) -> None:
         raise TrainingError("step 3: the loss is not finite.")
 
-    monkeypatch.setattr(cli, "dispatch", fail)
+    monkeypatch.setattr(process, "dispatch", fail)
     assert cli.main([STAGE, "mode=show"]) == 1
     assert capsys.readouterr().err == "TrainingError: step 3: the loss is not finite.\n"
 
@@ -185,8 +188,8 @@ def test_runtime_failures_exit_with_1(
 def test_fit_prepares_its_folder(dispatched: list[DictConfig], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([STAGE, "optim.lr=0.5"]) == 0
     (cfg,) = dispatched
-    folder = config.run_dir(cfg)
-    assert config.load_config(folder / "config.yaml") == cfg
+    folder = run_dir(cfg)
+    assert load_config(folder / "config.yaml") == cfg
     origins = (folder / "config_origins.txt").read_text()
     assert [line.split()[1:] for line in origins.splitlines() if line.startswith("optim.lr ")] == [
         ["0.5", "command", "line"]
@@ -211,7 +214,7 @@ def test_mode_config_prints_origins(dispatched: list[DictConfig], capsys: pytest
 
 
 def test_modes_name_functions_that_are_spelt_as_in_the_table() -> None:
-    for place in (*cli.MODES.values(), cli.DRY_RUN):
+    for place in (*process.MODES.values(), process.DRY_RUN):
         module, _, name = place.partition(":")
         assert module.startswith("vlm_train.") and name.isidentifier()
 
@@ -223,7 +226,7 @@ def test_run_takes_the_folders_config_and_this_command_lines_values(
     assert cli.main(["mode=eval", "run=runs/first", "batch.micro=3", "image=resize"]) == 0
     cfg = dispatched[-1]
     assert (cfg.mode, cfg.optim.lr, cfg.connector.depth, cfg.batch.micro) == ("eval", 0.5, 3, 3)
-    assert cfg.image.mode == "resize" and config.run_dir(cfg) == Path("runs/first").absolute()
+    assert cfg.image.mode == "resize" and run_dir(cfg) == Path("runs/first").absolute()
     assert "Did you mean connector.depth?" in fails("mode=eval", "run=runs/first", "connector.dept=3")
     assert "recipe: cannot be given with run=" in fails("mode=eval", "run=runs/first", STAGE)
     assert "runs/second/config.yaml does not exist" in fails("mode=eval", "run=runs/second")
@@ -277,7 +280,7 @@ def _lightnings_exit() -> None:
     ],
 )
 def test_interruptions_have_their_exit_codes(work: Callable[[], None], code: int, capsys) -> None:
-    assert cli.guarded(work) == code
+    assert process.guarded(work) == code
     assert capsys.readouterr().err.endswith("The same command resumes.\n")
 
 
@@ -290,7 +293,7 @@ def test_sigterm_is_an_interruption_where_nothing_else_handles_it(capsys: pytest
         finally:
             cleaned.append(1)
 
-    assert cli.guarded(work) == 143 and cleaned == [1]
+    assert process.guarded(work) == 143 and cleaned == [1]
     assert "SIGTERM. The same command resumes." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -299,14 +302,14 @@ def test_handlers_of_the_caller_stay() -> None:
     seen: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
-        assert cli.guarded(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0 and seen == [signal.SIGTERM]
+        assert process.guarded(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0 and seen == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def test_other_exits_are_left_alone() -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.guarded(lambda: sys.exit(3))
+        process.guarded(lambda: sys.exit(3))
     assert caught.value.code == 3
 
 
@@ -316,9 +319,9 @@ def test_trouble_with_data_and_disk_is_one_line(no_assets: None, capsys: pytest.
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and "taken" in text and "VLM_TRAIN_TRACEBACK=1" in text
     full = OSError(errno.ENOSPC, "No space left on device", "runs/x")
-    assert cli.guarded(lambda: _raise(full)) == 1
+    assert process.guarded(lambda: _raise(full)) == 1
     assert capsys.readouterr().err.startswith("OSError: runs/x: No space left on device.")
-    assert cli.guarded(lambda: _raise(DataError("data/x: shard 3 is cut off"))) == 1
+    assert process.guarded(lambda: _raise(DataError("data/x: shard 3 is cut off"))) == 1
     assert capsys.readouterr().err == "DataError: data/x: shard 3 is cut off\n"
 
 
@@ -328,10 +331,10 @@ def test_error_of_a_loader_worker_is_shown_without_its_traceback(capsys: pytest.
         '  File "/x/worker.py", line 1, in _worker_loop\n    data = fetcher.fetch(index)\n'
         "vlm_train.errors.BatchError: 3 placeholders, 4 features\nin shard 7\n"
     )
-    assert cli.guarded(lambda: _raise(BatchError(trace))) == 1
+    assert process.guarded(lambda: _raise(BatchError(trace))) == 1
     assert capsys.readouterr().err == "BatchError: 3 placeholders, 4 features\nin shard 7\n"
     config_trace = trace.replace("BatchError", "ConfigError")
-    assert cli.guarded(lambda: _raise(ConfigError(config_trace))) == 2
+    assert process.guarded(lambda: _raise(ConfigError(config_trace))) == 2
     assert capsys.readouterr().err.startswith("ConfigError: 3 placeholders")
 
 
@@ -361,7 +364,7 @@ def test_multirun_starts_each_job_as_a_child(
     monkeypatch.setattr(launch, "run_child", child)
     assert cli.main(["-m", STAGE, "optim.lr=0.5,0.25", "sweep_metric=val/loss"]) == 1
     assert [job.optim.lr for job in jobs] == [0.5, 0.25], "a failed job must not stop the others"
-    assert len({config.run_id(job) for job in jobs}) == 2 and dispatched == []
+    assert len({run_id(job) for job in jobs}) == 2 and dispatched == []
     assert "the first job failed" in capsys.readouterr().err
     assert {path.name for path in Path().iterdir()} == {"runs"}, "Hydra made a folder of its own"
 

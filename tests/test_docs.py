@@ -16,14 +16,14 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from tests import small_run
+from tests.support import small_run
 from vlm_train.build import build_evaluators
-from vlm_train.check import check
-from vlm_train.config import compose
+from vlm_train.check.check import check
+from vlm_train.config.compose import compose
+from vlm_train.config.schema import Root
+from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.dryrun.report import dry_run
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.run import validation_metrics
-from vlm_train.schema import Root
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import command, make_data
+from tests.support.small_run import command, make_data
 from vlm_train import cli
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.models.connectors.pool import PooledMLP

@@ -1,11 +1,12 @@
 """`python -m vlm_train`, and the script `vlm-train`."""
 
-from vlm_train import agent, cli
+from vlm_train import cli
+from vlm_train.runs import torchrun
 
 
 def main() -> None:
     """Run one command line and end the process with its exit code."""
-    agent.leave(cli.main)
+    torchrun.leave(cli.main)
 
 
 if __name__ == "__main__":

@@ -17,21 +17,21 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
+from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.given import GIVEN
+from vlm_train.contracts.layout import GridLayout, MediaLayout, NoMedia
 from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
-from vlm_train.data.layout import GridLayout, MediaLayout, NoMedia
 from vlm_train.data.processor import Processor
+from vlm_train.distributed import rank
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.launch import rank
+from vlm_train.models.adapters.lora import hits
 from vlm_train.models.layers.inserted_blocks import check_ownership
-from vlm_train.peft import hits
-from vlm_train.randomness import derive_seed
-from vlm_train.schema import MODEL_PARTS
+from vlm_train.seeds import derive_seed
 
 if TYPE_CHECKING:
     from vlm_train.data.datamodule import VLMData
@@ -308,5 +308,5 @@ def build_loggers(cfg: DictConfig, folder: Path) -> list[Any]:
 
 
 def build_strategy(node: DictConfig) -> Any:
-    """The strategy of a node that `vlm_train.trainer.make_strategy` has completed."""
+    """The strategy of a node that `vlm_train.training.trainer.make_strategy` has completed."""
     return make("strategy", node)

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.filters import Drop, Filter, check_range, outside, text_of
-from data_pipelines.raw.files import open_parquet, parquet_rows
-from data_pipelines.raw.records import JsonLines
+from data_pipelines.inputs.files import open_parquet, parquet_rows
+from data_pipelines.inputs.records import JsonLines
 from data_pipelines.sample import ROLES, Sample
 
 KEY = "key"

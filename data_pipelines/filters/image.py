@@ -9,8 +9,8 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.filters import Drop, Filter, check_range, outside
-from data_pipelines.media import FORMATS, check_pixels
-from data_pipelines.raw.files import needs
+from data_pipelines.inputs.files import needs
+from data_pipelines.media.limits import FORMATS, check_pixels
 from data_pipelines.sample import Sample
 
 BITS = 64  # of a perceptual hash

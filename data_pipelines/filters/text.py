@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.filters import Drop, Filter, check_range, check_roles, outside, text_of
-from data_pipelines.raw.files import needs
+from data_pipelines.inputs.files import needs
 from data_pipelines.sample import Sample
 
 SHINGLE = 3  # words

@@ -20,9 +20,9 @@ from itertools import chain
 from typing import Any, Protocol
 
 from data_pipelines.errors import BadSample
-from data_pipelines.raw.records import place, read_records
-from data_pipelines.raw.samples import Record, attempt
+from data_pipelines.inputs.records import place, read_records
 from data_pipelines.sample import Sample
+from data_pipelines.sources.common.samples import Record, attempt
 
 __all__ = ["PART_SIZE", "FileSource", "ListSource", "Record", "Source", "records"]
 

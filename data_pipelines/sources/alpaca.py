@@ -6,9 +6,9 @@ Source: github.com/tatsu-lab/stanford_alpaca, alpaca_data.json; its prompts are 
 from __future__ import annotations
 
 from data_pipelines.errors import BadSample
-from data_pipelines.raw.samples import check_choice, exchange, make_sample
 from data_pipelines.sample import Sample
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
 
 PROMPTS = ("stanford", "plain")
 WITH_INPUT = (

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.members import captioned
-from data_pipelines.raw.files import MediaFolder, read_json
-from data_pipelines.raw.samples import MALFORMED, check_choice, make_sample
+from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.sample import Sample
+from data_pipelines.shards.members import captioned
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.samples import MALFORMED, check_choice, make_sample
 
 CAPTIONS = ("all", "first")
 KARPATHY_SPLITS = ("train", "val", "test")

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_pipelines.raw.files import MediaFolder, read_list
-from data_pipelines.raw.questions import Annotated, Prompt, grouped, of_split, one_image, text, texts
-from data_pipelines.raw.samples import exchange
+from data_pipelines.inputs.files import MediaFolder, read_list
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.questions import Annotated, Prompt, grouped, of_split, one_image, text, texts
+from data_pipelines.sources.common.samples import exchange
 
 
 class DocVQA(ListSource):

@@ -9,10 +9,10 @@ import hashlib
 from typing import NamedTuple
 
 from data_pipelines.errors import DataError
-from data_pipelines.members import captioned
-from data_pipelines.raw.samples import check_choice, exchange, make_sample
 from data_pipelines.sample import Sample, Text
+from data_pipelines.shards.members import captioned
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
 
 SPLITS = ("train", "val", "trainval", "test")
 SHAPES = ("circle", "rectangle", "triangle")

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.raw.files import MediaFolder, read_json
-from data_pipelines.raw.questions import Annotated, Prompt, grouped, one_image, text
-from data_pipelines.raw.samples import check_choice, exchange
+from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.questions import Annotated, Prompt, grouped, one_image, text
+from data_pipelines.sources.common.samples import check_choice, exchange
 
 FIELDS = {"short": "answer", "full": "fullAnswer"}
 

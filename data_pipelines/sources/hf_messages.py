@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.raw.files import MediaFolder, needs, open_parquet, parquet_rows
-from data_pipelines.raw.samples import attempt
+from data_pipelines.inputs.files import MediaFolder, needs, open_parquet, parquet_rows
 from data_pipelines.sources import PART_SIZE, Record
+from data_pipelines.sources.common.samples import attempt
 from data_pipelines.sources.messages import sample
 
 COLUMNS = ("id", "messages", "conversations", "prompt", "chosen", "rejected", "images", "image", "videos", "video")

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media import MAX_BYTES
-from data_pipelines.members import ALLOWED, JSON, MEDIA, TEXT, captioned, check_end, extension, is_plain
-from data_pipelines.raw.files import find_files, open_parquet, parquet_rows, parse_json
-from data_pipelines.raw.samples import attempt, check_choice, make_sample
+from data_pipelines.inputs.files import find_files, open_parquet, parquet_rows, parse_json
+from data_pipelines.media.limits import MAX_BYTES
 from data_pipelines.sample import Sample
+from data_pipelines.shards.members import ALLOWED, JSON, MEDIA, TEXT, captioned, check_end, extension, is_plain
 from data_pipelines.sources import Record
+from data_pipelines.sources.common.samples import attempt, check_choice, make_sample
 
 FORMATS = ("webdataset", "parquet", "files")
 FAILED = ("bad", "drop")

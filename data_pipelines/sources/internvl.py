@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.raw.conversations import dialogue
-from data_pipelines.raw.files import MediaFolder, read_json
-from data_pipelines.raw.records import place, read_records
-from data_pipelines.raw.samples import make_sample
+from data_pipelines.inputs.files import MediaFolder, read_json
+from data_pipelines.inputs.records import place, read_records
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.conversations import dialogue
+from data_pipelines.sources.common.samples import make_sample
 
 
 class InternVL(ListSource):

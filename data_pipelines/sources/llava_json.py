@@ -12,11 +12,11 @@ from itertools import count
 from typing import Any
 
 from data_pipelines.errors import BadSample
-from data_pipelines.raw.conversations import IMAGE, Said, count_tags, said, tag_first, to_turn
-from data_pipelines.raw.files import MediaFolder
-from data_pipelines.raw.samples import Origin, check_choice, make_sample
+from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Sample, Turn
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.conversations import IMAGE, Said, count_tags, said, tag_first, to_turn
+from data_pipelines.sources.common.samples import Origin, check_choice, make_sample
 
 UNTAGGED = ("bad", "first", "drop")
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import DataError
-from data_pipelines.raw.files import MediaFolder, read_yaml
-from data_pipelines.raw.records import place, read_records
-from data_pipelines.raw.samples import check_choice
+from data_pipelines.inputs.files import MediaFolder, read_yaml
+from data_pipelines.inputs.records import place, read_records
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.samples import check_choice
 from data_pipelines.sources.llava_json import LlavaFormat
 
 STRATEGY = re.compile(r"(all)|(first|end|random):(\d+)(%?)")

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample
-from data_pipelines.raw.conversations import IMAGE, ROLES, VIDEO, to_turn
-from data_pipelines.raw.files import MediaFolder
-from data_pipelines.raw.samples import Origin, make_sample
+from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Media, Part, Sample, Text, Turn
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.conversations import IMAGE, ROLES, VIDEO, to_turn
+from data_pipelines.sources.common.samples import Origin, make_sample
 
 TAGS = {"image": IMAGE, "video": VIDEO}
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.members import check_end, is_plain
-from data_pipelines.raw.documents import document, readable
-from data_pipelines.raw.files import MediaFolder, find_files, parse_json
-from data_pipelines.raw.records import MAX_LINE
-from data_pipelines.raw.samples import Record, attempt, make_sample
+from data_pipelines.inputs.files import MediaFolder, find_files, parse_json
+from data_pipelines.inputs.records import MAX_LINE
+from data_pipelines.media.video import MAX_BYTES
 from data_pipelines.sample import Sample
-from data_pipelines.video import MAX_BYTES
+from data_pipelines.shards.members import check_end, is_plain
+from data_pipelines.sources.common.documents import document, readable
+from data_pipelines.sources.common.samples import Record, attempt, make_sample
 
 Read = Callable[[str], bytes]
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error)

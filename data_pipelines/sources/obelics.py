@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.raw.documents import document, readable
-from data_pipelines.raw.files import MediaFolder, find_files, open_parquet, parquet_rows
-from data_pipelines.raw.samples import Record, attempt, check_choice, make_sample
+from data_pipelines.inputs.files import MediaFolder, find_files, open_parquet, parquet_rows
 from data_pipelines.sample import Sample
+from data_pipelines.sources.common.documents import document, readable
+from data_pipelines.sources.common.samples import Record, attempt, check_choice, make_sample
 
 NAMING = ("sha256", "md5", "basename")
 EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp")

@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.raw.files import MediaFolder, read_json
-from data_pipelines.raw.questions import Annotated, Prompt, of_split, one_image, text, texts
-from data_pipelines.raw.samples import check_choice, exchange
+from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.questions import Annotated, Prompt, of_split, one_image, text, texts
+from data_pipelines.sources.common.samples import check_choice, exchange
 
 SPLITS = {"train": 1, "val": 2, "test": 3}
 

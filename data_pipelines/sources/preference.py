@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.raw.files import MediaFolder, parse_json
-from data_pipelines.raw.samples import exchange, make_sample
+from data_pipelines.inputs.files import MediaFolder, parse_json
 from data_pipelines.sample import Annotation, Sample, Text, Turn
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.samples import exchange, make_sample
 
 FIELDS = ("question", "chosen", "rejected")
 ORIGIN = ("ds_name", "origin_dataset", "origin_split", "idx", "image_path")

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from data_pipelines.errors import BadSample
-from data_pipelines.raw.conversations import said
-from data_pipelines.raw.files import MediaFolder
-from data_pipelines.raw.samples import make_sample
+from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text, Turn
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.conversations import said
+from data_pipelines.sources.common.samples import make_sample
 
 SCALE = 1000
 TOKEN = re.compile(r"(?:Picture \d+: )?<img>(?P<image>.*?)</img>\n?|<box>(?P<box>.*?)</box>", re.DOTALL)

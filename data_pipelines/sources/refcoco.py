@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import DataError
-from data_pipelines.media import image_item
-from data_pipelines.raw.files import MediaFolder, read_json
-from data_pipelines.raw.questions import Annotated, of_split, one_image, text, whole
-from data_pipelines.raw.regions import GROUNDING_PROMPT, REFERRING_PROMPT, RegionTask, box, check_size
-from data_pipelines.raw.samples import MALFORMED
+from data_pipelines.inputs.files import MediaFolder, read_json
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.questions import Annotated, of_split, one_image, text, whole
+from data_pipelines.sources.common.regions import GROUNDING_PROMPT, REFERRING_PROMPT, RegionTask, box, check_size
+from data_pipelines.sources.common.samples import MALFORMED
 
 CONVERT = (
     "python -c \"import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb'), encoding='latin1'), "

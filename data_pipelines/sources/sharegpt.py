@@ -8,10 +8,10 @@ a question without an answer at the end (github.com/lm-sys/FastChat, fastchat/tr
 from __future__ import annotations
 
 from data_pipelines.errors import BadSample
-from data_pipelines.raw.conversations import ROLES, Said, said
-from data_pipelines.raw.samples import make_sample
 from data_pipelines.sample import Annotation, Role, Sample, Text, Turn
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.conversations import ROLES, Said, said
+from data_pipelines.sources.common.samples import make_sample
 
 SPEAKERS: dict[str, Role] = {
     **ROLES,

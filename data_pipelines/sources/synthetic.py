@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from data_pipelines.errors import DataError
-from data_pipelines.members import captioned
-from data_pipelines.raw.documents import document
-from data_pipelines.raw.drawing import (
+from data_pipelines.inputs.files import needs
+from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
+from data_pipelines.shards.members import captioned
+from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.documents import document
+from data_pipelines.sources.common.drawing import (
     COLOURS,
     SHAPES,
     Dice,
@@ -19,10 +22,7 @@ from data_pipelines.raw.drawing import (
     scene,
     written,
 )
-from data_pipelines.raw.files import needs
-from data_pipelines.raw.samples import check_choice, exchange, make_sample
-from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
-from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
 
 TASKS = ("caption", "vqa", "count", "ocr", "box", "multi_image", "video", "preference", "interleaved", "text")
 SPLITS = ("train", "val", "test")

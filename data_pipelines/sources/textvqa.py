@@ -9,11 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.raw.files import MediaFolder, read_list
-from data_pipelines.raw.questions import ANSWERS, Annotated, Prompt, answered, grouped, of_split, one_image, text, texts
-from data_pipelines.raw.samples import check_choice
+from data_pipelines.inputs.files import MediaFolder, read_list
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.questions import (
+    ANSWERS,
+    Annotated,
+    Prompt,
+    answered,
+    grouped,
+    of_split,
+    one_image,
+    text,
+    texts,
+)
+from data_pipelines.sources.common.samples import check_choice
 
 
 class TextVQA(ListSource):

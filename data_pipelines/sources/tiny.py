@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 
 from data_pipelines.errors import DataError
-from data_pipelines.raw.drawing import COLOURS, Thing, encode_png, picture
-from data_pipelines.raw.samples import check_choice, exchange, make_sample
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.drawing import COLOURS, Thing, encode_png, picture
+from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
 
 SPLITS = ("train", "val", "test")
 SHAPES = ("circle", "rectangle", "triangle")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample
-from data_pipelines.members import captioned
-from data_pipelines.raw.conversations import dialogue
-from data_pipelines.raw.files import MediaFolder
-from data_pipelines.raw.records import place, read_records
-from data_pipelines.raw.samples import exchange, make_sample
+from data_pipelines.inputs.files import MediaFolder
+from data_pipelines.inputs.records import place, read_records
+from data_pipelines.media.video import DEMUXERS
 from data_pipelines.sample import Annotation, Sample
+from data_pipelines.shards.members import captioned
 from data_pipelines.sources import ListSource
-from data_pipelines.video import DEMUXERS
+from data_pipelines.sources.common.conversations import dialogue
+from data_pipelines.sources.common.samples import exchange, make_sample
 
 
 class VideoFolder(ListSource):

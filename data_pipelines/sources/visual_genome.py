@@ -12,13 +12,21 @@ from functools import partial
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.media import image_item
-from data_pipelines.raw.files import MediaFolder, read_list
-from data_pipelines.raw.questions import Annotated, Prompt, one_image, text, whole
-from data_pipelines.raw.regions import GROUNDING_PROMPT, REFERRING_PROMPT, TASKS, RegionTask, box, check_size, draw
-from data_pipelines.raw.samples import check_choice, exchange
+from data_pipelines.inputs.files import MediaFolder, read_list
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.questions import Annotated, Prompt, one_image, text, whole
+from data_pipelines.sources.common.regions import (
+    GROUNDING_PROMPT,
+    REFERRING_PROMPT,
+    TASKS,
+    RegionTask,
+    box,
+    check_size,
+    draw,
+)
+from data_pipelines.sources.common.samples import check_choice, exchange
 
 QA = "qa"
 

@@ -10,11 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.raw.files import MediaFolder, read_json, read_list
-from data_pipelines.raw.questions import ANSWERS, Annotated, Prompt, answered, grouped, one_image, text, whole
-from data_pipelines.raw.samples import check_choice, exchange
+from data_pipelines.inputs.files import MediaFolder, read_json, read_list
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
+from data_pipelines.sources.common.questions import (
+    ANSWERS,
+    Annotated,
+    Prompt,
+    answered,
+    grouped,
+    one_image,
+    text,
+    whole,
+)
+from data_pipelines.sources.common.samples import check_choice, exchange
 
 
 class VQA(ListSource):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.small_run import command, make_data, train
-from vlm_train.modules.base import VLMModule
+from tests.support.small_run import command, make_data, train
+from vlm_train.training.module import VLMModule
 
 WRITTEN = Path(__file__).parent / "written_by_lightning"
 

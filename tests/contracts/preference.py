@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Outputs, PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
-from vlm_train.data.batch import Batch
-from vlm_train.data.sources import sums_by_source
-from vlm_train.models.once import outputs_of
-from vlm_train.models.text_only import TextOnly
+from vlm_train.data.source_weights import sums_by_source
+from vlm_train.models.families.text_only import TextOnly
+from vlm_train.models.layers.once import outputs_of
 from vlm_train.objectives.lm import supervised_positions
 from vlm_train.objectives.per_sample import sum_by_segment
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.contracts.exchange import FILE
-from vlm_train import cli, config
+from vlm_train import cli
 from vlm_train.build import Built, build, build_exporters, build_importers
-from vlm_train.config import compose
+from vlm_train.config.compose import compose
+from vlm_train.config.folders import config_dir
 from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.run import choose_exporter, write_export
@@ -75,9 +76,9 @@ def test_a_folder_that_nobody_reads_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_options_are_what_they_are_called() -> None:
-    for path in (config.config_dir() / "exporter").glob("*.yaml"):
+    for path in (config_dir() / "exporter").glob("*.yaml"):
         assert all(isinstance(one, Exporter) for one in build_exporters(compose([f"exporter={path.stem}"])).values())
-    for path in (config.config_dir() / "importer").glob("*.yaml"):
+    for path in (config_dir() / "importer").glob("*.yaml"):
         assert all(isinstance(one, Importer) for one in build_importers(compose([f"importer={path.stem}"])).values())
     wrong = compose(["+exporter.mine._target_=tests.contracts.exchange.PlainImporter", "allow_targets=[tests.]"])
     with pytest.raises(ConfigError, match=r"exporter\.mine: PlainImporter is no Exporter: no write, verify\."):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny_models import assert_close
+from tests.support.tiny_models import assert_close
 from vlm_train.contracts.media import Features, Grid3, MediaInput, join_grids, map_grids
 from vlm_train.errors import BatchError
 

@@ -11,18 +11,18 @@ import torch
 
 from data_pipelines.sample import Annotation, Sample
 from tests.contracts.preference import Balance, Preference, Routed
-from tests.data.rendering import assistant, sample, user
-from tests.models.test_packed import PLANS, QA, TOKENIZER, tiny_model
-from tests.tiny_models import assert_close, llama_config, tiny_llm
+from tests.data.text.rendering import assistant, sample, user
+from tests.models.layers.test_packed import PLANS, QA, TOKENIZER, tiny_model
+from tests.support.tiny_models import assert_close, llama_config, tiny_llm
+from vlm_train.contracts.batch import Batch
+from vlm_train.contracts.layout import GridLayout, NoMedia
 from vlm_train.contracts.media import Grid3
 from vlm_train.contracts.objective import Objective, StepContext
-from vlm_train.data.batch import Batch
 from vlm_train.data.collate import Item, collate
 from vlm_train.data.images.plan import Views
-from vlm_train.data.layout import GridLayout, NoMedia
-from vlm_train.data.render import render
-from vlm_train.models.checkpointing import checkpoint_layers
-from vlm_train.models.once import outputs_of
+from vlm_train.data.text.render import render
+from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
+from vlm_train.models.layers.once import outputs_of
 from vlm_train.objectives.lm import LanguageModeling
 from vlm_train.objectives.per_sample import sum_by_segment
 from vlm_train.training.reference import frozen

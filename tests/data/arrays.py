@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from vlm_train.data import image
+from vlm_train.data.images import transform
 
 
-class ImageTransform(image.ImageTransform):
+class ImageTransform(transform.ImageTransform):
     """Gives `[V, 3, H, W]`."""
 
     def __call__(self, *arguments: Any, **options: Any) -> np.ndarray:  # type: ignore[override]

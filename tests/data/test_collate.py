@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from vlm_train.contracts.batch import IGNORE
+from vlm_train.contracts.layout import PLACEHOLDER_ID, Slot
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.batch import IGNORE
 from vlm_train.data.collate import Item, collate_prompts
 from vlm_train.data.collate import collate as collate_rows
-from vlm_train.data.image import ImageTransform
 from vlm_train.data.images.plan import Views
-from vlm_train.data.layout import PLACEHOLDER_ID, Slot
-from vlm_train.data.render import Rendered
-from vlm_train.data.streams import PlacedSlot, Stream
+from vlm_train.data.images.transform import ImageTransform
+from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.streams import PlacedSlot, Stream
 from vlm_train.errors import BatchError
 
 SIZE = (4, 6)

@@ -12,21 +12,21 @@ import torch
 
 from data_pipelines.errors import DataError
 from data_pipelines.index import index_folder
-from data_pipelines.media import image_item
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Sample
-from data_pipelines.shards import ShardWriter
-from tests.data.rendering import assistant, layout, load, user
-from tests.small_run import make_data, picture
-from vlm_train.data.batch import map_tensors
-from vlm_train.data.cost import Cost
+from data_pipelines.shards.tar_writer import ShardWriter
+from tests.data.text.rendering import assistant, layout, load, user
+from tests.support.small_run import make_data, picture
+from vlm_train.config.schema import BatchSize
+from vlm_train.contracts.batch import map_tensors
 from vlm_train.data.datamodule import VLMData
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.mixture import Address
-from vlm_train.data.parcel import Parcel
+from vlm_train.data.images.transform import ImageTransform
+from vlm_train.data.order.cost import Cost
+from vlm_train.data.order.mixture import Address
 from vlm_train.data.processor import Processor
-from vlm_train.data.tokenizer import byte_level
+from vlm_train.data.text.tokenizer import byte_level
+from vlm_train.data.worker_transfer import Parcel
 from vlm_train.errors import ConfigError
-from vlm_train.schema import BatchSize
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_workers_send_the_same_batches_in_few_tensors(root: Path) -> None:
 
 def test_large_tensors_travel_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
-    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
+    monkeypatch.setattr("vlm_train.data.worker_transfer.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
     packed = Parcel.of(window)
     assert packed.batches[0].media.inputs["vision"].values is window[0].media.inputs["vision"].values
     assert torch.equal(packed.unpack()[0].text["llm"].ids, window[0].text["llm"].ids)
@@ -240,7 +240,7 @@ def test_large_tensors_travel_alone(root: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_parcel_is_pinned_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
-    monkeypatch.setattr("vlm_train.data.parcel.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
+    monkeypatch.setattr("vlm_train.data.worker_transfer.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
     packed = Parcel.of(window)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     pinned = packed.pin_memory()

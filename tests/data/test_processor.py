@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.rendering import load
-from tests.small_run import make_data
-from vlm_train import config
+from tests.data.text.rendering import load
+from tests.support.small_run import make_data
 from vlm_train.build import build, build_data
-from vlm_train.data.batch import Batch
-from vlm_train.data.cost import Cost
+from vlm_train.config.compose import compose, tiny
+from vlm_train.contracts.batch import Batch
+from vlm_train.contracts.layout import NoMedia
 from vlm_train.data.datamodule import VLMData
-from vlm_train.data.layout import NoMedia
+from vlm_train.data.loader import WindowStream
+from vlm_train.data.order.cost import Cost
 from vlm_train.data.processor import Processor
-from vlm_train.data.tokenizer import byte_level
-from vlm_train.data.windows import WindowStream
+from vlm_train.data.text.tokenizer import byte_level
 
 RECORDED = {
     "llava15_stage2": {"llm": ([4, 235], "3d4b9d74ed13040d")},
@@ -36,7 +36,7 @@ RECORDED = {
 def data_of(recipe: str, root: Path) -> VLMData:
     """The data of a small recipe, in order."""
     options = ["data.shuffle=none", "batch.samples=4", "batch.micro=4", f"paths.data={make_data(root)}"]
-    cfg = config.compose([f"recipe={recipe}", "size=tiny", "init_from=[]", *options])
+    cfg = compose([f"recipe={recipe}", "size=tiny", "init_from=[]", *options])
     return build_data(cfg, build(cfg, meta=True).processor)
 
 
@@ -80,7 +80,7 @@ def test_a_spawned_process_makes_the_same_batch(tmp_path: Path) -> None:
 
 
 def test_a_pickled_processor_holds_no_weights() -> None:
-    processor = build(config.tiny("recipe=llava15_stage2", "init_from=[]")).processor
+    processor = build(tiny("recipe=llava15_stage2", "init_from=[]")).processor
     data = pickle.dumps(processor)
     assert b"torch" not in data and len(data) < 200_000
     again = pickle.loads(data)

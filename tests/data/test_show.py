@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.stream import ShardSet
-from tests.data.rendering import assistant, layout, load, sample, user
-from tests.small_run import make_data
-from vlm_train.data.image import ImageTransform
+from data_pipelines.shards.shard_set import ShardSet
+from tests.data.text.rendering import assistant, layout, load, sample, user
+from tests.support.small_run import make_data
+from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
-from vlm_train.data.render import render
 from vlm_train.data.show import format_tokens, learned_tokens, save_views, show_sample
-from vlm_train.data.tokenizer import byte_level
+from vlm_train.data.text.render import render
+from vlm_train.data.text.tokenizer import byte_level
 
 
 def test_marks_show_what_is_learned() -> None:

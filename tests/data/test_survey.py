@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.small_run import command, make_data
+from tests.support.small_run import command, make_data
 from vlm_train import cli
 from vlm_train.data.survey import describe
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipelines.media import image_item
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from data_pipelines.shards import ShardWriter
+from data_pipelines.shards.tar_writer import ShardWriter
 
 
 def _picture(number: int = 0, kind: str = "PNG", size: tuple[int, int] = (12, 8)) -> bytes:

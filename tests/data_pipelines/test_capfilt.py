@@ -7,13 +7,13 @@ import json
 import pytest
 
 from data_pipelines.capfilt import main, with_caption
-from data_pipelines.columns import COLUMNS, Columns, ColumnWriter, file_name
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.manifest import Manifest
-from data_pipelines.media import image_item
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from data_pipelines.shards import ShardWriter
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.columns import COLUMNS, Columns, ColumnWriter, file_name
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.shard_set import ShardSet
+from data_pipelines.shards.tar_writer import ShardWriter
 
 
 def captioned(key: str, *captions: str, blob: bytes, source: str = "web", **meta) -> tuple[Sample, list[bytes]]:

@@ -15,8 +15,8 @@ from data_pipelines.build import main as build
 from data_pipelines.cli import CONF
 from data_pipelines.index import main as index
 from data_pipelines.inspect import main as inspect
-from data_pipelines.manifest import Manifest
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.shard_set import ShardSet
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +151,8 @@ def test_the_package_names_its_commands(capsys):
 
 def test_large_pictures_are_no_warnings():
     code = (
-        "import io, sys; from PIL import Image; from data_pipelines.media import read_header; file = io.BytesIO();"
+        "import io, sys; from PIL import Image; from data_pipelines.media.limits import read_header;"
+        "file = io.BytesIO();"
         "Image.new('1', (12000, 12000)).save(file, 'PNG'); read_header(file.getvalue(), max_pixels=10**9)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -16,12 +16,12 @@ from data_pipelines.filter import main as filter_command
 from data_pipelines.filters.common import Duplicates, Scores
 from data_pipelines.filters.image import AspectRatio, Corrupt, ImageSize, SimilarImages
 from data_pipelines.filters.text import Language, SimilarTexts, TextLength
-from data_pipelines.manifest import Manifest
-from data_pipelines.media import image_item
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Sample, Text, Turn
-from data_pipelines.shards import ShardWriter
-from data_pipelines.stats import Stats
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.shard_set import ShardSet
+from data_pipelines.shards.stats import Stats
+from data_pipelines.shards.tar_writer import ShardWriter
 
 FOX = "The quick brown fox jumps over the lazy dog and then runs away into the dark forest behind the old house"
 GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund und läuft dann in den dunklen Wald hinter dem Haus"

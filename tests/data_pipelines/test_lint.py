@@ -11,7 +11,7 @@ from data_pipelines.index import index_folder
 from data_pipelines.lint import main as lint
 from data_pipelines.lint import problems, sample_problems
 from data_pipelines.sample import Annotation, Box, Media, Text, Turn
-from data_pipelines.shards import ShardWriter
+from data_pipelines.shards.tar_writer import ShardWriter
 
 ANSWER = Turn(role="assistant", parts=(Text(text="yes"),))
 

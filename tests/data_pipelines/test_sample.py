@@ -10,8 +10,8 @@ import pytest
 from data_pipelines.build import QUARANTINE, write
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Text, Turn
+from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.sources.messages import Messages
-from data_pipelines.stream import ShardSet
 
 LONE = json.loads('"\\ud800"')
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vlm_train import config
 from vlm_train.build import build_model
+from vlm_train.config.compose import compose
 from vlm_train.dryrun import advice
 from vlm_train.dryrun.advice import Advice, advise, configured
 from vlm_train.dryrun.memory import GIB, NF4
@@ -20,7 +20,7 @@ Planned = tuple[DictConfig, Plan]
 
 
 def planned(*overrides: str) -> Planned:
-    cfg, _ = without_assets(config.compose(["dry_run=true", *overrides]))
+    cfg, _ = without_assets(compose(["dry_run=true", *overrides]))
     return cfg, make_plan(cfg, build_model(cfg, meta=True))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlm_train import config
+from vlm_train.config.compose import tiny
 from vlm_train.dryrun.memory import (
     ALLGATHER_BUCKET,
     GIB,
@@ -161,7 +161,7 @@ def test_plain_training_holds_what_is_predicted() -> None:
 
 def test_the_columns_add_up_and_say_what_the_device_is(capsys: pytest.CaptureFixture[str]) -> None:
     for accelerator, device, runtime in (("cpu", "process", RUNTIME_CPU), ("gpu", "GPU", RUNTIME)):
-        plan = dry_run(config.tiny("recipe=llava15_stage2", "dry_run=true", f"trainer.accelerator={accelerator}"))
+        plan = dry_run(tiny("recipe=llava15_stage2", "dry_run=true", f"trainer.accelerator={accelerator}"))
         printed = capsys.readouterr().out
         header = next(line for line in printed.splitlines() if line.startswith("GiB a "))
         names = header.removeprefix(f"GiB a {device}").split()

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from vlm_train import config
+from vlm_train.config.compose import compose
 from vlm_train.dryrun.report import without_assets
 from vlm_train.dryrun.twin import round_trip, small
 from vlm_train.errors import CheckpointError
 
 
 def recipe(name: str) -> Any:
-    return without_assets(config.compose(["dry_run=true", f"recipe={name}"]))[0]
+    return without_assets(compose(["dry_run=true", f"recipe={name}"]))[0]
 
 
 @pytest.mark.parametrize("name", ["llava15_stage1", "llava15_lora", "easyvqa_clip"])
@@ -24,7 +24,7 @@ def test_every_tensor_comes_back(name: str) -> None:
 
 def test_every_tensor_of_an_encoder_decoder_comes_back() -> None:
     overrides = ["recipe=llava15_stage1", "model=prefix_seq2seq", "llm=flant5_xl"]
-    cfg = without_assets(config.compose(["dry_run=true", *overrides]))[0]
+    cfg = without_assets(compose(["dry_run=true", *overrides]))[0]
     assert (small(cfg).llm.config.d_model, "hidden_size" in small(cfg).llm.config) == (64, False)
     assert round_trip(cfg) > 100
 

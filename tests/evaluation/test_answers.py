@@ -14,11 +14,11 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import GridLayout
+from vlm_train.contracts.layout import GridLayout
+from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
-from vlm_train.data.template import ChatTemplate
-from vlm_train.data.tokenizer import byte_level
+from vlm_train.data.text.template import ChatTemplate
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation import answers
 from vlm_train.evaluation.answers import QuestionAnswering
@@ -27,7 +27,7 @@ from vlm_train.evaluation.generate import Answer
 from vlm_train.evaluation.metrics.character_error_rate import CharacterErrorRate
 from vlm_train.evaluation.metrics.exact_match import ExactMatch
 from vlm_train.evaluation.predictions import pictured
-from vlm_train.models.connectors.mlp import same_grid
+from vlm_train.models.connectors.grids import same_grid
 
 unreadable: set[int] = set()
 broken: set[int] = set()

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipelines.media import image_item
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Turn
-from data_pipelines.shards import ShardWriter
-from tests.data.rendering import assistant, load
-from tests.small_run import picture
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import NoMedia
+from data_pipelines.shards.tar_writer import ShardWriter
+from tests.data.text.rendering import assistant, load
+from tests.support.small_run import picture
+from vlm_train.contracts.layout import NoMedia
+from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
-from vlm_train.data.tokenizer import byte_level
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.retrieval import CaptionRetrieval, image_chance, recalls
 

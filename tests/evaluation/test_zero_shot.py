@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines.media import image_item
-from data_pipelines.members import captioned
+from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Sample
-from data_pipelines.shards import ShardWriter
-from tests.data.rendering import load
-from vlm_train.check_model import check_evaluators
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import NoMedia
+from data_pipelines.shards.members import captioned
+from data_pipelines.shards.tar_writer import ShardWriter
+from tests.data.text.rendering import load
+from vlm_train.check.model import check_evaluators
+from vlm_train.contracts.layout import NoMedia
+from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
-from vlm_train.data.tokenizer import byte_level
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.zero_shot import ZeroShot, class_of
 

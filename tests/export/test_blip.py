@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BlipForConditionalGeneration
 
-from tests.data.rendering import load
-from tests.models.test_blip import batch, blip, pixels_of, tower
-from tests.tiny_models import assert_close
-from vlm_train.data.layout import NoMedia
+from tests.data.text.rendering import load
+from tests.models.families.test_blip import batch, blip, pixels_of, tower
+from tests.support.tiny_models import assert_close
+from vlm_train.contracts.layout import NoMedia
 from vlm_train.data.processor import Processor
-from vlm_train.data.tokenizer import words
+from vlm_train.data.text.tokenizer import words
 from vlm_train.errors import AssetError
 from vlm_train.export.blip import BlipExporter, find_problems, verify_blip, write_blip
 from vlm_train.export.run import write_export

@@ -13,19 +13,19 @@ from transformers import (
     InstructBlipForConditionalGeneration,
 )
 
-from tests.models.test_instruct import model as instructed
-from tests.models.test_qformer import QUERIES, tiny_aligner, tiny_connector, tiny_vision
-from tests.models.test_seq2seq import tiny_t5
-from tests.tiny_models import assert_close, batch_of, text_stream
-from tests.tiny_models import tiny_vision as clip_vision
-from vlm_train.data.layout import PLACEHOLDER_ID
-from vlm_train.data.tokenizer import byte_level
+from tests.models.families.test_instructblip import model as instructed
+from tests.models.families.test_prefix_seq2seq import tiny_t5
+from tests.models.layers.test_qformer import QUERIES, tiny_aligner, tiny_connector, tiny_vision
+from tests.support.tiny_models import assert_close, batch_of, text_stream
+from tests.support.tiny_models import tiny_vision as clip_vision
+from vlm_train.contracts.layout import PLACEHOLDER_ID
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import AssetError
 from vlm_train.export.blip2 import find_problems, verify_blip2, write_blip2
-from vlm_train.models.instruct import InstructSeq2Seq
+from vlm_train.models.families.instructblip import InstructSeq2Seq
+from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
+from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
-from vlm_train.models.prefix import PrefixVLM
-from vlm_train.models.seq2seq import PrefixSeq2Seq
 
 TEXT = {"ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 

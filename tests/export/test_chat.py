@@ -12,18 +12,18 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from data_pipelines.sample import Media, Text, Turn
-from tests.data.rendering import NAMES, assistant, load, sample, user
-from tests.tiny_models import tiny_vision
+from tests.data.text.rendering import NAMES, assistant, load, sample, user
+from tests.support.tiny_models import tiny_vision
+from vlm_train.contracts.layout import PLACEHOLDER_ID, GridLayout, MediaSize
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.layout import PLACEHOLDER_ID, GridLayout, MediaSize
 from vlm_train.data.processor import Processor
-from vlm_train.data.render import render
-from vlm_train.data.template import ChatTemplate
-from vlm_train.data.tokenizer import byte_level, words
+from vlm_train.data.text.render import render
+from vlm_train.data.text.template import ChatTemplate
+from vlm_train.data.text.tokenizer import byte_level, words
 from vlm_train.errors import ConfigError
 from vlm_train.export.chat import add_chat_template
 from vlm_train.export.llava import IMAGE_TOKEN, make_processor
-from vlm_train.models.connectors.mlp import same_grid
+from vlm_train.models.connectors.grids import same_grid
 
 CHATS = [name for name in NAMES if name not in ("caption", "caption_bert")]  # which place no image
 

@@ -8,7 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     IMAGE,
     assert_close,
     batch_of,
@@ -19,15 +19,15 @@ from tests.tiny_models import (
     tiny_vision,
     tiny_vlm,
 )
-from vlm_train.data.layout import PLACEHOLDER_ID
+from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.errors import AssetError
 from vlm_train.export.llava import find_problems, verify_llava, write_llava
 from vlm_train.export.llava_import import import_llava
+from vlm_train.models.adapters.lora import lora
+from vlm_train.models.adapters.quantize import quantise
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
-from vlm_train.models.prefix import PrefixVLM
-from vlm_train.peft import lora
-from vlm_train.quantise import quantise
+from vlm_train.models.families.prefix_vlm import PrefixVLM
 
 
 def tokenizer_of(size: int) -> PreTrainedTokenizerFast:

@@ -9,19 +9,19 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from tests.data.rendering import load
-from tests.tiny_models import tiny_llm, tiny_vision
-from vlm_train import config
+from tests.data.text.rendering import load
+from tests.support.tiny_models import tiny_llm, tiny_vision
 from vlm_train.build import build, build_exporters
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import GridLayout
+from vlm_train.config.compose import compose
+from vlm_train.contracts.layout import GridLayout
+from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
-from vlm_train.data.tokenizer import byte_level
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import AssetError
 from vlm_train.export.llava import LlavaExporter
 from vlm_train.export.run import replacing, write_export
 from vlm_train.models.connectors.mlp import MLP
-from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.families.prefix_vlm import PrefixVLM
 
 LLAVA = {"llava": LlavaExporter()}
 
@@ -54,7 +54,7 @@ def test_export_carries_the_template_of_training(tmp_path: Path, capsys: pytest.
 def test_models_with_a_q_former_are_exported_from_their_runs(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = build(config.compose([f"recipe={recipe}", "size=tiny", "init_from=[]"]))
+    made = build(compose([f"recipe={recipe}", "size=tiny", "init_from=[]"]))
     processor = AutoProcessor.from_pretrained(write_export(made, tmp_path, build_exporters(made.cfg)))
     assert "(blip2); what it computes equals the run's; it has no chat template: " in capsys.readouterr().out
     assert processor.num_query_tokens == 4

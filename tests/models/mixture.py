@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Family
+from vlm_train.contracts.layout import MediaLayout, MediaSize, Piece, Slot
 from vlm_train.contracts.media import Features, Grid3
-from vlm_train.data.batch import Batch
 from vlm_train.data.images.plan import ImagePlan
-from vlm_train.data.layout import MediaLayout, MediaSize, Piece, Slot
-from vlm_train.models.merge import check_slots, merge
-from vlm_train.models.text_only import decode_stream
+from vlm_train.models.families.text_only import decode_stream
+from vlm_train.models.layers.merge import check_slots, merge
 
 
 @dataclass(frozen=True)

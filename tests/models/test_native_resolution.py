@@ -12,25 +12,25 @@ import torch
 from PIL import Image
 
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
-from tests.data.rendering import load
-from tests.native import NativeViT
-from tests.tiny_models import assert_close, llama_config, tiny_llm
+from tests.data.text.rendering import load
+from tests.support.native import NativeViT
+from tests.support.tiny_models import assert_close, llama_config, tiny_llm
 from vlm_train.build import build_layout
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.media import Features
 from vlm_train.contracts.objective import StepContext
-from vlm_train.data.batch import Batch
 from vlm_train.data.collate import Item, collate
 from vlm_train.data.images.native import NativeResolution
 from vlm_train.data.processor import Processor
-from vlm_train.data.tokenizer import byte_level
-from vlm_train.dryrun.trace import meta_batch, visual_tokens
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import BatchError
 from vlm_train.models.connectors.concat import ConcatLinear
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.connectors.qformer import QFormerConnector
-from vlm_train.models.prefix import PrefixVLM
+from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.objectives.lm import LanguageModeling
+from vlm_train.training.trace import meta_batch, visual_tokens
 
 SIZES = [(64, 32), (32, 32), (40, 84), (64, 32)]
 CONNECTORS = {

@@ -1,4 +1,4 @@
-"""Every shipped vision encoder, connector and language model keeps the contract of `vlm_train.models.parts`."""
+"""Every shipped vision encoder, connector and language model keeps the contract of `vlm_train.contracts.parts`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import hydra
 import pytest
 import torch
 
-from tests.components import component, options
-from tests.tiny_models import assert_close, text_stream
+from tests.support.components import component, options
+from tests.support.tiny_models import assert_close, text_stream
 from vlm_train.build import build_layout
+from vlm_train.contracts.layout import GridLayout, MediaSize
 from vlm_train.contracts.media import Features, Grid3
-from vlm_train.data.image import ImageTransform
-from vlm_train.data.layout import GridLayout, MediaSize
+from vlm_train.data.images.transform import ImageTransform
+from vlm_train.models.llms.blip_text import START_TOKENS, Med
 from vlm_train.models.llms.text_tower import HFTextTower
-from vlm_train.models.med import START_TOKENS, Med
 from vlm_train.models.vision.example import blank_input
 
 WIDTH = 6  # of the features; those of 3 layers, where a connector reads several

@@ -12,15 +12,17 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from tests.small_run import make_data, picture
-from vlm_train import config
+from tests.support.small_run import make_data, picture
 from vlm_train.build import build
-from vlm_train.check import check
-from vlm_train.data.layout import MediaSize
+from vlm_train.check.check import check
+from vlm_train.config import compose as config_compose
+from vlm_train.config.run_file import save_config
+from vlm_train.config.run_identity import run_dir
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.dryrun.report import dry_run
 from vlm_train.errors import ConfigError
-from vlm_train.fit import fit
 from vlm_train.runs.folder import RunFolder
+from vlm_train.training.fit import fit
 
 RECIPE = """# @package _global_
 defaults:
@@ -61,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(folder: Path, *overrides: str, runs: str = "runs") -> Any:
     where = [f"paths.data={folder / 'data'}", f"paths.runs={folder / runs}", "run_name=two"]
-    cfg = config.compose(["recipe=two_encoders", *SMALL, *STEPS, *where, *overrides], [folder])
+    cfg = config_compose.compose(["recipe=two_encoders", *SMALL, *STEPS, *where, *overrides], [folder])
     check(cfg, need_assets=False)
     return cfg
 
@@ -86,8 +88,8 @@ def test_an_encoder_does_not_change_with_its_neighbours(folder: Path) -> None:
 
 
 def fit_run(cfg: Any) -> Path:
-    folder = config.run_dir(cfg)
-    config.save_config(cfg, RunFolder(folder).config)
+    folder = run_dir(cfg)
+    save_config(cfg, RunFolder(folder).config)
     fit(cfg)
     return folder
 
@@ -138,6 +140,6 @@ def test_a_connector_of_one_encoder_behind_two_is_refused(folder: Path) -> None:
 
 
 def test_a_family_has_to_say_where_several_encoders_stand(folder: Path) -> None:
-    more = ["model._target_=vlm_train.models.prefix.PrefixVLM"]
+    more = ["model._target_=vlm_train.models.families.prefix_vlm.PrefixVLM"]
     with pytest.raises(ConfigError, match="several vision encoders: clip, siglip"):
         build(compose(folder, *more))

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny_models import assert_close, batch_of, text_stream, tiny_llm, tiny_vision, with_views
+from tests.support.tiny_models import assert_close, batch_of, text_stream, tiny_llm, tiny_vision, with_views
+from vlm_train.contracts.batch import Batch, MediaBatch
 from vlm_train.contracts.media import MediaInput
 from vlm_train.contracts.objective import StepContext
-from vlm_train.data.batch import Batch, MediaBatch
 from vlm_train.data.collate import collate
-from vlm_train.data.image import ImageTransform
+from vlm_train.data.images.transform import ImageTransform
 from vlm_train.errors import BatchError
-from vlm_train.models.two_tower import TwoTower
+from vlm_train.models.families.two_tower import TwoTower
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.pairs import caption_hashes
 

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.test_qformer import QUERIES, pairs, tiny_aligner
-from tests.tiny_models import assert_close
-from tests.two_ranks import on_ranks
+from tests.models.layers.test_qformer import QUERIES, pairs, tiny_aligner
+from tests.support.tiny_models import assert_close
+from tests.support.two_ranks import on_ranks
+from vlm_train.contracts.batch import Batch, Window
 from vlm_train.contracts.objective import Loss, StepContext
-from vlm_train.data.batch import Batch, Window
 from vlm_train.data.collate import collate
-from vlm_train.data.image import ImageTransform
-from vlm_train.models.align import Aligner
+from vlm_train.data.images.transform import ImageTransform
+from vlm_train.models.families.blip2_qformer import Aligner
 from vlm_train.objectives.itc import ITC
 from vlm_train.objectives.itm import ITM
 from vlm_train.objectives.lm import LanguageModeling

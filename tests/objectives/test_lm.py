@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vlm
+from tests.support.tiny_models import IMAGE, assert_close, batch_of, text_stream, tiny_vlm
+from vlm_train.contracts.batch import IGNORE
 from vlm_train.contracts.objective import StepContext
-from vlm_train.data.batch import IGNORE
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.lm import LanguageModeling
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import ranks
 from tests.objectives.test_contrastive import captions, two_tower
-from tests.tiny_models import assert_close
+from tests.support import ranks
+from tests.support.tiny_models import assert_close
 from vlm_train.contracts.objective import StepContext
-from vlm_train.models.two_tower import TwoTower
-from vlm_train.modules.gather import gather_for
+from vlm_train.models.families.two_tower import TwoTower
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.sigmoid import Sigmoid
+from vlm_train.training.gather import gather_for
 
 OBJECTIVES = {
     "contrastive": Contrastive(),

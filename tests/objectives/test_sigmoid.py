@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from tests.models.test_text_tower import ROWS, siglip
+from tests.models.llms.test_text_tower import ROWS, siglip
 from tests.objectives.test_contrastive import TwoRanks, captions, two_tower
-from tests.tiny_models import assert_close, batch_of, text_stream
+from tests.support.tiny_models import assert_close, batch_of, text_stream
 from vlm_train.contracts.objective import StepContext
 from vlm_train.data.collate import collate
-from vlm_train.data.image import ImageTransform
+from vlm_train.data.images.transform import ImageTransform
 from vlm_train.errors import ConfigError
-from vlm_train.models.two_tower import TwoTower
+from vlm_train.models.families.two_tower import TwoTower
 from vlm_train.objectives.pairs import caption_hashes
 from vlm_train.objectives.sigmoid import Sigmoid
 

@@ -13,7 +13,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
 from vlm_train.report.charts import controls_of, loss_chart, plotly_script, score_chart, short_names, thin
-from vlm_train.report.page import MAX_IMAGES, choose, data_uri, duration, key_settings, render
+from vlm_train.report.page import MAX_IMAGES, choose, data_uri, key_settings, render
 from vlm_train.report.read import (
     Point,
     Prediction,
@@ -24,6 +24,7 @@ from vlm_train.report.read import (
     read_tried,
 )
 from vlm_train.report.results import Result, read_metrics
+from vlm_train.runs.sweep.summary import duration
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 

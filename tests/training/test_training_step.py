@@ -10,11 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from tests.small_run import command, make_data, train
-from vlm_train import trainer
-from vlm_train.callbacks.loop import AfterStep, Checkpoints
-from vlm_train.modules.base import VLMModule
-from vlm_train.modules.guard import SCALE
+from tests.support.small_run import command, make_data, train
+from vlm_train.training import trainer
+from vlm_train.training.callbacks.loop import AfterStep, Checkpoints
+from vlm_train.training.guard import SCALE
+from vlm_train.training.module import VLMModule
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_fp16_skips_the_update_whose_gradients_overflow(
 
     monkeypatch.setattr(VLMModule, "objects_to", objects_to)
     monkeypatch.setattr(AfterStep, "on_train_batch_end", on_train_batch_end)
-    monkeypatch.setattr("vlm_train.fit._guard", lambda cfg, folder: _scaled_guard(folder))
+    monkeypatch.setattr("vlm_train.training.fit._guard", lambda cfg, folder: _scaled_guard(folder))
     train(command(data, tmp_path, "batch.micro=4", "trainer.max_steps=40", "trainer.save_every=null"))
     skipped = [reason for reason in reasons if reason is not None]
     assert skipped and set(skipped) == {SCALE} and reasons[: len(skipped)] == skipped
@@ -95,6 +95,6 @@ def test_fp16_skips_the_update_whose_gradients_overflow(
 
 
 def _scaled_guard(folder: Path) -> Any:
-    from vlm_train.modules.guard import Guard
+    from vlm_train.training.guard import Guard
 
     return Guard(folder, scaled=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_train import record
+from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 
 

@@ -10,7 +10,7 @@ import torch
 from vlm_train.checkpoint.generators import rng_state, set_rng_state
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.state import restore_pieces
-from vlm_train.modules.gather import of_all_ranks
+from vlm_train.distributed import of_all_ranks
 
 
 def collect_run_state(trainer: Any) -> bytes:

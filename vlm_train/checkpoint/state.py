@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vlm_train.checkpoint.files import WEIGHTS
+from vlm_train.checkpoint.pieces import WEIGHT, Piece
 from vlm_train.errors import CheckpointError
-from vlm_train.strategies.state import WEIGHT, Piece
 
 _KEY = re.compile(r"(.+)\|([^|]+)\|(\d+)")
 

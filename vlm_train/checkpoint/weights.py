@@ -25,8 +25,8 @@ from vlm_train.checkpoint.files import (
 )
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.errors import CheckpointError
-from vlm_train.peft import base_names
-from vlm_train.quantise import assign, full_shape
+from vlm_train.models.adapters.lora import base_names
+from vlm_train.models.adapters.quantize import assign, full_shape
 from vlm_train.runs.folder import RunFolder
 
 

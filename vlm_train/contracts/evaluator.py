@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vlm_train.data.processor import Processor
+from vlm_train.evaluation.run import every_metric
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlm_train.data.processor import Processor
 
 
 @dataclass(frozen=True)
@@ -115,3 +121,8 @@ class TextMetric(Protocol):
             predictions: one text a question, at least one question.
             references: the texts that count as right, one or more a question.
         """
+
+
+def validation_metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
+    """`<evaluator>/<metric>` -> whether higher is better, of those that run at validations."""
+    return every_metric({name: one for name, one in evaluators.items() if one.at_validation})

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from vlm_train.contracts.batch import Batch, MediaBatch, TokenStream
+from vlm_train.contracts.layout import MediaLayout
 from vlm_train.contracts.model_parts import find_parts
-from vlm_train.data.batch import Batch, MediaBatch, TokenStream
-from vlm_train.data.layout import MediaLayout
-from vlm_train.data.streams import CAUSAL, Alignment
+from vlm_train.contracts.streams import CAUSAL, Alignment
 
 
 class Family(nn.Module):

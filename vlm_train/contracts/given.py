@@ -5,7 +5,7 @@ A configuration need not name these arguments, and a component takes those that 
 
 from __future__ import annotations
 
-from vlm_train.schema import MODEL_PARTS
+from vlm_train.config.schema import MODEL_PARTS
 
 GIVEN: dict[str, frozenset[str]] = {
     "model": frozenset(MODEL_PARTS),

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from vlm_train.data.batch import Batch
+from vlm_train.contracts.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rendered samples -> `Batch`. Padding to the right for training, to the left for generation.
 
 Normalisation (`batch.normalise`) becomes per-target weights here: the loss is always sum(weight x nll) / sum(weight).
-`source` needs the sums of all ranks, so `vlm_train.data.sources` multiplies its weights later.
+`source` needs the sums of all ranks, so `vlm_train.data.source_weights` multiplies its weights later.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from vlm_train.contracts.batch import (
+    IGNORE,
+    Batch,
+    MediaBatch,
+    PackedSequences,
+    Slots,
+    TokenStream,
+    Window,
+    pack_sequences,
+)
+from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.contracts.media import MediaInput
-from vlm_train.data.batch import IGNORE, Batch, MediaBatch, PackedSequences, Slots, TokenStream, Window, pack_sequences
 from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
-from vlm_train.data.layout import PLACEHOLDER_ID
-from vlm_train.data.render import Rendered
-from vlm_train.data.streams import Stream
+from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.streams import Stream
 from vlm_train.errors import BatchError
 
 

@@ -1,6 +1,6 @@
 """Shards -> windows of micro-batches -> the trainer, resumable at any optimizer step.
 
-The only state is the number of finished optimizer steps (`vlm_train.data.windows`, `vlm_train.data.order`).
+The only state is the number of finished optimizer steps (`vlm_train.data.loader`, `vlm_train.data.order.sample_plan`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from data_pipelines.remote import CACHE_BYTES
-from vlm_train.data.budget import Place, TokenPlan
-from vlm_train.data.cost import Cost
-from vlm_train.data.lengths import fingerprint
-from vlm_train.data.mixture import Mixture
-from vlm_train.data.order import Packing, Plan, SamplePlan, Sizes
+from data_pipelines.shards.remote import CACHE_BYTES
+from vlm_train.config.schema import BatchSize
+from vlm_train.data.dataset import Samples
+from vlm_train.data.loader import MicroBatches, ValidationStream, WindowStream
+from vlm_train.data.order.cost import Cost
+from vlm_train.data.order.lengths import fingerprint
+from vlm_train.data.order.mixture import Mixture
+from vlm_train.data.order.sample_plan import Packing, Plan, SamplePlan, Sizes
+from vlm_train.data.order.token_plan import Place, TokenPlan
 from vlm_train.data.processor import Processor
-from vlm_train.data.samples import Samples
-from vlm_train.data.windows import MicroBatches, ValidationStream, WindowStream
-from vlm_train.errors import ConfigError
-from vlm_train.randomness import derive_seed
-from vlm_train.schema import BatchSize
-from vlm_train.stopping import STOPPING
+from vlm_train.errors import STOPPING, ConfigError
+from vlm_train.seeds import derive_seed
 
 
 class VLMData(pl.LightningDataModule):
@@ -37,21 +36,22 @@ class VLMData(pl.LightningDataModule):
 
     Args:
         train, val: shard sets, `{shards: folder, name, limit, loss_weight}` and, for train, how each takes part in the
-            mixture: `repeat`, `weight`, `share` (`vlm_train.data.mixture.Share`), and `samples`, its published size,
-            which only a dry run reads.
-        mixture, temperature, shuffle, window, pool: the order, see `vlm_train.data.mixture.Mixture` (its blocks are
-            `window` draws).
-        group: modality | length | modality_length | null, see `vlm_train.data.order.SamplePlan`.
+            mixture: `repeat`, `weight`, `share` (`vlm_train.data.order.mixture.Share`), and `samples`, its published
+            size, which only a dry run reads.
+        mixture, temperature, shuffle, window, pool: the order, see `vlm_train.data.order.mixture.Mixture` (its blocks
+            are `window` draws).
+        group: modality | length | modality_length | null, see `vlm_train.data.order.sample_plan.SamplePlan`.
         pack: tokens of a packed row; null: one sample a row. pack_patches: patches of images of one at most.
         cache: folder of measured lengths, which packing and grouping by length need.
         shard_cache, shard_cache_bytes: where remote shards (s3, gs, https) are kept, and how much of them; null:
             $VLM_TRAIN_CACHE or ~/.cache/vlm_train/shards.
         val_share: share of every train source held out at its end when `val` is empty.
-        annotations: dialogue | independent | first | drawn, see `vlm_train.data.render`.
+        annotations: dialogue | independent | first | drawn, see `vlm_train.data.text.render`.
         max_length: tokens of a sample, image tokens included; over_length: truncate | drop | split (whole turns, as
             samples of their own) | error.
         rejected: also the stream "rejected", for preference objectives.
-        prefix_split: of encoder-decoders: the first words of an answer end the prompt (`vlm_train.data.prefix`).
+        prefix_split: of encoder-decoders: the first words of an answer end the prompt
+            (`vlm_train.data.text.prefix_lm`).
         limit, val_limit: use the first samples of every source only.
         workers, prefetch: loader processes, and windows each keeps ready.
         processor, batch, seed: given by `build.py`: the run's processor, and its `batch`. `plan` is set by `fit`.

@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any
 
 from data_pipelines.sample import Sample
+from vlm_train.contracts.layout import MediaLayout
+from vlm_train.contracts.streams import CAUSAL, Alignment
 from vlm_train.data.images.plan import ImagePlan, MediaViews, make_views
-from vlm_train.data.instruction import Instruction
-from vlm_train.data.layout import MediaLayout
-from vlm_train.data.render import Rendered, render
-from vlm_train.data.streams import CAUSAL, Alignment
-from vlm_train.data.template import Template
+from vlm_train.data.text.instruction import Instruction
+from vlm_train.data.text.render import Rendered, render
+from vlm_train.data.text.template import Template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class Processor:
     max_length: int | None = None
 
     def render(self, sample: Sample, **options: Any) -> Rendered:
-        """The token streams of a sample; `options` are those of `vlm_train.data.render.render`, which says what they
+        """The token streams of a sample; `options` are those of `vlm_train.data.text.render.render`, which says what
+        they
         mean and what is raised."""
         return render(
             sample,

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.contracts.streams import QFORMER
+from vlm_train.data.dataset import draws_of
 from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.processor import Processor
-from vlm_train.data.render import Rendered
-from vlm_train.data.samples import draws_of
-from vlm_train.data.streams import IGNORE, QFORMER, Stream
+from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.streams import IGNORE, Stream
 
 PASSES = 3
 """Passes of training whose random views are shown."""
@@ -30,7 +31,7 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
     at random, those of the first passes stand behind the one of evaluations.
 
     Args:
-        options: those of rendering, see `vlm_train.data.render.render`.
+        options: those of rendering, see `vlm_train.data.text.render.render`.
         seed: the run's.
     """
     sample, blobs = shards.load(0)

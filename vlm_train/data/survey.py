@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_train.data.datamodule import VLMData
-from vlm_train.data.pack import fill_rows
+from vlm_train.data.order.packing import fill_rows
 
 PACKED = 8192
 """Samples that are packed to see how full rows get."""

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_objectives
-from vlm_train.config import config_dir
+from vlm_train.config.folders import config_dir
 from vlm_train.dryrun.memory import (
     GIB,
     NF4,

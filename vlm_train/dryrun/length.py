@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig
 
-from data_pipelines.manifest import MANIFEST, Manifest
-from vlm_train.length import one_pass, planned_samples
-from vlm_train.optim import warmup_length
+from data_pipelines.shards.manifest import MANIFEST, Manifest
+from vlm_train.errors import ConfigError
+from vlm_train.training.optim import warmup_length
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,34 @@ def disk(cfg: DictConfig, trainable: int, states: int) -> Disk:
     size = 2 if cfg.trainer.precision == "bf16-true" else 4
     checkpoint = trainable * size * (1 + states)
     return Disk(checkpoint, checkpoint * (cfg.trainer.keep_last + 1))  # besides the newest ones the best
+
+
+def one_pass(cfg: DictConfig, samples: int, entry: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """Training samples of one pass over a source, of `samples` in its shards: after both limits, less what `val_share`
+    holds out, times its repeats. `entry` is that of `data.train`."""
+    size = min([samples, *(limit for limit in (cfg.data.get("limit"), entry.get("limit")) if limit)])
+    if (share := cfg.data.get("val_share")) and not cfg.data.get("val"):
+        size -= max(1, int(size * share))
+    return max(1, round(size * (entry.get("repeat") or 1.0)))
+
+
+def planned_samples(cfg: DictConfig, train_samples: int, per_step: float | None = None) -> int:
+    """Samples that the whole run trains on, the shorter of `trainer.epochs` and `trainer.max_steps`.
+
+    Args:
+        train_samples: those of one pass, see `one_pass`.
+        per_step: samples per optimizer step; null: `batch.samples`.
+
+    Raises:
+        ConfigError: neither length is given.
+    """
+    limits = []
+    if cfg.trainer.epochs is not None:
+        limits.append(math.ceil(cfg.trainer.epochs * train_samples))
+    if cfg.trainer.max_steps is not None:
+        limits.append(math.floor(cfg.trainer.max_steps * (per_step or cfg.batch.samples)))
+    if not limits:
+        raise ConfigError(
+            "trainer.epochs and trainer.max_steps are both null: give one of them, or training never ends"
+        )
+    return min(limits)

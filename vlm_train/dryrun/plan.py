@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +13,14 @@ from torch import nn
 
 from vlm_train.build import build_model, build_objectives, build_optimizer
 from vlm_train.contracts.model_parts import find_layers
-from vlm_train.contracts.objective import StepContext
-from vlm_train.dryrun.flops import Flops, count
 from vlm_train.dryrun.length import Disk, Length, disk, length
 from vlm_train.dryrun.memory import Needs
-from vlm_train.dryrun.trace import Trace, meta_batch, trace, visual_tokens
 from vlm_train.dryrun.twin import round_trip
-from vlm_train.params import Policy, apply_policy
-from vlm_train.quantise import quantised_layers
-from vlm_train.training.reference import START, frozen, reference_config
+from vlm_train.models.adapters.quantize import quantised_layers
+from vlm_train.training.flops import Flops, count
+from vlm_train.training.params import Policy, apply_policy
+from vlm_train.training.reference import START, reference_config
+from vlm_train.training.trace import trace_step, visual_tokens
 
 
 @dataclass(frozen=True)
@@ -109,21 +107,6 @@ def _rows(cfg: DictConfig) -> int:
     """Rows of a micro-batch: no more than a device's share of the step."""
     micro, samples = int(cfg.batch.micro), cfg.batch.samples
     return micro if samples is None else min(micro, math.ceil(samples / cfg.target.gpus))
-
-
-def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
-    """Trace the losses of one sample."""
-    objectives = build_objectives(cfg).values()
-    streams = [name for objective in objectives for name in objective.streams]
-    batch = meta_batch(model, streams=streams, rows=1, text_tokens=text_tokens, supervised=supervised)
-
-    context = StepContext(reference=None if cfg.reference.model is None else partial(frozen, model))
-
-    def forward() -> list[Any]:
-        return [objective(model, batch, context) for objective in objectives]
-
-    with torch.device("meta"):
-        return trace(model, forward)
 
 
 def optimizer_states(cfg: DictConfig) -> int:

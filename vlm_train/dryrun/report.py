@@ -9,12 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_model, build_tokenizer
-from vlm_train.check_model import check_model
+from vlm_train.check.model import check_model
+from vlm_train.config.schema import MODEL_PARTS
+from vlm_train.config.trust import components
 from vlm_train.dryrun.advice import Advice, Lever, advise
 from vlm_train.dryrun.memory import GIB, Peak
 from vlm_train.dryrun.plan import Plan, checkpointing, make_plan, rows_at_once
-from vlm_train.schema import MODEL_PARTS
-from vlm_train.trust import components
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""

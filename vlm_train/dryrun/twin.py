@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from vlm_train.config.size import shrink
 from vlm_train.errors import CheckpointError
-from vlm_train.size import shrink
 
 VOCABULARY = 300
 

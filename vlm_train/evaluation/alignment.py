@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.contracts.family import AlignsPairs, MatchesPairs
-from vlm_train.data.batch import Batch
 from vlm_train.data.collate import Item, collate
 from vlm_train.data.processor import Processor
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.evaluation.generate import reference
 from vlm_train.evaluation.metrics.texts import normalize_text
-from vlm_train.randomness import derive_seed
+from vlm_train.seeds import derive_seed
 
 
 class Alignment:

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.evaluator import Findings, ResultRow, TextMetric
 from vlm_train.contracts.family import Generates
+from vlm_train.distributed import rank
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
 from vlm_train.evaluation.controls import SHUFFLED_IMAGES, answer_by_majority, answer_with_other_images
 from vlm_train.evaluation.generate import Answer, Generator
 from vlm_train.evaluation.metrics.exact_match import ExactMatch
 from vlm_train.evaluation.predictions import pictured, save_pictures, write_predictions
-from vlm_train.launch import rank
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from data_pipelines.errors import BadSample
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.distributed import rank
 from vlm_train.errors import ConfigError
-from vlm_train.launch import rank
 
 NAMED = 10
 """Unusable samples of a shard set that are named in full."""

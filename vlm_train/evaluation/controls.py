@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from data_pipelines.sample import Sample
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
 from vlm_train.evaluation.generate import Answer, Generator, question, reference

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from data_pipelines.sample import Annotation, Sample
-from data_pipelines.stream import ShardSet
-from vlm_train.data.render import Rendered
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.data.text.render import Rendered
 from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.evaluation.metrics.exact_match import matches
 

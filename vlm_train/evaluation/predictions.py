@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.show import save_views
 from vlm_train.evaluation.generate import Answer

@@ -12,7 +12,7 @@ from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.contracts.family import EmbedsImagesAndTexts
 from vlm_train.evaluation.common import Unusable

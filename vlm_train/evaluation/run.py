@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config import load_config, resolved, run_dir
+from vlm_train.config.resolve import resolved
+from vlm_train.config.run_file import load_config
+from vlm_train.config.run_identity import run_dir
+from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator, Findings
+from vlm_train.distributed import rank
 from vlm_train.errors import ConfigError
-from vlm_train.launch import rank
 from vlm_train.runs.folder import RunFolder
-from vlm_train.schema import MODEL_PARTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +31,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     import torch
 
     from vlm_train.build import build, build_evaluators, build_on_meta
-    from vlm_train.check_model import check_evaluators
+    from vlm_train.check.model import check_evaluators
     from vlm_train.checkpoint import load_run_weights
     from vlm_train.report import results_table
 
@@ -59,11 +61,6 @@ def every_metric(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
         for name, evaluator in evaluators.items()
         for metric, higher in evaluator.higher_is_better.items()
     }
-
-
-def validation_metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
-    """`<evaluator>/<metric>` -> whether higher is better, of those that run at validations."""
-    return every_metric({name: one for name, one in evaluators.items() if one.at_validation})
 
 
 def run_evaluator(
@@ -159,7 +156,7 @@ def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
     """
     own = load_config(RunFolder(folder).config)
     changed = {group: resolved(cfg, group) for group in SEEN if resolved(cfg, group) != resolved(own, group)}
-    copy = {"_target_": "vlm_train.data.tokenizer.pretrained", "name": str(RunFolder(folder).tokenizer)}
+    copy = {"_target_": "vlm_train.data.text.tokenizer.pretrained", "name": str(RunFolder(folder).tokenizer)}
     if changed.get("tokenizer") == copy:  # as `run=` sets it
         del changed["tokenizer"]
     nodes, ours = resolved(cfg, "eval") or {}, resolved(own, "eval") or {}
@@ -184,8 +181,8 @@ def save_results(
         rows: of the results table; those of `official` labels come first.
         evaluators: as `describe_evaluators` has them.
     """
-    from vlm_train import record
     from vlm_train.report import write_report
+    from vlm_train.runs import record
 
     before = record.read(folder)
     kept = [row for row in before.get("results") or [] if row.get("eval") not in evaluators]

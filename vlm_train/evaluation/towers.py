@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from data_pipelines.errors import BadSample
-from data_pipelines.members import captioned
 from data_pipelines.sample import Sample
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.members import captioned
+from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
 from vlm_train.evaluation.generate import reference
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vlm_train.data.images.plan import MediaViews, Views
     from vlm_train.data.processor import Processor
-    from vlm_train.data.render import Rendered
+    from vlm_train.data.text.render import Rendered
 
 
 def image_vectors(
@@ -91,7 +91,7 @@ def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tup
 def _encode_images(model: nn.Module, processor: Processor, views: Sequence[Mapping[str, Views]]) -> Tensor:
     import torch
 
-    from vlm_train.data.batch import MediaBatch, map_tensors
+    from vlm_train.contracts.batch import MediaBatch, map_tensors
     from vlm_train.data.collate import join_views
 
     device = next(model.parameters()).device

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_train.contracts.batch import Batch, MediaBatch, Slots, TokenStream
 from vlm_train.contracts.media import MediaInput
-from vlm_train.data.batch import Batch, MediaBatch, Slots, TokenStream
 from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError
 from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
 from vlm_train.export.merged import merged_state
-from vlm_train.export.rows import padded, rows_with
-from vlm_train.models.align import Aligner
+from vlm_train.export.vocabulary import padded, rows_with
 from vlm_train.models.connectors.qformer import QFormerConnector
-from vlm_train.models.instruct import InstructVLM
+from vlm_train.models.families.blip2_qformer import Aligner
+from vlm_train.models.families.instructblip import InstructVLM
+from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
+from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.llms.hf_seq2seq import HFSeq2Seq
-from vlm_train.models.prefix import PrefixVLM
-from vlm_train.models.qformer_names import to_library
-from vlm_train.models.seq2seq import PrefixSeq2Seq
 from vlm_train.models.vision.example import typical_size
 from vlm_train.models.vision.hf import HFVision
+from vlm_train.models.weights.qformer_names import to_library
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 _TOWERS = ("blip_2_vision_model", "instructblip_vision_model")  # one architecture
@@ -220,7 +220,7 @@ def _processor(model: Any, tokenizer: Any, image_mode: str, instruction: Any) ->
 
 def _probe(model: Any, device: torch.device) -> Batch:
     """A random image, and a random text in every stream."""
-    from vlm_train.data.layout import PLACEHOLDER_ID
+    from vlm_train.contracts.layout import PLACEHOLDER_ID
 
     generator = torch.Generator().manual_seed(0)
     height, width = model.vision.image_size

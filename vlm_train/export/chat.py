@@ -13,10 +13,10 @@ from typing import Any
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
-from vlm_train.data.layout import PLACEHOLDER_ID, MediaSize
+from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.data.processor import Processor
-from vlm_train.data.segments import ContentStyle
-from vlm_train.data.template import ChatTemplate, TokenizerTemplate
+from vlm_train.data.text.spans import ContentStyle
+from vlm_train.data.text.template import ChatTemplate, TokenizerTemplate
 
 IMAGE_TOKEN = "<image>"
 

@@ -15,10 +15,10 @@ from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError
 from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
 from vlm_train.export.merged import merged_state, quantised
-from vlm_train.export.rows import padded, rows_with
+from vlm_train.export.vocabulary import padded, rows_with
 from vlm_train.models.connectors.mlp import MLP
+from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
-from vlm_train.models.prefix import PrefixVLM
 from vlm_train.models.vision.example import typical_size
 from vlm_train.models.vision.hf import HFVision
 

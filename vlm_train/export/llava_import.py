@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.llava import embedding_name, find_problems
+from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
-from vlm_train.models.prefix import PrefixVLM
-from vlm_train.record import read_json
+from vlm_train.runs.record import read_json
 
 
 class LlavaImporter:

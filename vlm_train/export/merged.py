@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_train.quantise import quantised_layers
+from vlm_train.models.adapters.quantize import quantised_layers
 
 
 def quantised(module: nn.Module) -> str | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config import run_dir, run_id, save_config
+from vlm_train.config.run_file import save_config
+from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.run import require_own_weights
@@ -89,8 +90,9 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: `init_from` does not name exactly one whole folder, or no importer reads it.
     """
-    from vlm_train import checkpoint, record
+    from vlm_train import checkpoint
     from vlm_train.build import build, build_importers
+    from vlm_train.runs import record
 
     source = _source_folder(cfg)
     importer = _choose_importer(source, build_importers(cfg))

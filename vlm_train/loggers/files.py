@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_train import record
 from vlm_train.errors import ConfigError
 from vlm_train.loggers.mirror import Picture
+from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 
 CSV, EVENTS = "metrics.csv", "tensorboard"

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from lightning.pytorch.loggers import Logger
 
+from vlm_train.config.redact import without_credentials
+from vlm_train.distributed import rank
 from vlm_train.errors import ConfigError
-from vlm_train.launch import rank
-from vlm_train.redact import without_credentials
 
 MOST = 10_000
 """Rows that wait for a mirror that cannot be reached; older ones are only in metrics.jsonl."""

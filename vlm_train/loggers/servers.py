@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vlm_train import record
+from vlm_train.config.redact import without_credentials
 from vlm_train.errors import ConfigError
 from vlm_train.loggers.mirror import Picture
-from vlm_train.redact import without_credentials
+from vlm_train.runs import record
 
 STEP = "trainer/step"
 """The step axis of Weights & Biases, whose own steps may not go back, as a resumed run's do."""

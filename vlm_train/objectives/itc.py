@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import AlignsPairs
 from vlm_train.contracts.objective import Gather, Loss, Objective, StepContext
-from vlm_train.data.batch import Batch
 from vlm_train.objectives.pairs import Pairs, pairs_of
 
 

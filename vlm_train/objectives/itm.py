@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import AlignsPairs, MatchesPairs
 from vlm_train.contracts.objective import Gather, Loss, Objective, StepContext
-from vlm_train.data.batch import Batch
 from vlm_train.objectives.itc import similarities
 from vlm_train.objectives.pairs import Pairs, pairs_of
-from vlm_train.randomness import derive_seed
+from vlm_train.seeds import derive_seed
 
 _MIX = 6364136223846793005
 """An odd multiplier; products wrap around."""

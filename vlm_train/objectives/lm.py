@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vlm_train.contracts.batch import IGNORE, Batch, TokenStream
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
-from vlm_train.data.batch import IGNORE, Batch, TokenStream
-from vlm_train.data.sources import sums_by_source
+from vlm_train.data.source_weights import sums_by_source
 from vlm_train.errors import ConfigError
-from vlm_train.models.once import outputs_of
+from vlm_train.models.layers.once import outputs_of
 
 
 class LanguageModeling(Objective):

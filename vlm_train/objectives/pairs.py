@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlm_train.contracts.batch import Batch, TokenStream, pairs_in
 from vlm_train.contracts.objective import Gather
-from vlm_train.data.batch import Batch, TokenStream, pairs_in
-from vlm_train.data.sources import sums_by_source
+from vlm_train.data.source_weights import sums_by_source
 
 _HASH_BASE = 6364136223846793005  # an odd 64-bit multiplier; sums wrap around
 

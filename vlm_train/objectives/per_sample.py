@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_train.data.batch import Batch, TokenStream
+from vlm_train.contracts.batch import Batch, TokenStream
 
 
 def sum_by_segment(batch: Batch, stream: TokenStream, index: Tensor, values: Tensor) -> Tensor:

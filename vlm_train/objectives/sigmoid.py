@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import EmbedsImagesAndTexts, ScalesSimilarity
 from vlm_train.contracts.objective import Loss, Objective, StepContext
-from vlm_train.data.batch import Batch
 from vlm_train.errors import ConfigError
 from vlm_train.objectives.pairs import pairs_of
 

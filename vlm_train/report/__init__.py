@@ -14,7 +14,7 @@ def write_report(folder: Path) -> Path:
     whatever is missing is left out. Raises `ConfigError` where the folder holds neither JSON file.
     """
     if is_sweep(folder):
-        from vlm_train.sweep.page import write_page
+        from vlm_train.report.sweep_page import write_page
 
         return write_page(Path(folder))
     from vlm_train.report.page import render  # plotly and jinja2 only where a report is written
@@ -35,7 +35,7 @@ def is_sweep(folder: Path) -> bool:
 def results_table(folder: Path) -> str:
     """The results of a run or schedule next to its controls, or a sweep's runs, as plain text; empty without any."""
     if is_sweep(folder):
-        from vlm_train.sweep import records, summary
+        from vlm_train.runs.sweep import records, summary
 
         return summary.table(records.read(Path(folder)))
     from vlm_train.report.read import read_report

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlm_train.report.charts import loss_chart, metric_charts, plotly_script, score_chart, training_charts
 from vlm_train.report.read import Prediction, Report, Stage, Tried
+from vlm_train.runs.sweep.summary import duration
 
 MAX_IMAGES = 48  # in the whole page
 THUMBNAIL = 256  # longest side of an embedded image, in pixels
@@ -169,14 +170,6 @@ def key_settings(config: str) -> dict[str, Any]:
         if value is not None:
             found[name] = value
     return found
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds) // 60
-    return f"{minutes} min {int(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def steps(stage: Stage) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_train.config.redact import without_credentials
 from vlm_train.errors import ConfigError
-from vlm_train.redact import without_credentials
 from vlm_train.report.results import Metric, Result, is_number, read_metrics, read_results
 
 PAUSE = 60.0  # seconds without a record after which nothing was running, if records usually come more often

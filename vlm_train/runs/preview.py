@@ -6,8 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_pipelines.stream import ShardSet
-from vlm_train.config import run_dir
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.config.run_identity import run_dir
 
 
 def show(cfg: DictConfig) -> None:

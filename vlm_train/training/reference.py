@@ -19,11 +19,11 @@ from torch import nn
 
 from vlm_train import checkpoint
 from vlm_train.build import build_model
-from vlm_train.check import check
+from vlm_train.check.check import check
 from vlm_train.checkpoint.files import manifest_of, sha256
-from vlm_train.config import load_config
+from vlm_train.config.run_file import load_config
 from vlm_train.contracts.family import Family
-from vlm_train.data.tokenizer import vocabulary
+from vlm_train.data.text.tokenizer import vocabulary
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
 

@@ -14,11 +14,11 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from data_pipelines.errors import BadSample
-from tests.native import count_patches
-from tests.videos import video
+from tests.support.native import count_patches
+from tests.support.videos import video
 from vlm_train.build import build_image_plan
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.images.native import NativeResolution
-from vlm_train.data.layout import MediaSize
 from vlm_train.errors import ConfigError
 
 

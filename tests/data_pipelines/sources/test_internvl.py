@@ -9,7 +9,7 @@ import pytest
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
 from data_pipelines.sources.internvl import InternVL
-from tests.videos import video
+from tests.support.videos import video
 
 
 def talk(ask):

@@ -10,9 +10,9 @@ import pytest
 from data_pipelines.build import write
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
+from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.sources.messages import Messages
-from data_pipelines.stream import ShardSet
-from tests.videos import video
+from tests.support.videos import video
 
 
 def _talk(*values):

@@ -7,7 +7,7 @@ import pytest
 from data_pipelines.build import QUARANTINE, main
 from data_pipelines.inspect import main as inspect
 from data_pipelines.lint import problems
-from data_pipelines.stream import ShardSet
+from data_pipelines.shards.shard_set import ShardSet
 
 COUNTS = {  # samples, annotations
     "vqav2": (2, 3),

@@ -14,10 +14,10 @@ from PIL import Image, ImageColor
 from data_pipelines.cli import CONF
 from data_pipelines.errors import DataError
 from data_pipelines.lint import sample_problems
-from data_pipelines.raw.drawing import COLOURS, SHAPES, Dice
+from data_pipelines.media.video import read_frames
 from data_pipelines.sample import Box, Media
+from data_pipelines.sources.common.drawing import COLOURS, SHAPES, Dice
 from data_pipelines.sources.synthetic import TASKS, Synthetic
-from data_pipelines.video import read_frames
 
 
 def pixels(blob):

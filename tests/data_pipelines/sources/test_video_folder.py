@@ -9,7 +9,7 @@ import pytest
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
 from data_pipelines.sources.video_folder import VideoFolder
-from tests.videos import video
+from tests.support.videos import video
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from vlm_train import config
 from vlm_train.build import make
+from vlm_train.config.folders import config_dir
 from vlm_train.contracts.evaluator import TextMetric
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.metrics.anls import ANLS
@@ -15,13 +15,13 @@ from vlm_train.evaluation.metrics.exact_match import ExactMatch
 from vlm_train.evaluation.metrics.texts import count_edits
 from vlm_train.evaluation.metrics.token_f1 import TokenF1, token_f1
 
-OPTIONS = sorted(path.stem for path in (config.config_dir() / "metric").glob("*.yaml"))
+OPTIONS = sorted(path.stem for path in (config_dir() / "metric").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_a_metric(option: str) -> None:
     """It returns the values that it declares, the best ones for the references themselves, and worse ones else."""
-    metric = make(OmegaConf.load(config.config_dir() / "metric" / f"{option}.yaml"))
+    metric = make(OmegaConf.load(config_dir() / "metric" / f"{option}.yaml"))
     assert isinstance(metric, TextMetric)
     references = [["a cat", "one cat"], ["Stop"]]
     right, wrong = metric(["one cat", "Stop"], references), metric(["dogs", ""], references)

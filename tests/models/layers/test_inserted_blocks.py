@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from tests.gated import GatedCrossAttention, GatedVLM
-from tests.tiny_models import assert_close, llama_config, text_stream, tiny_llm, tiny_vision
+from tests.support.gated import GatedCrossAttention, GatedVLM
+from tests.support.tiny_models import assert_close, llama_config, text_stream, tiny_llm, tiny_vision
+from vlm_train.config.schema import Rule
+from vlm_train.contracts.batch import Batch, MediaBatch
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.media import MediaInput
-from vlm_train.data.batch import Batch, MediaBatch
 from vlm_train.errors import ConfigError
-from vlm_train.models.checkpointing import checkpoint_layers
+from vlm_train.models.adapters.lora import adapted, lora
 from vlm_train.models.connectors.mlp import MLP
+from vlm_train.models.families.text_only import TextOnly, decode_stream, generate_from
+from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
 from vlm_train.models.layers.inserted_blocks import check_ownership
-from vlm_train.models.text_only import TextOnly, decode_stream, generate_from
-from vlm_train.params import apply_policy
-from vlm_train.peft import adapted, lora
-from vlm_train.schema import Rule
-from vlm_train.strategies.spread import units
+from vlm_train.training.params import apply_policy
+from vlm_train.training.strategies.spread import units
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 60}

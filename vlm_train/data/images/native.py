@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import BadSample
-from data_pipelines.video import video_extension
+from data_pipelines.media.video import video_extension
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.image import decode_rgb
 from vlm_train.data.images.plan import Views
-from vlm_train.data.layout import MediaSize
-from vlm_train.data.video import decode_frames
+from vlm_train.data.images.transform import decode_rgb
+from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
 MOST_ELONGATED = 200

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.layout import MediaSize
 
 
 @dataclass(frozen=True)

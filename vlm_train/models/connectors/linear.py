@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vlm_train.contracts.media import Features
-from vlm_train.models.connectors.mlp import same_grid
+from vlm_train.models.connectors.grids import same_grid
 
 
 class Linear(nn.Module):

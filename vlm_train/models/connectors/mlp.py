@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from vlm_train.contracts.media import Features, Grid3
+from vlm_train.contracts.media import Features
 from vlm_train.errors import ConfigError
-
-
-def same_grid(grid: Grid3) -> Grid3:
-    """The token grid of connectors that keep one token a patch."""
-    return grid
+from vlm_train.models.connectors.grids import same_grid
 
 
 def mlp(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.models.hub import read_state
-from vlm_train.models.masks import both_ways
-from vlm_train.models.patch_selection import PatchSelection
-from vlm_train.models.qformer import QFormer, TextBranch
-from vlm_train.models.qformer_names import connector_state, is_bert, known, new_beside_bert
+from vlm_train.models.layers.masks import both_ways
+from vlm_train.models.layers.patch_selection import PatchSelection
+from vlm_train.models.layers.qformer import QFormer, TextBranch
+from vlm_train.models.weights.hub import read_state
+from vlm_train.models.weights.qformer_names import connector_state, is_bert, known, new_beside_bert
 
 
 def query_grid(grid: Grid3, count: int) -> Grid3:

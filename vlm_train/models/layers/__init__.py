@@ -1,0 +1,1 @@
+"""What several families, towers and language models are built from."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm_train.data.batch import PackedSequences
-from vlm_train.models.masks import attention_mask
+from vlm_train.contracts.batch import PackedSequences
+from vlm_train.models.layers.masks import attention_mask
 
 
 def attend_one_by_one(

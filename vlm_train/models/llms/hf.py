@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.contracts.batch import SequenceMask
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.errors import ConfigError
-from vlm_train.models.attention import PACKED, decoding, register_packed
-from vlm_train.models.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
+from vlm_train.models.layers.attention import PACKED, decoding, register_packed
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
+from vlm_train.models.layers.masks import within_window
 from vlm_train.models.llms.mixers import mixers_without_mask
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
-from vlm_train.models.masks import SequenceMask, within_window
+from vlm_train.models.weights.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
 
 LAYER_LISTS = ("layers", "h", "blocks")
 MASKED_LAYERS = {"full_attention", "sliding_attention"}

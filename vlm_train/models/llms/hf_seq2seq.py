@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.contracts.batch import SequenceMask
+from vlm_train.contracts.parts import Encoded
 from vlm_train.errors import ConfigError
-from vlm_train.models.hub import build_model, load_pretrained, with_vocabulary
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
-from vlm_train.models.masks import SequenceMask
-from vlm_train.models.parts import Encoded
+from vlm_train.models.weights.hub import build_model, load_pretrained, with_vocabulary
 
 
 class HFSeq2Seq(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaInput
-from vlm_train.data.layout import MediaSize
 
 NATIVE_SIZE = MediaSize(width=448, height=448)
 """What stands for an image where the encoder has no size of its own."""

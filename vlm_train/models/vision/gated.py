@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Features, MediaInput
-from vlm_train.data.layout import MediaSize
 from vlm_train.errors import ConfigError
 from vlm_train.models.vision.hf import HFVision
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Features, Grid3, MediaInput
-from vlm_train.data.layout import MediaSize
 from vlm_train.errors import ConfigError
-from vlm_train.models.clip_init import init_vision
-from vlm_train.models.hub import build_model, load_inside, load_pretrained
+from vlm_train.models.weights.clip_init import init_vision
+from vlm_train.models.weights.hub import build_model, load_inside, load_pretrained
 
 # Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
 _NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projection", r"position_ids$")

@@ -1,0 +1,1 @@
+"""Building shard sets in parallel, in parts that can be resumed."""

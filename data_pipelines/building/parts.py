@@ -1,0 +1,131 @@
+"""One part of a source, written alone: a folder of tars, their index and `part.json`, that is whole when it is there.
+
+Who writes a part, how often, and beside whom, does not change a byte of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.shards.index_file import INDEX
+from data_pipelines.shards.manifest import FileInfo
+from data_pipelines.shards.tar_writer import Shards
+from data_pipelines.sources import Source
+
+PART = "part.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What was written of one part: `bad` holds the number within the part and the reason of each unusable record."""
+
+    samples: int
+    shards: tuple[FileInfo, ...]
+    stats: Mapping[str, Any]
+    bad: tuple[tuple[int, str], ...]
+
+    @property
+    def records(self) -> int:
+        """Records read."""
+        return self.samples + len(self.bad)
+
+    @classmethod
+    def read(cls, folder: Path) -> Part:
+        """The part that lies in `folder`. Raises `DataError` if it is damaged."""
+        try:
+            data = json.loads((folder / PART).read_text(encoding="utf-8"))
+            data["shards"] = tuple(FileInfo(**info) for info in data["shards"])
+            data["bad"] = tuple((number, reason) for number, reason in data["bad"])
+            return cls(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: a damaged part ({error}); remove it, and the same command goes on") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartWriter:
+    """What a worker needs for any part. `max_bad` stops a part that alone has more unusable records."""
+
+    source: Source
+    folder: Path
+    samples_per_shard: int
+    max_shard_bytes: int
+    max_bad: int
+    refused: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """Keys of a part that an earlier part has."""
+
+
+def part_folder(folder: Path, number: int) -> Path:
+    """Where part `number` lies in the hidden folder of the set."""
+    return folder / f"part-{number:06d}"
+
+
+def write_part(writer: PartWriter, number: int) -> Part:
+    """Write part `number`; one that was stopped by `max_bad` is returned, but not kept.
+
+    It is written under a name of its own and renamed: two processes that write the same part do not meet.
+    """
+    target = part_folder(writer.folder, number)
+    working = target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}")
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        working.mkdir()
+        part = _write(writer, number, working)
+        if len(part.bad) <= writer.max_bad:
+            _keep(working, target, replace=number in writer.refused)
+        return part
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{writer.folder}: no space left on this disk") from error
+        raise
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def _write(writer: PartWriter, number: int, working: Path) -> Part:
+    shards = Shards(working, samples_per_shard=writer.samples_per_shard, max_bytes=writer.max_shard_bytes)
+    refused = writer.refused.get(number, frozenset())
+    bad: list[tuple[int, str]] = []
+    try:
+        for i, record in enumerate(writer.source.read(number)):
+            try:
+                if isinstance(record, BadSample):
+                    raise record
+                sample, blobs = record
+                if sample.key in refused:
+                    raise BadSample(f"sample {sample.key!r}: duplicate key, also in an earlier part")
+                shards.write(sample, blobs)
+            except BadSample as error:
+                bad.append((i, str(error)))
+                if len(bad) > writer.max_bad:
+                    break
+        infos = shards.close()
+    except BaseException:
+        shards.abandon()
+        raise
+    shards.index.save(working / INDEX)
+    part = Part(samples=len(shards.index), shards=infos, stats=shards.stats.state(), bad=tuple(bad))
+    with open(working / PART, "w", encoding="utf-8") as file:
+        json.dump(asdict(part), file)
+        file.flush()
+        os.fsync(file.fileno())
+    return part
+
+
+def _keep(working: Path, target: Path, *, replace: bool) -> None:
+    if replace:
+        shutil.rmtree(target, ignore_errors=True)
+    try:
+        working.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Another process has written the same part meanwhile.

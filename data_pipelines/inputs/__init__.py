@@ -1,0 +1,1 @@
+"""Raw files as users have them, read record by record."""

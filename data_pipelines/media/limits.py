@@ -1,0 +1,87 @@
+"""Headers of images and videos: size and format without decoding, under limits that stop decompression bombs."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image
+
+from data_pipelines.errors import BadSample
+from data_pipelines.media.video import read_frames, read_video_header, video_extension
+from data_pipelines.sample import MediaItem
+
+MAX_PIXELS = 64 * 2**20
+MAX_BYTES = 64 * 2**20
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""The formats that are read, and the file name extension each is stored under."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `MAX_PIXELS` is below PIL's own limit
+
+
+def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int, str]:
+    """Width and height in pixels, as stored (EXIF rotation not applied), and the format. Raises `BadSample`."""
+    if len(data) > max_bytes:
+        raise BadSample(f"image of {len(data)} bytes; at most {max_bytes} are read", kind="image")
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            (width, height), kind = image.size, str(image.format)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(f"image too large: {error}", kind="image") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample(f"not a readable image ({', '.join(FORMATS)}): {error}", kind="image") from error
+    if width * height > max_pixels:
+        raise BadSample(f"image of {width} x {height} pixels; at most {max_pixels} pixels are read", kind="image")
+    return width, height, kind
+
+
+def image_item(number: int, data: bytes) -> MediaItem:
+    """The `MediaItem` of image bytes that become media item `number` of a sample, named after their true format."""
+    width, height, kind = read_header(data)
+    return MediaItem(name=f"{number}.{FORMATS[kind]}", width=width, height=height)
+
+
+def media_item(number: int, data: bytes) -> MediaItem:
+    """The `MediaItem` of the bytes of an image or a video, told apart by their first bytes. Raises `BadSample`."""
+    if video_extension(data) is None:
+        return image_item(number, data)
+    header = read_video_header(data)
+    return MediaItem(
+        name=f"{number}.{header.extension}",
+        width=header.width,
+        height=header.height,
+        kind="video",
+        frames=header.frames,
+        seconds=header.seconds,
+    )
+
+
+def check_media(item: MediaItem, data: bytes) -> None:
+    """Raise `BadSample` unless the header of `data` says what `item` says (but for a video's seconds, which are not
+    exact)."""
+    found = media_item(0, data)
+    if (found.kind, found.frames) != (item.kind, item.frames):
+        raise BadSample(f"{item.name} is {_length(found)}, its entry says {_length(item)}", kind="image")
+    if (found.width, found.height) != (item.width, item.height):
+        raise BadSample(
+            f"{item.name} is {found.width} x {found.height} pixels, its entry says {item.width} x {item.height}",
+            kind="image",
+        )
+
+
+def _length(item: MediaItem) -> str:
+    return f"{item.kind} of {item.frames} frames"
+
+
+def check_pixels(data: bytes) -> None:
+    """Decode an image or a video completely. Raises `BadSample` if it is cut off or damaged."""
+    if video_extension(data) is not None:
+        for _ in read_frames(data, range(read_video_header(data).frames)):
+            pass
+        return
+    read_header(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample(f"image does not decode: {error}", kind="image") from error

@@ -1,0 +1,1 @@
+"""Shard sets on disk: written, indexed, read."""

@@ -1,0 +1,201 @@
+"""The index of a shard set: where every sample lies, and what is known of its media."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from data_pipelines.errors import DataError
+from data_pipelines.sample import Sample
+from data_pipelines.shards.manifest import FileInfo
+from data_pipelines.shards.members import Member
+from data_pipelines.shards.mmap_arrays import map_arrays
+
+INDEX = "index.npz"
+
+
+MAX_KEY = 80  # bytes, as `members.KEY` allows
+
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, RecursionError, NotImplementedError, struct.error, BadZipFile)
+"""What reading a damaged zip, array header or list of names can raise."""
+
+
+PER_MEMBER = {"name": "i", "offset": "q", "size": "q", "crc": "q"}
+
+
+PER_MEDIA = {"width": "i", "height": "i", "frames": "i", "seconds": "d"}
+
+
+class Index:
+    """N samples with M members and K media items, as flat arrays.
+
+    shard, annotations [N]; member_start, media_start, key_start [N + 1]; name, offset, size, crc [M];
+    width, height, frames, seconds [K]. `names` are the distinct member names. What the numbers say is not believed:
+    those that lead outside the arrays raise `DataError`, those that lead outside a shard are its reader's to check.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.shard = arrays["shard"]
+        self.annotations = arrays["annotations"]
+        self.member_start = arrays["member_start"]
+        self.media_start = arrays["media_start"]
+        self.width, self.height = arrays["width"], arrays["height"]
+        self.frames, self.seconds = arrays["frames"], arrays["seconds"]
+        self.names: list[str] = json.loads(arrays["names"].tobytes())
+        self._members = [arrays[name] for name in PER_MEMBER]
+        self._key_start, self._keys = arrays["key_start"], arrays["keys"]
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def key(self, i: int) -> str:
+        """The key of sample i."""
+        key = self._keys[self._span(self._key_start, i, len(self._keys))].tobytes()
+        if not key or len(key) > MAX_KEY or not key.isascii():
+            raise DataError(f"the index is damaged: the key of sample {i} has {len(key)} bytes")
+        return key.decode("ascii")
+
+    def keys(self) -> list[str]:
+        """All keys in order."""
+        return [self.key(i) for i in range(len(self))]
+
+    def members(self, i: int) -> list[Member]:
+        """The members of sample i in file order."""
+        return [Member(*row) for row in self.rows(i)]
+
+    def rows(self, i: int) -> list[tuple[str, int, int, int]]:
+        """The members of sample i in file order as plain (name, offset, size, crc)."""
+        span = self._span(self.member_start, i, len(self._members[0]))
+        names, *columns = (column[span].tolist() for column in self._members)
+        if names and not 0 <= min(names) <= max(names) < len(self.names):
+            raise DataError(f"the index is damaged: member names {names} of sample {i}, it has {len(self.names)}")
+        return list(zip([self.names[name] for name in names], *columns))
+
+    def media(self, i: int) -> slice:
+        """Where the media items of sample i are in width, height, frames and seconds."""
+        return self._span(self.media_start, i, len(self.width))
+
+    def _span(self, starts: np.ndarray, i: int, end: int) -> slice:
+        if not 0 <= i < len(self.shard):
+            raise IndexError(f"sample {i} of {len(self.shard)}")
+        start, stop = starts[i : i + 2].tolist()
+        if not 0 <= start <= stop <= end:
+            raise DataError(f"the index is damaged: sample {i} is at {start} to {stop} of {end}")
+        return slice(start, stop)
+
+    def _check(self) -> None:
+        """The arrays fit together: lengths, and the ends of what they point to."""
+        samples = len(self.shard)
+        media = (self.width, self.height, self.frames, self.seconds)
+        fits = len(self.annotations) == samples and isinstance(self.names, list)
+        for starts, columns in (
+            (self.member_start, self._members),
+            (self.media_start, media),
+            (self._key_start, [self._keys]),
+        ):
+            fits = fits and len(starts) == samples + 1 and {len(column) for column in columns} == {int(starts[-1])}
+        if not fits or not all(isinstance(name, str) for name in self.names):
+            raise ValueError("its arrays do not fit together")
+
+    def columns(self) -> list[np.ndarray]:
+        """The arrays `PER_MEMBER` of all samples."""
+        return self._members
+
+    @classmethod
+    def load(cls, path: Path) -> Index:
+        """Map the file into memory. Raises `DataError` if it is missing or damaged."""
+        try:
+            return cls(map_arrays(path))
+        except UNREADABLE as error:
+            raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
+
+
+class IndexBuilder:
+    """Collects samples in order. Raises `DataError` for a key that was there before."""
+
+    def __init__(self) -> None:
+        self._columns = {name: array(code) for name, code in (PER_MEMBER | PER_MEDIA).items()}
+        self._shard, self._annotations = array("i"), array("i")
+        self._member_start, self._media_start = array("q", [0]), array("q", [0])
+        self._keys: dict[str, None] = {}
+        self._names: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def add(self, shard: int, sample: Sample, members: Sequence[Member]) -> None:
+        """Append a sample of shard number `shard`."""
+        if sample.key in self._keys:
+            raise DataError(f"duplicate key {sample.key!r}; keys must be unique in a shard set")
+        self._keys[sample.key] = None
+        self._shard.append(shard)
+        self._annotations.append(len(sample.annotations))
+        for member in members:
+            name = self._names.setdefault(member.name, len(self._names))
+            for column, value in zip(PER_MEMBER, (name, member.offset, member.size, member.crc), strict=True):
+                self._columns[column].append(value)
+        for item in sample.media:
+            for column in PER_MEDIA:
+                self._columns[column].append(getattr(item, column))
+        self._member_start.append(len(self._columns["name"]))
+        self._media_start.append(len(self._columns["width"]))
+
+    def extend(self, index: Index, shards: Sequence[int], rows: np.ndarray | None = None) -> None:
+        """Append the samples `rows` of another index, or all; its shard number s is number `shards[s]` here."""
+        rows = np.arange(len(index)) if rows is None else rows
+        for i in rows.tolist():
+            if (key := index.key(i)) in self._keys:
+                raise DataError(f"duplicate key {key!r}; keys must be unique in a shard set")
+            self._keys[key] = None
+        names = [self._names.setdefault(name, len(self._names)) for name in index.names]
+        members, counts = _spans(index.member_start, rows)
+        for column, values in zip(PER_MEMBER, index.columns(), strict=True):
+            values = np.array(names, dtype=np.int64)[values[members]] if column == "name" else values[members]
+            _append(self._columns[column], values)
+        _append(self._member_start, self._member_start[-1] + np.cumsum(counts))
+        media, counts = _spans(index.media_start, rows)
+        for column in PER_MEDIA:
+            _append(self._columns[column], getattr(index, column)[media])
+        _append(self._media_start, self._media_start[-1] + np.cumsum(counts))
+        _append(self._shard, np.array(shards, dtype=np.int64)[index.shard[rows]])
+        _append(self._annotations, index.annotations[rows])
+
+    def save(self, path: Path) -> FileInfo:
+        """Write the index; the same samples give the same bytes."""
+        keys = list(self._keys)
+        lengths = np.fromiter((len(key) for key in keys), dtype=np.int64, count=len(keys))
+        arrays: dict[str, Any] = {name: np.array(column) for name, column in self._columns.items()}
+        arrays |= {"shard": np.array(self._shard), "annotations": np.array(self._annotations)}
+        arrays |= {"member_start": np.array(self._member_start), "media_start": np.array(self._media_start)}
+        arrays["key_start"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        arrays["keys"] = np.frombuffer("".join(keys).encode("ascii"), dtype=np.uint8)
+        arrays["names"] = np.frombuffer(json.dumps(list(self._names)).encode(), dtype=np.uint8)
+        partial = path.with_name(f".{path.stem}.partial.npz")
+        np.savez(partial, **arrays)
+        partial.rename(path)  # readers have the old one mapped
+        data = path.read_bytes()
+        return FileInfo(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _spans(start: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions that belong to `rows` of a ragged array, one after another, and how many each row has."""
+    counts = start[rows + 1] - start[rows]
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)[:-1]])[: len(rows)]
+    return np.repeat(start[rows] - first, counts) + np.arange(counts.sum()), counts
+
+
+def _append(column: array[Any], values: np.ndarray) -> None:
+    column.frombytes(values.astype(column.typecode).tobytes())

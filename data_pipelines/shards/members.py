@@ -1,0 +1,166 @@
+"""The tar level of a shard: consecutive members `<key>.<name>` form one sample (the WebDataset convention).
+
+Only JSON, text, image and video members are read. Anything else (pickles, tensors, links) is refused, never decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.media.limits import media_item
+from data_pipelines.media.video import DEMUXERS
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.shards.checksum import crc32
+
+JSON, TEXT = "json", "txt"
+MEDIA = ("jpg", "jpeg", "png", "webp", *DEMUXERS)
+ALLOWED = (JSON, TEXT, *MEDIA)
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+BLOCK = 512  # tar block size
+MAX_MEMBER = 2**30
+"""Bytes of one file of a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where one file of a sample lies in its shard: `name` without the key, byte `offset` and `size`, CRC-32."""
+
+    name: str
+    offset: int
+    size: int
+    crc: int
+
+
+def safe_key(text: str) -> str:
+    """`text` as a key: every character outside `A-Z a-z 0-9 _ -` becomes `_`, at most 80 characters."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:80] or "_"
+
+
+def extension(name: str) -> str:
+    """The last, lower-case extension of a member name: `0.PNG` -> `png`, `json` -> `json`."""
+    return name.rsplit(".", 1)[-1].lower()
+
+
+def scan(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
+    """All samples of a tar in file order: key, and every member with its bytes.
+
+    Raises `DataError` for a truncated or compressed tar, a refused member, and a key whose members are not adjacent.
+    """
+    done: set[str] = set()
+    key, members = "", list[tuple[Member, bytes]]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                if info.isdir():
+                    continue
+                member_key, member = _read_member(path, tar, info)
+                if member_key != key and members:
+                    yield key, members
+                    done.add(key)
+                    members = []
+                if member_key in done:
+                    raise DataError(f"{path}: key {member_key!r} occurs again later: duplicate or interleaved sample")
+                key = member_key
+                if any(m.name == member[0].name for m, _ in members):
+                    raise DataError(f"{path}: duplicate member {info.name!r}")
+                members.append(member)
+            check_end(tar)
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: truncated or not an uncompressed tar: {error}") from error
+    if members:
+        yield key, members
+
+
+def check_end(tar: tarfile.TarFile) -> None:
+    """Raise `tarfile.ReadError` unless the walk over a tar's members came to its end mark: a damaged header, or a cut
+    between two members, ends it as quietly."""
+    if tar.fileobj is not None:
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(BLOCK) != bytes(BLOCK):
+            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset}")
+
+
+def is_plain(info: tarfile.TarInfo) -> bool:
+    """Whether a member is a file stored as it is; a sparse one may claim any size."""
+    return info.isreg() and not info.issparse()
+
+
+def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tuple[str, tuple[Member, bytes]]:
+    folder, _, base = info.name.removeprefix("./").rpartition("/")
+    stem, dot, name = base.partition(".")
+    if info.size > MAX_MEMBER:
+        raise DataError(f"{path}: member {info.name!r} of {info.size} bytes refused; at most {MAX_MEMBER} are read")
+    if not is_plain(info) or not dot or extension(name) not in ALLOWED:
+        raise DataError(f"{path}: member {info.name!r} refused; only files named <key>.<{'|'.join(ALLOWED)}> are read")
+    file = tar.extractfile(info)
+    data = file.read() if file else b""
+    if len(data) != info.size:
+        raise DataError(f"{path}: truncated: member {info.name!r} has {len(data)} of {info.size} bytes")
+    key = safe_key(f"{folder}/{stem}" if folder else stem)
+    return key, (Member(name, info.offset_data, info.size, crc32(data)), data)
+
+
+def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
+    """The sample of members `(name, bytes)`. Raises `BadSample`.
+
+    Shards of other programs, whose JSON is not ours, are read as captioned media: a user turn with the images and
+    videos and an assistant turn with the `txt` member; their JSON becomes `meta`.
+    """
+    by_name = dict(parts)
+    data = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
+    sample = _own(key, data)
+    if sample is None:
+        return _caption_sample(key, parts, data)
+    expected, got = [JSON, *(item.name for item in sample.media)], list(by_name)
+    if sorted(expected) != sorted(got):
+        raise BadSample(f"sample {key!r}: members {got}, its JSON names {expected}")
+    return sample, [by_name[item.name] for item in sample.media]
+
+
+def text_sample(key: str, data: bytes) -> Sample | None:
+    """The sample that our own JSON tells without its media; None if it is another program's. Raises `BadSample`."""
+    return _own(key, _parse_json(key, data))
+
+
+def _own(key: str, data: dict[str, Any]) -> Sample | None:
+    return Sample.from_json(key, data) if {"version", "annotations"} <= data.keys() else None
+
+
+def _parse_json(key: str, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"sample {key!r}: member json does not parse: {error}") from error
+    if not isinstance(value, dict):
+        raise BadSample(f"sample {key!r}: member json holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, Any]) -> tuple[Sample, list[bytes]]:
+    texts = [data for name, data in parts if extension(name) == TEXT]
+    blobs = [data for name, data in parts if extension(name) in MEDIA]
+    if len(texts) != 1 or not blobs:
+        names = [name for name, _ in parts]
+        raise BadSample(f"sample {key!r}: members {names}; expected our json, or one txt and some media")
+    try:
+        caption = texts[0].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"sample {key!r}: member txt is not UTF-8: {error}") from error
+    media = tuple(media_item(number, data) for number, data in enumerate(blobs))
+    return Sample(key=key, media=media, annotations=(captioned(caption, images=len(media)),), meta=meta), blobs
+
+
+def captioned(caption: str, images: int = 1) -> Annotation:
+    """A caption as an annotation: a user turn with the images alone, an assistant turn with the text."""
+    turns = (
+        Turn(role="user", parts=tuple(Media(item=number) for number in range(images))),
+        Turn(role="assistant", parts=(Text(text=caption),)),
+    )
+    return Annotation(turns=turns)

@@ -1,0 +1,273 @@
+"""`ShardSet`: shards -> samples, by number. Sample i is read with one seek; the order is the caller's business."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.media.limits import MAX_BYTES, MAX_PIXELS
+from data_pipelines.sample import MediaItem, Sample
+from data_pipelines.shards.checksum import crc32
+from data_pipelines.shards.index_file import Index
+from data_pipelines.shards.manifest import FileInfo, Manifest
+from data_pipelines.shards.members import JSON, MAX_MEMBER, text_sample, to_sample
+from data_pipelines.shards.remote import CACHE_BYTES, Cache, default_cache, is_remote, join, local_path, read_manifest
+
+MAX_OPEN_FILES = 32
+MAX_OPEN_COPIES = 8  # of remote shards: an open file keeps its disk space when the cache removes it
+HASHED_INDEX = 64 * 2**20
+"""Bytes up to which an index is hashed whenever it is opened; a larger one is by `verify`, and read with care."""
+
+
+class ShardSet:
+    """A complete shard set. Safe in threads, forked workers and when pickled.
+
+    Raises `DataError` if the manifest, the index or a shard is missing, of another size, or disagrees.
+
+    Args:
+        folder: a folder, or the s3://, gs://, http:// or https:// address of one. Remote shards are fetched whole when
+            first read, see `data_pipelines.shards.remote`.
+        cache_dir, cache_bytes: where copies of remote shards are, and how many bytes of them; None:
+            `$VLM_TRAIN_CACHE` or `~/.cache/vlm_train/shards`.
+
+    Attributes:
+        folder: `folder` as a path, for messages only if the set is remote.
+        address: `folder` as it was given.
+        fingerprint: hash of the samples and their order.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, cache_dir: Path | str | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self._open_set(str(folder), Path(cache_dir or default_cache()), cache_bytes, None)
+
+    def _open_set(self, address: str, cache_dir: Path, cache_bytes: int, manifest: Manifest | None) -> None:
+        self.address, self.folder = address, local_path(address)
+        self._cache = Cache(cache_dir, cache_bytes) if is_remote(address) else None
+        if self._cache:
+            self.manifest = manifest or read_manifest(address)
+        else:
+            self.manifest = Manifest.read(self.folder)
+            self._check_files()
+        self.index = self._load_index()
+        if not len(self.index) == self.manifest.samples == sum(info.samples for info in self.manifest.shards):
+            counts = f"{self.manifest.samples}, its shards {sum(info.samples for info in self.manifest.shards)}"
+            raise DataError(f"{address}: index of {len(self.index)} samples, manifest of {counts}")
+        self.fingerprint = self.manifest.fingerprint
+        self._local = threading.local()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """A remote set takes its manifest along: all processes read the same set, whatever is uploaded meanwhile."""
+        if not self._cache:
+            return self.address, Path(), 0, None
+        return self.address, self._cache.folder, self._cache.max_bytes, self.manifest
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._open_set(*state)
+
+    def key(self, i: int) -> str:
+        """The key of sample i, without reading a shard."""
+        return self.index.key(i)
+
+    def keys(self) -> list[str]:
+        """All keys in order."""
+        return [self.index.key(i) for i in range(len(self))]
+
+    def shard(self, i: int) -> str:
+        """The file name of the shard that holds sample i."""
+        return self.manifest.shards[self._shard_number(i)].name
+
+    def path(self, i: int) -> str:
+        """Path or address of the shard that holds sample i."""
+        return self._path(self.manifest.shards[self._shard_number(i)])
+
+    def where(self, i: int) -> str:
+        """Shard and key of sample i as messages name them."""
+        return f"{self.path(i)}, key {self.index.key(i)!r}"
+
+    @cached_property
+    def shard_starts(self) -> np.ndarray:
+        """`[shards]` int64, the number of the first sample of each shard: reading from there on stays in one file.
+
+        Raises `DataError` if the samples do not lie shard by shard.
+        """
+        ends = np.cumsum([info.samples for info in self.manifest.shards], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        (held,) = np.nonzero(ends > starts)
+        if (self.index.shard[starts[held]] != held).any() or (self.index.shard[ends[held] - 1] != held).any():
+            raise DataError(f"{self.address}: the index does not have as many samples of each shard as the manifest")
+        return starts
+
+    def media(self, i: int) -> list[MediaItem]:
+        """Sizes of sample i's media, without reading a shard. Their names are their numbers."""
+        index, span = self.index, self.index.media(i)
+        columns = (index.width[span], index.height[span], index.frames[span], index.seconds[span])
+        return [
+            MediaItem(
+                name=str(number),
+                width=width,
+                height=height,
+                kind="image" if frames == 1 else "video",
+                frames=frames,
+                seconds=seconds,
+            )
+            for number, (width, height, frames, seconds) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
+        ]
+
+    def annotations(self, i: int) -> int:
+        """Number of annotations of sample i, without reading a shard."""
+        return int(self.index.annotations[i])
+
+    def load(self, i: int) -> tuple[Sample, list[bytes]]:
+        """Sample i and the encoded bytes of its media, as they were when they were indexed.
+
+        Raises `BadSample` naming shard and key, and `DataError` if the shard cannot be had.
+        """
+        key, number = self.index.key(i), self._shard_number(i)
+        try:
+            sample, blobs = to_sample(key, self._read(i, number))
+            self._check_media(i, sample, blobs)
+        except BadSample as error:
+            raise self._located(error, i) from error
+        return sample, blobs
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """The files of sample i by their names, as they were when they were indexed; `load` parses them.
+
+        Raises as `load`.
+        """
+        try:
+            return dict(self._read(i, self._shard_number(i)))
+        except BadSample as error:
+            raise self._located(error, i) from error
+
+    def sample(self, i: int) -> Sample:
+        """Sample i without its media, which are not read where our own JSON says what they are. Raises as `load`."""
+        key, number = self.index.key(i), self._shard_number(i)
+        try:
+            own = [text_sample(key, data) for _, data in self._read(i, number, only=JSON)]
+        except BadSample as error:
+            raise self._located(error, i) from error
+        return next((sample for sample in own if sample is not None), None) or self.load(i)[0]
+
+    def _located(self, error: BadSample, i: int) -> BadSample:
+        kind = "malformed" if error.kind == "other" else error.kind
+        return BadSample(f"{self.where(i)}: {error}", kind=kind, shard=self.path(i), key=self.index.key(i))
+
+    def _read(self, i: int, number: int, only: str | None = None) -> list[tuple[str, bytes]]:
+        parts, end = [], self.manifest.shards[number].bytes
+        file = self._open(number).fileno()
+        for name, offset, size, crc in self.index.rows(i):
+            if only is not None and name != only:
+                continue
+            if offset < 0 or not 0 <= size <= MAX_MEMBER or offset + size > end:
+                raise BadSample(f"member {name}: {size} bytes at {offset} of {end}, says the index", kind="corrupt")
+            data = os.pread(file, size, offset)
+            if len(data) != size or crc32(data) != crc:
+                raise BadSample(f"member {name} is corrupt (checksum differs from the index)", kind="corrupt")
+            parts.append((name, data))
+        return parts
+
+    def _check_media(self, i: int, sample: Sample, blobs: list[bytes]) -> None:
+        """The index has the true sizes, and the bytes are those that were indexed: no header needs another look."""
+        span = self.index.media(i)
+        sizes = zip(self.index.width[span].tolist(), self.index.height[span].tolist(), strict=True)
+        for item, blob, (width, height) in zip(sample.media, blobs, sizes, strict=True):
+            if (width, height) != (item.width, item.height):
+                where = f"{item.name} is {width} x {height} pixels"
+                raise BadSample(f"{where}, its entry says {item.width} x {item.height}", kind="malformed")
+            if item.kind == "image" and (width * height > MAX_PIXELS or len(blob) > MAX_BYTES):
+                limits = f"at most {MAX_PIXELS} pixels, {MAX_BYTES} bytes are read"
+                raise BadSample(f"{item.name} has {width} x {height} pixels, {len(blob)} bytes; {limits}", kind="image")
+
+    def __iter__(self) -> Iterator[tuple[Sample, list[bytes]]]:
+        return (self.load(i) for i in range(len(self)))
+
+    def verify(self) -> None:
+        """Hash the index and every shard. Raises `DataError` naming each that differs from the manifest."""
+        problems = [p for info in (self.manifest.index, *self.manifest.shards) if (p := self._check_hash(info))]
+        if problems:
+            raise DataError("\n".join([*problems, self._remedy()]))
+
+    def _check_hash(self, info: FileInfo) -> str | None:
+        with self._open_file(info) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        same = digest == info.sha256
+        return None if same else f"{self._path(info)}: sha256 {digest[:12]}, the manifest says {info.sha256[:12]}"
+
+    def _load_index(self) -> Index:
+        info = self.manifest.index
+        if self._cache:
+            return Index.load(self._cache.path(join(self.address, info.name), info))
+        if info.bytes <= HASHED_INDEX and (problem := self._check_hash(info)):
+            raise DataError(f"{problem}: not a readable index. {self._remedy()}")
+        return Index.load(self.folder / info.name)
+
+    def _check_files(self) -> None:
+        problems = [p for info in (self.manifest.index, *self.manifest.shards) if (p := self._check_file(info))]
+        if problems:
+            more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+            raise DataError("\n".join([*problems[:10], *more, self._remedy()]))
+
+    def _check_file(self, info: FileInfo) -> str | None:
+        path = self.folder / info.name
+        if not path.is_file():
+            return f"{path}: missing; the manifest lists {len(self.manifest.shards)} shards"
+        size = path.stat().st_size
+        return None if size == info.bytes else f"{path}: {size} bytes, the manifest says {info.bytes}"
+
+    def _remedy(self) -> str:
+        if self._cache:
+            return f"Remove the copies in {self._cache.folder}; if that does not help, upload the set again"
+        options = " ".join(_option(name, value) for name, value in self.manifest.build.items() if name != "_target_")
+        if not options:
+            return f"Restore the files, then: python -m data_pipelines.index folder={self.folder} force=true"
+        return (
+            f"Rebuild with: python -m data_pipelines.{self.manifest.command} {options} output={self.folder} force=true"
+        )
+
+    def _path(self, info: FileInfo) -> str:
+        return join(self.address, info.name) if self._cache else str(self.folder / info.name)
+
+    def _shard_number(self, i: int) -> int:
+        number = int(self.index.shard[i])
+        if not 0 <= number < len(self.manifest.shards):
+            raise DataError(
+                f"{self.address}: the index puts sample {i} into shard {number} of {len(self.manifest.shards)}"
+            )
+        return number
+
+    def _open(self, number: int) -> FileIO:
+        """Shard `number`, opened lazily; each thread keeps its own few files, so that none closes another's."""
+        files: OrderedDict[int, FileIO] = self._local.__dict__.setdefault("files", OrderedDict())
+        if number not in files:
+            if len(files) >= (MAX_OPEN_COPIES if self._cache else MAX_OPEN_FILES):
+                files.popitem(last=False)[1].close()
+            files[number] = self._open_file(self.manifest.shards[number])
+        files.move_to_end(number)
+        return files[number]
+
+    def _open_file(self, info: FileInfo) -> FileIO:
+        if self._cache:
+            return self._cache.open(self._path(info), info)
+        return open(self.folder / info.name, "rb", buffering=0)
+
+
+def _option(name: str, value: object) -> str:
+    """A recorded build argument as it is typed in a shell."""
+    return shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")

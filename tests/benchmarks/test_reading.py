@@ -1,0 +1,59 @@
+"""The figures of benchmarks/reading.py that must not grow again, and that they count what they say."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from benchmarks import reading
+
+
+def test_no_new_import_cycle() -> None:
+    files = reading.read_imports().running
+    assert reading.cycles(files) == []
+    assert reading.cycles(reading.folder_graph(files)) == []
+
+
+def test_files_are_short() -> None:
+    assert reading.long_files() == {}
+
+
+def test_functions_are_short() -> None:
+    assert len(reading.long_functions()) <= 2
+
+
+def test_cycles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": {"f"}, "f": {"e"}, "g": set[str]()}
+    assert reading.cycles(graph) == [["a", "b", "c"], ["e", "f"]]
+
+
+def test_a_folder_stands_for_its_files_among_its_siblings() -> None:
+    graph = {"p.a.x": {"p.b.y"}, "p.b.z": {"p.a.w", "p.b.y"}, "p.b.y": {"p.b.c.v"}, "p.b.c.v": {"p.b", "p"}}
+    found = reading.folder_graph(graph)
+    assert found["p.a"] == {"p.b"} and found["p.b"] == {"p.a", "p.__init__"}
+    assert found["p.b.z"] == {"p.b.y"} and found["p.b.y"] == {"p.b.c"} and found["p.b.c"] == {"p.b.__init__"}
+
+
+def test_imports_in_functions_count_and_those_for_typing_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "if TYPE_CHECKING:\n    import p.b\ndef f():\n    from p import c, name\n    from . import d\n"
+    files = {name: tmp_path / f"{name}.py" for name in ("p", "p.a", "p.b", "p.c", "p.d")}
+    for name, path in files.items():
+        path.write_text(text if name == "p.a" else "", encoding="utf-8")
+    monkeypatch.setattr(reading, "python_files", lambda: files)
+    found = reading.read_imports()
+    assert found.running["p.a"] == {"p", "p.c", "p.d"} and found.typing_only["p.a"] == {"p.b"}
+
+
+def test_a_one_word_name_is_one_without_an_underscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "class P(Protocol):\n    def encode(self): ...\n"
+        "class A:\n    def encode(self): ...\n    def __len__(self): ...\n    def _fit(self): ...\n"
+        "def encode(): ...\ndef load_row():\n    def inner(): ...\n"
+    )
+    monkeypatch.setattr(reading, "ROOT", tmp_path)
+    monkeypatch.setattr(reading, "python_files", lambda: {"p.a": tmp_path / "p" / "a.py"})
+    monkeypatch.setattr(reading, "tree_of", lambda _: ast.parse(text))
+    found, asked = reading.one_word_names("p")
+    assert found == ["p/a.py:A._fit", "p/a.py:encode", "p/a.py:load_row.inner"] and asked == 4

@@ -1,0 +1,298 @@
+"""Every problem is found before a weight is read, named by its setting, and all are raised together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf, open_dict
+
+from data_pipelines.build import main as build_shards
+from vlm_train.check.assets import missing_assets
+from vlm_train.check.check import check
+from vlm_train.check.hydra_errors import unknown_key
+from vlm_train.config.compose import compose, tiny
+from vlm_train.config.folders import config_dir
+from vlm_train.config.signatures import UnknownTarget, fits, import_signature, read_signature
+from vlm_train.config.trust import nodes, untrusted
+from vlm_train.errors import AssetError, ConfigError
+
+
+def problems(*overrides: str, recipe: str = "llava15_stage1") -> list[str]:
+    """What `check` says about a command line; empty when it is fine."""
+    try:
+        check(compose([f"recipe={recipe}", *overrides]), need_assets=False)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_recipe_passes() -> None:
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=abc", "optim.lr: expected float, got 'abc' (str)."),
+        ("+connector.dept=3", "connector.dept: vlm_train.models.connectors.mlp.MLP has no such option. Did you mean"),
+        ("connector._target_=vlm_train.models.connectors.mlp.MPL", "Did you mean vlm_train.models.connectors.mlp.MLP?"),
+        ("connector._target_=os.system", "connector._target_: 'os.system' is not trusted."),
+        ("connector._target_=torchvision.ops.MLP", "is not trusted."),
+        ("batch.tokens=9", "batch: give exactly one of batch.samples and batch.tokens, got both."),
+        ("batch.samples=null", "got neither."),
+        ("batch.micro=0", "batch.micro: expected a positive number or null, got 0."),
+        ("batch.normalise=tokens", "batch.normalise: got 'tokens'. Did you mean token?"),
+        ("trainer.precision=bf16", "trainer.precision: got 'bf16'."),
+        ("mode=fitt", "mode: got 'fitt'. Did you mean fit?"),
+        ("trainer.epochs=null", "trainer: give trainer.epochs or trainer.max_steps, got neither."),
+        ("launch.nodes=2", "launch.nodes: launch=local starts one node, got 2."),
+        ("+eval.mine._target_=torch.nn.functional.torch.load", "torch.nn.functional.torch is no module of its own"),
+        ("+eval.mine._target_=transformers.utils.hub.os.system", "transformers.utils.hub.os is no module of its own"),
+        ("+eval.mine._target_=transformers.dynamic_module_utils.get_class_from_dynamic_module", "only classes are"),
+        ("+eval.mine._target_=torch.nn.modules.module.OrderedDict", "it is really from collections"),
+        ("+eval.mine._target_=lightning.pytorch.cli.LightningCLI", "is not trusted"),
+        ("+eval.mine._target_=vlm_train.runs.process.main", "is not trusted"),
+        ("+eval.mine._target_=vlm_train.data.text.tokenizer._load", "is private"),
+        ("++llm.config.trust_remote_code=true", "llm.config.trust_remote_code: got True. Allowed: False"),
+        ("++data.train.0.weights_only=false", "data.train.0.weights_only: got False. Allowed: True"),
+        ("init_from=[{run: x, which: bst}]", "init_from.0.which: got 'bst'. Did you mean best? Allowed: last, best."),
+        ("optim.lr=-1", "optim.lr: expected a number >= 0, got -1"),
+        ("optim.betas=[0.9,1.0]", "optim.betas.1: expected a number >= 0 and < 1, got 1.0."),
+        ("params.rules=[{match: '.*', lr: -1}]", "params.rules.0.lr: expected a number >= 0"),
+        ("data.workers=-1", "data.workers: expected a number >= 0, got -1."),
+        ("data.limit=0", "data.limit: expected a number >= 1, got 0."),
+        ("lr_schedule.warmup_ratio=1.5", "lr_schedule.warmup_ratio: expected a number >= 0 and <= 1, got 1.5."),
+        ("trainer.keep_last=0", "trainer.keep_last: expected a number >= 1, got 0."),
+        ("lr_schedule.warmup_steps=3", "lr_schedule: give warmup_steps or warmup_ratio, got both (3 and 0.03)."),
+        ("data.train=[]", "data.train: expected at least one entry"),
+        ("data.train=[{shard: x}]", "data.train.0.shard: unknown key. Did you mean data.train.0.shards?"),
+        ("data.val=[{samples: 3}]", "data.val.0.shards is missing"),
+        ("data.train=[{shards: x, epochs: 2}]", "data.train.0.epochs: unknown key."),
+        ("data.train=[x]", "data.train.0: expected an entry such as {shards: <folder>}, got 'x'."),
+        ("launch.devices=3", "batch.samples=256 cannot be shared evenly by 3 ranks; allowed: multiples of 3"),
+        ("~lr_schedule", "lr_schedule has no _target_: it needs one component"),
+        ("~tokenizer", "tokenizer is empty: choose an option"),
+        ("~template", "template is empty: choose an option"),
+        ("~image", "image is empty: choose an option"),
+        ("~objective", "objective is empty: there is no loss."),
+        ("objective.lm=null", "objective is empty: there is no loss."),
+        ("mode=eval", "run is missing: mode=eval needs run=<run folder>."),
+        ("run_name=a/b", "run_name: expected a folder name"),
+        ("image.mode=???", "image.mode is missing"),
+        ("llm.weights=${oc.env:NO_SUCH_VARIABLE}", "llm.weights: "),
+        ("++eval.mine.name=3", "eval.mine has no _target_"),
+        ("+eval.mine._target_=torch.nn.Lineer", "Did you mean torch.nn.Linear?"),
+        ("+eval.mine._target_=torch.nn.Linear", "eval.mine.in_features is missing: torch.nn.Linear requires it."),
+    ],
+)
+def test_problem_names_its_setting(override: str, expected: str) -> None:
+    found = problems(override)
+    assert any(expected in problem for problem in found), found
+
+
+def test_all_problems_are_raised_together() -> None:
+    found = problems("optim.lr=abc", "batch.micro=0", "mode=fitt", "+connector.dept=3")
+    for key in ("optim.lr", "batch.micro", "mode", "connector.dept"):
+        assert any(problem.startswith(key) for problem in found), (key, found)
+
+
+@pytest.mark.parametrize("more", ["data.pack=512", "data.group=length", "data.over_length=split"])
+def test_what_needs_one_length_of_a_sample_takes_no_drawn_annotation(more: str) -> None:
+    assert any(found.startswith("data.annotations: drawn") for found in problems("data.annotations=drawn", more))
+
+
+def test_parts_that_the_model_needs_are_there() -> None:
+    cfg = compose(["recipe=llava15_stage1"])
+    cfg.vision = None
+    with pytest.raises(ConfigError, match="vision is empty: choose an option"):
+        check(cfg, need_assets=False)
+    assert problems(recipe="easyvqa_lm") == []  # a text model needs none
+
+
+def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() -> None:
+    (found,) = problems("batch.samples=null", "batch.tokens=4096", "dry_run=true")
+    assert found.startswith("batch.tokens: ") and "data.pack" in found
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["strategy=single", "launch.devices=2"], "single trains on one device, but 2 processes"),
+        (["strategy=zero2", "+strategy.offload_parameters=cpu"], "only stage 3 can, got stage 2"),
+        (["strategy=zero3", "strategy.offload_parameters=nvme"], "strategy.nvme_path is missing"),
+        (["strategy=zero3", "trainer.compile=true"], "ZeRO-3 gathers weights in between"),
+        (["strategy=fsdp2", "trainer.precision=16-mixed"], "FSDP2 has no loss scale"),
+    ],
+)
+def test_a_strategy_that_cannot_be(overrides: list[str], words: str) -> None:
+    (found,) = problems(*overrides)
+    assert words in found
+
+
+def test_best_follows_what_is_measured() -> None:
+    (found,) = problems("trainer.best=answers/exact_mach", recipe="easyvqa_stage2")
+    assert "did you mean" in found.lower() and "Allowed: loss, answers/exact_match" in found
+    assert problems("trainer.best=answers/exact_match", recipe="easyvqa_stage2") == []
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((config_dir() / "strategy").glob("*.yaml"))])
+def test_every_strategy_composes(name: str) -> None:
+    path = ["strategy.nvme_path=/local"] if name.endswith("nvme") else []
+    assert problems(f"strategy={name}", *path) == []
+
+
+def test_exchanged_group_says_how_to_drop_what_the_recipe_set() -> None:
+    (found,) = problems("optim=sgd", recipe="easyvqa_lm")
+    assert (
+        found.startswith("optim.betas: vlm_train.training.optim.sgd has no such option.")
+        and "add ~optim.betas" in found
+    )
+    assert problems("optim=sgd", "~optim.betas", recipe="easyvqa_lm") == []
+
+
+def test_what_nobody_gives_must_be_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("class Needy:\n    def __init__(self, *, in_dim, out_dim, grid): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    choice = ["connector=linear", "connector._target_=needy.Needy", "allow_targets=[needy.]"]
+    assert problems(*choice) == ["connector.grid is missing: needy.Needy requires it."]
+
+
+def test_every_option_of_conf_is_trusted() -> None:
+    for path in config_dir().glob("*/*.yaml"):
+        for _, node in nodes(OmegaConf.create({"file": OmegaConf.load(path)})):
+            assert "_target_" not in node or untrusted(node["_target_"], []) is None, path
+
+
+def test_trust_can_be_extended() -> None:
+    override = "+eval.mine._target_=fractions.Fraction"
+    assert any("not trusted" in problem for problem in problems(override))
+    assert problems(override, "allow_targets=[fractions.]") == []
+    override = "+eval.mine._target_=fractions.re.compile"  # what a trusted module imports is not trusted with it
+    assert any("no module of its own" in problem for problem in problems(override, "allow_targets=[fractions.]"))
+
+
+def test_nested_components_are_checked() -> None:
+    cfg = compose(["recipe=llava15_stage1"])
+    with open_dict(cfg):
+        cfg.data.train = [{"shards": {"_target_": "subprocess.run"}}]
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.shards\._target_: 'subprocess.run' is not trusted"):
+        check(cfg, need_assets=False)
+
+
+def test_missing_assets_are_listed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    cfg = compose(["recipe=llava15_stage2", f"paths.data={tmp_path}"])
+    with pytest.raises(AssetError) as caught:
+        check(cfg, need_assets=True)
+    text = str(caught.value)
+    for key in ("vision.weights: ", "llm.weights: ", "tokenizer.name: ", "data.train.0.shards: ", "init_from.0.run "):
+        assert key in text, text
+
+
+def test_missing_pictures_of_size_tiny_come_with_their_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, val = sorted(missing_assets(tiny("recipe=llava15_stage1")))
+    build = "python -m data_pipelines.build source=tiny split="
+    assert train.startswith("data.train.0.shards: ") and train.endswith(f"{build}train output=data/tiny/train")
+    assert val.endswith(f"{build}val output=data/tiny/val")
+    for line in (train, val):
+        assert build_shards(line.partition("data_pipelines.build ")[2].split()) == 0
+    assert missing_assets(tiny("recipe=llava15_stage1")) == []
+    full = missing_assets(compose(["recipe=easyvqa_clip"]))
+    assert all("source=tiny" not in line for line in full)
+
+
+def test_assets_that_are_there_are_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "llava_558k" / "train").mkdir(parents=True)
+    (tmp_path / "weights").mkdir()
+    here = [f"{key}={tmp_path}/weights" for key in ("vision.weights", "llm.weights")]
+    cfg = compose(["recipe=llava15_stage1", f"paths.data={tmp_path}", *here])
+    assert [line for line in missing_assets(cfg) if "manifest.json" not in line] == []
+    (tmp_path / "llava_558k" / "train" / "manifest.json").write_text("{}")
+    assert missing_assets(cfg) == []
+
+
+def test_runs_that_an_earlier_stage_fills_are_expected(tmp_path: Path) -> None:
+    cfg = OmegaConf.merge(compose([]), {"init_from": [{"run": str(tmp_path / "later")}]})
+    assert any("init_from.0.run" in line for line in missing_assets(cfg))
+    assert not any("init_from" in line for line in missing_assets(cfg, [tmp_path / "later"]))
+
+
+def test_inherited_constructors_and_moved_names_are_followed() -> None:
+    assert list(read_signature("vlm_train.errors.AssetError").parameters) == ["problems"]
+    assert read_signature("vlm_train.check.check.AssetError") == read_signature("vlm_train.errors.AssetError")
+
+
+def test_check_does_not_import_torch() -> None:
+    code = (
+        "import sys; from vlm_train.config import compose; from vlm_train.check import check; "
+        "check.check(compose.compose(['recipe=llava15_stage1']), need_assets=False); "
+        "print([m for m in ('torch', 'transformers', 'lightning') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (1, "float", True), (1.5, "int", False), (True, "int", False), (1, "bool", False), ("1", "int", False),
+        (None, "int | None", True), (None, "Optional[int]", True), ("x", "Union[int, str]", True),
+        ([0.9, 0.99], "tuple[float, float]", True), ([0.9], "tuple[float, float]", False),
+        ([1, 2, 3], "tuple[int, ...]", True), ([1, "a"], "list[int]", False), ("ab", "Sequence[str]", False),
+        ({"a": 1}, "dict[str, int]", True), ({"a": "b"}, "Mapping[str, int]", False),
+        ("pad", "Literal['pad', 'crop']", True), ("fit", "Literal['pad', 'crop']", False),
+        ("anything", "nn.Module", True), ("x", "Callable[[int], int]", True), (3, "'int | None'", True),
+        ({"_target_": "torch.nn.ReLU"}, "int", True),
+    ],
+)  # fmt: skip
+def test_fits(value: object, annotation: str, expected: bool) -> None:
+    assert fits(value, annotation) is expected
+
+
+def test_signatures_of_ours_and_of_others() -> None:
+    trainer = read_signature("vlm_train.config.schema.Trainer")
+    assert trainer.parameters["epochs"].annotation == "float | None" and not trainer.parameters["epochs"].required
+    with pytest.raises(UnknownTarget, match=r"Did you mean vlm_train\.config\.schema\.Trainer\?"):
+        read_signature("vlm_train.config.schema.Trainr")
+    assert import_signature("fractions.Fraction").parameters["numerator"].required is False
+    with pytest.raises(UnknownTarget, match="cannot be imported"):
+        import_signature("no_such_package.Thing")
+
+
+def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:
+    cfg = compose(["recipe=llava15_stage1", "llm.weights='???'", "data.train=[{shards: '???'}]"])
+    check(cfg, need_assets=False)  # a plan needs no assets
+    lines = missing_assets(cfg)
+    for key in ("llm.weights is missing", "tokenizer.name is missing", "data.train.0.shards is missing"):
+        assert any(line.startswith(key) for line in lines), lines
+
+
+def test_settings_of_the_order_that_would_be_ignored_are_refused() -> None:
+    def found(*overrides: str) -> str:
+        (one,) = problems(*overrides)
+        return one
+
+    weighted = "data.train=[{shards: a, weight: 2.0}]"
+    assert found(weighted).startswith("data.train: a weight counts only with data.mixture=weights")
+    assert "it is data.pack_patches now" in unknown_key("data.pack_views", [], [])
+    assert found("data.pack_patches=4").startswith("data.pack_patches: bounds packed rows, but data.pack is null")
+    assert found("data.pack=1024").startswith(
+        "data.pack: rows of 1024 tokens must hold samples of data.max_length=2048"
+    )
+    assert found("data.pack=4096", "data.group=length").startswith("data.group: packed rows are evened out")
+    both = found("data.mixture=weights", "data.train=[{shards: a, share: 0.5, weight: 2.0}, {shards: b}]")
+    assert both.startswith("data.train: an entry has a share of all draws or a weight")
+    assert found("data.rejected=true", "data.over_length=split").startswith("data.over_length: pairs of answers")
+    budget = ["batch.samples=null", "batch.tokens=65536", "data.pack=4096", "data.group=null"]
+    assert problems(*budget, "batch.micro=1") == []
+    assert found(*budget[:3], "data.group=modality", "batch.micro=1").startswith(
+        "data.group: groups steps of batch.samples"
+    )
+    assert "multiples of 65536" in found(*budget[:1], "batch.tokens=8192", *budget[2:], "batch.micro=16")
+    assert found("data.train=[{shards: a, shards2: b}]").startswith("data.train.0.shards2: unknown key")
+    assert found("data.mixture=sqr").startswith("data.mixture: expected Literal['concat', 'weights', 'sqrt'")

@@ -1,0 +1,190 @@
+"""What does not go together is found in the model's shape, before a weight is read, for code of any package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from vlm_train.build import build_model
+from vlm_train.check.check import check
+from vlm_train.check.model import check_model, check_packing
+from vlm_train.config.compose import compose
+from vlm_train.contracts.batch import Batch
+from vlm_train.contracts.objective import Loss, Objective, StepContext
+from vlm_train.dryrun.report import without_assets
+from vlm_train.errors import ConfigError
+from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
+from vlm_train.models.families.prefix_vlm import PrefixVLM
+
+PAIR = ["model=prefix_seq2seq", "llm=flant5_xl", "template=seq2seq"]
+MINE = ["allow_targets=[tests.]", "~objective.lm"]
+
+
+def problems(*overrides: str, recipe: str = "llava15_stage1") -> list[str]:
+    """What is found in the configuration and in its model; empty when all is fine."""
+    try:
+        cfg = compose([f"recipe={recipe}", *overrides])
+        check(cfg, need_assets=False)
+        cfg, _ = without_assets(cfg)
+        check_model(cfg, build_model(cfg, meta=True))
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def mine(name: str) -> str:
+    return f"+objective.mine._target_={__name__}.{name}"
+
+
+class AnswersOnItsOwn(PrefixSeq2Seq):
+    """A family of a user's own package: its streams are its base's."""
+
+
+class Deaf(PrefixVLM):
+    """A family with streams of its own."""
+
+    streams = {"llm": "causal", "qformer": "none"}
+
+
+class PerSample(Objective):
+    """Normalized by samples, which it does not compare with each other."""
+
+    streams = ("llm",)
+    normalized_by = "samples"
+
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
+        raise NotImplementedError
+
+
+class Undeclared:
+    streams = ("llm",)
+
+    def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
+        raise NotImplementedError
+
+
+class Routes:
+    """What no shipped family offers."""
+
+    _is_protocol = True
+
+    def route(self, batch: Batch) -> Tensor: ...
+
+
+class Needy(PerSample):
+    needs = (Routes,)
+
+
+class Measures:
+    """An evaluator of a user's own."""
+
+    at_validation = True
+    needs = (Routes,)
+    primary = "routed"
+    higher_is_better = {"routed": True}
+
+    def run(self, model: Any, processor: Any, folder: Any, *, final: bool) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.lm.stream=lm"], "objective.lm: reads the stream 'lm'. Did you mean llm? Allowed: llm."),
+        (["objective=contrastive"], "objective.contrastive: needs a model that EmbedsImagesAndTexts. PrefixVLM lacks"),
+        (
+            ["model=two_tower", "model.pooling=mean"],
+            "objective.lm: needs a model that PredictsTokens. TwoTower lacks logits; it Embeds",
+        ),
+        ([*MINE, mine("Needy")], "objective.mine: needs a model that Routes. PrefixVLM lacks route; it PredictsTokens"),
+        ([*MINE, mine("Undeclared")], "objective.mine: Undeclared does not declare normalized_by, needs_whole_step, "),
+        (
+            ["allow_targets=[tests.]", f"+eval.mine._target_={__name__}.Measures"],
+            "eval.mine: needs a model that Routes. PrefixVLM lacks route",
+        ),
+    ],
+)
+def test_what_a_model_does_not_offer_is_said(overrides: list[str], expected: str) -> None:
+    found = problems(*overrides)
+    assert any(problem.startswith(expected) for problem in found), found
+
+
+def test_a_model_that_is_no_family_is_refused() -> None:
+    (found,) = problems("allow_targets=[tests.]", "model._target_=tests.check.test_model.Measures")
+    assert "Measures" in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["batch.micro=2"],
+        ["data.pack=4096", "batch.micro=2"],
+        ["strategy=zero2", "launch.devices=2"],
+        ["strategy=fsdp2", "launch.devices=2"],
+    ],
+)
+def test_a_per_sample_objective_may_be_cut_packed_and_sharded(overrides: list[str]) -> None:
+    assert problems(*MINE, mine("PerSample"), *overrides) == []
+
+
+def test_rejected_answers_can_be_learned_where_the_data_has_them() -> None:
+    (found,) = problems("objective.lm.stream=rejected")
+    assert found == "objective.lm: reads the stream 'rejected'. Allowed: llm."
+    assert problems("objective.lm.stream=rejected", "data.rejected=true") == []
+
+
+def test_families_of_other_packages_bring_their_streams() -> None:
+    own = ["allow_targets=[tests.]", f"model._target_={__name__}.AnswersOnItsOwn", "objective.lm.stream=decoder"]
+    assert problems(*PAIR[1:], *own, "data.prefix_split=true") == []
+    deaf = ["allow_targets=[tests.]", f"model._target_={__name__}.Deaf"]
+    assert problems(*deaf, "instruction=bert") == []
+    (missing,) = problems(*deaf)
+    assert missing.startswith("instruction is empty: the model's Q-Former reads one")
+
+
+def test_streams_that_do_not_go_together_are_refused() -> None:
+    learned = "objective.lm.stream=decoder"
+    assert problems(*PAIR, learned) == []
+    assert problems(*PAIR) == ["objective.lm: reads the stream 'llm'. Allowed: decoder."]
+    assert problems(learned) == ["objective.lm: reads the stream 'decoder'. Allowed: llm."]
+    refused = problems(*PAIR, learned, "data.pack=2048", "data.over_length=split", "instruction=bert")
+    named = ("data.pack: the model reads the streams llm and decoder", "data.over_length: ", "instruction: the model")
+    assert len(refused) == len(named) and all(a.startswith(b) for a, b in zip(refused, named, strict=True))
+    assert problems("llm=flant5_xl") == [
+        "llm: HFSeq2Seq is an encoder-decoder. Use model=prefix_seq2seq or instruct_seq2seq, or a causal llm."
+    ]
+    assert problems(PAIR[0], learned)[0].startswith("llm: the model needs an encoder-decoder such as llm=flant5_xl")
+    assert problems("data.prefix_split=true")[0].startswith("data.prefix_split: only an encoder-decoder")
+    assert problems(*PAIR, learned, "data.rejected=true")[0].startswith("data.rejected: the model reads the streams")
+
+
+def test_contrasts_need_a_whole_step() -> None:
+    (found,) = problems("batch.micro=8", recipe="easyvqa_clip")
+    assert found.startswith("objective.contrastive: ") and "allowed: batch.micro=32" in found
+    assert "model.cache_chunk=8" in found
+    found = problems("batch.micro=8", recipe="easyvqa_blip2_stage1")[0]
+    assert "cannot cut" in found and "cache_chunk" not in found and "or a smaller batch.samples" in found
+    assert problems("batch.micro=64", recipe="easyvqa_clip") == []
+    assert problems("launch.devices=2", recipe="easyvqa_clip") == []  # micro 32 holds the 16 of a process
+    assert problems("launch.devices=2", "batch.micro=16", recipe="easyvqa_clip") == []
+    (refused,) = problems("data.pack=64", "data.max_length=64", recipe="easyvqa_clip")
+    assert "packed rows do not tell them apart" in refused
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp2"])
+def test_a_temperature_stays_whole(strategy: str) -> None:
+    (found,) = problems(f"strategy={strategy}", recipe="easyvqa_clip")
+    assert found.startswith("strategy: model.logit_scale is a single number") and "Use strategy=ddp" in found
+
+
+def test_mixers_that_no_mask_reaches_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose(["recipe=llava15_stage1", "size=tiny", "data.pack=256", "data.max_length=128"])
+    model = build_model(without_assets(cfg)[0], meta=True)
+    assert list(check_packing(cfg, model)) == []
+    monkeypatch.setattr(model.llm, "unmasked_mixers", ["MambaMixer"])
+    (problem,) = check_packing(cfg, model)
+    assert problem.startswith("data.pack: 'llama' has MambaMixer, which no mask reaches")
+    cfg.data.pack = None
+    assert list(check_packing(cfg, model)) == []

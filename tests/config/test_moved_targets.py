@@ -1,0 +1,50 @@
+"""Components under their old names: run folders of earlier versions load, other places are told the new name."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from vlm_train.check.check import check
+from vlm_train.config import moved_targets
+from vlm_train.config.compose import tiny
+from vlm_train.config.run_file import load_config, save_config
+from vlm_train.errors import ConfigError
+
+OLD = "vlm_train.models.prefix.PrefixVLM"
+
+
+def test_every_old_name_leads_to_a_module_that_is_there() -> None:
+    table = yaml.safe_load(Path(moved_targets.__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    assert len(table) > 30
+    for old, new in table.items():
+        assert importlib.util.find_spec(new) is not None, f"{old} -> {new}"
+
+
+def test_a_run_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    cfg = tiny("recipe=llava15_stage1")
+    now = cfg.model._target_
+    cfg.model._target_ = OLD
+    save_config(cfg, tmp_path / "config.yaml")
+    loaded = load_config(tmp_path / "config.yaml")
+    assert OLD in (tmp_path / "config.yaml").read_text(encoding="utf-8") and loaded.model._target_ == now
+    cfg.model._target_ = now
+    assert loaded == cfg and OmegaConf.is_interpolation(loaded.paths, "data") == OmegaConf.is_interpolation(
+        cfg.paths, "data"
+    )
+
+
+def test_an_old_name_elsewhere_is_answered_with_the_new_one() -> None:
+    cfg = tiny("recipe=llava15_stage1", f"model._target_={OLD}")
+    with pytest.raises(ConfigError) as error:
+        check(cfg, need_assets=False)
+    (line,) = [line for line in error.value.problems if OLD in line]
+    assert line == f"model._target_: got {OLD}, which is now {tiny('recipe=llava15_stage1').model._target_}."
+
+
+def test_a_name_that_never_was_stays() -> None:
+    assert moved_targets.moved_target("vlm_train.models.nothing.Here") is None and moved_targets.moved_target(3) is None

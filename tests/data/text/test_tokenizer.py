@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.shards.tar_writer import ShardWriter
+from tests.data.text.rendering import assistant, sample, user
+from vlm_train.data.text.tokenizer import byte_level, gguf, pretrained, special_pattern, words, words_from_shards
+from vlm_train.errors import AssetError
+
+
+def test_byte_level_is_exact_and_stable() -> None:
+    tokenizer = byte_level(add=["<new>"])
+    text = "Ünï ✓\t<x>\n 12"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<bos>", "<eos>", "<unk>"]) == [0, 1, 2, 3]
+    assert tokenizer.convert_tokens_to_ids("<new>") == len(tokenizer) - 1 == len(byte_level())
+    assert tokenizer.get_vocab() == byte_level(add=["<new>"]).get_vocab()
+
+
+def test_words_are_ordered_by_frequency_then_alphabet() -> None:
+    tokenizer = words(["Is it teal? yes", "is it red? no", "is it?"])
+    ranked = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    assert ranked == ["<pad>", "<bos>", "<eos>", "<unk>", "?", "is", "it", "no", "red", "teal", "yes"]
+    for word in ("yes", "no", "teal"):
+        assert tokenizer.decode(tokenizer(word.upper(), add_special_tokens=False).input_ids) == word
+    assert tokenizer("blue", add_special_tokens=False).input_ids == [tokenizer.unk_token_id]
+    kept = words(["a a b b c"], min_count=2, max_words=1)
+    assert set(kept.get_vocab()) == {"<pad>", "<bos>", "<eos>", "<unk>", "a"}
+    assert "Is" in words(["Is"], lowercase=False).get_vocab()
+
+
+def test_words_read_every_turn_of_the_shards(tmp_path) -> None:
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write(sample((user("A b"), assistant("c")), (user("a"), assistant("d"))), [])
+    tokenizer = words_from_shards(shards=str(tmp_path / "set"))
+    assert tokenizer.get_vocab() == words(["a b", "c", "a", "d"]).get_vocab()
+    with pytest.raises(AssetError, match=r"tokenizer\.shards: .*missing"):
+        words_from_shards(shards=str(tmp_path / "missing"))
+
+
+def test_saved_tokenizer_loads_again(tmp_path) -> None:
+    words(["yes no"], add=["<im_start>"]).save_pretrained(tmp_path)
+    again = pretrained(name=str(tmp_path), add=["<im_end>"])
+    assert again.get_vocab() == words(["yes no"], add=["<im_start>", "<im_end>"]).get_vocab()
+    assert (again.bos_token, again.eos_token) == ("<bos>", "<eos>")
+
+
+def test_missing_tokenizers_name_the_setting(tmp_path) -> None:
+    with pytest.raises(AssetError, match=r"tokenizer\.name: null"):
+        pretrained(name=None)
+    with pytest.raises(AssetError, match=r"tokenizer\.name: no tokenizer could be loaded from"):
+        pretrained(name=str(tmp_path))
+    with pytest.raises(AssetError, match=r"tokenizer\.file: .* is not a file"):
+        gguf(file=str(tmp_path / "a.gguf"))
+    with pytest.raises(AssetError, match=r"tokenizer\.file"):
+        pretrained(name=str(tmp_path / "a.gguf"))
+
+
+def test_special_pattern_takes_the_longest_and_sees_new_tokens() -> None:
+    tokenizer = byte_level()
+    assert special_pattern(tokenizer).search("a<|im_end|>b").group() == "<|im_end|>"  # type: ignore[union-attr]
+    assert special_pattern(tokenizer).search("<q>") is None
+    tokenizer.add_tokens(["<q>"], special_tokens=True)
+    assert special_pattern(tokenizer).search("<q>") is not None
+    assert special_pattern(tokenizer, ("[X]", "[X]Y")).search("[X]Y").group() == "[X]Y"  # type: ignore[union-attr]
+
+
+def test_berts_own_tokens_begin_and_end_a_text(tmp_path: Path) -> None:
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    found = pretrained(name=str(tmp_path))
+    assert (found.bos_token, found.eos_token) == ("[CLS]", "[SEP]")
+    assert found("a cat", add_special_tokens=False).input_ids == [5, 6]

@@ -1,0 +1,301 @@
+"""Missing, damaged and hostile files: one clear error each, nothing executed, nothing silently lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.index import index_folder
+from data_pipelines.lint import main as lint
+from data_pipelines.media.limits import check_pixels, read_header
+from data_pipelines.shards.index_file import Index
+from data_pipelines.shards.shard_set import ShardSet
+
+
+def test_missing_folder_and_missing_manifest_say_how_to_build(tmp_path, shard_set):
+    with pytest.raises(DataError, match=r"nothing.*no such folder.*data_pipelines.build source=<name> output="):
+        ShardSet(tmp_path / "nothing")
+    folder = shard_set()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"tars without manifest.json.*data_pipelines.index folder="):
+        ShardSet(folder)
+
+
+def test_every_missing_and_truncated_shard_is_named(shard_set):
+    folder = shard_set()
+    (folder / "shard-000000.tar").unlink()
+    cut = folder / "shard-000002.tar"
+    size = cut.stat().st_size
+    cut.write_bytes(cut.read_bytes()[:-700])
+    with pytest.raises(DataError) as error:
+        ShardSet(folder)
+    assert "shard-000000.tar: missing; the manifest lists 3 shards" in str(error.value)
+    assert f"shard-000002.tar: {size - 700} bytes, the manifest says {size}" in str(error.value)
+
+
+def test_damaged_index_and_manifest(shard_set):
+    folder = shard_set()
+    data = (folder / "index.npz").read_bytes()
+    (folder / "index.npz").write_bytes(bytes(len(data)))
+    with pytest.raises(DataError, match="not a readable index"):
+        ShardSet(folder)
+    (folder / "manifest.json").write_text('{"version": 1}')
+    with pytest.raises(DataError, match="manifest.json: malformed"):
+        ShardSet(folder)
+
+
+def test_manifest_cannot_name_files_elsewhere(shard_set):
+    folder = shard_set()
+    data = json.loads((folder / "manifest.json").read_text())
+    data["shards"][0]["name"] = "../other.tar"
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match="is a path"):
+        ShardSet(folder)
+
+
+class _Exploit:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_index_never_unpickles(tmp_path):
+    np.savez(tmp_path / "index.npz", shard=np.array([_Exploit()], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="O.*only flat arrays of numbers"):
+        Index.load(tmp_path / "index.npz")
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_one_corrupt_byte_is_found_and_named(shard_set, member):
+    folder = shard_set()
+    place = ShardSet(folder).index.members(5)[member]
+    path = folder / "shard-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[place.offset + place.size // 2] ^= 1
+    path.write_bytes(data)
+    shards = ShardSet(folder)
+    with pytest.raises(BadSample, match=rf"shard-000001.tar, key 'sample-005': member {place.name} is corrupt"):
+        shards.load(5)
+    assert shards.load(4)[0].key == "sample-004" and shards.load(6)[0].key == "sample-006"
+    with pytest.raises(DataError, match="shard-000001.tar: sha256"):
+        shards.verify()
+    assert lint([f"folder={folder}"]) == 1
+
+
+def test_foreign_tars_become_captioned_images(tmp_path, tar, picture):
+    folder = tmp_path / "cc3m"
+    tar(
+        folder / "00000.tar",
+        [
+            ("./000000001.jpg", picture(1, "JPEG")),
+            ("./000000001.txt", b" a cat \n"),
+            ("./000000001.json", b'{"url": "x"}'),
+        ],
+    )
+    tar(folder / "00001.tar", [("b/2.seg.png", picture(2)), ("b/2.txt", b"two"), ("b/2.x.webp", picture(2, "WEBP"))])
+    index_folder(folder, source="cc3m")
+    shards = ShardSet(folder)
+    assert shards.keys() == ["000000001", "b_2"] and shards.manifest.source == "cc3m"
+    first, blobs = shards.load(0)
+    assert [turn.role for turn in first.annotations[0].turns] == ["user", "assistant"]
+    assert first.annotations[0].turns[1].text == "a cat" and first.meta == {"url": "x"}
+    assert blobs == [picture(1, "JPEG")] and (first.media[0].width, first.media[0].height) == (12, 8)
+    assert [item.name for item in shards.load(1)[0].media] == ["0.png", "1.webp"] and len(shards.media(1)) == 2
+
+
+def test_our_own_shards_index_to_the_same_set(shard_set):
+    folder = shard_set()
+    before = ShardSet(folder)
+    (folder / "manifest.json").unlink()
+    index_folder(folder)
+    after = ShardSet(folder)
+    assert after.fingerprint == before.fingerprint
+    assert [after.load(i) for i in range(10)] == [before.load(i) for i in range(10)]
+    assert [after.index.members(i) for i in range(10)] == [before.index.members(i) for i in range(10)]
+
+
+def _members(picture, *keys):
+    return [(f"{key}.{name}", data) for key in keys for name, data in (("png", picture()), ("txt", b"x"))]
+
+
+def test_interleaved_and_duplicate_samples_are_errors(tmp_path, tar, picture):
+    a, b = _members(picture, "a"), _members(picture, "b")
+    tar(tmp_path / "mixed" / "0.tar", [a[0], b[0], a[1], b[1]])
+    with pytest.raises(DataError, match=r"mixed/0.tar: .*'a'.*"):
+        index_folder(tmp_path / "mixed")
+    tar(tmp_path / "late" / "0.tar", [*a, *b, ("a.webp", picture(1, "WEBP"))])
+    with pytest.raises(DataError, match="key 'a' occurs again later: duplicate or interleaved"):
+        index_folder(tmp_path / "late")
+    tar(tmp_path / "twice" / "0.tar", a)
+    tar(tmp_path / "twice" / "1.tar", a)
+    with pytest.raises(DataError, match=r"1.tar: duplicate key 'a'"):
+        index_folder(tmp_path / "twice")
+    tar(tmp_path / "part" / "0.tar", [*a, ("c.png", picture())])
+    with pytest.raises(DataError, match=r"sample 'c': members \['png'\]; expected our json, or one txt"):
+        index_folder(tmp_path / "part")
+    tar(tmp_path / "same" / "0.tar", [a[0], a[0], a[1]])
+    with pytest.raises(DataError, match="duplicate member 'a.png'"):
+        index_folder(tmp_path / "same")
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pyd", "a.pth", "a.png.pickle", "noextension", "a.avi"])
+def test_other_members_are_refused(tmp_path, tar, picture, name):
+    tar(tmp_path / "0.tar", [*_members(picture, "a"), (name, pickle.dumps(_Exploit()))])
+    with pytest.raises(DataError, match=f"0.tar: member '{name}' refused"):
+        index_folder(tmp_path)
+
+
+def test_links_are_refused(tmp_path, tar, picture):
+    import tarfile
+
+    with tarfile.open(tmp_path / "0.tar", "w") as file:
+        info = tarfile.TarInfo("a.txt")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        file.addfile(info)
+    with pytest.raises(DataError, match="member 'a.txt' refused"):
+        index_folder(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1300, 700, 100])
+def test_truncated_foreign_tar(tmp_path, tar, picture, keep):
+    tar(tmp_path / "0.tar", _members(picture, "a", "b"))
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:keep])
+    with pytest.raises(DataError, match="0.tar"):
+        index_folder(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut between members", "cut in a header", "damaged header"])
+def test_a_tar_that_ends_early_is_not_taken_for_a_shorter_one(tmp_path, tar, picture, damage):
+    import tarfile
+
+    path = tmp_path / "0.tar"
+    tar(path, _members(picture, "a", "b"))
+    with tarfile.open(path) as file:
+        second = file.getmembers()[2].offset
+    data = bytearray(path.read_bytes())
+    if damage == "damaged header":
+        data[second + 10] ^= 255
+    path.write_bytes(data[: {"cut between members": second, "cut in a header": second + 300}.get(damage)])
+    with pytest.raises(DataError, match=f"0.tar: truncated or .*no end mark at byte {second}"):
+        index_folder(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_sparse_member_is_refused_before_it_is_unpacked(tmp_path):
+    import tarfile
+
+    info = tarfile.TarInfo("a.txt")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for start, number in ((386, 0), (398, 0), (483, 2**29)):  # GNU: offset and bytes of a piece, unpacked size
+        header[start : start + 12] = b"%011o\0" % number
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    (tmp_path / "0.tar").write_bytes(header + bytes(1024))
+    with pytest.raises(DataError, match="0.tar: member 'a.txt' refused"):
+        index_folder(tmp_path)
+
+
+def test_compressed_tar_and_pipe_names_are_never_run(tmp_path):
+    (tmp_path / "0.tar").write_bytes(zlib.compress(b"x" * 2000))
+    with pytest.raises(DataError, match="truncated or not an uncompressed tar"):
+        index_folder(tmp_path)
+    with pytest.raises(DataError, match="not read from there; allowed: a folder, file://, http://"):
+        ShardSet(f"pipe:touch {tmp_path}/executed")
+    assert not (tmp_path / "executed").exists()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.parametrize("side", [9000, 10000, 60000])
+def test_decompression_bombs_are_refused_from_the_header(side):
+    with pytest.raises(BadSample, match="too large|at most"):
+        read_header(_png_header(side, side))
+
+
+def test_image_limits(picture):
+    assert read_header(picture(size=(30, 20))) == (30, 20, "PNG")
+    with pytest.raises(BadSample, match="at most 10 are read"):
+        read_header(picture(), max_bytes=10)
+    with pytest.raises(BadSample, match="not a readable image"):
+        read_header(b"GIF89a" + bytes(50))
+    with pytest.raises(BadSample, match="does not decode"):
+        check_pixels(picture(kind="JPEG", size=(200, 200))[:-200])
+
+
+def test_lint_finds_what_a_schema_cannot(tmp_path, sample, capsys):
+    from dataclasses import replace
+
+    from data_pipelines.sample import Annotation, Media, Text, Turn
+    from data_pipelines.shards.tar_writer import ShardWriter
+
+    record, blobs = sample(0, media=2)
+    turns = (
+        Turn(role="user", parts=(Media(item=0), Media(item=0), Text(text="<image> what?"))),
+        Turn(role="assistant", parts=(Text(text=" "),)),
+    )
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write(*sample(5))
+        writer.write(replace(record, annotations=(Annotation(turns=turns),)), [blobs[0][:-20], blobs[1]])
+    assert lint([f"folder={tmp_path / 'set'}"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for problem in ("does not decode", "more than once", "empty answer", "<image> left", "only [0] are placed"):
+        assert any(problem in line and "shard-000000.tar, key 'sample-000'" in line for line in lines), problem
+    assert "5 problems" in lines[-1] and not any("sample-005" in line for line in lines)
+
+
+def test_lint_finds_damage_between_the_members(shard_set, capsys):
+    folder = shard_set()
+    path = folder / "shard-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the end of the tar holds nothing
+    path.write_bytes(data)
+    assert lint([f"folder={folder}"]) == 1
+    assert "shard-000001.tar: sha256" in capsys.readouterr().out
+
+
+def test_lint_names_truncated_and_duplicated(shard_set, capsys):
+    folder = shard_set()
+    assert lint([f"folder={folder}"]) == 0
+    path = folder / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:1500])
+    (folder / "shard-000002.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
+    assert lint([f"folder={folder}"]) == 1
+    out = capsys.readouterr().out
+    assert "shard-000001.tar: 1500 bytes" in out and "key 'sample-000': duplicate" in out
+    assert io.StringIO(out).readlines()[-1].endswith("problems\n")
+
+
+def _png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+@pytest.mark.parametrize(
+    "name, head", [(b"zTXt", b"Comment\0\0"), (b"iTXt", b"Comment\0\1\0\0\0"), (b"iCCP", b"icc\0\0")]
+)
+@pytest.mark.parametrize("early", [True, False])
+def test_chunks_that_unpack_to_much_are_refused(picture, name, head, early):
+    data = picture()
+    bomb = _png_chunk(name, head + zlib.compress(bytes(64 * 2**20), 9))
+    place = 33 if early else len(data) - 12  # after IHDR, or before IEND
+    bad = data[:place] + bomb + data[place:]
+    assert len(bad) < 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadSample, match="too large|does not decode|not a readable image") as error:
+            check_pixels(bad)
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert error.value.kind == "image"

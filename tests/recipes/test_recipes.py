@@ -1,0 +1,208 @@
+"""Every recipe and schedule: how it is written, that it composes and checks, and that it says what was published."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from vlm_train.check.check import check
+from vlm_train.config.compose import compose
+from vlm_train.config.folders import config_dir, recipes_dir
+
+RECIPES = sorted(path.stem for path in (recipes_dir() / "recipe").glob("*.yaml"))
+SCHEDULES = sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml"))
+FILES = sorted(recipes_dir().glob("*/*.yaml"))
+
+# Source of every row: its name, then the numbers of the paper or script named in the recipe's first lines.
+# LLaVA-1.0: README.md v1.0.1; LLaVA-1.5: scripts/v1_5/{pretrain,finetune,finetune_lora}.sh.
+PUBLISHED = {
+    # recipe: (learning rate, samples a step, epochs, warm-up ratio, weight decay, max length, template, image)
+    "llava1_stage1": (2e-3, 128, 1, 0.03, 0.0, 2048, "plain", "crop"),
+    "llava1_stage2": (2e-5, 32, 3, 0.03, 0.0, 2048, "v0", "crop"),
+    "llava15_stage1": (1e-3, 256, 1, 0.03, 0.0, 2048, "plain", "crop"),
+    "llava15_stage2": (2e-5, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
+    "llava15_13b_stage1": (1e-3, 256, 1, 0.03, 0.0, 2048, "plain", "crop"),
+    "llava15_13b_stage2": (2e-5, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
+    "llava15_lora": (2e-4, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
+    "llava15_qlora": (2e-4, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),  # none of its own: those of llava15_lora
+}
+
+# CLIP: arXiv 2103.00020, appendix F. SigLIP: arXiv 2303.15343; what it leaves out is marked as unknown in the recipe.
+TWO_TOWERS = {
+    # recipe: (learning rate, betas, eps, weight decay, warm-up steps, epochs, E, temperature, bound of the scale, bias)
+    "clip_vitb32": (5e-4, (0.9, 0.98), 1e-6, 0.2, 2000, 32, 512, 0.07, 100.0, None),
+    "clip_vitl14": (4e-4, (0.9, 0.98), 1e-6, 0.2, 2000, 32, 768, 0.07, 100.0, None),
+    "siglip_so400m": (1e-3, (0.9, 0.95), 1e-8, 1e-4, 20000, 100, None, 0.1, None, -10.0),
+}
+
+# Source of every row: BLIP-2's paper section 3.4; notes on InstructBLIP's section 2.6; MiniGPT-4's paper and
+# train_configs/. Steps, not epochs, are given.
+QFORMER_LINE = {
+    # recipe: (learning rate, least rate, samples a step, steps, warm-up steps, second beta, template)
+    "blip2_stage1": (1e-4, 1e-5, 1680, 250_000, 2000, 0.98, "caption_bert"),
+    "blip2_stage2_opt": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
+    "blip2_stage2_flant5": (1e-4, 5e-5, 1520, 80_000, 2000, 0.98, "seq2seq"),
+    "instructblip_vicuna7b": (1e-5, 0.0, 128, 60_000, 1000, 0.999, "instructblip"),
+    "instructblip_flant5xl": (1e-5, 0.0, 192, 60_000, 1000, 0.999, "seq2seq"),
+    "dynamic_qformer": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
+    "hierarchical_qformer": (1e-4, 5e-5, 1920, 80_000, 2000, 0.98, "caption_opt"),
+    "minigpt4_stage1": (1e-4, 8e-5, 256, 20_000, 5000, 0.999, "plain"),
+    "minigpt4_stage2": (3e-5, 1e-5, 12, 400, 200, 0.999, "minigpt4"),
+    "minigpt4_llama2": (1e-4, 8e-5, 256, 20_000, 5000, 0.999, "plain"),
+    "minigpt5_gate": (1e-4, 8e-5, 256, 20_000, 5000, 0.999, "plain"),
+}
+
+
+# arXiv 2201.12086, appendix; configs/*.yaml and models/ of github.com/salesforce/BLIP.
+BLIP = {
+    # recipe: (learning rate, samples a step, epochs, tokens of a text, least share of an image, LM's label smoothing)
+    "blip_base": (3e-4, 2880, 20, 30, 0.2, 0.1),
+    "blip_captioner": (1e-5, 256, 5, 40, 0.5, 0.1),
+    "blip_filter": (1e-5, 256, 6, 35, 0.5, None),
+}
+
+
+def test_there_are_recipes() -> None:
+    assert {*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
+    assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_is_a_short_list_of_deltas(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[0] == "# @package _global_", "Hydra would put it under its group's name otherwise"
+    assert lines[1].startswith("# "), "says what it is"
+    assert len(lines) <= 45
+    assert "_target_" not in text, "components live in conf/"
+    assert "recipe_name" not in text, "it is the file's name"
+    assert "hydra" not in text
+
+
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE]))
+def test_every_number_names_its_source(name: str) -> None:
+    path = recipes_dir() / "recipe" / f"{name}.yaml"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        value, _, comment = line.partition(" #")
+        if re.search(r":.*[^\w.]\d", value) and not line.startswith("#"):
+            assert comment.strip(), f"{name}: {line}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_composes_and_checks(name: str) -> None:
+    cfg = compose([f"recipe={name}", "dry_run=true"])
+    assert cfg.recipe_name == name
+    check(cfg, need_assets=False)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_says_what_was_published(name: str) -> None:
+    cfg = compose([f"recipe={name}"])
+    lr, samples, epochs, warmup, decay, length, template, image = PUBLISHED[name]
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs) == (lr, samples, epochs)
+    assert cfg.optim._target_ == "vlm_train.training.optim.adamw"
+    assert (list(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == ([0.9, 0.999], 1e-8, decay)
+    assert cfg.lr_schedule._target_ == "vlm_train.training.optim.cosine"
+    assert (cfg.lr_schedule.warmup_ratio, cfg.lr_schedule.min_ratio) == (warmup, 0.0)
+    assert cfg.trainer.clip_norm is None, "LLaVA's DeepSpeed JSON names no clipping, so none happened"
+    assert cfg.trainer.precision == "bf16-mixed"
+    assert cfg.data.max_length == length
+    assert cfg.batch.samples == 8 * cfg.batch.micro, "the scripts run on 8 GPUs without accumulation"
+    for group, option in (("template", template), ("image", image)):
+        assert cfg[group] == OmegaConf.load(config_dir() / group / f"{option}.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(TWO_TOWERS))
+def test_two_towers_say_what_was_published(name: str) -> None:
+    cfg = compose([f"recipe={name}"])
+    lr, betas, eps, decay, warmup, epochs, width, temperature, bound, bias = TWO_TOWERS[name]
+    assert (cfg.optim.lr, tuple(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == (lr, betas, eps, decay)
+    assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.min_ratio) == (warmup, 0.0)
+    assert (cfg.batch.samples, cfg.trainer.epochs) == (32768, epochs)
+    model = (cfg.model.embed_dim, cfg.model.init_temperature, cfg.model.max_scale, cfg.model.init_bias)
+    assert model == (width, temperature, bound, bias)
+    assert not cfg.params.decay_norms_and_biases
+    assert cfg.model.cache_chunk == cfg.batch.samples // cfg.target.gpus, "no chunks on as many GPUs as published"
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 128])
+def test_a_large_batch_needs_no_number_of_gpus(gpus: int) -> None:
+    check(compose(["recipe=clip_vitb32", "launch=torchrun", f"launch.devices={gpus}"]), need_assets=False)
+
+
+@pytest.mark.parametrize("name", sorted(QFORMER_LINE))
+def test_the_qformer_line_says_what_was_published(name: str) -> None:
+    cfg = compose([f"recipe={name}"])
+    lr, least, samples, steps, warmup, beta, template = QFORMER_LINE[name]
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.max_steps, cfg.trainer.epochs) == (lr, samples, steps, None)
+    assert (list(cfg.optim.betas), cfg.optim.weight_decay) == ([0.9, beta], 0.05)
+    assert cfg.lr_schedule._target_ == "vlm_train.training.optim.cosine"
+    assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.warmup_ratio) == (warmup, 0.0)
+    assert cfg.lr_schedule.min_ratio * lr == pytest.approx(least)
+    assert cfg.trainer.precision == ("bf16-mixed" if "flant5" in name else "16-mixed") and cfg.trainer.clip_norm is None
+    assert cfg.template == OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(BLIP))
+def test_blip_says_what_was_published(name: str) -> None:
+    cfg = compose([f"recipe={name}"])
+    lr, samples, epochs, length, least, smoothing = BLIP[name]
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs, cfg.data.max_length) == (lr, samples, epochs, length)
+    assert (list(cfg.optim.betas), cfg.optim.weight_decay, cfg.params.decay_norms_and_biases) == (
+        [0.9, 0.999],
+        0.05,
+        True,
+    )
+    assert (list(cfg.image.area), cfg.image.flip) == ([least, 1.0], True)
+    assert cfg.trainer.precision == "32-true" and cfg.trainer.clip_norm is None
+    assert (cfg.objective.lm.label_smoothing if "lm" in cfg.objective else None) == smoothing
+
+
+def test_instructblip_draws_by_the_square_root_of_sizes() -> None:
+    cfg = compose(["recipe=instructblip_vicuna7b"])
+    assert cfg.data.mixture == "sqrt" and len(cfg.data.train) == 13
+    assert cfg.instruction.max_length == 128 and cfg.connector.vocab_size == 30523
+
+
+@pytest.mark.parametrize("name", ["llava15_lora", "llava15_qlora"])
+def test_lora_learns_adapters_and_the_projector_at_their_own_rates(name: str) -> None:
+    cfg = compose([f"recipe={name}"])
+    assert (cfg.peft.rank, cfg.peft.alpha, cfg.peft.dropout) == (128, 256, 0.05)
+    assert {rule.match: rule.lr for rule in cfg.params.rules} == {
+        r"llm\..*\.lora_.*": 2e-4,
+        r"connector\..*": 2e-5,
+        ".*": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["llava1_stage2", "llava15_stage2", "llava15_13b_stage2", "llava15_lora", "llava15_qlora"]
+)
+def test_a_second_stage_says_what_it_waits_for(name: str) -> None:
+    cfg = compose([f"recipe={name}"])
+    assert OmegaConf.is_missing(cfg.init_from[0], "run")
+    assert list(cfg.init_from[0].parts) == ["connector"]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_hands_over_what_its_recipes_wait_for(name: str) -> None:
+    cfg = compose([f"schedule={name}"])
+    assert cfg.schedule.name == name
+    earlier: list[str] = []
+    for stage in cfg.schedule.stages:
+        assert stage.recipe in RECIPES
+        recipe = compose([f"recipe={stage.recipe}"])
+        assert all(source.run in earlier for source in stage.init_from)
+        assert [list(s.parts) for s in stage.init_from] == [list(s.parts) for s in recipe.init_from]
+        earlier.append(stage.recipe)
+    assert len(earlier) > 1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_schedule_fixes_a_learning_rate(name: str) -> None:
+    """Else optim.lr on the command line would do nothing to that stage."""
+    for stage in compose([f"schedule={name}"]).schedule.stages:
+        assert not re.search(r"\blr:\s*\d", " ".join(stage.overrides)), stage.overrides

@@ -1,0 +1,1 @@
+"""Every problem of a configuration, found before a weight is read."""

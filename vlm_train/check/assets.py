@@ -1,0 +1,137 @@
+"""Files that a run needs and that are not there: weights, tokenizers, shards, earlier runs. No torch import."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train.config.package_files import local
+from vlm_train.config.resolve import resolved
+from vlm_train.config.schema import MODEL_PARTS
+from vlm_train.config.trust import components
+from vlm_train.errors import AssetError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for the model hub's answer about one name."""
+
+
+READ = {
+    "eval": ("eval", "tokenizer"),
+    "export": ("tokenizer",),
+    "caption": ("columns", "tokenizer"),
+    "score": ("columns", "tokenizer"),
+}
+"""Mode -> the groups whose shards it reads, where it does not train."""
+
+
+def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str]:
+    """One line per asset that is named by a setting and missing. `expected`: run folders yet to be filled."""
+    if cfg.mode == "import":  # brings weights and tokenizer itself
+        return list(_missing_runs(cfg, expected))
+    problems = [*_missing_weights(cfg), *_missing_shards(cfg), *_missing_runs(cfg, expected), *_missing_packages(cfg)]
+    return list(dict.fromkeys(problems))
+
+
+def _missing_weights(cfg: DictConfig) -> Iterator[str]:
+    """The `weights` of every part and the tokenizer's: a local file or folder, a name on the model hub, or a package's
+    file."""
+    named = [
+        (f"{path}.weights", node.get("weights"), "config.json")
+        for path, group, node in components(cfg)
+        if group in ("model", *MODEL_PARTS)
+    ]
+    for group, key in (("tokenizer", "name"), ("tokenizer", "file"), ("instruction", "tokenizer")):
+        named.append((f"{group}.{key}", (resolved(cfg, group) or {}).get(key), "tokenizer_config.json"))
+    for path, name, probe in named:
+        if name == "???":
+            yield f"{path} is missing: give a local path or a name on the hub, {path}=<value>."
+        elif isinstance(name, str) and (reason := _absent(name, probe)):
+            yield f"{path}: {name} {reason}"
+
+
+def _absent(name: str, probe: str) -> str | None:
+    """Why weights cannot be read, or None."""
+    try:
+        if Path(local(name)).expanduser().exists():
+            return None
+    except AssetError as error:
+        return f"cannot be had: {str(error).removeprefix(f'{name}: ')}"
+    if not HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
+        return "does not exist."
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, probe), str):
+        return None
+    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
+        return "is no local path and not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE)."
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # any failure to reach or find it means that the run cannot have it
+        return f"is no local path, not in the hub's cache and not to be had from the hub ({type(error).__name__})."
+    return None
+
+
+def _missing_packages(cfg: DictConfig) -> Iterator[str]:
+    """What a setting needs and only an extra installs."""
+    peft = resolved(cfg, "peft")
+    if isinstance(peft, dict) and peft.get("bits") is not None and importlib.util.find_spec("bitsandbytes") is None:
+        yield f"peft.bits: {peft['bits']}-bit weights need bitsandbytes: pip install 'vlm-train[qlora]'."
+
+
+def _missing_shards(cfg: DictConfig) -> Iterator[str]:
+    """Every `shards` that the mode reads is a folder with a manifest."""
+    for group in READ.get(cfg.mode, ("data", "eval", "tokenizer")):
+        for path, folder in _shards(group, resolved(cfg, group)):
+            if folder == "???":
+                yield f"{path} is missing: give a folder of shards, {path}=<folder>."
+            elif "://" in folder:
+                continue  # reading its manifest tells
+            elif not Path(folder).is_dir():
+                yield f"{path}: {folder} does not exist. {_how_to_build(cfg, Path(folder))}"
+            elif not (Path(folder) / "manifest.json").is_file():
+                yield f"{path}: {folder} has no manifest.json: it holds no finished shards."
+
+
+def _how_to_build(cfg: DictConfig, folder: Path) -> str:
+    """What to do about a missing folder of shards; the made pictures of size=tiny take one command."""
+    if folder.parent != Path(cfg.paths.data) / "tiny":
+        return "Build shards there, or set paths.data."
+    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    return f"Build it: python -m data_pipelines.build source=tiny split={folder.name} output={shown}"
+
+
+def _shards(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "shards":
+                for folder in [inner] if isinstance(inner, str) else inner or []:
+                    yield f"{path}.{key}", str(folder)
+            else:
+                yield from _shards(f"{path}.{key}", inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _shards(f"{path}.{index}", inner)
+
+
+def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
+    """Every run that weights are taken from, and a checkpoint to resume from, exist."""
+    reference = resolved(cfg, "reference") or {}
+    sources = {f"init_from.{n}": one for n, one in enumerate(resolved(cfg, "init_from") or [])}
+    sources |= {f"reference.init_from.{n}": one for n, one in enumerate(reference.get("init_from") or [])}
+    for path, source in sources.items():
+        run, key = source.get("run"), f"{path}.run"
+        if run in (None, "???"):
+            yield f"{key} is missing: this recipe starts from another run's weights, {key}=<run folder>."
+        elif Path(run).absolute() not in expected and not Path(run).exists():
+            yield f"{key}: {run} does not exist. Expected a run folder, a checkpoint or .safetensors."
+    if (teacher := reference.get("model")) not in (None, "start") and not Path(teacher, "config.yaml").is_file():
+        yield f"reference.model: {teacher} is no run folder. Expected start, or a folder with config.yaml."
+    if cfg.resume not in ("auto", "never", "restart") and not Path(cfg.resume).exists():
+        yield f"resume: {cfg.resume} does not exist. Allowed: auto, never, restart, or the path of a checkpoint."

@@ -1,0 +1,180 @@
+"""Everything that can be known to be wrong before a weight is read. All problems are raised together.
+
+Order of cost: the composed values, then our own targets from their source, then targets of other packages, which have
+to be imported, then what only constructed evaluators can tell, and last the assets. A later kind is only looked at when
+the earlier ones found nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from vlm_train.check.assets import missing_assets
+from vlm_train.check.parts import check_columns, check_encoders, check_groups, check_peft, short
+from vlm_train.check.settings import (
+    check_batch,
+    check_data,
+    check_launch,
+    check_length,
+    check_literals,
+    check_numbers,
+    check_run,
+    check_strategy,
+    check_warmup,
+)
+from vlm_train.config.moved_targets import moved_target
+from vlm_train.config.signatures import (
+    Parameter,
+    Signature,
+    UnknownTarget,
+    fits,
+    hint,
+    import_signature,
+    is_ours,
+    nearest,
+    read_signature,
+)
+from vlm_train.config.trust import check_unsafe_keys, components, untrusted, untrusted_object
+from vlm_train.contracts.given import GIVEN
+from vlm_train.errors import AssetError, ConfigError
+
+ASSET_KEYS = ("weights", "shards")
+"""Keys that, like `init_from`, a recipe may leave to its user; a plan needs no asset, and assets.py asks for them."""
+
+INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
+
+Check = Callable[[DictConfig], Iterator[str]]
+
+
+def check(cfg: DictConfig, *, need_assets: bool) -> None:
+    """Raises one ConfigError that lists every problem, each under its dotted path.
+
+    `need_assets` also requires weights, tokenizers, shards and the runs to start from to be there (AssetError).
+    """
+    problems = [problem for one in CHECKS for problem in one(cfg)]
+    if problems:
+        raise ConfigError(problems)
+    for one in (check_foreign_targets, check_best):
+        problems = list(one(cfg))
+        if problems:
+            raise ConfigError(problems)
+    if need_assets and (missing := missing_assets(cfg)):
+        raise AssetError(missing)
+
+
+def check_values(cfg: DictConfig) -> Iterator[str]:
+    """Mandatory values are given and interpolations resolve."""
+    for key in map(str, cfg):
+        if key != "init_from":
+            yield from _check_value(cfg, key, key)
+
+
+def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
+    if OmegaConf.is_missing(parent, key):
+        if key not in ASSET_KEYS:
+            yield f"{where} is missing: give it a value, {where}=<value>."
+        return
+    try:
+        node = parent[key]
+    except InterpolationToMissingValueError:  # said once, where the value is missing
+        return
+    except OmegaConfBaseException as error:
+        yield f"{where}: {str(error).splitlines()[0]}"
+        return
+    if isinstance(node, DictConfig):
+        for inner in map(str, node):
+            yield from _check_value(node, inner, f"{where}.{inner}")
+    elif isinstance(node, ListConfig):
+        for index in range(len(node)):
+            yield from _check_value(node, index, f"{where}.{index}")
+
+
+def check_targets(cfg: DictConfig) -> Iterator[str]:
+    """Targets are trusted; ours exist and take what they are given."""
+    for path, group, node in components(cfg):
+        target = node["_target_"]
+        if now := moved_target(target):
+            yield f"{path}._target_: got {target}, which is now {now}."
+        elif reason := untrusted(target, list(cfg.allow_targets)):
+            yield f"{path}._target_: {reason}"
+        elif is_ours(target):
+            yield from _check_component(path, group, node, read_signature)
+
+
+def check_foreign_targets(cfg: DictConfig) -> Iterator[str]:
+    """Targets of other packages exist, are trusted, and take what they are given. Imports them."""
+    for path, group, node in components(cfg):
+        target = node["_target_"]
+        if is_ours(target):
+            continue
+        try:
+            reason = untrusted_object(target, list(cfg.allow_targets))
+        except UnknownTarget as error:
+            reason = f"{target} does not exist. {error}"
+        if reason:
+            yield f"{path}._target_: {reason}"
+        else:
+            yield from _check_component(path, group, node, import_signature)
+
+
+def check_best(cfg: DictConfig) -> Iterator[str]:
+    """What BEST follows is measured at validations. Constructs the evaluators, whose targets are trusted by now."""
+    best = cfg.trainer.best
+    if cfg.mode != "fit" or best == "loss":
+        return
+    from vlm_train.build import build_evaluators
+    from vlm_train.contracts.evaluator import validation_metrics
+
+    allowed = ["loss", *validation_metrics(build_evaluators(cfg))]
+    if best not in allowed:
+        yield f"trainer.best: got {best!r}.{hint(best, allowed)} Allowed: {', '.join(allowed)}."
+
+
+def _check_component(
+    path: str, group: str, node: dict[str, Any], signature_of: Callable[[str], Signature]
+) -> Iterator[str]:
+    target = node["_target_"]
+    try:
+        signature = signature_of(target)
+    except UnknownTarget as error:
+        yield f"{path}._target_: {target} does not exist. {error}"
+        return
+    known = signature.parameters
+    given = GIVEN.get(group, frozenset())
+    for key, value in node.items():
+        if key in INSTANTIATE_KEYS:
+            continue
+        if key not in known:
+            if not signature.open:
+                yield _unknown_argument(path, key, target, [name for name in known if name not in given])
+        elif value != "???":
+            yield from _check_type(f"{path}.{key}", value, known[key], signature)
+    if node.get("_partial_"):
+        return
+    for name, parameter in known.items():
+        if parameter.required and name not in node and name not in given:
+            yield f"{path}.{name} is missing: {target} requires it."
+
+
+def _unknown_argument(path: str, key: str, target: str, known: list[str]) -> str:
+    options = ", ".join(known) or "none"
+    said = f"{path}.{key}: {target} has no such option.{hint(key, known, path + '.')} Options: {options}."
+    # A recipe's value stays on top of a group that the command line exchanges, so there may be no typo at all.
+    return said if nearest(key, known) else f"{said} If a recipe sets it for another {path}, add ~{path}.{key}."
+
+
+def _check_type(path: str, value: Any, parameter: Parameter, signature: Signature) -> Iterator[str]:
+    if parameter.annotation and not fits(value, parameter.annotation, signature.aliases):
+        yield f"{path}: expected {parameter.annotation}, got {short(value)} ({type(value).__name__})."
+
+
+CHECKS: list[Check] = [
+    check_values, check_groups, check_encoders, check_targets, check_unsafe_keys, check_literals, check_numbers,
+    check_data, check_batch, check_length, check_warmup, check_columns, check_peft, check_launch, check_strategy,
+    check_run,
+]  # fmt: skip
+"""Every check that needs no import of other packages. Append to extend."""

@@ -1,0 +1,160 @@
+"""Rules about which parts go together, asked of the model itself, built on the meta device: no weight is read.
+
+What a family offers and what an objective or evaluator needs is known for code of any package only when it is imported
+and built. The rest is checked earlier, see `vlm_train.check.check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlm_train.build import build_evaluators, build_objectives
+from vlm_train.check.settings import packed, ranks
+from vlm_train.config.resolve import resolved
+from vlm_train.config.signatures import hint
+from vlm_train.contracts.evaluator import Evaluator
+from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
+from vlm_train.contracts.objective import Objective
+from vlm_train.contracts.parts import EncoderDecoder
+from vlm_train.contracts.streams import QFORMER
+from vlm_train.errors import ConfigError
+
+DECLARED = ("streams", "normalized_by", "needs_whole_step", "needs_reference", "needs")
+"""What an objective says of itself."""
+
+REJECTED = "rejected"
+"""The stream that `data.rejected` adds."""
+
+
+def check_model(cfg: DictConfig, model: Family) -> None:
+    """Raises one ConfigError that lists everything in `cfg` that does not go with `model`."""
+    objectives = build_objectives(cfg)
+    open_ = cfg.eval is None or OmegaConf.missing_keys(cfg.eval)  # a dry run needs no shards
+    evaluators = {} if open_ else build_evaluators(cfg)
+    problems = [*check_kind(model), *check_streams(cfg, model), *check_evaluators(evaluators, model)]
+    for name, objective in objectives.items():
+        problems += check_objective(f"objective.{name}", cfg, model, objective)
+    problems += check_single_numbers(cfg, model)
+    problems += check_packing(cfg, model)
+    if cfg.reference.model is not None and not any(objective.needs_reference for objective in objectives.values()):
+        problems.append("reference.model: no objective reads it. Leave it out, or choose one that does.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_packing(cfg: DictConfig, model: Family) -> Iterator[str]:
+    """Samples share a row only where a mask reaches all that mixes tokens."""
+    mixers = getattr(getattr(model, "llm", None), "unmasked_mixers", ())
+    if packed(cfg) and mixers:
+        yield (
+            f"data.pack: {cfg.llm.config.model_type!r} has {', '.join(mixers)}, which no mask reaches: samples of a "
+            "row would see each other. Use data.pack=null, or another llm."
+        )
+
+
+def check_objective(path: str, cfg: DictConfig, model: Family, objective: Objective) -> Iterator[str]:
+    """An objective declares itself, and finds what it reads."""
+    if undeclared := [name for name in DECLARED if not hasattr(objective, name)]:
+        yield (
+            f"{path}: {type(objective).__name__} does not declare {', '.join(undeclared)}. Inherit from "
+            f"{Objective.__module__}.Objective, or set them."
+        )
+        return
+    yield from check_offer(path, objective.needs, model)
+    allowed = learned_streams(cfg, model)
+    for stream in objective.streams:
+        if stream not in allowed:
+            yield f"{path}: reads the stream {stream!r}.{hint(stream, allowed)} Allowed: {', '.join(allowed)}."
+    if objective.needs_reference and cfg.reference.model is None:
+        yield f"{path}: compares with a reference model. Use reference.model=start, or a run folder."
+    if objective.needs_whole_step:
+        yield from _check_whole_step(path, cfg)
+
+
+def check_offer(path: str, needs: tuple[type, ...], model: object) -> Iterator[str]:
+    """The model offers every protocol of `needs`."""
+    for protocol in needs:
+        if missing := missing_members(model, protocol):
+            offered = [one.__name__ for one in CAPABILITIES if isinstance(model, one)]
+            yield (
+                f"{path}: needs a model that {protocol.__name__}. {type(model).__name__} lacks "
+                f"{', '.join(missing)}; it {', '.join(offered) or 'offers nothing'}. Choose another model."
+            )
+
+
+def check_evaluators(evaluators: Mapping[str, Evaluator], model: object) -> Iterator[str]:
+    """The model offers what evaluators need."""
+    for name, evaluator in evaluators.items():
+        yield from check_offer(f"eval.{name}", evaluator.needs, model)
+
+
+def learned_streams(cfg: DictConfig, model: Family) -> list[str]:
+    """The streams with labels: the model's, and the rejected answers where the data has them."""
+    rejected = [REJECTED] if cfg.data.get("rejected") else []
+    return [name for name, alignment in model.streams.items() if alignment != "none"] + rejected
+
+
+def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
+    """Samples that are contrasted with each other cannot be packed, or cut into micro-batches."""
+    world = cfg.target.gpus if cfg.dry_run else ranks(cfg)
+    samples, micro = (resolved(cfg.batch, name) for name in ("samples", "micro"))
+    if packed(cfg):
+        yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
+    if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
+        advice = (
+            f"Gradient caching bounds its memory: model.cache_chunk={micro}."
+            if "cache_chunk" in cfg.model
+            else "If that is too much for its memory: more processes (launch.devices), or a smaller batch.samples."
+        )
+        yield (
+            f"{path}: contrasts all samples of a step with each other, so batch.micro={micro} cannot cut the "
+            f"{samples // world} samples of a process; allowed: batch.micro={samples // world}. {advice}"
+        )
+
+
+def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:
+    """A family's own single numbers (temperatures) are read outside `forward` and bounded after updates: every rank
+    needs them as they are."""
+    strategy = resolved(cfg, "strategy")
+    kind = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else ""
+    own = [name for name, parameter in model.named_parameters(recurse=False) if not parameter.ndim]
+    if kind in ("ZeRO", "FSDP2") and own:
+        yield (
+            f"strategy: {', '.join(f'model.{name}' for name in own)} is a single number that every rank reads and "
+            f"bounds, and {kind} cannot cut it or keeps another copy. Use strategy=ddp."
+        )
+
+
+def check_streams(cfg: DictConfig, model: Family) -> Iterator[str]:
+    """Several streams of a sample come one sample a row; only a model that reads an instruction is given one."""
+    streams: Mapping[str, str] = model.streams
+    data: Any = cfg.data
+    reads = f"the model reads the streams {' and '.join(streams)}"
+    if len(streams) > 1:
+        if data.get("pack") is not None:
+            yield f"data.pack: {reads}, which do not line up in packed rows; use data.pack=null."
+        if data.get("over_length") == "split":
+            yield f"data.over_length: {reads}, which are not cut at turns; use truncate, drop or error, got split."
+        if data.get("rejected"):
+            yield f"data.rejected: {reads}; pairs of answers need a model that reads one."
+    if data.get("prefix_split") and "seq2seq" not in streams.values():
+        yield "data.prefix_split: only an encoder-decoder reads a prompt apart from its answer; use false."
+    if QFORMER in streams and cfg.instruction is None:
+        yield "instruction is empty: the model's Q-Former reads one. Choose an option, instruction=<option>."
+    if QFORMER not in streams and cfg.instruction is not None:
+        yield "instruction: the model reads none. Leave it out (~instruction), or choose a model that reads qformer."
+
+
+def check_kind(model: Family) -> Iterator[str]:
+    """An encoder-decoder (it has a `start_id`) goes with a model that reads answers as a stream of their own."""
+    llm = getattr(model, "llm", None)
+    if llm is None:
+        return
+    name, encodes = type(llm).__name__, not missing_members(llm, EncoderDecoder)
+    if encodes and "seq2seq" not in model.streams.values():
+        yield f"llm: {name} is an encoder-decoder. Use model=prefix_seq2seq or instruct_seq2seq, or a causal llm."
+    elif not encodes and "seq2seq" in model.streams.values():
+        yield f"llm: the model needs an encoder-decoder such as llm=flant5_xl, got {name}; or use another model."

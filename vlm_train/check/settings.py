@@ -1,0 +1,219 @@
+"""Rules about values and how they go together, each found without a target's source, a weight or another package."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train.check.bounds import LITERALS, POSITIVE, RANGES
+from vlm_train.config.resolve import resolved
+from vlm_train.config.signatures import hint
+from vlm_train.errors import ConfigError
+
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+VAL_KEYS = ("shards", "name", "limit", "loss_weight", "samples")
+"""What an entry of `data.val` says, see `vlm_train.data.dataset.Source`."""
+
+TRAIN_KEYS = (*VAL_KEYS, "repeat", "weight", "share")
+"""What an entry of `data.train` says."""
+
+
+def select(cfg: DictConfig, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Every setting that fits a dotted path with `*` for any name or index, and its value; those that resolve."""
+    first, *rest = pattern.split(".")
+    yield from _select(first, resolved(cfg, first), rest)
+
+
+def _select(path: str, value: Any, rest: list[str]) -> Iterator[tuple[str, Any]]:
+    if not rest:
+        if value != "???":
+            yield path, value
+        return
+    step, *further = rest
+    if isinstance(value, dict):
+        inner = list(value.items())
+    else:
+        inner = [(str(index), item) for index, item in enumerate(value)] if isinstance(value, list) else []
+    for name, item in inner:
+        if step in ("*", name):
+            yield from _select(f"{path}.{name}", item, further)
+
+
+def check_literals(cfg: DictConfig) -> Iterator[str]:
+    """Words are among the known ones."""
+    for pattern, allowed in LITERALS.items():
+        for key, value in select(cfg, pattern):
+            if value not in allowed:
+                yield f"{key}: got {value!r}.{hint(str(value), allowed)} Allowed: {', '.join(allowed)}."
+
+
+def check_numbers(cfg: DictConfig) -> Iterator[str]:
+    """Lengths, intervals, sizes and shares are where they can be. A wrong type is reported elsewhere."""
+    for pattern in POSITIVE:
+        for key, value in select(cfg, pattern):
+            if _is_number(value) and value <= 0:
+                yield f"{key}: expected a positive number or null, got {value}."
+    for pattern, condition in RANGES.items():
+        for key, value in select(cfg, pattern):
+            if _is_number(value) and not _fulfils(value, condition):
+                yield f"{key}: expected a number {condition.replace(', ', ' and ')}, got {value}."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _fulfils(value: float, condition: str) -> bool:
+    parts = [part.split() for part in condition.split(", ")]
+    return all(COMPARISONS[sign](value, float(bound)) for sign, bound in parts)
+
+
+def check_data(cfg: DictConfig) -> Iterator[str]:
+    """Sources of data are lists of entries that name shards and nothing that training would ignore."""
+    data = resolved(cfg, "data")
+    for name in ("train", "val"):
+        entries = data.get(name) if isinstance(data, dict) else None
+        if name == "train" and entries == []:
+            yield "data.train: expected at least one entry, {shards: <folder>}, got none."
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            yield from _check_entry(f"data.{name}.{index}", entry, TRAIN_KEYS if name == "train" else VAL_KEYS)
+    yield from _check_mixture(data) if isinstance(data, dict) else ()
+
+
+def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
+    """Settings of the order that would be ignored, or that cannot go together."""
+    entries = [entry for entry in data.get("train") or [] if isinstance(entry, dict)]
+    if data.get("mixture") != "weights" and any(entry.get("weight") is not None for entry in entries):
+        yield f"data.train: a weight counts only with data.mixture=weights, got {data.get('mixture')!r}."
+    if any(entry.get("share") is not None and entry.get("weight") is not None for entry in entries):
+        yield "data.train: an entry has a share of all draws or a weight among the others, got both."
+    pack, longest = data.get("pack"), data.get("max_length")
+    if data.get("pack_patches") is not None and pack is None:
+        yield "data.pack_patches: bounds packed rows, but data.pack is null."
+    if data.get("group") == "length" and pack is not None:
+        yield "data.group: packed rows are evened out by themselves; use null, modality or modality_length, got length."
+    if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):
+        yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; lower data.max_length."
+    by_length = pack is not None or data.get("group") in ("length", "modality_length")
+    if data.get("annotations") == "drawn" and (by_length or data.get("over_length") == "split"):
+        yield (
+            "data.annotations: drawn gives a sample another length in every pass, and data.pack, groups by length and "
+            "data.over_length=split need one; use first, independent or dialogue."
+        )
+    if data.get("rejected") and data.get("over_length") == "split":
+        yield "data.over_length: pairs of answers (data.rejected) are not cut; use truncate, drop or error, got split."
+
+
+def _check_entry(path: str, entry: Any, known: tuple[str, ...]) -> Iterator[str]:
+    if not isinstance(entry, dict):
+        yield f"{path}: expected an entry such as {{shards: <folder>}}, got {entry!r}."
+        return
+    listed = ", ".join(known)
+    for key in entry:
+        if key not in known:
+            yield f"{path}.{key}: unknown key.{hint(key, known, path + '.')} Keys of an entry: {listed}."
+    if entry.get("shards") is None:
+        yield f"{path}.shards is missing: name a folder of shards. Keys of an entry: {listed}."
+    elif not isinstance(entry["shards"], (str, dict)):  # a dict is a component, which check_targets judges
+        yield f"{path}.shards: expected one folder, got {entry['shards']!r}."
+
+
+def check_batch(cfg: DictConfig) -> Iterator[str]:
+    """The batch size is given once, and can be dealt to the processes that are known to start."""
+    given = [name for name in ("samples", "tokens") if cfg.batch[name] is not None]
+    if len(given) != 1:
+        got = "both" if given else "neither"
+        yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
+    elif given == ["tokens"] and not packed(cfg):
+        yield "batch.tokens: a token budget fills packed rows; set data.pack to their length, or give batch.samples."
+    if given == ["tokens"] and (group := (resolved(cfg, "data") or {}).get("group")):
+        yield f"data.group: groups steps of batch.samples; with batch.tokens use null, got {group!r}."
+    try:
+        _check_dealing(cfg)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def packed(cfg: DictConfig) -> Any:
+    """Tokens of a packed row; None: rows hold one sample."""
+    data = resolved(cfg, "data")
+    return data.get("pack") if isinstance(data, dict) else None
+
+
+def ranks(cfg: DictConfig) -> int | None:
+    """Processes that will train; None while that is not known."""
+    numbers = [resolved(cfg.launch, name) for name in ("devices", "nodes")]
+    if cfg.mode != "fit" or not all(isinstance(number, int) and number > 0 for number in numbers):
+        return None
+    return int(numbers[0] * numbers[1])
+
+
+def _check_dealing(cfg: DictConfig) -> None:
+    """The ranks can share the batch, by the rules of training."""
+    from vlm_train.data.order.sample_plan import check_batch, check_tokens  # imports numpy
+
+    world = ranks(cfg)
+    samples, tokens, micro = (resolved(cfg.batch, name) for name in ("samples", "tokens", "micro"))
+    pack = packed(cfg)
+    if world and isinstance(samples, int) and samples > 0:
+        check_batch(samples, world)
+    if world and all(isinstance(number, int) and number > 0 for number in (tokens, micro, pack)):
+        check_tokens(tokens, pack, world, micro)
+
+
+def check_length(cfg: DictConfig) -> Iterator[str]:
+    """Training ends."""
+    if cfg.trainer.epochs is None and cfg.trainer.max_steps is None:
+        yield "trainer: give trainer.epochs or trainer.max_steps, got neither."
+
+
+def check_warmup(cfg: DictConfig) -> Iterator[str]:
+    """The warm-up is given once."""
+    schedule = resolved(cfg, "lr_schedule")
+    steps, ratio = (
+        schedule.get(f"warmup_{name}") if isinstance(schedule, dict) else None for name in ("steps", "ratio")
+    )
+    if _is_number(steps) and _is_number(ratio) and ratio:
+        yield f"lr_schedule: give warmup_steps or warmup_ratio, got both ({steps} and {ratio})."
+
+
+def check_launch(cfg: DictConfig) -> Iterator[str]:
+    """Several nodes need a launcher that spans them."""
+    if cfg.launch.kind == "local" and cfg.launch.nodes > 1:
+        yield f"launch.nodes: launch=local starts one node, got {cfg.launch.nodes}. Use launch=torchrun or launch=srun."
+
+
+def check_strategy(cfg: DictConfig) -> Iterator[str]:
+    """The strategy fits the number of processes and the rest, and its package is there."""
+    strategy = resolved(cfg, "strategy")
+    if not isinstance(strategy, dict):
+        return
+    kind, stage = str(strategy.get("_target_")).rpartition(".")[2], strategy.get("stage")
+    world = ranks(cfg)
+    if kind == "Single" and world and world > 1:
+        yield f"strategy: single trains on one device, but {world} processes are started. Use ddp, or a sharded one."
+    if kind == "ZeRO" and cfg.mode == "fit" and not cfg.dry_run and find_spec("deepspeed") is None:
+        yield "strategy: DeepSpeed is not installed: pip install 'vlm-train[deepspeed]', or use ddp or fsdp2."
+    if kind == "ZeRO" and strategy.get("offload_parameters") and stage != 3:
+        yield f"strategy.offload_parameters: only stage 3 can, got stage {stage}. Use zero3."
+    if kind == "ZeRO" and "nvme" in strategy.values() and not strategy.get("nvme_path"):
+        yield "strategy.nvme_path is missing: offloading to nvme needs a folder on a fast local disk."
+    if stage == 3 and cfg.trainer.compile:
+        yield "trainer.compile: ZeRO-3 gathers weights in between, which cannot be compiled. Use fsdp2 or zero2."
+    if kind == "FSDP2" and cfg.trainer.precision == "16-mixed":
+        yield "trainer.precision: FSDP2 has no loss scale for 16-mixed. Use bf16-mixed, or a ZeRO stage."
+
+
+def check_run(cfg: DictConfig) -> Iterator[str]:
+    """Modes that look at a run name one; the run's name is a folder name."""
+    if cfg.mode in ("eval", "caption", "score", "export") and not cfg.run:
+        yield f"run is missing: mode={cfg.mode} needs run=<run folder>."
+    if cfg.mode == "fit" and cfg.run:
+        yield "run: mode=fit names its own folder; use init_from or resume to start from another run."
+    if cfg.run_name is not None and (not cfg.run_name or set(cfg.run_name) & set("/\\") or cfg.run_name in (".", "..")):
+        yield f"run_name: expected a folder name, got {cfg.run_name!r}."

@@ -1,0 +1,35 @@
+"""The configuration file of a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlm_train.config.moved_targets import rename_targets
+from vlm_train.config.schema import Root
+from vlm_train.errors import ConfigError
+
+
+def load_config(path: str | Path) -> DictConfig:
+    """A configuration file read as data into the typed root. Raises ConfigError when it is missing or does not fit."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"run: {path} does not exist. Expected a run folder with its config.yaml.")
+    try:
+        cfg = OmegaConf.structured(Root)
+        cfg.merge_with(rename_targets(OmegaConf.load(path)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def save_config(cfg: DictConfig, path: str | Path) -> None:
+    """Writes `cfg` with its interpolations kept, so that no secret of the environment reaches the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(OmegaConf.to_yaml(cfg, resolve=False), encoding="utf-8")
+    partial.replace(path)

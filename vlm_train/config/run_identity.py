@@ -1,0 +1,61 @@
+"""What a composed configuration is called, and which of its keys decide the trained weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train.config.resolve import resolved
+from vlm_train.config.schema import MODEL_PARTS, Paths
+
+TRAINING_KEYS = (
+    "seed", "init_from", "model", *MODEL_PARTS, "tokenizer", "image", "template", "instruction", "objective",
+    "reference", "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
+)  # fmt: skip
+"""What decides the trained weights, hence the run id."""
+
+
+COSMETIC_KEYS = {
+    "trainer": ("val_every", "save_every", "log_every", "async_save", "keep_last", "keep_best", "keep_every", "best",
+                "activation_checkpointing", "compile", "accelerator", "threads", "max_bad_samples", "max_bad_share",
+                "strict", "guard", "skip_steps", "export", "peak_tflops",
+                "watchdog_minutes"),
+    "data": ("workers", "prefetch", "cache", "shard_cache", "shard_cache_bytes"),
+}  # fmt: skip
+"""Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""
+
+
+def training_config(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved part of `cfg` that decides the trained weights. It does not depend on where folders lie."""
+    cfg = cfg.copy()
+    for name in Paths.__dataclass_fields__:
+        cfg.paths[name] = name
+    plain = {key: resolved(cfg, key) for key in TRAINING_KEYS}
+    if plain["reference"]["model"] is None:  # runs of before this key keep their ids
+        del plain["reference"]
+    if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
+        plain["batch"].pop("micro")
+    for group, keys in COSMETIC_KEYS.items():
+        for key in keys if isinstance(plain[group], dict) else ():
+            plain[group].pop(key, None)
+    return plain
+
+
+def training_hash(cfg: DictConfig) -> str:
+    """Eight hexadecimal digits that name the training-relevant configuration."""
+    text = json.dumps(training_config(cfg), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_id(cfg: DictConfig) -> str:
+    """`run_name`, or `<recipe>-<hash of the training-relevant configuration>`. No clock: the same command resumes."""
+    return cfg.run_name or f"{cfg.recipe_name}-{training_hash(cfg)}"
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    """The folder of this run: `run` where an existing one was named, else `<paths.runs>/<run_id>`."""
+    return Path(cfg.run).absolute() if cfg.run else Path(cfg.paths.runs).absolute() / run_id(cfg)

@@ -1,0 +1,266 @@
+"""What a `_target_` accepts, read from source without importing it, and whether a value fits an annotation."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import _locate
+
+OURS = ("vlm_train", "data_pipelines")
+"""Packages whose source is read; every other target has to be imported to be checked."""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Aliases = Callable[[str], "str | None"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a constructor or factory."""
+
+    name: str
+    annotation: str | None
+    required: bool
+    default: str | None = None  # as written in the source
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The named arguments of a target. `open` says that it takes further ones (`**kwargs`)."""
+
+    parameters: dict[str, Parameter]
+    open: bool = False
+    aliases: Aliases = field(default=lambda name: None, compare=False)
+
+
+class UnknownTarget(LookupError):
+    """A `_target_` that names nothing, with a hint at what was meant."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` most likely stands for."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """` Did you mean x?`, or nothing."""
+    near = nearest(name, known)
+    return f" Did you mean {prefix}{near}?" if near else ""
+
+
+def is_ours(target: str) -> bool:
+    """Whether the source of `target` belongs to this project."""
+    return target.split(".")[0] in OURS
+
+
+@cache
+def _module(name: str) -> Any:
+    """The parsed source of one of our modules, alone: reading whole packages would take a second."""
+    import griffe
+
+    base = ROOT / Path(*name.split("."))
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    return griffe.visit(name, filepath=path, code=path.read_text(encoding="utf-8"))
+
+
+def find(target: str) -> Any:
+    """The class, function or value that a dotted path names, imports followed. Raises UnknownTarget."""
+    where, _, name = target.rpartition(".")
+    if not _is_module(where):
+        package, _, missing = where.rpartition(".")
+        raise UnknownTarget(f"{package} has no '{missing}'.{hint(missing, _submodules(package), package + '.')}")
+    members = _module(where).members
+    if name not in members:
+        names = [known for known, member in members.items() if not known.startswith("_") and not member.is_alias]
+        raise UnknownTarget(f"{where} has no '{name}'.{hint(name, [*names, *_submodules(where)], where + '.')}")
+    found = members[name]
+    return find(found.target_path) if found.is_alias and is_ours(found.target_path) else found
+
+
+def _submodules(package: str) -> list[str]:
+    folder = ROOT / Path(*package.split("."))
+    return [path.stem for path in folder.iterdir() if _is_module(f"{package}.{path.stem}")] if folder.is_dir() else []
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT / Path(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@cache
+def read_signature(target: str) -> Signature:
+    """The signature of one of our own targets, from its source. Raises UnknownTarget."""
+    import griffe
+
+    found = find(target)
+    if found.is_alias or not (found.is_class or found.is_function):
+        raise UnknownTarget(f"{target} is neither a class nor a function of ours.")
+    variadic = (griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword)
+    listed = [p for p in _parameters(found) if p.name not in ("self", "cls")]
+    return Signature(
+        {
+            p.name: Parameter(
+                p.name,
+                None if p.annotation is None else str(p.annotation),
+                p.default is None,
+                None if p.default is None else str(p.default),
+            )
+            for p in listed
+            if p.kind not in variadic
+        },
+        open=any(p.kind is griffe.ParameterKind.var_keyword for p in listed),
+        aliases=_aliases_of(found.module),
+    )
+
+
+def _parameters(found: Any) -> list[Any]:
+    """Arguments of a function, or of the constructor of a class: its own, its dataclass's, or a base's."""
+    if found.is_function:
+        return list(found.parameters)
+    if "__init__" in found.members:
+        return list(found.members["__init__"].parameters)
+    if any(decorator.callable_path == "dataclasses.dataclass" for decorator in found.decorators):
+        return _fields(found)
+    for base in found.bases:
+        path = base if isinstance(base, str) else base.canonical_path
+        if is_ours(path):
+            return _parameters(find(path))
+    return []
+
+
+def _fields(found: Any) -> list[Any]:
+    """The fields of a dataclass as arguments."""
+    import griffe
+
+    keyword = griffe.ParameterKind.positional_or_keyword
+    fields = [member for member in found.members.values() if member.is_attribute and member.annotation is not None]
+    return [griffe.Parameter(f.name, annotation=f.annotation, kind=keyword, default=f.value) for f in fields]
+
+
+def _aliases_of(module: Any) -> Aliases:
+    """Type aliases of a module, such as `Mode = Literal["pad", "crop"]`."""
+
+    def alias(name: str) -> str | None:
+        member = module.members.get(name)
+        if member is not None and member.is_alias and is_ours(member.target_path):
+            member = find(member.target_path)
+        if member is None or member.is_alias or not member.is_attribute or member.value is None:
+            return None
+        return str(member.value)
+
+    return alias
+
+
+def import_target(target: str) -> Any:
+    """What a target of another package names: an attribute of a module, or of a class in one. Raises UnknownTarget.
+
+    Modules are only found by importing them, so no name reaches what a module has imported for itself from elsewhere.
+    """
+    path, _, name = target.rpartition(".")
+    try:
+        outer = importlib.import_module(path)
+    except (ImportError, ValueError):
+        module, _, inner = path.rpartition(".")
+        try:
+            outer = getattr(importlib.import_module(module), inner)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UnknownTarget(f"{target} cannot be imported: {error}") from error
+        if inspect.ismodule(outer):
+            raise UnknownTarget(f"{path} is no module of its own: name {outer.__name__}.{name}.") from None
+    if not hasattr(outer, name):
+        raise UnknownTarget(f"{path} has no '{name}'.{hint(name, dir(outer), path + '.')}")
+    found = getattr(outer, name)
+    if inspect.ismodule(found) or _locate(target) is not found:  # what Hydra is going to call
+        raise UnknownTarget(f"{target} is a module, or hidden by something else of that name.")
+    return found
+
+
+def import_signature(target: str) -> Signature:
+    """The signature of a target of another package, which is imported. Raises UnknownTarget."""
+    try:
+        listed = inspect.signature(import_target(target)).parameters.values()
+    except (TypeError, ValueError):
+        return Signature({}, open=True)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return Signature(
+        {p.name: Parameter(p.name, None, p.default is p.empty) for p in listed if p.kind not in variadic},
+        open=any(p.kind is p.VAR_KEYWORD for p in listed),
+    )
+
+
+def fits(value: Any, annotation: str, aliases: Aliases = lambda name: None) -> bool:
+    """Whether a YAML value fits an annotation. What cannot be judged (classes, type variables) fits."""
+    try:
+        node = ast.parse(annotation, mode="eval").body
+    except SyntaxError:
+        return True
+    return _fits(value, node, aliases)
+
+
+def _fits(value: Any, node: ast.expr, aliases: Aliases) -> bool:
+    if isinstance(value, dict) and "_target_" in value:
+        return True
+    if isinstance(node, ast.Constant):
+        return value is None if node.value is None else fits(value, str(node.value), aliases)
+    if isinstance(node, ast.BinOp):
+        return _fits(value, node.left, aliases) or _fits(value, node.right, aliases)
+    if isinstance(node, ast.Subscript):
+        return _fits_generic(value, _name(node.value), _arguments(node.slice), aliases)
+    name = _name(node)
+    if name in _SIMPLE:
+        return _SIMPLE[name](value)
+    meaning = aliases(name)
+    return True if meaning is None else fits(value, meaning, aliases)
+
+
+def _fits_generic(value: Any, name: str, arguments: list[ast.expr], aliases: Aliases) -> bool:
+    if name == "Optional":
+        return value is None or _fits(value, arguments[0], aliases)
+    if name == "Union":
+        return any(_fits(value, argument, aliases) for argument in arguments)
+    if name == "Literal":
+        return any(value == ast.literal_eval(a) and type(value) is type(ast.literal_eval(a)) for a in arguments)
+    if name in ("list", "List", "Sequence", "Iterable", "set", "frozenset"):
+        return isinstance(value, list) and all(_fits(item, arguments[0], aliases) for item in value)
+    if name in ("tuple", "Tuple"):
+        if len(arguments) == 2 and isinstance(arguments[1], ast.Constant) and arguments[1].value is ...:
+            return isinstance(value, list) and all(_fits(item, arguments[0], aliases) for item in value)
+        same_length = isinstance(value, list) and len(value) == len(arguments)
+        return same_length and all(_fits(item, a, aliases) for item, a in zip(value, arguments, strict=True))
+    if name in ("dict", "Dict", "Mapping", "MutableMapping"):
+        return isinstance(value, dict) and all(_fits(item, arguments[-1], aliases) for item in value.values())
+    return True
+
+
+def _name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _arguments(node: ast.expr) -> list[ast.expr]:
+    return list(node.elts) if isinstance(node, ast.Tuple) else [node]
+
+
+def _is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+_SIMPLE: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: _is_number(value, int),
+    "float": lambda value: _is_number(value, (int, float)),
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "Path": lambda value: isinstance(value, str),
+    "None": lambda value: value is None,
+    "list": lambda value: isinstance(value, list),
+    "tuple": lambda value: isinstance(value, list),
+    "dict": lambda value: isinstance(value, dict),
+}

@@ -1,0 +1,90 @@
+"""Which code a configuration may run. A run folder that somebody sends us must not be able to run theirs.
+
+A `_target_` is first judged by its name. What it names in another package is imported and judged as well, because a
+name may wander through the imports of an innocent module, as `torch.nn.functional.torch.load` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train.config.resolve import resolved
+from vlm_train.config.signatures import import_target, is_ours
+
+OUR_TARGETS = (
+    "vlm_train.models.", "vlm_train.data.", "vlm_train.objectives.", "vlm_train.training.callbacks.",
+    "vlm_train.training.strategies.", "vlm_train.training.optim.", "vlm_train.evaluation.", "vlm_train.loggers.",
+)  # fmt: skip
+"""Where our components live. Machinery such as `vlm_train.runs.launch`, which starts programs, is none."""
+
+FOREIGN_TARGETS = ("torch.nn.", "torch.optim.", "lightning.pytorch.", "transformers.", "peft.")
+"""Packages whose classes may be built. Their functions may not: some of them load and run code."""
+
+REFUSED = ("lightning.pytorch.cli.", "transformers.cli.", "transformers.commands.")
+"""Command lines inside those packages: classes that start what their arguments say."""
+
+UNSAFE_KEYS = {"trust_remote_code": False, "weights_only": True}
+"""Arguments that would let downloaded files run code, and the only value that they may have."""
+
+
+def components(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every node with a `_target_`: its dotted path, its top-level group and its resolved content."""
+    for path, node in nodes(cfg):
+        if "_target_" in node:
+            yield path, path.partition(".")[0], node
+
+
+def nodes(cfg: DictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping below the root: its dotted path and its resolved content."""
+    for group in map(str, cfg):
+        yield from _nodes(group, resolved(cfg, group))
+
+
+def _nodes(path: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(value, dict):
+        yield path, value
+        for key, inner in value.items():
+            yield from _nodes(f"{path}.{key}", inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _nodes(f"{path}.{index}", inner)
+
+
+def untrusted(target: Any, allow_targets: list[str]) -> str | None:
+    """Why the name of a target is not trusted, or None."""
+    trusted = (*OUR_TARGETS, *FOREIGN_TARGETS, *allow_targets)
+    if not isinstance(target, str) or not target.startswith(trusted) or target.startswith(REFUSED):
+        return (
+            f"{target!r} is not trusted. Allowed prefixes: {', '.join(trusted)}; "
+            "extend them with allow_targets=[<prefix>] if you trust this code."
+        )
+    if is_ours(target) and any(name.startswith("_") for name in target.split(".")):
+        return f"{target!r} is private, so it is no component."
+    return None
+
+
+def untrusted_object(target: str, allow_targets: list[str]) -> str | None:
+    """Why what a target of another package names is not trusted, or None. Raises UnknownTarget."""
+    found = import_target(target)
+    where = f"{getattr(found, '__module__', None)}."
+    by_user = where.startswith(tuple(allow_targets))
+    if where.startswith(REFUSED) or not (by_user or where.startswith(FOREIGN_TARGETS)):
+        home = getattr(found, "__module__", None) or f"a {type(found).__name__}"
+        return f"{target!r} is not trusted: it is really from {home}. Name it there, and allow_targets=[<prefix>]."
+    if not by_user and not isinstance(found, type):
+        return (
+            f"{target!r} is not trusted: of other packages only classes are, this is a {type(found).__name__}. "
+            "Wrap it in a function of your own, or extend allow_targets=[<prefix>] if you trust this code."
+        )
+    return None
+
+
+def check_unsafe_keys(cfg: DictConfig) -> Iterator[str]:
+    """No argument lets a downloaded file run code."""
+    for path, node in nodes(cfg):
+        for key, safe in UNSAFE_KEYS.items():
+            if node.get(key) not in (None, safe):
+                yield f"{path}.{key}: got {node[key]!r}. Allowed: {safe}, so that no downloaded file runs code."

@@ -1,0 +1,88 @@
+"""Media layout: how many placeholder tokens, in which grid, a sample's images and videos take in the text.
+
+A layout is a small picklable object without torch or weights. `build.py` makes it from the parts (the image plan gives
+the patch grid, the connector the token grid) and hands it to the data workers; the model checks it per item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlm_train.contracts.media import Grid3, join_grids
+
+PLACEHOLDER_ID = -200
+"""Token id of every placeholder position: outside any vocabulary, so it can never be mistaken for text."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSize:
+    """What a layout may know of a media item: pixels, and frames and seconds for a video."""
+
+    width: int
+    height: int
+    frames: int = 1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A run of placeholders. `Slot(item, 0)` takes no place: it says that the item stands here, for models that read
+    media by cross-attention.
+
+    Attributes:
+        item: the media item whose features they receive.
+        count: placeholders.
+        grid: their arrangement, if any.
+        seconds: how long the video lasts that `grid.t` divides; None: an image.
+    """
+
+    item: int
+    count: int
+    grid: Grid3 | None = None
+    seconds: float | None = None
+
+
+Piece = str | Slot
+"""A literal token (as spelled in the vocabulary) or a run of placeholders."""
+
+
+class MediaLayout(Protocol):
+    """`layout(sizes)` gives, for every media item of one sample, the pieces that stand for it in the text.
+
+    Literals without a slot stand for an item as `Slot(item, 0)` before them would. An item without pieces takes no
+    place in the text and is shown to the model all the same. A layout of a model with several position axes also has a
+    method `positions`, see `vlm_train.data.text.streams.Positions`.
+    """
+
+    def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]: ...
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """One run of placeholders an item, optionally between literal boundary tokens.
+
+    `patch_grids(size)` are the patch grids of an item's views, as its image plan makes them, `token_grid(grid)` what
+    the connector makes of each. Both are functions that pickle without weights.
+    """
+
+    patch_grids: Callable[[MediaSize], Sequence[Grid3]]
+    token_grid: Callable[[Grid3], Grid3]
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
+        layouts: list[list[Piece]] = []
+        for item, size in enumerate(sizes):
+            grid = join_grids([self.token_grid(one) for one in self.patch_grids(size)])
+            slot = Slot(item, grid.size, grid, size.seconds or None)
+            layouts.append([*self.before, slot, *self.after])
+        return layouts
+
+
+class NoMedia:
+    """Layout of models whose text holds no placeholders (two towers: the image never enters the text)."""
+
+    def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
+        return [[] for _ in sizes]

@@ -1,0 +1,244 @@
+"""The samples of several shard sets as one list, rendered on demand."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.sample import Sample
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.contracts.layout import MediaSize
+from vlm_train.data.collate import Item
+from vlm_train.data.order.lengths import Lengths, cached_lengths, fingerprint
+from vlm_train.data.order.mixture import Address, Share
+from vlm_train.data.processor import Processor
+from vlm_train.data.text.render import NoPiece, Rendered
+from vlm_train.errors import ConfigError
+from vlm_train.seeds import derive_seed
+
+STALE = (
+    "the code that renders samples has changed since lengths were measured. Remove the folder data.cache names, and "
+    "start again."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An entry of `data.train` or `data.val`: the stretch of a shard set that is used, and how it counts.
+
+    Attributes:
+        first, size: its samples, in the numbers of the shard set.
+        name: what the log, and `batch.normalise=source`, call it; empty: what each sample says.
+        loss_weight: factor on the weight of its targets.
+        share: its part in the mixture.
+        pieces: `[size, 2]`, sample and piece of each number, where over-long samples are split.
+    """
+
+    shards: ShardSet
+    first: int
+    size: int
+    name: str = ""
+    loss_weight: float = 1.0
+    share: Share
+    pieces: NDArray[np.int32] | None = None
+
+    @classmethod
+    def open(cls, entry: dict[str, Any], limit: int | None, **remote: Any) -> Source:
+        """Raises `DataError` if the folder is no shard set, or holds no sample. `remote`: see `ShardSet`."""
+        shards = ShardSet(entry["shards"], **remote)
+        if not len(shards):
+            raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
+        size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])
+        share = Share(size=size, **{k: entry[k] for k in ("repeat", "weight", "share") if entry.get(k) is not None})
+        return cls(
+            shards=shards,
+            first=0,
+            size=size,
+            name=entry.get("name") or "",
+            loss_weight=entry.get("loss_weight", 1.0),
+            share=share,
+        )
+
+    def part(self, first: int, size: int) -> Source:
+        """A stretch of it."""
+        return replace(self, first=self.first + first, size=size, share=replace(self.share, size=size))
+
+    def sample(self, number: int) -> tuple[int, int]:
+        """Number of a sample in the shard set, and of its piece."""
+        if self.pieces is None:
+            return self.first + number, 0
+        return int(self.pieces[number, 0]), int(self.pieces[number, 1])
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """Numbers in the shard set `[size]`."""
+        return np.arange(self.first, self.first + self.size) if self.pieces is None else self.pieces[:, 0].astype(int)
+
+
+def draws_of(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """What the random choices for a sample come from, in a pass: nothing else decides them."""
+    return np.random.default_rng(derive_seed(seed, "sample", epoch, index))
+
+
+class Samples:
+    """The samples of several sources, numbered through. Picklable: files open lazily per process.
+
+    Raises:
+        DataError: a folder is no shard set, or holds no sample.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[dict[str, Any]],
+        processor: Processor,
+        options: dict[str, Any],
+        *,
+        seed: int,
+        limit: int | None,
+        remote: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.sources = [Source.open(entry, limit, **remote) for entry in entries]
+        self.processor = processor
+        self.options = options
+        self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
+        self.seed = seed
+        self.lengths: Lengths | None = None
+
+    @property
+    def sets(self) -> list[ShardSet]:
+        """The shard sets, one a source."""
+        return [source.shards for source in self.sources]
+
+    def __len__(self) -> int:
+        return sum(source.size for source in self.sources)
+
+    def locate(self, index: int) -> tuple[Source, int, int]:
+        """The source of a sample, its number in the source's shard set, and its piece."""
+        for source in self.sources:
+            if index < source.size:
+                return source, *source.sample(index)
+            index -= source.size
+        raise IndexError(index)
+
+    def item(self, address: Address, *, training: bool) -> Item:
+        """Load, decode and render one sample. Raises `BadSample` naming shard and key."""
+        source, number, piece = self.locate(address.index)
+        shards = source.shards
+        try:
+            sample, blobs = shards.load(number)
+            rendered = self._render(sample, piece, self._drawn(address, sample) if training else None)
+            if training and self.lengths is not None:
+                self._require_planned(address.index, rendered, source, number)
+            views = self.processor.make_views(
+                blobs,
+                shown=rendered.media,
+                draws=partial(draws_of, self.seed, address.epoch, address.index) if training else None,
+                where=f"sample {rendered.key!r}",
+            )
+        except NoPiece as error:
+            raise DataError(f"{shards.where(number)}: {error}: {STALE}") from error
+        except BadSample as error:
+            error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
+            raise
+        return Item(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
+
+    def split(self, share: float, limit: int | None) -> Samples:
+        """Take the last share of every source away and return it, or its first `limit` samples."""
+        held = [max(1, int(source.size * share)) for source in self.sources]
+        for source, tail_size in zip(self.sources, held):
+            if tail_size >= source.size:
+                raise ConfigError(
+                    f"data.val_share: {share} of the {source.size} samples in {source.shards.address} leaves none to "
+                    "train on"
+                )
+        tail = copy.copy(self)
+        tail.sources = [
+            source.part(source.size - size, min(size, limit or size)) for source, size in zip(self.sources, held)
+        ]
+        self.sources = [source.part(0, source.size - size) for source, size in zip(self.sources, held)]
+        return tail
+
+    def _render(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> Rendered:
+        return self.processor.render(sample, piece=piece, annotation=annotation, **self.options)
+
+    def _drawn(self, address: Address, sample: Sample) -> int | None:
+        """Which annotation a pass draws, with `annotations: drawn`."""
+        if self.options.get("annotations") != "drawn" or not sample.annotations:
+            return None
+        return derive_seed(self.seed, "annotation", address.epoch, address.index) % len(sample.annotations)
+
+    def shares(self) -> tuple[Share, ...]:
+        """How every source takes part in the mixture, with the places of its shards."""
+        return tuple(replace(source.share, size=source.size, shards=_shard_starts(source)) for source in self.sources)
+
+    def has_media(self) -> NDArray[np.bool_]:
+        """Whether each sample has media `[N]`, from the index."""
+        counts = [np.diff(source.shards.index.media_start)[source.samples] for source in self.sources]
+        return np.concatenate(counts) > 0
+
+    def measure(self, cache: Path, workers: int | None = None) -> Lengths:
+        """Tokens and patches of every sample `[N]`, kept in the folder `cache` and checked when a sample is loaded."""
+        found = [self._measured(source, cache, workers or os.cpu_count() or 1) for source in self.sources]
+        self.lengths = Lengths(*(np.concatenate([getattr(one, f.name) for one in found]) for f in fields(Lengths)))
+        return self.lengths
+
+    def split_long(self, cache: Path, workers: int | None = None) -> None:
+        """Number the pieces of over-long samples through as samples of their own."""
+        for number, source in enumerate(self.sources):
+            found = self._measured(source, cache, workers or os.cpu_count() or 1)
+            pieces = np.stack([found.samples, found.pieces], axis=1)
+            share = replace(source.share, size=len(pieces))
+            self.sources[number] = replace(source, size=len(pieces), share=share, pieces=pieces)
+
+    def _measured(self, source: Source, cache: Path, workers: int) -> Lengths:
+        """Those of a source. The whole shard set is measured, so that other stretches of it are known as well."""
+        shards = source.shards
+        key = fingerprint(shards.fingerprint, self.processor, self.options)
+
+        def measure(number: int) -> list[tuple[int, int]]:
+            return self._sizes(shards.sample(number))
+
+        whole = cached_lengths(shards.address, len(shards), key, measure, cache, workers)
+        used = source.samples
+        return whole.of(int(used[0]), int(used[-1]) + 1) if len(used) else whole.of(0, 0)
+
+    def _sizes(self, sample: Sample) -> list[tuple[int, int]]:
+        """Tokens and patches of a sample's pieces."""
+        sizes = [self._size(self._render(sample), sample)]
+        if self.options["over_length"] == "split":
+            with suppress(NoPiece):
+                for piece in count(1):
+                    sizes.append(self._size(self._render(sample, piece), sample))
+        return sizes
+
+    def _size(self, rendered: Rendered, sample: Sample) -> tuple[int, int]:
+        tokens = max(len(stream) for stream in rendered.streams.values())
+        media = [sample.media[one] for one in rendered.media]
+        sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
+        plans = self.processor.images.values()
+        return tokens, sum(grid.size for plan in plans for one in sizes for grid in plan.grids(one))
+
+    def _require_planned(self, index: int, rendered: Rendered, source: Source, number: int) -> None:
+        assert self.lengths is not None
+        tokens = max(len(stream) for stream in rendered.streams.values())
+        planned = self.lengths.tokens[index]
+        if tokens != planned:
+            raise DataError(f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: {STALE}")
+
+
+def _shard_starts(source: Source) -> tuple[int, ...]:
+    """First sample of every shard, counted from the source's own first sample."""
+    shard = source.shards.index.shard[source.samples]
+    return tuple(np.flatnonzero(np.diff(shard, prepend=-1)).tolist())

@@ -1,0 +1,214 @@
+"""Image and video bytes -> the uint8 views that a vision tower sees. Normalisation happens on the device, in the tower.
+
+Decoding is bounded (`Image.MAX_IMAGE_PIXELS`, no truncated files), and any random choice comes from the given
+generator, so that it depends on the sample's address only.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.errors import BadSample
+from data_pipelines.media.video import video_extension
+from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.media import Grid3
+from vlm_train.data.images.plan import Views
+from vlm_train.data.images.rand_augment import LEVELS, distorted, draw
+from vlm_train.data.images.resize import resized_part
+from vlm_train.data.images.video import decode_frames
+from vlm_train.errors import ConfigError
+
+Mode = Literal["crop", "pad", "resize"]
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
+
+ASPECTS, TRIES = (3 / 4, 4 / 3), 10
+"""Width over height of a random part, and how often one is drawn that fits, before the middle is taken."""
+
+Rectangle = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels."""
+
+
+def one_patch(size: MediaSize) -> Grid3:
+    """A view that its encoder does not cut into patches."""
+    del size
+    return Grid3(1, 1, 1)
+
+
+class ImageTransform:
+    """One square or rectangular view of every image, and of every used frame of a video.
+
+    Args:
+        mode: "crop": shortest side to the tower's size, centre crop, as the CLIP processor does; "pad": expand to a
+            square of the tower's mean colour, then resize (LLaVA-1.5, `expand2square`); "resize": both sides, aspect
+            ignored.
+        size: (height, width) in pixels of the tower's view; given by `build.py`.
+        mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
+        patch_grid: the tower's patch grid of a view; given by `build.py`.
+        flip: mirror at random with probability 0.5 while training; all frames of a video alike.
+        area: [least, most] share of the image while training: a random part of it, of an aspect ratio between 3 : 4 and
+            4 : 3, is resized instead ("random resized crop"); the same part of all frames. None: the whole image.
+        augment: [count, level of 10] of random distortions while training, see `vlm_train.data.images.rand_augment`;
+            None: none.
+        draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8, never below what the resize makes of the image. Faster for
+            images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and 2048 x 1536
+            -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7, at most 56.
+        frames: most frames of a video that are used, evenly spaced.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: Mode = "crop",
+        size: tuple[int, int],
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        patch_grid: Callable[[MediaSize], Grid3] = one_patch,
+        flip: bool = False,
+        area: Sequence[float] | None = None,
+        augment: Sequence[int] | None = None,
+        draft: bool = False,
+        frames: int = 8,
+    ) -> None:
+        if frames < 1:
+            raise ConfigError(f"image.frames: {frames}; allowed: at least 1")
+        if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
+            raise ConfigError(f"image.area: {[*area]}; allowed: [least, most] with 0 < least <= most <= 1, or null")
+        self.mode = mode
+        self.size = size
+        self.patch_grid = patch_grid
+        self.fill = tuple(int(channel * 255) for channel in mean)
+        if augment is not None and not (len(augment) == 2 and augment[0] >= 1 and 0 <= augment[1] <= LEVELS):
+            raise ConfigError(f"image.augment: {[*augment]}; allowed: [count, level], 1 or more and 0 to 10, or null")
+        self.flip = flip
+        self.area, self.augment = area, augment
+        self.draft = draft
+        self.frames = frames
+
+    @property
+    def random(self) -> bool:
+        """Whether training makes random choices."""
+        return self.flip or self.area is not None or self.augment is not None
+
+    def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
+        """Patch grids of the views of an image (one) or a video (one a used frame)."""
+        return self._grids(min(size.frames, self.frames))
+
+    def _grids(self, views: int) -> tuple[Grid3, ...]:
+        return (self.patch_grid(MediaSize(width=self.size[1], height=self.size[0])),) * views
+
+    def blank(self) -> Views:
+        """A black view."""
+        return Views(np.zeros((1, 3, *self.size), np.uint8), self._grids(1))
+
+    def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
+        """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
+        area = self.area if generator is not None else None
+        if video_extension(data) is None:
+            pictures = [self._decoded(data, where, whole=area is not None)]
+        else:
+            frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
+            pictures = [(frame, self._resized(*frame.size)) for frame in frames]
+        mirror = self.flip and generator is not None and generator.random() < 0.5
+        part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
+        drawn = draw(self.augment[0], self.augment[1], generator) if self.augment and generator is not None else []
+        views = [self._view(image, resized, mirror, part, drawn) for image, resized in pictures]
+        return Views(np.stack(views) if len(views) > 1 else views[0][None], self._grids(len(views)))
+
+    def _decoded(self, data: bytes, where: str, *, whole: bool) -> tuple[Image.Image, tuple[int, int]]:
+        """An image in RGB, and the size that it is resized to; `whole`: with all its pixels."""
+        with _opened(data, where) as file:
+            resized = self._resized(*file.size)
+            if self.draft and not whole:
+                file.draft("RGB", resized)  # does nothing to other formats than JPEG
+            return _rgb(file), resized
+
+    def _view(
+        self,
+        image: Image.Image,
+        resized: tuple[int, int],
+        mirror: bool,
+        part: Rectangle | None,
+        drawn: Sequence[tuple[str, float]],
+    ) -> np.ndarray:
+        """`[3, H, W]` of one decoded image, or of a part of it, after the distortions that were drawn."""
+        height, width = self.size
+        if part is not None:
+            image = image.crop(part).resize((width, height), Image.Resampling.BICUBIC)
+        elif self.mode == "crop":
+            left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+            image = resized_part(image, resized, (left, top), (width, height))
+        else:
+            if self.mode == "pad":
+                image = _expand_to_square(image, self.fill)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = distorted(image, drawn)
+        planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")
+        return np.frombuffer(planes, np.uint8).reshape(3, *image.size[::-1])
+
+    def _resized(self, w: int, h: int) -> tuple[int, int]:
+        """Width and height that the resize makes of an image of `w` x `h` pixels: before the crop, without padding."""
+        height, width = self.size
+        if self.mode == "crop":  # rounded as the CLIP processor rounds
+            short = min(height, width)
+            return (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+        if self.mode == "pad":
+            return math.ceil(width * w / max(w, h)), math.ceil(height * h / max(w, h))
+        return width, height
+
+
+def random_part(size: tuple[int, int], area: Sequence[float], generator: np.random.Generator) -> Rectangle:
+    """A part of an image of `size` (width, height) with a share `area` [least, most] of its area, as torchvision's
+    RandomResizedCrop draws it. Where none fits, the largest one in the middle of an allowed aspect ratio."""
+    (w, h), (least, most), (narrow, wide) = size, area, ASPECTS
+    for _ in range(TRIES):
+        wanted = w * h * generator.uniform(least, most)
+        aspect = math.exp(generator.uniform(math.log(narrow), math.log(wide)))
+        width, height = round(math.sqrt(wanted * aspect)), round(math.sqrt(wanted / aspect))
+        if 0 < width <= w and 0 < height <= h:
+            left, top = int(generator.integers(w - width + 1)), int(generator.integers(h - height + 1))
+            return left, top, left + width, top + height
+    width, height = min(w, max(1, round(h * wide))), min(h, max(1, round(w / narrow)))
+    left, top = (w - width) // 2, (h - height) // 2
+    return left, top, left + width, top + height
+
+
+def decode_rgb(data: bytes, where: str = "image") -> Image.Image:
+    """Decode an image file to RGB. Raises `BadSample` if it is corrupt, truncated, too large or of another format."""
+    with _opened(data, where) as file:
+        return _rgb(file)
+
+
+@contextmanager
+def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
+    """The image file, its pixels still encoded. What goes wrong inside the block is a `BadSample`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
+
+
+def _rgb(file: Image.Image) -> Image.Image:
+    file.load()
+    return file if file.mode == "RGB" else file.convert("RGB")  # `convert` copies even what is RGB already
+
+
+def _expand_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
+    """Centre the image on a square of colour `fill`."""
+    w, h = image.size
+    if w == h:
+        return image
+    side = max(w, h)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - w) // 2, (side - h) // 2))
+    return square

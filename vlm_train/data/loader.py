@@ -1,0 +1,137 @@
+"""Planned rows -> batches, in loader processes.
+
+Every loader worker makes whole accumulation windows (all micro-batches of an optimizer step of this rank), because only
+the whole window knows the denominator of its losses. Step s is made by worker s modulo workers: their number changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipelines.errors import BadSample
+from vlm_train.contracts.batch import Batch, Problem, Window
+from vlm_train.data.collate import Item, collate, target_weights
+from vlm_train.data.dataset import Samples
+from vlm_train.data.order.mixture import Address
+from vlm_train.data.order.sample_plan import Plan
+from vlm_train.data.worker_transfer import Parcel
+
+
+@dataclass
+class WindowStream(IterableDataset):
+    """Optimizer steps `first` to the plan's end, as lists of micro-batches of one rank."""
+
+    samples: Samples
+    plan: Plan
+    first: int
+    rank: int
+    normalise: str
+
+    def __iter__(self) -> Iterator[list[Batch] | Parcel]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step in range(self.first + number, self.plan.steps, count):
+            window = self.window(step)
+            yield Parcel.of(window) if worker else window
+
+    def window(self, step: int) -> list[Batch]:
+        """All micro-batches of one optimizer step. A bad sample leaves a hole in its place."""
+        micros: list[list[list[Item]]] = []
+        problems: list[Problem] = []
+        for rows in self.plan.step(step, self.rank):
+            loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
+            micros.append([row for row in loaded if row])
+        window = self._window(step, micros, tuple(problems))
+        how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
+        return [
+            collate(rows, self.samples.processor.images, window=replace(window, micro=m), **how)
+            for m, rows in enumerate(micros)
+        ]
+
+    def _window(self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[Problem, ...]) -> Window:
+        # Ranks reduce the sums by name, so a rank without samples needs all names, too.
+        names = ("samples", *self.samples.streams)
+        sums: dict[str, dict[str, float]] = {name: {} for name in names}
+        tokens = supervised = 0
+        items = [item for rows in micros for row in rows for item in row]
+        for item in items:
+            sums["samples"][item.source] = sums["samples"].get(item.source, 0.0) + 1.0
+            for name, stream in item.rendered.streams.items():
+                total = float(target_weights(stream, self.normalise, item.weight).sum())
+                sums[name][item.source] = sums[name].get(item.source, 0.0) + total
+                tokens += len(stream)
+                supervised += stream.supervised
+        return Window(
+            step=step,
+            micro=0,
+            micro_count=len(micros),
+            sums=sums,
+            samples=len(items),
+            tokens=tokens,
+            places=sum(_places(rows, name) for rows in micros for name in self.samples.streams),
+            supervised=supervised,
+            problems=problems,
+        )
+
+
+def load_row(samples: Samples, row: Sequence[Address], problems: list[Problem], *, training: bool) -> list[Item]:
+    """The usable samples of a row; why the others are not goes to `problems`."""
+    items = []
+    for address in row:
+        try:
+            items.append(samples.item(address, training=training))
+        except BadSample as error:
+            problems.append(Problem.of(error))
+    return items
+
+
+def _places(rows: Sequence[Sequence[Item]], name: str) -> int:
+    """Tokens of a stream in a micro-batch, padding included."""
+    return len(rows) * max((sum(len(item.rendered.streams[name]) for item in row) for row in rows), default=0)
+
+
+class MicroBatches:
+    """Unrolls a loader's windows into micro-batches."""
+
+    def __init__(self, loader: DataLoader[list[Batch] | Parcel]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        for window in self.loader:
+            yield from window.unpack() if isinstance(window, Parcel) else window
+
+
+@dataclass
+class ValidationStream(IterableDataset):
+    """The held-out samples in order, each once, dealt to ranks and workers; bad ones are named in `Batch.problems`.
+
+    `normalise` is that of training, so that the best checkpoint is best by what is trained. `source` is `token` here:
+    its factors depend on what else is in a training step.
+    """
+
+    samples: Samples
+    rows: int
+    rank: int
+    world: int
+    normalise: str = "token"
+
+    @property
+    def batches(self) -> int:
+        """Batches of every rank."""
+        return -(-len(self.samples) // (self.rows * self.world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        for batch in range(number, self.batches, count):
+            first = (batch * self.world + self.rank) * self.rows
+            problems: list[Problem] = []
+            row = [Address(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
+            items = load_row(self.samples, row, problems, training=False)
+            how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
+            yield replace(collate([[i] for i in items], self.samples.processor.images, **how), problems=tuple(problems))

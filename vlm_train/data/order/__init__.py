@@ -1,0 +1,1 @@
+"""Which samples make up a step, in which order and in which rows."""

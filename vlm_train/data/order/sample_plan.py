@@ -1,0 +1,187 @@
+"""Plans: which samples make up an optimizer step, and which rank computes them in which row.
+
+A plan remembers nothing. The samples of step s follow from the seed and s, so a run resumes at any step in constant
+time with any number of workers, and another world size with the same global batch sees the same global batches.
+
+`SamplePlan` draws exactly G samples a step, one to a row or packed; `vlm_train.data.order.token_plan.TokenPlan` fills
+steps of a token budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_train.data.order.mixture import Address, Mixture
+from vlm_train.data.order.packing import deal, share_rows
+from vlm_train.errors import ConfigError
+from vlm_train.seeds import derive_seed
+
+Row = tuple[Address, ...]
+"""The samples that share a row, in order."""
+
+Micro = list[Row]
+"""The rows of one forward pass of one rank."""
+
+Group = Literal["modality", "length", "modality_length"]
+
+
+class Plan(Protocol):
+    """What training asks of a plan."""
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        ...
+
+    @property
+    def packing(self) -> Packing | None:
+        """How rows are packed; None: one sample a row."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        ...
+
+    def step(self, step: int, rank: int = 0) -> list[Micro]:
+        """The micro-batches of one rank in one optimizer step: as many on every rank, empty ones included."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of every sample, by index: tokens, patches and cost `[N]`."""
+
+    tokens: NDArray[np.int32]
+    patches: NDArray[np.int32]
+    costs: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Rows of several samples: at most `length` tokens and `patches` patches each. `sizes` are those of all samples."""
+
+    sizes: Sizes
+    length: int
+    patches: int | None = None
+
+
+def check_batch(batch: int, world: int) -> None:
+    """Raises `ConfigError` unless the ranks can share a batch of `batch` samples evenly."""
+    if batch % world:
+        raise ConfigError(
+            f"batch.samples={batch} cannot be shared evenly by {world} ranks; allowed: multiples of {world}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SamplePlan:
+    """Exactly `batch` samples an optimizer step, as papers count.
+
+    Attributes:
+        mixture: the order of samples.
+        batch: samples per optimizer step, over all ranks.
+        total: samples of the whole run; the last step may be short.
+        world: ranks.
+        micro: rows per rank and forward pass.
+        packing: several samples share a row; None: one sample a row.
+        media: whether each sample has media `[N]`; needed to group by modality.
+        lengths: tokens of each sample `[N]`; needed to group unpacked rows by length.
+        group: modality (every step is all with or all without media, as far as they go round: LLaVA's
+            `group_by_modality_length`) | length (rows of like length in a micro-batch) | modality_length | None.
+        window: samples among which steps are grouped by modality.
+    """
+
+    mixture: Mixture
+    batch: int
+    total: int
+    world: int = 1
+    micro: int = 1
+    packing: Packing | None = None
+    media: NDArray[np.bool_] | None = None
+    lengths: NDArray[np.int32] | None = None
+    group: Group | None = None
+    window: int = 8192
+
+    def __post_init__(self) -> None:
+        check_batch(self.batch, self.world)
+        if self.group is not None and self.group not in get_args(Group):
+            raise ConfigError(f"data.group: {self.group!r}; allowed: null, {', '.join(get_args(Group))}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.total / self.batch)
+
+    @property
+    def micro_count(self) -> int:
+        """Micro-batches of unpacked rows per optimizer step and rank (gradient accumulation)."""
+        return math.ceil(self.batch // self.world / self.micro)
+
+    def step(self, step: int, rank: int = 0) -> list[Micro]:
+        """The micro-batches of one rank. A step's samples are dealt round-robin, so a short last step is as even as it
+        can be."""
+        addresses = self.samples(step)
+        if self.packing is not None:
+            return self._packed(addresses, self.packing, rank)
+        if self.group in ("length", "modality_length"):
+            assert self.lengths is not None
+            lengths = self.lengths
+            addresses = sorted(addresses, key=lambda address: -int(lengths[address.index]))
+        rows: list[Row] = [(address,) for address in addresses[rank :: self.world]]
+        return [rows[m * self.micro : (m + 1) * self.micro] for m in range(self.micro_count)]
+
+    def samples(self, step: int) -> list[Address]:
+        """All samples of one optimizer step."""
+        if self.group in ("modality", "modality_length"):
+            per_window = max(1, self.window // self.batch)
+            window, place = divmod(step, per_window)
+            return _by_modality(self, window, per_window)[place]
+        first = step * self.batch
+        return [self.mixture.draw(position) for position in range(first, min(first + self.batch, self.total))]
+
+    def _packed(self, addresses: Sequence[Address], packing: Packing, rank: int) -> list[Micro]:
+        index = [address.index for address in addresses]
+        tokens, costs, patches = (
+            x[index].tolist() for x in (packing.sizes.tokens, packing.sizes.costs, packing.sizes.patches)
+        )
+        at_once = self.world * self.micro
+        rows = share_rows(tokens, costs, packing.length, multiple=at_once, patches=patches, max_patches=packing.patches)
+        turns = deal([sum(costs[i] for i in row) for row in rows], self.world)
+        return micro_batches([tuple(addresses[i] for i in rows[number]) for number in turns[:, rank]], self.micro)
+
+
+@lru_cache(maxsize=4)
+def _by_modality(plan: SamplePlan, window: int, steps: int) -> list[list[Address]]:
+    """The steps of a window, each of one modality but for what is left over of both."""
+    assert plan.media is not None
+    first = window * steps * plan.batch
+    drawn = [plan.mixture.draw(p) for p in range(first, min(first + steps * plan.batch, plan.total))]
+    kinds = [[a for a in drawn if bool(plan.media[a.index]) is shown] for shown in (True, False)]
+    whole = [len(kind) // plan.batch * plan.batch for kind in kinds]
+    pure = [kind[c : c + plan.batch] for kind, end in zip(kinds, whole) for c in range(0, end, plan.batch)]
+    rest = [address for kind, end in zip(kinds, whole) for address in kind[end:]]
+    order = np.random.default_rng(derive_seed(plan.mixture.seed, "modality", window)).permutation(len(pure))
+    return [*(pure[i] for i in order), *(rest[c : c + plan.batch] for c in range(0, len(rest), plan.batch))]
+
+
+def check_tokens(tokens: int, length: int, world: int, micro: int) -> None:
+    """Raises `ConfigError` unless a budget of `tokens` is whole rows of `length` tokens that the ranks can share."""
+    unit = length * world * micro
+    if tokens % unit:
+        raise ConfigError(
+            f"batch.tokens={tokens} is not shared evenly by {world} ranks with batch.micro={micro} rows of "
+            f"data.pack={length} tokens; allowed: multiples of {unit}"
+        )
+
+
+def micro_batches(rows: Sequence[Row], micro: int) -> list[Micro]:
+    """A rank's rows as micro-batches; empty rows only hold a place."""
+    return [[row for row in rows[first : first + micro] if row] for first in range(0, len(rows), micro)]

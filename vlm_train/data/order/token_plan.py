@@ -1,0 +1,149 @@
+"""A plan by tokens: steps of packed rows within a token budget."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from vlm_train.data.order.lengths import fingerprint
+from vlm_train.data.order.mixture import Mixture
+from vlm_train.data.order.packing import BUFFER, deal, fill_rows
+from vlm_train.data.order.sample_plan import Micro, Packing, Row, check_tokens, micro_batches
+from vlm_train.errors import ConfigError
+from vlm_train.seeds import derive_seed
+
+RUNG = 64
+"""Rows of like cost that are dealt to the ranks together: as many ranks wait for each other as little as they can."""
+
+
+STEPS = 64
+"""Steps whose rows are packed and dealt together, at most."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a window of packed rows starts in the order: the next position, and the earlier ones that still wait."""
+
+    next: int
+    waiting: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenPlan:
+    """Packed rows up to a token budget per optimizer step.
+
+    The order is packed in windows of `STEPS` steps, or of a pass where that is less; the samples that still wait for a
+    row at a window's end open the next one. The rows of a window are sorted by cost and dealt to its steps in rungs of
+    like cost, in random order.
+
+    Attributes:
+        tokens: budget of an optimizer step, over all ranks.
+        total: samples of the whole run; None: without end. The last step may be short.
+        most: steps of the whole run at most; None: until the samples end.
+    """
+
+    mixture: Mixture
+    packing: Packing
+    tokens: int
+    total: int | None = None
+    most: int | None = None
+    world: int = 1
+    micro: int = 1
+    _places: dict[int, Place] = field(default_factory=lambda: {0: Place(0, ())}, repr=False)  # where windows start
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens, self.packing.length, self.world, self.micro)
+        if self.total is None and self.most is None:
+            raise ConfigError("trainer.epochs and trainer.max_steps are both null: give one of them")
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimizer step."""
+        return self.tokens // self.packing.length
+
+    @cached_property
+    def steps_per_window(self) -> int:
+        """Steps that are packed and dealt together: passes over the samples should not mix."""
+        sizes, total = self.packing.sizes, self.mixture.samples
+        one_pass = total * max(float(sizes.tokens.mean()), 1.0) / (self.rows * self.packing.length)
+        return min(STEPS, max(1, int(one_pass)))
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run. Packs all of it, unless `most` ends it earlier."""
+        window, steps = 0, 0
+        while (self.most is None or steps < self.most) and not self._ended(window):
+            steps += self.steps_per_window if self.total is None else len(_packed_window(self, window))
+            window += 1
+        return min(steps, self.most or steps)
+
+    def _ended(self, window: int) -> bool:
+        if self.total is None:
+            return False
+        place = self.place(window)
+        return place.next >= self.total and not place.waiting
+
+    def place(self, window: int) -> Place:
+        """Where a window starts: packs the ones before it, unless it was reached or remembered."""
+        last = max(known for known in self._places if known <= window)
+        for before in range(last, window):
+            _packed_window(self, before)
+        return self._places[window]
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what the places of an endless plan follow from."""
+        packing = self.packing
+        arrays = (hashlib.sha256(x.tobytes()).hexdigest() for x in (packing.sizes.tokens, packing.sizes.patches))
+        return fingerprint(self.mixture, self.tokens, self.total, packing.length, packing.patches, *arrays)
+
+    def remember(self, window: int, place: Place) -> None:
+        """What `place` once found, so that a resumed run need not pack what lies before it."""
+        self._places[window] = place
+
+    def step(self, step: int, rank: int = 0) -> list[Micro]:
+        """The micro-batches of one rank."""
+        window, place = divmod(step, self.steps_per_window)
+        rows = _packed_window(self, window)[place]
+        rows = [*rows, *[()] * (self.rows - len(rows))]
+        costs = self.packing.sizes.costs
+        turns = deal([sum(float(costs[address.index]) for address in row) for row in rows], self.world)
+        return micro_batches([rows[number] for number in turns[:, rank]], self.micro)
+
+
+@lru_cache(maxsize=2)
+def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
+    """The steps of a window, as rows. Notes where the next window starts."""
+    place, sizes, most = plan.place(window), plan.packing.sizes, plan.steps_per_window * plan.rows
+    enough = 1.05 * most * plan.packing.length / max(float(sizes.tokens.mean()), 1.0)
+    while True:
+        stop = place.next + math.ceil(enough)
+        positions = [*place.waiting, *range(place.next, stop if plan.total is None else min(stop, plan.total))]
+        drawn = [plan.mixture.draw(position) for position in positions]
+        index = [address.index for address in drawn]
+        tokens, patches = sizes.tokens[index].tolist(), sizes.patches[index].tolist()
+        rows = fill_rows(tokens, plan.packing.length, patches=patches, max_patches=plan.packing.patches, most=most)
+        taken = {i for row in rows for i in row}
+        seen = len(taken) + BUFFER  # by the packer, which holds the others ready
+        if seen <= len(positions) or stop >= (plan.total or math.inf):
+            break
+        enough *= 2  # these samples are shorter than the others
+    waiting = tuple(position for i, position in enumerate(positions[:seen]) if i not in taken)
+    plan.remember(window + 1, Place(place.next + len(positions[:seen]) - len(place.waiting), waiting))
+    return _dealt(plan, window, [tuple(drawn[i] for i in row) for row in rows])
+
+
+def _dealt(plan: TokenPlan, window: int, rows: list[Row]) -> list[list[Row]]:
+    """Rows as steps: rungs of like cost in random order. What is not a whole rung, at the end of a run, comes last."""
+    costs = plan.packing.sizes.costs
+    rows = sorted(rows, key=lambda row: -sum(float(costs[address.index]) for address in row))
+    rung = max(size for size in range(1, min(plan.rows, RUNG) + 1) if plan.rows % size == 0)
+    rungs = [rows[first : first + rung] for first in range(0, len(rows), rung)]
+    whole = len(rows) // rung
+    order = np.random.default_rng(derive_seed(plan.mixture.seed, "deal", window)).permutation(whole)
+    dealt = [row for number in [*order, *range(whole, len(rungs))] for row in rungs[number]]
+    return [dealt[first : first + plan.rows] for first in range(0, len(dealt), plan.rows)]

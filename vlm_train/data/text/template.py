@@ -1,0 +1,225 @@
+"""Conversation templates: turns -> a list of segments that say what is text, what is learned and where media go.
+
+A template is data: the strings around each role. It never tokenises; `vlm_train.data.text.render` does, once per
+stretch of text, and reads from the segments which characters are learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from data_pipelines.errors import BadSample
+from data_pipelines.sample import Text, Turn
+from vlm_train.data.text.spans import ContentStyle, MediaPlace, Place, Run, Segment
+from vlm_train.data.text.tokenizer import special_pattern
+from vlm_train.errors import ConfigError
+
+
+class Template(Protocol):
+    """What the renderer needs of a template. `bos`: start with the tokenizer's bos token, if it has one; `style`: how
+    it writes the parts of a turn."""
+
+    bos: bool
+    style: ContentStyle
+
+    def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+        """The conversation as segments; with `generation`, `turns` ends before an answer, whose prompt follows."""
+        ...
+
+    def check(self, tokenizer: Any) -> None:
+        """Raise `ConfigError` if the tokenizer lacks what the template writes."""
+        ...
+
+
+class ChatTemplate:
+    """A template made of fixed strings. `{bos}` and `{eos}` in them stand for the tokenizer's tokens.
+
+    A conversation reads, with the learned text in capitals: system_prefix system system_suffix, then for every exchange
+    user_prefix question user_suffix assistant_prefix ANSWER_LEAD ANSWER ASSISTANT_SUFFIX, joined by `separator`.
+
+    Args:
+        system: default system message; null: none, and no system strings. A sample's own system turn replaces it.
+        bos: start with the tokenizer's bos token, if it has one.
+        system_in_user: the system message stands inside the first user turn (Llama-2).
+        answer_lead: what stands between the prompt and the answer and is generated with it (a space, for tokenizers
+            that glue it to the first word).
+        lead_given: `answer_lead` is learned, but a prompt for an answer ends with it.
+        separator: text between an answer and the next user turn; not learned.
+        user_text: false leaves the questions out and keeps only their media.
+        special: tokens that the strings rely on; the tokenizer must have each as one token.
+        media, media_prefix, media_suffix, strip, box, box_scale: see `ContentStyle`.
+    """
+
+    def __init__(
+        self,
+        *,
+        system: str | None = None,
+        bos: bool = True,
+        system_prefix: str = "",
+        system_suffix: str = "",
+        system_in_user: bool = False,
+        user_prefix: str = "",
+        user_suffix: str = "",
+        assistant_prefix: str = "",
+        answer_lead: str = "",
+        lead_given: bool = False,
+        assistant_suffix: str = "",
+        separator: str = "",
+        user_text: bool = True,
+        special: Sequence[str] = (),
+        media: MediaPlace = "first",
+        media_prefix: str = "",
+        media_suffix: str = "\n",
+        strip: bool = False,
+        box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]",
+        box_scale: float = 1.0,
+    ) -> None:
+        self.system, self.bos, self.system_in_user = system, bos, system_in_user
+        self.system_prefix, self.system_suffix = system_prefix, system_suffix
+        self.user_prefix, self.user_suffix, self.user_text = user_prefix, user_suffix, user_text
+        self.assistant_prefix, self.assistant_suffix = assistant_prefix, assistant_suffix
+        self.answer_lead, self.lead_given, self.separator = answer_lead, lead_given, separator
+        self.special = tuple(special)
+        self.style = ContentStyle(
+            media=media,
+            media_prefix=media_prefix,
+            media_suffix=media_suffix,
+            strip=strip,
+            box=box,
+            box_scale=box_scale,
+        )
+
+    def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+        """See `Template`. Raises `BadSample` for a system turn that is not the first."""
+        system, turns = self._system(turns)
+        head, in_user = ([], system) if self.system_in_user else (system, [])
+        out: list[Segment] = [*head]
+        answered = False
+        for turn in turns:
+            if turn.role == "user":
+                out += [Run(self.separator if answered else ""), Run(self.user_prefix), *in_user]
+                out += [*self.style.content(turn, text=self.user_text), Run(self.user_suffix)]
+                in_user = []
+            else:
+                out += [Run(self.assistant_prefix), Run(self.answer_lead, turn.weight)]
+                out += [*self.style.content(turn, turn.weight), Run(self.assistant_suffix, turn.weight)]
+            answered = turn.role == "assistant"
+        if generation:
+            out += [Run(self.assistant_prefix), *([Run(self.answer_lead)] if self.lead_given else [])]
+        return [self._fill(segment, tokenizer) for segment in out]
+
+    def check(self, tokenizer: Any) -> None:
+        """See `Template`."""
+        known = tokenizer.get_vocab()
+        problems = [
+            f"template.special: {token!r} is not in the tokenizer's vocabulary; choose another template or tokenizer"
+            for token in self.special
+            if token not in known
+        ]
+        own = {**vars(self), **vars(self.style)}
+        strings = (v for k, v in own.items() if isinstance(v, str) and k != "system")
+        if tokenizer.eos_token is None and any("{eos}" in text for text in strings):
+            problems.append("template: writes {eos}, but the tokenizer has no eos token")
+        if problems:
+            raise ConfigError(problems)
+
+    def _system(self, turns: Sequence[Turn]) -> tuple[list[Segment], Sequence[Turn]]:
+        body: list[Segment] = [] if self.system is None else [Run(self.system, content=True)]
+        if turns and turns[0].role == "system":
+            body, turns = self.style.content(turns[0]), turns[1:]
+        if any(turn.role == "system" for turn in turns):
+            raise BadSample("a system turn must be the first turn", kind="template")
+        return ([Run(self.system_prefix), *body, Run(self.system_suffix)] if body else []), turns
+
+    def _fill(self, segment: Segment, tokenizer: Any) -> Segment:
+        if isinstance(segment, Place) or segment.content or "{" not in segment.text:
+            return segment
+        text = segment.text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
+        return Run(text, segment.weight)
+
+
+class TokenizerTemplate:
+    """The tokenizer's own `chat_template`.
+
+    It is rendered once with a marker in place of every turn, so the places of the turns are known exactly whatever the
+    template writes around them, and the turns' text can never be read as template. Learned: every answer and what the
+    template writes after it, up to and including the first special token.
+
+    Args:
+        system: system message for samples that have none; null: whatever the chat template does by itself.
+        media, media_prefix, media_suffix, strip, box, box_scale: see `ContentStyle`.
+    """
+
+    bos = False  # the chat template writes it
+
+    def __init__(
+        self,
+        *,
+        system: str | None = None,
+        media: MediaPlace = "first",
+        media_prefix: str = "",
+        media_suffix: str = "\n",
+        strip: bool = False,
+        box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]",
+        box_scale: float = 1.0,
+    ) -> None:
+        self.system = system
+        self.style = ContentStyle(
+            media=media,
+            media_prefix=media_prefix,
+            media_suffix=media_suffix,
+            strip=strip,
+            box=box,
+            box_scale=box_scale,
+        )
+
+    def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+        """See `Template`. Raises `BadSample` if the chat template refuses the conversation."""
+        if self.system is not None and (not turns or turns[0].role != "system"):
+            turns = [Turn(role="system", parts=(Text(text=self.system),)), *turns]
+        literals = self._literals(turns, tokenizer, generation)
+        special = special_pattern(tokenizer)
+        out: list[Segment] = [Run(literals[0])]
+        for index, (turn, literal) in enumerate(zip(turns, literals[1:], strict=True)):
+            weight = turn.weight if turn.role == "assistant" else 0.0
+            out += self.style.content(turn, weight)
+            end = special.search(literal) if turn.role == "assistant" else None
+            if end is None:
+                out.append(Run(literal))
+            elif index == len(turns) - 1 and not generation:
+                out.append(Run(literal[: end.end()], weight))  # nothing after the last learned token matters
+            else:
+                out += [Run(literal[: end.end()], weight), Run(literal[end.end() :])]
+        return out
+
+    def check(self, tokenizer: Any) -> None:
+        """See `Template`."""
+        if not tokenizer.chat_template:
+            raise ConfigError("template: the tokenizer has no chat template of its own; choose a named template")
+        ask = Turn(role="user", parts=(Text(text="a"),))
+        answer = Turn(role="assistant", parts=(Text(text="b"),))
+        if not special_pattern(tokenizer).search(self._literals([ask, answer], tokenizer, False)[-1]):
+            raise ConfigError(
+                "template: the tokenizer's chat template closes an answer with no special token, so a model could "
+                "never learn to stop; choose a named template"
+            )
+
+    def _literals(self, turns: Sequence[Turn], tokenizer: Any, generation: bool) -> list[str]:
+        """What the chat template writes before, between and after the turns: `len(turns) + 1` strings."""
+        from jinja2.exceptions import TemplateError
+
+        marks = [f"\ue000{index}\ue001" for index in range(len(turns))]
+        messages = [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except TemplateError as error:
+            raise BadSample(
+                f"the tokenizer's chat template refuses the conversation: {error}", kind="template"
+            ) from error
+        if re.findall("\ue000[0-9]+\ue001", text) != marks:
+            raise BadSample(
+                "the tokenizer's chat template drops or repeats a turn of the conversation", kind="template"
+            )
+        return re.split("\ue000[0-9]+\ue001", text)

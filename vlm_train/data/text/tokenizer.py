@@ -1,0 +1,196 @@
+"""Tokenizers by configuration: each function returns a fast `transformers` tokenizer (labels need its offsets)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_train.config.package_files import local
+from vlm_train.errors import AssetError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+COMMON_SPECIALS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<im_start>",
+    "<im_end>",
+    "<Img>",
+    "</Img>",
+)
+"""Special tokens of `byte_level`, so that every shipped template and layout works with it."""
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def pretrained(*, name: str | None, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer of a local folder, a hub repository or a `.gguf` file.
+
+    Args:
+        name: what to load.
+        add: further special tokens (such as the boundary tokens of a media layout), put at the end of the vocabulary.
+
+    Raises:
+        AssetError: it cannot be had. ConfigError: it has no fast version.
+    """
+    if name is None:
+        raise AssetError(
+            "tokenizer.name: null; name a folder, a hub repository or a .gguf file, or choose tokenizer=byte_level"
+        )
+    if name.endswith(".gguf"):
+        return gguf(file=name, add=add)
+    return _extend(load("tokenizer.name", name), add)
+
+
+def gguf(*, file: str, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer inside a GGUF file (a path, or `package:<package>/<file>`). `add`, errors: as in `pretrained`."""
+    path = Path(local(file))
+    if not path.is_file():
+        raise AssetError(f"tokenizer.file: {file!r} is not a file")
+    return _extend(load("tokenizer.file", str(path.parent), gguf_file=path.name), add)
+
+
+def load(setting: str, name: str, **options: str) -> Any:
+    """The fast tokenizer `name`, with nothing cut or padded; `setting` named it. Raises as `pretrained` does."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise AssetError(
+            f"{setting}: no tokenizer could be loaded from {name!r}: {reason}. "
+            "Give a local folder that holds tokenizer.json, or download it first"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{setting}: {name!r} has no fast tokenizer, and labels need its character offsets")
+    if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token is not None:
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # BERT's begin and end
+    core = tokenizer.backend_tokenizer  # which `render` calls directly
+    core.no_truncation()  # some files ask for either; length is the business of data.max_length
+    core.no_padding()
+    core.encode_special_tokens = tokenizer.split_special_tokens
+    return tokenizer
+
+
+def byte_level(*, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a byte, plus special tokens: deterministic, needs no file, encodes anything. For tests and `size=tiny`.
+
+    Ids: 0-3 are <pad> <bos> <eos> <unk>, then the 256 bytes, then `COMMON_SPECIALS` and `add`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = _extend(_wrap(core), COMMON_SPECIALS)
+    tokenizer.chat_template = CHATML
+    return _extend(tokenizer, add)
+
+
+def words_from_shards(
+    *, shards: str, lowercase: bool = True, min_count: int = 1, max_words: int | None = None, add: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """One token a word, the vocabulary taken from the texts of a shard set.
+
+    Words are split at white space and punctuation and ordered by frequency, then alphabet, so that the same shards give
+    the same ids. Ids 0-3 are <pad> <bos> <eos> <unk>.
+
+    Args:
+        shards: folder of the shard set (normally the training one).
+        min_count: rarer words become <unk>.
+        max_words: keep only that many words; null: all.
+
+    Raises:
+        AssetError: `shards` holds no complete shard set.
+    """
+    from data_pipelines.errors import DataError
+    from data_pipelines.shards.shard_set import ShardSet
+
+    try:
+        shard_set = ShardSet(shards)
+    except DataError as error:
+        raise AssetError(f"tokenizer.shards: {error}") from error
+    texts = (
+        turn.text
+        for index in range(len(shard_set))
+        for annotation in shard_set.sample(index).annotations
+        for turn in annotation.turns
+    )
+    return words(texts, lowercase=lowercase, min_count=min_count, max_words=max_words, add=add)
+
+
+def words(
+    texts: Iterable[str],
+    *,
+    lowercase: bool = True,
+    min_count: int = 1,
+    max_words: int | None = None,
+    add: Sequence[str] = (),
+) -> PreTrainedTokenizerFast:
+    """The word-level tokenizer of `texts`; see `words_from_shards`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    pre_tokenizer = pre_tokenizers.Whitespace()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text.lower() if lowercase else text))
+    ranked = sorted((-count, word) for word, count in counts.items() if count >= min_count)[:max_words]
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *(word for _, word in ranked)]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizer
+    if lowercase:
+        core.normalizer = normalizers.Lowercase()
+    return _extend(_wrap(core), add)
+
+
+def _wrap(core: Any) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def _extend(tokenizer: PreTrainedTokenizerFast, add: Sequence[str]) -> PreTrainedTokenizerFast:
+    new = [token for token in add if token not in tokenizer.get_vocab()]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+    return tokenizer
+
+
+def special_pattern(tokenizer: Any, literals: tuple[str, ...] = ()) -> re.Pattern[str]:
+    """Regex of every string that the tokenizer reads as a special token, and of `literals`; longest first."""
+    return _special_pattern(tokenizer, len(tokenizer), literals)
+
+
+@lru_cache(maxsize=32)
+def _special_pattern(tokenizer: Any, size: int, literals: tuple[str, ...]) -> re.Pattern[str]:
+    del size  # part of the key: tokens may have been added
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(special | set(literals), key=lambda name: (-len(name), name))
+    return re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """Fingerprint of what every id means."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()

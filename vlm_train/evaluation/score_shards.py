@@ -1,0 +1,224 @@
+"""`mode=caption` and `mode=score`: what a run's model says of a shard set, as columns that `data_pipelines` filters by.
+
+A shard is the unit of work: after an interruption the same command goes on with those that have no columns yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from data_pipelines.capfilt import with_caption
+from data_pipelines.errors import BadSample
+from data_pipelines.sample import Sample
+from data_pipelines.shards.columns import Columns, ColumnWriter
+from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.config.resolve import resolved
+from vlm_train.config.run_identity import run_dir
+from vlm_train.contracts.family import AlignsPairs, Generates, MatchesPairs, missing_members
+from vlm_train.data.text.render import Rendered
+from vlm_train.errors import ConfigError
+from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
+from vlm_train.evaluation.run import require_own_weights
+from vlm_train.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from vlm_train.build import Built
+    from vlm_train.contracts.batch import Batch
+    from vlm_train.data.images.plan import MediaViews
+    from vlm_train.data.processor import Processor
+
+    Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A usable sample: its key, its image as the model sees it, and its prompt, or every caption of it."""
+
+    key: str
+    views: MediaViews
+    texts: list[Rendered]
+
+
+SEEN = ("template", "image")
+"""Groups that, besides the weights and `columns`, decide what the model says."""
+
+SAMPLING = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+"""Options of `generate`, of which a model gets those that change what it does anyway."""
+
+
+def caption(cfg: DictConfig) -> dict[str, Any]:
+    """Write a new caption for every sample into the column `caption`; it continues the template's prompt."""
+    given = {name: cfg.columns[name] for name in SAMPLING if cfg.columns[name] != SAMPLING[name]}
+    given["max_new_tokens"] = cfg.columns.max_new_tokens
+
+    def texts(processor: Processor, sample: Sample) -> list[Rendered]:
+        return [processor.render(sample, annotations="first", generation=True)]
+
+    def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
+        model, processor = _offering(built, (Generates,), cfg.mode), built.processor
+        batch = _batch(built, [(one.texts[0], one.views) for one in shown])
+        ids = model.generate(batch, eos_ids=processor.end_ids, **given)
+        found = [processor.decode_answer(row) for row in ids.tolist()]
+        return [{"key": one.key, "caption": text.strip()} for one, text in zip(shown, found, strict=True)]
+
+    return _write(cfg, ("caption",), {"seed": cfg.seed, **given}, texts, rows)
+
+
+def score(cfg: DictConfig) -> dict[str, Any]:
+    """Write what the model thinks of every caption, those of `columns.captions` in place of the samples' own: `match`,
+    the probability that its ITM head gives a match, and `similarity`, the cosine that ITC learns."""
+
+    def texts(processor: Processor, sample: Sample) -> list[Rendered]:
+        length: Any = {"max_length": processor.max_length, "over_length": "truncate"}
+        count = len(sample.annotations)
+        return [processor.render(sample, annotations="first", annotation=n, **length) for n in range(count)]
+
+    def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
+        model = _offering(built, (AlignsPairs, MatchesPairs), cfg.mode)
+        found: list[Row] = [{"key": one.key, "match": [], "similarity": []} for one in shown]
+        pairs = [(row, text, one.views) for row, one in zip(found, shown, strict=True) for text in one.texts]
+        for start in range(0, len(pairs), cfg.columns.batch):
+            some = pairs[start : start + cfg.columns.batch]
+            scores = _scores(model, _batch(built, [(text, views) for _, text, views in some]))
+            for (row, _, _), match, similarity in zip(some, *scores, strict=True):
+                row["match"].append(match)
+                row["similarity"].append(similarity)
+        return found
+
+    return _write(cfg, ("match", "similarity"), {}, texts, rows)
+
+
+def _scores(model: Any, batch: Batch) -> tuple[list[float], list[float]]:
+    """Match probabilities and cosines of the pairs of a batch."""
+    import torch
+
+    text = batch.text["llm"]
+    logits = model.match(model.own_context(batch), text.ids, text.segment_ids != 0)
+    cosines = torch.einsum("bqe,be->bq", model.image_vectors(batch), model.text_vectors(batch)).amax(dim=1)
+    return logits.float().softmax(dim=-1)[:, 1].tolist(), cosines.float().tolist()
+
+
+def _write(
+    cfg: DictConfig,
+    names: Sequence[str],
+    about: dict[str, Any],
+    texts: Callable[[Processor, Sample], list[Rendered]],
+    rows: Callable[[Built, Sequence[Shown]], list[Row]],
+) -> dict[str, Any]:
+    """Write the columns `names` of all shards that have none: `texts` of every sample, and `rows` of some."""
+    from vlm_train.build import build
+    from vlm_train.checkpoint import load_run_weights
+
+    folder, shards, output = run_dir(cfg), ShardSet(cfg.columns.shards), output_of(cfg)
+    require_own_weights(cfg, folder)
+    taken = cfg.columns.captions
+    captions = Columns(taken, shards, ["caption"], option="columns.captions") if taken else None
+    about = {"mode": cfg.mode, "captions": captions.sha256 if captions else None, **about, **_identity(cfg, folder)}
+    writer = ColumnWriter(output, shards, names, about)
+    missing = [shard for shard in writer.missing if shard % cfg.columns.parts == cfg.columns.part]
+    if missing:
+        built = build(cfg)
+        load_run_weights(built.model, cfg.init_from, folder, cfg.columns.which)
+        _to_device(built, cfg)
+        unusable, step = Unusable(shards), progress_bar("samples", len(shards))
+        with evaluating(built.model):
+            for shard in missing:
+                _seed(derive_seed(cfg.seed, "columns", shard))
+                found: list[Row] = []
+                for shown in _shown(built.processor, shards, shard, captions, texts, cfg.columns.batch, unusable):
+                    found += rows(built, shown)
+                    step(len(shown))
+                writer.write(shard, found)
+        unusable.check(len(shards))
+    if left := len(writer.missing):
+        print(f"{output}: {left} shards are left to other parts, whose last finishes the columns", flush=True)
+    else:
+        writer.finish()
+        before = "" if missing else ", made before"
+        print(f"{output}: {', '.join(names)} of {len(shards):,} samples{before}", flush=True)
+    return {"columns": str(output)}
+
+
+def output_of(cfg: DictConfig) -> Path:
+    """Where the columns go: `columns.output`, or beside the set. Raises `ConfigError` if nothing can be beside it."""
+    columns = cfg.columns
+    if columns.output:
+        return Path(columns.output)
+    if "://" in columns.shards:
+        raise ConfigError(f"columns.output is missing: {columns.shards} is remote, so columns need a folder.")
+    name = f"score-{Path(columns.captions).name}" if columns.captions else cfg.mode
+    return Path(f"{columns.shards.rstrip('/')}.columns") / name
+
+
+def _identity(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """What else the values depend on."""
+    from vlm_train.checkpoint.files import sha256
+    from vlm_train.checkpoint.weights import weights_file
+
+    return {
+        "run": folder.name,
+        "weights": sha256(weights_file(folder, cfg.columns.which)),
+        "batch": cfg.columns.batch,
+        **{group: resolved(cfg, group) for group in SEEN},
+    }
+
+
+def _offering(built: Built, needs: tuple[type, ...], mode: str) -> Any:
+    """The model, which offers all of `needs`."""
+    if missing := [name for protocol in needs for name in missing_members(built.model, protocol)]:
+        raise ConfigError(
+            f"mode={mode}: needs model.{', model.'.join(missing)}, which {type(built.model).__name__} does not have. "
+            "Choose a run of another model, such as model=blip."
+        )
+    return built.model
+
+
+def _to_device(built: Built, cfg: DictConfig) -> None:
+    import torch
+
+    if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
+        built.model.to("cuda")
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _shown(
+    processor: Processor,
+    shards: ShardSet,
+    shard: int,
+    captions: Columns | None,
+    texts: Callable[[Processor, Sample], list[Rendered]],
+    size: int,
+    unusable: Unusable,
+) -> Iterator[list[Shown]]:
+    """The usable samples of a shard, at most `size` at a time, with the captions that they are looked at with."""
+    first = int(shards.shard_starts[shard])
+    group: list[Shown] = []
+    for number in range(first, first + shards.manifest.shards[shard].samples):
+        with unusable.watch(number):
+            sample, blobs = shards.load(number)
+            if len(sample.media) != 1 or sample.media[0].kind != "image":
+                raise BadSample(f"{len(sample.media)} media items; a caption is about one image", kind="media")
+            if captions is not None:
+                sample = with_caption(sample, str(captions.row(number).get("caption") or ""))
+            group.append(Shown(sample.key, processor.make_views(blobs), texts(processor, sample)))
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _batch(built: Built, items: Sequence[tuple[Rendered, MediaViews]]) -> Batch:
+    from vlm_train.data.collate import collate_prompts
+
+    return collate_prompts(list(items), built.processor.images).to(next(built.model.parameters()).device)

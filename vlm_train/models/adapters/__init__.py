@@ -1,0 +1,1 @@
+"""Changes to a built model: LoRA and quantized layers."""

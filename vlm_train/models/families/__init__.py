@@ -1,0 +1,1 @@
+"""Models wired from parts: how images and texts meet."""

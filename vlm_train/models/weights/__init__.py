@@ -1,0 +1,1 @@
+"""Weights of others: read, checked and renamed."""

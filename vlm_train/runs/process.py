@@ -1,0 +1,177 @@
+"""What a process of ours does: one mode of a checked configuration, with errors that speak to the user.
+
+`python -m vlm_train.runs.process <config.yaml>` is the child's side of `launch`: it reads the composed configuration as
+data and runs it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from data_pipelines.errors import DataError
+from vlm_train.check.check import check
+from vlm_train.check.hydra_errors import Composition, explain
+from vlm_train.config.run_file import load_config
+from vlm_train.distributed import rank
+from vlm_train.errors import PREEMPTING, ConfigError, Interrupted, VLMTrainError
+from vlm_train.runs import torchrun
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The child's side: runs one composed configuration file. Returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+
+    if argv is None:
+        torchrun.die_with_agent()
+    (path,) = arguments
+
+    def work() -> None:
+        cfg = load_config(path)
+        check(cfg, need_assets=False)
+        dispatch(cfg)
+
+    return guarded(work)
+
+
+MODES = {
+    "fit": "vlm_train.training.fit:fit",
+    "eval": "vlm_train.evaluation.run:evaluate",
+    "caption": "vlm_train.evaluation.score_shards:caption",
+    "score": "vlm_train.evaluation.score_shards:score",
+    "export": "vlm_train.export.run:export",
+    "import": "vlm_train.export.run:import_",
+    "show": "vlm_train.runs.preview:show",
+    "lengths": "vlm_train.runs.preview:measure_lengths",
+}
+"""Mode -> the function that carries it out, imported only then: `(cfg) -> dict | None`."""
+
+
+DRY_RUN, REPORT = "vlm_train.dryrun.report:dry_run", "vlm_train.report:write_report"
+
+
+EXPECTED = (VLMTrainError, DataError, OSError)
+"""Errors of the user's settings, data and machine (a full disk, a folder that may not be written): one line each."""
+
+
+def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequence[str | Path] = ()) -> int:
+    """Runs `work`, prints errors that speak to the user, and returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStdout()])
+    try:
+        with signals_interrupt(), torchrun.leaving_word():
+            work()
+    except Composition as error:
+        return report_error(ConfigError(explain(overrides, dirs, error)), error)
+    except EXPECTED as error:
+        return report_error(error, error)
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = _interruption(error)
+        if code is None:
+            raise
+        if rank() == 0:
+            said = error if isinstance(error, Interrupted) else "The same command resumes."
+            print(f"Interrupted: {said}", file=sys.stderr)
+        return code
+    return 0
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Makes what a scheduler sends an exception wherever nothing else handles it, so that a run can say how it ended.
+
+    A second one kills. Training and `run_child` have handlers of their own meanwhile.
+    """
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    free = [one for one in PREEMPTING if main_thread and signal.getsignal(one) is signal.SIG_DFL]  # else: the caller's
+    for number in free:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class _ToStdout(logging.StreamHandler[Any]):
+    """Writes to what sys.stdout is at the time, which callers of `main` may have redirected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def _interruption(error: BaseException) -> int | None:
+    """The exit code of a run that a signal ended; None for an exit of another kind."""
+    if isinstance(error, Interrupted):
+        return error.code
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):  # Lightning: exit(1)
+        return 128 + signal.SIGINT
+    if type(error).__name__ == "SIGTERMException" or (isinstance(error, SystemExit) and error.code == 143):
+        return 128 + signal.SIGTERM
+    return None
+
+
+def dispatch(cfg: DictConfig) -> dict[str, Any] | None:
+    """Carries out the mode of a checked configuration in this process."""
+    result: dict[str, Any] | None = _function(DRY_RUN if cfg.dry_run else MODES[cfg.mode])(cfg)
+    return result
+
+
+def write_report(folder: Path) -> Path:
+    """Writes the page over what a run, schedule or sweep folder holds and returns its path."""
+    path: Path = _function(REPORT)(folder)
+    return path
+
+
+def _function(name: str) -> Callable[[Any], Any]:
+    """The function that `module:function` names, imported now."""
+    module, _, function = name.partition(":")
+    found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def report_error(error: Exception, cause: BaseException) -> int:
+    """Prints an error that speaks to the user, without a traceback unless one is asked for."""
+    if os.environ.get("VLM_TRAIN_TRACEBACK") == "1" or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise cause
+    if rank() == 0 or not isinstance(error, ConfigError):  # every rank finds the same configuration errors
+        _print(error)
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _print(error: Exception) -> None:
+    lines = error.problems if isinstance(error, ConfigError) else [str(error)]
+    if isinstance(error, OSError) and error.filename is not None:
+        lines = [f"{error.filename}: {error.strerror}. VLM_TRAIN_TRACEBACK=1 shows who wanted it."]
+    lines = [_own_words(line) for line in lines]
+    title = f"{type(error).__name__}: "
+    if len(lines) > 1:
+        title, lines = f"{title}{len(lines)} problems", ["", *lines]
+    print(title + "\n  - ".join(lines), file=sys.stderr)
+
+
+def _own_words(text: str) -> str:
+    """The message alone, where a data loader's worker has put it at the end of its traceback."""
+    caught = re.match(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback", text)
+    if caught is None:
+        return text
+    return re.split(rf"^(?:\w+\.)*{caught[1]}: ", text, flags=re.MULTILINE)[-1].strip()
+
+
+if __name__ == "__main__":
+    torchrun.leave(main)

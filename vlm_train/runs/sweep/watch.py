@@ -1,0 +1,78 @@
+"""What the sweep's own process does while its jobs run in others: say how they end, and end them when it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from vlm_train.errors import Interrupted
+from vlm_train.runs.sweep import records, summary
+
+INTERVAL = 1.0  # seconds between two looks at the records
+
+
+@contextmanager
+def announcing(folder: Path) -> Iterator[None]:
+    """Says meanwhile how jobs in other processes end: their own words may go to files on another machine."""
+    told = {id_: job.written for id_, job in _ended(folder)}
+    over = threading.Event()
+
+    def look() -> None:
+        for id_, job in _ended(folder):
+            if told.get(id_) != job.written:
+                told[id_] = job.written
+                summary.announce(job, records.read(folder))
+
+    def watch() -> None:
+        while not over.wait(INTERVAL):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()
+
+
+def _ended(folder: Path) -> list[tuple[str, records.Job]]:
+    jobs = records.read(folder).jobs
+    return [(" ".join(job.overrides), job) for job in jobs if job.status != "running"]
+
+
+@contextmanager
+def passing_on(folder: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the jobs of this machine, which save first, and start no others. A second one kills."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def stop(number: int, _: Any) -> None:
+        signal.signal(number, previous[number])
+        received.append(number)
+        (folder / records.STOP).touch()
+        for job in records.read(folder).jobs:
+            if job.status == "running" and job.host == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(job.pid, signal.SIGTERM)
+
+    for handled in (signal.SIGINT, signal.SIGTERM):
+        previous[handled] = signal.signal(handled, stop)
+    try:
+        yield
+    except Exception as error:  # launchers stumble over jobs that ended otherwise
+        if received:
+            raise Interrupted(received[0]) from error
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        raise Interrupted(received[0])

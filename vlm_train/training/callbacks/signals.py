@@ -1,0 +1,52 @@
+"""Signals that ask a training to save and stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+
+from vlm_train.errors import REPEATED, STOPPING
+
+
+class StopSignals(pl.Callback):
+    """Ctrl-C, and what schedulers send: the first asks for a checkpoint and a stop at the end of the step, a later one
+    leaves at once. The handler only sets a flag, on whichever rank; the ranks agree on it at the next step."""
+
+    def __init__(self) -> None:
+        self.asked = 0.0
+        self.usual = {number: signal.getsignal(number) for number in STOPPING}  # before Lightning sets its own
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
+            if pl_module.interrupt:
+                if time.monotonic() - self.asked > REPEATED:
+                    self._leave(number)
+                return
+            self.asked = time.monotonic()
+            pl_module.interrupt = number  # type: ignore[assignment]
+            with suppress(OSError):  # whoever read our output may be gone
+                print(f"{signal.Signals(number).name}: stopping after this step or evaluation, and saving", flush=True)
+
+        self._set(dict.fromkeys(STOPPING, ask))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._set(self.usual)
+
+    def _leave(self, number: int) -> None:
+        """As if the signal came unhandled; whichever preempts counts as SIGTERM, whose exit code says so."""
+        number = number if number == signal.SIGINT else signal.SIGTERM
+        signal.signal(number, self.usual[signal.SIGINT] if number == signal.SIGINT else signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def _set(self, handlers: Mapping[signal.Signals, Any]) -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses, and others handle signals
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

@@ -1,0 +1,290 @@
+"""One training run: build, hand-off, train (or go on training), evaluate, report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlm_train import checkpoint
+from vlm_train.checkpoint.rollback import rollbacks
+from vlm_train.config.run_identity import run_dir, run_id
+from vlm_train.distributed import rank
+from vlm_train.errors import AssetError, ConfigError, TrainingError
+from vlm_train.runs import record
+from vlm_train.runs.folder import RunFolder
+
+
+def fit(cfg: DictConfig) -> dict[str, Any]:
+    """Train the configured run to its end, resuming it where it stopped. Returns its final metrics."""
+    folder, identity = run_dir(cfg), run_id(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    status = record.read(folder)
+    if status.get("status") == "done" and cfg.resume == "auto":
+        print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
+        return dict(status.get("metrics") or {})
+    with record.lock(folder) if rank() == 0 else nullcontext():
+        if cfg.resume == "restart" and rank() == 0:
+            run = RunFolder(folder)
+            for leftover in (run.checkpoints, run.evaluation):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in (*folder.glob("quarantine-*.jsonl"), run.rollbacks):
+                leftover.unlink(missing_ok=True)
+        resumed = checkpoint.find_resume(cfg.resume, folder, identity)
+        if rank() == 0:  # before any other rank can log
+            record.keep_metrics(folder, resumed.step if resumed else -1)
+        print(f"{identity}: {_start(resumed)}", flush=True)
+        try:
+            return _train(cfg, folder, identity, resumed)
+        except BaseException as error:
+            stopped = isinstance(error, SystemExit | KeyboardInterrupt)  # ours, or what Lightning makes of a signal
+            _write_status(folder, status="interrupted" if stopped else "failed")
+            raise
+
+
+def _start(resumed: checkpoint.Resume | None) -> str:
+    return f"resuming from {resumed.folder}" if resumed else "starting at step 0"
+
+
+def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Resume | None) -> dict[str, Any]:
+    import torch
+
+    from vlm_train.build import build, build_data, build_evaluators, build_on_meta, halve
+    from vlm_train.check.model import check_model
+    from vlm_train.data.text.tokenizer import vocabulary
+    from vlm_train.training.callbacks.loop import Evaluation
+    from vlm_train.training.reference import build_reference, reference_config
+    from vlm_train.training.trainer import halves_weights, loop_callbacks, make_trainer, processes, shards_model
+
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    world = processes(cfg)
+    shares = world > 1 and shards_model(cfg) and rank() > 0  # rank 0 spreads its weights later
+    skeleton = build_on_meta(cfg)
+    if skeleton is not None:
+        check_model(cfg, skeleton)
+    evaluators, other = build_evaluators(cfg), reference_config(cfg)
+    built = build(cfg, meta=shares)
+    if skeleton is None:
+        check_model(cfg, built.model)
+    sources: list[str] = []
+    if not shares:
+        sources = checkpoint.hand_over(built.model, cfg.init_from)
+        if resumed:
+            checkpoint.load_weights(built.model, resumed.folder / checkpoint.WEIGHTS)
+    reference, digests = build_reference(cfg, other, built.processor.tokenizer, meta=shares)
+    if halves_weights(cfg):
+        halve(built.model)
+        if reference is not None:
+            halve(reference)
+    policy = _policy(cfg, built.model)
+    data = build_data(cfg, built.processor)
+    data.plan = _plan(cfg, data, built.model, world)
+    facts: dict[str, Any] = {
+        "run_id": identity,
+        "init_from": sources,
+        "vocabulary": vocabulary(built.processor.tokenizer),
+    }
+    if cfg.reference.model is not None and not shares:
+        facts["reference"] = digests
+    facts |= {"data": data.fingerprint(), "order": data.order()}
+    if resumed and not shares:
+        resumed.require(**facts)
+    facts["rollbacks"] = len(rollbacks(folder))
+    facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
+    work = _work(cfg, skeleton) if rank() == 0 else None
+    module = _module(cfg, built.model, reference, policy, data.plan, folder, work)
+    evaluation = Evaluation(built.processor, evaluators, folder)
+    callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
+    trainer = make_trainer(cfg, data.plan, callbacks, folder)
+    if trainer.is_global_zero:
+        _describe(cfg, built, policy, trainer, folder, identity, evaluators)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # not our calls
+        trainer.fit(module, datamodule=data)
+        if trainer.global_step < data.plan.steps:
+            raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
+    metrics = _finish(built, module, evaluators, folder, trainer)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # otherwise its threads abort the process at exit
+    return metrics
+
+
+def _describe(
+    cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Path, identity: str, evaluators: dict[str, Any]
+) -> None:
+    """Say and record what is about to be trained."""
+    from vlm_train.evaluation.run import describe_evaluators
+
+    print(policy.table(), flush=True)
+    _write_parameters(folder, policy)
+    built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
+    names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
+    names["evaluators"] = describe_evaluators(evaluators, {name: name for name in evaluators})
+    _write_status(folder, **names, status="running", started=time.time(), exit_code=None)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
+
+
+def _policy(cfg: DictConfig, model: Any) -> Any:
+    from vlm_train.training.params import apply_policy
+
+    return apply_policy(
+        model,
+        cfg.params.rules,
+        weight_decay=cfg.optim.weight_decay,
+        decay_norms_and_biases=cfg.params.decay_norms_and_biases,
+        unused=model.unused_parameters(),
+    )
+
+
+def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
+    from vlm_train.data.order.cost import cost_of
+
+    return data.make_plan(
+        batch=cfg.batch.samples,
+        tokens=cfg.batch.tokens,
+        epochs=cfg.trainer.epochs,
+        most=cfg.trainer.max_steps,
+        world=world,
+        cost=cost_of(model),
+    )
+
+
+def _module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
+    from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
+    from vlm_train.contracts.model_parts import find_layers
+    from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
+    from vlm_train.training.module import VLMModule
+    from vlm_train.training.reference import lend
+
+    layers = list(find_layers(model).values())
+    if cfg.trainer.activation_checkpointing != "none":
+        checkpoint_layers(layers, selective=cfg.trainer.activation_checkpointing == "selective")
+    for one in (layers or [model]) if cfg.trainer.compile else ():
+        one.compile()  # layer by layer: the same code for all of them, and shards are gathered in between
+    objectives = build_objectives(cfg)
+    for name, objective in objectives.items():
+        if objective.needs_whole_step and (plan.packing or cfg.batch.micro * plan.world < cfg.batch.samples):
+            raise ConfigError(
+                f"objective.{name}: contrasts all samples of a step with each other, so they cannot be packed or cut "
+                f"into micro-batches; allowed: data.pack=null batch.micro={cfg.batch.samples // plan.world}"
+            )
+    return VLMModule(
+        model,
+        objectives,
+        policy,
+        partial(build_optimizer, cfg),
+        partial(build_lr_schedule, cfg, total_steps=plan.steps),
+        reference=reference,
+        lend_reference=lend(cfg, model, reference),
+        seed=cfg.seed,
+        total_steps=plan.steps,
+        clip_norm=cfg.trainer.clip_norm,
+        normalise=cfg.batch.normalise,
+        max_bad_samples=cfg.trainer.max_bad_samples,
+        max_bad_share=cfg.trainer.max_bad_share,
+        strict=cfg.trainer.strict,
+        min_supervised_ratio=cfg.trainer.min_supervised_ratio,
+        guard=_guard(cfg, folder),
+        folder=folder,
+        work=work,
+        peak_tflops=cfg.trainer.peak_tflops,
+    )
+
+
+def _work(cfg: DictConfig, skeleton: Any) -> Any:
+    """What steps compute, for the log; None, and a sentence, where the model cannot be traced without its weights."""
+    import torch
+
+    from vlm_train.training.step_flops import work_of
+
+    if skeleton is None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return work_of(cfg, skeleton)
+    except Exception as error:  # of any model's own code
+        print(f"tflops: not logged: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return None
+
+
+def _guard(cfg: DictConfig, folder: Path) -> Any:
+    from vlm_train.training.guard import Guard
+
+    scaled = cfg.trainer.precision == "16-mixed"
+    return Guard(folder, **cfg.trainer.guard, scaled=scaled, skip=cfg.trainer.skip_steps)
+
+
+def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
+    """Final evaluation, on all ranks where weights are in shards; run.json and report, on rank 0."""
+    from vlm_train.evaluation.run import run_evaluators
+    from vlm_train.training.callbacks.loop import results_folder
+
+    if not (trainer.is_global_zero or trainer.strategy.shards_model):
+        return {}
+    metrics: dict[str, float] = {}
+    if evaluators:
+        with results_folder(folder, trainer.is_global_zero) as results:
+            metrics = run_evaluators(built.model, built.processor, evaluators, results)  # and record the results
+        module.write("test", metrics)
+    if not trainer.is_global_zero:
+        return {}
+    for name, split in (("loss", "train"), ("val_loss", "val")):
+        if last := record.last_loss(folder, split):
+            metrics[name] = last["loss"]
+    if built.cfg.trainer.export:
+        _export(_whole(built, folder) if trainer.strategy.shards_model else built, folder)
+    _write_status(folder, status="done", step=trainer.global_step, metrics=metrics, finished=time.time())
+    from vlm_train.report import write_report
+
+    print(f"report: {write_report(folder)}", flush=True)
+    return metrics
+
+
+def _whole(built: Any, folder: Path) -> Any:
+    """The run as it is on the disk: in memory no process holds all of its weights."""
+    from vlm_train.build import build
+
+    whole = build(built.cfg)
+    checkpoint.load_run_weights(whole.model, built.cfg.init_from, folder)
+    return whole
+
+
+def _export(built: Any, folder: Path) -> None:
+    """Export at the end of training. No exporter may know a model of new parts; its training counts."""
+    from vlm_train.build import build_exporters
+    from vlm_train.export.run import write_export
+
+    try:
+        write_export(built, folder, build_exporters(built.cfg))
+    except AssetError as error:
+        print(f"trainer.export: failed, an earlier export is kept: {error}", flush=True)
+    except ConfigError as error:
+        print(f"trainer.export: not exported: {error}", flush=True)
+
+
+def _write_status(folder: Path, **changes: Any) -> None:
+    if rank() == 0:
+        record.update(folder, **changes)
+
+
+def _write_parameters(folder: Path, policy: Any) -> None:
+    rows = [
+        {
+            "name": r.part,
+            "parameters": r.parameters,
+            "trainable": r.lr is not None,
+            "lr": r.lr,
+            "weight_decay": r.weight_decay,
+        }
+        for r in policy.rows
+    ]
+    record.write_json(RunFolder(folder).parameters, rows)

@@ -1,0 +1,207 @@
+"""What is counted between two log lines, and the line it comes to.
+
+Sums of tensors stay on their device until a line is due: nothing here makes a step wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlm_train.contracts.batch import Batch, TokenStream, Window
+from vlm_train.distributed import rank
+from vlm_train.errors import TrainingError
+from vlm_train.training.device import peak_memory, peak_tflops
+from vlm_train.training.loss_sums import PAIR, OverRanks, Sums
+from vlm_train.training.params import Policy
+
+COUNTS = ("samples", "tokens", "places", "supervised", "skipped")
+"""What is always counted; other names appear when they are first counted."""
+
+TIMED = ("samples_per_second", "tokens_per_second", "data_wait", "tflops", "mfu", "peak_memory_gib")
+"""Names in a line that depend on the machine, not only on what was trained."""
+
+
+class Work(Protocol):
+    """FLOPs of what steps held, see `vlm_train.training.step_flops`."""
+
+    def __call__(self, *, patches: float, tokens: float, pairs: float, supervised: float) -> float: ...
+
+
+class Meter:
+    """Counts, sums and times of training since the last line, and the sums of a validation.
+
+    Args:
+        over_ranks: adds up over ranks.
+        min_supervised: least share of the tokens that must be supervised; 0: any.
+        work: gives TFLOP/s; None: they are not logged.
+        peak_tflops: of one device, gives MFU; None: known for common GPUs, else MFU is not logged.
+    """
+
+    def __init__(
+        self,
+        over_ranks: OverRanks,
+        *,
+        min_supervised: float = 0.0,
+        work: Work | None = None,
+        peak_tflops: float | None = None,
+    ) -> None:
+        self.over_ranks, self.min_supervised = over_ranks, min_supervised
+        self.work, self.peak_tflops = work, peak_tflops
+        self.weights: dict[str, float] = {}
+        self.held_out = Sums(self.weights)
+        self.before = 0.0  # seconds since the last line in the process that a run goes on from
+        self.start()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.train = Sums(self.weights)
+        self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.drawn: dict[str, float] = {}  # source -> samples
+
+    def count(self, name: str, number: float = 1.0) -> None:
+        """Add to what is counted under `name` on this rank."""
+        self.counts[name] = self.counts.get(name, 0.0) + number
+
+    def open(self, window: Window) -> None:
+        """Count what an optimizer step holds on this rank, and what was left out of it."""
+        self.marked = self.train.copy()
+        for source, number in window.sums.get("samples", {}).items():
+            self.drawn[source] = self.drawn.get(source, 0.0) + number
+        for name in ("samples", "tokens", "places", "supervised"):
+            self.count(name, getattr(window, name))
+        for problem in window.problems:
+            self.count("skipped")
+            self.count(f"skipped/{problem.kind}")
+
+    def leave_out(self) -> None:
+        """Forget the losses of the last step, which made no update."""
+        self.train = self.marked
+        self.count("skipped_steps")
+
+    def hold(self, batch: Batch) -> None:
+        """Count what a micro-batch makes the model compute."""
+        samples = [len(row) for row in batch.keys]
+        lengths = [length for stream in batch.text.values() for length in segment_lengths(stream, samples)]
+        self.count("pairs", float(sum(length**2 for length in lengths)))
+        self.count("patches", sum(one.patches for one in batch.media.inputs.values()))
+
+    def start(self) -> None:
+        """Training begins, or goes on."""
+        self.paused = self.left = time.perf_counter()
+        self.since = self.left - self.before
+
+    def leave(self) -> None:
+        """A step is done: the wait for data begins."""
+        self.left = time.perf_counter()
+
+    def arrive(self) -> None:
+        """The next micro-batch is there."""
+        self.count("wait", time.perf_counter() - self.left)
+        self.left = time.perf_counter()
+
+    def line(self, device: torch.device) -> dict[str, float]:
+        """Means, rates and shares since the last line, on every rank of `device`. Starts the next one.
+
+        Raises:
+            TrainingError: too few of the tokens are supervised.
+        """
+        row = self.train.means(self.over_ranks)
+        peak = f"peak/{rank()}"  # a sum of one rank's value
+        counts = self.over_ranks(self.counts | {"ranks": 1.0, peak: peak_memory(device) / 2**30})
+        drawn = self.over_ranks(self.drawn)
+        row |= self._rates(counts, self.peak_tflops or peak_tflops(device))
+        row["peak_memory_gib"] = max(number for name, number in counts.items() if name.startswith("peak/"))
+        row |= {name: number for name, number in sorted(counts.items()) if name.startswith("skipped")}
+        if len(drawn) > 1:
+            row |= {f"share/{name}": number / sum(drawn.values()) for name, number in sorted(drawn.items())}
+        if counts["tokens"] and row["supervised_share"] < self.min_supervised:  # no tokens: all samples are left out
+            raise TrainingError(
+                f"data: only {row['supervised_share']:.2%} of the last {counts['tokens']:.0f} tokens are supervised, "
+                f"less than trainer.min_supervised_ratio={self.min_supervised:.2%}. Look at what is learned with "
+                "mode=show."
+            )
+        self._reset()
+        return row
+
+    def _rates(self, counts: Mapping[str, float], peak: float | None) -> dict[str, float]:
+        """What one line says about speed and about what was in the batches, from the counts of all ranks."""
+        now = time.perf_counter()
+        seconds, self.since = max(now - self.since, 1e-9), now
+        tokens = counts["tokens"]
+        row = {
+            "samples_per_second": counts["samples"] / seconds,
+            "tokens_per_second": tokens / seconds,
+            "supervised_share": counts["supervised"] / max(tokens, 1),
+            "padding_share": 1 - tokens / max(counts["places"], 1) if tokens else 0.0,
+            "data_wait": counts.get("wait", 0.0) / (seconds * counts["ranks"]),
+        }
+        if self.work is not None:
+            held = {name: counts.get(name, 0.0) for name in ("patches", "tokens", "pairs", "supervised")}
+            row["tflops"] = self.work(**held) / (seconds * counts["ranks"]) / 1e12
+            if peak:
+                row["mfu"] = row["tflops"] / peak
+        return row
+
+    def hold_out(self) -> None:
+        """Start the sums of a validation."""
+        self.held_out = Sums(self.weights)
+
+    def pause(self) -> None:
+        """Stop the clock of the training speed."""
+        self.paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Start it again."""
+        self.since += time.perf_counter() - self.paused
+        self.leave()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the sums of all ranks since the last line, and the time since then. A collective."""
+        return {
+            "totals": self.over_ranks(self.train.read()),
+            "sources": self.over_ranks(self.train.read_sources()),
+            "counts": self.over_ranks(self.counts),
+            "drawn": self.over_ranks(self.drawn),
+            "seconds": time.perf_counter() - self.since,
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on with `state()`: for one rank, which takes the sums of all."""
+        self.train.totals = {name: torch.tensor(value, device=device) for name, value in state["totals"].items()}
+        sources, both = state["sources"], {name.rpartition("/")[0] for name in state["sources"]}
+        pairs = {name: [sources[f"{name}/{kind}"] for kind in PAIR] for name in both}
+        self.train.sources = {name: torch.tensor(pair, device=device) for name, pair in pairs.items()}
+        self.counts, self.drawn = dict(state["counts"]), dict(state["drawn"])
+        self.before = float(state["seconds"])
+
+
+def segment_lengths(stream: TokenStream, samples: Sequence[int]) -> Iterator[float]:
+    """Lengths of a stream's segments without padding, `samples` of every row; where only a mask tells them, as if those
+    of a row were equally long."""
+    if stream.sample_lengths is None:
+        width = stream.ids.shape[1]
+        yield from (width / count for count in samples for _ in range(count))
+        return
+    for lengths in stream.sample_lengths:
+        yield from lengths
+
+
+def part_norms(policy: Policy) -> dict[str, Tensor]:
+    """Part -> the norm of its gradients, whole or in shards; a part without gradients is left out."""
+    held: dict[str, list[Tensor]] = {}
+    for group in policy.groups:
+        gradients = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
+        held.setdefault(group.name, []).extend(gradients)
+    norms: dict[str, Any] = {part: nn.utils.get_total_norm(gradients) for part, gradients in held.items() if gradients}
+    return {part: norm.full_tensor() if hasattr(norm, "full_tensor") else norm for part, norm in norms.items()}
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity. A sum tells (and is ten times as fast), unless it overflows."""
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors])
+    return bool(sums.isfinite().all()) or all(bool(tensor.isfinite().all()) for tensor in tensors)

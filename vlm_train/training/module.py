@@ -1,0 +1,312 @@
+"""The Lightning side: sums the objectives, normalises over the global batch, logs. Plain nn.Modules do the work."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from vlm_train.contracts.batch import Batch, Window, ends_step
+from vlm_train.contracts.family import Family
+from vlm_train.contracts.objective import Objective, StepContext, denominator_of
+from vlm_train.data.source_weights import source_factors, weigh_sources
+from vlm_train.distributed import of_all_ranks
+from vlm_train.errors import TrainingError
+from vlm_train.loggers.journal import Journal, shown
+from vlm_train.runs.folder import RunFolder
+from vlm_train.seeds import derive_seed, seed_torch
+from vlm_train.training.bad_samples import BadSamples
+from vlm_train.training.gather import gather_for
+from vlm_train.training.guard import SCALE, Guard
+from vlm_train.training.metrics import Meter, Work, all_finite, part_norms
+from vlm_train.training.params import Policy, freeze_eval
+
+
+class VLMModule(pl.LightningModule):
+    """Trains any family: `model` and `objectives` say what is computed, `policy` who learns.
+
+    `training_step` is the whole step, in the order in which it happens.
+    `reference` is a second, frozen model, moved and spread like the first and never saved; `lend_reference` is what
+    objectives are given of it.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        model: Family,
+        objectives: Mapping[str, Objective],
+        policy: Policy,
+        make_optimizer: Any,
+        make_schedule: Any,
+        *,
+        reference: Family | None = None,
+        lend_reference: Callable[[], AbstractContextManager[Any]] | None = None,
+        seed: int,
+        total_steps: int,
+        clip_norm: float | None = None,
+        normalise: str = "token",
+        max_bad_samples: int = 100,
+        max_bad_share: float = 0.05,
+        strict: bool = False,
+        min_supervised_ratio: float = 0.0,
+        guard: Guard | None = None,
+        folder: Path,
+        work: Work | None = None,
+        peak_tflops: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.reference, self.lend_reference = reference, lend_reference
+        self.objectives = dict(objectives)
+        self.policy = policy
+        self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
+        self.seed, self.total_steps, self.clip_norm, self.normalise = seed, total_steps, clip_norm, normalise
+        self.folder = folder
+        self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
+        least = min_supervised_ratio if "lm" in objectives else 0.0
+        self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
+        self.journal = Journal(RunFolder(folder).metrics)
+        self.held_out, self.held_out_bad = 0, 0
+        self.validation_metrics: dict[str, float] = {}
+        self.denominators: dict[str, float] = {}
+        self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
+        self.guard = guard or Guard(folder)
+        self.keys: list[str] = []  # of the samples of the step
+        self.left_out: str | None = None  # why the last step made no update
+        self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
+        self.interrupt, self.stopping = 0, False
+        self.spread = False
+        self.train()  # Lightning keeps the modes it finds, so they are set here
+
+    def configure_model(self) -> None:
+        """Spread the model, where the strategy does. Lightning calls this for every stage of its own."""
+        if hasattr(self.trainer.strategy, "shard") and not self.spread:
+            self.trainer.strategy.shard(self.model)
+            self.policy.rebind(self.model)
+            if self.reference is not None:
+                self.trainer.strategy.shard(self.reference)
+            self.spread = True
+
+    def train(self, mode: bool = True) -> VLMModule:
+        """Training mode, with frozen parts kept in eval mode."""
+        super().train(mode)
+        if mode:
+            freeze_eval(self.model)
+            if self.reference is not None:
+                self.reference.eval()
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One micro-batch. The last one of a step also makes the update.
+
+        1. The batch is there: Lightning has called `transfer_batch_to_device`.
+        2. Randomness (dropout) gets its address: run, step, micro-batch, rank.
+        3. The first micro-batch opens the step: denominators over all micro-batches and ranks, bad samples, a stop.
+        4. `forward` gives the micro-batch's part of the loss, in the precision of the run.
+        5. Backward. Gradients are added up; they cross ranks in the last micro-batch.
+        6. The guard looks at the norm of the gradients: not finite, or a spike, means no update. Else they are clipped.
+        7. The optimizer makes its step, and the schedule follows updates, not steps.
+        8. The family keeps its bounds (the temperature of two towers).
+        9. Log, stop, validate, save: `callbacks.loop.AfterStep`, each at its interval.
+        """
+        window, strategy = batch.window, cast(Any, self.trainer.strategy)
+        assert window is not None
+        seed = derive_seed(self.seed, "step", window.step, window.micro, self.global_rank)
+        seed_torch(seed, cuda=self.device.type == "cuda")
+
+        if window.micro == 0:
+            self._open(window)
+        self.keys += [key for row in batch.keys for key in row]
+        self.meter.hold(batch)
+
+        last = ends_step(batch)
+        with strategy.gradients_cross_ranks(last):
+            with strategy.precision_plugin.train_step_context():
+                loss = strategy.model(batch)  # `forward`, through what the strategy has wrapped around this module
+            self.manual_backward(loss)
+        if not last:
+            return
+
+        if not strategy.clips_gradients:  # DeepSpeed does within its step, where it calls `objects_to`
+            self._clip_gradients()
+        cast(Any, self.optimizers()).step()
+        self.zero_grad(set_to_none=True)
+        if self.left_out is None and not strategy.updates():
+            self.left_out = SCALE
+        if self.left_out is None:
+            cast(Any, self.lr_schedulers()).step()
+        else:
+            self.meter.leave_out()
+            self.guard.leave_out(self.global_step, self.left_out, self.keys, self.global_rank)
+        self.model.clamp_()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
+        del dataloader_idx
+        if self.trainer.training:
+            self.meter.arrive()
+        return batch.to(device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A micro-batch's part of the loss, `[]`: the sums of all objectives over the denominators of the whole step on
+        all ranks, so that the gradient does not depend on how a step is cut."""
+        if self.factors:
+            batch = weigh_sources(batch, self.factors)
+        context = StepContext(gather_for(self.trainer.world_size, self.device), self.lend_reference)
+        total = torch.zeros((), device=self.device)
+        for objective in self.objectives.values():
+            denominator = max(self.denominators.get(denominator_of(objective), 0.0), 1e-8)
+            for name, loss in objective(self.model, batch, context).items():
+                value = loss.sum * (loss.weight / denominator)
+                total = total + value
+                self.meter.train.add(name, loss)
+        return total * self.trainer.world_size  # strategies take the mean over ranks
+
+    def _open(self, window: Window) -> None:
+        """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any
+        rank is asked to stop."""
+        names = sorted({denominator_of(objective) for objective in self.objectives.values()})  # the same on every rank
+        sums = [sum(window.sums.get(name, {}).values()) for name in names]
+        sums += [float(bool(self.interrupt)), float(window.samples), float(len(window.problems))]
+        if self.trainer.world_size > 1:
+            local = torch.tensor(sums, dtype=torch.float64).to(self.device)
+            sums = self.trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        *sums, asked, good, bad = sums
+        self.stopping = asked > 0
+        self.denominators = dict(zip(names, sums, strict=True))
+        if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
+            streams = [name for name in names if name != "samples"]
+            self.factors = {name: source_factors(self.over_ranks(dict(window.sums.get(name, {})))) for name in streams}
+        self.meter.open(window)
+        self.keys, self.left_out = [], None
+        self.bad.add(window.problems)
+        self.bad.record("train", window.step, window.problems, self.global_rank)
+        if reason := self.bad.judge(round(good), round(bad)):  # on every rank
+            raise TrainingError(f"data.train: {reason}. {self.bad.summary(self.over_ranks(dict(self.bad.kinds)))}")
+
+    def _clip_gradients(self) -> None:
+        """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
+        cast(Any, self.trainer.strategy).unscale_gradients()
+        norms = part_norms(self.policy)
+        total = nn.utils.get_total_norm(norms.values())
+        if self.objects_to(total, norms):
+            self.zero_grad(set_to_none=True)
+        elif self.clip_norm is not None:
+            parameters = [p for group in self.policy.groups for p in group.parameters]
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, total)
+
+    def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
+        """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
+        self.grad_norms = {"grad_norm": norm} | {f"grad_norm/{part}": one for part, one in (of_parts or {}).items()}
+        self.left_out = self.guard.judge(float(norm), self.global_step + 1)
+        return self.left_out is not None
+
+    def log_training(self) -> None:
+        """Write what happened since the last log line, and check it."""
+        row = self.meter.line(self.device)
+        self._require_finite("training", row)
+        groups = self.trainer.optimizers[0].param_groups
+        row |= {f"lr/{g['name']}": max(o["lr"] for o in groups if o["name"] == g["name"]) for g in groups}
+        if self.grad_norms:
+            norms = dict(zip(self.grad_norms, torch.stack(list(self.grad_norms.values())).tolist(), strict=True))
+            row |= {k: v for k, v in norms.items() if math.isfinite(v)}  # 16-mixed skips steps that overflow
+        self.write("train", row)
+
+    def over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
+        everywhere = of_all_ranks(values, self.trainer.world_size)
+        return {name: sum(one.get(name, 0.0) for one in everywhere) for one in everywhere for name in one}
+
+    def _require_finite(self, what: str, row: Mapping[str, float]) -> None:
+        if not all(math.isfinite(value) for value in row.values()):
+            raise TrainingError(f"{what}: the loss is not finite at step {self.global_step}: {row}")
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank is. A collective: every rank calls it."""
+        return self.over_ranks({"asked": float(bool(self.interrupt))})["asked"] > 0
+
+    def require_healthy(self) -> None:
+        """Raises TrainingError, on every rank, if a loss since the last log line or a weight is not finite."""
+        held = [p for group in self.policy.groups for p in group.parameters]
+        learned = [getattr(p, "ds_tensor", p) for p in held]  # ZeRO-3 keeps this rank's part there, and p empty
+        if self.over_ranks({"sick": float(not all_finite([*learned, *self.meter.train.totals.values()]))})["sick"]:
+            raise TrainingError(
+                f"training: weights or loss are not finite at step {self.global_step}, so no checkpoint is written. "
+                "The newest checkpoint is from before: lower optim.lr, or set trainer.clip_norm."
+            )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the losses of a held-out batch."""
+        self.held_out += len(batch.references)
+        if batch.problems:
+            self.held_out_bad += len(batch.problems)
+            self.bad.record("val", self.global_step, batch.problems, self.global_rank)
+        together = cast(Any, self.trainer.strategy).shards_model  # a forward pass needs all ranks
+        if not batch.references and not together:
+            return
+        context = StepContext(
+            reference=self.lend_reference
+        )  # no gather: ranks may hold unequal numbers of held-out samples
+        for objective in self.objectives.values():
+            for name, loss in objective(self.model, batch, context).items():
+                self.meter.held_out.add(name, replace(loss, metrics={}))
+
+    def on_train_start(self) -> None:
+        """Start the clocks."""
+        self.meter.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Wait for the next micro-batch, now that the callbacks are done."""
+        self.meter.leave()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums."""
+        self.meter.hold_out()
+        self.held_out, self.held_out_bad = 0, 0
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out loss."""
+        seen = self.over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
+        self.bad.require_held_out(good=round(seen["good"]), bad=round(seen["bad"]))
+        self.validation_metrics = self.meter.held_out.means(self.over_ranks)
+        self._require_finite("validation", self.validation_metrics)
+        if self.validation_metrics:
+            self.write("val", self.validation_metrics)
+
+    def write(self, split: str, row: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl (the record of truth) and pass it to the loggers."""
+        if self.global_rank:
+            return
+        self.journal.write({"step": self.global_step, "time": time.time(), "split": split, **row})
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
+        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown(row)}", flush=True)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the policy's groups, and its schedule."""
+        optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
+        return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer)}
+
+    def counts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of what is counted: the sums since the last log line, bad samples, the guard. A
+        collective: every rank calls it."""
+        return self.meter.state() | {
+            "bad": self.bad.state(self.over_ranks(dict(self.bad.kinds))),
+            "guard": self.guard.state(),
+        }
+
+    def set_counts(self, held: Mapping[str, Any]) -> None:
+        """Go on with `counts()`: rank 0 takes the sums of all ranks."""
+        self.bad.load(held["bad"], first_rank=self.global_rank == 0)
+        self.guard.load(held["guard"])
+        if self.global_rank == 0:
+            self.meter.load(held, self.device)

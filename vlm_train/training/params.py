@@ -1,0 +1,222 @@
+"""Who learns, and at which rate: one ordered list of rules decides; the first match wins.
+
+The policy sets `requires_grad`, makes the optimizer groups and a table to print. A rule that matches no parameter and a
+parameter that no rule matches are errors, so no setting can silently do nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from vlm_train.contracts.model_parts import find_parts, name_part
+from vlm_train.errors import ConfigError
+from vlm_train.models.adapters.quantize import quantised_weights
+
+_LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")
+
+
+class RuleLike(Protocol):
+    """A rule of `params.rules`, see `vlm_train.config.schema.Rule`."""
+
+    match: str
+    lr: float | None
+    weight_decay: float | None
+    layer_decay: float | None
+
+
+@dataclass
+class Group:
+    """Parameters that share a learning rate and a weight decay."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The group as `torch.optim` takes it."""
+        return {"params": self.parameters, "lr": self.lr, "weight_decay": self.weight_decay, "name": self.name}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a part under one rule."""
+
+    part: str
+    rule: str
+    tensors: int
+    parameters: int
+    lr: float | None
+    weight_decay: float | None
+    note: str = ""
+
+
+@dataclass
+class Policy:
+    """What the rules came to: groups for the optimizer and rows for the table."""
+
+    groups: list[Group]
+    rows: list[Row]
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return {name: p for group in self.groups for name, p in zip(group.names, group.parameters, strict=True)}
+
+    def rebind(self, model: nn.Module) -> None:
+        """Take the parameters of these names from a model whose parameters were replaced by shards of them."""
+        named = dict(model.named_parameters())
+        for group in self.groups:
+            group.parameters[:] = [named[name] for name in group.names]
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(row.parameters for row in self.rows if row.lr is not None)
+
+    @property
+    def total(self) -> int:
+        """Number of parameters."""
+        return sum(row.parameters for row in self.rows)
+
+    def table(self) -> str:
+        """The rows as aligned text, printed at the start of every run."""
+        lines = [("part", "parameters", "lr", "weight decay", "rule")]
+        for row in self.rows:
+            lr = "frozen" if row.lr is None else f"{row.lr:g}"
+            decay = "-" if row.weight_decay is None else f"{row.weight_decay:g}"
+            rule = f"{row.rule}  ({row.note})" if row.note else row.rule
+            lines.append((row.part, f"{row.parameters:,}", lr, decay, rule))
+        lines.append(("total", f"{self.total:,}", "", "", f"{self.trainable:,} train"))
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        return "\n".join(
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}" for a, b, c, d, e in lines
+        )
+
+
+def apply_policy(
+    model: nn.Module,
+    rules: Sequence[RuleLike],
+    *,
+    weight_decay: float,
+    decay_norms_and_biases: bool = False,
+    unused: Iterable[str] = (),
+) -> Policy:
+    """Set `requires_grad` on every parameter of `model` and return the groups.
+
+    Args:
+        rules: ordered; the first whose `match` (a regex for the whole name) fits decides. `lr: null` freezes.
+        weight_decay: used where a rule gives none.
+        decay_norms_and_biases: also decay tensors with fewer than two dimensions.
+        unused: names of parameters that the chosen layers never use: frozen whatever the rules say, and shown.
+
+    Raises:
+        ConfigError: with every rule that matches nothing and every parameter that no rule matches.
+    """
+    unused = set(unused)
+    decided = _decide(model, rules)
+    stored = quantised_weights(model)
+    _require_frozen(decided, stored)
+    parts = find_parts(model)
+    depth = _depths((name for name in decided if name not in unused), parts)
+    groups: dict[tuple[Any, ...], Group] = {}
+    rows: dict[tuple[str, str, str], list[Any]] = {}
+    for name, (parameter, rule) in decided.items():
+        part = name_part(name, parts)
+        lr = None if name in unused else rule.lr
+        decay = None
+        parameter.requires_grad_(lr is not None)
+        if lr is not None:
+            decays = parameter.ndim >= 2 or decay_norms_and_biases
+            decay = (weight_decay if rule.weight_decay is None else rule.weight_decay) if decays else 0.0
+            scaled = lr * _layer_factor(name, rule, depth.get(part, 0))
+            key = (part, rule.match, scaled, decay)
+            group = groups.setdefault(key, Group(name=part, lr=scaled, weight_decay=decay))
+            group.parameters.append(parameter)
+            group.names.append(name)
+        note = "not used by the chosen layers" if name in unused else ""
+        row = rows.setdefault((part, rule.match, note), [0, 0, lr, None])
+        row[0] += 1
+        row[1] += stored[name].weights if name in stored else parameter.numel()
+        row[3] = decay if row[3] is None or (decay or 0) > row[3] else row[3]
+    table = [Row(part, rule, n, size, lr, decay, note) for (part, rule, note), (n, size, lr, decay) in rows.items()]
+    return Policy(groups=list(groups.values()), rows=table)
+
+
+def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
+    """The deciding rule of every parameter, or one error that names all that is wrong."""
+    named = dict(model.named_parameters())
+    parts = ", ".join(dict.fromkeys(name_part(name, find_parts(model)) for name in named))
+    problems: list[str] = []
+    patterns: list[tuple[re.Pattern[str], RuleLike]] = []
+    for index, rule in enumerate(rules):
+        try:
+            pattern = re.compile(rule.match)
+        except re.error as error:
+            problems.append(f"params.rules[{index}] '{rule.match}' is not a regular expression: {error}")
+            continue
+        if not any(pattern.fullmatch(name) for name in named):
+            problems.append(f"params.rules[{index}] '{rule.match}' matches no parameter. Parts: {parts}.")
+        patterns.append((pattern, rule))
+    decided: dict[str, tuple[nn.Parameter, RuleLike]] = {}
+    missed: list[str] = []
+    for name, parameter in named.items():
+        first = next((rule for pattern, rule in patterns if pattern.fullmatch(name)), None)
+        if first is None:
+            missed.append(name)
+        else:
+            decided[name] = (parameter, first)
+    if missed and not problems:
+        shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
+        problems.append(
+            f"params.rules: no rule matches {shown}. End the list with {{match: '.*', lr: null}} to freeze the rest."
+        )
+    if problems:
+        raise ConfigError(problems)
+    return decided
+
+
+def _require_frozen(decided: dict[str, tuple[nn.Parameter, RuleLike]], stored: Iterable[str]) -> None:
+    """Raises ConfigError for rules that let a quantised weight learn."""
+    asked = [name for name in stored if name in decided and decided[name][1].lr is not None]
+    if asked:
+        raise ConfigError(
+            f"params.rules: '{decided[asked[0]][1].match}' lets {len(asked)} quantised weights learn, for example "
+            f"{asked[0]}. They cannot: put {{match: '.*\\.base_layer\\..*', lr: null}} before it, or match only the "
+            "adapters, '.*\\.lora_.*'."
+        )
+
+
+def _depths(names: Iterable[str], parts: Iterable[str]) -> dict[str, int]:
+    """Number of numbered layers of each part."""
+    depth: dict[str, int] = {}
+    for name in names:
+        if found := _LAYER.search(name):
+            part = name_part(name, parts)
+            depth[part] = max(depth.get(part, 0), int(found.group(1)) + 1)
+    return depth
+
+
+def _layer_factor(name: str, rule: RuleLike, depth: int) -> float:
+    """Layer-wise decay: 1 after the last layer, `d` for the last, `d^depth` for the first, `d^(depth+1)` before it."""
+    if rule.layer_decay is None or depth == 0:
+        return 1.0
+    if found := _LAYER.search(name):
+        return rule.layer_decay ** (depth - int(found.group(1)))
+    return rule.layer_decay ** (depth + 1) if "embed" in name else 1.0
+
+
+def freeze_eval(module: nn.Module) -> None:
+    """Put every submodule that has parameters but none that learns into eval mode (dropout off, statistics fixed)."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        freeze_eval(child)

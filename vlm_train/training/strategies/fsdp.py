@@ -1,0 +1,111 @@
+"""FSDP2: weights, gradients and optimizer states in shards of whole rows; no DeepSpeed needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from vlm_train.checkpoint.pieces import Piece
+from vlm_train.training.strategies.spread import spread, units
+from vlm_train.training.strategies.state import OwnState
+
+
+class FSDP2(OwnState, DDPStrategy):
+    """Every layer is a group of shards, gathered when it runs (torch's `fully_shard`).
+
+    Args:
+        reshard_after_forward: gather a second time for backward, and hold less in between.
+        compute_dtype: bf16 | fp16: gather and compute in 16 bits while shards stay as they are; given by the trainer
+            for mixed precision.
+        offload: keep shards and optimizer states in the memory of the CPU.
+        timeout_minutes: a collective that takes longer ends the run.
+    """
+
+    shards_model = True
+
+    def __init__(
+        self,
+        *,
+        reshard_after_forward: bool = True,
+        compute_dtype: str | None = None,
+        offload: bool = False,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        both = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None  # norms of shards on CPUs
+        super().__init__(timeout=timedelta(minutes=timeout_minutes), process_group_backend=both)
+        self.reshard_after_forward, self.offload = reshard_after_forward, offload
+        self.compute_dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[compute_dtype]
+
+    def shard(self, model: nn.Module) -> None:
+        """Spread the weights of rank 0 over all ranks, block by block."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+
+        learns = any(parameter.requires_grad for parameter in model.parameters())
+
+        def split(unit: nn.Module) -> None:
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=precision,
+                offload_policy=offload,
+                reshard_after_forward=self.reshard_after_forward and not (unit is model and learns),
+            )
+
+        spread(model, units(model), self.root_device, split)
+        for name in ("logits", "generate"):  # entered without the model's forward
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
+
+    def configure_ddp(self) -> None:
+        """Nothing: the model's own hooks gather and reduce."""
+
+    def model_to_device(self) -> None:
+        """Nothing: shards are where they belong."""
+
+    @contextmanager
+    def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
+        """In every micro-batch, so that no rank holds more than its shard of them."""
+        yield
+
+    def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:
+        """See `OwnState`."""
+        states = self.optimizers[0].state
+        for name, parameter in named.items():
+            start = self._start(parameter)
+            for kind, state in states.get(parameter, {}).items():
+                if not isinstance(state, Tensor):
+                    continue
+                if state.ndim == 0:
+                    yield Piece(name, kind, 0, _local(state).view(1), owned=self.is_global_zero, single=True)
+                elif _local(state).numel():
+                    yield Piece(name, kind, start, _local(state).view(-1), owned=True)
+
+    def _start(self, parameter: Any) -> int:
+        """Of this rank's rows, which `torch.chunk` deals."""
+        rows = -(-parameter.shape[0] // self.world_size) * self.global_rank
+        return min(rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
+
+    def whole(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+        """See `OwnState`."""
+        return ((name, parameter.detach().full_tensor()) for name, parameter in named.items())  # type: ignore[attr-defined]
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,108 @@
+"""The training state in one form for every strategy: flat pieces of named tensors.
+
+A checkpoint of such pieces can be read by any number of processes under any strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vlm_train.checkpoint.pieces import Piece
+from vlm_train.errors import ConfigError
+
+
+class OwnState:
+    """What all our strategies share. Mixed into Lightning's.
+
+    The module makes the whole training step itself, and calls the methods below in the order in which they stand.
+    `checkpoint` saves and restores optimizer and weights through `pieces` and `whole`. When training ends the model
+    stays where it is.
+    """
+
+    shards_model: bool
+    """Whether a forward pass is a collective, so that all ranks evaluate together."""
+
+    clips_gradients = False
+    """Whether the optimizer's step clips, and asks the module's `objects_to` itself."""
+
+    optimizers: list[Any]
+    is_global_zero: bool
+    lightning_module: Any
+    precision_plugin: Any
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """The module's, neither wrapped nor in the run's precision: it sends only its forward pass through both."""
+        self.lightning_module.training_step(batch, batch_idx)
+
+    @contextmanager
+    def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch, the `last` of its step or not: one device has no other rank."""
+        yield
+
+    def unscale_gradients(self) -> None:
+        """Make true gradients of those that fp16 has scaled."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizers[0])
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **options: Any) -> Any:
+        """Lightning's, but for fp16, where it would unscale the gradients a second time."""
+        if self._scaler is None:
+            return super().optimizer_step(optimizer, closure, model, **options)  # type: ignore[misc]
+        self.precision_plugin._after_closure(self.lightning_module, optimizer)  # the hooks of callbacks
+        self._scaler.step(optimizer)
+        return self._scaler.update()
+
+    @property
+    def _scaler(self) -> Any:
+        """Of fp16; else None."""
+        return getattr(self.precision_plugin, "scaler", None)
+
+    def updates(self) -> bool:
+        """Whether the last step made an update."""
+        return True
+
+    def scaler_state(self) -> dict[str, Any]:
+        """Where the loss scale of fp16 stands, if the strategy keeps it, not the precision plugin."""
+        return {}
+
+    def load_scaler_state(self, held: Mapping[str, Any]) -> None:
+        """Go on with `scaler_state()`."""
+
+    def allocate(self, kinds: Mapping[str, bool]) -> None:
+        """See `HasState`."""
+        allocate(self.optimizers[0], kinds)
+
+    def teardown(self) -> None:
+        """Only the accelerator's: the model is evaluated afterwards."""
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()  # type: ignore[attr-defined]
+
+
+def torch_pieces(optimizer: Optimizer, named: Mapping[str, nn.Parameter], *, owned: bool) -> Iterator[Piece]:
+    """The pieces of an optimizer whose parameters are whole."""
+    for name, parameter in named.items():
+        for kind, state in optimizer.state.get(parameter, {}).items():
+            if not isinstance(state, Tensor | None):
+                raise ConfigError(f"optim: {type(optimizer).__name__} keeps {kind!r} as a number, which is not saved.")
+            if state is not None:
+                yield Piece(name, kind, 0, state.view(-1), owned, single=state.ndim == 0)
+
+
+def allocate(optimizer: Optimizer, kinds: Mapping[str, bool]) -> None:
+    """Zero states for every parameter of a torch optimizer, which makes them only in its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for kind, single in kinds.items():
+                if kind not in state and single:
+                    on_device = group.get("fused") or group.get("capturable")  # as the optimizers do themselves
+                    device = parameter.device if on_device else "cpu"
+                    state[kind] = torch.zeros((), dtype=torch.float32, device=device)
+                elif kind not in state:
+                    state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

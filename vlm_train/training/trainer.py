@@ -1,0 +1,152 @@
+"""Configuration -> Lightning's Trainer: devices, precision, strategy, intervals, callbacks and loggers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from vlm_train.build import build_callbacks, build_loggers, build_strategy
+from vlm_train.checkpoint import Resume
+from vlm_train.checkpoint.save import Keep, Writer
+from vlm_train.contracts.evaluator import validation_metrics
+from vlm_train.errors import ConfigError
+from vlm_train.runs.folder import RunFolder
+from vlm_train.training.callbacks.loop import AfterStep, Checkpoints, Evaluation
+from vlm_train.training.callbacks.signals import StopSignals
+from vlm_train.training.callbacks.watchdog import Watchdog
+from vlm_train.training.device import keep_freed_memory
+
+SINGLE = "vlm_train.training.strategies.replicated.Single"
+DDP = "vlm_train.training.strategies.replicated.DDP"
+FSDP2 = "vlm_train.training.strategies.fsdp.FSDP2"
+ZERO = "vlm_train.training.strategies.zero.ZeRO"
+
+
+def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> pl.Trainer:
+    """The Lightning trainer of a planned run, with the configured callbacks before `callbacks`."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not on_gpu(cfg):
+        keep_freed_memory()
+    strategy = make_strategy(cfg, plan.world)
+    try:
+        return pl.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            devices=plan.world // cfg.launch.nodes,
+            num_nodes=cfg.launch.nodes,
+            strategy=strategy,
+            **_precision(cfg, strategy),
+            max_steps=plan.steps,
+            max_epochs=-1,
+            check_val_every_n_epoch=sys.maxsize,  # never by itself: `AfterStep` validates
+            num_sanity_val_steps=0,
+            logger=build_loggers(cfg, folder),
+            callbacks=[*build_callbacks(cfg), *callbacks],
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer.accelerator={cfg.trainer.accelerator}: {str(error).splitlines()[0]}") from error
+
+
+def _environment(cfg: DictConfig) -> Any:
+    """Who started the processes. Named here, because Lightning guesses, and requeues SLURM jobs behind our back."""
+    if cfg.launch.kind == "srun":
+        return SLURMEnvironment(auto_requeue=False)
+    return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
+
+
+def make_strategy(cfg: DictConfig, world: int) -> Any:
+    """The configured strategy; by default one device for one process and DDP for several."""
+    target = cfg.strategy._target_ if cfg.strategy is not None else (DDP if world > 1 else SINGLE)
+    options: dict[str, Any] = {"_target_": target} | dict(cfg.strategy or {})
+    if target == SINGLE:
+        if world > 1:
+            raise ConfigError(f"strategy: single trains on one device, but {world} processes are started. Use ddp.")
+        options["device"] = "cuda:0" if on_gpu(cfg) else "cpu"
+    else:
+        options["timeout_minutes"] = cfg.launch.timeout_minutes
+    if target == FSDP2:
+        options["compute_dtype"] = {"bf16-mixed": "bf16"}.get(cfg.trainer.precision)
+    return build_strategy(OmegaConf.create(options))
+
+
+def processes(cfg: DictConfig) -> int:
+    """Processes that train, as those who started them say."""
+    return int(os.environ.get("SLURM_NTASKS" if cfg.launch.kind == "srun" else "WORLD_SIZE", 1))
+
+
+def shards_model(cfg: DictConfig) -> bool:
+    """Whether ranks hold parts of the weights only."""
+    if cfg.strategy is None:
+        return False
+    return bool(cfg.strategy._target_ == FSDP2 or cfg.strategy.get("stage") == 3)
+
+
+def on_gpu(cfg: DictConfig) -> bool:
+    """Whether training runs on CUDA devices."""
+    return cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def halves_weights(cfg: DictConfig) -> bool:
+    """Whether weights and optimizer are kept in 16 bits. ZeRO keeps its own fp32 weights behind 16-bit ones."""
+    return cfg.trainer.precision == "bf16-true" and (cfg.strategy is None or cfg.strategy._target_ != ZERO)
+
+
+def _precision(cfg: DictConfig, strategy: Any) -> dict[str, Any]:
+    """Lightning's part of the precision: a plugin for ZeRO, nothing where weights or shards have their type."""
+    precision, plugins = cfg.trainer.precision, [_environment(cfg)]
+    if hasattr(strategy, "engine"):
+        from vlm_train.training.strategies.zero import ZeROPrecision
+
+        return {"plugins": [*plugins, ZeROPrecision(precision.replace("bf16-true", "bf16-mixed"))]}
+    own = halves_weights(cfg) or getattr(strategy, "compute_dtype", None) is not None
+    return {"plugins": plugins, "precision": "32-true" if own else precision}
+
+
+def loop_callbacks(
+    cfg: DictConfig,
+    plan: Any,
+    module: Any,
+    evaluation: Evaluation,
+    facts: dict[str, Any],
+    resumed: Resume | None,
+    *,
+    held_out: bool,
+) -> list[Any]:
+    """What looks at a run, and what happens at intervals.
+
+    Args:
+        facts: go into every checkpoint's manifest.
+        held_out: whether there are samples for a held-out loss.
+    """
+    settings = cfg.trainer
+    higher_is_better = {"loss": False, **validation_metrics(evaluation.evaluators)}
+    lower = not higher_is_better[settings.best]
+    keep = Keep(settings.keep_last, settings.keep_best, settings.keep_every, lower=lower)
+    writer = Writer(RunFolder(module.folder).checkpoints, keep, background=settings.async_save, agree=module.over_ranks)
+    checkpoints = Checkpoints(writer, facts, metric=settings.best, total=plan.steps, resumed=resumed)
+    after_step = AfterStep(
+        evaluation,
+        checkpoints,
+        log_every=settings.log_every,
+        val_every=settings.val_every,
+        save_every=settings.save_every,
+        total=plan.steps,
+        held_out=held_out,
+    )
+    return [Watchdog(module.folder, minutes=settings.watchdog_minutes), StopSignals(), checkpoints, after_step]
