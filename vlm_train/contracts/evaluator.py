@@ -12,12 +12,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vlm_train.data.processor import Processor
-from vlm_train.evaluation.run import every_metric
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vlm_train.data.processor import Processor
 
 
 @dataclass(frozen=True)
@@ -121,6 +115,15 @@ class TextMetric(Protocol):
             predictions: one text a question, at least one question.
             references: the texts that count as right, one or more a question.
         """
+
+
+def every_metric(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
+    """`<evaluator>/<metric>` -> whether higher is better."""
+    return {
+        f"{name}/{metric}": higher
+        for name, evaluator in evaluators.items()
+        for metric, higher in evaluator.higher_is_better.items()
+    }
 
 
 def validation_metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:

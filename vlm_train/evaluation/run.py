@@ -54,15 +54,6 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def every_metric(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
-    """`<evaluator>/<metric>` -> whether higher is better."""
-    return {
-        f"{name}/{metric}": higher
-        for name, evaluator in evaluators.items()
-        for metric, higher in evaluator.higher_is_better.items()
-    }
-
-
 def run_evaluator(
     name: str, evaluator: Evaluator, model: nn.Module, processor: Processor, folder: Path, *, final: bool
 ) -> Findings:

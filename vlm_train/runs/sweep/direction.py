@@ -31,7 +31,7 @@ def _declared(overrides: Sequence[str]) -> dict[str, bool]:
     """`<evaluator>/<metric>` -> whether higher is better; empty where the first job cannot be composed or is wrong,
     which the job itself reports."""
     from vlm_train.build import build_evaluators
-    from vlm_train.evaluation.run import every_metric
+    from vlm_train.contracts.evaluator import every_metric
 
     try:
         cfg = compose(_first_values(overrides))
