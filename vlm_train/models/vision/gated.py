@@ -5,9 +5,6 @@ Legend: N views, P patches, D / E widths of the first and the second tower, H W 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,22 +22,17 @@ class GatedVision(nn.Module):
     resampled to the first's grid where it has another. Towers keep their patches only. The gate starts at g = 1/2.
 
     Args:
-        first, second: the settings of an `HFVision` each, without weights.
-        weights: `{first, second}`, what each tower loads; null: random.
-        config: numbers of both towers, over those of their own.
+        first, second: towers, each with its own weights.
     """
 
-    def __init__(
-        self,
-        *,
-        first: Mapping[str, Any],
-        second: Mapping[str, Any],
-        weights: Mapping[str, str | None] | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, first: HFVision, second: HFVision) -> None:
         super().__init__()
-        self.weights = weights
-        self.first, self.second = (_tower(name, one, config) for name, one in (("first", first), ("second", second)))
+        for name, tower in (("first", first), ("second", second)):
+            if tower.keep_cls:
+                raise ConfigError(
+                    f"vision.{name}.keep_cls: true; allowed: false, since the gate mixes patches by place"
+                )
+        self.first, self.second = first, second
         self.image_size = self.first.image_size
         self.image_mean, self.image_std = self.first.image_mean, self.first.image_std
         self.patch_grid = self.first.patch_grid
@@ -72,11 +64,16 @@ class GatedVision(nn.Module):
         towers = (("first", self.first), ("second", self.second))
         return [f"{name}.{parameter}" for name, tower in towers for parameter in tower.unused_parameters()]
 
+    @property
+    def weights(self) -> list[str]:
+        """What the towers load."""
+        return [tower.weights for tower in (self.first, self.second) if tower.weights]
+
     def load_weights(self) -> None:
         """Read the weights of both towers. Raises `AssetError` if they are not those of their architectures."""
-        for name, tower in (("first", self.first), ("second", self.second)):
-            tower.weights = (self.weights or {}).get(name)
-            tower.load_weights()
+        for tower in (self.first, self.second):
+            if tower.weights:
+                tower.load_weights()
 
     def _resized(self, pixels: Tensor) -> Tensor:
         size = self.second.image_size
@@ -90,9 +87,3 @@ class GatedVision(nn.Module):
             return features
         image = features.transpose(1, 2).unflatten(2, own[1:])
         return F.interpolate(image, wanted[1:], mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-
-
-def _tower(name: str, settings: Mapping[str, Any], config: Mapping[str, Any] | None) -> HFVision:
-    if settings.get("keep_cls"):
-        raise ConfigError(f"vision.{name}.keep_cls: true; allowed: false, since the gate mixes patches by their places")
-    return HFVision(**{**settings, "config": {**settings["config"], **(config or {})}})
