@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlm_train.build import build_lr_schedule, build_model, build_objectives, build_optimizer
 from vlm_train.config.compose import compose
 from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
+from vlm_train.contracts.family import Family
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.models.vision.example import blank_input
 from vlm_train.training.params import Policy, apply_policy
@@ -103,7 +104,7 @@ def small_llava(rows: int, *overrides: str) -> Work:
     return _work(cfg, model, build_objectives(cfg), _batch(model, rows, text=120, supervised=40))
 
 
-class Toy(nn.Module):
+class Toy(Family):
     """One weight matrix."""
 
     def __init__(self, width: int) -> None:
@@ -111,12 +112,12 @@ class Toy(nn.Module):
         self.weight = nn.Parameter(torch.full((width, width), 1e-3))
 
 
-class ToyObjective:
+class ToyObjective(Objective):
     """A loss that costs nothing but reading one row."""
 
-    stream = "llm"
+    streams = ("llm",)
 
-    def __call__(self, model: nn.Module, batch: Batch, gather: Any) -> dict[str, Loss]:
+    def __call__(self, model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Loss]:
         return {"toy": Loss(model.get_parameter("weight")[0].sum(), torch.ones(()))}
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from tests.support import faults
 from tests.support.small_run import command, make_data, train
-from vlm_train import checkpoint
 from vlm_train.checkpoint import files
+from vlm_train.checkpoint.files import verify
 from vlm_train.checkpoint.state import _Reader
 from vlm_train.errors import CheckpointError, Interrupted
 
@@ -66,7 +66,7 @@ def test_in_the_background_the_same_is_written(data: Path, tmp_path: Path, monke
         for name in ("weights.safetensors", "optimizer-00000-of-00001.safetensors"):
             a, b = (load_file(folder / name) for folder in folders)
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        checkpoint.verify(folders[1])
+        verify(folders[1])
 
 
 class FullDisk:

@@ -16,8 +16,9 @@ from data_pipelines.shards.columns import COLUMNS, Columns
 from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.shards.tar_writer import ShardWriter
 from tests.support.small_run import picture
-from vlm_train import checkpoint, cli
+from vlm_train import cli
 from vlm_train.build import build
+from vlm_train.checkpoint.weights import save_weights
 from vlm_train.config.compose import compose
 from vlm_train.config.run_file import save_config
 from vlm_train.models.families.blip import Blip
@@ -53,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(cfg, RunFolder(folder).config)
     model = build(cfg).model
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    checkpoint.save_weights(folder / "checkpoints", weights, run_id="blip", step=0)
+    save_weights(folder / "checkpoints", weights, run_id="blip", step=0)
     return folder
 
 
@@ -130,7 +131,7 @@ def test_other_models_write_captions(recipe: str, shards: Path, tmp_path: Path) 
     cfg = compose([f"recipe={recipe}", "size=tiny", "init_from=[]", "run_name=other", f"paths.runs={folder.parent}"])
     save_config(cfg, RunFolder(folder).config)
     weights = {name: parameter.detach() for name, parameter in build(cfg).model.named_parameters()}
-    checkpoint.save_weights(folder / "checkpoints", weights, run_id="other", step=0)
+    save_weights(folder / "checkpoints", weights, run_id="other", step=0)
     assert cli.main(["mode=caption", f"run={folder}", f"columns.shards={shards}", *FAST]) == 0
     assert len(rows(tmp_path / "web.columns/caption", shards, "caption")) == 6
 

@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.support.small_run import command, make_data, train
-from vlm_train import checkpoint, cli
+from vlm_train import cli
 from vlm_train.checkpoint import files
+from vlm_train.checkpoint.files import verify
 from vlm_train.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from vlm_train.training.metrics import TIMED
 from vlm_train.training.module import VLMModule
@@ -202,7 +203,7 @@ def test_damaged_last_checkpoint_is_written_again(stopped: Path, data: Path, who
     flip_byte(checkpoint_of(stopped, 6) / "weights.safetensors")
     train(command(data, stopped.parent))
     assert_same_end(stopped, whole)
-    assert checkpoint.verify(checkpoint_of(stopped, 6))["step"] == 6
+    assert verify(checkpoint_of(stopped, 6))["step"] == 6
 
 
 def test_diverged_run_never_counts_as_done(data: Path, tmp_path: Path) -> None:

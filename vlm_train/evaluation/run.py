@@ -32,7 +32,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     from vlm_train.build import build, build_evaluators, build_on_meta
     from vlm_train.check.model import check_evaluators
-    from vlm_train.checkpoint import load_run_weights
+    from vlm_train.checkpoint.weights import load_run_weights
     from vlm_train.report import results_table
 
     evaluators = build_evaluators(cfg)

@@ -112,7 +112,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `texts` of every sample, and `rows` of some."""
     from vlm_train.build import build
-    from vlm_train.checkpoint import load_run_weights
+    from vlm_train.checkpoint.weights import load_run_weights
 
     folder, shards, output = run_dir(cfg), ShardSet(cfg.columns.shards), output_of(cfg)
     require_own_weights(cfg, folder)

@@ -44,7 +44,7 @@ def unquantised(built: Any) -> Any:
     it was, and both fit into memory.
     """
     from vlm_train.build import build_model
-    from vlm_train.checkpoint import hand_over
+    from vlm_train.checkpoint.weights import hand_over
 
     cfg = built.cfg.copy()
     cfg.peft.bits = None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def export(cfg: DictConfig) -> dict[str, Any]:
     """Write the run's newest weights as `<run>/export`, which is read back and compared before it counts as done."""
     from vlm_train.build import build, build_exporters
-    from vlm_train.checkpoint import load_run_weights
+    from vlm_train.checkpoint.weights import load_run_weights
 
     folder = run_dir(cfg)
     require_own_weights(cfg, folder)
@@ -90,8 +90,8 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: `init_from` does not name exactly one whole folder, or no importer reads it.
     """
-    from vlm_train import checkpoint
     from vlm_train.build import build, build_importers
+    from vlm_train.checkpoint.weights import save_weights
     from vlm_train.runs import record
 
     source = _source_folder(cfg)
@@ -108,7 +108,7 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, RunFolder(folder).config)
     weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
-    checkpoint.save_weights(RunFolder(folder).checkpoints, weights, run_id=run_id(cfg), step=0)
+    save_weights(RunFolder(folder).checkpoints, weights, run_id=run_id(cfg), step=0)
     built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     record.update(folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute()))
     print(f"Imported {source} as {folder}. Start from it with init_from=[{{run: {folder}}}].", flush=True)

@@ -12,8 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train import checkpoint
+from vlm_train.checkpoint.files import WEIGHTS
+from vlm_train.checkpoint.resume import Resume, find_resume
 from vlm_train.checkpoint.rollback import rollbacks
+from vlm_train.checkpoint.weights import hand_over, load_run_weights, load_weights
 from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.distributed import rank
 from vlm_train.errors import AssetError, ConfigError, TrainingError
@@ -36,7 +38,7 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in (*folder.glob("quarantine-*.jsonl"), run.rollbacks):
                 leftover.unlink(missing_ok=True)
-        resumed = checkpoint.find_resume(cfg.resume, folder, identity)
+        resumed = find_resume(cfg.resume, folder, identity)
         if rank() == 0:  # before any other rank can log
             record.keep_metrics(folder, resumed.step if resumed else -1)
         print(f"{identity}: {_start(resumed)}", flush=True)
@@ -48,11 +50,11 @@ def fit(cfg: DictConfig) -> dict[str, Any]:
             raise
 
 
-def _start(resumed: checkpoint.Resume | None) -> str:
+def _start(resumed: Resume | None) -> str:
     return f"resuming from {resumed.folder}" if resumed else "starting at step 0"
 
 
-def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Resume | None) -> dict[str, Any]:
+def _train(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | None) -> dict[str, Any]:
     import torch
 
     from vlm_train.build import build, build_data, build_evaluators, build_on_meta, halve
@@ -75,9 +77,9 @@ def _train(cfg: DictConfig, folder: Path, identity: str, resumed: checkpoint.Res
         check_model(cfg, built.model)
     sources: list[str] = []
     if not shares:
-        sources = checkpoint.hand_over(built.model, cfg.init_from)
+        sources = hand_over(built.model, cfg.init_from)
         if resumed:
-            checkpoint.load_weights(built.model, resumed.folder / checkpoint.WEIGHTS)
+            load_weights(built.model, resumed.folder / WEIGHTS)
     reference, digests = build_reference(cfg, other, built.processor.tokenizer, meta=shares)
     if halves_weights(cfg):
         halve(built.model)
@@ -254,7 +256,7 @@ def _whole(built: Any, folder: Path) -> Any:
     from vlm_train.build import build
 
     whole = build(built.cfg)
-    checkpoint.load_run_weights(whole.model, built.cfg.init_from, folder)
+    load_run_weights(whole.model, built.cfg.init_from, folder)
     return whole
 
 

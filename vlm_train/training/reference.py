@@ -17,10 +17,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vlm_train import checkpoint
 from vlm_train.build import build_model
 from vlm_train.check.check import check
 from vlm_train.checkpoint.files import manifest_of, sha256
+from vlm_train.checkpoint.weights import hand_over, load_run_weights, weights_file
 from vlm_train.config.run_file import load_config
 from vlm_train.contracts.family import Family
 from vlm_train.data.text.tokenizer import vocabulary
@@ -78,15 +78,15 @@ def build_reference(
     digests: list[str] = []
     if not meta and cfg.reference.model != START:
         run, which = Path(cfg.reference.model), cfg.reference.which
-        file = checkpoint.weights_file(run, which)
+        file = weights_file(run, which)
         if manifest_of(file.parent).get("vocabulary") != vocabulary(tokenizer):
             raise ConfigError(
                 f"reference.model: {run} was trained with another vocabulary than this run's tokenizer has."
             )
-        checkpoint.load_run_weights(model, other.init_from, run, which)
+        load_run_weights(model, other.init_from, run, which)
         digests = [sha256(file)]
     elif not meta:
-        digests = checkpoint.hand_over(model, other.init_from)
+        digests = hand_over(model, other.init_from)
     model.requires_grad_(False)
     return model.eval(), digests
 

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_callbacks, build_loggers, build_strategy
-from vlm_train.checkpoint import Resume
+from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.save import Keep, Writer
 from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.errors import ConfigError

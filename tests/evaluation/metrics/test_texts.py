@@ -21,7 +21,7 @@ OPTIONS = sorted(path.stem for path in (config_dir() / "metric").glob("*.yaml"))
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_a_metric(option: str) -> None:
     """It returns the values that it declares, the best ones for the references themselves, and worse ones else."""
-    metric = make(OmegaConf.load(config_dir() / "metric" / f"{option}.yaml"))
+    metric = make("metric", OmegaConf.load(config_dir() / "metric" / f"{option}.yaml"))
     assert isinstance(metric, TextMetric)
     references = [["a cat", "one cat"], ["Stop"]]
     right, wrong = metric(["one cat", "Stop"], references), metric(["dogs", ""], references)

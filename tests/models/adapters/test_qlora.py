@@ -20,7 +20,7 @@ from tests.training.test_fit import assert_same_weights, metrics, stop_after
 from vlm_train.build import build, build_model, halve
 from vlm_train.check import assets
 from vlm_train.check.check import check
-from vlm_train.checkpoint import hand_over, load_run_weights, save_weights
+from vlm_train.checkpoint.weights import hand_over, load_run_weights, save_weights
 from vlm_train.config.compose import compose
 from vlm_train.config.run_file import load_config
 from vlm_train.errors import CheckpointError, ConfigError

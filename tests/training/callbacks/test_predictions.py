@@ -13,7 +13,7 @@ from data_pipelines.shards.shard_set import ShardSet
 from tests.loggers.test_loggers import crash, tensorboard_of
 from tests.support.small_run import command, make_data, train
 from vlm_train.build import build
-from vlm_train.checkpoint import load_run_weights
+from vlm_train.checkpoint.weights import load_run_weights
 from vlm_train.config.run_file import load_config
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.answers import QuestionAnswering
