@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from vlm_train.distributed import rank
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.adapters.lora import hits
 from vlm_train.models.layers.inserted_blocks import check_ownership
+from vlm_train.models.libraries import quiet
 from vlm_train.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -60,13 +59,6 @@ def make_each(group: str, nodes: DictConfig | None, **given: Any) -> dict[str, A
     return {str(name): make(group, node, **given) for name, node in (nodes or {}).items() if node is not None}
 
 
-def quiet() -> None:
-    """Keep packages that others import along from talking about what this machine lacks."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
 def build(cfg: DictConfig, *, meta: bool = False) -> Built:
     """Build everything a run needs but its data; with `meta` the model has shapes, but no weights."""
     quiet()
@@ -94,14 +86,6 @@ def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: An
         streams=dict(model.streams),
         max_length=cfg.data.get("max_length"),
     )
-
-
-def halve(model: nn.Module) -> None:
-    """Parameters in bf16 (`trainer.precision=bf16-true`), but quantised ones. Buffers stay: rotary ones lose positions
-    in 16 bits."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -> Family:

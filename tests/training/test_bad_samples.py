@@ -14,6 +14,7 @@ from torch import nn
 
 from data_pipelines.errors import BadSample
 from tests.support.small_run import command, make_data, train
+from vlm_train.checkpoint.run_state import collect_counts, restore_counts
 from vlm_train.contracts.batch import Problem, Window
 from vlm_train.errors import TrainingError
 from vlm_train.training import bad_samples
@@ -110,9 +111,9 @@ def test_counts_by_kind_are_logged_and_survive_a_checkpoint(tmp_path):
     found = {name: value for name, value in row.items() if name.startswith("skipped")}
     assert found == {"skipped": 3, "skipped/corrupt": 1, "skipped/too_long": 2}
     assert module.meter.counts == dict.fromkeys(("samples", "tokens", "places", "supervised", "skipped"), 0.0)
-    counts = module.counts()
+    counts = collect_counts(module)
     other = make_module(tmp_path, trainer, max_bad_share=0.5)
-    other.set_counts(counts)
+    restore_counts(other, counts)
     with pytest.raises(TrainingError) as error:
         other._open(window(1, 0, *(problems(*(str(n) for n in range(1000)), kind="image"))))
     assert str(error.value).startswith("data.train: 1000 bad samples in a row; trainer.max_bad_samples=100. ")

@@ -15,9 +15,9 @@ from tests.support.jobs import train_on_ranks
 from tests.support.small_run import command, make_data, train
 from tests.training.strategies.test_parity import STRATEGIES, log
 from vlm_train import cli
-from vlm_train.checkpoint.rollback import Rollback, stale
 from vlm_train.errors import TrainingError
 from vlm_train.runs import record
+from vlm_train.runs.rollback import Rollback, stale
 from vlm_train.training.guard import SCALE, SEARCH, Guard
 from vlm_train.training.metrics import all_finite
 from vlm_train.training.module import VLMModule

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_train.checkpoint.files import FORMAT, STATE, verify
-from vlm_train.checkpoint.rollback import rollbacks, stale
 from vlm_train.errors import CheckpointError
 from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.rollback import rollbacks, stale
 
 
 @dataclass(frozen=True)

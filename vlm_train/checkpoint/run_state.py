@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def collect_run_state(trainer: Any) -> bytes:
     state: dict[str, Any] = {
         "global_step": trainer.global_step,
         "lr_schedulers": [one.scheduler.state_dict() for one in trainer.lr_scheduler_configs],
-        "since_log": module.counts(),
+        "since_log": collect_counts(module),
         "loss_scaler": trainer.strategy.scaler_state(),
         "callbacks": {one.state_key: held for one in trainer.callbacks if (held := one.state_dict())},
         "rng": of_all_ranks(rng_state(), world),
@@ -57,7 +58,7 @@ def restore_run(trainer: Any, resumed: Resume) -> None:
         group["lr"] = rate
 
     # What is counted: sums since the last log line, bad samples, the guard.
-    module.set_counts(state["since_log"])
+    restore_counts(module, state["since_log"])
 
     # Where packing stands, fp16's scale, and what callbacks keep, each under the name of its class.
     for part in _parts(trainer):
@@ -71,6 +72,22 @@ def restore_run(trainer: Any, resumed: Resume) -> None:
     # Last, as anything above may draw: the global generators, on the ranks that were there.
     if trainer.global_rank < len(state["rng"]):
         set_rng_state(state["rng"][trainer.global_rank])
+
+
+def collect_counts(module: Any) -> dict[str, Any]:
+    """The sums since the last log line, bad samples, the guard. A collective: every rank calls it."""
+    return module.meter.state() | {
+        "bad": module.bad.state(module.over_ranks(dict(module.bad.kinds))),
+        "guard": module.guard.state(),
+    }
+
+
+def restore_counts(module: Any, held: Mapping[str, Any]) -> None:
+    """Go on with what `collect_counts` gave: rank 0 takes the sums of all ranks."""
+    module.bad.load(held["bad"], first_rank=module.global_rank == 0)
+    module.guard.load(held["guard"])
+    if module.global_rank == 0:
+        module.meter.load(held, module.device)
 
 
 def _parts(trainer: Any) -> list[Any]:

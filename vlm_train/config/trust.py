@@ -16,7 +16,8 @@ from vlm_train.config.signatures import import_target, is_ours
 
 OUR_TARGETS = (
     "vlm_train.models.", "vlm_train.data.", "vlm_train.objectives.", "vlm_train.training.callbacks.",
-    "vlm_train.training.strategies.", "vlm_train.training.optim.", "vlm_train.evaluation.", "vlm_train.loggers.",
+    "vlm_train.training.strategies.", "vlm_train.training.optim.", "vlm_train.evaluation.", "vlm_train.export.",
+    "vlm_train.loggers.",
 )  # fmt: skip
 """Where our components live. Machinery such as `vlm_train.runs.launch`, which starts programs, is none."""
 

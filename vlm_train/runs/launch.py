@@ -25,12 +25,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train.checkpoint.rollback import rollbacks
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.config.run_identity import run_dir, training_config
 from vlm_train.errors import ENDING, PREEMPTING, ConfigError, Interrupted, TrainingError
 from vlm_train.runs import record, torchrun
 from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.rollback import rollbacks
 
 log = logging.getLogger("vlm_train")
 

@@ -12,15 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlm_train.checkpoint.files import WEIGHTS
 from vlm_train.checkpoint.resume import Resume, find_resume
-from vlm_train.checkpoint.rollback import rollbacks
-from vlm_train.checkpoint.weights import hand_over, load_run_weights, load_weights
+from vlm_train.checkpoint.weights import load_run_weights
 from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.distributed import rank
 from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.rollback import rollbacks
 
 
 def fit(cfg: DictConfig) -> dict[str, Any]:
@@ -57,51 +56,36 @@ def _start(resumed: Resume | None) -> str:
 def _train(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | None) -> dict[str, Any]:
     import torch
 
-    from vlm_train.build import build, build_data, build_evaluators, build_on_meta, halve
-    from vlm_train.check.model import check_model
+    from vlm_train.build import build_data
     from vlm_train.data.text.tokenizer import vocabulary
     from vlm_train.training.callbacks.loop import Evaluation
-    from vlm_train.training.reference import build_reference, reference_config
-    from vlm_train.training.trainer import halves_weights, loop_callbacks, make_trainer, processes, shards_model
+    from vlm_train.training.prepare_models import prepare_models
+    from vlm_train.training.trainer import loop_callbacks, make_trainer, processes, shards_model
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     world = processes(cfg)
     shares = world > 1 and shards_model(cfg) and rank() > 0  # rank 0 spreads its weights later
-    skeleton = build_on_meta(cfg)
-    if skeleton is not None:
-        check_model(cfg, skeleton)
-    evaluators, other = build_evaluators(cfg), reference_config(cfg)
-    built = build(cfg, meta=shares)
-    if skeleton is None:
-        check_model(cfg, built.model)
-    sources: list[str] = []
-    if not shares:
-        sources = hand_over(built.model, cfg.init_from)
-        if resumed:
-            load_weights(built.model, resumed.folder / WEIGHTS)
-    reference, digests = build_reference(cfg, other, built.processor.tokenizer, meta=shares)
-    if halves_weights(cfg):
-        halve(built.model)
-        if reference is not None:
-            halve(reference)
+    models = prepare_models(cfg, resumed, shares)
+    built = models.built
     policy = _policy(cfg, built.model)
     data = build_data(cfg, built.processor)
     data.plan = _plan(cfg, data, built.model, world)
     facts: dict[str, Any] = {
         "run_id": identity,
-        "init_from": sources,
+        "init_from": models.sources,
         "vocabulary": vocabulary(built.processor.tokenizer),
     }
     if cfg.reference.model is not None and not shares:
-        facts["reference"] = digests
+        facts["reference"] = models.digests
     facts |= {"data": data.fingerprint(), "order": data.order()}
     if resumed and not shares:
         resumed.require(**facts)
     facts["rollbacks"] = len(rollbacks(folder))
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
-    work = _work(cfg, skeleton) if rank() == 0 else None
-    module = _module(cfg, built.model, reference, policy, data.plan, folder, work)
+    work = _work(cfg, models.skeleton) if rank() == 0 else None
+    module = _module(cfg, built.model, models.reference, policy, data.plan, folder, work)
+    evaluators = models.evaluators
     evaluation = Evaluation(built.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
     trainer = make_trainer(cfg, data.plan, callbacks, folder)

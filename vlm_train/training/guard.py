@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vlm_train.checkpoint.rollback import go_back, rollbacks
 from vlm_train.errors import TrainingError
 from vlm_train.loggers.journal import Journal
+from vlm_train.runs.rollback import go_back, rollbacks
 
 ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
 """Why an update is left out although nothing is wrong."""

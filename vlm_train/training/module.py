@@ -295,18 +295,3 @@ class VLMModule(pl.LightningModule):
         """One optimizer over the policy's groups, and its schedule."""
         optimizer = self.make_optimizer([group.as_dict() for group in self.policy.groups])
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer)}
-
-    def counts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of what is counted: the sums since the last log line, bad samples, the guard. A
-        collective: every rank calls it."""
-        return self.meter.state() | {
-            "bad": self.bad.state(self.over_ranks(dict(self.bad.kinds))),
-            "guard": self.guard.state(),
-        }
-
-    def set_counts(self, held: Mapping[str, Any]) -> None:
-        """Go on with `counts()`: rank 0 takes the sums of all ranks."""
-        self.bad.load(held["bad"], first_rank=self.global_rank == 0)
-        self.guard.load(held["guard"])
-        if self.global_rank == 0:
-            self.meter.load(held, self.device)

@@ -17,7 +17,7 @@ from tests.models.adapters.test_lora import EXPECTED, learn, logits
 from tests.support.small_run import command, make_data, train
 from tests.support.tiny_models import assert_close
 from tests.training.test_fit import assert_same_weights, metrics, stop_after
-from vlm_train.build import build, build_model, halve
+from vlm_train.build import build, build_model
 from vlm_train.check import assets
 from vlm_train.check.check import check
 from vlm_train.checkpoint.weights import hand_over, load_run_weights, save_weights
@@ -27,6 +27,7 @@ from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export.merged import merged_state, unquantised
 from vlm_train.models.adapters.lora import base_names, hits, lora, qlora
 from vlm_train.models.adapters.quantize import assign, dequantised, full_shape, quantised_layers, quantised_weights
+from vlm_train.models.precision import halve
 from vlm_train.runs.folder import RunFolder
 from vlm_train.training.params import apply_policy, freeze_eval
 

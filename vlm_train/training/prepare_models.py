@@ -1,0 +1,57 @@
+"""The models of a run before it trains: checked on the meta device, built, weights read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlm_train.build import build, build_evaluators, build_on_meta
+from vlm_train.check.model import check_model
+from vlm_train.checkpoint.files import WEIGHTS
+from vlm_train.checkpoint.resume import Resume
+from vlm_train.checkpoint.weights import hand_over, load_weights
+from vlm_train.models.precision import halve
+from vlm_train.training.reference import build_reference, reference_config
+from vlm_train.training.trainer import halves_weights
+
+
+@dataclass(frozen=True)
+class PreparedModels:
+    """What is trained and what it is compared with, weights in place.
+
+    Attributes:
+        skeleton: the model on the meta device; None where it cannot be built there.
+        sources: where handed-over weights came from.
+        reference: the frozen second model, with the digests of its weights; None: the run has none.
+    """
+
+    built: Any
+    skeleton: Any
+    evaluators: dict[str, Any]
+    sources: list[str]
+    reference: Any
+    digests: Any
+
+
+def prepare_models(cfg: DictConfig, resumed: Resume | None, shares: bool) -> PreparedModels:
+    """Check on the meta device, build, read weights; with `shares` without weights, which rank 0 spreads later."""
+    skeleton = build_on_meta(cfg)
+    if skeleton is not None:
+        check_model(cfg, skeleton)
+    evaluators, other = build_evaluators(cfg), reference_config(cfg)
+    built = build(cfg, meta=shares)
+    if skeleton is None:
+        check_model(cfg, built.model)
+    sources: list[str] = []
+    if not shares:
+        sources = hand_over(built.model, cfg.init_from)
+        if resumed:
+            load_weights(built.model, resumed.folder / WEIGHTS)
+    reference, digests = build_reference(cfg, other, built.processor.tokenizer, meta=shares)
+    if halves_weights(cfg):
+        halve(built.model)
+        if reference is not None:
+            halve(reference)
+    return PreparedModels(built, skeleton, evaluators, sources, reference, digests)
