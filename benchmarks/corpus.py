@@ -62,7 +62,7 @@ def shard_set(root: Path, size: str, samples: int) -> Path:
                 source="benchmark",
                 licence="CC0-1.0",
             )
-            writer.write(sample, [blob])
+            writer.write_sample(sample, [blob])
     return folder
 
 

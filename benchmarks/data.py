@@ -105,8 +105,8 @@ def raw(settings: Settings) -> Iterator[Line]:
         return rate(webdataset.WebDataset(tars(folder), shardshuffle=False), lambda _: 1)
 
     about: dict[str, Any] = {"pairs": 3 * settings.pairs, "unit": "samples/s"}
-    yield paired("raw reads", reading(shards.read), theirs, must=2.0, aim=5.0, **about)
-    yield paired("raw reads, ours parsed", reading(shards.load), theirs, **about)
+    yield paired("raw reads", reading(shards.read_files), theirs, must=2.0, aim=5.0, **about)
+    yield paired("raw reads, ours parsed", reading(shards.load_sample), theirs, **about)
 
 
 def position(settings: Settings) -> Iterator[Line]:

@@ -154,7 +154,7 @@ class Blobs:
         self.shards = ShardSet(folder)
 
     def __call__(self, number: int) -> dict[str, bytes]:
-        return {"image": self.shards.load(number)[1][0]}
+        return {"image": self.shards.load_sample(number)[1][0]}
 
 
 def again(loader: Callable[[], Any]) -> Iterator[Any]:

@@ -240,20 +240,20 @@ def trace_step() -> list[str]:
     """The functions of one training step of a tiny LLaVA, from a shard's Sample to the loss."""
     from data_pipelines.shards.shard_set import ShardSet
     from tests.support.small_run import command, make_data
-    from vlm_train.config.compose import compose
+    from vlm_train.config.compose import compose_config
     from vlm_train.config.run_file import save_config
     from vlm_train.config.run_identity import run_dir
     from vlm_train.objectives.lm import LanguageModeling
-    from vlm_train.training.fit import fit
+    from vlm_train.training.fit import fit_run
 
-    trace = StepTrace(ShardSet.load.__code__, LanguageModeling.__call__.__code__)
+    trace = StepTrace(ShardSet.load_sample.__code__, LanguageModeling.__call__.__code__)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        cfg = compose(command(make_data(root), root / "runs", "data.workers=0", "trainer.max_steps=3"))
+        cfg = compose_config(command(make_data(root), root / "runs", "data.workers=0", "trainer.max_steps=3"))
         save_config(cfg, RunFolder(run_dir(cfg)).config)
         sys.setprofile(trace)
         try:
-            fit(cfg)
+            fit_run(cfg)
         finally:
             sys.setprofile(None)
     if not trace.done:

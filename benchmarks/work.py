@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlm_train.build import build_lr_schedule, build_model, build_objectives, build_optimizer
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, Window
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.objective import Loss, Objective, StepContext
@@ -133,7 +133,7 @@ def toy(width: int, *overrides: str) -> Work:
 def _config(*overrides: str) -> DictConfig:
     fixed = ["init_from=[]", "eval=none", f"trainer.log_every={LOG_EVERY}", f"trainer.clip_norm={CLIP}"]
     fixed += ["trainer.val_every=null", "trainer.save_every=null", "trainer.accelerator=cpu"]
-    return compose([*fixed, *overrides])
+    return compose_config([*fixed, *overrides])
 
 
 def _work(cfg: DictConfig, model: nn.Module, objectives: dict[str, Objective], batch: Batch) -> Work:

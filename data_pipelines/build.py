@@ -28,10 +28,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines.building import engines
-from data_pipelines.building.merge import QUARANTINE, bad_rows, duplicates, merge, write_lines
+from data_pipelines.building.merge import QUARANTINE, bad_rows, find_duplicates, merge_parts, write_lines
 from data_pipelines.building.parts import PART, Part, PartWriter, part_folder, write_part
 from data_pipelines.building.progress import Progress
-from data_pipelines.cli import check_same, make, run
+from data_pipelines.cli import check_same, make_component, run_command
 from data_pipelines.errors import DataError
 from data_pipelines.sample import SCHEMA_VERSION
 from data_pipelines.shards.manifest import MANIFEST, Manifest
@@ -46,7 +46,7 @@ RUNNING = ("output", "force", "max_bad", "allow_targets", "workers", "engine", "
 WRITER = ("samples_per_shard", "max_shard_bytes")
 
 
-def build(config: DictConfig) -> int:
+def build_shards(config: DictConfig) -> int:
     """Build what the composed `config` describes; returns the exit code."""
     output = Path(config.output)
     arguments: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -56,8 +56,8 @@ def build(config: DictConfig) -> int:
         print(f"{output}: already built ({len(ShardSet(output))} samples); force=true builds it again")
         return 0
     start = time.perf_counter()
-    manifest = write(
-        _source(arguments, ("data_pipelines.", *config.allow_targets)),
+    manifest = write_shards(
+        _make_source(arguments, ("data_pipelines.", *config.allow_targets)),
         output,
         build=arguments,
         samples_per_shard=config.samples_per_shard,
@@ -83,7 +83,7 @@ def build(config: DictConfig) -> int:
     return 0
 
 
-def write(
+def write_shards(
     source: Source,
     output: Path,
     *,
@@ -114,7 +114,7 @@ def write(
             max_bad=max_bad,
         )
         numbers = range(node, source.parts, nodes)
-        _open(hidden, _plan(writer, build), numbers, shared=nodes > 1)
+        _open_hidden_folder(hidden, _describe_plan(writer, build), numbers, shared=nodes > 1)
         about = {"source": source.name, "licence": source.licence, "split": source.split, "build": dict(build or {})}
         try:
             if not (hidden.path / MANIFEST).is_file():  # else only the last renaming was missing
@@ -124,23 +124,23 @@ def write(
                 parts |= _write_again(writer, parts, output, workers, engine)
                 if not any(part.samples for part in parts.values()):
                     raise DataError(f"{output}: the source gave no usable sample")
-                merge(hidden.path, [parts[number] for number in numbers], about)
-            hidden.clear("part-*")
-            hidden.publish()
+                merge_parts(hidden.path, [parts[number] for number in numbers], about)
+            hidden.remove_matching("part-*")
+            hidden.publish_folder()
             (hidden.folder / PLAN).unlink()  # until then it says what the hidden folder holds
-            _refused(output).unlink(missing_ok=True)
+            _bad_records_path(output).unlink(missing_ok=True)
         except BaseException:
             _keep_finished(hidden, numbers, shared=nodes > 1)
             raise
     return Manifest.read(output)
 
 
-def _source(arguments: dict[str, Any], trusted: tuple[str, ...]) -> Source:
+def _make_source(arguments: dict[str, Any], trusted: tuple[str, ...]) -> Source:
     options = {name: value for name, value in arguments.items() if name not in (*WRITER, "source")}
-    return make(options, trusted)
+    return make_component(options, trusted)
 
 
-def _plan(writer: PartWriter, build: Mapping[str, Any] | None) -> dict[str, Any]:
+def _describe_plan(writer: PartWriter, build: Mapping[str, Any] | None) -> dict[str, Any]:
     """What must not change while a set is built."""
     source = writer.source
     plan = {
@@ -152,7 +152,7 @@ def _plan(writer: PartWriter, build: Mapping[str, Any] | None) -> dict[str, Any]
     return json.loads(json.dumps(plan))
 
 
-def _open(hidden: Partial, plan: dict[str, Any], numbers: Sequence[int], *, shared: bool) -> None:
+def _open_hidden_folder(hidden: Partial, plan: dict[str, Any], numbers: Sequence[int], *, shared: bool) -> None:
     """Take up the hidden folder if it was begun with the same plan, else begin it."""
     path = hidden.path / PLAN
     try:
@@ -167,7 +167,7 @@ def _open(hidden: Partial, plan: dict[str, Any], numbers: Sequence[int], *, shar
     if found is not None:
         print(f"{hidden.path}: finished parts of a build with other arguments are thrown away", file=sys.stderr)
     if not shared:
-        hidden.clear()
+        hidden.remove_matching()
     beside = hidden.path / f"{PLAN}.{os.getpid()}"
     beside.write_text(json.dumps(plan), encoding="utf-8")
     beside.rename(path)
@@ -189,12 +189,12 @@ def _write_parts(
 ) -> dict[int, Part]:
     """Write the parts `numbers`; returns them with those of `parts` that were there. Raises if too many are bad."""
     parts, bad = dict(parts), sum(len(part.bad) for part in parts.values())
-    results = engines.run(write_part, writer, numbers, workers=workers, engine=engine)
+    results = engines.run_jobs(write_part, writer, numbers, workers=workers, engine=engine)
     with closing(results), Progress(str(output), len(numbers), "parts") as progress:
         for number, part in results:
             parts[number] = part
             bad += len(part.bad)
-            progress.step(part.records)
+            progress.add_records(part.records)
             if bad > writer.max_bad:
                 break
     if bad > writer.max_bad:
@@ -206,7 +206,7 @@ def _write_again(
     writer: PartWriter, parts: dict[int, Part], output: Path, workers: int | None, engine: str
 ) -> dict[int, Part]:
     """Parts with keys of an earlier part, written without them."""
-    refused = duplicates(writer.folder, len(parts))
+    refused = find_duplicates(writer.folder, len(parts))
     if not refused:
         return {}
     again = [
@@ -221,21 +221,21 @@ def _write_again(
 
 
 def _too_many(rows: list[dict[str, Any]], parts: Mapping[int, Part], max_bad: int, output: Path) -> DataError:
-    report = _refused(output)
+    report = _bad_records_path(output)
     write_lines(report, rows)
     records = sum(part.records for part in parts.values())
     first = "\n".join(f"  part {row['part']}, record {row['record']}: {row['reason']}" for row in rows[:3])
     return DataError(f"{len(rows)} bad records among {records}, max_bad={max_bad}; all in {report}, first:\n{first}")
 
 
-def _refused(output: Path) -> Path:
+def _bad_records_path(output: Path) -> Path:
     """Where the bad records of a build that they stopped are listed."""
     return output.with_name(f"{output.name}.{QUARANTINE}")
 
 
 def _clear_half_written(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> None:
     for pattern in [f"part-{number:06d}.*" for number in numbers] if shared else ["part-??????.*"]:
-        hidden.clear(pattern)
+        hidden.remove_matching(pattern)
 
 
 def _keep_finished(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> None:
@@ -246,18 +246,18 @@ def _keep_finished(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> 
         where = f"{kept} of {len(numbers)} parts are finished and kept in {hidden.path}"
         print(f"{where}; the same command goes on with them", file=sys.stderr)
     elif not shared and not (hidden.path / MANIFEST).is_file():
-        hidden.remove()
+        hidden.remove_folder()
 
 
-def _interrupt(*_: object) -> None:
+def _raise_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. A batch system's SIGTERM stops it like Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
-        return run(build, "build", __doc__ or "", argv)
+        return run_command(build_shards, "build", __doc__ or "", argv)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines.building.merge import write_lines
 from data_pipelines.building.progress import Progress
-from data_pipelines.cli import check_same, run
+from data_pipelines.cli import check_same, run_command
 from data_pipelines.errors import BadSample, DataError, common_reason
-from data_pipelines.filters import check_range, outside
+from data_pipelines.filters import check_range, drop_outside
 from data_pipelines.sample import Sample, Text, Turn
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.manifest import MANIFEST
@@ -45,7 +45,7 @@ class Tally:
     reasons: Counter[str] = field(default_factory=Counter)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def count(self, sample: Sample, annotation: int, reason: str | None, truth: str | None) -> None:
+    def count_caption(self, sample: Sample, annotation: int, reason: str | None, truth: str | None) -> None:
         """Count a caption that is dropped for `reason`, or kept; `truth` names the meta that says if it is right."""
         self.sources[sample.source]["kept" if reason is None else "dropped"] += 1
         if truth is not None:
@@ -57,13 +57,13 @@ class Tally:
             self.reasons[reason] += 1
             self.rows.append({"key": sample.key, "annotation": annotation, "reason": reason})
 
-    def unusable(self, key: str, source: str, reason: str) -> None:
+    def count_unusable(self, key: str, source: str, reason: str) -> None:
         """Count a sample that has no caption to judge."""
         self.sources[source]["dropped"] += 1
         self.reasons[common_reason(reason)] += 1
         self.rows.append({"key": key, "annotation": 0, "reason": reason})
 
-    def told(self) -> dict[str, float | None]:
+    def compute_precision_recall(self) -> dict[str, float | None]:
         """Precision and recall of both verdicts; null where there is nothing to divide by."""
         n = self.truth
         pairs = {
@@ -75,11 +75,11 @@ class Tally:
         return {name: hits / (hits + others) if hits + others else None for name, (hits, others) in pairs.items()}
 
 
-def capfilt(config: DictConfig) -> int:
+def filter_captions(config: DictConfig) -> int:
     """Make the set that the composed `config` describes; returns the exit code."""
     output, shards = Path(config.output), ShardSet(config.folder)
-    ranges = _ranges(config)
-    scores, captions = _columns(config, shards, ranges)
+    ranges = _read_ranges(config)
+    scores, captions = _open_columns(config, shards, ranges)
     arguments: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     arguments = {name: value for name, value in arguments.items() if name not in RUNNING}
     if output.resolve() == shards.folder.resolve():
@@ -93,18 +93,18 @@ def capfilt(config: DictConfig) -> int:
     with ShardWriter(output, overwrite=config.force, **limits) as writer, ExitStack() as stack:
         progress = stack.enter_context(Progress(str(output), len(shards), "samples"))
         for i in range(len(shards)):
-            if kept := _kept(shards, i, scores, captions, ranges, tally, config.truth):
-                writer.write(*kept)
-            progress.step(1)
+            if kept := _keep_captions(shards, i, scores, captions, ranges, tally, config.truth):
+                writer.write_sample(*kept)
+            progress.add_records(1)
         if not any(counts["kept"] for counts in tally.sources.values()):
             raise DataError(f"{config.folder}: no caption is left: {dict(tally.reasons)}")
-        writer.about |= _about(shards, arguments, scores, captions, tally)
+        writer.about |= _manifest_fields(shards, arguments, scores, captions, tally)
         write_lines(writer.partial / DROPPED, tally.rows)
-    _tell(output, tally, bool(config.truth))
+    _print_result(output, tally, bool(config.truth))
     return 0
 
 
-def _ranges(config: DictConfig) -> dict[str, tuple[float | None, float | None]]:
+def _read_ranges(config: DictConfig) -> dict[str, tuple[float | None, float | None]]:
     if config.scores is None and config.captions is None:
         raise DataError(
             "scores, captions: neither is given; name the columns of mode=score or mode=caption, see --help"
@@ -120,7 +120,7 @@ def _ranges(config: DictConfig) -> dict[str, tuple[float | None, float | None]]:
     return {name: (low, high) for name, (low, high) in ranges.items()}
 
 
-def _columns(config: DictConfig, shards: ShardSet, ranges: Ranges) -> tuple[Columns | None, Columns | None]:
+def _open_columns(config: DictConfig, shards: ShardSet, ranges: Ranges) -> tuple[Columns | None, Columns | None]:
     """Scores and captions, and that the scores are those of the captions."""
     given = {"scores": list(ranges), "captions": ["caption"]}
     scores, captions = (
@@ -136,7 +136,7 @@ def _columns(config: DictConfig, shards: ShardSet, ranges: Ranges) -> tuple[Colu
     return scores, captions
 
 
-def _kept(
+def _keep_captions(
     shards: ShardSet,
     i: int,
     scores: Columns | None,
@@ -148,24 +148,24 @@ def _kept(
     """Sample i with the captions that are kept; None without any."""
     source = ""
     try:
-        sample, blobs = shards.load(i)
+        sample, blobs = shards.load_sample(i)
         source = sample.source
         if captions is not None:
-            sample = with_caption(sample, str(captions.row(i).get("caption") or ""))
+            sample = with_caption(sample, str(captions.read_row(i).get("caption") or ""))
     except BadSample as error:
-        tally.unusable(shards.key(i), source, str(error))
+        tally.count_unusable(shards.key(i), source, str(error))
         return None
-    row = {} if scores is None else scores.row(i)
+    row = {} if scores is None else scores.read_row(i)
     kept = []
     for number, annotation in enumerate(sample.annotations):
-        reason = _reason(row, number, len(sample.annotations), ranges)
-        tally.count(sample, number, reason, truth)
+        reason = _reason_to_drop(row, number, len(sample.annotations), ranges)
+        tally.count_caption(sample, number, reason, truth)
         if reason is None:
             kept.append(annotation)
     return (replace(sample, annotations=tuple(kept)), blobs) if kept else None
 
 
-def _reason(row: Mapping[str, Any], number: int, count: int, ranges: Ranges) -> str | None:
+def _reason_to_drop(row: Mapping[str, Any], number: int, count: int, ranges: Ranges) -> str | None:
     """Why the caption `number` of `count` is dropped."""
     for name, (low, high) in ranges.items():
         values = row.get(name)
@@ -173,7 +173,7 @@ def _reason(row: Mapping[str, Any], number: int, count: int, ranges: Ranges) -> 
         value = values[number] if len(values) == count else None
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             return f"no {name}"
-        if drop := outside(name, value, low, high):
+        if drop := drop_outside(name, value, low, high):
             return str(drop)
     return None
 
@@ -190,7 +190,7 @@ def with_caption(sample: Sample, caption: str) -> Sample:
     return replace(sample, annotations=(annotation,))
 
 
-def _about(
+def _manifest_fields(
     shards: ShardSet, arguments: Mapping[str, Any], scores: Columns | None, captions: Columns | None, tally: Tally
 ) -> dict[str, Any]:
     """Fields of the new manifest."""
@@ -206,7 +206,7 @@ def _about(
         "captions": {name: dict(counts) for name, counts in sorted(tally.sources.items())},
     }
     if tally.truth:
-        made_from["truth"] = tally.told()
+        made_from["truth"] = tally.compute_precision_recall()
     about = {name: getattr(origin, name) for name in ("source", "licence", "split", "bad")}
     return about | {
         "command": "capfilt",
@@ -216,20 +216,20 @@ def _about(
     }
 
 
-def _tell(output: Path, tally: Tally, truth: bool) -> None:
+def _print_result(output: Path, tally: Tally, truth: bool) -> None:
     kept, dropped = (sum(counts[name] for counts in tally.sources.values()) for name in ("kept", "dropped"))
     print(f"{output}: {kept} of {kept + dropped} captions kept; the others, in {output / DROPPED}:")
     for reason, count in tally.reasons.most_common():
         print(f"  {count:>8}  {reason}")
     for name, counts in sorted(tally.sources.items()):
         print(f"  {name or 'unknown source'}: {counts['kept']} kept, {counts['dropped']} dropped")
-    for name, share in tally.told().items() if truth else ():
+    for name, share in tally.compute_precision_recall().items() if truth else ():
         print(f"  {name}: {'none' if share is None else format(share, '.3f')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    return run(capfilt, "capfilt", __doc__ or "", None if argv is None else list(argv))
+    return run_command(filter_captions, "capfilt", __doc__ or "", None if argv is None else list(argv))
 
 
 if __name__ == "__main__":

@@ -23,30 +23,30 @@ CONF = Path(__file__).resolve().parent / "conf"
 GROUPS = {"build": "source", "filter": "filter"}  # by command, the group of components that it takes
 
 
-def run(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] | None = None) -> int:
+def run_command(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] | None = None) -> int:
     """Compose `conf/<name>.yaml` with the overrides `argv` and run `task`. Returns the exit code: 2 for any error."""
     overrides = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(overrides):
-        print(usage(name, doc))
+        print(format_usage(name, doc))
         return 0
     try:
-        return task(_compose(name, overrides))
+        return task(_compose_config(name, overrides))
     except (DataError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"{type(error).__name__}: {_plain(name, error, overrides)}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_format_error(name, error, overrides)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def usage(name: str, doc: str) -> str:
+def format_usage(name: str, doc: str) -> str:
     """What the command does, its options, and those of each source or filter."""
     files = [CONF / f"{name}.yaml", *(sorted((CONF / GROUPS[name]).glob("*.yaml")) if name in GROUPS else ())]
     options = [f"--- {file.relative_to(CONF).with_suffix('')}\n{file.read_text(encoding='utf-8')}" for file in files]
     return "\n".join([doc, *options])
 
 
-def make(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: str = "") -> Any:
+def make_component(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: str = "") -> Any:
     """The object that `options` describe: `_target_`, which must be trusted, and its keyword arguments.
 
     `at` is where the options stand in the config.
@@ -62,10 +62,10 @@ def make(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: str = "") 
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise DataError(f"{target} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
-    hints = _hints(component)
+    hints = _read_type_hints(component)
     for name, value in options.items():
-        if not _fits(value, hints.get(name, Any)):
-            quoted = f"; as text: \"{name}='{value}'\"" if _fits(str(value), hints[name]) else ""
+        if not _fits_type(value, hints.get(name, Any)):
+            quoted = f"; as text: \"{name}='{value}'\"" if _fits_type(str(value), hints[name]) else ""
             raise DataError(f"{at}{name}: got {value!r}; expected {known[name].annotation}{quoted}")
     return component(**options)
 
@@ -86,7 +86,7 @@ def check_same(output: Path, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
+def _compose_config(name: str, overrides: list[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose(config_name=name, overrides=overrides, return_hydra_config=True)
     with open_dict(config):
@@ -111,7 +111,7 @@ def _check_values(defaults: Any, config: DictConfig) -> None:
             raise DataError(f"{name}: got {value}; allowed: 0 or more")
 
 
-def _hints(component: Any) -> dict[str, Any]:
+def _read_type_hints(component: Any) -> dict[str, Any]:
     """The types of a component's options; none where they are names that only a type checker sees."""
     try:
         return get_type_hints(component.__init__)
@@ -119,23 +119,23 @@ def _hints(component: Any) -> dict[str, Any]:
         return {}
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits_type(value: Any, hint: Any) -> bool:
     """Whether a value from YAML is of an annotated type."""
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inside)
+        return any(_fits_type(value, one) for one in inside)
     if kind is float:
         return type(value) in (int, float)
     if kind in (bool, int, str, NoneType):
         return type(value) is kind
     if kind is Sequence:
-        return isinstance(value, list) and all(_fits(one, inside[0]) for one in value)
+        return isinstance(value, list) and all(_fits_type(one, inside[0]) for one in value)
     if kind is Mapping:
-        return isinstance(value, dict) and all(_fits(one, inside[1]) for one in value.values())
+        return isinstance(value, dict) and all(_fits_type(one, inside[1]) for one in value.values())
     return True
 
 
-def _plain(name: str, error: BaseException, overrides: Sequence[str]) -> str:
+def _format_error(name: str, error: BaseException, overrides: Sequence[str]) -> str:
     """The message of `error`: in one line, with its cause where Hydra hides the reason there, and what is allowed."""
     first = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, OverrideParseException):
@@ -144,12 +144,12 @@ def _plain(name: str, error: BaseException, overrides: Sequence[str]) -> str:
         choices = sorted(path.stem for path in (CONF / GROUPS.get(name, "")).glob("*.yaml"))
         return f"{first.rstrip('.')}. Available: {', '.join(choices)}"
     if found := re.match(r"Could not override '(.+)'", first):
-        return f"no option {found[1]!r}; options: {', '.join(_options(name, overrides))}"
+        return f"no option {found[1]!r}; options: {', '.join(_list_options(name, overrides))}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()
 
 
-def _options(name: str, overrides: Sequence[str]) -> list[str]:
+def _list_options(name: str, overrides: Sequence[str]) -> list[str]:
     """The options of a command and of the sources or filters that are chosen."""
     found = [str(option) for option in OmegaConf.load(CONF / f"{name}.yaml") if option != "defaults"]
     group = GROUPS.get(name, "")

@@ -22,14 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipelines.building import engines
 from data_pipelines.building.merge import write_lines
 from data_pipelines.building.progress import Progress
-from data_pipelines.cli import CONF, check_same, make, run
+from data_pipelines.cli import CONF, check_same, make_component, run_command
 from data_pipelines.errors import BadSample, DataError, common_reason
 from data_pipelines.filters import Drop, Filter
 from data_pipelines.shards.index_file import INDEX, IndexBuilder
 from data_pipelines.shards.manifest import MANIFEST, SHARED, FileInfo, Manifest
 from data_pipelines.shards.partial import Partial
 from data_pipelines.shards.shard_set import ShardSet
-from data_pipelines.shards.stats import Stats, lengths
+from data_pipelines.shards.stats import Stats, measure_lengths
 from data_pipelines.shards.tar_writer import MAX_SHARD_BYTES, SAMPLES_PER_SHARD, ShardWriter
 
 DROPPED = "dropped.jsonl"
@@ -54,25 +54,25 @@ class Verdicts:
     stats: Stats
     dropped: list[dict[str, str]]
 
-    def counts(self) -> dict[str, int]:
+    def count_dropped(self) -> dict[str, int]:
         """Dropped samples by filter and reason."""
         rows = ((r["filter"], common_reason(r["reason"]) if r["filter"] == READ else r["reason"]) for r in self.dropped)
         counts = Counter(f"{name}: {reason}" for name, reason in rows)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def judge(shards: ShardSet, filters: Mapping[str, Filter], *, workers: int | None = 1) -> Verdicts:
+def judge_samples(shards: ShardSet, filters: Mapping[str, Filter], *, workers: int | None = 1) -> Verdicts:
     """Ask `filters` about every sample: measured in parallel, judged in order."""
     kept, stats, dropped = list[int](), Stats(), list[dict[str, str]]()
     chunks = range(-(-len(shards) // CHUNK))
-    results = engines.run(_look, (shards, list(filters.values())), chunks, workers=workers)
+    results = engines.run_jobs(_measure_chunk, (shards, list(filters.values())), chunks, workers=workers)
     with closing(results), Progress(str(shards.folder), len(chunks), "chunks") as progress:
-        for i, looked in enumerate(_samples(engines.in_order(results), progress)):
-            if found := _verdict(filters, shards.key(i), looked):
+        for i, looked in enumerate(_iterate_samples(engines.in_order(results), progress)):
+            if found := _judge_sample(filters, shards.key(i), looked):
                 dropped.append({"key": shards.key(i), "filter": found[0], "reason": found[1]})
             else:
                 kept.append(i)
-                stats.add(looked.lengths)
+                stats.add_lengths(looked.lengths)
     return Verdicts(kept=np.array(kept, dtype=np.int64), stats=stats, dropped=dropped)
 
 
@@ -90,21 +90,21 @@ def write_view(shards: ShardSet, output: Path, verdicts: Verdicts, about: Mappin
     numbers = np.full(len(names), -1)
     numbers[used] = np.arange(len(used))
     index = IndexBuilder()
-    index.extend(shards.index, numbers.tolist(), verdicts.kept)
+    index.add_index(shards.index, numbers.tolist(), verdicts.kept)
     infos: list[FileInfo] = [
         replace(shards.manifest.shards[number], name=names[number], samples=count)
         for number, count in zip(used.tolist(), counts.tolist())
     ]
     with Partial(output, overwrite=overwrite) as hidden:
         try:
-            hidden.clear()
+            hidden.remove_matching()
             write_lines(hidden.path / DROPPED, verdicts.dropped)
-            saved = index.save(hidden.path / INDEX)
+            saved = index.write_file(hidden.path / INDEX)
             stats = verdicts.stats.to_json()
             Manifest(samples=len(index), shards=tuple(infos), index=saved, stats=stats, **about).write(hidden.path)
-            hidden.publish()
+            hidden.publish_folder()
         except BaseException:
-            hidden.remove()
+            hidden.remove_folder()
             raise
 
 
@@ -125,8 +125,8 @@ def write_copy(
         write_lines(writer.partial / DROPPED, verdicts.dropped)
         with Progress(str(output), len(verdicts.kept), "samples") as progress:
             for i in verdicts.kept.tolist():
-                writer.write(*shards.load(i))
-                progress.step(1)
+                writer.write_sample(*shards.load_sample(i))
+                progress.add_records(1)
 
 
 def filter_set(config: DictConfig) -> int:
@@ -134,24 +134,24 @@ def filter_set(config: DictConfig) -> int:
     output, shards = Path(config.output), ShardSet(config.folder)
     nodes: dict[str, dict[str, Any]] = OmegaConf.to_container(config, resolve=True).get("filters", {})  # type: ignore
     filters = {
-        name: make(options, ("data_pipelines.", *config.allow_targets), at=f"filters.{name}.")
+        name: make_component(options, ("data_pipelines.", *config.allow_targets), at=f"filters.{name}.")
         for name, options in nodes.items()
     }
     if not filters:
         raise DataError("filter: none is given; filter=[<name>,...], see --help")
     if any(output.resolve() == folder for folder in _read_from(shards)):
         raise DataError(f"output: {output} is a folder whose shards the result is made of; choose another")
-    arguments = _arguments(config, nodes)
+    arguments = _manifest_arguments(config, nodes)
     if (output / MANIFEST).is_file() and not config.force:
         check_same(output, arguments)
         print(f"{output}: already filtered ({len(ShardSet(output))} samples); force=true filters again")
         return 0
-    verdicts = judge(shards, filters, workers=config.workers)
+    verdicts = judge_samples(shards, filters, workers=config.workers)
     if not len(verdicts.kept):
-        raise DataError(f"{config.folder}: no sample is left: {verdicts.counts()}")
+        raise DataError(f"{config.folder}: no sample is left: {verdicts.count_dropped()}")
     origin = shards.manifest
     about: dict[str, Any] = {name: getattr(origin, name) for name in ("source", "licence", "split", "bad")}
-    about |= {"command": "filter", "build": arguments, "dropped": verdicts.counts()}
+    about |= {"command": "filter", "build": arguments, "dropped": verdicts.count_dropped()}
     if config["copy"]:
         limits = (config.samples_per_shard, config.max_shard_bytes)
         write_copy(shards, output, verdicts, about, config.force, *limits)
@@ -159,7 +159,7 @@ def filter_set(config: DictConfig) -> int:
         write_view(shards, output, verdicts, about, config.force)
     others = f"; the others, in {output / DROPPED}:" if verdicts.dropped else ""
     print(f"{output}: {len(verdicts.kept)} of {len(shards)} samples kept{others}")
-    for reason, count in verdicts.counts().items():
+    for reason, count in verdicts.count_dropped().items():
         print(f"  {count:>8}  {reason}")
     return 0
 
@@ -169,7 +169,7 @@ def _read_from(shards: ShardSet) -> set[Path]:
     return {shards.folder.resolve(), *((shards.folder / info.name).resolve().parent for info in shards.manifest.shards)}
 
 
-def _arguments(config: DictConfig, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _manifest_arguments(config: DictConfig, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the set is made by, named as on the command line."""
     names = [name for name in nodes if (CONF / "filter" / f"{name}.yaml").is_file()]
     arguments: dict[str, Any] = {"folder": str(config.folder), "filter": names}
@@ -186,31 +186,31 @@ def _arguments(config: DictConfig, nodes: Mapping[str, Mapping[str, Any]]) -> di
     return arguments
 
 
-def _look(shared: tuple[ShardSet, list[Filter]], chunk: int) -> list[Looked]:
+def _measure_chunk(shared: tuple[ShardSet, list[Filter]], chunk: int) -> list[Looked]:
     shards, filters = shared
-    return [_measure(shards, filters, i) for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(shards)))]
+    return [_measure_sample(shards, filters, i) for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(shards)))]
 
 
-def _measure(shards: ShardSet, filters: Sequence[Filter], i: int) -> Looked:
+def _measure_sample(shards: ShardSet, filters: Sequence[Filter], i: int) -> Looked:
     try:
-        sample, blobs = shards.load(i)
+        sample, blobs = shards.load_sample(i)
         measured: list[Any] = []
         for one in filters:
             measured.append(one.measure(sample, blobs))
             if isinstance(measured[-1], Drop):
                 break
-        return Looked(measured, lengths(sample, blobs))
+        return Looked(measured, measure_lengths(sample, blobs))
     except BadSample as error:
         return Looked((), error=str(error))
 
 
-def _samples(chunks: Iterator[list[Looked]], progress: Progress) -> Iterator[Looked]:
+def _iterate_samples(chunks: Iterator[list[Looked]], progress: Progress) -> Iterator[Looked]:
     for chunk in chunks:
         yield from chunk
-        progress.step(len(chunk))
+        progress.add_records(len(chunk))
 
 
-def _verdict(filters: Mapping[str, Filter], key: str, looked: Looked) -> tuple[str, str] | None:
+def _judge_sample(filters: Mapping[str, Filter], key: str, looked: Looked) -> tuple[str, str] | None:
     if looked.error:
         return READ, looked.error
     for (name, one), value in zip(filters.items(), looked.measured):
@@ -222,7 +222,7 @@ def _verdict(filters: Mapping[str, Filter], key: str, looked: Looked) -> tuple[s
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    return run(filter_set, "filter", __doc__ or "", argv)
+    return run_command(filter_set, "filter", __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.media.limits import check_media
 from data_pipelines.shards.index_file import INDEX, IndexBuilder
 from data_pipelines.shards.manifest import MANIFEST, FileInfo, Manifest
-from data_pipelines.shards.members import scan, to_sample
-from data_pipelines.shards.stats import Stats, lengths
+from data_pipelines.shards.members import scan_tar, to_sample
+from data_pipelines.shards.stats import Stats, measure_lengths
 
 
 def index_folder(folder: Path, *, source: str = "", licence: str = "", split: str = "") -> Manifest:
@@ -32,15 +32,15 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
     builder, stats, shards = IndexBuilder(), Stats(), list[FileInfo]()
     for number, path in enumerate(paths):
         before = len(builder)
-        for key, members in scan(path):
+        for key, members in scan_tar(path):
             try:
                 sample, blobs = to_sample(key, [(member.name, data) for member, data in members])
                 for item, blob in zip(sample.media, blobs, strict=True):
                     check_media(item, blob)
-                builder.add(number, sample, [member for member, _ in members])
+                builder.add_sample(number, sample, [member for member, _ in members])
             except DataError as error:
                 raise DataError(f"{path}: {error}") from error
-            stats.add(lengths(sample, blobs))
+            stats.add_lengths(measure_lengths(sample, blobs))
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         count = len(builder) - before
@@ -48,7 +48,7 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
     manifest = Manifest(
         samples=len(builder),
         shards=tuple(shards),
-        index=builder.save(folder / INDEX),
+        index=builder.write_file(folder / INDEX),
         source=source,
         licence=licence,
         split=split,
@@ -61,7 +61,7 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    from data_pipelines.cli import run
+    from data_pipelines.cli import run_command
 
     def task(config: Any) -> int:
         folder = Path(config.folder)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes")
         return 0
 
-    return run(task, "index", __doc__ or "", argv)
+    return run_command(task, "index", __doc__ or "", argv)
 
 
 if __name__ == "__main__":

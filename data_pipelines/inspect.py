@@ -13,15 +13,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data_pipelines.cli import run
+from data_pipelines.cli import run_command
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.inspection.html import page, shown, unusable
+from data_pipelines.inspection.html import render_page, sample_fields, unusable_fields
 from data_pipelines.sample import Annotation, Box, Media, MediaItem, Part, Sample, Text
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.shard_set import ShardSet
 
 
-def about(manifest: Manifest) -> str:
+def format_statistics(manifest: Manifest) -> str:
     """The set's statistics for the terminal."""
     lines = [f"{manifest.source or 'source unknown'}, {manifest.licence or 'licence unknown'}, {manifest.bytes} bytes"]
     for name, stat in manifest.stats.items():
@@ -36,24 +36,26 @@ def as_text(sample: Sample, blobs: list[bytes], where: str) -> str:
     """One sample for the terminal."""
     lines = [f"{sample.key}  ({where}; {sample.source}, {sample.licence or 'licence unknown'})"]
     for number, (item, blob) in enumerate(zip(sample.media, blobs, strict=True)):
-        lines.append(f"  media {number}: {item.name}, {item.width} x {item.height}{_length(item)}, {len(blob)} bytes")
+        lines.append(
+            f"  media {number}: {item.name}, {item.width} x {item.height}{_format_length(item)}, {len(blob)} bytes"
+        )
     for number, annotation in enumerate(sample.annotations):
         lines.append(f"  annotation {number}")
-        lines += [f"    {role:<10}{text}" for role, text in _turns(annotation)]
+        lines += [f"    {role:<10}{text}" for role, text in _format_turns(annotation)]
     return "\n".join(lines)
 
 
-def _length(item: MediaItem) -> str:
+def _format_length(item: MediaItem) -> str:
     return f", {item.frames} frames in {item.seconds} s" if item.kind == "video" else ""
 
 
-def _turns(annotation: Annotation) -> list[tuple[str, str]]:
-    turns = [(turn.role, "".join(map(_part, turn.parts))) for turn in annotation.turns]
+def _format_turns(annotation: Annotation) -> list[tuple[str, str]]:
+    turns = [(turn.role, "".join(map(_format_part, turn.parts))) for turn in annotation.turns]
     rejected = annotation.rejected
-    return turns + ([("rejected", "".join(map(_part, rejected.parts)))] if rejected else [])
+    return turns + ([("rejected", "".join(map(_format_part, rejected.parts)))] if rejected else [])
 
 
-def _part(part: Part) -> str:
+def _format_part(part: Part) -> str:
     match part:
         case Text():
             return part.text
@@ -63,7 +65,7 @@ def _part(part: Part) -> str:
             return f"[box {' '.join(f'{value:.3f}' for value in part.xyxy)} of media {part.item}] "
 
 
-def _chosen(shards: ShardSet, config: DictConfig) -> list[int]:
+def _choose_samples(shards: ShardSet, config: DictConfig) -> list[int]:
     """The numbers of the samples to show."""
     if config.key is not None:
         key = str(config.key)
@@ -78,36 +80,36 @@ def _chosen(shards: ShardSet, config: DictConfig) -> list[int]:
     return list(range(config.start, min(config.start + config.n, len(shards))))
 
 
-def inspect(config: DictConfig) -> int:
+def inspect_set(config: DictConfig) -> int:
     """Print samples, and write the page if asked for; returns the exit code."""
     shards = ShardSet(config.folder)
     sections = []
     print(f"{config.folder}: {len(shards)} samples in {len(shards.manifest.shards)} shards")
-    print(about(shards.manifest))
-    for i in _chosen(shards, config):
+    print(format_statistics(shards.manifest))
+    for i in _choose_samples(shards, config):
         try:
-            sample, blobs = shards.load(i)
+            sample, blobs = shards.load_sample(i)
         except BadSample as error:
             print(f"\nunusable: {error}")
-            sections.append(unusable(shards.key(i), shards.shard(i), error))
+            sections.append(unusable_fields(shards.key(i), shards.shard_name(i), error))
             continue
         sample = replace(
             sample,
             source=sample.source or shards.manifest.source,
             licence=sample.licence or shards.manifest.licence,
         )
-        print("\n" + as_text(sample, blobs, shards.shard(i)))
+        print("\n" + as_text(sample, blobs, shards.shard_name(i)))
         if config.html:
-            sections.append(shown(sample, blobs, shards.shard(i)))
+            sections.append(sample_fields(sample, blobs, shards.shard_name(i)))
     if config.html:
-        Path(config.html).write_text(page(str(config.folder), shards.manifest, sections), encoding="utf-8")
+        Path(config.html).write_text(render_page(str(config.folder), shards.manifest, sections), encoding="utf-8")
         print(f"\nwrote {config.html}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    return run(inspect, "inspect", __doc__ or "", argv)
+    return run_command(inspect_set, "inspect", __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from omegaconf import DictConfig
 
 from data_pipelines.building import engines
 from data_pipelines.building.progress import Progress
-from data_pipelines.cli import run
+from data_pipelines.cli import run_command
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media.limits import check_media, check_pixels
 from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
 from data_pipelines.shards.manifest import FileInfo
-from data_pipelines.shards.members import scan
+from data_pipelines.shards.members import scan_tar
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_set import ShardSet
 
@@ -42,20 +42,22 @@ class Problem:
     text: str
 
 
-def problems(folder: Path, *, workers: int | None = 1) -> Iterator[Problem]:
+def find_problems(folder: Path, *, workers: int | None = 1) -> Iterator[Problem]:
     """Everything wrong with the shard set in `folder`."""
     try:
         shards = ShardSet(folder)
     except DataError as error:
         yield Problem("files", str(error))
-        yield from _shards(folder, [FileInfo(name=p.name, bytes=0, sha256="") for p in _tars(folder)], workers)
+        yield from _check_shards(
+            folder, [FileInfo(name=p.name, bytes=0, sha256="") for p in _list_tars(folder)], workers
+        )
         return
-    yield from _shards(folder, shards.manifest.shards, workers)
+    yield from _check_shards(folder, shards.manifest.shards, workers)
     chunks = range(-(-len(shards) // CHUNK))
-    results = engines.run(_check_samples, shards, chunks, workers=workers)
+    results = engines.run_jobs(_check_samples, shards, chunks, workers=workers)
     with closing(results), Progress(f"{folder}: samples", len(chunks), "chunks") as progress:
         for found in engines.in_order(results):
-            progress.step(CHUNK)
+            progress.add_records(CHUNK)
             yield from found
 
 
@@ -124,9 +126,9 @@ def _check_samples(shards: ShardSet, chunk: int) -> list[Problem]:
     found = []
     about = shards.manifest
     for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(shards))):
-        where = f"{shards.folder / shards.shard(i)}, key {shards.key(i)!r}"
+        where = f"{shards.folder / shards.shard_name(i)}, key {shards.key(i)!r}"
         try:
-            sample, blobs = shards.load(i)
+            sample, blobs = shards.load_sample(i)
         except BadSample as error:
             found.append(Problem("unreadable sample", str(error)))
             continue
@@ -137,14 +139,14 @@ def _check_samples(shards: ShardSet, chunk: int) -> list[Problem]:
     return found
 
 
-def _tars(folder: Path) -> list[Path]:
+def _list_tars(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.tar"))
 
 
-def _shards(folder: Path, infos: Sequence[FileInfo], workers: int | None) -> Iterator[Problem]:
+def _check_shards(folder: Path, infos: Sequence[FileInfo], workers: int | None) -> Iterator[Problem]:
     """What is wrong with the tars as such; `sha256` is "" where it is not known."""
     seen: dict[str, Path] = {}
-    results = engines.run(_check_shard, (folder, infos), range(len(infos)), workers=workers)
+    results = engines.run_jobs(_check_shard, (folder, infos), range(len(infos)), workers=workers)
     with closing(results), Progress(f"{folder}: shards", len(infos), "shards") as progress:
         for info, (keys, found) in zip(infos, engines.in_order(results), strict=True):
             path = folder / info.name
@@ -153,7 +155,7 @@ def _shards(folder: Path, infos: Sequence[FileInfo], workers: int | None) -> Ite
                     yield Problem("duplicate key", f"{path}, key {key!r}: duplicate, also in {seen[key]}")
                 seen[key] = path
             yield from found
-            progress.step(len(keys))
+            progress.add_records(len(keys))
 
 
 def _check_shard(shared: tuple[Path, Sequence[FileInfo]], number: int) -> tuple[list[str], list[Problem]]:
@@ -167,18 +169,18 @@ def _check_shard(shared: tuple[Path, Sequence[FileInfo]], number: int) -> tuple[
             if digest != info.sha256:
                 text = f"{path}: sha256 {digest[:12]}, manifest says {info.sha256[:12]}"
                 found.append(Problem("damaged shard", text))
-        keys.extend(key for key, _ in scan(path))
+        keys.extend(key for key, _ in scan_tar(path))
     except (DataError, OSError) as error:
         found.append(Problem("damaged shard", str(error)))
     return keys, found
 
 
-def lint(config: DictConfig) -> int:
+def lint_set(config: DictConfig) -> int:
     """Print the problems and their counts; returns the exit code."""
     if is_remote(str(config.folder)):
         raise DataError(f"folder: {config.folder} is remote; lint reads every byte, so check a set before its upload")
     counts: Counter[str] = Counter()
-    for problem in problems(Path(config.folder), workers=config.workers):
+    for problem in find_problems(Path(config.folder), workers=config.workers):
         counts[problem.kind] += 1
         most = min(config.max_problems, 1) if problem.kind in WARNINGS else config.max_problems
         if counts[problem.kind] <= most:
@@ -194,7 +196,7 @@ def lint(config: DictConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    return run(lint, "lint", __doc__ or "", argv)
+    return run_command(lint_set, "lint", __doc__ or "", argv)
 
 
 if __name__ == "__main__":

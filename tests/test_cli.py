@@ -48,7 +48,7 @@ def dispatched(monkeypatch: pytest.MonkeyPatch, no_assets: None) -> list[DictCon
         seen.append(cfg)
         return {"val/loss": 1.0}
 
-    monkeypatch.setattr(process, "dispatch", dispatch)
+    monkeypatch.setattr(process, "dispatch_mode", dispatch)
     return seen
 
 
@@ -180,7 +180,7 @@ def test_runtime_failures_exit_with_1(
     def fail(_: DictConfig) -> None:
         raise TrainingError("step 3: the loss is not finite.")
 
-    monkeypatch.setattr(process, "dispatch", fail)
+    monkeypatch.setattr(process, "dispatch_mode", fail)
     assert cli.main([STAGE, "mode=show"]) == 1
     assert capsys.readouterr().err == "TrainingError: step 3: the loss is not finite.\n"
 
@@ -280,7 +280,7 @@ def _lightnings_exit() -> None:
     ],
 )
 def test_interruptions_have_their_exit_codes(work: Callable[[], None], code: int, capsys) -> None:
-    assert process.guarded(work) == code
+    assert process.run_guarded(work) == code
     assert capsys.readouterr().err.endswith("The same command resumes.\n")
 
 
@@ -293,7 +293,7 @@ def test_sigterm_is_an_interruption_where_nothing_else_handles_it(capsys: pytest
         finally:
             cleaned.append(1)
 
-    assert process.guarded(work) == 143 and cleaned == [1]
+    assert process.run_guarded(work) == 143 and cleaned == [1]
     assert "SIGTERM. The same command resumes." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -302,14 +302,14 @@ def test_handlers_of_the_caller_stay() -> None:
     seen: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
-        assert process.guarded(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0 and seen == [signal.SIGTERM]
+        assert process.run_guarded(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0 and seen == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def test_other_exits_are_left_alone() -> None:
     with pytest.raises(SystemExit) as caught:
-        process.guarded(lambda: sys.exit(3))
+        process.run_guarded(lambda: sys.exit(3))
     assert caught.value.code == 3
 
 
@@ -319,9 +319,9 @@ def test_trouble_with_data_and_disk_is_one_line(no_assets: None, capsys: pytest.
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and "taken" in text and "VLM_TRAIN_TRACEBACK=1" in text
     full = OSError(errno.ENOSPC, "No space left on device", "runs/x")
-    assert process.guarded(lambda: _raise(full)) == 1
+    assert process.run_guarded(lambda: _raise(full)) == 1
     assert capsys.readouterr().err.startswith("OSError: runs/x: No space left on device.")
-    assert process.guarded(lambda: _raise(DataError("data/x: shard 3 is cut off"))) == 1
+    assert process.run_guarded(lambda: _raise(DataError("data/x: shard 3 is cut off"))) == 1
     assert capsys.readouterr().err == "DataError: data/x: shard 3 is cut off\n"
 
 
@@ -331,10 +331,10 @@ def test_error_of_a_loader_worker_is_shown_without_its_traceback(capsys: pytest.
         '  File "/x/worker.py", line 1, in _worker_loop\n    data = fetcher.fetch(index)\n'
         "vlm_train.errors.BatchError: 3 placeholders, 4 features\nin shard 7\n"
     )
-    assert process.guarded(lambda: _raise(BatchError(trace))) == 1
+    assert process.run_guarded(lambda: _raise(BatchError(trace))) == 1
     assert capsys.readouterr().err == "BatchError: 3 placeholders, 4 features\nin shard 7\n"
     config_trace = trace.replace("BatchError", "ConfigError")
-    assert process.guarded(lambda: _raise(ConfigError(config_trace))) == 2
+    assert process.run_guarded(lambda: _raise(ConfigError(config_trace))) == 2
     assert capsys.readouterr().err.startswith("ConfigError: 3 placeholders")
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from tests.support import small_run
 from vlm_train.build import build_evaluators
-from vlm_train.check.check import check
-from vlm_train.config.compose import compose
+from vlm_train.check.check import check_config
+from vlm_train.config.compose import compose_config
 from vlm_train.config.schema import Root
 from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.dryrun.report import dry_run
@@ -37,7 +37,7 @@ def test_metrics_are_those_of_evaluators(page: Path) -> None:
     """`<evaluator>/<metric>`: what is called like a metric, or stands below an evaluator's name, is one of its own."""
     known: set[str] = set()
     for option in (ROOT / "conf" / "eval").glob("*.yaml"):
-        known |= validation_metrics(build_evaluators(compose([f"eval={option.stem}"]))).keys()
+        known |= validation_metrics(build_evaluators(compose_config([f"eval={option.stem}"]))).keys()
     evaluators, metrics = ({name.split("/")[side] for name in known} for side in (0, 1))
     named = re.findall(r"`(\w+)/(\w+)`", page.read_text(encoding="utf-8"))
     found = [f"{one}/{two}" for one, two in named if one in evaluators or two in {*metrics, "accuracy"}]
@@ -106,7 +106,7 @@ def test_commands_of_the_scale_page_are_valid() -> None:
     problems = []
     for words in commands:
         try:
-            check(compose(words[3:]), need_assets=False)
+            check_config(compose_config(words[3:]), need_assets=False)
         except ConfigError as error:
             problems.append(f"{error}\n")
     assert problems == refused
@@ -116,7 +116,7 @@ def test_dry_run_of_the_scale_page(capsys: pytest.CaptureFixture[str]) -> None:
     """The shown lines are printed, in this order; `...` stands for others."""
     (command,) = [block for block in blocks(SCALE, "bash") if "target.gpus" in block]
     (shown,) = [block for block in blocks(SCALE, "text") if "Cheapest that fits" in block]
-    dry_run(compose(shlex.split(command)[3:]))
+    dry_run(compose_config(shlex.split(command)[3:]))
     said = capsys.readouterr().out
     for part in filter(None, re.split(r"^\.\.\.\n", shown, flags=re.MULTILINE)):
         _, found, said = said.partition(part)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.support.small_run import command, make_data, train
 from vlm_train import cli, loggers
-from vlm_train.config.compose import compose, tiny
+from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.run_file import save_config
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.run import labels_of, require_own_weights
@@ -68,7 +68,7 @@ def test_every_number_has_one_place(trained: Path, tmp_path: Path) -> None:
     """Another way of evaluating stands beside the run's own results; the same way again replaces what it found."""
     run = copy_of(trained, tmp_path)
     cfg = OmegaConf.load(run / "config.yaml")
-    cfg.eval = compose(["recipe=easyvqa_stage2", "eval=easyvqa"]).eval
+    cfg.eval = compose_config(["recipe=easyvqa_stage2", "eval=easyvqa"]).eval
     OmegaConf.save(cfg, run / "config.yaml")  # as if it had been trained with eval=easyvqa
     old = [{"name": "this run", "value": 0.5, "n": 4, "note": "from training", "eval": "answers"}]
     before = record(run)
@@ -115,7 +115,7 @@ def test_nothing_exchanges_the_weights_of_a_run(
 
 
 def test_weights_and_folders_may_have_moved(tmp_path: Path) -> None:
-    own = tiny("recipe=llava15_stage2", "run_name=own", f"paths.runs={tmp_path}")
+    own = compose_tiny("recipe=llava15_stage2", "run_name=own", f"paths.runs={tmp_path}")
     own.vision.weights = "here"
     save_config(own, tmp_path / "own" / "config.yaml")
     now = own.copy()
@@ -127,7 +127,7 @@ def test_weights_and_folders_may_have_moved(tmp_path: Path) -> None:
 
 
 def test_another_tokenizer_is_another_evaluation(tmp_path: Path) -> None:
-    own = tiny("recipe=easyvqa_stage2", "run_name=own", "eval=easyvqa", f"paths.runs={tmp_path}")
+    own = compose_tiny("recipe=easyvqa_stage2", "run_name=own", "eval=easyvqa", f"paths.runs={tmp_path}")
     save_config(own, tmp_path / "own" / "config.yaml")
     folder = tmp_path / "own"
     copy = {"_target_": "vlm_train.data.text.tokenizer.pretrained", "name": str(folder / "tokenizer")}
@@ -143,7 +143,7 @@ def test_another_tokenizer_is_another_evaluation(tmp_path: Path) -> None:
 
 
 def test_a_metric_is_added_to_an_evaluation(tmp_path: Path) -> None:
-    own = tiny("recipe=easyvqa_stage2", "run_name=own", "eval=none", f"paths.runs={tmp_path}")
+    own = compose_tiny("recipe=easyvqa_stage2", "run_name=own", "eval=none", f"paths.runs={tmp_path}")
     save_config(own, tmp_path / "own" / "config.yaml")
     cfg, _ = from_run([f"run={tmp_path / 'own'}", "eval=easyvqa", "+metric@eval.answers.metrics.cer=cer"], [])
     assert list(cfg.eval.answers.metrics) == ["exact_match", "cer"]

@@ -6,7 +6,7 @@ from vlm_train.runs import torchrun
 
 def main() -> None:
     """Run one command line and end the process with its exit code."""
-    torchrun.leave(cli.main)
+    torchrun.run_and_exit(cli.main)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.data.processor import Processor
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.models.adapters.lora import hits
+from vlm_train.models.adapters.lora import describe_adapters
 from vlm_train.models.layers.inserted_blocks import check_ownership
-from vlm_train.models.libraries import quiet
+from vlm_train.models.libraries import silence_libraries
 from vlm_train.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Built:
     processor: Processor
 
 
-def make(group: str, node: DictConfig, **given: Any) -> Any:
+def instantiate_part(group: str, node: DictConfig, **given: Any) -> Any:
     """Call a node's `_target_` with its options and what `GIVEN` says that components of its group are given: live
     objects, which Hydra must not copy into a configuration."""
     assert given.keys() <= GIVEN.get(group, frozenset()), (group, sorted(given))
@@ -56,20 +56,22 @@ def make(group: str, node: DictConfig, **given: Any) -> Any:
 
 def make_each(group: str, nodes: DictConfig | None, **given: Any) -> dict[str, Any]:
     """Name -> component of a group of named ones; a null entry removes one."""
-    return {str(name): make(group, node, **given) for name, node in (nodes or {}).items() if node is not None}
+    return {
+        str(name): instantiate_part(group, node, **given) for name, node in (nodes or {}).items() if node is not None
+    }
 
 
-def build(cfg: DictConfig, *, meta: bool = False) -> Built:
+def build_assembly(cfg: DictConfig, *, meta: bool = False) -> Built:
     """Build everything a run needs but its data; with `meta` the model has shapes, but no weights."""
-    quiet()
+    silence_libraries()
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, which writes bars into log files
     tokenizer = build_tokenizer(cfg)
-    template = make("template", cfg.template)
-    template.check(tokenizer)
+    template = instantiate_part("template", cfg.template)
+    template.check_tokenizer(tokenizer)
     model = build_model(cfg, tokenizer, meta=meta)
-    if rank() == 0:
-        for line in hits(model):
+    if process_rank() == 0:
+        for line in describe_adapters(model):
             print(line, flush=True)
     return Built(cfg, model, build_processor(cfg, model, tokenizer, template))
 
@@ -82,7 +84,7 @@ def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: An
         template=template,
         layout=build_layout(model, images),
         images=images,
-        instruction=None if cfg.instruction is None else make("instruction", cfg.instruction),
+        instruction=None if cfg.instruction is None else instantiate_part("instruction", cfg.instruction),
         streams=dict(model.streams),
         max_length=cfg.data.get("max_length"),
     )
@@ -102,7 +104,7 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
         for name in sorted(wanted, key="connector".__eq__):  # it is given the widths of the others
             parts[name] = _build_part(name, parts, cfg, tokenizer, meta)
         torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
-        model = make("model", cfg.model, **parts)
+        model = instantiate_part("model", cfg.model, **parts)
         if not isinstance(model, Family):
             raise ConfigError(f"model: {cfg.model._target_} is no family: it does not inherit from {FAMILY}.")
         check_ownership(model)
@@ -110,13 +112,13 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
             model.load_weights()
         if cfg.peft is not None:
             torch.manual_seed(derive_seed(cfg.seed, "init", "peft"))
-            make("peft", cfg.peft, model=model)
+            instantiate_part("peft", cfg.peft, model=model)
     return model
 
 
 def build_on_meta(cfg: DictConfig) -> Family | None:
     """The model to look at before any weight is read; None, and a sentence, where its own code needs values."""
-    quiet()
+    silence_libraries()
     try:
         with torch.random.fork_rng(devices=[]):
             return build_model(cfg, build_tokenizer(cfg), meta=True)
@@ -132,7 +134,7 @@ def _build_part(name: str, parts: dict[str, Any], cfg: DictConfig, tokenizer: An
 
     def build_one(node: DictConfig, *address: str) -> nn.Module:
         torch.manual_seed(derive_seed(cfg.seed, "init", *address))
-        part = make(name, node, **_give(name, address[1:], node, parts, tokenizer))
+        part = instantiate_part(name, node, **_give(name, address[1:], node, parts, tokenizer))
         if not meta and getattr(part, "weights", None):
             part.load_weights()
         return cast(nn.Module, part)
@@ -207,7 +209,9 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
         raise ConfigError(f"image: {node._target_} makes {makes}, but the vision encoder takes {takes}")
     given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
     given["patch_size"] = getattr(vision, "patch_size", None)
-    return cast(ImagePlan, make("image", node, **{name: value for name, value in given.items() if name in wanted}))
+    return cast(
+        ImagePlan, instantiate_part("image", node, **{name: value for name, value in given.items() if name in wanted})
+    )
 
 
 def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
@@ -232,12 +236,12 @@ def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
 
 def build_tokenizer(cfg: DictConfig) -> Any:
     """The tokenizer of the language model's text."""
-    return make("tokenizer", cfg.tokenizer)
+    return instantiate_part("tokenizer", cfg.tokenizer)
 
 
 def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
     """The data module; it plans nothing yet."""
-    return cast("VLMData", make("data", cfg.data, processor=processor, batch=cfg.batch, seed=cfg.seed))
+    return cast("VLMData", instantiate_part("data", cfg.data, processor=processor, batch=cfg.batch, seed=cfg.seed))
 
 
 def build_objectives(cfg: DictConfig) -> dict[str, Objective]:
@@ -273,12 +277,12 @@ def build_importers(cfg: DictConfig) -> dict[str, Importer]:
 
 def build_optimizer(cfg: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer of parameter groups, each a dictionary as torch takes it."""
-    return cast(torch.optim.Optimizer, make("optim", cfg.optim, params=groups))
+    return cast(torch.optim.Optimizer, instantiate_part("optim", cfg.optim, params=groups))
 
 
 def build_lr_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, *, total_steps: int) -> Any:
     """The learning rate schedule of an optimizer over a run of `total_steps`."""
-    return make("lr_schedule", cfg.lr_schedule, optimizer=optimizer, total_steps=total_steps)
+    return instantiate_part("lr_schedule", cfg.lr_schedule, optimizer=optimizer, total_steps=total_steps)
 
 
 def build_callbacks(cfg: DictConfig) -> list[Any]:
@@ -293,4 +297,4 @@ def build_loggers(cfg: DictConfig, folder: Path) -> list[Any]:
 
 def build_strategy(node: DictConfig) -> Any:
     """The strategy of a node that `vlm_train.training.trainer.make_strategy` has completed."""
-    return make("strategy", node)
+    return instantiate_part("strategy", node)

@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 from vlm_train.config.compose import run_hydra
 from vlm_train.errors import ConfigError
 from vlm_train.runs import process
-from vlm_train.runs.process import guarded, report_error
+from vlm_train.runs.process import report_error, run_guarded
 from vlm_train.runs.single import run
 
 """Where a run keeps its tokenizer."""
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problems := _refused_flags(args):
         return report_error(error := ConfigError(problems), error)
     if _is_single(args):
-        return guarded(lambda: run(args.overrides, dirs), args.overrides, dirs)
+        return run_guarded(lambda: run(args.overrides, dirs), args.overrides, dirs)
     if _is_sweep(args):
-        return guarded(lambda: _sweep(argv, args.overrides), args.overrides, dirs)
-    return guarded(lambda: run_hydra(argv, process.dispatch), args.overrides, dirs)
+        return run_guarded(lambda: _run_sweep(argv, args.overrides), args.overrides, dirs)
+    return run_guarded(lambda: run_hydra(argv, process.dispatch_mode), args.overrides, dirs)
 
 
 def _refused_flags(args: argparse.Namespace) -> list[str]:
@@ -59,7 +59,7 @@ def _is_sweep(args: argparse.Namespace) -> bool:
     return not asks and (args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
 
 
-def _sweep(argv: Sequence[str], overrides: Sequence[str]) -> None:
-    from vlm_train.runs.sweep.command import sweep
+def _run_sweep(argv: Sequence[str], overrides: Sequence[str]) -> None:
+    from vlm_train.runs.sweep.command import run_sweep
 
-    sweep(argv, overrides)
+    run_sweep(argv, overrides)

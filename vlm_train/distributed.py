@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 
-def rank() -> int:
+def process_rank() -> int:
     """This process's global rank as torchrun or srun set it; 0 without either."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 

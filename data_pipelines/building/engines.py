@@ -23,12 +23,12 @@ R = TypeVar("R")
 Results: TypeAlias = Generator[tuple[J, R], None, None]
 
 
-def cores() -> int:
+def count_cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(
+def run_jobs(
     work: Callable[[S, J], R], shared: S, jobs: Sequence[J], *, workers: int | None = None, engine: str = "local"
 ) -> Results[J, R]:
     """`(job, work(shared, job))` for every job, in the order in which they finish.
@@ -41,9 +41,9 @@ def run(
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise DataError(f"workers: got {workers!r}; allowed: 1 or more, or null for one per core")
     if engine == "ray":
-        return _ray(work, shared, jobs, workers)
-    workers = min(workers or cores(), len(jobs))
-    return _processes(work, shared, jobs, workers) if workers > 1 else ((job, work(shared, job)) for job in jobs)
+        return _run_in_ray(work, shared, jobs, workers)
+    workers = min(workers or count_cores(), len(jobs))
+    return _run_in_processes(work, shared, jobs, workers) if workers > 1 else ((job, work(shared, job)) for job in jobs)
 
 
 def in_order(results: Iterable[tuple[int, R]]) -> Iterator[R]:
@@ -57,20 +57,20 @@ def in_order(results: Iterable[tuple[int, R]]) -> Iterator[R]:
             number += 1
 
 
-def _processes(work: Callable[[S, J], R], shared: S, jobs: Sequence[J], workers: int) -> Results[J, R]:
+def _run_in_processes(work: Callable[[S, J], R], shared: S, jobs: Sequence[J], workers: int) -> Results[J, R]:
     # Spawned: a fork copies threads' locks, and every open file with its locks, which a worker left over would hold.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(work, shared))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work, shared))
     left, running = iter(jobs), dict[Future[Any], J]()
     try:
         for job in islice(left, 2 * workers):
-            running[_submit(pool, job)] = job
+            running[_submit_job(pool, job)] = job
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
                 for job in islice(left, 1):
-                    running[_submit(pool, job)] = job
+                    running[_submit_job(pool, job)] = job
         pool.shutdown()
     except BrokenProcessPool as error:
         raise DataError("a worker process died, perhaps for want of memory; fewer workers= need less") from error
@@ -81,7 +81,7 @@ def _processes(work: Callable[[S, J], R], shared: S, jobs: Sequence[J], workers:
             child.join()
 
 
-def _submit(pool: ProcessPoolExecutor, job: Any) -> Future[Any]:
+def _submit_job(pool: ProcessPoolExecutor, job: Any) -> Future[Any]:
     try:
         return pool.submit(_work_on, job)
     except (PicklingError, TypeError, AttributeError) as error:
@@ -91,7 +91,7 @@ def _submit(pool: ProcessPoolExecutor, job: Any) -> Future[Any]:
 _worker: tuple[Callable[[Any, Any], Any], Any]  # of a worker process
 
 
-def _start(work: Callable[[Any, Any], Any], shared: Any) -> None:
+def _start_worker(work: Callable[[Any, Any], Any], shared: Any) -> None:
     global _worker
     _worker = (work, shared)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
@@ -111,7 +111,7 @@ def _work_on(job: Any) -> Any:
     return work(shared, job)
 
 
-def _ray(work: Callable[[S, J], R], shared: S, jobs: Sequence[J], workers: int | None) -> Results[J, R]:
+def _run_in_ray(work: Callable[[S, J], R], shared: S, jobs: Sequence[J], workers: int | None) -> Results[J, R]:
     try:
         import ray
     except ImportError as error:

@@ -23,7 +23,7 @@ QUARANTINE = "quarantine.jsonl"
 MAX_KINDS = 50  # of bad records, that the manifest tells apart
 
 
-def duplicates(folder: Path, parts: int) -> dict[int, frozenset[str]]:
+def find_duplicates(folder: Path, parts: int) -> dict[int, frozenset[str]]:
     """By part number, the keys that an earlier part has."""
     seen: set[str] = set()
     found = {}
@@ -35,22 +35,22 @@ def duplicates(folder: Path, parts: int) -> dict[int, frozenset[str]]:
     return found
 
 
-def merge(folder: Path, parts: Sequence[Part], about: Mapping[str, Any]) -> Manifest:
+def merge_parts(folder: Path, parts: Sequence[Part], about: Mapping[str, Any]) -> Manifest:
     """Make the set of all `parts` in `folder`; `about` are further fields of its manifest."""
     index, stats, shards = IndexBuilder(), Stats(), list[FileInfo]()
     for number, part in enumerate(parts):
         own = part_folder(folder, number)
         names = range(len(shards), len(shards) + len(part.shards))
-        index.extend(Index.load(own / INDEX), names)
-        stats.merge(part.stats)
-        shards += [_move(own, folder / shard_name(n), info) for n, info in zip(names, part.shards, strict=True)]
+        index.add_index(Index.load(own / INDEX), names)
+        stats.merge_state(part.stats)
+        shards += [_move_tar(own, folder / shard_name(n), info) for n, info in zip(names, part.shards, strict=True)]
     rows = bad_rows(dict(enumerate(parts)))
     if rows:
         write_lines(folder / QUARANTINE, rows)
     manifest = Manifest(
         samples=len(index),
         shards=tuple(shards),
-        index=index.save(folder / INDEX),
+        index=index.write_file(folder / INDEX),
         stats=stats.to_json(),
         bad=count_kinds(row["reason"] for row in rows),
         **about,
@@ -78,7 +78,7 @@ def count_kinds(reasons: Iterable[str]) -> dict[str, int]:
     return dict(ordered[:MAX_KINDS]) | ({"other": rest} if rest else {})
 
 
-def _move(own: Path, target: Path, info: FileInfo) -> FileInfo:
+def _move_tar(own: Path, target: Path, info: FileInfo) -> FileInfo:
     if (own / info.name).exists():
         (own / info.name).rename(target)
     elif not target.is_file():

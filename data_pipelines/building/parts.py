@@ -78,9 +78,9 @@ def write_part(writer: PartWriter, number: int) -> Part:
     shutil.rmtree(working, ignore_errors=True)
     try:
         working.mkdir()
-        part = _write(writer, number, working)
+        part = _write_part(writer, number, working)
         if len(part.bad) <= writer.max_bad:
-            _keep(working, target, replace=number in writer.refused)
+            _keep_folder(working, target, replace=number in writer.refused)
         return part
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -90,7 +90,7 @@ def write_part(writer: PartWriter, number: int) -> Part:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _write(writer: PartWriter, number: int, working: Path) -> Part:
+def _write_part(writer: PartWriter, number: int, working: Path) -> Part:
     shards = Shards(working, samples_per_shard=writer.samples_per_shard, max_bytes=writer.max_shard_bytes)
     refused = writer.refused.get(number, frozenset())
     bad: list[tuple[int, str]] = []
@@ -102,17 +102,17 @@ def _write(writer: PartWriter, number: int, working: Path) -> Part:
                 sample, blobs = record
                 if sample.key in refused:
                     raise BadSample(f"sample {sample.key!r}: duplicate key, also in an earlier part")
-                shards.write(sample, blobs)
+                shards.write_sample(sample, blobs)
             except BadSample as error:
                 bad.append((i, str(error)))
                 if len(bad) > writer.max_bad:
                     break
-        infos = shards.close()
+        infos = shards.close_last_tar()
     except BaseException:
-        shards.abandon()
+        shards.close_unfinished()
         raise
-    shards.index.save(working / INDEX)
-    part = Part(samples=len(shards.index), shards=infos, stats=shards.stats.state(), bad=tuple(bad))
+    shards.index.write_file(working / INDEX)
+    part = Part(samples=len(shards.index), shards=infos, stats=shards.stats.export_state(), bad=tuple(bad))
     with open(working / PART, "w", encoding="utf-8") as file:
         json.dump(asdict(part), file)
         file.flush()
@@ -120,7 +120,7 @@ def _write(writer: PartWriter, number: int, working: Path) -> Part:
     return part
 
 
-def _keep(working: Path, target: Path, *, replace: bool) -> None:
+def _keep_folder(working: Path, target: Path, *, replace: bool) -> None:
     if replace:
         shutil.rmtree(target, ignore_errors=True)
     try:

@@ -25,7 +25,7 @@ class Progress:
         self._bar = Bar(*columns, *more, console=Console(stderr=True)) if sys.stderr.isatty() else None
         self._task = self._bar.add_task(name, total=total, rate=0.0) if self._bar else None
 
-    def step(self, records: int) -> None:
+    def add_records(self, records: int) -> None:
         """One more step is done."""
         self._steps, self._records = self._steps + 1, self._records + records
         now = time.monotonic()

@@ -39,7 +39,7 @@ def check_range(name: str, low: float | None, high: float | None) -> None:
         raise DataError(f"{name}: the minimum {low} is above the maximum {high}")
 
 
-def outside(name: str, value: float, low: float | None, high: float | None) -> Drop | None:
+def drop_outside(name: str, value: float, low: float | None, high: float | None) -> Drop | None:
     """The reason to drop a `value` that lies outside the bounds."""
     if low is not None and value < low:
         return Drop(f"{name} below {low}")

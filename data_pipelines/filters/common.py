@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.filters import Drop, Filter, check_range, outside, text_of
+from data_pipelines.filters import Drop, Filter, check_range, drop_outside, text_of
 from data_pipelines.inputs.files import open_parquet, parquet_rows
 from data_pipelines.inputs.records import JsonLines
 from data_pipelines.sample import ROLES, Sample
@@ -87,14 +87,14 @@ class Scores(Filter):
                 if self.keep_missing:
                     continue
                 return Drop(f"no {name}")
-            if reason := outside(name, value, low, high):
+            if reason := drop_outside(name, value, low, high):
                 return reason
         return None
 
 
 def read_scores(path: Path, columns: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`{key: {column: number}}` of a .parquet or .jsonl. Raises `DataError` for other files and missing columns."""
-    rows = _parquet(path, columns) if path.suffix == ".parquet" else _json_lines(path)
+    rows = _read_parquet(path, columns) if path.suffix == ".parquet" else _json_lines(path)
     table: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get(KEY), str):
@@ -105,7 +105,7 @@ def read_scores(path: Path, columns: Sequence[str]) -> dict[str, dict[str, Any]]
     return table
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     found = open_parquet(path).schema_arrow.names
     missing = [name for name in (KEY, *columns) if name not in found]
     if missing:
@@ -119,4 +119,4 @@ def _json_lines(path: Path) -> Iterator[Any]:
         try:
             yield records[i]
         except BadSample as error:
-            raise DataError(f"{path}, line {records.line(i)}: {error}") from error
+            raise DataError(f"{path}, line {records.line_number(i)}: {error}") from error

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from PIL import Image
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.filters import Drop, Filter, check_range, outside
-from data_pipelines.inputs.files import needs
+from data_pipelines.filters import Drop, Filter, check_range, drop_outside
+from data_pipelines.inputs.files import require_module
 from data_pipelines.media.limits import FORMATS, check_pixels
 from data_pipelines.sample import Sample
 
@@ -27,8 +27,8 @@ class ImageSize(Filter):
         """Sizes are known from the headers."""
         for item in sample.media:
             short, long = sorted((item.width, item.height))
-            reason = outside("shorter side", short, self.min_side, None)
-            if reason := reason or outside("longer side", long, None, self.max_side):
+            reason = drop_outside("shorter side", short, self.min_side, None)
+            if reason := reason or drop_outside("longer side", long, None, self.max_side):
                 return reason
         return None
 
@@ -45,7 +45,7 @@ class AspectRatio(Filter):
         """Sizes are known from the headers."""
         for item in sample.media:
             ratio = max(item.width, item.height) / min(item.width, item.height)
-            if reason := outside("aspect ratio", ratio, None, self.max_ratio):
+            if reason := drop_outside("aspect ratio", ratio, None, self.max_ratio):
                 return reason
         return None
 
@@ -79,7 +79,7 @@ class SimilarImages(Filter):
         edges = [BITS * band // (max_distance + 1) for band in range(max_distance + 2)]
         self._bands = list(zip(edges, edges[1:]))
         self._seen: dict[tuple[int, int], list[int]] = {}
-        needs("imagehash")
+        require_module("imagehash")
 
     def measure(self, sample: Sample, blobs: Sequence[bytes]) -> list[int]:
         """The hash of every picture."""
@@ -88,7 +88,7 @@ class SimilarImages(Filter):
             if item.kind == "image":
                 check_pixels(blob)
                 with Image.open(io.BytesIO(blob), formats=tuple(FORMATS)) as image:
-                    hashes.append(int(str(needs("imagehash").phash(image.convert("RGB"))), 16))
+                    hashes.append(int(str(require_module("imagehash").phash(image.convert("RGB"))), 16))
         return hashes
 
     def verdict(self, key: str, measured: list[int]) -> Drop | None:
@@ -96,14 +96,14 @@ class SimilarImages(Filter):
         if measured and all(self._is_seen(value) for value in measured):
             return Drop("pictures look like those of an earlier sample")
         for value in measured:
-            for band in self._parts(value):
+            for band in self._split_hash(value):
                 self._seen.setdefault(band, []).append(value)
         return None
 
     def _is_seen(self, value: int) -> bool:
-        candidates = (other for band in self._parts(value) for other in self._seen.get(band, ()))
+        candidates = (other for band in self._split_hash(value) for other in self._seen.get(band, ()))
         return any((value ^ other).bit_count() <= self.max_distance for other in candidates)
 
-    def _parts(self, value: int) -> list[tuple[int, int]]:
+    def _split_hash(self, value: int) -> list[tuple[int, int]]:
         """Two hashes that differ in at most `max_distance` bits agree in at least one of these."""
         return [(low, value >> low & (1 << high - low) - 1) for low, high in self._bands]

@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.filters import Drop, Filter, check_range, check_roles, outside, text_of
-from data_pipelines.inputs.files import needs
+from data_pipelines.filters import Drop, Filter, check_range, check_roles, drop_outside, text_of
+from data_pipelines.inputs.files import require_module
 from data_pipelines.sample import Sample
 
 SHINGLE = 3  # words
@@ -32,7 +32,7 @@ class TextLength(Filter):
         """Every annotation counts alone."""
         for annotation in sample.annotations:
             chars = sum(len(turn.text.strip()) for turn in annotation.turns if turn.role in self.roles)
-            if reason := outside("characters", chars, self.min_chars, self.max_chars):
+            if reason := drop_outside("characters", chars, self.min_chars, self.max_chars):
                 return reason
         return None
 
@@ -51,7 +51,7 @@ class Language(Filter):
         min_probability: float = 0.0,
         roles: Sequence[str] = ("user", "assistant"),
     ) -> None:
-        known = sorted(_identifier().labels)
+        known = sorted(_load_identifier().labels)
         if not allowed or set(allowed) - set(known):
             raise DataError(f"language: allowed={list(allowed)}; known: {', '.join(known)}")
         self.allowed, self.min_chars, self.roles = frozenset(allowed), min_chars, check_roles(roles)
@@ -62,7 +62,7 @@ class Language(Filter):
         text = text_of(sample, self.roles)
         if len(text) < self.min_chars:
             return None
-        language, probability = _identifier().classify(text)
+        language, probability = _load_identifier().classify(text)
         if language not in self.allowed:
             return Drop(f"language {language}")
         return Drop("language uncertain") if probability < self.min_probability else None
@@ -81,7 +81,7 @@ class SimilarTexts(Filter):
         if not 0 < threshold <= 1 or permutations < 2:
             raise DataError(f"similar_texts: threshold {threshold} (0 to 1), permutations {permutations} (2 or more)")
         self.threshold, self.permutations, self.roles = threshold, permutations, check_roles(roles)
-        self._near = needs("datasketch").MinHashLSH(threshold=threshold, num_perm=permutations)
+        self._near = require_module("datasketch").MinHashLSH(threshold=threshold, num_perm=permutations)
         self._seen: dict[str, Any] = {}
 
     def measure(self, sample: Sample, blobs: Sequence[bytes]) -> Any:
@@ -90,9 +90,9 @@ class SimilarTexts(Filter):
         if not words:
             return None
         runs = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-        found = needs("datasketch").MinHash(num_perm=self.permutations)
+        found = require_module("datasketch").MinHash(num_perm=self.permutations)
         found.update_batch([run.encode() for run in sorted(runs)])
-        return needs("datasketch").LeanMinHash(found)
+        return require_module("datasketch").LeanMinHash(found)
 
     def verdict(self, key: str, measured: Any) -> Drop | None:
         """Remembers the texts of kept samples."""
@@ -106,6 +106,6 @@ class SimilarTexts(Filter):
 
 
 @cache
-def _identifier() -> Any:
-    langid = needs("py3langid.langid")
+def _load_identifier() -> Any:
+    langid = require_module("py3langid.langid")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)

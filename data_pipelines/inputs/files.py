@@ -103,7 +103,7 @@ def find_files(folder: str | Path, *suffixes: str) -> list[Path]:
 
 def open_parquet(path: Path) -> Any:
     """The `pyarrow.parquet.ParquetFile` of `path`. Raises `DataError`."""
-    parquet = needs("pyarrow.parquet")
+    parquet = require_module("pyarrow.parquet")
     try:
         return parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def parquet_rows(
         raise DataError(f"{path}: damaged: {error}") from error
 
 
-def needs(module: str) -> Any:
+def require_module(module: str) -> Any:
     """Import a module of a package of the `data` extra. Raises `DataError` that says how to install it."""
     try:
         return importlib.import_module(module)

@@ -46,7 +46,7 @@ class JsonLines(Records):
         self._lines, self._starts, self._ends = array("q"), array("q"), array("q")
         try:
             with open(path, "rb") as file:
-                for line, start, end in _lines(file.readline):
+                for line, start, end in _find_lines(file.readline):
                     self._lines.append(line)
                     self._starts.append(start)
                     self._ends.append(end)
@@ -56,7 +56,7 @@ class JsonLines(Records):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def line(self, i: int) -> int:
+    def line_number(self, i: int) -> int:
         """The line number of value i, from 1."""
         return self._lines[i]
 
@@ -94,7 +94,7 @@ class ParquetRows(Records):
         return self._held[1][i - (self._ends[group - 1] if group else 0)]
 
 
-def _lines(readline: Callable[[int], bytes]) -> Iterator[tuple[int, int, int]]:
+def _find_lines(readline: Callable[[int], bytes]) -> Iterator[tuple[int, int, int]]:
     """Number, first byte and end of every line that is not blank; a long line is never in memory as a whole."""
     number, start, position, blank = 1, 0, 0, True
     while piece := readline(_PIECE):
@@ -134,7 +134,7 @@ def read_records(path: str | Path, option: str = "file") -> Sequence[Any]:
     return READERS[path.suffix](path, option)
 
 
-def place(records: Sequence[Any], i: int) -> str:
+def describe_record(records: Sequence[Any], i: int) -> str:
     """What messages call record i: by its own id where it has one, by its line in JSON Lines."""
     try:
         record = records[i]
@@ -142,4 +142,4 @@ def place(records: Sequence[Any], i: int) -> str:
         record = None
     if isinstance(record, dict) and "id" in record:
         return f"record {record['id']!r}"
-    return f"line {records.line(i)}" if isinstance(records, JsonLines) else f"record {i}"
+    return f"line {records.line_number(i)}" if isinstance(records, JsonLines) else f"record {i}"

@@ -14,7 +14,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.media.limits import FORMATS, check_pixels
 from data_pipelines.sample import Box, Media, MediaItem, Part, Sample, Text, Turn
 from data_pipelines.shards.manifest import Manifest
-from data_pipelines.shards.members import extension
+from data_pipelines.shards.members import member_extension
 
 COLOURS = ("#e6194b", "#1d7fe0", "#2e9e44", "#b8860b", "#8e44ad", "#d35400", "#16a085", "#7f4f24")
 SHOWN = {"chars": "characters", "turns": "turns", "media": "media items", "width": "width", "height": "height"}
@@ -77,7 +77,7 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="v
 """
 
 
-def page(title: str, manifest: Manifest, samples: Sequence[dict[str, Any]]) -> str:
+def render_page(title: str, manifest: Manifest, samples: Sequence[dict[str, Any]]) -> str:
     """The page of a set: its statistics, then the samples as `shown` and `unusable` give them."""
     about = [manifest.source or "source unknown", manifest.licence or "licence unknown", manifest.split]
     megabytes = f"{manifest.bytes / 1e6:,.1f} MB"
@@ -97,32 +97,38 @@ def page(title: str, manifest: Manifest, samples: Sequence[dict[str, Any]]) -> s
             style=STYLE,
             about=[word for word in (*about, "a view" if manifest.is_view else "") if word],
             tiles=tiles,
-            stats=[_stat(label, manifest.stats[name]) for name, label in SHOWN.items() if name in manifest.stats],
+            stats=[
+                _histogram_fields(label, manifest.stats[name])
+                for name, label in SHOWN.items()
+                if name in manifest.stats
+            ],
             left_out=left_out,
             samples=samples,
         )
     )
 
 
-def shown(sample: Sample, blobs: Sequence[bytes], where: str) -> dict[str, Any]:
+def sample_fields(sample: Sample, blobs: Sequence[bytes], where: str) -> dict[str, Any]:
     """A sample for the page: its media with the boxes of all annotations drawn, and what is said."""
     boxes: dict[int, list[dict[str, Any]]] = {}
     annotations = []
     for annotation in sample.annotations:
-        turns = [_turn(turn.role, turn, boxes) for turn in annotation.turns]
-        annotations.append(turns + ([_turn("rejected", annotation.rejected, boxes)] if annotation.rejected else []))
-    media = [_media(i, *pair, boxes.get(i, [])) for i, pair in enumerate(zip(sample.media, blobs, strict=True))]
+        turns = [_turn_fields(turn.role, turn, boxes) for turn in annotation.turns]
+        annotations.append(
+            turns + ([_turn_fields("rejected", annotation.rejected, boxes)] if annotation.rejected else [])
+        )
+    media = [_media_fields(i, *pair, boxes.get(i, [])) for i, pair in enumerate(zip(sample.media, blobs, strict=True))]
     origin = f"{where} · {sample.source or 'source unknown'} · {sample.licence or 'licence unknown'}"
     meta = "\n".join(f"{name}: {value}" for name, value in sample.meta.items())
     return {"key": sample.key, "where": origin, "media": media, "annotations": annotations, "meta": meta}
 
 
-def unusable(key: str, where: str, error: BadSample) -> dict[str, Any]:
+def unusable_fields(key: str, where: str, error: BadSample) -> dict[str, Any]:
     """A sample that cannot be read, for the page."""
     return {"key": key, "where": where, "error": str(error)}
 
 
-def _stat(label: str, stat: dict[str, Any]) -> dict[str, Any]:
+def _histogram_fields(label: str, stat: dict[str, Any]) -> dict[str, Any]:
     """Bars for every power of two between the lowest and the highest, empty ones too."""
     counts = {int(low): count for low, count in stat.get("histogram", {}).items()}
     top = max(counts.values(), default=1)
@@ -131,11 +137,11 @@ def _stat(label: str, stat: dict[str, Any]) -> dict[str, Any]:
     return {"name": label, "bars": bars} | {name: stat.get(name, "?") for name in ("p5", "p50", "p95", "min", "max")}
 
 
-def _turn(name: str, turn: Turn, boxes: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    return {"name": name, "parts": [_part(part, boxes) for part in turn.parts]}
+def _turn_fields(name: str, turn: Turn, boxes: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    return {"name": name, "parts": [_part_fields(part, boxes) for part in turn.parts]}
 
 
-def _part(part: Part, boxes: dict[int, list[dict[str, Any]]]) -> dict[str, str]:
+def _part_fields(part: Part, boxes: dict[int, list[dict[str, Any]]]) -> dict[str, str]:
     match part:
         case Text():
             return {"text": part.text}
@@ -152,29 +158,29 @@ def _part(part: Part, boxes: dict[int, list[dict[str, Any]]]) -> dict[str, str]:
             return {"text": f"box {number}", "colour": colour, "title": title}
 
 
-def _media(number: int, item: MediaItem, blob: bytes, boxes: list[dict[str, Any]]) -> dict[str, Any]:
+def _media_fields(number: int, item: MediaItem, blob: bytes, boxes: list[dict[str, Any]]) -> dict[str, Any]:
     caption = f"media {number}: {item.name}, {item.width} × {item.height}, {len(blob):,} bytes"
     if item.kind == "video":
         caption += f", {item.frames} frames, {item.seconds:.1f} s"
         small = len(blob) <= MAX_VIDEO
-        return {"video": _data(f"video/{extension(item.name)}", blob) if small else "", "caption": caption}
+        return {"video": _data_url(f"video/{member_extension(item.name)}", blob) if small else "", "caption": caption}
     try:
-        return {"name": item.name, "image": _picture(item, blob), "boxes": boxes, "caption": caption}
+        return {"name": item.name, "image": _picture_url(item, blob), "boxes": boxes, "caption": caption}
     except BadSample as error:
         return {"caption": f"{caption}: {error}"}
 
 
-def _picture(item: MediaItem, blob: bytes) -> str:
+def _picture_url(item: MediaItem, blob: bytes) -> str:
     """The picture for a browser: as it is, or smaller."""
     check_pixels(blob)
     if max(item.width, item.height) <= MAX_SIDE:
-        return _data(f"image/{extension(item.name).replace('jpg', 'jpeg')}", blob)
+        return _data_url(f"image/{member_extension(item.name).replace('jpg', 'jpeg')}", blob)
     with Image.open(io.BytesIO(blob), formats=tuple(FORMATS)) as image:
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         file = io.BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=85)
-    return _data("image/jpeg", file.getvalue())
+    return _data_url("image/jpeg", file.getvalue())
 
 
-def _data(kind: str, blob: bytes) -> str:
+def _data_url(kind: str, blob: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(blob).decode()}"

@@ -61,7 +61,7 @@ def check_media(item: MediaItem, data: bytes) -> None:
     exact)."""
     found = media_item(0, data)
     if (found.kind, found.frames) != (item.kind, item.frames):
-        raise BadSample(f"{item.name} is {_length(found)}, its entry says {_length(item)}", kind="image")
+        raise BadSample(f"{item.name} is {_format_length(found)}, its entry says {_format_length(item)}", kind="image")
     if (found.width, found.height) != (item.width, item.height):
         raise BadSample(
             f"{item.name} is {found.width} x {found.height} pixels, its entry says {item.width} x {item.height}",
@@ -69,7 +69,7 @@ def check_media(item: MediaItem, data: bytes) -> None:
         )
 
 
-def _length(item: MediaItem) -> str:
+def _format_length(item: MediaItem) -> str:
     return f"{item.kind} of {item.frames} frames"
 
 

@@ -47,7 +47,7 @@ def video_extension(data: bytes) -> str | None:
 
 def read_video_header(data: bytes) -> VideoHeader:
     """The header of an encoded video, all its packets counted. Raises `BadSample` for a broken or too large one."""
-    with _opened(data) as video:
+    with _open_video(data) as video:
         return video.header
 
 
@@ -57,20 +57,20 @@ def read_frames(data: bytes, numbers: Sequence[int]) -> Iterator[np.ndarray]:
     Stretches between them that start with a key frame are not decoded. Raises `BadSample` for a frame that is not there
     or does not decode.
     """
-    with _opened(data) as video:
+    with _open_video(data) as video:
         if list(numbers) != sorted(numbers) or any(not 0 <= n < len(video.times) for n in numbers):
             raise ValueError(f"numbers: {list(numbers)}; allowed: ascending, 0 to {len(video.times) - 1}")
-        yield from video.decode([video.times[number] for number in numbers])
+        yield from video.decode_frames([video.times[number] for number in numbers])
 
 
 def frames_at(data: bytes, times: Sequence[float]) -> list[int]:
     """The number of the frame shown at each of `times`, in seconds from the first frame. Raises `BadSample`."""
-    with _opened(data) as video:
+    with _open_video(data) as video:
         start = video.times[0]
         return [max(bisect_right(video.times, start + time / video.second) - 1, 0) for time in times]
 
 
-def spread(frames: int, count: int) -> list[int]:
+def spread_frames(frames: int, count: int) -> list[int]:
     """At most `count` frame numbers, evenly from the first to the last (rounded down); of one, the middle."""
     if count == 1:
         return [(frames - 1) // 2]
@@ -89,32 +89,32 @@ class _Video:
         self._keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
         self._fed = 0
 
-    def decode(self, times: Sequence[int]) -> Iterator[np.ndarray]:
+    def decode_frames(self, times: Sequence[int]) -> Iterator[np.ndarray]:
         """The first frame at or after each of the ascending `times`."""
-        frames, frame = self._frames(), None
+        frames, frame = self._iterate_frames(), None
         for time in times:
             while frame is None or frame.pts is None or frame.pts < time:
-                start = self._start(time)
+                start = self._find_start(time)
                 if start > self._fed:
                     self._context.flush_buffers()
                     self._fed = start
                 frame = next(frames, None)
                 if frame is None:
                     raise BadSample(f"no frame at time {time}, though the video has {len(self.times)} frames")
-            yield self._pixels(frame)
+            yield self._to_pixels(frame)
 
-    def _frames(self) -> Iterator[Any]:
+    def _iterate_frames(self) -> Iterator[Any]:
         while self._fed < len(self.packets):
             self._fed += 1
             yield from self._context.decode(self.packets[self._fed - 1])
         yield from self._context.decode(None)
 
-    def _start(self, time: int) -> int:
+    def _find_start(self, time: int) -> int:
         """The packet to decode from for a frame at `time`: the last key frame up to it."""
         key = bisect_right(self._keys, time, key=lambda number: self.packets[number].pts)
         return self._keys[key - 1] if key else 0
 
-    def _pixels(self, frame: Any) -> np.ndarray:
+    def _to_pixels(self, frame: Any) -> np.ndarray:
         if (frame.width, frame.height) != (self.header.width, self.header.height) or frame.is_corrupt:
             raise BadSample(
                 f"frame at time {frame.pts} is {frame.width} x {frame.height} pixels{', corrupt' * frame.is_corrupt}; "
@@ -124,7 +124,7 @@ class _Video:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[_Video]:
+def _open_video(data: bytes) -> Iterator[_Video]:
     try:
         import av
     except ImportError as error:
@@ -140,13 +140,13 @@ def _opened(data: bytes) -> Iterator[_Video]:
             stream = next(iter(container.streams.video), None)
             if stream is None or stream.codec_context is None or stream.time_base is None:
                 raise BadSample("no video stream of a known codec")
-            packets = _packets(container, stream)
-            yield _Video(stream, packets, _header(stream, packets, extension))
+            packets = _read_packets(container, stream)
+            yield _Video(stream, packets, _read_header(stream, packets, extension))
     except av.FFmpegError as error:
         raise BadSample(f"video does not decode: {error}") from error
 
 
-def _packets(container: Any, stream: Any) -> list[Any]:
+def _read_packets(container: Any, stream: Any) -> list[Any]:
     packets: list[Any] = []
     for packet in container.demux(stream):
         if packet.size:  # the last one only says that it is the last
@@ -160,7 +160,7 @@ def _packets(container: Any, stream: Any) -> list[Any]:
     return packets
 
 
-def _header(stream: Any, packets: list[Any], extension: str) -> VideoHeader:
+def _read_header(stream: Any, packets: list[Any], extension: str) -> VideoHeader:
     shown = [packet for packet in packets if not packet.is_discard]
     if len(shown) < 2:
         raise BadSample(f"video of {len(shown)} frames; at least 2 make a video")

@@ -58,15 +58,15 @@ class ColumnWriter:
         if self.complete:
             self._check_same(asdict(read_manifest(self.folder)))
         else:
-            self._open()
+            self._open_folder()
 
     @property
-    def missing(self) -> list[int]:
+    def missing_shards(self) -> list[int]:
         """Numbers of the shards whose columns are to be written."""
         numbers = range(len(self.shards.manifest.shards))
         return [] if self.complete else [n for n in numbers if not (self.folder / file_name(n)).is_file()]
 
-    def write(self, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_rows(self, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the rows of a shard; the file is whole when it is there.
 
         Raises:
@@ -78,11 +78,11 @@ class ColumnWriter:
                 raise DataError(f"{self.folder}: a row has {sorted(row)}; expected {sorted(expected)}")
         try:
             text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-            _write(self.folder / file_name(shard), text.encode())
+            _write_file(self.folder / file_name(shard), text.encode())
         except ValueError as error:
             raise DataError(f"{self.folder}: shard {shard} has a value that is no JSON in UTF-8: {error}") from error
 
-    def finish(self) -> None:
+    def write_manifest(self) -> None:
         """Hash all files and write `columns.json`."""
         if self.complete:
             return
@@ -92,11 +92,11 @@ class ColumnWriter:
             digest = hashlib.sha256(data).hexdigest()
             name, lines = file_name(number), data.count(b"\n")
             infos.append(asdict(FileInfo(name=name, bytes=len(data), sha256=digest, samples=lines)))
-        _write(self.folder / COLUMNS, json.dumps(self._plan | {"files": infos}, indent=1).encode())
+        _write_file(self.folder / COLUMNS, json.dumps(self._plan | {"files": infos}, indent=1).encode())
         (self.folder / PLAN).unlink(missing_ok=True)
         self.complete = True
 
-    def _open(self) -> None:
+    def _open_folder(self) -> None:
         """Take up the folder if it was begun with the same plan, else begin it."""
         plan = self.folder / PLAN
         try:
@@ -112,10 +112,10 @@ class ColumnWriter:
             print(f"{self.folder}: what was begun with other arguments is thrown away", file=sys.stderr)
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(plan, json.dumps(self._plan).encode())
+        _write_file(plan, json.dumps(self._plan).encode())
 
     def _check_same(self, found: Mapping[str, Any]) -> None:
-        now, there = (_flat({**one, "files": ()}) for one in (self._plan, found))
+        now, there = (_flatten({**one, "files": ()}) for one in (self._plan, found))
         differing = [f"{n}: {there.get(n)!r} there, {now.get(n)!r} now" for n in sorted(now.keys() | there.keys())
                      if now.get(n) != there.get(n)]  # fmt: skip
         if differing:
@@ -149,14 +149,14 @@ class Columns:
         """Hash of `columns.json`, hence of everything."""
         return hashlib.sha256((self.folder / COLUMNS).read_bytes()).hexdigest()
 
-    def row(self, i: int) -> Mapping[str, Any]:
+    def read_row(self, i: int) -> Mapping[str, Any]:
         """The columns of sample i of the set; empty if it has no line. One shard is held: ask in order."""
         shard = int(self._shards.index.shard[i])
         if self._held[0] != shard:
-            self._held = (shard, self._load(self.manifest.files[shard]))
+            self._held = (shard, self._load_shard(self.manifest.files[shard]))
         return self._held[1].get(self._shards.key(i), {})
 
-    def _load(self, info: FileInfo) -> dict[str, Any]:
+    def _load_shard(self, info: FileInfo) -> dict[str, Any]:
         path, rows = self.folder / info.name, {}
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -169,9 +169,9 @@ class Columns:
             try:
                 row = lines[i]
             except BadSample as error:
-                raise DataError(f"{path}, line {lines.line(i)}: {error}") from error
+                raise DataError(f"{path}, line {lines.line_number(i)}: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(KEY), str):
-                raise DataError(f"{path}, line {lines.line(i)}: expected an object with a text {KEY!r}")
+                raise DataError(f"{path}, line {lines.line_number(i)}: expected an object with a text {KEY!r}")
             rows[row[KEY]] = row
         return rows
 
@@ -201,16 +201,16 @@ def file_name(shard: int) -> str:
     return f"shard-{shard:06d}.jsonl"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`, tuples as lists."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": json.loads(json.dumps(value))}
+        flat |= _flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": json.loads(json.dumps(value))}
     return flat
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write_file(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
         file.write(data)

@@ -53,14 +53,14 @@ class Index:
         self.names: list[str] = json.loads(arrays["names"].tobytes())
         self._members = [arrays[name] for name in PER_MEMBER]
         self._key_start, self._keys = arrays["key_start"], arrays["keys"]
-        self._check()
+        self._check_arrays()
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        key = self._keys[self._span(self._key_start, i, len(self._keys))].tobytes()
+        key = self._keys[self._slice_of(self._key_start, i, len(self._keys))].tobytes()
         if not key or len(key) > MAX_KEY or not key.isascii():
             raise DataError(f"the index is damaged: the key of sample {i} has {len(key)} bytes")
         return key.decode("ascii")
@@ -69,23 +69,23 @@ class Index:
         """All keys in order."""
         return [self.key(i) for i in range(len(self))]
 
-    def members(self, i: int) -> list[Member]:
+    def read_members(self, i: int) -> list[Member]:
         """The members of sample i in file order."""
-        return [Member(*row) for row in self.rows(i)]
+        return [Member(*row) for row in self.read_rows(i)]
 
-    def rows(self, i: int) -> list[tuple[str, int, int, int]]:
+    def read_rows(self, i: int) -> list[tuple[str, int, int, int]]:
         """The members of sample i in file order as plain (name, offset, size, crc)."""
-        span = self._span(self.member_start, i, len(self._members[0]))
+        span = self._slice_of(self.member_start, i, len(self._members[0]))
         names, *columns = (column[span].tolist() for column in self._members)
         if names and not 0 <= min(names) <= max(names) < len(self.names):
             raise DataError(f"the index is damaged: member names {names} of sample {i}, it has {len(self.names)}")
         return list(zip([self.names[name] for name in names], *columns))
 
-    def media(self, i: int) -> slice:
+    def media_slice(self, i: int) -> slice:
         """Where the media items of sample i are in width, height, frames and seconds."""
-        return self._span(self.media_start, i, len(self.width))
+        return self._slice_of(self.media_start, i, len(self.width))
 
-    def _span(self, starts: np.ndarray, i: int, end: int) -> slice:
+    def _slice_of(self, starts: np.ndarray, i: int, end: int) -> slice:
         if not 0 <= i < len(self.shard):
             raise IndexError(f"sample {i} of {len(self.shard)}")
         start, stop = starts[i : i + 2].tolist()
@@ -93,7 +93,7 @@ class Index:
             raise DataError(f"the index is damaged: sample {i} is at {start} to {stop} of {end}")
         return slice(start, stop)
 
-    def _check(self) -> None:
+    def _check_arrays(self) -> None:
         """The arrays fit together: lengths, and the ends of what they point to."""
         samples = len(self.shard)
         media = (self.width, self.height, self.frames, self.seconds)
@@ -107,7 +107,7 @@ class Index:
         if not fits or not all(isinstance(name, str) for name in self.names):
             raise ValueError("its arrays do not fit together")
 
-    def columns(self) -> list[np.ndarray]:
+    def list_columns(self) -> list[np.ndarray]:
         """The arrays `PER_MEMBER` of all samples."""
         return self._members
 
@@ -136,7 +136,7 @@ class IndexBuilder:
     def __contains__(self, key: str) -> bool:
         return key in self._keys
 
-    def add(self, shard: int, sample: Sample, members: Sequence[Member]) -> None:
+    def add_sample(self, shard: int, sample: Sample, members: Sequence[Member]) -> None:
         """Append a sample of shard number `shard`."""
         if sample.key in self._keys:
             raise DataError(f"duplicate key {sample.key!r}; keys must be unique in a shard set")
@@ -153,7 +153,7 @@ class IndexBuilder:
         self._member_start.append(len(self._columns["name"]))
         self._media_start.append(len(self._columns["width"]))
 
-    def extend(self, index: Index, shards: Sequence[int], rows: np.ndarray | None = None) -> None:
+    def add_index(self, index: Index, shards: Sequence[int], rows: np.ndarray | None = None) -> None:
         """Append the samples `rows` of another index, or all; its shard number s is number `shards[s]` here."""
         rows = np.arange(len(index)) if rows is None else rows
         for i in rows.tolist():
@@ -161,19 +161,19 @@ class IndexBuilder:
                 raise DataError(f"duplicate key {key!r}; keys must be unique in a shard set")
             self._keys[key] = None
         names = [self._names.setdefault(name, len(self._names)) for name in index.names]
-        members, counts = _spans(index.member_start, rows)
-        for column, values in zip(PER_MEMBER, index.columns(), strict=True):
+        members, counts = _ragged_positions(index.member_start, rows)
+        for column, values in zip(PER_MEMBER, index.list_columns(), strict=True):
             values = np.array(names, dtype=np.int64)[values[members]] if column == "name" else values[members]
-            _append(self._columns[column], values)
-        _append(self._member_start, self._member_start[-1] + np.cumsum(counts))
-        media, counts = _spans(index.media_start, rows)
+            _append_values(self._columns[column], values)
+        _append_values(self._member_start, self._member_start[-1] + np.cumsum(counts))
+        media, counts = _ragged_positions(index.media_start, rows)
         for column in PER_MEDIA:
-            _append(self._columns[column], getattr(index, column)[media])
-        _append(self._media_start, self._media_start[-1] + np.cumsum(counts))
-        _append(self._shard, np.array(shards, dtype=np.int64)[index.shard[rows]])
-        _append(self._annotations, index.annotations[rows])
+            _append_values(self._columns[column], getattr(index, column)[media])
+        _append_values(self._media_start, self._media_start[-1] + np.cumsum(counts))
+        _append_values(self._shard, np.array(shards, dtype=np.int64)[index.shard[rows]])
+        _append_values(self._annotations, index.annotations[rows])
 
-    def save(self, path: Path) -> FileInfo:
+    def write_file(self, path: Path) -> FileInfo:
         """Write the index; the same samples give the same bytes."""
         keys = list(self._keys)
         lengths = np.fromiter((len(key) for key in keys), dtype=np.int64, count=len(keys))
@@ -190,12 +190,12 @@ class IndexBuilder:
         return FileInfo(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _spans(start: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ragged_positions(start: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The positions that belong to `rows` of a ragged array, one after another, and how many each row has."""
     counts = start[rows + 1] - start[rows]
     first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)[:-1]])[: len(rows)]
     return np.repeat(start[rows] - first, counts) + np.arange(counts.sum()), counts
 
 
-def _append(column: array[Any], values: np.ndarray) -> None:
+def _append_values(column: array[Any], values: np.ndarray) -> None:
     column.frombytes(values.astype(column.typecode).tobytes())

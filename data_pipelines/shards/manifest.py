@@ -87,7 +87,7 @@ class Manifest:
         """Raises `DataError` if `folder` has no readable manifest."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise DataError(_missing(folder))
+            raise DataError(_describe_missing(folder))
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["version"] != VERSION:
@@ -109,7 +109,7 @@ def _file_info(data: Mapping[str, Any], *, shared: bool = False) -> FileInfo:
     return info
 
 
-def _missing(folder: Path) -> str:
+def _describe_missing(folder: Path) -> str:
     if not folder.is_dir():
         problem, remedy = "no such folder", f"python -m data_pipelines.build source=<name> output={folder}"
     elif any(folder.glob("*.tar")):

@@ -43,12 +43,12 @@ def safe_key(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:80] or "_"
 
 
-def extension(name: str) -> str:
+def member_extension(name: str) -> str:
     """The last, lower-case extension of a member name: `0.PNG` -> `png`, `json` -> `json`."""
     return name.rsplit(".", 1)[-1].lower()
 
 
-def scan(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
+def scan_tar(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
     """All samples of a tar in file order: key, and every member with its bytes.
 
     Raises `DataError` for a truncated or compressed tar, a refused member, and a key whose members are not adjacent.
@@ -97,7 +97,7 @@ def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tup
     stem, dot, name = base.partition(".")
     if info.size > MAX_MEMBER:
         raise DataError(f"{path}: member {info.name!r} of {info.size} bytes refused; at most {MAX_MEMBER} are read")
-    if not is_plain(info) or not dot or extension(name) not in ALLOWED:
+    if not is_plain(info) or not dot or member_extension(name) not in ALLOWED:
         raise DataError(f"{path}: member {info.name!r} refused; only files named <key>.<{'|'.join(ALLOWED)}> are read")
     file = tar.extractfile(info)
     data = file.read() if file else b""
@@ -115,7 +115,7 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
     """
     by_name = dict(parts)
     data = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
-    sample = _own(key, data)
+    sample = _parse_own_sample(key, data)
     if sample is None:
         return _caption_sample(key, parts, data)
     expected, got = [JSON, *(item.name for item in sample.media)], list(by_name)
@@ -126,10 +126,10 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
 
 def text_sample(key: str, data: bytes) -> Sample | None:
     """The sample that our own JSON tells without its media; None if it is another program's. Raises `BadSample`."""
-    return _own(key, _parse_json(key, data))
+    return _parse_own_sample(key, _parse_json(key, data))
 
 
-def _own(key: str, data: dict[str, Any]) -> Sample | None:
+def _parse_own_sample(key: str, data: dict[str, Any]) -> Sample | None:
     return Sample.from_json(key, data) if {"version", "annotations"} <= data.keys() else None
 
 
@@ -144,8 +144,8 @@ def _parse_json(key: str, data: bytes) -> dict[str, Any]:
 
 
 def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, Any]) -> tuple[Sample, list[bytes]]:
-    texts = [data for name, data in parts if extension(name) == TEXT]
-    blobs = [data for name, data in parts if extension(name) in MEDIA]
+    texts = [data for name, data in parts if member_extension(name) == TEXT]
+    blobs = [data for name, data in parts if member_extension(name) in MEDIA]
     if len(texts) != 1 or not blobs:
         names = [name for name, _ in parts]
         raise BadSample(f"sample {key!r}: members {names}; expected our json, or one txt and some media")
@@ -154,10 +154,10 @@ def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, An
     except UnicodeDecodeError as error:
         raise BadSample(f"sample {key!r}: member txt is not UTF-8: {error}") from error
     media = tuple(media_item(number, data) for number, data in enumerate(blobs))
-    return Sample(key=key, media=media, annotations=(captioned(caption, images=len(media)),), meta=meta), blobs
+    return Sample(key=key, media=media, annotations=(caption_annotation(caption, images=len(media)),), meta=meta), blobs
 
 
-def captioned(caption: str, images: int = 1) -> Annotation:
+def caption_annotation(caption: str, images: int = 1) -> Annotation:
     """A caption as an annotation: a user turn with the images alone, an assistant turn with the text."""
     turns = (
         Turn(role="user", parts=tuple(Media(item=number) for number in range(images))),

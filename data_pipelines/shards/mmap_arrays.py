@@ -26,10 +26,10 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     with open(path, "rb") as file, ZipFile(file) as archive:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return {info.filename.removesuffix(".npy"): _array(memory, info) for info in archive.infolist()}
+        return {info.filename.removesuffix(".npy"): _map_array(memory, info) for info in archive.infolist()}
 
 
-def _array(memory: mmap.mmap, info: ZipInfo) -> np.ndarray:
+def _map_array(memory: mmap.mmap, info: ZipInfo) -> np.ndarray:
     local = memory[info.header_offset : info.header_offset + LOCAL_HEADER]
     if info.compress_type != ZIP_STORED or info.flag_bits & 1 or local[:4] != b"PK\x03\x04":
         raise ValueError(f"{info.filename} is compressed, encrypted or damaged; only stored arrays are read")

@@ -26,20 +26,20 @@ class Partial:
         self.folder = Path(os.path.abspath(folder))
         self.path = partial_path(self.folder)
         _check_free(self.folder, overwrite)
-        self._lock = _claim(self.path / LOCK, shared)
+        self._lock = _lock_file(self.path / LOCK, shared)
         try:
             _check_free(self.folder, overwrite)  # finished while this process waited for nothing but the lock
         except DataError:
-            self.remove()
+            self.remove_folder()
             raise
 
-    def clear(self, pattern: str = "*") -> None:
+    def remove_matching(self, pattern: str = "*") -> None:
         """Remove what matches `pattern`, but for the lock."""
         for path in self.path.glob(pattern):
             if path.name != LOCK:
-                _remove(path)
+                _remove_path(path)
 
-    def publish(self) -> None:
+    def publish_folder(self) -> None:
         """Give the folder its name; what was there before goes."""
         old = self.folder.parent / f".{self.folder.name}.old"
         (self.path / LOCK).unlink(missing_ok=True)
@@ -48,14 +48,14 @@ class Partial:
             self.folder.rename(old)
         self.path.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
-        self.release()
+        self.release_lock()
 
-    def remove(self) -> None:
+    def remove_folder(self) -> None:
         """Remove the folder with everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self.release()
+        self.release_lock()
 
-    def release(self) -> None:
+    def release_lock(self) -> None:
         """Unlock it."""
         if self._lock >= 0:
             os.close(self._lock)
@@ -68,8 +68,8 @@ class Partial:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock >= 0 and [path.name for path in self.path.iterdir()] == [LOCK]:
-            self.remove()
-        self.release()
+            self.remove_folder()
+        self.release_lock()
 
 
 def partial_path(folder: Path) -> Path:
@@ -77,7 +77,7 @@ def partial_path(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.partial"
 
 
-def _remove(path: Path) -> None:
+def _remove_path(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -93,7 +93,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise DataError(f"{folder} already holds a shard set; choose another folder, or overwrite it with force=true")
 
 
-def _claim(path: Path, shared: bool) -> int:
+def _lock_file(path: Path, shared: bool) -> int:
     """Lock the file `path`. It is a file because NFS locks exclusively only what is open for writing."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)

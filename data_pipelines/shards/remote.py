@@ -64,7 +64,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("VLM_TRAIN_CACHE") or Path.home() / ".cache" / "vlm_train" / "shards")
 
 
-def join(address: str, name: str) -> str:
+def join_address(address: str, name: str) -> str:
     """The address of a file of a set; `name` may lead into another set of the same host or bucket, not further."""
     scheme, _, rest = address.partition("://")
     host, _, path = rest.partition("/")
@@ -74,7 +74,7 @@ def join(address: str, name: str) -> str:
 def read_manifest(address: str) -> Manifest:
     """Fetch the manifest of a remote set. Raises `DataError`."""
     with tempfile.TemporaryDirectory() as folder:
-        download(join(address, MANIFEST), Path(folder) / MANIFEST, at_most=MAX_MANIFEST)
+        download_file(join_address(address, MANIFEST), Path(folder) / MANIFEST, at_most=MAX_MANIFEST)
         try:
             return Manifest.read(Path(folder))
         except DataError as error:
@@ -88,7 +88,7 @@ class Cache:
     folder: Path
     max_bytes: int
 
-    def open(self, url: str, info: FileInfo) -> FileIO:
+    def open_cached(self, url: str, info: FileInfo) -> FileIO:
         """The whole file, open for reading. Raises `DataError` if it cannot be had or is not what `info` says."""
         path = self.folder / info.sha256
         if not CACHED.fullmatch(info.sha256):
@@ -100,46 +100,46 @@ class Cache:
             if file := _open_whole(path, info.bytes):
                 return file
             partial = path.with_name(f"{path.name}.{info.bytes}.partial")
-            with _locked(partial):
+            with _hold_lock(partial):
                 if _is_whole(path, info.bytes):  # fetched by another process meanwhile
                     partial.unlink(missing_ok=True)
                     continue
                 self._make_room(url, info.bytes, partial)
-                fetch(url, partial, info)
+                fetch_file(url, partial, info)
                 partial.rename(path)
 
-    def path(self, url: str, info: FileInfo) -> Path:
+    def cached_path(self, url: str, info: FileInfo) -> Path:
         """Where the file is now; use it at once, since it may be removed for others."""
-        self.open(url, info).close()
+        self.open_cached(url, info).close()
         return self.folder / info.sha256
 
     def _make_room(self, url: str, needed: int, mine: Path) -> None:
         """Remove the longest unused files until `needed` bytes fit under the bound and on the disk."""
-        with _locked(self.folder / ".lock"):
-            held = dict(self._entries(but=mine))
-            total = sum(_reserved(entry, stat.st_size) for entry, stat in held.items())
+        with _hold_lock(self.folder / ".lock"):
+            held = dict(self._list_entries(but=mine))
+            total = sum(_reserved_bytes(entry, stat.st_size) for entry, stat in held.items())
             for entry in sorted(held, key=lambda entry: held[entry].st_mtime_ns):
                 if total + needed <= self.max_bytes and shutil.disk_usage(self.folder).free >= needed:
                     return
-                if _remove(entry):
-                    total -= _reserved(entry, held[entry].st_size)
+                if _remove_entry(entry):
+                    total -= _reserved_bytes(entry, held[entry].st_size)
             if (free := shutil.disk_usage(self.folder).free) < needed:
                 raise DataError(
                     f"{url}: {needed} bytes do not fit on the disk of {self.folder}, which has {free} free; free some, "
                     "or name another folder in VLM_TRAIN_CACHE"
                 )
 
-    def _entries(self, but: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    def _list_entries(self, but: Path) -> Iterator[tuple[Path, os.stat_result]]:
         for entry in self.folder.iterdir():
             if entry != but and CACHED.fullmatch(entry.name):
                 with suppress(FileNotFoundError):  # just completed by another process
                     yield entry, entry.stat()
 
 
-def fetch(url: str, path: Path, info: FileInfo) -> None:
+def fetch_file(url: str, path: Path, info: FileInfo) -> None:
     """Download a file and check it; one that arrives corrupt is fetched once more. Raises `DataError`."""
     for _ in range(2):
-        download(url, path, exactly=info.bytes)
+        download_file(url, path, exactly=info.bytes)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest == info.sha256:
@@ -151,7 +151,7 @@ def fetch(url: str, path: Path, info: FileInfo) -> None:
     )
 
 
-def download(url: str, path: Path, *, exactly: int | None = None, at_most: int | None = None) -> None:
+def download_file(url: str, path: Path, *, exactly: int | None = None, at_most: int | None = None) -> None:
     """Copy a remote file to `path`, trying again while the trouble may pass. Raises `DataError`."""
     import tenacity
 
@@ -162,7 +162,7 @@ def download(url: str, path: Path, *, exactly: int | None = None, at_most: int |
         reraise=True,
     )
     try:
-        attempts(_get, url, path, exactly, at_most)
+        attempts(_download_once, url, path, exactly, at_most)
     except ImportError as error:
         raise DataError(
             f"{url}: reading it needs another package: pip install 'vlm-train[remote]' ({error})"
@@ -179,7 +179,7 @@ class _WrongSize(OSError):
     """The file broke off, or goes on after its end."""
 
 
-def _get(url: str, path: Path, exactly: int | None, at_most: int | None) -> None:
+def _download_once(url: str, path: Path, exactly: int | None, at_most: int | None) -> None:
     from fsspec.callbacks import Callback
     from fsspec.core import url_to_fs
 
@@ -191,13 +191,13 @@ def _get(url: str, path: Path, exactly: int | None, at_most: int | None) -> None
             if limit is not None and self.value > limit:
                 raise _WrongSize(f"more than {limit} bytes")
 
-    filesystem, name = url_to_fs(url, **_options(url))
+    filesystem, name = url_to_fs(url, **_client_options(url))
     filesystem.get_file(name, str(path), callback=Bounded())
     if exactly is not None and path.stat().st_size != exactly:
         raise _WrongSize(f"{path.stat().st_size} bytes, the manifest says {exactly}")
 
 
-def _options(url: str) -> dict[str, Any]:
+def _client_options(url: str) -> dict[str, Any]:
     """A shard may take long, as long as it comes (aiohttp allows 5 minutes in all); proxies as the environment says."""
     if not url.startswith("http"):
         return {}
@@ -243,7 +243,7 @@ def _open_whole(path: Path, size: int) -> FileIO | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock on `path`, a file that its holder may rename or remove. A process that ends lets go of it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -263,13 +263,13 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _reserved(entry: Path, size: int) -> int:
+def _reserved_bytes(entry: Path, size: int) -> int:
     """Bytes that a cached file takes, or will when it is complete."""
     match = CACHED.fullmatch(entry.name)
     return int(match[1]) if match and match[1] else size
 
 
-def _remove(entry: Path) -> bool:
+def _remove_entry(entry: Path) -> bool:
     """Remove a cached file, unless it is just being downloaded."""
     try:
         descriptor = os.open(entry, os.O_RDWR)

@@ -23,7 +23,15 @@ from data_pipelines.shards.checksum import crc32
 from data_pipelines.shards.index_file import Index
 from data_pipelines.shards.manifest import FileInfo, Manifest
 from data_pipelines.shards.members import JSON, MAX_MEMBER, text_sample, to_sample
-from data_pipelines.shards.remote import CACHE_BYTES, Cache, default_cache, is_remote, join, local_path, read_manifest
+from data_pipelines.shards.remote import (
+    CACHE_BYTES,
+    Cache,
+    default_cache,
+    is_remote,
+    join_address,
+    local_path,
+    read_manifest,
+)
 
 MAX_OPEN_FILES = 32
 MAX_OPEN_COPIES = 8  # of remote shards: an open file keeps its disk space when the cache removes it
@@ -88,17 +96,17 @@ class ShardSet:
         """All keys in order."""
         return [self.index.key(i) for i in range(len(self))]
 
-    def shard(self, i: int) -> str:
+    def shard_name(self, i: int) -> str:
         """The file name of the shard that holds sample i."""
         return self.manifest.shards[self._shard_number(i)].name
 
-    def path(self, i: int) -> str:
+    def shard_path(self, i: int) -> str:
         """Path or address of the shard that holds sample i."""
-        return self._path(self.manifest.shards[self._shard_number(i)])
+        return self._path_of_shard(self.manifest.shards[self._shard_number(i)])
 
-    def where(self, i: int) -> str:
+    def describe_sample(self, i: int) -> str:
         """Shard and key of sample i as messages name them."""
-        return f"{self.path(i)}, key {self.index.key(i)!r}"
+        return f"{self.shard_path(i)}, key {self.index.key(i)!r}"
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
@@ -113,9 +121,9 @@ class ShardSet:
             raise DataError(f"{self.address}: the index does not have as many samples of each shard as the manifest")
         return starts
 
-    def media(self, i: int) -> list[MediaItem]:
+    def media_items(self, i: int) -> list[MediaItem]:
         """Sizes of sample i's media, without reading a shard. Their names are their numbers."""
-        index, span = self.index, self.index.media(i)
+        index, span = self.index, self.index.media_slice(i)
         columns = (index.width[span], index.height[span], index.frames[span], index.seconds[span])
         return [
             MediaItem(
@@ -129,50 +137,52 @@ class ShardSet:
             for number, (width, height, frames, seconds) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
         ]
 
-    def annotations(self, i: int) -> int:
+    def count_annotations(self, i: int) -> int:
         """Number of annotations of sample i, without reading a shard."""
         return int(self.index.annotations[i])
 
-    def load(self, i: int) -> tuple[Sample, list[bytes]]:
+    def load_sample(self, i: int) -> tuple[Sample, list[bytes]]:
         """Sample i and the encoded bytes of its media, as they were when they were indexed.
 
         Raises `BadSample` naming shard and key, and `DataError` if the shard cannot be had.
         """
         key, number = self.index.key(i), self._shard_number(i)
         try:
-            sample, blobs = to_sample(key, self._read(i, number))
+            sample, blobs = to_sample(key, self._read_members(i, number))
             self._check_media(i, sample, blobs)
         except BadSample as error:
-            raise self._located(error, i) from error
+            raise self._locate_error(error, i) from error
         return sample, blobs
 
-    def read(self, i: int) -> dict[str, bytes]:
+    def read_files(self, i: int) -> dict[str, bytes]:
         """The files of sample i by their names, as they were when they were indexed; `load` parses them.
 
         Raises as `load`.
         """
         try:
-            return dict(self._read(i, self._shard_number(i)))
+            return dict(self._read_members(i, self._shard_number(i)))
         except BadSample as error:
-            raise self._located(error, i) from error
+            raise self._locate_error(error, i) from error
 
-    def sample(self, i: int) -> Sample:
+    def read_sample(self, i: int) -> Sample:
         """Sample i without its media, which are not read where our own JSON says what they are. Raises as `load`."""
         key, number = self.index.key(i), self._shard_number(i)
         try:
-            own = [text_sample(key, data) for _, data in self._read(i, number, only=JSON)]
+            own = [text_sample(key, data) for _, data in self._read_members(i, number, only=JSON)]
         except BadSample as error:
-            raise self._located(error, i) from error
-        return next((sample for sample in own if sample is not None), None) or self.load(i)[0]
+            raise self._locate_error(error, i) from error
+        return next((sample for sample in own if sample is not None), None) or self.load_sample(i)[0]
 
-    def _located(self, error: BadSample, i: int) -> BadSample:
+    def _locate_error(self, error: BadSample, i: int) -> BadSample:
         kind = "malformed" if error.kind == "other" else error.kind
-        return BadSample(f"{self.where(i)}: {error}", kind=kind, shard=self.path(i), key=self.index.key(i))
+        return BadSample(
+            f"{self.describe_sample(i)}: {error}", kind=kind, shard=self.shard_path(i), key=self.index.key(i)
+        )
 
-    def _read(self, i: int, number: int, only: str | None = None) -> list[tuple[str, bytes]]:
+    def _read_members(self, i: int, number: int, only: str | None = None) -> list[tuple[str, bytes]]:
         parts, end = [], self.manifest.shards[number].bytes
-        file = self._open(number).fileno()
-        for name, offset, size, crc in self.index.rows(i):
+        file = self._open_shard(number).fileno()
+        for name, offset, size, crc in self.index.read_rows(i):
             if only is not None and name != only:
                 continue
             if offset < 0 or not 0 <= size <= MAX_MEMBER or offset + size > end:
@@ -185,7 +195,7 @@ class ShardSet:
 
     def _check_media(self, i: int, sample: Sample, blobs: list[bytes]) -> None:
         """The index has the true sizes, and the bytes are those that were indexed: no header needs another look."""
-        span = self.index.media(i)
+        span = self.index.media_slice(i)
         sizes = zip(self.index.width[span].tolist(), self.index.height[span].tolist(), strict=True)
         for item, blob, (width, height) in zip(sample.media, blobs, sizes, strict=True):
             if (width, height) != (item.width, item.height):
@@ -196,33 +206,35 @@ class ShardSet:
                 raise BadSample(f"{item.name} has {width} x {height} pixels, {len(blob)} bytes; {limits}", kind="image")
 
     def __iter__(self) -> Iterator[tuple[Sample, list[bytes]]]:
-        return (self.load(i) for i in range(len(self)))
+        return (self.load_sample(i) for i in range(len(self)))
 
-    def verify(self) -> None:
+    def verify_hashes(self) -> None:
         """Hash the index and every shard. Raises `DataError` naming each that differs from the manifest."""
         problems = [p for info in (self.manifest.index, *self.manifest.shards) if (p := self._check_hash(info))]
         if problems:
-            raise DataError("\n".join([*problems, self._remedy()]))
+            raise DataError("\n".join([*problems, self._rebuild_command()]))
 
     def _check_hash(self, info: FileInfo) -> str | None:
         with self._open_file(info) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         same = digest == info.sha256
-        return None if same else f"{self._path(info)}: sha256 {digest[:12]}, the manifest says {info.sha256[:12]}"
+        return (
+            None if same else f"{self._path_of_shard(info)}: sha256 {digest[:12]}, the manifest says {info.sha256[:12]}"
+        )
 
     def _load_index(self) -> Index:
         info = self.manifest.index
         if self._cache:
-            return Index.load(self._cache.path(join(self.address, info.name), info))
+            return Index.load(self._cache.cached_path(join_address(self.address, info.name), info))
         if info.bytes <= HASHED_INDEX and (problem := self._check_hash(info)):
-            raise DataError(f"{problem}: not a readable index. {self._remedy()}")
+            raise DataError(f"{problem}: not a readable index. {self._rebuild_command()}")
         return Index.load(self.folder / info.name)
 
     def _check_files(self) -> None:
         problems = [p for info in (self.manifest.index, *self.manifest.shards) if (p := self._check_file(info))]
         if problems:
             more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-            raise DataError("\n".join([*problems[:10], *more, self._remedy()]))
+            raise DataError("\n".join([*problems[:10], *more, self._rebuild_command()]))
 
     def _check_file(self, info: FileInfo) -> str | None:
         path = self.folder / info.name
@@ -231,18 +243,20 @@ class ShardSet:
         size = path.stat().st_size
         return None if size == info.bytes else f"{path}: {size} bytes, the manifest says {info.bytes}"
 
-    def _remedy(self) -> str:
+    def _rebuild_command(self) -> str:
         if self._cache:
             return f"Remove the copies in {self._cache.folder}; if that does not help, upload the set again"
-        options = " ".join(_option(name, value) for name, value in self.manifest.build.items() if name != "_target_")
+        options = " ".join(
+            _format_option(name, value) for name, value in self.manifest.build.items() if name != "_target_"
+        )
         if not options:
             return f"Restore the files, then: python -m data_pipelines.index folder={self.folder} force=true"
         return (
             f"Rebuild with: python -m data_pipelines.{self.manifest.command} {options} output={self.folder} force=true"
         )
 
-    def _path(self, info: FileInfo) -> str:
-        return join(self.address, info.name) if self._cache else str(self.folder / info.name)
+    def _path_of_shard(self, info: FileInfo) -> str:
+        return join_address(self.address, info.name) if self._cache else str(self.folder / info.name)
 
     def _shard_number(self, i: int) -> int:
         number = int(self.index.shard[i])
@@ -252,7 +266,7 @@ class ShardSet:
             )
         return number
 
-    def _open(self, number: int) -> FileIO:
+    def _open_shard(self, number: int) -> FileIO:
         """Shard `number`, opened lazily; each thread keeps its own few files, so that none closes another's."""
         files: OrderedDict[int, FileIO] = self._local.__dict__.setdefault("files", OrderedDict())
         if number not in files:
@@ -264,10 +278,10 @@ class ShardSet:
 
     def _open_file(self, info: FileInfo) -> FileIO:
         if self._cache:
-            return self._cache.open(self._path(info), info)
+            return self._cache.open_cached(self._path_of_shard(info), info)
         return open(self.folder / info.name, "rb", buffering=0)
 
 
-def _option(name: str, value: object) -> str:
+def _format_option(name: str, value: object) -> str:
     """A recorded build argument as it is typed in a shell."""
     return shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")

@@ -12,7 +12,7 @@ from data_pipelines.sample import Sample
 PERCENTILES = (5, 50, 95)
 
 
-def lengths(sample: Sample, blobs: Sequence[bytes]) -> list[tuple[str, float]]:
+def measure_lengths(sample: Sample, blobs: Sequence[bytes]) -> list[tuple[str, float]]:
     """`(name, value)` of one sample: chars and turns per annotation, pixels and bytes per media item."""
     found: list[tuple[str, float]] = [("annotations", len(sample.annotations)), ("media", len(sample.media))]
     for annotation in sample.annotations:
@@ -33,7 +33,7 @@ class _Values:
     high: float = 0
     rounded: Counter[int] = field(default_factory=Counter)
 
-    def percentile(self, percent: int) -> int:
+    def compute_percentile(self, percent: int) -> int:
         """Exact below 100, else rounded down to two digits."""
         left = self.count * percent / 100
         for value in sorted(self.rounded):
@@ -42,7 +42,7 @@ class _Values:
                 break
         return value
 
-    def histogram(self) -> dict[str, int]:
+    def count_by_power_of_two(self) -> dict[str, int]:
         """Counts by power of two: `"8": 3` for three values from 8 to 15."""
         found: Counter[int] = Counter()
         for value, count in self.rounded.items():
@@ -56,33 +56,33 @@ class Stats:
     def __init__(self) -> None:
         self._values: dict[str, _Values] = {}
 
-    def add(self, found: Sequence[tuple[str, float]]) -> None:
+    def add_lengths(self, found: Sequence[tuple[str, float]]) -> None:
         """Count the `lengths` of one sample."""
         for name, value in found:
-            self._merge(name, _Values(1, value, value, value, Counter((_rounded(value),))))
+            self._merge_values(name, _Values(1, value, value, value, Counter((_round_down(value),))))
 
-    def state(self) -> dict[str, Any]:
+    def export_state(self) -> dict[str, Any]:
         """Everything counted, as plain JSON data for `merge`."""
         return {
             name: [v.count, v.total, v.low, v.high, [[n, v.rounded[n]] for n in sorted(v.rounded)]]
             for name, v in self._values.items()
         }
 
-    def merge(self, state: Mapping[str, Any]) -> None:
+    def merge_state(self, state: Mapping[str, Any]) -> None:
         """Add what another `Stats` counted."""
         for name, (count, total, low, high, rounded) in state.items():
-            self._merge(name, _Values(count, total, low, high, Counter(dict(rounded))))
+            self._merge_values(name, _Values(count, total, low, high, Counter(dict(rounded))))
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """`{name: {count, min, mean, max, p5, p50, p95, histogram}}`."""
         return {
             name: {"count": v.count, "min": v.low, "mean": round(v.total / v.count, 3), "max": v.high}
-            | {f"p{percent}": v.percentile(percent) for percent in PERCENTILES}
-            | {"histogram": v.histogram()}
+            | {f"p{percent}": v.compute_percentile(percent) for percent in PERCENTILES}
+            | {"histogram": v.count_by_power_of_two()}
             for name, v in self._values.items()
         }
 
-    def _merge(self, name: str, more: _Values) -> None:
+    def _merge_values(self, name: str, more: _Values) -> None:
         if name not in self._values:
             self._values[name] = more
             return
@@ -93,7 +93,7 @@ class Stats:
         values.rounded.update(more.rounded)
 
 
-def _rounded(value: float) -> int:
+def _round_down(value: float) -> int:
     """`value` rounded down to two digits, so that a million lengths are a few hundred numbers."""
     whole = int(value)
     scale = 10 ** max(0, len(str(whole)) - 2)

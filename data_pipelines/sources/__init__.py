@@ -20,11 +20,11 @@ from itertools import chain
 from typing import Any, Protocol
 
 from data_pipelines.errors import BadSample
-from data_pipelines.inputs.records import place, read_records
+from data_pipelines.inputs.records import describe_record, read_records
 from data_pipelines.sample import Sample
-from data_pipelines.sources.common.samples import Record, attempt
+from data_pipelines.sources.common.samples import Record, try_record
 
-__all__ = ["PART_SIZE", "FileSource", "ListSource", "Record", "Source", "records"]
+__all__ = ["PART_SIZE", "FileSource", "ListSource", "Record", "Source", "iterate_records"]
 
 PART_SIZE = 1000
 """Records of a part of a `ListSource`. Part of what a shard set holds: another number gives other shards."""
@@ -59,11 +59,11 @@ class ListSource(ABC):
         """Number of raw records."""
 
     @abstractmethod
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Raw record i as a sample. Raises `BadSample`; a KeyError, TypeError, ValueError, IndexError or AttributeError
         counts as a malformed record, too."""
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """What messages call raw record i."""
         return f"record {i}"
 
@@ -75,10 +75,10 @@ class ListSource(ABC):
     def read(self, part: int) -> Iterator[Record]:
         """The records of one part; an unusable one is a `BadSample` that names it."""
         for i in range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(self))):
-            yield attempt(partial(self.record, i), partial(self.label, i))
+            yield try_record(partial(self.read_record, i), partial(self.name_record, i))
 
     def __iter__(self) -> Iterator[Record]:
-        return records(self)
+        return iterate_records(self)
 
 
 class FileSource(ListSource):
@@ -92,11 +92,11 @@ class FileSource(ListSource):
     def __len__(self) -> int:
         return self._count
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The record's own id, or its line."""
-        return place(self.raw, i)
+        return describe_record(self.raw, i)
 
-    def key(self, i: int, record: Mapping[str, Any]) -> str:
+    def make_key(self, i: int, record: Mapping[str, Any]) -> str:
         """A sample's key: the number of its record, and the record's own id where it has one. Raises `BadSample` for a
         record that is no object."""
         if not isinstance(record, Mapping):
@@ -105,6 +105,6 @@ class FileSource(ListSource):
         return f"{i:07d}" if own is None else f"{i:07d}-{own}"
 
 
-def records(source: Source) -> Iterator[Record]:
+def iterate_records(source: Source) -> Iterator[Record]:
     """All records of a source, in order."""
     return chain.from_iterable(source.read(part) for part in range(source.parts))

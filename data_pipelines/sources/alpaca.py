@@ -8,7 +8,7 @@ from __future__ import annotations
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
+from data_pipelines.sources.common.samples import check_choice, make_exchange, make_sample
 
 PROMPTS = ("stanford", "plain")
 WITH_INPUT = (
@@ -44,7 +44,7 @@ class Alpaca(FileSource):
         self.prompt = check_choice("prompt", prompt, PROMPTS)
         super().__init__(file, limit)
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file."""
         record = self.raw[i]
         instruction, context, output = str(record["instruction"]), record.get("input") or "", record["output"]
@@ -54,4 +54,4 @@ class Alpaca(FileSource):
             ask = "\n\n".join(filter(None, (instruction, context)))
         else:
             ask = (WITH_INPUT if context else WITHOUT_INPUT).format(instruction=instruction, input=context)
-        return make_sample(self, self.key(i, record), [], [exchange(ask, output, items=())])
+        return make_sample(self, self.make_key(i, record), [], [make_exchange(ask, output, items=())])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.sample import Sample
-from data_pipelines.shards.members import captioned
+from data_pipelines.shards.members import caption_annotation
 from data_pipelines.sources import ListSource
 from data_pipelines.sources.common.samples import MALFORMED, check_choice, make_sample
 
@@ -39,18 +39,18 @@ class _Captions(ListSource):
     def __len__(self) -> int:
         return len(self._found)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The image's path."""
         return f"image {self._found[i].path!r}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Image i of the file."""
         number, path, found = self._found[i]
         captions = [text for caption in found if (text := caption.strip())]
         if not captions:
             raise BadSample("has no caption")
         blob = self._images.read(path)
-        annotations = [captioned(caption) for caption in captions[: 1 if self._first else None]]
+        annotations = [caption_annotation(caption) for caption in captions[: 1 if self._first else None]]
         return make_sample(self, f"{number:012d}", [blob], annotations, {"id": number, "images": [path]})
 
 
@@ -68,7 +68,7 @@ class CocoCaptions(_Captions):
         split: str = "train",
     ) -> None:
         self.name, self.licence, self.split = name, licence, split
-        super().__init__(found=_official(Path(file)), images=images, captions=captions)
+        super().__init__(found=_read_official(Path(file)), images=images, captions=captions)
 
 
 class KarpathyCaptions(_Captions):
@@ -90,10 +90,10 @@ class KarpathyCaptions(_Captions):
     ) -> None:
         self.name, self.licence, self.split = name, licence, check_choice("split", split, KARPATHY_SPLITS)
         splits = ("train", "restval") if split == "train" and restval else (split,)
-        super().__init__(found=_karpathy(Path(file), splits), images=images, captions=captions)
+        super().__init__(found=_read_karpathy(Path(file), splits), images=images, captions=captions)
 
 
-def _official(path: Path) -> list[Image]:
+def _read_official(path: Path) -> list[Image]:
     data = read_json(path)
     try:
         captions: dict[int, list[str]] = {image["id"]: [] for image in data["images"]}
@@ -101,15 +101,15 @@ def _official(path: Path) -> list[Image]:
             captions[annotation["image_id"]].append(str(annotation["caption"]))
         return [Image(int(i["id"]), str(i["file_name"]), tuple(captions[i["id"]])) for i in data["images"]]
     except MALFORMED as error:
-        raise _foreign(path, "the official captions", error) from error
+        raise _layout_error(path, "the official captions", error) from error
 
 
-def _karpathy(path: Path, splits: tuple[str, ...]) -> list[Image]:
+def _read_karpathy(path: Path, splits: tuple[str, ...]) -> list[Image]:
     data = read_json(path)
     try:
         return [_karpathy_image(image) for image in data["images"] if image["split"] in splits]
     except MALFORMED as error:
-        raise _foreign(path, "a Karpathy split", error) from error
+        raise _layout_error(path, "a Karpathy split", error) from error
 
 
 def _karpathy_image(image: dict[str, Any]) -> Image:
@@ -118,5 +118,5 @@ def _karpathy_image(image: dict[str, Any]) -> Image:
     return Image(number, path, tuple(str(sentence["raw"]) for sentence in image["sentences"]))
 
 
-def _foreign(path: Path, what: str, error: Exception) -> DataError:
+def _layout_error(path: Path, what: str, error: Exception) -> DataError:
     return DataError(f"file: {path} is not laid out as {what}: {type(error).__name__}: {error}")

@@ -12,8 +12,16 @@ from typing import Any
 from data_pipelines.inputs.files import MediaFolder, read_list
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.questions import Annotated, Prompt, grouped, of_split, one_image, text, texts
-from data_pipelines.sources.common.samples import exchange
+from data_pipelines.sources.common.questions import (
+    Annotated,
+    Prompt,
+    group_records,
+    of_split,
+    one_image,
+    require_text,
+    require_texts,
+)
+from data_pipelines.sources.common.samples import make_exchange
 
 
 class DocVQA(ListSource):
@@ -38,24 +46,26 @@ class DocVQA(ListSource):
         self.split, self.licence = split, licence
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
         self._folder = MediaFolder(images)
-        self._pages = grouped(of_split(read_list(file, "file", "data"), "data_split", split), "image")[:limit]
+        self._pages = group_records(of_split(read_list(file, "file", "data"), "data_split", split), "image")[:limit]
 
     def __len__(self) -> int:
         return len(self._pages)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The page."""
         return f"page {self._pages[i][0].get('image')!r}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one page."""
-        image = text(self._pages[i][0]["image"])
+        image = require_text(self._pages[i][0]["image"])
         page = PurePosixPath(image)
         blob = self._folder.read(image, page.name)  # spdocvqa_images.tar.gz has no folder documents/
-        return one_image(self, f"{self.split}-{page.stem}", blob, self._pages[i], self._annotate, {"image": image})
+        return one_image(
+            self, f"{self.split}-{page.stem}", blob, self._pages[i], self._make_annotation, {"image": image}
+        )
 
-    def _annotate(self, question: dict[str, Any]) -> Annotated:
-        prompt = self._prompt.fill(question=text(question["question"]))
-        answers, types = texts(question["answers"]), question.get("question_types") or []
+    def _make_annotation(self, question: dict[str, Any]) -> Annotated:
+        prompt = self._prompt.fill_prompt(question=require_text(question["question"]))
+        answers, types = require_texts(question["answers"]), question.get("question_types") or []
         note = {"question_id": question["questionId"], "answers": answers, "types": types}
-        return [(exchange(prompt, text(answers[0])), note)]
+        return [(make_exchange(prompt, require_text(answers[0])), note)]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from data_pipelines.errors import DataError
 from data_pipelines.sample import Sample, Text
-from data_pipelines.shards.members import captioned
+from data_pipelines.shards.members import caption_annotation
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
+from data_pipelines.sources.common.samples import check_choice, make_exchange, make_sample
 
 SPLITS = ("train", "val", "trainval", "test")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -58,13 +58,13 @@ class EasyVQA(ListSource):
         self.split, self.captions, self.images, self.val_share = split, captions, images, val_share
         self.described, self.wrong = described, wrong
         self._official = "test" if split == "test" else "train"
-        self._questions, self._paths = _load(self._official)
-        self._ids = self._choose()
+        self._questions, self._paths = _load_questions(self._official)
+        self._ids = self._choose_images()
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def _choose(self) -> list[int]:
+    def _choose_images(self) -> list[int]:
         ids = sorted(self._questions)
         if self.split in ("train", "val"):
             # A hash orders the images, so that the held-out ones depend on no random generator and no version of one.
@@ -72,61 +72,61 @@ class EasyVQA(ListSource):
             held_out = set(shuffled[: round(self.val_share * len(ids))])
             ids = [image for image in ids if (image in held_out) == (self.split == "val")]
         if self.captions:
-            ids = [image for image in ids if caption(*describe(self._questions[image]))]
+            ids = [image for image in ids if make_caption(*describe_thing(self._questions[image]))]
         return ids
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one image, or its caption."""
         image = self._ids[i]
-        colour, shape = describe(self._questions[image])
-        blobs = [self._read(image)] if self.images else []
+        colour, shape = describe_thing(self._questions[image])
+        blobs = [self._read_image(image)] if self.images else []
         items = range(len(blobs))
-        words, right = self._words(i)
+        words, right = self._caption_of(i)
         lead = (Text(text=words + " "),) if self.described and words else ()
         if self.captions:
-            annotations = [captioned(words, images=len(blobs))]
+            annotations = [caption_annotation(words, images=len(blobs))]
         else:
             annotations = [
-                exchange((*lead, Text(text=question.text)), question.answer, items=items)
+                make_exchange((*lead, Text(text=question.text)), question.answer, items=items)
                 for question in self._questions[image]
             ]
         meta = {"image": image, "colour": colour, "shape": shape} | ({"right": right} if self.wrong else {})
         return make_sample(self, f"{self._official}-{image:05d}", blobs, annotations, meta)
 
-    def _words(self, i: int) -> tuple[str, bool]:
+    def _caption_of(self, i: int) -> tuple[str, bool]:
         """The caption that sample `i` gets, and whether it is its own."""
-        own = caption(*describe(self._questions[self._ids[i]]))
+        own = make_caption(*describe_thing(self._questions[self._ids[i]]))
         draw = hashlib.sha256(f"easy_vqa-wrong-{self._ids[i]}".encode()).digest()
         if int.from_bytes(draw[:4], "big") >= self.wrong * 2**32:
             return own, True
         first = int.from_bytes(draw[4:8], "big")
         turned = (self._ids[(first + step) % len(self)] for step in range(len(self)))
-        others = (caption(*describe(self._questions[image])) for image in turned)
+        others = (make_caption(*describe_thing(self._questions[image])) for image in turned)
         return next((other for other in others if other != own), own), False
 
-    def _read(self, image: int) -> bytes:
+    def _read_image(self, image: int) -> bytes:
         with open(self._paths[image], "rb") as file:
             return file.read()
 
 
-def describe(questions: list[Question]) -> tuple[str | None, str | None]:
+def describe_thing(questions: list[Question]) -> tuple[str | None, str | None]:
     """Colour and shape of the one thing in the image, as far as the answers settle them; `None` where they do not."""
     colours, shapes = set(COLOURS), set(SHAPES)
     for question in questions:
         words = question.text.rstrip("?").split()
-        _narrow(colours, words, question.answer)
-        _narrow(shapes, words, question.answer)
-    return _only(colours), _only(shapes)
+        _narrow_candidates(colours, words, question.answer)
+        _narrow_candidates(shapes, words, question.answer)
+    return _only_candidate(colours), _only_candidate(shapes)
 
 
-def caption(colour: str | None, shape: str | None) -> str:
+def make_caption(colour: str | None, shape: str | None) -> str:
     """ "a teal triangle", "a teal shape" or "a triangle"; empty if nothing is known."""
     if not colour and not shape:
         return ""
     return " ".join(word for word in ("a", colour, shape or "shape") if word)
 
 
-def _narrow(candidates: set[str], words: list[str], answer: str) -> None:
+def _narrow_candidates(candidates: set[str], words: list[str], answer: str) -> None:
     """Keep the candidates that a question and its answer leave possible."""
     named = candidates.intersection(words)
     if answer in ("yes", "no"):
@@ -139,11 +139,11 @@ def _narrow(candidates: set[str], words: list[str], answer: str) -> None:
         candidates &= named | {answer}
 
 
-def _only(candidates: set[str]) -> str | None:
+def _only_candidate(candidates: set[str]) -> str | None:
     return next(iter(candidates)) if len(candidates) == 1 else None
 
 
-def _load(official: str) -> tuple[dict[int, list[Question]], dict[int, str]]:
+def _load_questions(official: str) -> tuple[dict[int, list[Question]], dict[int, str]]:
     try:
         import easy_vqa
     except ImportError as error:

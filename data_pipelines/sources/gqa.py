@@ -12,8 +12,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.questions import Annotated, Prompt, grouped, one_image, text
-from data_pipelines.sources.common.samples import check_choice, exchange
+from data_pipelines.sources.common.questions import Annotated, Prompt, group_records, one_image, require_text
+from data_pipelines.sources.common.samples import check_choice, make_exchange
 
 FIELDS = {"short": "answer", "full": "fullAnswer"}
 
@@ -47,22 +47,24 @@ class GQA(ListSource):
             raise DataError(f"file: {file} holds a {type(questions).__name__}; expected questions by their id")
         self._questions = questions
         images_of = ({"id": id_, "imageId": q.get("imageId")} for id_, q in questions.items() if isinstance(q, dict))
-        self._images = [[entry["id"] for entry in group] for group in grouped(images_of, "imageId")][:limit]
+        self._images = [[entry["id"] for entry in group] for group in group_records(images_of, "imageId")][:limit]
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The first question about the image."""
         return f"image of question {self._images[i][0]}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one image."""
-        image = text(self._questions[self._images[i][0]]["imageId"])
+        image = require_text(self._questions[self._images[i][0]]["imageId"])
         blob = self._folder.read(f"{image}.jpg")
-        return one_image(self, f"{self.split}-{image}", blob, self._images[i], self._annotate, {"image_id": image})
+        return one_image(
+            self, f"{self.split}-{image}", blob, self._images[i], self._make_annotation, {"image_id": image}
+        )
 
-    def _annotate(self, id_: str) -> Annotated:
+    def _make_annotation(self, id_: str) -> Annotated:
         question: dict[str, Any] = self._questions[id_]
-        prompt = self._prompt.fill(question=text(question["question"]))
-        return [(exchange(prompt, text(question[self._answer])), {"question_id": id_})]
+        prompt = self._prompt.fill_prompt(question=require_text(question["question"]))
+        return [(make_exchange(prompt, require_text(question[self._answer])), {"question_id": id_})]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.inputs.files import MediaFolder, needs, open_parquet, parquet_rows
+from data_pipelines.inputs.files import MediaFolder, open_parquet, parquet_rows, require_module
 from data_pipelines.sources import PART_SIZE, Record
-from data_pipelines.sources.common.samples import attempt
-from data_pipelines.sources.messages import sample
+from data_pipelines.sources.common.samples import try_record
+from data_pipelines.sources.messages import parse_record
 
 COLUMNS = ("id", "messages", "conversations", "prompt", "chosen", "rejected", "images", "image", "videos", "video")
 BATCH = 64  # rows of a saved dataset in memory at once
@@ -45,8 +45,8 @@ class HFMessages:
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise DataError(f"folder: no such folder: {folder}")
-        self._saved = _saved(self._folder, subset)
-        self._parts = _runs(self._saved) if self._saved else _row_groups(self._folder, pattern)
+        self._saved = _find_saved(self._folder, subset)
+        self._parts = _split_rows(self._saved) if self._saved else _row_groups(self._folder, pattern)
 
     @property
     def parts(self) -> int:
@@ -58,10 +58,10 @@ class HFMessages:
         path, file, start, group = self._parts[part]
         rows = _saved_rows(path, start) if self._saved else _parquet_rows(path, group)
         for number, row in enumerate(rows, start):
-            make = partial(sample, row, f"{file:05d}-{number:08d}", self._read, self)
-            yield attempt(make, partial("{}, row {}".format, path.relative_to(self._folder), number))
+            make = partial(parse_record, row, f"{file:05d}-{number:08d}", self._read_image, self)
+            yield try_record(make, partial("{}, row {}".format, path.relative_to(self._folder), number))
 
-    def _read(self, item: Any) -> bytes:
+    def _read_image(self, item: Any) -> bytes:
         if isinstance(item, bytes):
             return item
         if isinstance(item, str):
@@ -74,7 +74,7 @@ Part = tuple[Path, int, int, int]
 """File or folder, its number, the part's first row, and the number of its row group."""
 
 
-def _saved(folder: Path, subset: str | None) -> Path | None:
+def _find_saved(folder: Path, subset: str | None) -> Path | None:
     """The folder of a saved `Dataset`, if `folder` is one, or a saved `DatasetDict`."""
     if (folder / "state.json").is_file():
         return folder
@@ -86,7 +86,7 @@ def _saved(folder: Path, subset: str | None) -> Path | None:
     return folder / str(subset)
 
 
-def _check(where: Path, columns: list[str]) -> None:
+def _check_columns(where: Path, columns: list[str]) -> None:
     if not {"messages", "conversations", "chosen"} & set(columns):
         raise DataError(f"{where} has no column messages, conversations or chosen; it has {', '.join(columns)}")
 
@@ -95,7 +95,7 @@ def _row_groups(folder: Path, pattern: str) -> list[Part]:
     parts: list[Part] = []
     for number, path in enumerate(sorted(folder.glob(pattern))):
         file = open_parquet(path)
-        _check(path, file.schema_arrow.names)
+        _check_columns(path, file.schema_arrow.names)
         start = 0
         for group in range(file.num_row_groups):
             parts.append((path, number, start, group))
@@ -110,23 +110,23 @@ def _parquet_rows(path: Path, group: int) -> Iterator[dict[str, Any]]:
     return parquet_rows(path, [name for name in COLUMNS if name in known], [group])
 
 
-def _load(path: Path) -> Any:
+def _load_dataset(path: Path) -> Any:
     """A saved dataset whose rows come as Arrow stores them: no image is decoded."""
     try:
-        dataset = needs("datasets").load_from_disk(str(path))
+        dataset = require_module("datasets").load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: not a dataset that load_from_disk reads: {error}") from error
     return dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]).with_format("arrow")
 
 
-def _runs(path: Path) -> list[Part]:
-    dataset = _load(path)
-    _check(path, dataset.column_names)
+def _split_rows(path: Path) -> list[Part]:
+    dataset = _load_dataset(path)
+    _check_columns(path, dataset.column_names)
     return [(path, 0, start, 0) for start in range(0, len(dataset), PART_SIZE)]
 
 
 def _saved_rows(path: Path, start: int) -> Iterator[dict[str, Any]]:
-    dataset = _load(path)
+    dataset = _load_dataset(path)
     end = min(start + PART_SIZE, len(dataset))
     for first in range(start, end, BATCH):
         yield from dataset[first : min(first + BATCH, end)].to_pylist()

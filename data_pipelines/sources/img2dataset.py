@@ -21,9 +21,18 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.files import find_files, open_parquet, parquet_rows, parse_json
 from data_pipelines.media.limits import MAX_BYTES
 from data_pipelines.sample import Sample
-from data_pipelines.shards.members import ALLOWED, JSON, MEDIA, TEXT, captioned, check_end, extension, is_plain
+from data_pipelines.shards.members import (
+    ALLOWED,
+    JSON,
+    MEDIA,
+    TEXT,
+    caption_annotation,
+    check_end,
+    is_plain,
+    member_extension,
+)
 from data_pipelines.sources import Record
-from data_pipelines.sources.common.samples import attempt, check_choice, make_sample
+from data_pipelines.sources.common.samples import check_choice, make_sample, try_record
 
 FORMATS = ("webdataset", "parquet", "files")
 FAILED = ("bad", "drop")
@@ -53,7 +62,7 @@ class Img2Dataset:
         self.name, self.licence, self.split = name, licence, split
         self._format, self._columns = check_choice("format", format, FORMATS), tuple(columns)
         self._drop = check_choice("failed", failed, FAILED) == "drop"
-        self._parts = _find(Path(folder), format)
+        self._parts = _find_files(Path(folder), format)
 
     @property
     def parts(self) -> int:
@@ -64,17 +73,17 @@ class Img2Dataset:
         """The records of one of them."""
         path = self._parts[part]
         if self._format == "parquet":
-            yield from self._rows(path)
+            yield from self._read_rows(path)
             return
-        for group in _tar(path) if self._format == "webdataset" else _folder(path):
+        for group in _read_tar(path) if self._format == "webdataset" else _read_folder(path):
             if isinstance(group, BadSample):
                 yield group
             else:
-                yield attempt(partial(self._from_members, *group), partial("{}: {!r}".format, path, group[0]))
+                yield try_record(partial(self._from_members, *group), partial("{}: {!r}".format, path, group[0]))
 
     def _from_members(self, key: str, members: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
-        by_kind = {extension(name): data for name, data in members}
-        images = [data for name, data in members if extension(name) in MEDIA]
+        by_kind = {member_extension(name): data for name, data in members}
+        images = [data for name, data in members if member_extension(name) in MEDIA]
         if len(by_kind) < len(members) or len(images) != 1:
             raise BadSample(f"members {[name for name, _ in members]}; expected one image, one txt and one json")
         row = parse_json(by_kind[JSON]) if JSON in by_kind else {}
@@ -82,36 +91,36 @@ class Img2Dataset:
             raise BadSample(f"its json holds a {type(row).__name__}, not an object")
         if TEXT in by_kind:
             row = {**row, "caption": by_kind[TEXT].decode("utf-8", errors="replace")}
-        return self._sample(key, images[0], row)
+        return self._make_sample(key, images[0], row)
 
-    def _rows(self, path: Path) -> Iterator[Record]:
+    def _read_rows(self, path: Path) -> Iterator[Record]:
         known = set(open_parquet(path).schema_arrow.names)
         missing = {"key", "jpg", *self._columns} - known
         if missing or not known & {"caption", TEXT}:
             raise DataError(f"{path} has no column {', '.join(sorted(missing or {TEXT}))}; it has {sorted(known)}")
         columns = {"key", "jpg", "caption", TEXT, "status", "error_message", *self._columns} & known
         for row in parquet_rows(path, sorted(columns)):
-            if not (self._drop and _failed(row)):
-                yield attempt(partial(self._from_row, row), partial("{}: {!r}".format, path, row["key"]))
+            if not (self._drop and _has_failed(row)):
+                yield try_record(partial(self._from_row, row), partial("{}: {!r}".format, path, row["key"]))
 
     def _from_row(self, row: Mapping[str, Any]) -> tuple[Sample, list[bytes]]:
-        if _failed(row):
+        if _has_failed(row):
             raise BadSample(f"status {row.get('status')!r}: {row.get('error_message')}")
         caption = row.get(TEXT) if row.get("caption") is None else row["caption"]
-        return self._sample(str(row["key"]), row["jpg"], {**row, "caption": caption})
+        return self._make_sample(str(row["key"]), row["jpg"], {**row, "caption": caption})
 
-    def _sample(self, key: str, image: bytes, row: Mapping[str, Any]) -> tuple[Sample, list[bytes]]:
+    def _make_sample(self, key: str, image: bytes, row: Mapping[str, Any]) -> tuple[Sample, list[bytes]]:
         missing = [column for column in self._columns if column not in row]
         if missing:
             raise BadSample(f"has no column {', '.join(missing)}; it has {', '.join(row)}")
         caption = row.get("caption")
         if not isinstance(caption, str) or not caption.strip():
             raise BadSample("has no caption")
-        meta = {column: _plain(row[column]) for column in self._columns}
-        return make_sample(self, key, [image], [captioned(caption.strip())], meta)
+        meta = {column: _to_json_value(row[column]) for column in self._columns}
+        return make_sample(self, key, [image], [caption_annotation(caption.strip())], meta)
 
 
-def _find(folder: Path, kind: str) -> list[Path]:
+def _find_files(folder: Path, kind: str) -> list[Path]:
     if kind != "files":
         return find_files(folder, ".tar" if kind == "webdataset" else ".parquet")
     found = sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
@@ -120,11 +129,11 @@ def _find(folder: Path, kind: str) -> list[Path]:
     return found
 
 
-def _failed(row: Mapping[str, Any]) -> bool:
+def _has_failed(row: Mapping[str, Any]) -> bool:
     return row["jpg"] is None or row.get("status", "success") != "success"
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """`value` as JSON has it: no NaN, and nothing but text and numbers."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -133,11 +142,11 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _tar(path: Path) -> Iterator[Group | BadSample]:
+def _read_tar(path: Path) -> Iterator[Group | BadSample]:
     """The samples of a tar. What is refused costs its own sample alone; after a cut, what came before it stays."""
     try:
         with tarfile.open(path, "r:") as tar:
-            for key, found in groupby(_members(tar), key=itemgetter(0)):
+            for key, found in groupby(_read_members(tar), key=itemgetter(0)):
                 members = [(name, data) for _, name, data in found]
                 refused = [name for name, data in members if data is None]
                 if refused:
@@ -149,30 +158,30 @@ def _tar(path: Path) -> Iterator[Group | BadSample]:
         yield BadSample(f"{path}: truncated or not an uncompressed tar, the rest of it is lost: {error}")
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
+def _read_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
     """Key, name and bytes of every member; no bytes where it is a link, too large, or of a kind that is not read."""
     for info in tar:
         if info.isdir():
             continue
         folder, _, base = info.name.removeprefix("./").rpartition("/")
         key, _, name = base.partition(".")
-        file = tar.extractfile(info) if is_plain(info) and _wanted(name, info.size) else None
+        file = tar.extractfile(info) if is_plain(info) and _is_wanted(name, info.size) else None
         data = file.read() if file else None
         if data is not None and len(data) != info.size:
             raise tarfile.ReadError(f"{info.name!r} has {len(data)} of {info.size} bytes")
         yield f"{folder}/{key}" if folder else key, name, data
 
 
-def _folder(path: Path) -> Iterator[Group | BadSample]:
+def _read_folder(path: Path) -> Iterator[Group | BadSample]:
     files: Iterable[Path] = sorted(file for file in path.iterdir() if file.is_file())
     for key, found in groupby(files, key=lambda file: file.name.partition(".")[0]):
         members = [(file.name.partition(".")[2], file) for file in found]
-        refused = [file.name for name, file in members if not _wanted(name, file.stat().st_size)]
+        refused = [file.name for name, file in members if not _is_wanted(name, file.stat().st_size)]
         if refused:
             yield BadSample(f"{path}: {key!r}: file {refused[0]!r} refused")
         else:
             yield key, [(name, file.read_bytes()) for name, file in members]
 
 
-def _wanted(name: str, size: int) -> bool:
-    return extension(name) in ALLOWED and size <= MAX_BYTES
+def _is_wanted(name: str, size: int) -> bool:
+    return member_extension(name) in ALLOWED and size <= MAX_BYTES

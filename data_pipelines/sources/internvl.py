@@ -16,10 +16,10 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.inputs.files import MediaFolder, read_json
-from data_pipelines.inputs.records import place, read_records
+from data_pipelines.inputs.records import describe_record, read_records
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.conversations import dialogue
+from data_pipelines.sources.common.conversations import make_dialogue
 from data_pipelines.sources.common.samples import make_sample
 
 
@@ -52,17 +52,17 @@ class InternVL(ListSource):
     def __len__(self) -> int:
         return self._size
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The data set and the record's id or line."""
-        which, number = self._place(i)
-        return self._sets[which].label(number)
+        which, number = self._locate_record(i)
+        return self._sets[which].name_record(number)
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of all data sets."""
-        which, number = self._place(i)
-        return self._sets[which].sample(number, key=f"{i:08d}")
+        which, number = self._locate_record(i)
+        return self._sets[which].read_sample(number, key=f"{i:08d}")
 
-    def _place(self, i: int) -> tuple[int, int]:
+    def _locate_record(self, i: int) -> tuple[int, int]:
         which = bisect_right(self._ends, i)
         return which, i - (self._ends[which - 1] if which else 0)
 
@@ -73,7 +73,7 @@ class _DataSet:
     def __init__(self, name: str, licence: str, entry: Mapping[str, Any], folder: Path, repeat: bool) -> None:
         self.name, self.licence = name, licence
         try:
-            annotation, root = _inside(folder, entry["annotation"]), _inside(folder, entry["root"])
+            annotation, root = _path_inside(folder, entry["annotation"]), _path_inside(folder, entry["root"])
             times = entry.get("repeat_time", 1) if repeat else 1
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"meta: {name}: malformed: {type(error).__name__}: {error}") from error
@@ -89,26 +89,26 @@ class _DataSet:
     def __len__(self) -> int:
         return len(self._taken) * self._times
 
-    def label(self, number: int) -> str:
+    def name_record(self, number: int) -> str:
         """The data set and the record's id or line."""
-        return f"{self.name}, {place(self._records, number % len(self._taken))}"
+        return f"{self.name}, {describe_record(self._records, number % len(self._taken))}"
 
-    def sample(self, number: int, *, key: str) -> tuple[Sample, list[bytes]]:
+    def read_sample(self, number: int, *, key: str) -> tuple[Sample, list[bytes]]:
         """Record `number`, counted over all repetitions."""
         record = self._records[number % len(self._taken)]
-        images, videos = _paths(record, "image"), _paths(record, "video")
+        images, videos = _list_paths(record, "image"), _list_paths(record, "video")
         blobs = [self._files.read(path) for path in (*images, *videos)]
-        annotation = dialogue(record["conversations"], images=len(images), videos=len(videos))
+        annotation = make_dialogue(record["conversations"], images=len(images), videos=len(videos))
         meta = {"id": record.get("id"), "images": images, "videos": videos}
         return make_sample(self, f"{key}-{record.get('id', '')}", blobs, [annotation], meta)
 
 
-def _paths(record: Mapping[str, Any], name: str) -> list[str]:
+def _list_paths(record: Mapping[str, Any], name: str) -> list[str]:
     value = record.get(name) or []
     return [value] if isinstance(value, str) else list(value)
 
 
-def _inside(folder: Path, path: str) -> Path:
+def _path_inside(folder: Path, path: str) -> Path:
     """`path` below `folder`. Raises `DataError` if it leaves it."""
     inside = folder / path
     if not inside.is_relative_to(folder) or ".." in Path(path).parts:

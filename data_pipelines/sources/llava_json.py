@@ -15,7 +15,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Sample, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import IMAGE, Said, count_tags, said, tag_first, to_turn
+from data_pipelines.sources.common.conversations import IMAGE, Said, count_tags, read_turn, tag_first, to_turn
 from data_pipelines.sources.common.samples import Origin, check_choice, make_sample
 
 UNTAGGED = ("bad", "first", "drop")
@@ -39,13 +39,13 @@ class LlavaFormat:
     def __post_init__(self) -> None:
         check_choice("untagged", self.untagged, UNTAGGED)
 
-    def sample(self, record: Any, key: str, origin: Origin) -> tuple[Sample, list[bytes]]:
-        """The sample of one record, with one annotation. Raises what `ListSource.record` may raise."""
+    def parse_record(self, record: Any, key: str, origin: Origin) -> tuple[Sample, list[bytes]]:
+        """The sample of one record, with one annotation. Raises what `ListSource.read_record` may raise."""
         if record.get("video"):
             raise BadSample("names a video; this source reads images")
         image = record.get("image") or []
         paths = [image] if isinstance(image, str) else list(image)
-        turns = [said(turn) for turn in record["conversations"]]
+        turns = [read_turn(turn) for turn in record["conversations"]]
         tags = count_tags(turns, IMAGE)
         if paths and not tags and self.untagged == "drop":
             paths = []
@@ -54,10 +54,10 @@ class LlavaFormat:
         elif tags != len(paths):
             raise BadSample(f"{tags} {IMAGE} tags in its human turns, {len(paths)} images")
         blobs = [self.images.read(path) for path in paths]
-        annotation = Annotation(turns=tuple(self._turns(turns)))
+        annotation = Annotation(turns=tuple(self._make_turns(turns)))
         return make_sample(origin, key, blobs, [annotation], {"id": record.get("id"), "images": paths})
 
-    def _turns(self, turns: list[Said]) -> Iterator[Turn]:
+    def _make_turns(self, turns: list[Said]) -> Iterator[Turn]:
         numbers = {IMAGE: count()}
         start = int(bool(turns) and turns[0][0] == "system")
         if turns[start:] and turns[start][0] == "assistant":
@@ -89,7 +89,7 @@ class LlavaJSON(FileSource):
         self._format = LlavaFormat(images=MediaFolder(images), image_first=image_first, untagged=untagged)
         super().__init__(file, limit)
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file."""
         record = self.raw[i]
-        return self._format.sample(record, self.key(i, record), self)
+        return self._format.parse_record(record, self.make_key(i, record), self)

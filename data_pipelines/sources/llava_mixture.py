@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.errors import DataError
 from data_pipelines.inputs.files import MediaFolder, read_yaml
-from data_pipelines.inputs.records import place, read_records
+from data_pipelines.inputs.records import describe_record, read_records
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
 from data_pipelines.sources.common.samples import check_choice
@@ -56,12 +56,12 @@ class LlavaMixture(ListSource):
         self._format = LlavaFormat(images=MediaFolder(images), image_first=image_first, untagged=untagged)
         self._files: list[Sequence[Any]] = []
         self._of_file, self._of_record = array("l"), array("l")
-        for number, (path, strategy) in enumerate(_datasets(Path(file), json_folder)):
+        for number, (path, strategy) in enumerate(_read_datasets(Path(file), json_folder)):
             skipped = missing == "skip" and not path.is_file()
             records: Sequence[Any] = [] if skipped else read_records(path)
             if skipped:
                 print(f"{file}: skipped, not there: {path}", file=sys.stderr)
-            chosen = strategy.choose(len(records), f"{seed}-{number}")
+            chosen = strategy.choose_records(len(records), f"{seed}-{number}")
             if isinstance(records, list):  # the rest would be copied into every process
                 taken = set(chosen)
                 records = [record if i in taken else None for i, record in enumerate(records)]
@@ -72,15 +72,15 @@ class LlavaMixture(ListSource):
     def __len__(self) -> int:
         return len(self._of_record)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The number of the dataset and the record's own id, where it has one."""
-        return f"dataset {self._of_file[i]}, {place(self._files[self._of_file[i]], self._of_record[i])}"
+        return f"dataset {self._of_file[i]}, {describe_record(self._files[self._of_file[i]], self._of_record[i])}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Chosen record i."""
         number, position = self._of_file[i], self._of_record[i]
         record = self._files[number][position]
-        return self._format.sample(record, f"{number:03d}-{position:07d}-{record.get('id', '')}", self)
+        return self._format.parse_record(record, f"{number:03d}-{position:07d}-{record.get('id', '')}", self)
 
 
 class Strategy(NamedTuple):
@@ -90,7 +90,7 @@ class Strategy(NamedTuple):
     number: int = 0
     percent: bool = False
 
-    def choose(self, count: int, salt: str) -> Sequence[int]:
+    def choose_records(self, count: int, salt: str) -> Sequence[int]:
         """The records taken of `count`."""
         number = math.ceil(self.number * count / 100) if self.percent else self.number
         match self.kind:
@@ -104,7 +104,7 @@ class Strategy(NamedTuple):
         return range(count)
 
 
-def _datasets(file: Path, json_folder: str | None) -> Iterator[tuple[Path, Strategy]]:
+def _read_datasets(file: Path, json_folder: str | None) -> Iterator[tuple[Path, Strategy]]:
     data = read_yaml(file)
     entries = data.get("datasets") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
@@ -118,13 +118,13 @@ def _datasets(file: Path, json_folder: str | None) -> Iterator[tuple[Path, Strat
             allowed = "all, first:N, end:N, random:N; N a number or a percentage such as 10%"
             raise DataError(f"{file}: datasets[{number}].sampling_strategy: got {text!r}; allowed: {allowed}")
         strategy = Strategy("all") if found[1] else Strategy(found[2], int(found[3]), bool(found[4]))
-        for name in _expand(path):
+        for name in _expand_braces(path):
             yield Path(json_folder, Path(name).name) if json_folder else file.parent / name, strategy
 
 
-def _expand(path: str) -> list[str]:
+def _expand_braces(path: str) -> list[str]:
     """`a{b,c}d` -> `abd`, `acd`."""
     found = BRACES.fullmatch(path)
     if not found:
         return [path]
-    return [name for middle in found[2].split(",") for name in _expand(found[1] + middle.strip() + found[3])]
+    return [name for middle in found[2].split(",") for name in _expand_braces(found[1] + middle.strip() + found[3])]

@@ -46,30 +46,30 @@ class Messages(FileSource):
         super().__init__(file, limit)
         self._media = MediaFolder(Path(file).parent if media is None else media, "media")
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file; blank lines are none."""
         record = self.raw[i]
-        return sample(record, self.key(i, record), self._read, self)
+        return parse_record(record, self.make_key(i, record), self._read_image, self)
 
-    def _read(self, item: Any) -> bytes:
+    def _read_image(self, item: Any) -> bytes:
         return read_uri(item) if isinstance(item, str) and item.startswith("data:") else self._media.read(item)
 
 
-def sample(
+def parse_record(
     record: Mapping[str, Any], key: str, read: Callable[[Any], bytes], origin: Origin
 ) -> tuple[Sample, list[bytes]]:
     """The sample of a record with `messages`, `conversations`, or `prompt` with `chosen` and `rejected`.
 
-    `read` gives the bytes of one of its images or videos. Raises what `ListSource.record` may raise.
+    `read` gives the bytes of one of its images or videos. Raises what `ListSource.read_record` may raise.
     """
-    album = Album(images=_listed(record, "image"), videos=_listed(record, "video"))
-    annotations = [album.annotation(*pair) for pair in _conversations(record)]
+    album = Album(images=_list_media(record, "image"), videos=_list_media(record, "video"))
+    annotations = [album.make_annotation(*pair) for pair in _list_conversations(record)]
     blobs = [read(item) for item in album.media]
     meta = {"id": record["id"]} if isinstance(record.get("id"), (str, int)) else {}
     return make_sample(origin, key, blobs, annotations, meta)
 
 
-def _listed(record: Mapping[str, Any], kind: str) -> list[Any]:
+def _list_media(record: Mapping[str, Any], kind: str) -> list[Any]:
     found = record.get(f"{kind}s") or record.get(kind) or []
     return found if isinstance(found, list) else [found]
 
@@ -82,20 +82,20 @@ class Album:
         self._listed = {"image": range(len(images)), "video": range(len(images), len(self.media))}
         self._brought = len(self.media)
 
-    def annotation(self, messages: Sequence[Any], rejected: Mapping[str, Any] | None = None) -> Annotation:
+    def make_annotation(self, messages: Sequence[Any], rejected: Mapping[str, Any] | None = None) -> Annotation:
         """One conversation. Raises `BadSample` where it ends without an answer, or marks part of the images only."""
-        numbers = {TAGS[kind]: self._numbers(kind) for kind in TAGS}
-        turns = [self._turn(message, numbers) for message in messages]
-        if not turns or not _answers(turns[-1]):
+        numbers = {TAGS[kind]: self._count_media(kind) for kind in TAGS}
+        turns = [self._make_turn(message, numbers) for message in messages]
+        if not turns or not _is_answer(turns[-1]):
             raise BadSample("its last turn is not an answer of the assistant")
-        refused = self._turn(rejected, numbers) if rejected is not None else None
-        if refused and not _answers(refused):
+        refused = self._make_turn(rejected, numbers) if rejected is not None else None
+        if refused and not _is_answer(refused):
             raise BadSample("the rejected turn is not an answer of the assistant")
         for kind in reversed(TAGS):  # images come before videos
             turns = self._place_listed(turns, kind)
         return Annotation(turns=tuple(turns), rejected=refused)
 
-    def _numbers(self, kind: str) -> Iterator[int]:
+    def _count_media(self, kind: str) -> Iterator[int]:
         yield from self._listed[kind]
         raise BadSample(f"marks more {kind}s than the {len(self._listed[kind])} it lists")
 
@@ -113,49 +113,49 @@ class Album:
         parts = (*(Media(item=number) for number in missing), *turns[first].parts)
         return [*turns[:first], replace(turns[first], parts=parts), *turns[first + 1 :]]
 
-    def _turn(self, message: Mapping[str, Any], numbers: Mapping[str, Iterator[int]]) -> Turn:
+    def _make_turn(self, message: Mapping[str, Any], numbers: Mapping[str, Iterator[int]]) -> Turn:
         name = message["role"] if message.get("role") is not None else message["from"]
         if name not in ROLES:
             raise BadSample(f"turn of {name!r}; allowed: {', '.join(ROLES)}")
         content = message["content"] if message.get("content") is not None else message["value"]
         if isinstance(content, str):
             return to_turn(ROLES[name], content, numbers)
-        return Turn(role=ROLES[name], parts=tuple(self._part(part, numbers) for part in content))
+        return Turn(role=ROLES[name], parts=tuple(self._make_part(part, numbers) for part in content))
 
-    def _part(self, part: Mapping[str, Any], numbers: Mapping[str, Iterator[int]]) -> Part:
+    def _make_part(self, part: Mapping[str, Any], numbers: Mapping[str, Iterator[int]]) -> Part:
         match part["type"]:
             case "text" if isinstance(part["text"], str):
                 return Text(text=part["text"])
             case "image" | "video" as kind:
                 if part.get(kind) is not None:
-                    return self._bring(part[kind])
+                    return self._add_media(part[kind])
                 if part.get("index") is not None:  # HuggingFaceH4/llava-instruct-mix-vsft
-                    return self._numbered(kind, part["index"])
+                    return self._numbered_media(kind, part["index"])
                 return Media(item=next(numbers[TAGS[kind]]))
             case "image_url" | "video_url" as kind:
-                return self._bring(part[kind]["url"])
+                return self._add_media(part[kind]["url"])
         raise BadSample(f"part of type {part['type']!r}; allowed: text, image, image_url, video, video_url")
 
-    def _numbered(self, kind: str, index: int) -> Media:
+    def _numbered_media(self, kind: str, index: int) -> Media:
         listed = self._listed[kind]
         if not 0 <= index < len(listed):
             raise BadSample(f"marks {kind} {index} of the {len(listed)} it lists")
         return Media(item=listed[index])
 
-    def _bring(self, item: Any) -> Media:
+    def _add_media(self, item: Any) -> Media:
         if item not in self.media[self._brought :]:
             self.media.append(item)
         return Media(item=self.media.index(item, self._brought))
 
 
-def _answers(turn: Turn) -> bool:
+def _is_answer(turn: Turn) -> bool:
     return turn.role == "assistant" and bool(turn.text.strip())
 
 
-def _conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], Mapping[str, Any] | None]]:
+def _list_conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], Mapping[str, Any] | None]]:
     """The conversations of a record, each with the rejected answer, if there is one."""
     if record.get("chosen") is not None:
-        yield _preference(record)
+        yield _split_preference(record)
         return
     messages = record["messages"] if record.get("messages") is not None else record.get("conversations")
     if not isinstance(messages, list):
@@ -165,10 +165,10 @@ def _conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], Mappi
     if several and rejected is not None:
         raise BadSample("has several conversations and one rejected answer")
     for conversation in messages if several else [messages]:
-        yield conversation, None if rejected is None else _answer(rejected)
+        yield conversation, None if rejected is None else _answer_message(rejected)
 
 
-def _preference(record: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
+def _split_preference(record: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
     """TRL's preference layout; without a `prompt`, `chosen` and `rejected` both begin with it."""
     chosen, rejected, prompt = record["chosen"], record["rejected"], record.get("prompt")
     if prompt is None:
@@ -176,10 +176,10 @@ def _preference(record: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]
             raise BadSample("has no prompt, and its chosen and rejected messages differ before the last one")
         return list(chosen), rejected[-1]
     start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*start, _answer(chosen)], _answer(rejected)
+    return [*start, _answer_message(chosen)], _answer_message(rejected)
 
 
-def _answer(value: Any) -> Mapping[str, Any]:
+def _answer_message(value: Any) -> Mapping[str, Any]:
     """An answer given as text, as a message, or as a list of one message."""
     if isinstance(value, str):
         return {"role": "assistant", "content": value}

@@ -23,8 +23,8 @@ from data_pipelines.inputs.records import MAX_LINE
 from data_pipelines.media.video import MAX_BYTES
 from data_pipelines.sample import Sample
 from data_pipelines.shards.members import check_end, is_plain
-from data_pipelines.sources.common.documents import document, readable
-from data_pipelines.sources.common.samples import Record, attempt, make_sample
+from data_pipelines.sources.common.documents import make_document, read_image
+from data_pipelines.sources.common.samples import Record, make_sample, try_record
 
 Read = Callable[[str], bytes]
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -75,12 +75,12 @@ class MMC4:
         path = self._files[part]
         stem = path.name.partition(".")[0]
         try:
-            with _lines(path) as file, self._album(stem) as image:
+            with _open_lines(path) as file, self._open_images(stem) as image:
                 number = -1
                 while line := file.readline(MAX_LINE):
                     number += 1
-                    make = partial(self._sample, line, f"{stem}-{number:06d}", image)
-                    record = attempt(make, partial("{}, line {}".format, path.name, number + 1))
+                    make = partial(self._make_sample, line, f"{stem}-{number:06d}", image)
+                    record = try_record(make, partial("{}, line {}".format, path.name, number + 1))
                     if isinstance(record, BadSample) or len(record[1]) >= self.min_images:
                         yield record
         except UNREADABLE as error:
@@ -88,7 +88,7 @@ class MMC4:
         except tarfile.TarError as error:
             raise DataError(f"images: {stem}.tar: truncated or not an uncompressed tar: {error}") from error
 
-    def _sample(self, line: bytes, key: str, image: Read) -> tuple[Sample, list[bytes]]:
+    def _make_sample(self, line: bytes, key: str, image: Read) -> tuple[Sample, list[bytes]]:
         record = parse_json(line)
         shown: dict[int, list[bytes]] = {}
         for info in record["image_info"]:
@@ -96,17 +96,17 @@ class MMC4:
                 break
             if info["matched_sim"] < self.min_similarity:
                 continue
-            if blob := readable(partial(_read, info, image), self.min_bytes):
+            if blob := read_image(partial(_read_image, info, image), self.min_bytes):
                 shown.setdefault(info["matched_text_index"], []).append(blob)
         sentences = record["text_list"]
         if unknown := sorted(set(shown) - set(range(len(sentences)))):
             raise BadSample(f"images match the sentences {unknown}, but there are {len(sentences)}")
         pieces = [piece for number, text in enumerate(sentences) for piece in (*shown.get(number, ()), text)]
-        annotation, blobs = document(pieces, joint=" ")
+        annotation, blobs = make_document(pieces, joint=" ")
         return make_sample(self, key, blobs, [annotation], {"url": record.get("url")})
 
     @contextmanager
-    def _album(self, stem: str) -> Iterator[Read]:
+    def _open_images(self, stem: str) -> Iterator[Read]:
         """How the images of a file's documents are read by name."""
         folder = self._images.path
         if folder is not None and (folder / f"{stem}.tar").is_file():
@@ -118,7 +118,7 @@ class MMC4:
             yield self._images.read
 
 
-def _read(info: Mapping[str, Any], image: Read) -> bytes:
+def _read_image(info: Mapping[str, Any], image: Read) -> bytes:
     if info.get("image_base64"):
         return base64.b64decode(info["image_base64"], validate=True)
     return image(info["image_name"])
@@ -128,18 +128,18 @@ def _tar_reader(tar: tarfile.TarFile) -> Read:
     places = {Path(info.name).name: info for info in tar if is_plain(info)}
     check_end(tar)
 
-    def read(name: str) -> bytes:
+    def read_member(name: str) -> bytes:
         info = places.get(name)
         file = tar.extractfile(info) if info is not None and info.size <= MAX_BYTES else None
         if file is None:
             raise BadSample(f"no image {name!r}")
         return file.read()
 
-    return read
+    return read_member
 
 
 @contextmanager
-def _lines(path: Path) -> Iterator[IO[bytes]]:
+def _open_lines(path: Path) -> Iterator[IO[bytes]]:
     if path.suffix != ".zip":
         with open(path, "rb") as file:
             yield file

@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.files import MediaFolder, find_files, open_parquet, parquet_rows
 from data_pipelines.sample import Sample
-from data_pipelines.sources.common.documents import document, readable
-from data_pipelines.sources.common.samples import Record, attempt, check_choice, make_sample
+from data_pipelines.sources.common.documents import make_document, read_image
+from data_pipelines.sources.common.samples import Record, check_choice, make_sample, try_record
 
 NAMING = ("sha256", "md5", "basename")
 EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp")
@@ -63,12 +63,12 @@ class Obelics:
         path = self._files[part]
         known = open_parquet(path).schema_arrow.names
         for number, row in enumerate(parquet_rows(path, [name for name in COLUMNS if name in known])):
-            make = partial(self._sample, row, f"{path.stem}-{number:07d}")
-            record = attempt(make, partial("{}, row {}".format, path.name, number))
+            make = partial(self._make_sample, row, f"{path.stem}-{number:07d}")
+            record = try_record(make, partial("{}, row {}".format, path.name, number))
             if isinstance(record, BadSample) or len(record[1]) >= self.min_images:
                 yield record
 
-    def _sample(self, row: Mapping[str, Any], key: str) -> tuple[Sample, list[bytes]]:
+    def _make_sample(self, row: Mapping[str, Any], key: str) -> tuple[Sample, list[bytes]]:
         images, texts = row["images"], row["texts"]
         if len(images) != len(texts) or any((a is None) == (b is None) for a, b in zip(images, texts, strict=False)):
             raise BadSample(f"{len(images)} images and {len(texts)} texts that do not complete each other")
@@ -77,15 +77,15 @@ class Obelics:
         for image, text in zip(images, texts, strict=True):
             if image is None:
                 pieces.append(text)
-            elif left and (blob := readable(partial(self._read, image))):
+            elif left and (blob := read_image(partial(self._read_image, image))):
                 pieces.append(blob)
                 left -= 1
-        annotation, blobs = document(pieces, joint="\n\n")
+        annotation, blobs = make_document(pieces, joint="\n\n")
         if not any(piece.strip() for piece in pieces if isinstance(piece, str)):
             raise BadSample("no text")
         return make_sample(self, key, blobs, [annotation], {"general_metadata": row.get("general_metadata")})
 
-    def _read(self, image: Any) -> bytes:
+    def _read_image(self, image: Any) -> bytes:
         if isinstance(image, Mapping):
             image = image["bytes"] or image["path"]
         if isinstance(image, bytes):

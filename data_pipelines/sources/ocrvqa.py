@@ -13,8 +13,8 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.questions import Annotated, Prompt, of_split, one_image, text, texts
-from data_pipelines.sources.common.samples import check_choice, exchange
+from data_pipelines.sources.common.questions import Annotated, Prompt, of_split, one_image, require_text, require_texts
+from data_pipelines.sources.common.samples import check_choice, make_exchange
 
 SPLITS = {"train": 1, "val": 2, "test": 3}
 
@@ -49,22 +49,24 @@ class OCRVQA(ListSource):
     def __len__(self) -> int:
         return len(self._books)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The book."""
         return f"book {self._books[i]['id']!r}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one book."""
         book = self._books[i]
         extension = PurePosixPath(str(book.get("imageURL", ""))).suffix
         blob = self._folder.read(f"{book['id']}.jpg", *([f"{book['id']}{extension}"] if extension else []))
-        questions, answers = texts(book["questions"]), texts(book["answers"])
+        questions, answers = require_texts(book["questions"]), require_texts(book["answers"])
         if len(questions) != len(answers):
             raise BadSample(f"{len(questions)} questions, {len(answers)} answers")
         pairs = list(enumerate(zip(questions, answers, strict=True)))
-        return one_image(self, f"{self.split}-{book['id']}", blob, pairs, self._annotate, {"image_id": book["id"]})
+        return one_image(
+            self, f"{self.split}-{book['id']}", blob, pairs, self._make_annotation, {"image_id": book["id"]}
+        )
 
-    def _annotate(self, pair: tuple[int, tuple[Any, Any]]) -> Annotated:
+    def _make_annotation(self, pair: tuple[int, tuple[Any, Any]]) -> Annotated:
         number, (question, answer) = pair
-        prompt = self._prompt.fill(question=text(question))
-        return [(exchange(prompt, text(answer)), {"question_id": number})]
+        prompt = self._prompt.fill_prompt(question=require_text(question))
+        return [(make_exchange(prompt, require_text(answer)), {"question_id": number})]

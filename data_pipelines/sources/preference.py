@@ -18,7 +18,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.files import MediaFolder, parse_json
 from data_pipelines.sample import Annotation, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.samples import exchange, make_sample
+from data_pipelines.sources.common.samples import make_exchange, make_sample
 
 FIELDS = ("question", "chosen", "rejected")
 ORIGIN = ("ds_name", "origin_dataset", "origin_split", "idx", "image_path")
@@ -48,7 +48,7 @@ class PreferencePairs(FileSource):
         self._images = MediaFolder(images)
         super().__init__(file, limit)
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Pair i of the file."""
         record = self.raw[i]
         text = record.get("text")
@@ -57,26 +57,26 @@ class PreferencePairs(FileSource):
             if not isinstance(pair[name], str) or not pair[name].strip():
                 raise BadSample(f"{name} is empty or no text")
         image = record.get("image") or None
-        annotation = self._annotation(*(pair[name].strip() for name in FIELDS), shown=image is not None)
+        annotation = self._make_annotation(*(pair[name].strip() for name in FIELDS), shown=image is not None)
         meta = {name: record[name] for name in ORIGIN if name in record}
-        blobs = [] if image is None else [self._read(image)]
+        blobs = [] if image is None else [self._read_image(image)]
         return make_sample(self, f"{i:07d}-{record.get('idx', '')}", blobs, [annotation], meta)
 
-    def _annotation(self, ask: str, chosen: str, rejected: str, *, shown: bool) -> Annotation:
+    def _make_annotation(self, ask: str, chosen: str, rejected: str, *, shown: bool) -> Annotation:
         if chosen == rejected:
             raise BadSample("the chosen answer is the rejected one")
-        made = exchange(ask, chosen, items=(0,) if shown else (), rejected=rejected)
+        made = make_exchange(ask, chosen, items=(0,) if shown else (), rejected=rejected)
         if self.changed_weight == 1.0:
             return made
-        better, worse = changed(chosen, rejected)
-        turns = (made.turns[0], self._weighted(made.turns[1], better))
-        return replace(made, turns=turns, rejected=self._weighted(made.rejected or made.turns[1], worse))
+        better, worse = find_changed_spans(chosen, rejected)
+        turns = (made.turns[0], self._weigh_turn(made.turns[1], better))
+        return replace(made, turns=turns, rejected=self._weigh_turn(made.rejected or made.turns[1], worse))
 
-    def _weighted(self, turn: Turn, spans: list[tuple[int, int]]) -> Turn:
+    def _weigh_turn(self, turn: Turn, spans: list[tuple[int, int]]) -> Turn:
         weights = tuple((start, end, self.changed_weight) for start, end in spans)
         return replace(turn, parts=(Text(text=turn.text, weights=weights),))
 
-    def _read(self, image: Any) -> bytes:
+    def _read_image(self, image: Any) -> bytes:
         if isinstance(image, Mapping) and image.get("bytes"):
             data = image["bytes"]
             return base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(data)
@@ -99,7 +99,7 @@ class RLHFV(PreferencePairs):
         super().__init__(file=file, changed_weight=changed_weight, name=name, licence=licence, split=split, limit=limit)
 
 
-def changed(first: str, second: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def find_changed_spans(first: str, second: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The character spans of the words of two texts that the other one has not there."""
     words = [list(re.finditer(r"\w+|[^\w\s]", text)) for text in (first, second)]
     old, new = ([word.group() for word in some] for some in words)

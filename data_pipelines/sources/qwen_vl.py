@@ -14,7 +14,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import said
+from data_pipelines.sources.common.conversations import read_turn
 from data_pipelines.sources.common.samples import make_sample
 
 SCALE = 1000
@@ -44,39 +44,40 @@ class QwenVL(FileSource):
         self._images = MediaFolder(images)
         super().__init__(file, limit)
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file."""
         record = self.raw[i]
         paths: list[str] = []
         turns = [
-            Turn(role=role, parts=tuple(self._parts(text, paths))) for role, text in map(said, record["conversations"])
+            Turn(role=role, parts=tuple(self._make_parts(text, paths)))
+            for role, text in map(read_turn, record["conversations"])
         ]
         if not any(turn.role == "assistant" for turn in turns):
             raise BadSample("no turn of the assistant")
         blobs = [self._images.read(path) for path in paths]
         meta = {"id": record.get("id"), "images": paths}
-        return make_sample(self, self.key(i, record), blobs, [Annotation(turns=tuple(turns))], meta)
+        return make_sample(self, self.make_key(i, record), blobs, [Annotation(turns=tuple(turns))], meta)
 
-    def _parts(self, value: str, paths: list[str]) -> Iterator[Part]:
+    def _make_parts(self, value: str, paths: list[str]) -> Iterator[Part]:
         """The parts of a turn; the paths of its images are appended to `paths`."""
         end = 0
         for found in TOKEN.finditer(value):
-            yield from self._text(value[end : found.start()])
+            yield from self._make_text(value[end : found.start()])
             end = found.end()
             if found["image"] is not None:
                 paths.append(found["image"].strip())
                 yield Media(item=len(paths) - 1)
             else:
-                yield box(found["box"], paths)
-        yield from self._text(value[end:])
+                yield parse_box(found["box"], paths)
+        yield from self._make_text(value[end:])
 
-    def _text(self, text: str) -> Iterator[Text]:
+    def _make_text(self, text: str) -> Iterator[Text]:
         text = text if self.keep_refs else re.sub("</?ref>", "", text)
         if text:
             yield Text(text=text)
 
 
-def box(corners: str, images: Sequence[str]) -> Box:
+def parse_box(corners: str, images: Sequence[str]) -> Box:
     """`(x1,y1),(x2,y2)` in thousandths, of the last image. Raises `BadSample`."""
     found = BOX.fullmatch(corners.strip())
     if found is None:

@@ -20,8 +20,14 @@ from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.questions import Annotated, of_split, one_image, text, whole
-from data_pipelines.sources.common.regions import GROUNDING_PROMPT, REFERRING_PROMPT, RegionTask, box, check_size
+from data_pipelines.sources.common.questions import Annotated, of_split, one_image, require_text, require_whole_number
+from data_pipelines.sources.common.regions import (
+    GROUNDING_PROMPT,
+    REFERRING_PROMPT,
+    RegionTask,
+    box_from_xywh,
+    check_size,
+)
 from data_pipelines.sources.common.samples import MALFORMED
 
 CONVERT = (
@@ -63,34 +69,36 @@ class RefCOCO(ListSource):
         self.name, self.split, self.licence = name, split, licence
         self._task = RegionTask(task, grounding_prompt, referring_prompt)
         self._folder = MediaFolder(images)
-        self._images = list(_read(file, instances, split).values())[:limit]
+        self._images = list(_read_images(file, instances, split).values())[:limit]
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The image."""
         return f"image {self._images[i][0].get('file_name')!r}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All expressions about one image."""
         image, regions = self._images[i]
-        name = Path(text(image["file_name"])).name
+        name = Path(require_text(image["file_name"])).name
         blob = self._folder.read(name)
         item = image_item(0, blob)
-        check_size((whole(image["width"]), whole(image["height"])), item.width, item.height)
-        annotate = partial(self._annotate, width=item.width, height=item.height)
+        check_size(
+            (require_whole_number(image["width"]), require_whole_number(image["height"])), item.width, item.height
+        )
+        annotate = partial(self._make_annotation, width=item.width, height=item.height)
         return one_image(self, f"{self.split}-{Path(name).stem}", blob, regions, annotate, {"image": name})
 
-    def _annotate(self, region: Region, width: int, height: int) -> Annotated:
-        return self._task.annotate(region.id, region.phrase, box(region.xywh, width, height))
+    def _make_annotation(self, region: Region, width: int, height: int) -> Annotated:
+        return self._task.make_annotation(region.id, region.phrase, box_from_xywh(region.xywh, width, height))
 
 
 Images = dict[Any, tuple[dict[str, Any], list[Region]]]
 """COCO image entries with their regions, by image."""
 
 
-def _read(file: str, instances: str | None, split: str) -> Images:
+def _read_images(file: str, instances: str | None, split: str) -> Images:
     if Path(file).suffix in (".p", ".pkl", ".pickle"):
         raise DataError(
             f"file: {file} is a pickle, which runs code when it is loaded. Convert it once, where you trust it: "
@@ -99,16 +107,16 @@ def _read(file: str, instances: str | None, split: str) -> Images:
     data = read_json(file, "file")
     try:
         if isinstance(data, dict) and "annotations" in data and "refs" not in data:
-            return _mdetr(data)
+            return _read_mdetr(data)
         if instances is None:
             raise DataError(f"file: {file} holds refs, whose boxes are in another file: instances=<instances.json>")
         refs = data["refs"] if isinstance(data, dict) else data
-        return _refs(of_split(refs, "split", split), read_json(instances, "instances"))
+        return _read_refs(of_split(refs, "split", split), read_json(instances, "instances"))
     except MALFORMED as error:
         raise DataError(f"file: {file}: neither refs nor an MDETR file: {type(error).__name__}: {error}") from error
 
 
-def _refs(refs: list[dict[str, Any]], instances: dict[str, Any]) -> Images:
+def _read_refs(refs: list[dict[str, Any]], instances: dict[str, Any]) -> Images:
     boxes = {annotation["id"]: annotation["bbox"] for annotation in instances["annotations"]}
     entries = {entry["id"]: entry for entry in instances["images"]}
     images: Images = {}
@@ -120,7 +128,7 @@ def _refs(refs: list[dict[str, Any]], instances: dict[str, Any]) -> Images:
     return images
 
 
-def _mdetr(data: dict[str, Any]) -> Images:
+def _read_mdetr(data: dict[str, Any]) -> Images:
     boxes: dict[Any, list[Any]] = {}
     for annotation in data["annotations"]:
         boxes.setdefault(annotation["image_id"], []).append(annotation["bbox"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Role, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import ROLES, Said, said
+from data_pipelines.sources.common.conversations import ROLES, Said, read_turn
 from data_pipelines.sources.common.samples import make_sample
 
 SPEAKERS: dict[str, Role] = {
@@ -40,16 +40,16 @@ class ShareGPT(FileSource):
         self.name, self.licence, self.split = name, licence, split
         super().__init__(file, limit)
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Conversation i of the file."""
         record = self.raw[i]
         conversation = record["messages"] if "messages" in record else record["conversations"]
-        turns = _trim([said(turn, SPEAKERS) for turn in conversation])
+        turns = _trim_turns([read_turn(turn, SPEAKERS) for turn in conversation])
         annotation = Annotation(turns=tuple(Turn(role=role, parts=(Text(text=text),)) for role, text in turns))
-        return make_sample(self, self.key(i, record), [], [annotation], {"id": record.get("id")})
+        return make_sample(self, self.make_key(i, record), [], [annotation], {"id": record.get("id")})
 
 
-def _trim(turns: list[Said]) -> list[Said]:
+def _trim_turns(turns: list[Said]) -> list[Said]:
     """System turn, if there is one, then questions and answers in turn."""
     system = [turn for turn in turns[:1] if turn[0] == "system"]
     talk = turns[len(system) :]

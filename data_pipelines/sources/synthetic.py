@@ -6,23 +6,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from data_pipelines.errors import DataError
-from data_pipelines.inputs.files import needs
+from data_pipelines.inputs.files import require_module
 from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
-from data_pipelines.shards.members import captioned
+from data_pipelines.shards.members import caption_annotation
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.documents import document
+from data_pipelines.sources.common.documents import make_document
 from data_pipelines.sources.common.drawing import (
     COLOURS,
     SHAPES,
     Dice,
+    draw_motion,
+    draw_picture,
+    draw_scene,
+    draw_word,
     encode_mp4,
     encode_png,
-    motion,
-    picture,
-    scene,
-    written,
 )
-from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
+from data_pipelines.sources.common.samples import check_choice, make_exchange, make_sample
 
 TASKS = ("caption", "vqa", "count", "ocr", "box", "multi_image", "video", "preference", "interleaved", "text")
 SPLITS = ("train", "val", "test")
@@ -75,14 +75,14 @@ class Synthetic(ListSource):
         if count < 1 or frames < 2 or not tasks:
             raise DataError(f"count {count}, frames {frames}, {len(tasks)} tasks; allowed: from 1, from 2, from 1")
         if "video" in tasks and not video_as_images:
-            needs("av")
+            require_module("av")
         self.split, self.count, self.seed = check_choice("split", split, SPLITS), count, seed
         self._tasks = [(task, makers[task]) for task in tasks]
 
     def __len__(self) -> int:
         return self.count
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Sample i."""
         task, make = self._tasks[i % len(self._tasks)]
         blobs, annotations = make(Dice("synthetic", self.seed, self.split, task, i))
@@ -90,89 +90,89 @@ class Synthetic(ListSource):
         return make_sample(self, key, blobs, annotations, meta)
 
 
-def _caption(dice: Dice) -> Made:
-    things = scene(dice, 1 + dice.below(3))
+def _make_caption(dice: Dice) -> Made:
+    things = draw_scene(dice, 1 + dice.draw_below(3))
     caption = " and ".join(f"a {thing.name}" for thing in things)
-    return [encode_png(picture(things))], [captioned(caption)]
+    return [encode_png(draw_picture(things))], [caption_annotation(caption)]
 
 
-def _vqa(dice: Dice) -> Made:
-    (thing,) = scene(dice, 1)
-    other = dice.pick([colour for colour in COLOURS if colour != thing.colour])
-    asked = dice.pick([thing.colour, other])
-    return [encode_png(picture([thing]))], [
-        exchange(f"Which colour is the {thing.shape}?", thing.colour),
-        exchange(f"Which shape is {thing.colour}?", thing.shape),
-        exchange(f"Is there a {asked} shape?", "yes" if asked == thing.colour else "no"),
+def _make_vqa(dice: Dice) -> Made:
+    (thing,) = draw_scene(dice, 1)
+    other = dice.pick_one([colour for colour in COLOURS if colour != thing.colour])
+    asked = dice.pick_one([thing.colour, other])
+    return [encode_png(draw_picture([thing]))], [
+        make_exchange(f"Which colour is the {thing.shape}?", thing.colour),
+        make_exchange(f"Which shape is {thing.colour}?", thing.shape),
+        make_exchange(f"Is there a {asked} shape?", "yes" if asked == thing.colour else "no"),
     ]
 
 
-def _count(dice: Dice) -> Made:
-    things = scene(dice, 1 + dice.below(9))
-    shape = dice.pick(SHAPES)
+def _make_count(dice: Dice) -> Made:
+    things = draw_scene(dice, 1 + dice.draw_below(9))
+    shape = dice.pick_one(SHAPES)
     found = sum(thing.shape == shape for thing in things)
-    return [encode_png(picture(things))], [
-        exchange("How many shapes are there?", str(len(things))),
-        exchange(f"How many {shape}s are there?", str(found)),
+    return [encode_png(draw_picture(things))], [
+        make_exchange("How many shapes are there?", str(len(things))),
+        make_exchange(f"How many {shape}s are there?", str(found)),
     ]
 
 
-def _ocr(dice: Dice) -> Made:
-    word = dice.pick(WORDS)
-    return [encode_png(written(dice, word))], [exchange("Which word is written in the picture?", word)]
+def _make_ocr(dice: Dice) -> Made:
+    word = dice.pick_one(WORDS)
+    return [encode_png(draw_word(dice, word))], [make_exchange("Which word is written in the picture?", word)]
 
 
-def _box(dice: Dice) -> Made:
-    things = scene(dice, 2 + dice.below(3))
-    thing = dice.pick(things)
+def _make_box(dice: Dice) -> Made:
+    things = draw_scene(dice, 2 + dice.draw_below(3))
+    thing = dice.pick_one(things)
     region = Box(item=0, xyxy=thing.xyxy)
-    return [encode_png(picture(things))], [
-        exchange(f"Where is the {thing.name}?", region),
-        exchange([Text(text="What is in the region "), region, Text(text="?")], f"a {thing.name}"),
+    return [encode_png(draw_picture(things))], [
+        make_exchange(f"Where is the {thing.name}?", region),
+        make_exchange([Text(text="What is in the region "), region, Text(text="?")], f"a {thing.name}"),
     ]
 
 
 def _multi_image(dice: Dice) -> Made:
-    things = scene(dice, 2 + dice.below(2))
-    asked = dice.below(len(things))
+    things = draw_scene(dice, 2 + dice.draw_below(2))
+    asked = dice.draw_below(len(things))
     ask = f"Which picture shows a {things[asked].name}?"
-    blobs = [encode_png(picture([thing])) for thing in things]
-    return blobs, [exchange(ask, f"the {ORDINALS[asked]} one", items=range(len(things)))]
+    blobs = [encode_png(draw_picture([thing])) for thing in things]
+    return blobs, [make_exchange(ask, f"the {ORDINALS[asked]} one", items=range(len(things)))]
 
 
-def _video(frames: int, as_images: bool, dice: Dice) -> Made:
-    (thing,) = scene(dice, 1)
-    direction = dice.pick(DIRECTIONS)
-    images = motion(thing, direction, frames)
+def _make_video(frames: int, as_images: bool, dice: Dice) -> Made:
+    (thing,) = draw_scene(dice, 1)
+    direction = dice.pick_one(DIRECTIONS)
+    images = draw_motion(thing, direction, frames)
     blobs = [encode_png(image) for image in images] if as_images else [encode_mp4(images)]
     ask = f"Which way does the {thing.name} move?"
-    return blobs, [exchange(ask, direction, items=range(len(blobs)))]
+    return blobs, [make_exchange(ask, direction, items=range(len(blobs)))]
 
 
-def _preference(dice: Dice) -> Made:
-    (thing,) = scene(dice, 1)
-    wrong = dice.pick([colour for colour in COLOURS if colour != thing.colour])
-    chosen, rejected = (_answer(colour, thing.shape) for colour in (thing.colour, wrong))
+def _make_preference(dice: Dice) -> Made:
+    (thing,) = draw_scene(dice, 1)
+    wrong = dice.pick_one([colour for colour in COLOURS if colour != thing.colour])
+    chosen, rejected = (_answer_turn(colour, thing.shape) for colour in (thing.colour, wrong))
     ask = Turn(role="user", parts=(Media(item=0), Text(text="What is in the picture?")))
-    return [encode_png(picture([thing]))], [Annotation(turns=(ask, chosen), rejected=rejected)]
+    return [encode_png(draw_picture([thing]))], [Annotation(turns=(ask, chosen), rejected=rejected)]
 
 
-def _answer(colour: str, shape: str) -> Turn:
+def _answer_turn(colour: str, shape: str) -> Turn:
     weights = ((len("a "), len(f"a {colour}"), CHANGED),)
     return Turn(role="assistant", parts=(Text(text=f"a {colour} {shape}", weights=weights),))
 
 
-def _interleaved(dice: Dice) -> Made:
-    things = scene(dice, 2 + dice.below(2))
+def _make_interleaved(dice: Dice) -> Made:
+    things = draw_scene(dice, 2 + dice.draw_below(2))
     pieces: list[str | bytes] = ["A page about shapes."]
     for thing in things:
-        pieces += [encode_png(picture([thing])), f"This is a {thing.name}."]
-    annotation, blobs = document(pieces, joint=" ")
+        pieces += [encode_png(draw_picture([thing])), f"This is a {thing.name}."]
+    annotation, blobs = make_document(pieces, joint=" ")
     return blobs, [annotation]
 
 
-def _text(dice: Dice) -> Made:
-    first, second = 1 + dice.below(20), 1 + dice.below(20)
+def _make_dialogue(dice: Dice) -> Made:
+    first, second = 1 + dice.draw_below(20), 1 + dice.draw_below(20)
     talk = (f"What is {first} plus {second}?", str(first + second), "And twice that?", str(2 * (first + second)))
     turns = (
         Turn(role="assistant" if number % 2 else "user", parts=(Text(text=text),)) for number, text in enumerate(talk)
@@ -183,14 +183,14 @@ def _text(dice: Dice) -> Made:
 def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], Made]]:
     """What makes each task's samples, by the task's name."""
     return {
-        "caption": _caption,
-        "vqa": _vqa,
-        "count": _count,
-        "ocr": _ocr,
-        "box": _box,
+        "caption": _make_caption,
+        "vqa": _make_vqa,
+        "count": _make_count,
+        "ocr": _make_ocr,
+        "box": _make_box,
         "multi_image": _multi_image,
-        "video": partial(_video, frames, video_as_images),
-        "preference": _preference,
-        "interleaved": _interleaved,
-        "text": _text,
+        "video": partial(_make_video, frames, video_as_images),
+        "preference": _make_preference,
+        "interleaved": _make_interleaved,
+        "text": _make_dialogue,
     }

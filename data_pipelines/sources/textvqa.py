@@ -16,12 +16,12 @@ from data_pipelines.sources.common.questions import (
     ANSWERS,
     Annotated,
     Prompt,
-    answered,
-    grouped,
+    group_records,
+    make_answers,
     of_split,
     one_image,
-    text,
-    texts,
+    require_text,
+    require_texts,
 )
 from data_pipelines.sources.common.samples import check_choice
 
@@ -55,30 +55,32 @@ class TextVQA(ListSource):
             raise DataError(f"ocr: got {ocr!r} with prompt {prompt!r}; give the file and the field {{ocr}}, or neither")
         self._folder = MediaFolder(images)
         records = of_split(read_list(file, "file", "data"), "set_name", split)
-        self._images = grouped(records, "image_id")[:limit]
-        self._tokens = _tokens(ocr) if ocr is not None else {}
+        self._images = group_records(records, "image_id")[:limit]
+        self._tokens = _read_ocr_tokens(ocr) if ocr is not None else {}
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The image."""
         return f"image {self._images[i][0].get('image_id')!r}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one image."""
-        image = text(self._images[i][0]["image_id"])
+        image = require_text(self._images[i][0]["image_id"])
         blob = self._folder.read(f"{image}.jpg")
         meta = {"image_id": image}
-        return one_image(self, f"{self.split}-{image}", blob, self._images[i], self._annotate, meta)
+        return one_image(self, f"{self.split}-{image}", blob, self._images[i], self._make_annotation, meta)
 
-    def _annotate(self, question: dict[str, Any]) -> Annotated:
+    def _make_annotation(self, question: dict[str, Any]) -> Annotated:
         tokens = ", ".join(self._tokens.get(question["image_id"], ()))
-        prompt = self._prompt.fill(question=text(question["question"]), ocr=tokens)
-        return answered(prompt, texts(question["answers"]), self._answers, {"question_id": question["question_id"]})
+        prompt = self._prompt.fill_prompt(question=require_text(question["question"]), ocr=tokens)
+        return make_answers(
+            prompt, require_texts(question["answers"]), self._answers, {"question_id": question["question_id"]}
+        )
 
 
-def _tokens(path: str) -> dict[Any, list[str]]:
+def _read_ocr_tokens(path: str) -> dict[Any, list[str]]:
     """OCR tokens by image; their places and confidences are dropped to save memory."""
     records = read_list(path, "ocr", "data")
     try:

@@ -7,8 +7,8 @@ import hashlib
 from data_pipelines.errors import DataError
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.drawing import COLOURS, Thing, encode_png, picture
-from data_pipelines.sources.common.samples import check_choice, exchange, make_sample
+from data_pipelines.sources.common.drawing import COLOURS, Thing, draw_picture, encode_png
+from data_pipelines.sources.common.samples import check_choice, make_exchange, make_sample
 
 SPLITS = ("train", "val", "test")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -32,15 +32,15 @@ class Tiny(ListSource):
     def __len__(self) -> int:
         return self.count
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Picture i."""
         # A hash chooses, so that the pictures depend on no random generator and no version of one.
         draw = hashlib.sha256(f"tiny-{self.split}-{i}".encode()).digest()
         colour, shape = COLOURS[draw[0] % len(COLOURS)], SHAPES[draw[1] % len(SHAPES)]
         thing = Thing(colour=colour, shape=shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
-        blob = encode_png(picture([thing], SIZE))
+        blob = encode_png(draw_picture([thing], SIZE))
         annotations = [
-            exchange("What is in the picture?", f"a {colour} {shape}"),
-            exchange(f"Which colour is the {shape}?", colour),
+            make_exchange("What is in the picture?", f"a {colour} {shape}"),
+            make_exchange(f"Which colour is the {shape}?", colour),
         ]
         return make_sample(self, f"{self.split}-{i:05d}", [blob], annotations, {"colour": colour, "shape": shape})

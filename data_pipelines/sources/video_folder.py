@@ -13,13 +13,13 @@ from typing import Any
 
 from data_pipelines.errors import BadSample
 from data_pipelines.inputs.files import MediaFolder
-from data_pipelines.inputs.records import place, read_records
+from data_pipelines.inputs.records import describe_record, read_records
 from data_pipelines.media.video import DEMUXERS
 from data_pipelines.sample import Annotation, Sample
-from data_pipelines.shards.members import captioned
+from data_pipelines.shards.members import caption_annotation
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.conversations import dialogue
-from data_pipelines.sources.common.samples import exchange, make_sample
+from data_pipelines.sources.common.conversations import make_dialogue
+from data_pipelines.sources.common.samples import make_exchange, make_sample
 
 
 class VideoFolder(ListSource):
@@ -46,28 +46,28 @@ class VideoFolder(ListSource):
         groups: dict[str, list[int]] = {}
         for number in range(len(self._records))[:limit]:
             # A row without a path stands alone, under a name that no path has.
-            groups.setdefault(self._path(number) or f"\0{number}", []).append(number)
+            groups.setdefault(self._path_of_row(number) or f"\0{number}", []).append(number)
         self._rows = list(groups.values())
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The video's path, or the row without one."""
         first = self._rows[i][0]
-        path = self._path(first)
-        return f"video {path!r}" if path else place(self._records, first)
+        path = self._path_of_row(first)
+        return f"video {path!r}" if path else describe_record(self._records, first)
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All rows of one video."""
         rows = [self._records[number] for number in self._rows[i]]
-        path = self._path(self._rows[i][0])
+        path = self._path_of_row(self._rows[i][0])
         if path is None:
             raise BadSample(f"names no video ({self._column}=<path>): {str(rows[0])[:80]!r}")
-        annotations = [_annotation(row) for row in rows]
-        return make_sample(self, f"{i:07d}-{Path(path).stem}", [self._read(path)], annotations, {"video": path})
+        annotations = [_make_annotation(row) for row in rows]
+        return make_sample(self, f"{i:07d}-{Path(path).stem}", [self._read_video(path)], annotations, {"video": path})
 
-    def _path(self, number: int) -> str | None:
+    def _path_of_row(self, number: int) -> str | None:
         """The path in a row; None without one."""
         try:
             row = self._records[number]
@@ -76,7 +76,7 @@ class VideoFolder(ListSource):
         path = row.get(self._column) if isinstance(row, Mapping) else None
         return path if isinstance(path, str) and path else None
 
-    def _read(self, path: str) -> bytes:
+    def _read_video(self, path: str) -> bytes:
         folder = self._videos.path
         if folder is not None and not Path(path).suffix:
             found = (extension for extension in DEMUXERS if (folder / f"{path}.{extension}").is_file())
@@ -84,11 +84,11 @@ class VideoFolder(ListSource):
         return self._videos.read(path)
 
 
-def _annotation(row: Mapping[str, Any]) -> Annotation:
+def _make_annotation(row: Mapping[str, Any]) -> Annotation:
     if row.get("conversations"):
-        return dialogue(row["conversations"], videos=1)
+        return make_dialogue(row["conversations"], videos=1)
     ask = (row.get("question") or "").strip()
     answer = row["answer"] if ask else row["caption"]
     if not isinstance(answer, str) or not answer.strip():
         raise BadSample("its answer or caption is empty")
-    return exchange(ask, answer.strip()) if ask else captioned(answer.strip())
+    return make_exchange(ask, answer.strip()) if ask else caption_annotation(answer.strip())

@@ -16,17 +16,17 @@ from data_pipelines.inputs.files import MediaFolder, read_list
 from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.questions import Annotated, Prompt, one_image, text, whole
+from data_pipelines.sources.common.questions import Annotated, Prompt, one_image, require_text, require_whole_number
 from data_pipelines.sources.common.regions import (
     GROUNDING_PROMPT,
     REFERRING_PROMPT,
     TASKS,
     RegionTask,
-    box,
+    box_from_xywh,
     check_size,
-    draw,
+    hash_name,
 )
-from data_pipelines.sources.common.samples import check_choice, exchange
+from data_pipelines.sources.common.samples import check_choice, make_exchange
 
 QA = "qa"
 
@@ -66,49 +66,51 @@ class VisualGenome(ListSource):
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
         self._folder = MediaFolder(images)
         self._images = read_list(file, "file")[:limit]
-        self._sizes = _sizes(image_data) if image_data is not None else {}
+        self._sizes = _read_sizes(image_data) if image_data is not None else {}
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The image."""
-        return f"image {_id(self._images[i]) if isinstance(self._images[i], dict) else f'at {i}'}"
+        return f"image {_record_id(self._images[i]) if isinstance(self._images[i], dict) else f'at {i}'}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All regions or questions of one image."""
-        image = whole(_id(self._images[i]))
+        image = require_whole_number(_record_id(self._images[i]))
         blob = self._folder.read(f"VG_100K/{image}.jpg", f"VG_100K_2/{image}.jpg", f"{image}.jpg")
         key, meta = f"{self.split}-{image:07d}", {"image_id": image}
         if self._task == QA:
-            return one_image(self, key, blob, self._some(self._images[i]["qas"], "qa_id"), self._answer, meta)
+            return one_image(
+                self, key, blob, self._choose_some(self._images[i]["qas"], "qa_id"), self._make_answer, meta
+            )
         item = image_item(0, blob)
         check_size(self._sizes.get(image, (item.width, item.height)), item.width, item.height)
-        describe = partial(self._describe, width=item.width, height=item.height)
-        return one_image(self, key, blob, self._some(self._images[i]["regions"], "region_id"), describe, meta)
+        describe = partial(self._describe_region, width=item.width, height=item.height)
+        return one_image(self, key, blob, self._choose_some(self._images[i]["regions"], "region_id"), describe, meta)
 
-    def _some(self, raw: list[dict[str, Any]], id_: str) -> list[dict[str, Any]]:
+    def _choose_some(self, raw: list[dict[str, Any]], id_: str) -> list[dict[str, Any]]:
         if self._per_image is None or len(raw) <= self._per_image:
             return raw
-        chosen = sorted(range(len(raw)), key=lambda n: draw(str(raw[n][id_])))[: self._per_image]
+        chosen = sorted(range(len(raw)), key=lambda n: hash_name(str(raw[n][id_])))[: self._per_image]
         return [raw[n] for n in sorted(chosen)]
 
-    def _describe(self, region: dict[str, Any], width: int, height: int) -> Annotated:
+    def _describe_region(self, region: dict[str, Any], width: int, height: int) -> Annotated:
         xywh = [region[side] for side in ("x", "y", "width", "height")]
-        return self._regions.annotate(region["region_id"], region["phrase"], box(xywh, width, height))
+        return self._regions.make_annotation(region["region_id"], region["phrase"], box_from_xywh(xywh, width, height))
 
-    def _answer(self, qa: dict[str, Any]) -> Annotated:
-        prompt = self._prompt.fill(question=text(qa["question"]))
-        return [(exchange(prompt, text(qa["answer"])), {"question_id": qa["qa_id"]})]
+    def _make_answer(self, qa: dict[str, Any]) -> Annotated:
+        prompt = self._prompt.fill_prompt(question=require_text(qa["question"]))
+        return [(make_exchange(prompt, require_text(qa["answer"])), {"question_id": qa["qa_id"]})]
 
 
-def _id(record: dict[str, Any]) -> Any:
+def _record_id(record: dict[str, Any]) -> Any:
     return record.get("id", record.get("image_id"))
 
 
-def _sizes(path: str) -> dict[Any, tuple[Any, Any]]:
+def _read_sizes(path: str) -> dict[Any, tuple[Any, Any]]:
     records = read_list(path, "image_data")
     try:
-        return {_id(record): (record["width"], record["height"]) for record in records}
+        return {_record_id(record): (record["width"], record["height"]) for record in records}
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"image_data: {path}: not image_data.json: {type(error).__name__}: {error}") from error

@@ -17,13 +17,13 @@ from data_pipelines.sources.common.questions import (
     ANSWERS,
     Annotated,
     Prompt,
-    answered,
-    grouped,
+    group_records,
+    make_answers,
     one_image,
-    text,
-    whole,
+    require_text,
+    require_whole_number,
 )
-from data_pipelines.sources.common.samples import check_choice, exchange
+from data_pipelines.sources.common.samples import check_choice, make_exchange
 
 
 class VQA(ListSource):
@@ -52,36 +52,36 @@ class VQA(ListSource):
         self._answers = check_choice("answers", answers, ANSWERS)
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
         self._folder = MediaFolder(images)
-        self._subset, records = _questions(questions, split)
-        self._images = grouped(records, "image_id")[:limit]
+        self._subset, records = _read_questions(questions, split)
+        self._images = group_records(records, "image_id")[:limit]
         self._answered = _by_question(annotations)
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def label(self, i: int) -> str:
+    def name_record(self, i: int) -> str:
         """The image."""
         first = self._images[i][0]
         return f"image {first.get('image_id') if isinstance(first, dict) else i!r}"
 
-    def record(self, i: int) -> tuple[Sample, list[bytes]]:
+    def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one image."""
-        image = whole(self._images[i][0]["image_id"])
+        image = require_whole_number(self._images[i][0]["image_id"])
         # COCO 2014 and 2017 hold the same images under two names.
         blob = self._folder.read(f"COCO_{self._subset}_{image:012d}.jpg", f"{image:012d}.jpg")
         key, meta = f"{self._subset}-{image:012d}", {"image_id": image}
-        return one_image(self, key, blob, self._images[i], self._annotate, meta)
+        return one_image(self, key, blob, self._images[i], self._make_annotation, meta)
 
-    def _annotate(self, question: dict[str, Any]) -> Annotated:
+    def _make_annotation(self, question: dict[str, Any]) -> Annotated:
         answers, best = self._answered[question["question_id"]]
-        prompt = self._prompt.fill(question=text(question["question"]))
+        prompt = self._prompt.fill_prompt(question=require_text(question["question"]))
         note = {"question_id": question["question_id"]}
         if best is not None and self._answers == "majority":
-            return [(exchange(prompt, text(best)), {**note, "answers": list(answers)})]
-        return answered(prompt, answers, self._answers, note)
+            return [(make_exchange(prompt, require_text(best)), {**note, "answers": list(answers)})]
+        return make_answers(prompt, answers, self._answers, note)
 
 
-def _questions(path: str, split: str) -> tuple[str, list[Any]]:
+def _read_questions(path: str, split: str) -> tuple[str, list[Any]]:
     """The `data_subtype` and the questions."""
     data = read_json(path, "questions")
     if not isinstance(data, dict) or not isinstance(data.get("questions"), list):

@@ -11,19 +11,19 @@ from omegaconf import OmegaConf, open_dict
 
 from data_pipelines.build import main as build_shards
 from vlm_train.check.assets import missing_assets
-from vlm_train.check.check import check
+from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import unknown_key
-from vlm_train.config.compose import compose, tiny
+from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.folders import config_dir
-from vlm_train.config.signatures import UnknownTarget, fits, import_signature, read_signature
-from vlm_train.config.trust import nodes, untrusted
+from vlm_train.config.signatures import UnknownTarget, fits_annotation, import_signature, read_signature
+from vlm_train.config.trust import iterate_nodes, reason_not_trusted
 from vlm_train.errors import AssetError, ConfigError
 
 
 def problems(*overrides: str, recipe: str = "llava15_stage1") -> list[str]:
     """What `check` says about a command line; empty when it is fine."""
     try:
-        check(compose([f"recipe={recipe}", *overrides]), need_assets=False)
+        check_config(compose_config([f"recipe={recipe}", *overrides]), need_assets=False)
     except ConfigError as error:
         return error.problems
     return []
@@ -105,10 +105,10 @@ def test_what_needs_one_length_of_a_sample_takes_no_drawn_annotation(more: str) 
 
 
 def test_parts_that_the_model_needs_are_there() -> None:
-    cfg = compose(["recipe=llava15_stage1"])
+    cfg = compose_config(["recipe=llava15_stage1"])
     cfg.vision = None
     with pytest.raises(ConfigError, match="vision is empty: choose an option"):
-        check(cfg, need_assets=False)
+        check_config(cfg, need_assets=False)
     assert problems(recipe="easyvqa_lm") == []  # a text model needs none
 
 
@@ -162,8 +162,8 @@ def test_what_nobody_gives_must_be_configured(tmp_path: Path, monkeypatch: pytes
 
 def test_every_option_of_conf_is_trusted() -> None:
     for path in config_dir().glob("*/*.yaml"):
-        for _, node in nodes(OmegaConf.create({"file": OmegaConf.load(path)})):
-            assert "_target_" not in node or untrusted(node["_target_"], []) is None, path
+        for _, node in iterate_nodes(OmegaConf.create({"file": OmegaConf.load(path)})):
+            assert "_target_" not in node or reason_not_trusted(node["_target_"], []) is None, path
 
 
 def test_trust_can_be_extended() -> None:
@@ -175,19 +175,19 @@ def test_trust_can_be_extended() -> None:
 
 
 def test_nested_components_are_checked() -> None:
-    cfg = compose(["recipe=llava15_stage1"])
+    cfg = compose_config(["recipe=llava15_stage1"])
     with open_dict(cfg):
         cfg.data.train = [{"shards": {"_target_": "subprocess.run"}}]
     with pytest.raises(ConfigError, match=r"data\.train\.0\.shards\._target_: 'subprocess.run' is not trusted"):
-        check(cfg, need_assets=False)
+        check_config(cfg, need_assets=False)
 
 
 def test_missing_assets_are_listed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    cfg = compose(["recipe=llava15_stage2", f"paths.data={tmp_path}"])
+    cfg = compose_config(["recipe=llava15_stage2", f"paths.data={tmp_path}"])
     with pytest.raises(AssetError) as caught:
-        check(cfg, need_assets=True)
+        check_config(cfg, need_assets=True)
     text = str(caught.value)
     for key in ("vision.weights: ", "llm.weights: ", "tokenizer.name: ", "data.train.0.shards: ", "init_from.0.run "):
         assert key in text, text
@@ -195,14 +195,14 @@ def test_missing_assets_are_listed_together(tmp_path: Path, monkeypatch: pytest.
 
 def test_missing_pictures_of_size_tiny_come_with_their_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    train, val = sorted(missing_assets(tiny("recipe=llava15_stage1")))
+    train, val = sorted(missing_assets(compose_tiny("recipe=llava15_stage1")))
     build = "python -m data_pipelines.build source=tiny split="
     assert train.startswith("data.train.0.shards: ") and train.endswith(f"{build}train output=data/tiny/train")
     assert val.endswith(f"{build}val output=data/tiny/val")
     for line in (train, val):
         assert build_shards(line.partition("data_pipelines.build ")[2].split()) == 0
-    assert missing_assets(tiny("recipe=llava15_stage1")) == []
-    full = missing_assets(compose(["recipe=easyvqa_clip"]))
+    assert missing_assets(compose_tiny("recipe=llava15_stage1")) == []
+    full = missing_assets(compose_config(["recipe=easyvqa_clip"]))
     assert all("source=tiny" not in line for line in full)
 
 
@@ -210,14 +210,14 @@ def test_assets_that_are_there_are_not_missing(tmp_path: Path) -> None:
     (tmp_path / "llava_558k" / "train").mkdir(parents=True)
     (tmp_path / "weights").mkdir()
     here = [f"{key}={tmp_path}/weights" for key in ("vision.weights", "llm.weights")]
-    cfg = compose(["recipe=llava15_stage1", f"paths.data={tmp_path}", *here])
+    cfg = compose_config(["recipe=llava15_stage1", f"paths.data={tmp_path}", *here])
     assert [line for line in missing_assets(cfg) if "manifest.json" not in line] == []
     (tmp_path / "llava_558k" / "train" / "manifest.json").write_text("{}")
     assert missing_assets(cfg) == []
 
 
 def test_runs_that_an_earlier_stage_fills_are_expected(tmp_path: Path) -> None:
-    cfg = OmegaConf.merge(compose([]), {"init_from": [{"run": str(tmp_path / "later")}]})
+    cfg = OmegaConf.merge(compose_config([]), {"init_from": [{"run": str(tmp_path / "later")}]})
     assert any("init_from.0.run" in line for line in missing_assets(cfg))
     assert not any("init_from" in line for line in missing_assets(cfg, [tmp_path / "later"]))
 
@@ -251,7 +251,7 @@ def test_check_does_not_import_torch() -> None:
     ],
 )  # fmt: skip
 def test_fits(value: object, annotation: str, expected: bool) -> None:
-    assert fits(value, annotation) is expected
+    assert fits_annotation(value, annotation) is expected
 
 
 def test_signatures_of_ours_and_of_others() -> None:
@@ -265,8 +265,8 @@ def test_signatures_of_ours_and_of_others() -> None:
 
 
 def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:
-    cfg = compose(["recipe=llava15_stage1", "llm.weights='???'", "data.train=[{shards: '???'}]"])
-    check(cfg, need_assets=False)  # a plan needs no assets
+    cfg = compose_config(["recipe=llava15_stage1", "llm.weights='???'", "data.train=[{shards: '???'}]"])
+    check_config(cfg, need_assets=False)  # a plan needs no assets
     lines = missing_assets(cfg)
     for key in ("llm.weights is missing", "tokenizer.name is missing", "data.train.0.shards is missing"):
         assert any(line.startswith(key) for line in lines), lines

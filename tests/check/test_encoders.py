@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.small_run import make_data
-from vlm_train.check.check import check
-from vlm_train.config.compose import compose
+from vlm_train.check.check import check_config
+from vlm_train.config.compose import compose_config
 from vlm_train.errors import AssetError, ConfigError
 
 RECIPE = """# @package _global_
@@ -31,9 +31,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def problems(folder: Path, *overrides: str, need_assets: bool = False) -> list[str]:
-    cfg = compose(["recipe=two", "eval=none", *overrides], [folder])
+    cfg = compose_config(["recipe=two", "eval=none", *overrides], [folder])
     try:
-        check(cfg, need_assets=need_assets)
+        check_config(cfg, need_assets=need_assets)
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -41,7 +41,7 @@ def problems(folder: Path, *overrides: str, need_assets: bool = False) -> list[s
 
 def test_two_encoders_of_two_files_are_composed(folder: Path) -> None:
     assert problems(folder) == []
-    cfg = compose(["recipe=two", "size=tiny", "vision.dino.config.image_size=48"], [folder])
+    cfg = compose_config(["recipe=two", "size=tiny", "vision.dino.config.image_size=48"], [folder])
     sizes = {name: (one.config.image_size, one.config.num_hidden_layers) for name, one in cfg.vision.items()}
     assert sizes == {"clip": (32, 3), "dino": (48, 3)}
 
@@ -79,6 +79,6 @@ def test_weights_of_every_encoder_are_looked_for(folder: Path, tmp_path: Path) -
     data = make_data(tmp_path / "data")
     more = [f"paths.data={data}", "size=tiny", "vision.clip.weights=/nowhere/clip", "vision.dino.weights=/nowhere/dino"]
     with pytest.raises(AssetError) as caught:
-        check(compose(["recipe=two", "eval=none", *more], [folder]), need_assets=True)
+        check_config(compose_config(["recipe=two", "eval=none", *more], [folder]), need_assets=True)
     assert "vision.clip.weights: /nowhere/clip does not exist." in caught.value.problems
     assert "vision.dino.weights: /nowhere/dino does not exist." in caught.value.problems

@@ -8,9 +8,9 @@ import pytest
 from torch import Tensor
 
 from vlm_train.build import build_model
-from vlm_train.check.check import check
+from vlm_train.check.check import check_config
 from vlm_train.check.model import check_model, check_packing
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.dryrun.report import without_assets
@@ -25,8 +25,8 @@ MINE = ["allow_targets=[tests.]", "~objective.lm"]
 def problems(*overrides: str, recipe: str = "llava15_stage1") -> list[str]:
     """What is found in the configuration and in its model; empty when all is fine."""
     try:
-        cfg = compose([f"recipe={recipe}", *overrides])
-        check(cfg, need_assets=False)
+        cfg = compose_config([f"recipe={recipe}", *overrides])
+        check_config(cfg, need_assets=False)
         cfg, _ = without_assets(cfg)
         check_model(cfg, build_model(cfg, meta=True))
     except ConfigError as error:
@@ -180,7 +180,7 @@ def test_a_temperature_stays_whole(strategy: str) -> None:
 
 
 def test_mixers_that_no_mask_reaches_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = compose(["recipe=llava15_stage1", "size=tiny", "data.pack=256", "data.max_length=128"])
+    cfg = compose_config(["recipe=llava15_stage1", "size=tiny", "data.pack=256", "data.max_length=128"])
     model = build_model(without_assets(cfg)[0], meta=True)
     assert list(check_packing(cfg, model)) == []
     monkeypatch.setattr(model.llm, "unmasked_mixers", ["MambaMixer"])

@@ -38,7 +38,7 @@ def test_what_lightning_wrote_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             found["optimizer"] = {f"{n}|{k}|0": t.clone() for n, held in states.items() for k, t in held.items()}
             found["rates"] = [group["lr"] for group in optimizer.param_groups]
             found["last"] = schedule.scheduler.get_last_lr()
-            found["sums"] = self.meter.train.read()
+            found["sums"] = self.meter.train.read_sums()
             found["best"] = [one.best for one in self.trainer.callbacks if hasattr(one, "best")]  # type: ignore[attr-defined]
         inner(self, batch, batch_idx)
 

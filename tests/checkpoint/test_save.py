@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.support import faults
 from tests.support.small_run import command, make_data, train
 from vlm_train.checkpoint import files
-from vlm_train.checkpoint.files import verify
+from vlm_train.checkpoint.files import verify_checkpoint
 from vlm_train.checkpoint.state import _Reader
 from vlm_train.errors import CheckpointError, Interrupted
 
@@ -45,7 +45,7 @@ def test_tensors_are_written_as_safetensors(tmp_path: Path) -> None:
     found = load_file(path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in found)
-    assert said == {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    assert said == {"bytes": path.stat().st_size, "sha256": files.hash_file(path)}
 
 
 def test_in_the_background_the_same_is_written(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_in_the_background_the_same_is_written(data: Path, tmp_path: Path, monke
         for name in ("weights.safetensors", "optimizer-00000-of-00001.safetensors"):
             a, b = (load_file(folder / name) for folder in folders)
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        verify(folders[1])
+        verify_checkpoint(folders[1])
 
 
 class FullDisk:
@@ -146,9 +146,9 @@ def test_old_checkpoints_go_but_the_best_and_every_nth_stay(tmp_path: Path) -> N
         folder.mkdir()
         manifest = {"run_id": "r", "step": step, "frozen": [], "files": {}, "metric": loss}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    files.retain(tmp_path, "step-00000007", keep_last=2, keep_best=2, keep_every=5, lower=True)
+    files.prune_checkpoints(tmp_path, "step-00000007", keep_last=2, keep_best=2, keep_every=5, lower=True)
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [2, 4, 5, 6, 7]
-    files.retain(tmp_path, "step-00000007", keep_last=1, keep_best=1, keep_every=None, lower=False)
+    files.prune_checkpoints(tmp_path, "step-00000007", keep_last=1, keep_best=1, keep_every=None, lower=False)
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [7]
 
 

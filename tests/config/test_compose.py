@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from tests.support.components import options
 from vlm_train.config import origins
-from vlm_train.config.compose import compose, tiny
+from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.folders import config_dir
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.config.run_identity import run_dir, run_id
@@ -31,41 +31,41 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_recipe_beats_default_and_command_line_beats_recipe(mine: Path) -> None:
-    assert compose(["recipe=mine"], [mine]).batch.samples == 7
-    assert compose(["recipe=mine", "batch.samples=9"], [mine]).batch.samples == 9
+    assert compose_config(["recipe=mine"], [mine]).batch.samples == 7
+    assert compose_config(["recipe=mine", "batch.samples=9"], [mine]).batch.samples == 9
 
 
 def test_group_choice_keeps_the_recipes_values_on_top(mine: Path) -> None:
-    cfg = compose(["recipe=mine", "optim=sgd"], [mine])
+    cfg = compose_config(["recipe=mine", "optim=sgd"], [mine])
     assert cfg.optim._target_.endswith("sgd") and cfg.optim.lr == 0.5
 
 
 def test_recipe_name_is_derived_from_the_choice(mine: Path) -> None:
-    assert compose(["recipe=mine"], [mine]).recipe_name == "mine"
-    assert compose([]).recipe_name == "custom"
+    assert compose_config(["recipe=mine"], [mine]).recipe_name == "mine"
+    assert compose_config([]).recipe_name == "custom"
 
 
 def test_run_id_ignores_what_does_not_change_the_weights(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = run_id(compose(["recipe=mine"], [mine]))
+    base = run_id(compose_config(["recipe=mine"], [mine]))
     assert base.startswith("mine-") and len(base) == len("mine-") + 8
     for same in ("paths.runs=elsewhere", "paths.data=/data", "trainer.log_every=3", "launch.devices=2", "mode=show"):
-        assert run_id(compose(["recipe=mine", same], [mine])) == base, same
+        assert run_id(compose_config(["recipe=mine", same], [mine])) == base, same
     monkeypatch.chdir(mine)
-    assert run_id(compose(["recipe=mine"], [mine])) == base
+    assert run_id(compose_config(["recipe=mine"], [mine])) == base
     for other in ("seed=1", "optim.lr=0.25", "batch.samples=8", "trainer.max_steps=3", "vision.layer=-1"):
-        assert run_id(compose(["recipe=mine", other], [mine])) != base, other
+        assert run_id(compose_config(["recipe=mine", other], [mine])) != base, other
 
 
 def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cfg = compose(["run_name=first"])
+    cfg = compose_config(["run_name=first"])
     monkeypatch.chdir("/")
     assert run_dir(cfg) == tmp_path / "runs" / "first"
 
 
 def test_saved_config_keeps_interpolations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", "hunter2")
-    cfg = compose(["vision.weights=${oc.env:A_SECRET}"])
+    cfg = compose_config(["vision.weights=${oc.env:A_SECRET}"])
     save_config(cfg, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     assert "hunter2" not in text
@@ -79,62 +79,62 @@ def test_loaded_config_refuses_unknown_keys(tmp_path: Path) -> None:
 
 
 def test_size_tiny_wins_over_the_recipe() -> None:
-    full, small = compose([RECIPE]), tiny(RECIPE)
+    full, small = compose_config([RECIPE]), compose_tiny(RECIPE)
     assert small.vision.config.hidden_size < full.vision.config.hidden_size
     assert small.vision.weights is None and small.llm.weights is None
     assert small.trainer.max_steps == 4 and small.batch.samples == 4
-    assert compose([RECIPE, "size=tiny", "batch.samples=6"]).batch.samples == 6
+    assert compose_config([RECIPE, "size=tiny", "batch.samples=6"]).batch.samples == 6
 
 
 def test_size_tiny_drops_what_a_recipe_says_about_exchanged_parts() -> None:
-    small = tiny("recipe=easyvqa_lm")
+    small = compose_tiny("recipe=easyvqa_lm")
     assert "shards" not in small.tokenizer
     assert small.vision is None
 
 
 def test_size_tiny_lays_a_components_own_block_over_it() -> None:
-    encoder_decoder = tiny(RECIPE, "llm=flant5_xl").llm
+    encoder_decoder = compose_tiny(RECIPE, "llm=flant5_xl").llm
     assert encoder_decoder.config.d_model == 64 and encoder_decoder.config.num_layers == 2
     assert encoder_decoder.config.feed_forward_proj == "gated-gelu" and encoder_decoder.weights is None
     assert not {"hidden_size", "num_key_value_heads"} & set(encoder_decoder.config)
-    decoder = tiny(RECIPE).llm
+    decoder = compose_tiny(RECIPE).llm
     assert decoder.config.hidden_size == 64 and not {"d_model", "num_heads"} & set(decoder.config)
-    assert tiny(RECIPE, "llm=flant5_xl", "llm.config.d_model=32").llm.config.d_model == 32
-    assert tiny(RECIPE, "llm.tiny.config.hidden_size=32").llm.config.hidden_size == 32
+    assert compose_tiny(RECIPE, "llm=flant5_xl", "llm.config.d_model=32").llm.config.d_model == 32
+    assert compose_tiny(RECIPE, "llm.tiny.config.hidden_size=32").llm.config.hidden_size == 32
 
 
 @pytest.mark.parametrize("group", SIZED_GROUPS)
 def test_every_component_says_how_it_becomes_small(group: str) -> None:
     for option in options(group):
-        full, small = (compose([f"{group}={option}", *more]) for more in ([], ["size=tiny"]))
+        full, small = (compose_config([f"{group}={option}", *more]) for more in ([], ["size=tiny"]))
         assert TINY not in full[group] and TINY not in small[group], option
 
 
 def test_a_component_without_a_block_is_refused_under_size_tiny(tmp_path: Path) -> None:
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "own.yaml").write_text("config: {model_type: x, hidden_size: 8}\n_target_: x\n")
-    assert compose([RECIPE, "llm=own"], [tmp_path]).llm.config.hidden_size == 8
+    assert compose_config([RECIPE, "llm=own"], [tmp_path]).llm.config.hidden_size == 8
     with pytest.raises(ConfigError, match=r"size=tiny: llm=own has no `tiny:` block\. Add one to its file"):
-        compose([RECIPE, "llm=own", "size=tiny"], [tmp_path])
+        compose_config([RECIPE, "llm=own", "size=tiny"], [tmp_path])
     (tmp_path / "llm" / "own.yaml").write_text(
         "config: {hidden_size: 8}\n_target_: x\ntiny: {config: {hidden_size: 2}}\n"
     )
-    assert compose([RECIPE, "llm=own", "size=tiny"], [tmp_path]).llm.config.hidden_size == 2
+    assert compose_config([RECIPE, "llm=own", "size=tiny"], [tmp_path]).llm.config.hidden_size == 2
 
 
 def test_blocks_of_components_inside_a_component_count_too(tmp_path: Path) -> None:
     (tmp_path / "vision").mkdir()
     lines = ["defaults:", "  - /vision@first: clip_vit_l14", "  - /vision@second: siglip_so400m_384", "_target_: x"]
     (tmp_path / "vision" / "two.yaml").write_text("\n".join(lines) + "\n")
-    small = compose([RECIPE, "vision=two", "size=tiny", "vision.second.layer=3"], [tmp_path]).vision
+    small = compose_config([RECIPE, "vision=two", "size=tiny", "vision.second.layer=3"], [tmp_path]).vision
     assert [small[name].config.hidden_size for name in ("first", "second")] == [32, 32]
     assert small.second.layer == 3 and small.first.weights is None and TINY not in small.second
-    assert compose([RECIPE, "vision=two"], [tmp_path]).vision.second.config.hidden_size == 1152
+    assert compose_config([RECIPE, "vision=two"], [tmp_path]).vision.second.config.hidden_size == 1152
 
 
 def test_size_tiny_gives_an_instruction_only_where_there_is_one() -> None:
-    assert tiny(RECIPE).instruction is None
-    small = tiny(RECIPE, "instruction=bert").instruction
+    assert compose_tiny(RECIPE).instruction is None
+    small = compose_tiny(RECIPE, "instruction=bert").instruction
     assert small.tokenizer is None and small.max_length == 128
 
 
@@ -142,13 +142,13 @@ def test_command_line_wins_over_size_tiny_and_the_recipe_loses(tmp_path: Path) -
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\ntokenizer: {add: [recipe]}\n")
     line = ["recipe=mine", "size=tiny"]
-    assert compose(line, [tmp_path]).tokenizer.add == []
-    assert compose([*line, "tokenizer.add=['<img>']"], [tmp_path]).tokenizer.add == ["<img>"]
-    assert compose([*line, "+tokenizer.extra=3"], [tmp_path]).tokenizer.extra == 3
-    kept = compose([*line, "tokenizer=words", "tokenizer.tiny=null", "tokenizer.min_count=2"], [tmp_path])
+    assert compose_config(line, [tmp_path]).tokenizer.add == []
+    assert compose_config([*line, "tokenizer.add=['<img>']"], [tmp_path]).tokenizer.add == ["<img>"]
+    assert compose_config([*line, "+tokenizer.extra=3"], [tmp_path]).tokenizer.extra == 3
+    kept = compose_config([*line, "tokenizer=words", "tokenizer.tiny=null", "tokenizer.min_count=2"], [tmp_path])
     assert kept.tokenizer.min_count == 2 and kept.tokenizer._target_.endswith("words_from_shards")
     with pytest.raises(ConfigError, match=r"tokenizer\.shards: tokenizer has no such option under size=tiny"):
-        compose(["recipe=easyvqa_lm", "size=tiny", "tokenizer.shards=x"])
+        compose_config(["recipe=easyvqa_lm", "size=tiny", "tokenizer.shards=x"])
 
 
 @pytest.mark.parametrize("line", ["defaults:\n  - override /hydra/launcher: basic", "hydra: {verbose: true}"])
@@ -156,19 +156,19 @@ def test_recipes_cannot_set_hydra(tmp_path: Path, line: str) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "bad.yaml").write_text(f"# @package _global_\n{line}\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml.*hydra"):
-        compose(["recipe=bad"], [tmp_path])
+        compose_config(["recipe=bad"], [tmp_path])
 
 
 def test_lost_mandatory_value_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "bad.yaml").write_text("# @package _global_\ninit_from: ???\n")
     with pytest.raises(ConfigError, match="init_from"):
-        compose(["recipe=bad"], [tmp_path])
+        compose_config(["recipe=bad"], [tmp_path])
 
 
 def test_origins_name_the_layer(mine: Path) -> None:
     overrides = ["recipe=mine", "seed=3", "image=pad", "size=tiny"]
-    found = {key: str(origin) for key, origin in origins.origins(overrides, [mine]).items()}
+    found = {key: str(origin) for key, origin in origins.find_origins(overrides, [mine]).items()}
     assert found["optim.lr"] == "recipe: mine"
     assert found["seed"] == "command line"
     assert found["image.mode"] == "command line (image/pad)"
@@ -180,22 +180,24 @@ def test_origins_name_the_layer(mine: Path) -> None:
 
 def test_origins_cover_every_leaf(mine: Path) -> None:
     overrides = ["recipe=mine", "params.rules=[{match: '.*', lr: 1.0}]"]
-    table = origins.table(compose(overrides, [mine]), origins.origins(overrides, [mine]))
+    table = origins.format_origins(compose_config(overrides, [mine]), origins.find_origins(overrides, [mine]))
     rows = dict(line.split(maxsplit=1) for line in table.splitlines())
-    assert set(rows) == set(origins.leaves(compose(overrides, [mine])))
+    assert set(rows) == set(origins.flatten_leaves(compose_config(overrides, [mine])))
     assert rows["params.rules"].endswith("command line")
-    changed = origins.table(compose(overrides, [mine]), origins.origins(overrides, [mine]), only_changed=True)
+    changed = origins.format_origins(
+        compose_config(overrides, [mine]), origins.find_origins(overrides, [mine]), only_changed=True
+    )
     keys = {line.split()[0] for line in changed.splitlines()}
     assert keys == {"batch.samples", "optim.lr", "params.rules", "recipe_name"}
 
 
 def test_a_recipe_that_extends_another_has_its_own_name() -> None:
-    assert compose(["recipe=llava15_qlora"]).recipe_name == "llava15_qlora"
-    assert str(origins.origins(["recipe=llava15_qlora"])["recipe_name"]) == "recipe: llava15_qlora"
+    assert compose_config(["recipe=llava15_qlora"]).recipe_name == "llava15_qlora"
+    assert str(origins.find_origins(["recipe=llava15_qlora"])["recipe_name"]) == "recipe: llava15_qlora"
 
 
 def test_what_no_training_run_reads_is_shown_last() -> None:
-    rows = [line.split()[0] for line in origins.table(compose([RECIPE]), {}).splitlines()]
+    rows = [line.split()[0] for line in origins.format_origins(compose_config([RECIPE]), {}).splitlines()]
     last = [row.split(".")[0] in origins.NOT_TRAINING for row in rows]
     assert last == sorted(last) and any(last) and "columns" not in rows[0]
 
@@ -203,11 +205,11 @@ def test_what_no_training_run_reads_is_shown_last() -> None:
 def test_every_option_of_debug_launch_and_paths_composes() -> None:
     for group in ("debug", "launch", "paths", "size"):
         for path in (config_dir() / group).glob("*.yaml"):
-            compose([f"{group}={path.stem}"])
+            compose_config([f"{group}={path.stem}"])
 
 
 def test_paths_are_pinned_to_the_launch_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cfg = compose(["paths.data=shards"])
+    cfg = compose_config(["paths.data=shards"])
     assert cfg.paths.data == os.fspath(tmp_path / "shards")
     assert OmegaConf.select(cfg, "data.train.0.shards").startswith(os.fspath(tmp_path / "shards"))

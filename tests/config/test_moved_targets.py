@@ -9,9 +9,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from vlm_train.check.check import check
+from vlm_train.check.check import check_config
 from vlm_train.config import moved_targets
-from vlm_train.config.compose import tiny
+from vlm_train.config.compose import compose_tiny
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.errors import ConfigError
 
@@ -26,7 +26,7 @@ def test_every_old_name_leads_to_a_module_that_is_there() -> None:
 
 
 def test_a_run_of_an_earlier_version_loads(tmp_path: Path) -> None:
-    cfg = tiny("recipe=llava15_stage1")
+    cfg = compose_tiny("recipe=llava15_stage1")
     now = cfg.model._target_
     cfg.model._target_ = OLD
     save_config(cfg, tmp_path / "config.yaml")
@@ -39,11 +39,11 @@ def test_a_run_of_an_earlier_version_loads(tmp_path: Path) -> None:
 
 
 def test_an_old_name_elsewhere_is_answered_with_the_new_one() -> None:
-    cfg = tiny("recipe=llava15_stage1", f"model._target_={OLD}")
+    cfg = compose_tiny("recipe=llava15_stage1", f"model._target_={OLD}")
     with pytest.raises(ConfigError) as error:
-        check(cfg, need_assets=False)
+        check_config(cfg, need_assets=False)
     (line,) = [line for line in error.value.problems if OLD in line]
-    assert line == f"model._target_: got {OLD}, which is now {tiny('recipe=llava15_stage1').model._target_}."
+    assert line == f"model._target_: got {OLD}, which is now {compose_tiny('recipe=llava15_stage1').model._target_}."
 
 
 def test_a_name_that_never_was_stays() -> None:

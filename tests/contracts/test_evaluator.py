@@ -11,9 +11,9 @@ from torch.nn import Linear
 from tests.contracts.scripted import Undeclared, Undefined
 from tests.support.small_run import command, make_data, train
 from vlm_train.build import build_evaluators
-from vlm_train.check.check import check
+from vlm_train.check.check import check_config
 from vlm_train.checkpoint import files
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.contracts.evaluator import Findings
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.run import run_evaluator
@@ -36,7 +36,7 @@ def scripted(data: Path, runs: Path, *more: str) -> list[str]:
 
 def best_step(run: Path) -> int:
     """The step of the checkpoint that BEST names."""
-    return int(files.named(run / "checkpoints" / "BEST").removeprefix("step-"))
+    return int(files.read_pointer(run / "checkpoints" / "BEST").removeprefix("step-"))
 
 
 @pytest.mark.parametrize(("higher_is_better", "expected"), [(False, 2), (True, 4)])
@@ -64,15 +64,15 @@ def test_best_follows_a_metric_in_its_own_direction(
 
 def test_a_wrong_metric_is_refused_before_training(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        check(compose(scripted(data, tmp_path, "trainer.best=answers/distanse")), need_assets=False)
+        check_config(compose_config(scripted(data, tmp_path, "trainer.best=answers/distanse")), need_assets=False)
     assert caught.value.problems == [
         "trainer.best: got 'answers/distanse'. Did you mean answers/distance? "
         "Allowed: loss, answers/exact_match, answers/distance."
     ]
     with pytest.raises(ConfigError, match=r"trainer.best: got 'answers/distance'\. Allowed: loss\."):
         unseen = scripted(data, tmp_path, "+eval.answers.at_validation=false")
-        check(compose(unseen), need_assets=False)
-    check(compose(scripted(data, tmp_path)), need_assets=False)
+        check_config(compose_config(unseen), need_assets=False)
+    check_config(compose_config(scripted(data, tmp_path)), need_assets=False)
 
 
 def test_what_is_no_number_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_findings_are_what_was_declared(tmp_path: Path) -> None:
 
 def test_what_is_no_evaluator_is_refused(data: Path, tmp_path: Path) -> None:
     more = ["eval=none", "+eval.mine._target_=tests.contracts.scripted.NotAnEvaluator"]
-    cfg = compose(command(data, tmp_path, *more))
+    cfg = compose_config(command(data, tmp_path, *more))
     with pytest.raises(
         ConfigError, match=r"eval\.mine: NotAnEvaluator is no Evaluator: no needs, primary, higher_is_b"
     ):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from tests.contracts.exchange import FILE
 from vlm_train import cli
-from vlm_train.build import Built, build, build_exporters, build_importers
-from vlm_train.config.compose import compose
+from vlm_train.build import Built, build_assembly, build_exporters, build_importers
+from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import config_dir
 from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.errors import AssetError, ConfigError
@@ -23,7 +23,7 @@ SMALL = ["recipe=easyvqa_stage2", "size=tiny", "init_from=[]"]
 
 
 def tiny(*more: str) -> Built:
-    return build(compose([*SMALL, *more]))
+    return build_assembly(compose_config([*SMALL, *more]))
 
 
 def test_the_first_without_problems_is_taken() -> None:
@@ -77,9 +77,13 @@ def test_a_folder_that_nobody_reads_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_options_are_what_they_are_called() -> None:
     for path in (config_dir() / "exporter").glob("*.yaml"):
-        assert all(isinstance(one, Exporter) for one in build_exporters(compose([f"exporter={path.stem}"])).values())
+        assert all(
+            isinstance(one, Exporter) for one in build_exporters(compose_config([f"exporter={path.stem}"])).values()
+        )
     for path in (config_dir() / "importer").glob("*.yaml"):
-        assert all(isinstance(one, Importer) for one in build_importers(compose([f"importer={path.stem}"])).values())
-    wrong = compose(["+exporter.mine._target_=tests.contracts.exchange.PlainImporter", "allow_targets=[tests.]"])
+        assert all(
+            isinstance(one, Importer) for one in build_importers(compose_config([f"importer={path.stem}"])).values()
+        )
+    wrong = compose_config(["+exporter.mine._target_=tests.contracts.exchange.PlainImporter", "allow_targets=[tests.]"])
     with pytest.raises(ConfigError, match=r"exporter\.mine: PlainImporter is no Exporter: no write, verify\."):
         build_exporters(wrong)

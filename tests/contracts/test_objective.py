@@ -18,9 +18,9 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import GridLayout, NoMedia
 from vlm_train.contracts.media import Grid3
 from vlm_train.contracts.objective import Objective, StepContext
-from vlm_train.data.collate import Item, collate
+from vlm_train.data.collate import Item, collate_rows
 from vlm_train.data.images.plan import Views
-from vlm_train.data.text.render import render
+from vlm_train.data.text.render import render_sample
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
 from vlm_train.models.layers.once import outputs_of
 from vlm_train.objectives.lm import LanguageModeling
@@ -45,7 +45,7 @@ def items_of(model: Any) -> list[Item]:
     items = []
     for number, media in enumerate((1, 0, 2, 1)):
         media = media if hasattr(model, "vision") else 0
-        rendered = render(preferred(number, media), QA, TOKENIZER, layout, rejected=True)
+        rendered = render_sample(preferred(number, media), QA, TOKENIZER, layout, rejected=True)
         views = [torch.randint(0, 256, (1, 3, 32, 32), generator=generator).byte().numpy() for _ in range(media)]
         given = {"vision": [Views(view, (Grid3(1, 2, 2),)) for view in views]}
         items.append(Item(rendered, given, source="ab"[number % 2]))
@@ -53,7 +53,7 @@ def items_of(model: Any) -> list[Item]:
 
 
 def batches_of(items: list[Item], cut: Any) -> list[Batch]:
-    return [collate([[items[index] for index in row] for row in rows], PLANS) for rows in cut]
+    return [collate_rows([[items[index] for index in row] for row in rows], PLANS) for rows in cut]
 
 
 def step(
@@ -100,7 +100,7 @@ def test_a_preference_step_does_not_depend_on_how_it_is_cut(pair: tuple[Any, Ste
 def test_a_batch_of_padding_has_no_samples_and_all_gradients(pair: tuple[Any, StepContext]) -> None:
     model, context = pair
     whole = step(model, [Preference()], context, batches_of(items_of(model), WHOLE))
-    empty = step(model, [Preference()], context, [collate([], PLANS, streams=("llm", "rejected"))])
+    empty = step(model, [Preference()], context, [collate_rows([], PLANS, streams=("llm", "rejected"))])
     assert empty["preference"] == 0 and empty["preference/count"] == 0 and empty.keys() == whole.keys()
 
 

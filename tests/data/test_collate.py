@@ -13,7 +13,7 @@ from vlm_train.contracts.batch import IGNORE
 from vlm_train.contracts.layout import PLACEHOLDER_ID, Slot
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.collate import Item, collate_prompts
-from vlm_train.data.collate import collate as collate_rows
+from vlm_train.data.collate import collate_rows as collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.text.render import Rendered

@@ -65,7 +65,7 @@ def write(folder: Path, *samples: tuple[Any, ...], source: str = "s", pictures: 
             blobs = [picture(n) for n in range(pictures)]
             media = tuple(image_item(n, blob) for n, blob in enumerate(blobs))
             annotations = tuple(Annotation(turns=one) for one in turns)
-            writer.write(Sample(key=f"k{number}", media=media, annotations=annotations, source=source), blobs)
+            writer.write_sample(Sample(key=f"k{number}", media=media, annotations=annotations, source=source), blobs)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_a_pass_draws_an_annotation(tmp_path: Path) -> None:
     drawn = data(folder, annotations="drawn")
 
     def told(index: int, epoch: int, training: bool = True) -> str:
-        stream = drawn.train.item(Address(index, epoch), training=training).rendered.llm
+        stream = drawn.train.load_item(Address(index, epoch), training=training).rendered.llm
         return byte_level().decode(stream.ids[stream.ids >= 0])
 
     seen = [[told(index, epoch) for epoch in range(30)] for index in range(4)]
@@ -133,11 +133,11 @@ def test_a_held_out_share_is_the_end_of_train(root: Path) -> None:
 
 def test_the_fingerprint_follows_the_training_samples(root: Path, tmp_path: Path) -> None:
     one, other = root / "train", root / "val"
-    first = data(one, other).fingerprint()
-    assert data(one, other, limit=3, val=[{"shards": str(one)}]).fingerprint() == first
+    first = data(one, other).hash_samples()
+    assert data(one, other, limit=3, val=[{"shards": str(one)}]).hash_samples() == first
     again = make_data(tmp_path) / "tiny"
-    assert data(again / "train", again / "val").fingerprint() == first  # built elsewhere
-    assert len({first, data(other, one).fingerprint(), data(one).fingerprint(), data(one, one).fingerprint()}) == 4
+    assert data(again / "train", again / "val").hash_samples() == first  # built elsewhere
+    assert len({first, data(other, one).hash_samples(), data(one).hash_samples(), data(one, one).hash_samples()}) == 4
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -175,7 +175,7 @@ def test_validation_has_workers_and_their_number_changes_nothing(root: Path) -> 
     assert loader.num_workers == 2
     for one, other in zip(alone, loader, strict=True):
         assert one.keys == other.keys and torch.equal(one.text["llm"].ids, other.text["llm"].ids)
-    module.val.sources = [module.val.sources[0].part(0, 2)]  # one batch
+    module.val.sources = [module.val.sources[0].take_part(0, 2)]  # one batch
     assert module.val_dataloader().num_workers == 1
 
 
@@ -233,15 +233,15 @@ def test_workers_send_the_same_batches_in_few_tensors(root: Path) -> None:
 def test_large_tensors_travel_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
     monkeypatch.setattr("vlm_train.data.worker_transfer.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
-    packed = Parcel.of(window)
+    packed = Parcel.pack_batches(window)
     assert packed.batches[0].media.inputs["vision"].values is window[0].media.inputs["vision"].values
-    assert torch.equal(packed.unpack()[0].text["llm"].ids, window[0].text["llm"].ids)
+    assert torch.equal(packed.unpack_batches()[0].text["llm"].ids, window[0].text["llm"].ids)
 
 
 def test_a_parcel_is_pinned_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
     monkeypatch.setattr("vlm_train.data.worker_transfer.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
-    packed = Parcel.of(window)
+    packed = Parcel.pack_batches(window)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     pinned = packed.pin_memory()
     assert torch.equal(pinned.small, torch.frombuffer(packed.small, dtype=torch.uint8) + 1)
@@ -259,7 +259,7 @@ def test_a_parcel_takes_tensors_of_any_length(root: Path) -> None:
     odd = replace(batch.text["llm"], ids=torch.tensor([1, 2, 3], dtype=torch.int16), labels=torch.tensor([4, 5]))
     odd = replace(odd, weights=torch.ones(1).expand(1, 4), supervised=torch.zeros(1, 5, dtype=torch.int64).expand(0, 5))
     odd = replace(odd, positions=torch.arange(1).as_strided((1,), (0,)))
-    (back,) = Parcel.of([replace(batch, text={"llm": odd})]).unpack()
+    (back,) = Parcel.pack_batches([replace(batch, text={"llm": odd})]).unpack_batches()
     for name in ("ids", "labels", "weights", "supervised", "positions"):
         assert torch.equal(getattr(back.text["llm"], name), getattr(odd, name)), name
 

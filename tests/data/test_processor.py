@@ -11,8 +11,8 @@ import pytest
 
 from tests.data.text.rendering import load
 from tests.support.small_run import make_data
-from vlm_train.build import build, build_data
-from vlm_train.config.compose import compose, tiny
+from vlm_train.build import build_assembly, build_data
+from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import NoMedia
 from vlm_train.data.datamodule import VLMData
@@ -36,13 +36,13 @@ RECORDED = {
 def data_of(recipe: str, root: Path) -> VLMData:
     """The data of a small recipe, in order."""
     options = ["data.shuffle=none", "batch.samples=4", "batch.micro=4", f"paths.data={make_data(root)}"]
-    cfg = compose([f"recipe={recipe}", "size=tiny", "init_from=[]", *options])
-    return build_data(cfg, build(cfg, meta=True).processor)
+    cfg = compose_config([f"recipe={recipe}", "size=tiny", "init_from=[]", *options])
+    return build_data(cfg, build_assembly(cfg, meta=True).processor)
 
 
 def first_batch(data: VLMData) -> Batch:
     plan = data.make_plan(batch=4, tokens=None, epochs=1, most=None, world=1, cost=Cost())
-    (batch,) = WindowStream(data.train, plan, 0, 0, "token").window(0)
+    (batch,) = WindowStream(data.train, plan, 0, 0, "token").load_window(0)
     return batch
 
 
@@ -80,7 +80,7 @@ def test_a_spawned_process_makes_the_same_batch(tmp_path: Path) -> None:
 
 
 def test_a_pickled_processor_holds_no_weights() -> None:
-    processor = build(tiny("recipe=llava15_stage2", "init_from=[]")).processor
+    processor = build_assembly(compose_tiny("recipe=llava15_stage2", "init_from=[]")).processor
     data = pickle.dumps(processor)
     assert b"torch" not in data and len(data) < 200_000
     again = pickle.loads(data)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.small_run import command, make_data
 from vlm_train import cli
-from vlm_train.data.survey import describe
+from vlm_train.data.survey import describe_lengths
 
 
 def test_lengths_are_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,7 +25,7 @@ def test_lengths_are_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_samples_that_cannot_be_used_are_counted() -> None:
-    line = describe(np.array([0, 10, 30, 0], np.int32), np.array([0, 1, 2, 0], np.int32))
+    line = describe_lengths(np.array([0, 10, 30, 0], np.int32), np.array([0, 1, 2, 0], np.int32))
     assert line.startswith("4 samples, 40 tokens: least 10, median 20, mean 20,")
     assert line.endswith("3 patches, at most 2 a sample; 2 cannot be used")
-    assert describe(np.zeros(2, np.int32), np.zeros(2, np.int32)) == "2 samples; 2 cannot be used"
+    assert describe_lengths(np.zeros(2, np.int32), np.zeros(2, np.int32)) == "2 samples; 2 cannot be used"

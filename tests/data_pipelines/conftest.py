@@ -63,7 +63,7 @@ def shard_set(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str = "set", count: int = 10) -> Path:
         with ShardWriter(tmp_path / name, source="test", licence="CC0", split="train", samples_per_shard=4) as writer:
             for number in range(count):
-                writer.write(*_sample(number, media=number % 3))
+                writer.write_sample(*_sample(number, media=number % 3))
         return tmp_path / name
 
     return make

@@ -39,7 +39,7 @@ def made(tmp_path, picture):
                 source = "web" if i < 6 else "alt"
                 right = i % 2 == 0
                 text = f"picture {i if right else i + 1}"
-                writer.write(*captioned(f"k{i}", text, blob=picture(i), source=source, right=right))
+                writer.write_sample(*captioned(f"k{i}", text, blob=picture(i), source=source, right=right))
         return ShardSet(tmp_path / name)
 
     return make
@@ -48,9 +48,9 @@ def made(tmp_path, picture):
 def columns(shards: ShardSet, folder, rows, names, **about):
     """Write `rows`, one per sample, as columns of `shards`."""
     writer = ColumnWriter(folder, shards, names, about)
-    for shard in writer.missing:
-        writer.write(shard, [row for i, row in enumerate(rows) if shards.index.shard[i] == shard])
-    writer.finish()
+    for shard in writer.missing_shards:
+        writer.write_rows(shard, [row for i, row in enumerate(rows) if shards.index.shard[i] == shard])
+    writer.write_manifest()
     return folder
 
 
@@ -119,9 +119,9 @@ def test_captions_are_exchanged_and_filtered_by_their_own_scores(made, tmp_path,
 
 def test_every_caption_of_a_sample_is_judged_alone(tmp_path, picture):
     with ShardWriter(tmp_path / "set") as writer:
-        writer.write(*captioned("a", "one", "two", "three", blob=picture(1)))
-        writer.write(*captioned("b", "four", blob=picture(2)))
-        writer.write(*captioned("c", "five", "six", blob=picture(3)))
+        writer.write_sample(*captioned("a", "one", "two", "three", blob=picture(1)))
+        writer.write_sample(*captioned("b", "four", blob=picture(2)))
+        writer.write_sample(*captioned("c", "five", "six", blob=picture(3)))
     shards = ShardSet(tmp_path / "set")
     folder = scores(shards, tmp_path / "scores", [[0.9, 0.2, 0.6], 0.8, [0.9]])
     assert main([f"folder={shards.folder}", f"output={tmp_path / 'out'}", f"scores={folder}"]) == 0
@@ -132,24 +132,24 @@ def test_every_caption_of_a_sample_is_judged_alone(tmp_path, picture):
 def test_columns_go_on_after_a_kill(made, tmp_path, capsys):
     shards, folder = made(), tmp_path / "columns"
     writer = ColumnWriter(folder, shards, ["match"], {"run": "a"})
-    assert writer.missing == [0, 1, 2]
-    writer.write(1, [{"key": "k4", "match": [0.1]}])
+    assert writer.missing_shards == [0, 1, 2]
+    writer.write_rows(1, [{"key": "k4", "match": [0.1]}])
     (folder / f".{file_name(2)}.1.partial").write_text("{half")  # killed while it wrote
     with pytest.raises(DataError, match="it was begun"):
         Columns(folder, shards, option="scores")
 
     again = ColumnWriter(folder, shards, ["match"], {"run": "a"})
-    assert again.missing == [0, 2] and not again.complete
-    for shard in again.missing:
-        again.write(shard, [])
-    again.finish()
-    assert Columns(folder, shards, ["match"], option="scores").row(4) == {"key": "k4", "match": [0.1]}
+    assert again.missing_shards == [0, 2] and not again.complete
+    for shard in again.missing_shards:
+        again.write_rows(shard, [])
+    again.write_manifest()
+    assert Columns(folder, shards, ["match"], option="scores").read_row(4) == {"key": "k4", "match": [0.1]}
     assert ColumnWriter(folder, shards, ["match"], {"run": "a"}).complete
     with pytest.raises(DataError, match="made otherwise .about.run: 'a' there, 'b' now"):
         ColumnWriter(folder, shards, ["match"], {"run": "b"})
 
-    ColumnWriter(tmp_path / "other", shards, ["match"], {"run": "a"}).write(0, [])
-    assert ColumnWriter(tmp_path / "other", shards, ["match"], {"run": "b"}).missing == [0, 1, 2]
+    ColumnWriter(tmp_path / "other", shards, ["match"], {"run": "a"}).write_rows(0, [])
+    assert ColumnWriter(tmp_path / "other", shards, ["match"], {"run": "b"}).missing_shards == [0, 1, 2]
     assert "thrown away" in capsys.readouterr().err
     with pytest.raises(DataError, match="holds no columns"):
         ColumnWriter(shards.folder, shards, ["match"], {})
@@ -165,12 +165,12 @@ def test_columns_that_do_not_fit_are_named(made, tmp_path):
     with pytest.raises(DataError, match="has no columns.json"):
         Columns(shards.folder, shards, option="scores")
     with pytest.raises(DataError, match=r"a row has \['key'\]; expected \['key', 'match'\]"):
-        ColumnWriter(tmp_path / "new", shards, ["match"], {}).write(0, [{"key": "k0"}])
+        ColumnWriter(tmp_path / "new", shards, ["match"], {}).write_rows(0, [{"key": "k0"}])
     with pytest.raises(DataError, match="no JSON"):
-        ColumnWriter(tmp_path / "new", shards, ["match"], {}).write(0, [{"key": "k0", "match": [float("nan")]}])
+        ColumnWriter(tmp_path / "new", shards, ["match"], {}).write_rows(0, [{"key": "k0", "match": [float("nan")]}])
     (folder / file_name(0)).write_text("{}\n")
     with pytest.raises(DataError, match="shard-000000.jsonl: sha256"):
-        Columns(folder, shards, option="scores").row(0)
+        Columns(folder, shards, option="scores").read_row(0)
     data = json.loads((folder / COLUMNS).read_text())
     data["files"][0]["name"] = "../set/shard-000000.tar"
     (folder / COLUMNS).write_text(json.dumps(data))

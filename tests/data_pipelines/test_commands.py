@@ -115,7 +115,7 @@ def test_index_command(tmp_path, tar, picture, capsys):
     assert index([f"folder={tmp_path}"]) == 0 and "force=true" in capsys.readouterr().out
     assert ShardSet(tmp_path).manifest.source == "mine"
     assert inspect([f"folder={tmp_path}"]) == 0 and "(0.tar; mine, licence unknown)" in capsys.readouterr().out
-    assert ShardSet(tmp_path).load(0)[0].annotations[0].turns[1].text == "x"
+    assert ShardSet(tmp_path).load_sample(0)[0].annotations[0].turns[1].text == "x"
     assert index([f"folder={tmp_path / 'none'}"]) == 2
 
 

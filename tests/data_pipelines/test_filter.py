@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from data_pipelines.cli import CONF
 from data_pipelines.errors import DataError
-from data_pipelines.filter import Verdicts, judge, write_view
+from data_pipelines.filter import Verdicts, judge_samples, write_view
 from data_pipelines.filter import main as filter_command
 from data_pipelines.filters.common import Duplicates, Scores
 from data_pipelines.filters.image import AspectRatio, Corrupt, ImageSize, SimilarImages
@@ -49,14 +49,14 @@ def made(tmp_path):
     def make(*records, name="set", per_shard=2) -> ShardSet:
         with ShardWriter(tmp_path / name, source="s", licence="MIT", samples_per_shard=per_shard) as writer:
             for record in records:
-                writer.write(*record)
+                writer.write_sample(*record)
         return ShardSet(tmp_path / name)
 
     return make
 
 
 def _dropped(shards: ShardSet, one, workers: int = 1) -> dict[str, str]:
-    return {row["key"]: row["reason"] for row in judge(shards, {"f": one}, workers=workers).dropped}
+    return {row["key"]: row["reason"] for row in judge_samples(shards, {"f": one}, workers=workers).dropped}
 
 
 def test_sizes_and_ratios(made):
@@ -75,18 +75,18 @@ def test_pictures_that_do_not_decode(made):
     shards = made(_sample("cut", blobs=(_png(), _png(quality=90)[:-900])), _sample("fine", blobs=(_png(),)))
     assert _dropped(shards, Corrupt()) == {"cut": "picture does not decode"}
     for filters, name in (({"similar": SimilarImages()}, "read"), ({"cut": Corrupt(), "s": SimilarImages()}, "cut")):
-        assert [(row["key"], row["filter"]) for row in judge(shards, filters).dropped] == [("cut", name)]
+        assert [(row["key"], row["filter"]) for row in judge_samples(shards, filters).dropped] == [("cut", name)]
 
 
 def test_members_that_cannot_be_read_are_dropped(made):
     shards = made(*(_sample(key, blobs=(_png(shift=i),)) for i, key in enumerate("abc")))
-    place = shards.index.members(1)[1]
+    place = shards.index.read_members(1)[1]
     with open(shards.folder / "shard-000000.tar", "r+b") as file:
         file.seek(place.offset + 50)
         file.write(b"damage")
-    verdicts = judge(ShardSet(shards.folder), {"f": AspectRatio(max_ratio=9)})
+    verdicts = judge_samples(ShardSet(shards.folder), {"f": AspectRatio(max_ratio=9)})
     assert [row["key"] for row in verdicts.dropped] == ["b"]
-    assert list(verdicts.counts()) == ["read: member ….png is corrupt (checksum differs from the index)"]
+    assert list(verdicts.count_dropped()) == ["read: member ….png is corrupt (checksum differs from the index)"]
 
 
 def test_text_length_counts_the_turns_of_the_roles(made):
@@ -192,7 +192,7 @@ def test_wrong_options_are_refused(wrong):
 def test_a_dropped_sample_is_nobodys_original(made):
     shards = made(_sample("a", "cat", (_png((20, 20)),)), _sample("b", "cat", (_png(),)), _sample("c", "cat"))
     filters = {"size": ImageSize(min_side=40), "same": Duplicates(media=False)}
-    assert [(r["key"], r["filter"]) for r in judge(shards, filters).dropped] == [("a", "size"), ("c", "same")]
+    assert [(r["key"], r["filter"]) for r in judge_samples(shards, filters).dropped] == [("a", "size"), ("c", "same")]
 
 
 def test_view_and_copy_hold_the_same_samples(made, tmp_path, capsys):
@@ -203,8 +203,8 @@ def test_view_and_copy_hold_the_same_samples(made, tmp_path, capsys):
     assert filter_command([*command, "filters.text_length.max_chars=8", "copy=true", f"output={tmp_path / 'c'}"]) == 0
     view, copy = ShardSet(tmp_path / "view"), ShardSet(tmp_path / "c")
     assert view.keys() == copy.keys() == [f"k{i}" for i in range(3, 8)]
-    assert list(view) == list(copy) == [shards.load(i) for i in range(3, 8)]
-    assert [view.media(i) for i in range(5)] == [copy.media(i) for i in range(5)]
+    assert list(view) == list(copy) == [shards.load_sample(i) for i in range(3, 8)]
+    assert [view.media_items(i) for i in range(5)] == [copy.media_items(i) for i in range(5)]
     assert view.manifest.stats == copy.manifest.stats and view.manifest.licence == "MIT"
     assert sorted(path.name for path in view.folder.iterdir()) == ["dropped.jsonl", "index.npz", "manifest.json"]
     assert [info.name for info in view.manifest.shards] == [f"../set/shard-00000{i}.tar" for i in (1, 2, 3)]
@@ -212,8 +212,8 @@ def test_view_and_copy_hold_the_same_samples(made, tmp_path, capsys):
     counts = {"text_length: characters below 4": 3, "text_length: characters above 8": 1}
     assert view.manifest.dropped == copy.manifest.dropped == counts
     assert len((tmp_path / "view" / "dropped.jsonl").read_text().splitlines()) == 4
-    view.verify()
-    copy.verify()
+    view.verify_hashes()
+    copy.verify_hashes()
 
 
 def test_a_view_of_a_view_and_its_fingerprint(made, tmp_path):

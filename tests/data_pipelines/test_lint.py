@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from data_pipelines.index import index_folder
+from data_pipelines.lint import find_problems, sample_problems
 from data_pipelines.lint import main as lint
-from data_pipelines.lint import problems, sample_problems
 from data_pipelines.sample import Annotation, Box, Media, Text, Turn
 from data_pipelines.shards.tar_writer import ShardWriter
 
@@ -69,7 +69,7 @@ def test_source_and_licence_are_warnings(tmp_path, sample, capsys):
     for name, about in (("none", {}), ("known", {"source": "s", "licence": "MIT"})):
         with ShardWriter(tmp_path / name, **about) as writer:
             for key in ("sample-000", "sample-001"):
-                writer.write(replace(record, key=key, source="", licence=""), blobs)
+                writer.write_sample(replace(record, key=key, source="", licence=""), blobs)
         assert lint([f"folder={tmp_path / name}"]) == 0
     out = capsys.readouterr().out
     assert "warning: " in out and "shard-000000.tar, key 'sample-000': unknown licence" in out
@@ -81,13 +81,13 @@ def test_duplicate_members_and_truncation_name_the_shard(tmp_path, tar, picture)
     tar(tmp_path / "0.tar", [("a.png", picture()), ("a.txt", b"x")])
     tar(tmp_path / "1.tar", [("b.png", picture()), ("b.txt", b"x")])
     index_folder(tmp_path, source="s", licence="MIT")
-    assert list(problems(tmp_path)) == []
+    assert list(find_problems(tmp_path)) == []
     tar(tmp_path / "1.tar", [("b.png", picture()), ("b.png", picture())])
-    found = [problem.text for problem in problems(tmp_path)]
+    found = [problem.text for problem in find_problems(tmp_path)]
     assert any("1.tar: duplicate member 'b.png'" in text for text in found)
     assert any("1.tar: sha256" in text for text in found) and any("key 'b': member" in text for text in found)
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:600])
-    assert any("0.tar: truncated" in problem.text for problem in problems(tmp_path))
+    assert any("0.tar: truncated" in problem.text for problem in find_problems(tmp_path))
 
 
 def test_counts_by_kind_and_the_limit_of_each(tmp_path, sample, capsys):
@@ -96,7 +96,9 @@ def test_counts_by_kind_and_the_limit_of_each(tmp_path, sample, capsys):
     with ShardWriter(tmp_path / "set") as writer:
         for i in range(5):
             turns = (_question(), blank) if i else (_question(), ANSWER)
-            writer.write(replace(record, key=f"k{i}", weight=-1.0, annotations=(Annotation(turns=turns),)), blobs)
+            writer.write_sample(
+                replace(record, key=f"k{i}", weight=-1.0, annotations=(Annotation(turns=turns),)), blobs
+            )
     assert lint([f"folder={tmp_path / 'set'}", "max_problems=2"]) == 1
     out = capsys.readouterr().out
     assert out.count("empty answer\n") == 2 + 1 + 1 and "... and more of this kind: empty answer" in out
@@ -108,8 +110,8 @@ def test_any_number_of_processes_says_the_same(shard_set):
     data = bytearray((folder / "shard-000003.tar").read_bytes())
     data[900] ^= 1
     (folder / "shard-000003.tar").write_bytes(data)
-    one = list(problems(folder, workers=1))
-    assert one and one == list(problems(folder, workers=2))
+    one = list(find_problems(folder, workers=1))
+    assert one and one == list(find_problems(folder, workers=2))
 
 
 def test_a_view_is_checked_in_its_own_samples(tmp_path, shard_set, capsys):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipelines.build import QUARANTINE, write
+from data_pipelines.build import QUARANTINE, write_shards
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Text, Turn
 from data_pipelines.shards.shard_set import ShardSet
@@ -36,6 +36,6 @@ def test_lone_surrogates_of_a_source_are_bad_samples(tmp_path):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     lines = [{"messages": talk}, {"messages": [talk[0], {**talk[1], "content": LONE}]}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write(Messages(file=str(tmp_path / "x.jsonl")), tmp_path / "out")
+    write_shards(Messages(file=str(tmp_path / "x.jsonl")), tmp_path / "out")
     assert len(ShardSet(tmp_path / "out")) == 1
     assert "surrogates not allowed" in (tmp_path / "out" / QUARANTINE).read_text()

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text, Turn
-from data_pipelines.sources.easy_vqa import EasyVQA, Question, caption, describe
+from data_pipelines.sources.easy_vqa import EasyVQA, Question, describe_thing, make_caption
 from data_pipelines.sources.llava_json import LlavaJSON
 from data_pipelines.sources.tiny import Tiny
 
@@ -69,7 +69,7 @@ def test_easy_vqa_captions_agree_with_the_pixels():
         colour, shape = sample.meta["colour"], sample.meta["shape"]
         shown, turn = sample.annotations[0].turns
         assert shown == Turn(role="user", parts=(Media(item=0),)), "a place for models that read it as text"
-        assert turn.role == "assistant" and turn.parts == (Text(text=caption(colour, shape)),)
+        assert turn.role == "assistant" and turn.parts == (Text(text=make_caption(colour, shape)),)
         words[len(turn.text.split()), shape is None] += 1
         pixels = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) @ (65536, 256, 1)
         values, counts = np.unique(pixels, return_counts=True)
@@ -89,21 +89,26 @@ def test_easy_vqa_gives_some_images_the_caption_of_another() -> None:
     assert all((text == sample.annotations[0].turns[1].text) == sample.meta["right"] for text, sample in pairs)
     share = sum(not sample.meta["right"] for _, sample in pairs) / len(pairs)
     assert 0.27 < share < 0.33
-    assert "right" not in own.record(0)[0].meta
+    assert "right" not in own.read_record(0)[0].meta
     with pytest.raises(DataError, match="wrong: got 0.3; allowed: .* with captions=true"):
         EasyVQA(split="test", wrong=0.3)
 
 
 def test_describe_uses_negations_and_elimination():
-    assert describe([Question("is there not a red shape?", "no")]) == ("red", None)
-    assert describe([Question("is no circle present?", "yes"), Question("is a triangle present?", "no")]) == (
+    assert describe_thing([Question("is there not a red shape?", "no")]) == ("red", None)
+    assert describe_thing([Question("is no circle present?", "yes"), Question("is a triangle present?", "no")]) == (
         None,
         "rectangle",
     )
-    assert describe([Question("what color is the circle?", "teal")]) == ("teal", "circle")
-    assert describe([Question("what is the blue shape?", "triangle")]) == ("blue", "triangle")
-    assert describe([Question("what shape is present?", "circle")]) == (None, "circle")
-    assert [caption("teal", "circle"), caption("teal", None), caption(None, "circle"), caption(None, None)] == [
+    assert describe_thing([Question("what color is the circle?", "teal")]) == ("teal", "circle")
+    assert describe_thing([Question("what is the blue shape?", "triangle")]) == ("blue", "triangle")
+    assert describe_thing([Question("what shape is present?", "circle")]) == (None, "circle")
+    assert [
+        make_caption("teal", "circle"),
+        make_caption("teal", None),
+        make_caption(None, "circle"),
+        make_caption(None, None),
+    ] == [
         "a teal circle",
         "a teal shape",
         "a circle",

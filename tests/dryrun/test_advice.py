@@ -9,18 +9,18 @@ import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlm_train.build import build_model
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.dryrun import advice
-from vlm_train.dryrun.advice import Advice, advise, configured
+from vlm_train.dryrun.advice import Advice, advise_run, configured_strategy
 from vlm_train.dryrun.memory import GIB, NF4
 from vlm_train.dryrun.plan import Plan, make_plan
-from vlm_train.dryrun.report import text, without_assets
+from vlm_train.dryrun.report import format_plan, without_assets
 
 Planned = tuple[DictConfig, Plan]
 
 
 def planned(*overrides: str) -> Planned:
-    cfg, _ = without_assets(compose(["dry_run=true", *overrides]))
+    cfg, _ = without_assets(compose_config(["dry_run=true", *overrides]))
     return cfg, make_plan(cfg, build_model(cfg, meta=True))
 
 
@@ -35,9 +35,9 @@ def given(one: Planned, **target: Any) -> tuple[Advice, str]:
     cfg = one[0].copy()
     for key, value in target.items():
         cfg.target[key] = value
-    printed = next(part for part in text(cfg, one[1]) if part.startswith("GiB a"))
+    printed = next(part for part in format_plan(cfg, one[1]) if part.startswith("GiB a"))
     assert max(map(len, printed.splitlines())) <= 110
-    return advise(cfg, one[1]), printed
+    return advise_run(cfg, one[1]), printed
 
 
 def test_gpus_that_are_not_here(full: Planned) -> None:
@@ -98,7 +98,7 @@ def test_a_contrast_of_samples_is_not_cut(full: Planned) -> None:
     with open_dict(cfg):
         cfg.objective = {"contrastive": {"_target_": "vlm_train.objectives.contrastive.Contrastive"}}
     cfg.target.gpus, cfg.target.memory_gib = 8, 24
-    assert not any("micro" in one.flag for one in advise(cfg, plan).levers)
+    assert not any("micro" in one.flag for one in advise_run(cfg, plan).levers)
 
 
 def test_the_configured_strategy_is_known_by_its_option(
@@ -121,15 +121,15 @@ def test_the_configured_strategy_is_known_by_its_option(
     for name, node in options.items():
         with open_dict(cfg):
             cfg.strategy = node
-        assert configured(cfg) == {"auto": "ddp"}.get(name, name)
+        assert configured_strategy(cfg) == {"auto": "ddp"}.get(name, name)
     with open_dict(cfg):
         cfg.strategy = options["zero3"] | {"buckets": {"reduce": 7}}
-    assert configured(cfg) == "zero3", "with another value"
+    assert configured_strategy(cfg) == "zero3", "with another value"
     _, printed = given((cfg, full[1]), gpus=8, memory_gib=24)
     assert "The run's own strategy=zero3 does not fit: 31.7 of 24 GiB a device." in printed
     with open_dict(cfg):
         cfg.strategy = {"_target_": "somebody.elses"}
-    assert configured(cfg) is None
+    assert configured_strategy(cfg) is None
 
 
 def test_a_quantised_base_is_stored_small() -> None:

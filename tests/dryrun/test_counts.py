@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import recipes_dir
 from vlm_train.dryrun.plan import rows_at_once
 from vlm_train.dryrun.report import dry_run
@@ -65,7 +65,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @lru_cache(maxsize=1)
 def planned(*overrides: str) -> dict[str, Any]:
-    return dry_run(compose(["dry_run=true", *overrides]))
+    return dry_run(compose_config(["dry_run=true", *overrides]))
 
 
 def test_llava15_total_is_the_published_one() -> None:
@@ -118,7 +118,7 @@ def test_linear_projector_13b() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_dry_runs_without_assets(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     start = time.monotonic()
-    plan = dry_run(compose(["dry_run=true", f"recipe={name}", f"paths.data={tmp_path}"]))
+    plan = dry_run(compose_config(["dry_run=true", f"recipe={name}", f"paths.data={tmp_path}"]))
     assert time.monotonic() - start < 30  # the goal is 10 s on an idle machine
     assert plan["recipe"] == name
     assert 0 < plan["trainable"] <= plan["total"] == sum(plan["parameters"].values())
@@ -174,10 +174,10 @@ def test_memory_decides_the_strategy() -> None:
 @pytest.mark.parametrize(("gpus", "chunk", "rows"), [(128, 64, 64), (128, "null", 256), (1, 256, 256), (64, 1024, 512)])
 def test_gradient_caching_holds_one_chunk(gpus: int, chunk: int | str, rows: int) -> None:
     overrides = ["recipe=clip_vitb32", f"target.gpus={gpus}", f"model.cache_chunk={chunk}"]
-    assert rows_at_once(compose(overrides)) == rows
+    assert rows_at_once(compose_config(overrides)) == rows
 
 
 def test_similarities_of_a_large_batch_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    dry_run(compose(["dry_run=true", "recipe=clip_vitb32", "target.gpus=1", "target.memory_gib=80"]))
+    dry_run(compose_config(["dry_run=true", "recipe=clip_vitb32", "target.gpus=1", "target.memory_gib=80"]))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("single ")]
     assert line.split()[6] == "20.0"  # GiB: five matrices of 32,768 squared in fp32

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_train.dryrun.memory import Hardware, Needs, peak
+from vlm_train.dryrun.memory import Hardware, Needs, predict_peak
 
 SCRIPT = Path(__file__).with_name("count_states.py")
 LEARNED, FROZEN = 64 * 128 + 128 * 64, 64 * 64
@@ -52,5 +52,5 @@ def test_deepspeed_holds_what_is_predicted() -> None:
             activations=0,
             logits=0,
         )
-        found = peak(strategy, needs, Hardware(gpus=2, memory=0))
+        found = predict_peak(strategy, needs, Hardware(gpus=2, memory=0))
         assert {name: getattr(found, name) for name in counted} == counted, case

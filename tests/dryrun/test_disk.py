@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import small_run
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.dryrun.report import dry_run
 
 OVERHEAD = 256 * 1024
@@ -20,7 +20,7 @@ def test_a_checkpoint_is_as_large_as_predicted(precision: str, tmp_path: Path) -
     wide = ["llm.config.hidden_size=256", "llm.config.intermediate_size=512", "params=all"]
     short = ["trainer.max_steps=1", "trainer.save_every=null", f"trainer.precision={precision}"]
     overrides = small_run.command(data, tmp_path, *wide, *short)
-    predicted = dry_run(compose([*overrides, "dry_run=true"]))["checkpoint_bytes"]
+    predicted = dry_run(compose_config([*overrides, "dry_run=true"]))["checkpoint_bytes"]
     run = small_run.train(overrides)
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     written = sum(path.stat().st_size for path in checkpoint.iterdir())

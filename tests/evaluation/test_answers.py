@@ -22,11 +22,11 @@ from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation import answers
 from vlm_train.evaluation.answers import QuestionAnswering
-from vlm_train.evaluation.controls import derangement
+from vlm_train.evaluation.controls import derange_numbers
 from vlm_train.evaluation.generate import Answer
 from vlm_train.evaluation.metrics.character_error_rate import CharacterErrorRate
 from vlm_train.evaluation.metrics.exact_match import ExactMatch
-from vlm_train.evaluation.predictions import pictured
+from vlm_train.evaluation.predictions import choose_pictures
 from vlm_train.models.connectors.grids import same_grid
 
 unreadable: set[int] = set()
@@ -112,7 +112,7 @@ def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tm
     found = evaluator.run(built.model, built.processor, tmp_path, final=True)
     assert (found.metrics, found.rows[0].n) == ({"exact_match": 2 / 6}, 6)
     assert [row.value for row in found.rows] == [2 / 6, 2 / 6, 5 / 6, 0.5]
-    assert built.model.training and built.model.modes == {False}
+    assert built.model.joint_stream and built.model.modes == {False}
     own, shuffled = built.model.seen[:6], built.model.seen[6:]
     assert own == [0, 0, 40, 40, 80, 80] and sorted(shuffled) == own
     assert all(a != b for a, b in zip(own, shuffled, strict=True))
@@ -151,8 +151,8 @@ def test_pictures_show_wrong_answers_and_a_spread_of_the_others() -> None:
     asked = [
         Answer(number, f"s{number}", "?", ("yes",), "no" if number in (70, 90) else "yes") for number in range(100)
     ]
-    assert pictured(asked, 10) == [0, 12, 24, 36, 49, 61, 70, 74, 86, 90]
-    assert pictured(asked[:3], 48) == [0, 1, 2] and pictured(asked, 0) == []
+    assert choose_pictures(asked, 10) == [0, 12, 24, 36, 49, 61, 70, 74, 86, 90]
+    assert choose_pictures(asked[:3], 48) == [0, 1, 2] and choose_pictures(asked, 0) == []
 
 
 def test_validation_is_limited_and_writes_nothing(built: SimpleNamespace, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_answers_of_the_source_count_where_they_are_asked_for(
 
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_derangement_moves_every_number(count: int) -> None:
-    moved = derangement(count, seed=1)
+    moved = derange_numbers(count, seed=1)
     assert sorted(moved) == list(range(count))
     assert all(a != b for a, b in enumerate(moved))
 

@@ -18,7 +18,7 @@ from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.retrieval import CaptionRetrieval, image_chance, recalls
+from vlm_train.evaluation.retrieval import CaptionRetrieval, image_chance, recall_rows
 
 COUNT = 5
 
@@ -45,7 +45,7 @@ def shards(folder: Path, bad: tuple[int, ...]) -> str:
                 blob = blob[: len(blob) // 2]
             turns = (Turn(role="user", parts=(Media(item=0),)), assistant("a" * (number + 1)))
             sample = Sample(key=f"s{number}", media=(image_item(0, blob),), annotations=(Annotation(turns=turns),))
-            writer.write(sample, [blob])
+            writer.write_sample(sample, [blob])
     return str(folder)
 
 
@@ -79,7 +79,7 @@ def test_recalls_of_both_directions_by_hand() -> None:
     scores[range(7), own] = 1.0
     scores[0] = torch.tensor([0.0, 6.0, 5.0, 4.0, 3.0, 2.0])  # its own caption is the last
     scores[2] = torch.tensor([6.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # and this one's the second
-    rows = recalls(scores, own)
+    rows = recall_rows(scores, own)
     assert [row.name for row in rows] == [f"{kind} retrieval R@{k}" for kind in ("caption", "image") for k in (1, 5)]
     # Image 2 is the nearest of caption 0, and image 0 that of all others but its own.
     assert [row.value for row in rows] == pytest.approx([5 / 7, 6 / 7, 0.0, 1.0])

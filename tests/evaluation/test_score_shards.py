@@ -17,9 +17,9 @@ from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.shards.tar_writer import ShardWriter
 from tests.support.small_run import picture
 from vlm_train import cli
-from vlm_train.build import build
+from vlm_train.build import build_assembly
 from vlm_train.checkpoint.weights import save_weights
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import save_config
 from vlm_train.models.families.blip import Blip
 from vlm_train.runs.folder import RunFolder
@@ -42,7 +42,7 @@ def make_set(folder: Path, count: int = 7) -> Path:
     with ShardWriter(folder, source="web", licence="CC0", samples_per_shard=3) as writer:
         for number in range(count):
             captions, images = (3 if number == 2 else 1), (2 if number == 4 else 1)
-            writer.write(*captioned(number, captions, images))
+            writer.write_sample(*captioned(number, captions, images))
     return folder
 
 
@@ -50,9 +50,9 @@ def make_set(folder: Path, count: int = 7) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has not learned anything yet."""
     folder = tmp_path_factory.mktemp("runs") / "blip"
-    cfg = compose(["recipe=blip_base", "size=tiny", "run_name=blip", f"paths.runs={folder.parent}"])
+    cfg = compose_config(["recipe=blip_base", "size=tiny", "run_name=blip", f"paths.runs={folder.parent}"])
     save_config(cfg, RunFolder(folder).config)
-    model = build(cfg).model
+    model = build_assembly(cfg).model
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     save_weights(folder / "checkpoints", weights, run_id="blip", step=0)
     return folder
@@ -66,7 +66,7 @@ def shards(tmp_path: Path) -> Path:
 def rows(folder: Path, shards: Path, name: str) -> dict:
     columns, found = Columns(folder, ShardSet(shards), option="columns"), {}
     for i in range(len(ShardSet(shards))):
-        if row := columns.row(i):
+        if row := columns.read_row(i):
             found[row["key"]] = row[name]
     return found
 
@@ -128,9 +128,11 @@ def test_scores_are_those_of_the_model(run: Path, shards: Path, monkeypatch: pyt
 def test_other_models_write_captions(recipe: str, shards: Path, tmp_path: Path) -> None:
     """Those that read several streams, and whose language model is one of transformers."""
     folder = tmp_path / "runs/other"
-    cfg = compose([f"recipe={recipe}", "size=tiny", "init_from=[]", "run_name=other", f"paths.runs={folder.parent}"])
+    cfg = compose_config(
+        [f"recipe={recipe}", "size=tiny", "init_from=[]", "run_name=other", f"paths.runs={folder.parent}"]
+    )
     save_config(cfg, RunFolder(folder).config)
-    weights = {name: parameter.detach() for name, parameter in build(cfg).model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in build_assembly(cfg).model.named_parameters()}
     save_weights(folder / "checkpoints", weights, run_id="other", step=0)
     assert cli.main(["mode=caption", f"run={folder}", f"columns.shards={shards}", *FAST]) == 0
     assert len(rows(tmp_path / "web.columns/caption", shards, "caption")) == 6

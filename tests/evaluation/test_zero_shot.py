@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Sample
-from data_pipelines.shards.members import captioned
+from data_pipelines.shards.members import caption_annotation
 from data_pipelines.shards.tar_writer import ShardWriter
 from tests.data.text.rendering import load
 from vlm_train.check.model import check_evaluators
@@ -64,7 +64,9 @@ def shards(folder: Path, captions: list[tuple[str, str]]) -> str:
             Image.new("RGB", (9, 9), COLOURS[colour]).save(file, "PNG")
             blob = file.getvalue()
             media = (image_item(0, blob),)
-            writer.write(Sample(key=f"s{number}", media=media, annotations=(captioned(caption),)), [blob])
+            writer.write_sample(
+                Sample(key=f"s{number}", media=media, annotations=(caption_annotation(caption),)), [blob]
+            )
     return str(folder)
 
 

@@ -14,14 +14,14 @@ from tests.models.families.test_blip import batch, blip, pixels_of, tower
 from tests.support.tiny_models import assert_close
 from vlm_train.contracts.layout import NoMedia
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.tokenizer import words
+from vlm_train.data.text.tokenizer import word_tokenizer
 from vlm_train.errors import AssetError
 from vlm_train.export.blip import BlipExporter, find_problems, verify_blip, write_blip
 from vlm_train.export.run import write_export
 
 
 def test_a_run_is_exported_for_retrieval_and_captioning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, tokenizer = blip(), words(["a cat"])
+    model, tokenizer = blip(), word_tokenizer(["a cat"])
     processor = Processor(tokenizer=tokenizer, template=load("caption_bert"), layout=NoMedia())
     out = write_export(SimpleNamespace(model=model, processor=processor), tmp_path, {"blip": BlipExporter()})
     assert sorted(path.name for path in out.iterdir()) == ["captioning", "retrieval"]

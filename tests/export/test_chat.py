@@ -17,9 +17,9 @@ from tests.support.tiny_models import tiny_vision
 from vlm_train.contracts.layout import PLACEHOLDER_ID, GridLayout, MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.render import render
+from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.template import ChatTemplate
-from vlm_train.data.text.tokenizer import byte_level, words
+from vlm_train.data.text.tokenizer import byte_level, word_tokenizer
 from vlm_train.errors import ConfigError
 from vlm_train.export.chat import add_chat_template
 from vlm_train.export.llava import IMAGE_TOKEN, make_processor
@@ -55,7 +55,7 @@ def metaspace(scheme: str) -> PreTrainedTokenizerFast:
 
 TOKENIZERS = {
     "bytes": lru_cache(byte_level),
-    "words": lambda: words(["What color is the square in the picture ? Red : . # USER ASSISTANT"]),
+    "words": lambda: word_tokenizer(["What color is the square in the picture ? Red : . # USER ASSISTANT"]),
     "sentencepiece": lambda: metaspace("first"),
     "sentencepiece, legacy": lambda: metaspace("normalizer"),
 }
@@ -92,7 +92,9 @@ def message(turn: Turn) -> dict[str, Any]:
 
 def check_parity(processor: Any, template: Any, tokenizer: Any, turns: tuple[Turn, ...]) -> None:
     count = sum(isinstance(part, Media) for turn in turns for part in turn.parts)
-    ours = render(sample(turns, media=count), template, tokenizer, LAYOUT, annotations="first", generation=True).llm.ids
+    ours = render_sample(
+        sample(turns, media=count), template, tokenizer, LAYOUT, annotations="first", generation=True
+    ).llm.ids
     image = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text = processor.apply_chat_template([message(turn) for turn in turns], add_generation_prompt=True)
     theirs = processor(text=text, images=[Image.new("RGB", (40, 30))] * count or None)["input_ids"][0]
@@ -108,7 +110,7 @@ def check_parity(processor: Any, template: Any, tokenizer: Any, turns: tuple[Tur
 def test_served_ids_are_those_of_training(kind: str, name: str, tmp_path: Path) -> None:
     tokenizer, template = TOKENIZERS[kind](), load(name)
     try:
-        template.check(tokenizer)
+        template.check_tokenizer(tokenizer)
     except ConfigError:
         pytest.skip(f"{name} does not go with {kind}")
     problem, processor = exported(tmp_path, template, tokenizer)
@@ -129,8 +131,8 @@ def test_content_styles(changes: dict[str, Any], tmp_path: Path) -> None:
 class Shouting(ChatTemplate):
     """A template of one's own that Jinja cannot know."""
 
-    def segments(self, turns, tokenizer, *, generation=False):
-        return super().segments(turns, tokenizer, generation=generation)[1:]
+    def make_spans(self, turns, tokenizer, *, generation=False):
+        return super().make_spans(turns, tokenizer, generation=generation)[1:]
 
 
 def test_without_a_faithful_template_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from vlm_train.errors import AssetError
 from vlm_train.export.llava import find_problems, verify_llava, write_llava
 from vlm_train.export.llava_import import import_llava
 from vlm_train.models.adapters.lora import lora
-from vlm_train.models.adapters.quantize import quantise
+from vlm_train.models.adapters.quantize import quantize_layers
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
@@ -144,7 +144,7 @@ def test_what_cannot_be_exported_is_known_before_any_weight():
         model = compose(tiny_vision(), tiny_llm())
         lora(model=model, match=r"llm\..*q_proj", rank=4)
     assert find_problems(model) == []
-    quantise(model, ["llm.model.model.layers.0.mlp.up_proj"], bits=8)
+    quantize_layers(model, ["llm.model.model.layers.0.mlp.up_proj"], bits=8)
     (problem,) = find_problems(model)
     assert "up_proj: is quantised" in problem
 

@@ -11,15 +11,15 @@ from transformers import AutoProcessor
 
 from tests.data.text.rendering import load
 from tests.support.tiny_models import tiny_llm, tiny_vision
-from vlm_train.build import build, build_exporters
-from vlm_train.config.compose import compose
+from vlm_train.build import build_assembly, build_exporters
+from vlm_train.config.compose import compose_config
 from vlm_train.contracts.layout import GridLayout
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import AssetError
 from vlm_train.export.llava import LlavaExporter
-from vlm_train.export.run import replacing, write_export
+from vlm_train.export.run import replace_folder, write_export
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 
@@ -54,7 +54,7 @@ def test_export_carries_the_template_of_training(tmp_path: Path, capsys: pytest.
 def test_models_with_a_q_former_are_exported_from_their_runs(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = build(compose([f"recipe={recipe}", "size=tiny", "init_from=[]"]))
+    made = build_assembly(compose_config([f"recipe={recipe}", "size=tiny", "init_from=[]"]))
     processor = AutoProcessor.from_pretrained(write_export(made, tmp_path, build_exporters(made.cfg)))
     assert "(blip2); what it computes equals the run's; it has no chat template: " in capsys.readouterr().out
     assert processor.num_query_tokens == 4
@@ -79,9 +79,9 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pyt
 def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "export.old").mkdir()
     (tmp_path / "export.old" / "kept").touch()
-    with pytest.raises(RuntimeError), replacing(tmp_path / "export"):
+    with pytest.raises(RuntimeError), replace_folder(tmp_path / "export"):
         raise RuntimeError
     assert (tmp_path / "export" / "kept").exists()
-    with replacing(tmp_path / "export") as partial:
+    with replace_folder(tmp_path / "export") as partial:
         (partial / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "new"]

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tests.support.small_run import command, make_data, train
 from vlm_train import loggers
 from vlm_train.config import origins
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.redact import without_credentials
 from vlm_train.contracts.batch import Batch, Problem
 from vlm_train.errors import ConfigError
@@ -115,7 +115,7 @@ def test_a_library_that_is_not_there_stops_the_run_before_it_trains(
 
 
 def test_other_ranks_mirror_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "rank", lambda: 1)
+    monkeypatch.setattr(mirror, "process_rank", lambda: 1)
     server = Server()
     one = Mirror("csv", server.connect)
     one.log_metrics({"train/loss": 1.0}, 1)
@@ -138,18 +138,18 @@ def test_no_line_is_lost_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFi
     import resource
 
     journal = Journal(tmp_path / "metrics.jsonl")
-    journal.write({"step": 1})
+    journal.write_line({"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))
     try:
-        journal.write({"step": 2})
-        journal.write({"step": 3})
+        journal.write_line({"step": 2})
+        journal.write_line({"step": 3})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [row["step"] for row in rows_of(tmp_path)] == [1]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and all("cannot be written" in line for line in said) and '{"step": 3}' in said[1]
-    journal.write({"step": 4})
+    journal.write_line({"step": 4})
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -341,11 +341,11 @@ def test_no_password_in_what_is_shown_and_sent(tmp_path: Path, capsys: pytest.Ca
     Mirror("wandb", server.connect).log_hyperparams({"data": {"train": [{"shards": address}]}})
     assert server.seen == [{"data": {"train": [{"shards": "https://host/set"}]}}]
     overrides = ["size=tiny", f"data.train=[{{shards: '{address}'}}]"]
-    shown = origins.table(compose(overrides), origins.origins(overrides))
+    shown = origins.format_origins(compose_config(overrides), origins.find_origins(overrides))
     assert "https://host/set" in shown and "secret" not in shown
     bad = BadSamples(tmp_path, max_in_a_row=9, max_share=1.0, strict=False)
     for _ in range(2):
-        bad.record("train", 1, [Problem(f"{address}/0.tar: no", "read", f"{address}/0.tar", "k")], 0)
+        bad.record_problems("train", 1, [Problem(f"{address}/0.tar: no", "read", f"{address}/0.tar", "k")], 0)
     written = (tmp_path / "quarantine-0.jsonl").read_text()
     assert written.count("https://host/set/0.tar") == 2 and "secret" not in written + capsys.readouterr().out
 

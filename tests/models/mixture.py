@@ -15,7 +15,7 @@ from vlm_train.contracts.layout import MediaLayout, MediaSize, Piece, Slot
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.models.families.text_only import decode_stream
-from vlm_train.models.layers.merge import check_slots, merge
+from vlm_train.models.layers.merge import check_slots, merge_features
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class TokenMixture(Family):
         media, text = batch.media, batch.text[stream]
         features, shown = self.features(batch), next(iter(media.inputs.values()))
         check_slots(features.count_by_item(shown.view_counts), media.slot_counts, media.keys)
-        embeds = merge(self.llm.embed(text.ids), features.first(shown.real).values, text.slots, media.slot_counts)
+        embeds = merge_features(
+            self.llm.embed(text.ids), features.first(shown.real).values, text.slots, media.slot_counts
+        )
         return decode_stream(self.llm, embeds, text)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.components import component
 from vlm_train.build import build_model
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.vision.example import blank_input
 
@@ -93,6 +93,6 @@ def test_visual_tokens_of_an_image(option, tokens):
 )
 def test_two_towers(recipe, expected):
     """As published: openai/clip-vit-{base-patch32,large-patch14} and open_clip's ViT-SO400M-14-SigLIP."""
-    model = build_model(compose([f"recipe={recipe}"]), meta=True)
+    model = build_model(compose_config([f"recipe={recipe}"]), meta=True)
     assert count(model) == expected
     assert model.unused_parameters() == []

@@ -19,7 +19,7 @@ from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.media import Features
 from vlm_train.contracts.objective import StepContext
-from vlm_train.data.collate import Item, collate
+from vlm_train.data.collate import Item, collate_rows
 from vlm_train.data.images.native import NativeResolution
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
@@ -95,8 +95,8 @@ def losses_and_gradients(model: PrefixVLM, batches: list[Batch]) -> dict[str, to
 def test_mixed_sizes_are_those_of_every_sample_alone(connector: str) -> None:
     model, processor = make(connector)
     samples = items(processor)
-    together = losses_and_gradients(model, [collate([[one] for one in samples], processor.images)])
-    alone = losses_and_gradients(model, [collate([[one]], processor.images) for one in samples])
+    together = losses_and_gradients(model, [collate_rows([[one] for one in samples], processor.images)])
+    alone = losses_and_gradients(model, [collate_rows([[one]], processor.images) for one in samples])
     assert together.keys() == alone.keys()
     for name, expected in alone.items():
         if name.endswith(("key.bias", "score.3.bias")):  # zero in exact arithmetic
@@ -110,15 +110,15 @@ def test_mixed_sizes_are_those_of_every_sample_alone(connector: str) -> None:
 def test_packed_rows_take_mixed_sizes() -> None:
     model, processor = make("pool")
     samples = items(processor)
-    packed = losses_and_gradients(model, [collate([samples[:3], samples[3:]], processor.images)])
-    alone = losses_and_gradients(model, [collate([[one]], processor.images) for one in samples])
+    packed = losses_and_gradients(model, [collate_rows([samples[:3], samples[3:]], processor.images)])
+    alone = losses_and_gradients(model, [collate_rows([[one]], processor.images) for one in samples])
     for name, expected in alone.items():
         assert_close(packed[name], expected, name)
 
 
 def test_it_learns_and_features_are_merged_where_the_layout_says() -> None:
     model, processor = make("pool")
-    batch = collate([[one] for one in items(processor)], processor.images)
+    batch = collate_rows([[one] for one in items(processor)], processor.images)
     grids = [tuple(grid) for grid in batch.media.inputs["vision"].grids]
     assert grids == [(1, 4, 8), (1, 4, 4), (1, 10, 4), (1, 4, 8), (1, 4, 4), (1, 10, 4)]
     assert batch.media.slot_counts == (8, 4, 10, 8, 4, 10)
@@ -142,9 +142,9 @@ def test_a_batch_without_images_makes_the_same_calls(connector: str) -> None:
     calls: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    losses_and_gradients(model, [collate([[items(processor)[0]]], processor.images)])
+    losses_and_gradients(model, [collate_rows([[items(processor)[0]]], processor.images)])
     expected, calls[:] = list(calls), []
-    gradients = losses_and_gradients(model, [collate([[items(processor)[5]]], processor.images)])
+    gradients = losses_and_gradients(model, [collate_rows([[items(processor)[5]]], processor.images)])
     assert calls == expected
     for name in (n for n, _ in model.named_parameters() if n.startswith(("vision", "connector"))):
         assert name in gradients and not gradients[name].any(), name
@@ -152,7 +152,7 @@ def test_a_batch_without_images_makes_the_same_calls(connector: str) -> None:
 
 def test_a_mismatch_names_the_item_and_both_numbers() -> None:
     model, processor = make("pool")
-    batch = collate([[one] for one in items(processor)[:3]], processor.images)
+    batch = collate_rows([[one] for one in items(processor)[:3]], processor.images)
     connect = model.connector.forward
 
     def lie(features: Features) -> Features:

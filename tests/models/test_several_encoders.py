@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.support.small_run import make_data, picture
-from vlm_train.build import build
-from vlm_train.check.check import check
+from vlm_train.build import build_assembly
+from vlm_train.check.check import check_config
 from vlm_train.config import compose as config_compose
 from vlm_train.config.run_file import save_config
 from vlm_train.config.run_identity import run_dir
@@ -22,7 +22,7 @@ from vlm_train.contracts.layout import MediaSize
 from vlm_train.dryrun.report import dry_run
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
-from vlm_train.training.fit import fit
+from vlm_train.training.fit import fit_run
 
 RECIPE = """# @package _global_
 defaults:
@@ -63,13 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(folder: Path, *overrides: str, runs: str = "runs") -> Any:
     where = [f"paths.data={folder / 'data'}", f"paths.runs={folder / runs}", "run_name=two"]
-    cfg = config_compose.compose(["recipe=two_encoders", *SMALL, *STEPS, *where, *overrides], [folder])
-    check(cfg, need_assets=False)
+    cfg = config_compose.compose_config(["recipe=two_encoders", *SMALL, *STEPS, *where, *overrides], [folder])
+    check_config(cfg, need_assets=False)
     return cfg
 
 
 def test_every_encoder_has_its_own_size_mean_and_width(folder: Path) -> None:
-    built = build(compose(folder))
+    built = build_assembly(compose(folder))
     model: Any = built.model
     assert list(model.vision) == list(model.connector) == list(built.processor.images) == ["clip", "siglip"]
     plans: Any = built.processor.images
@@ -83,14 +83,17 @@ def test_every_encoder_has_its_own_size_mean_and_width(folder: Path) -> None:
 
 def test_an_encoder_does_not_change_with_its_neighbours(folder: Path) -> None:
     """Random weights come from the seed and the encoder's name."""
-    one, two = build(compose(folder)).model, build(compose(folder, "vision.siglip.config.image_size=64")).model
+    one, two = (
+        build_assembly(compose(folder)).model,
+        build_assembly(compose(folder, "vision.siglip.config.image_size=64")).model,
+    )
     assert all(map(torch.equal, one.vision["clip"].parameters(), two.vision["clip"].parameters()))
 
 
-def fit_run(cfg: Any) -> Path:
+def train_run(cfg: Any) -> Path:
     folder = run_dir(cfg)
     save_config(cfg, RunFolder(folder).config)
-    fit(cfg)
+    fit_run(cfg)
     return folder
 
 
@@ -101,11 +104,11 @@ def weights_of(run: Path, step: int = 2) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
     """A run of two steps that nothing interrupted."""
-    return fit_run(compose(folder))
+    return train_run(compose(folder))
 
 
 def test_every_encoder_learns_as_its_rule_says(folder: Path, whole: Path) -> None:
-    before, after = dict(build(compose(folder)).model.named_parameters()), weights_of(whole)
+    before, after = dict(build_assembly(compose(folder)).model.named_parameters()), weights_of(whole)
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     for part in ("vision.siglip.", "connector.clip.", "connector.siglip.", "llm."):
         assert any(name.startswith(part) for name in moved), part
@@ -120,7 +123,7 @@ def test_it_resumes_exactly(folder: Path, whole: Path) -> None:
     shutil.copytree(whole, run)
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     (run / "run.json").unlink()  # it says that the run is done
-    assert fit_run(compose(folder, runs="resumed")) == run
+    assert train_run(compose(folder, runs="resumed")) == run
     mine, theirs = weights_of(run), weights_of(whole)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -136,10 +139,10 @@ def test_a_connector_of_one_encoder_behind_two_is_refused(folder: Path) -> None:
     cfg = compose(folder)
     cfg.connector = OmegaConf.create({"_target_": "vlm_train.models.connectors.mlp.MLP"})
     with pytest.raises(ConfigError, match="takes the features of one encoder, but vision has clip, siglip"):
-        build(cfg)
+        build_assembly(cfg)
 
 
 def test_a_family_has_to_say_where_several_encoders_stand(folder: Path) -> None:
     more = ["model._target_=vlm_train.models.families.prefix_vlm.PrefixVLM"]
     with pytest.raises(ConfigError, match="several vision encoders: clip, siglip"):
-        build(compose(folder, *more))
+        build_assembly(compose(folder, *more))

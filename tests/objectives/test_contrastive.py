@@ -11,7 +11,7 @@ from tests.support.tiny_models import assert_close, batch_of, text_stream, tiny_
 from vlm_train.contracts.batch import Batch, MediaBatch
 from vlm_train.contracts.media import MediaInput
 from vlm_train.contracts.objective import StepContext
-from vlm_train.data.collate import collate
+from vlm_train.data.collate import collate_rows
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.errors import BatchError
 from vlm_train.models.families.two_tower import TwoTower
@@ -101,7 +101,7 @@ def test_two_ranks_equal_one(mask_duplicates, cut):
 
 def test_no_pairs_give_a_zero_that_reaches_every_parameter():
     model = two_tower()
-    empty = collate([], {"vision": ImageTransform(size=(32, 32))})
+    empty = collate_rows([], {"vision": ImageTransform(size=(32, 32))})
     loss = Contrastive(mask_duplicates=True)(model, empty, StepContext())["contrastive"]
     assert loss.sum == 0 and loss.count == 0 and all(torch.isfinite(value) for value in loss.metrics.values())
     loss.sum.backward()

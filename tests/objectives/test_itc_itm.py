@@ -17,7 +17,7 @@ from tests.support.tiny_models import assert_close
 from tests.support.two_ranks import on_ranks
 from vlm_train.contracts.batch import Batch, Window
 from vlm_train.contracts.objective import Loss, StepContext
-from vlm_train.data.collate import collate
+from vlm_train.data.collate import collate_rows
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.models.families.blip2_qformer import Aligner
 from vlm_train.objectives.itc import ITC
@@ -148,7 +148,7 @@ def test_draws_follow_the_softmax_and_the_step() -> None:
 
 def test_no_pairs_and_no_negatives() -> None:
     model = tiny_aligner().eval()
-    empty = replace(collate([], {"vision": ImageTransform(size=(32, 32))}), window=WINDOW)
+    empty = replace(collate_rows([], {"vision": ImageTransform(size=(32, 32))}), window=WINDOW)
     for name, loss in losses(all_three(), model, empty).items():
         assert loss.sum == 0 and loss.count == 0, name
         assert all(torch.isfinite(value) for value in loss.metrics.values())

@@ -13,7 +13,7 @@ from tests.models.llms.test_text_tower import ROWS, siglip
 from tests.objectives.test_contrastive import TwoRanks, captions, two_tower
 from tests.support.tiny_models import assert_close, batch_of, text_stream
 from vlm_train.contracts.objective import StepContext
-from vlm_train.data.collate import collate
+from vlm_train.data.collate import collate_rows
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.errors import ConfigError
 from vlm_train.models.families.two_tower import TwoTower
@@ -86,7 +86,7 @@ def test_equal_captions_are_not_negatives():
 
 def test_no_pairs_give_a_zero_that_reaches_every_parameter():
     model = biased()
-    empty = collate([], {"vision": ImageTransform(size=(32, 32))})
+    empty = collate_rows([], {"vision": ImageTransform(size=(32, 32))})
     loss = Sigmoid(mask_duplicates=True)(model, empty, StepContext())["sigmoid"]
     assert loss.sum == 0 and loss.count == 0 and all(torch.isfinite(value) for value in loss.metrics.values())
     loss.sum.backward()

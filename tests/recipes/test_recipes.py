@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from vlm_train.check.check import check
-from vlm_train.config.compose import compose
+from vlm_train.check.check import check_config
+from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import config_dir, recipes_dir
 
 RECIPES = sorted(path.stem for path in (recipes_dir() / "recipe").glob("*.yaml"))
@@ -93,14 +93,14 @@ def test_every_number_names_its_source(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_composes_and_checks(name: str) -> None:
-    cfg = compose([f"recipe={name}", "dry_run=true"])
+    cfg = compose_config([f"recipe={name}", "dry_run=true"])
     assert cfg.recipe_name == name
-    check(cfg, need_assets=False)
+    check_config(cfg, need_assets=False)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_says_what_was_published(name: str) -> None:
-    cfg = compose([f"recipe={name}"])
+    cfg = compose_config([f"recipe={name}"])
     lr, samples, epochs, warmup, decay, length, template, image = PUBLISHED[name]
     assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs) == (lr, samples, epochs)
     assert cfg.optim._target_ == "vlm_train.training.optim.adamw"
@@ -117,7 +117,7 @@ def test_says_what_was_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(TWO_TOWERS))
 def test_two_towers_say_what_was_published(name: str) -> None:
-    cfg = compose([f"recipe={name}"])
+    cfg = compose_config([f"recipe={name}"])
     lr, betas, eps, decay, warmup, epochs, width, temperature, bound, bias = TWO_TOWERS[name]
     assert (cfg.optim.lr, tuple(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == (lr, betas, eps, decay)
     assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.min_ratio) == (warmup, 0.0)
@@ -130,12 +130,12 @@ def test_two_towers_say_what_was_published(name: str) -> None:
 
 @pytest.mark.parametrize("gpus", [1, 8, 128])
 def test_a_large_batch_needs_no_number_of_gpus(gpus: int) -> None:
-    check(compose(["recipe=clip_vitb32", "launch=torchrun", f"launch.devices={gpus}"]), need_assets=False)
+    check_config(compose_config(["recipe=clip_vitb32", "launch=torchrun", f"launch.devices={gpus}"]), need_assets=False)
 
 
 @pytest.mark.parametrize("name", sorted(QFORMER_LINE))
 def test_the_qformer_line_says_what_was_published(name: str) -> None:
-    cfg = compose([f"recipe={name}"])
+    cfg = compose_config([f"recipe={name}"])
     lr, least, samples, steps, warmup, beta, template = QFORMER_LINE[name]
     assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.max_steps, cfg.trainer.epochs) == (lr, samples, steps, None)
     assert (list(cfg.optim.betas), cfg.optim.weight_decay) == ([0.9, beta], 0.05)
@@ -148,7 +148,7 @@ def test_the_qformer_line_says_what_was_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(BLIP))
 def test_blip_says_what_was_published(name: str) -> None:
-    cfg = compose([f"recipe={name}"])
+    cfg = compose_config([f"recipe={name}"])
     lr, samples, epochs, length, least, smoothing = BLIP[name]
     assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs, cfg.data.max_length) == (lr, samples, epochs, length)
     assert (list(cfg.optim.betas), cfg.optim.weight_decay, cfg.params.decay_norms_and_biases) == (
@@ -162,14 +162,14 @@ def test_blip_says_what_was_published(name: str) -> None:
 
 
 def test_instructblip_draws_by_the_square_root_of_sizes() -> None:
-    cfg = compose(["recipe=instructblip_vicuna7b"])
+    cfg = compose_config(["recipe=instructblip_vicuna7b"])
     assert cfg.data.mixture == "sqrt" and len(cfg.data.train) == 13
     assert cfg.instruction.max_length == 128 and cfg.connector.vocab_size == 30523
 
 
 @pytest.mark.parametrize("name", ["llava15_lora", "llava15_qlora"])
 def test_lora_learns_adapters_and_the_projector_at_their_own_rates(name: str) -> None:
-    cfg = compose([f"recipe={name}"])
+    cfg = compose_config([f"recipe={name}"])
     assert (cfg.peft.rank, cfg.peft.alpha, cfg.peft.dropout) == (128, 256, 0.05)
     assert {rule.match: rule.lr for rule in cfg.params.rules} == {
         r"llm\..*\.lora_.*": 2e-4,
@@ -182,19 +182,19 @@ def test_lora_learns_adapters_and_the_projector_at_their_own_rates(name: str) ->
     "name", ["llava1_stage2", "llava15_stage2", "llava15_13b_stage2", "llava15_lora", "llava15_qlora"]
 )
 def test_a_second_stage_says_what_it_waits_for(name: str) -> None:
-    cfg = compose([f"recipe={name}"])
+    cfg = compose_config([f"recipe={name}"])
     assert OmegaConf.is_missing(cfg.init_from[0], "run")
     assert list(cfg.init_from[0].parts) == ["connector"]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_hands_over_what_its_recipes_wait_for(name: str) -> None:
-    cfg = compose([f"schedule={name}"])
+    cfg = compose_config([f"schedule={name}"])
     assert cfg.schedule.name == name
     earlier: list[str] = []
     for stage in cfg.schedule.stages:
         assert stage.recipe in RECIPES
-        recipe = compose([f"recipe={stage.recipe}"])
+        recipe = compose_config([f"recipe={stage.recipe}"])
         assert all(source.run in earlier for source in stage.init_from)
         assert [list(s.parts) for s in stage.init_from] == [list(s.parts) for s in recipe.init_from]
         earlier.append(stage.recipe)
@@ -204,5 +204,5 @@ def test_schedule_hands_over_what_its_recipes_wait_for(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_schedule_fixes_a_learning_rate(name: str) -> None:
     """Else optim.lr on the command line would do nothing to that stage."""
-    for stage in compose([f"schedule={name}"]).schedule.stages:
+    for stage in compose_config([f"schedule={name}"]).schedule.stages:
         assert not re.search(r"\blr:\s*\d", " ".join(stage.overrides)), stage.overrides

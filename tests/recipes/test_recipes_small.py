@@ -14,7 +14,7 @@ from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.shards.tar_writer import ShardWriter
 from vlm_train import cli
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import recipes_dir
 
 RECIPES = sorted(path.stem for path in (recipes_dir() / "recipe").glob("*.yaml"))
@@ -47,12 +47,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with ShardWriter(folder, source=kind, licence="CC0", split=split, samples_per_shard=8) as writer:
                 for number in range(count):
-                    writer.write(*sample(number, kind))
+                    writer.write_sample(*sample(number, kind))
     return root
 
 
 def kind_of(recipe: str) -> str:
-    shards = compose([f"recipe={recipe}"]).data.train[0].shards
+    shards = compose_config([f"recipe={recipe}"]).data.train[0].shards
     return "captions" if "captions" in shards else "text" if "text" in shards else "questions"
 
 

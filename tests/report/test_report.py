@@ -12,8 +12,8 @@ from tests.report.fake import RESULTS, STAGES, write_run, write_schedule
 from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
-from vlm_train.report.charts import controls_of, loss_chart, plotly_script, score_chart, short_names, thin
-from vlm_train.report.page import MAX_IMAGES, choose, data_uri, key_settings, render
+from vlm_train.report.charts import controls_of, loss_chart, plotly_script, score_chart, short_names, thin_points
+from vlm_train.report.page import MAX_IMAGES, choose_predictions, data_uri, key_settings, render_page
 from vlm_train.report.read import (
     Point,
     Prediction,
@@ -24,7 +24,7 @@ from vlm_train.report.read import (
     read_tried,
 )
 from vlm_train.report.results import Result, read_metrics
-from vlm_train.runs.sweep.summary import duration
+from vlm_train.runs.sweep.summary import format_duration
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -187,14 +187,14 @@ def test_results_table_is_aligned_and_empty_without_results(tmp_path: Path) -> N
 
 def test_choice_takes_wrong_answers_up_to_half_and_rows_with_an_image() -> None:
     rows = [Prediction(str(index), "a", "a", index % 50 != 7, None) for index in range(1000)]
-    chosen = choose(rows, 30)
+    chosen = choose_predictions(rows, 30)
     assert [row.correct for row in chosen] == [False] * 15 + [True] * 15
     assert int(chosen[14].question) > 900 and int(chosen[29].question) > 900
     assert len({row.question for row in chosen}) == 30
-    assert sorted(choose(rows[:9], 40), key=lambda row: int(row.question)) == rows[:9]
+    assert sorted(choose_predictions(rows[:9], 40), key=lambda row: int(row.question)) == rows[:9]
     pictured = [replace(row, image=Path("x.png")) if index < 100 else row for index, row in enumerate(rows)]
-    assert {int(row.question) for row in choose(pictured, 40)} < set(range(100))
-    assert sum(row.correct for row in choose([replace(row, correct=False) for row in rows[:99]], 40)) == 0
+    assert {int(row.question) for row in choose_predictions(pictured, 40)} < set(range(100))
+    assert sum(row.correct for row in choose_predictions([replace(row, correct=False) for row in rows[:99]], 40)) == 0
 
 
 def test_pauses_are_not_training_time() -> None:
@@ -246,11 +246,11 @@ def test_parameters_that_learn_are_counted(tmp_path: Path) -> None:
 
 def test_thinning_keeps_the_mean_and_the_last_step() -> None:
     points = [Point(step, float(step), float(step)) for step in range(10_000)]
-    thinned = thin(points, 100)
+    thinned = thin_points(points, 100)
     assert len(thinned) == 100
     assert thinned[-1].step == 9_999
     assert sum(point.value for point in thinned) / 100 == pytest.approx(4_999.5)
-    assert thin([]) == []
+    assert thin_points([]) == []
 
 
 def test_stage_names_are_shortened_by_what_they_share() -> None:
@@ -272,7 +272,7 @@ def test_settings_keep_interpolations_and_survive_broken_yaml() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,9 +292,9 @@ def test_importing_the_report_imports_no_plotly() -> None:
 
 def test_runs_that_were_interrupted_or_imported_say_so(tmp_path: Path) -> None:
     lines(tmp_path / "run.json", {"run_id": "one", "status": "interrupted"})
-    assert "the same command resumes" in render(read_report(tmp_path))
+    assert "the same command resumes" in render_page(read_report(tmp_path))
     lines(tmp_path / "run.json", {"run_id": "one", "status": "imported", "source": "/models/llava"})
-    text = render(read_report(tmp_path))
+    text = render_page(read_report(tmp_path))
     assert "from <code>/models/llava</code>" in text and "the same command resumes" not in text
 
 

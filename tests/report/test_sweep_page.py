@@ -25,7 +25,7 @@ POOR = "<script>alert(1)</script>"
 def write_sweep(runs: Path, metric: str | None = None) -> Path:
     """Twelve jobs, all done but one that failed and one that was killed; the first has a run folder of its own."""
     folder = runs / "sweep-easyvqa_stage2-5e1f"
-    records.start(folder, [*START, *([f"sweep_metric={metric}"] if metric else [])])
+    records.start_sweep(folder, [*START, *([f"sweep_metric={metric}"] if metric else [])])
     number = 0
     for lr in (1e-4, 1e-3, 1e-2):
         for samples in (8, 16):
@@ -39,7 +39,7 @@ def write_sweep(runs: Path, metric: str | None = None) -> Path:
                     job.status, job.error, job.metrics = "failed", f"TrainingError: {POOR}", {}
                 if number == 4:
                     job.status, job.metrics, job.pid = "running", {}, gone()
-                job.write(folder)
+                job.write_file(folder)
                 number += 1
     fake.write_run(runs / "run-0", "easyvqa_stage2")
     (runs / "run-0" / "report.html").write_text("")
@@ -61,28 +61,33 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_ranks_by_validation_loss_or_by_the_metric(folder: Path, tmp_path: Path) -> None:
-    sweep = records.read(folder)
+    sweep = records.read_sweep(folder)
     assert sweep.keys == ["optim.lr", "batch.samples", "connector"]
-    ranked = sweep.ranked()
-    assert (sweep.metric, sweep.lower, ranked[0].number, ranked[0].value("optim.lr")) == ("val_loss", True, 7, "0.001")
-    scores = [sweep.score(job) for job in ranked]
+    ranked = sweep.rank_jobs()
+    assert (sweep.metric, sweep.lower, ranked[0].number, ranked[0].value_of("optim.lr")) == (
+        "val_loss",
+        True,
+        7,
+        "0.001",
+    )
+    scores = [sweep.score_of(job) for job in ranked]
     assert scores[:10] == sorted(scores[:10]) and [job.number for job in ranked[10:]] == [3, 4]
-    other = records.read(write_sweep(tmp_path / "other", "answers/exact_match"))
-    assert (other.metric, other.lower, other.ranked()[0].number) == ("answers/exact_match", False, 7)
+    other = records.read_sweep(write_sweep(tmp_path / "other", "answers/exact_match"))
+    assert (other.metric, other.lower, other.rank_jobs()[0].number) == ("answers/exact_match", False, 7)
 
 
 def test_a_killed_job_is_not_running(folder: Path) -> None:
-    assert records.read(folder).jobs[4].status == "interrupted"
+    assert records.read_sweep(folder).jobs[4].status == "interrupted"
 
 
 def test_starting_again_forgets_what_is_not_done(folder: Path) -> None:
-    records.start(folder, START)
-    assert {job.status for job in records.read(folder).jobs} == {"done"}
-    assert len(records.read(folder).jobs) == 10
+    records.start_sweep(folder, START)
+    assert {job.status for job in records.read_sweep(folder).jobs} == {"done"}
+    assert len(records.read_sweep(folder).jobs) == 10
 
 
 def test_table(folder: Path) -> None:
-    lines = summary.table(records.read(folder)).splitlines()
+    lines = summary.format_table(records.read_sweep(folder)).splitlines()
     assert lines[0].split() == ["job", "optim.lr", "batch.samples", "connector", "val_loss", "status", "run"]
     assert lines[1].split() == ["7", "0.001", "16", "mlp2x_gelu", "0.32", "done", "run-7"]
     assert lines[-1].split() == ["4", "0.001", "8", "linear", "interrupted", "run-4"]
@@ -115,6 +120,6 @@ def test_what_cannot_be_read_is_left_out(folder: Path, tmp_path: Path) -> None:
     broken: list[Any] = ["{", "[]", '{"number": 1}', '{"number": 0, "overrides": [], "metrics": {"loss": "high"}}']
     for index, text in enumerate(broken):
         (folder / "jobs" / f"broken{index}.json").write_text(text)
-    assert len(records.read(folder).jobs) == 12
+    assert len(records.read_sweep(folder).jobs) == 12
     with pytest.raises(ConfigError, match="is no sweep"):
-        records.read(tmp_path)
+        records.read_sweep(tmp_path)

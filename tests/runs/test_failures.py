@@ -47,4 +47,4 @@ def test_the_first_error_is_said_last(what: str, workers: int, rank: int, data: 
     last = ended.stderr.splitlines()[-1]
     assert f"Rank {rank} failed first: ValueError: " in last and "the original error" in last
     assert "Traceback" in ended.stdout and "ValueError: the original error" in ended.stdout
-    assert record.read(tmp_path / "run")["status"] == "failed"
+    assert record.read_record(tmp_path / "run")["status"] == "failed"

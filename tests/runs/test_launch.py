@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.config.run_identity import run_dir
 from vlm_train.errors import ConfigError, Interrupted
@@ -35,7 +35,7 @@ print("a line from the child", flush=True)
 def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DictConfig:
     """A configuration whose run folder is temporary."""
     monkeypatch.chdir(tmp_path)
-    return compose(["recipe=llava15_stage1", "run_name=first"])
+    return compose_config(["recipe=llava15_stage1", "run_name=first"])
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_child_sees_no_other_process_group(cfg: DictConfig, child, monkeypatch: 
         monkeypatch.setenv(name, "7")
     child(DONE)
     launch.run_child(cfg)
-    assert record.read(run_dir(cfg))["seen"] == {}
+    assert record.read_record(run_dir(cfg))["seen"] == {}
 
 
 def test_a_child_is_read_where_its_log_cannot_be_written(cfg: DictConfig, child, capsys) -> None:
@@ -85,7 +85,7 @@ def test_failure_names_the_code_and_the_last_lines(cfg: DictConfig, child) -> No
     ) as e:
         launch.run_child(cfg)
     assert e.value.code == 3
-    assert record.read(run_dir(cfg))["status"] == "failed"
+    assert record.read_record(run_dir(cfg))["status"] == "failed"
 
 
 def test_killed_child_is_named_by_its_signal(cfg: DictConfig, child) -> None:
@@ -100,7 +100,7 @@ def test_exit_code_0_without_a_finished_run_is_a_failure(cfg: DictConfig, child)
         launch.ChildError, match=r"fit of first ended without finishing \(exit code 0, status 'failed'\)"
     ):
         launch.run_child(cfg)
-    assert record.read(run_dir(cfg))["status"] == "failed"
+    assert record.read_record(run_dir(cfg))["status"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_child_stopped_by_others_counts_as_interrupted(cfg: DictConfig, child, e
     with pytest.raises(Interrupted) as caught:
         launch.run_child(cfg)
     assert caught.value.code == code
-    assert record.read(run_dir(cfg))["status"] == "interrupted"
+    assert record.read_record(run_dir(cfg))["status"] == "interrupted"
 
 
 def test_only_training_writes_the_runs_config(cfg: DictConfig, child) -> None:
@@ -141,7 +141,7 @@ def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number:
     _wait_for(folder / "ready")
     parent.send_signal(number)
     assert parent.wait(timeout=20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}[number]
-    assert record.read(folder) == {"status": "stopped", "signal": number}
+    assert record.read_record(folder) == {"status": "stopped", "signal": number}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
@@ -200,7 +200,7 @@ def test_a_signal_reaches_every_worker_once_and_they_end_themselves(cfg: DictCon
     output, _ = parent.communicate(timeout=30)
     assert parent.returncode == 143 and "Traceback" not in output, output
     assert [(folder / f"received{rank}").read_text() for rank in "01"] == ["1", "1"]
-    assert record.read(folder)["status"] == "interrupted"
+    assert record.read_record(folder)["status"] == "interrupted"
 
 
 @pytest.mark.parametrize(("code", "status"), [(2, "running"), (3, "failed")])
@@ -209,7 +209,7 @@ def test_exit_code_of_a_worker_comes_through(cfg: DictConfig, child, code: int, 
     with pytest.raises(launch.ChildError) as caught:
         launch.run_child(cfg, 2)
     assert caught.value.code == code and "Traceback" not in capsys.readouterr().out
-    assert record.read(run_dir(cfg))["status"] == status, "a refused command says nothing of the run"
+    assert record.read_record(run_dir(cfg))["status"] == status, "a refused command says nothing of the run"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torchrun ends the others, later")
@@ -271,13 +271,13 @@ def test_the_callers_handler_gets_the_signal_when_all_is_saved(cfg: DictConfig, 
     _wait_for(folder / "ready")
     parent.send_signal(signal.SIGUSR2)
     assert parent.wait(timeout=20) == 77
-    assert record.read(folder)["status"] == "interrupted"
+    assert record.read_record(folder)["status"] == "interrupted"
 
 
 def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch._forwarding(subprocess.Popen(["true"])):
+        with launch._forward_signals(subprocess.Popen(["true"])):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -287,22 +287,22 @@ def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_live_run_is_left_alone(cfg: DictConfig) -> None:
     import fcntl
 
-    folder = launch.prepare(cfg, "origins")
+    folder = launch.prepare_folder(cfg, "origins")
     before = (folder / "config.yaml").read_text()
     cfg.seed = 43
     with open(folder / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match=r"run_name: .*first is being trained by another process"):
-            launch.prepare(cfg, "others")
+            launch.prepare_folder(cfg, "others")
     assert (folder / "config.yaml").read_text() == before
     assert (folder / "config_origins.txt").read_text() == "origins\n"
-    launch.prepare(cfg, "others")
+    launch.prepare_folder(cfg, "others")
 
 
 def test_record_drops_what_is_none(tmp_path: Path) -> None:
-    record.update(tmp_path, status="failed", exit_code=1)
-    record.update(tmp_path, status="running", exit_code=None)
-    assert record.read(tmp_path) == {"status": "running"}
+    record.update_record(tmp_path, status="failed", exit_code=1)
+    record.update_record(tmp_path, status="running", exit_code=None)
+    assert record.read_record(tmp_path) == {"status": "running"}
 
 
 def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,10 +310,10 @@ def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytes
 
     def supervise(command: list[str], folder: Path) -> launch.Ended:
         seen.append(command)
-        record.update(folder, status="done")
+        record.update_record(folder, status="done")
         return launch.Ended(0)
 
-    monkeypatch.setattr(launch, "_supervise", supervise)
+    monkeypatch.setattr(launch, "_supervise_child", supervise)
     launch.run_child(cfg, 1)
     launch.run_child(cfg, 4)
     path = str(run_dir(cfg) / "config.yaml")
@@ -330,12 +330,12 @@ def test_child_reports_its_errors_without_a_traceback(cfg: DictConfig, tmp_path:
 
 
 def test_folder_of_another_configuration_is_refused(cfg: DictConfig) -> None:
-    folder = launch.prepare(cfg, "origins")
+    folder = launch.prepare_folder(cfg, "origins")
     (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
-    assert launch.prepare(cfg, "origins") == folder
+    assert launch.prepare_folder(cfg, "origins") == folder
     cfg.seed = 43
     with pytest.raises(ConfigError, match=r"seed: 42 -> 43.*run_name"):
-        launch.prepare(cfg, "origins")
+        launch.prepare_folder(cfg, "origins")
 
 
 def test_only_training_runs_in_several_processes(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,7 @@ def test_started_by(environment: dict[str, str], expected: str, monkeypatch: pyt
 
 
 def test_status_of_a_missing_run_is_empty(tmp_path: Path) -> None:
-    assert record.read(tmp_path) == {}
+    assert record.read_record(tmp_path) == {}
     (tmp_path / "run.json").write_text(json.dumps({"status": "done"}))
     assert launch.read_result(tmp_path) == {}
 
@@ -381,4 +381,4 @@ def test_another_agent_that_leaves_first_is_no_news() -> None:
         logging.LogRecord(name, logging.ERROR, "api.py", 1, text, (1.0,), None)
         for text in ("Error waiting on exit barrier. Elapsed: %s seconds", "Something else after %s seconds")
     ]
-    assert [torchrun._matters(one) for one in said] == [False, True]
+    assert [torchrun._is_cause(one) for one in said] == [False, True]

@@ -15,27 +15,27 @@ from vlm_train.runs import record
 
 
 def test_a_missing_or_corrupt_record_reads_as_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert record.read(tmp_path) == {} and not caplog.records
+    assert record.read_record(tmp_path) == {} and not caplog.records
     for content in ("", "{", "[1]", "\x00"):
         (tmp_path / "run.json").write_text(content)
         caplog.clear()
-        assert record.read(tmp_path) == {}
+        assert record.read_record(tmp_path) == {}
         assert str(tmp_path / "run.json") in caplog.text
 
 
 def test_update_keeps_the_other_keys_and_leaves_no_other_file(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    record.update(folder, status="running", step=1)
-    record.update(folder, status="done")
-    assert record.read(folder) == {"status": "done", "step": 1}
+    record.update_record(folder, status="running", step=1)
+    record.update_record(folder, status="done")
+    assert record.read_record(folder) == {"status": "done", "step": 1}
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
 def test_a_value_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
-    record.update(tmp_path, step=1)
+    record.update_record(tmp_path, step=1)
     with pytest.raises(TypeError):
-        record.update(tmp_path, step=object())
-    assert record.read(tmp_path) == {"step": 1}
+        record.update_record(tmp_path, step=object())
+    assert record.read_record(tmp_path) == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -56,11 +56,11 @@ with record.lock(Path(sys.argv[1])):
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match="is being trained by another process"), record.lock(tmp_path):
+        with pytest.raises(ConfigError, match="is being trained by another process"), record.lock_folder(tmp_path):
             pass
         process.kill()
         process.wait()
-        with record.lock(tmp_path):
+        with record.lock_folder(tmp_path):
             pass
     finally:
         os.killpg(process.pid, signal.SIGKILL)

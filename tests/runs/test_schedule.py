@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vlm_train.check.assets._missing_weights", lambda cfg: [])
     monkeypatch.setattr("vlm_train.check.assets._missing_shards", lambda cfg: [])
-    monkeypatch.setattr(schedule, "_report", lambda folder: None)
+    monkeypatch.setattr(schedule, "_write_schedule_report", lambda folder: None)
     for name in ("recipe", "schedule"):
         (tmp_path / name).mkdir()
     (tmp_path / "recipe/first.yaml").write_text(FIRST)
@@ -58,7 +58,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
-    return schedule.run(["schedule=pair", *overrides], [folder])
+    return schedule.run_schedule(["schedule=pair", *overrides], [folder])
 
 
 def test_stages_run_in_order_and_hand_over(folder: Path, ran: list[DictConfig]) -> None:
@@ -185,7 +185,7 @@ def test_settings_of_one_run_are_refused(folder: Path, override: str) -> None:
 
 
 def test_dry_run_plans_every_stage(folder: Path, ran: list[DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "dispatch", lambda cfg: {"steps": cfg.batch.samples})
+    monkeypatch.setattr(process, "dispatch_mode", lambda cfg: {"steps": cfg.batch.samples})
     assert run(folder, "dry_run=true") == {"first": {"steps": 4}, "second": {"steps": 8}}
     assert ran == [] and not (folder / "runs").exists()
 
@@ -205,7 +205,7 @@ def test_command_line(folder: Path, ran: list[DictConfig], capsys: pytest.Captur
 def test_our_schedules_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in (recipes_dir() / "schedule").glob("*.yaml"):
-        name, stages = schedule.plan([f"schedule={path.stem}", "dry_run=true"])
+        name, stages = schedule.plan_schedule([f"schedule={path.stem}", "dry_run=true"])
         assert name == path.stem and len({stage.folder for stage in stages}) == len(stages)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support import faults, ranks
 from tests.support.small_run import command, make_data
 from tests.training.test_fit import assert_same_end
-from vlm_train.checkpoint.files import verify
+from vlm_train.checkpoint.files import verify_checkpoint
 from vlm_train.errors import Interrupted, exit_code
 from vlm_train.runs import record
 
@@ -80,10 +80,10 @@ def test_all_ranks_save_the_step_and_leave(
     assert stopped.codes == [code, code], stopped.output
     step = int(newest(run).removeprefix("step-"))
     assert step in (4, 5), "the ranks agree at the start of the next step"
-    assert verify(run / "checkpoints" / newest(run))["step"] == step
+    assert verify_checkpoint(run / "checkpoints" / newest(run))["step"] == step
     assert f"at step {step}, which is saved. The same command resumes." in stopped.output
     assert "Traceback" not in stopped.output
-    assert record.read(run)["status"] == "interrupted"
+    assert record.read_record(run)["status"] == "interrupted"
     resumed = ranks.run(overrides, tmp_path / "out")
     assert resumed.codes == [0, 0] and f"resuming from {run}/checkpoints/step-{step:08d}" in resumed.output
     assert_same_end(run, whole)

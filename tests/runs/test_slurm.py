@@ -113,7 +113,7 @@ def test_warned_job_saves_is_requeued_and_goes_on(script: Path, cluster: dict[st
     assert "Exit code 0: not starting again, done." in output and "Traceback" not in output
     (run,) = (path.parent for path in (shared / "runs").rglob("run.json"))
     assert f"resuming from {run}/checkpoints/step-" in output
-    assert record.read(run)["status"] == "done"
+    assert record.read_record(run)["status"] == "done"
     assert [row["step"] for row in metrics(run)] == list(range(1, 7))
 
 
@@ -135,7 +135,7 @@ def test_submitit_requeues_what_has_saved(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr + logs
     assert "at step 3, which is saved" in logs and "Requeued job" in logs and "resuming from" in logs
     run = tmp_path / "runs" / "run"
-    assert record.read(run)["status"] == "done" and [row["step"] for row in metrics(run)] == list(range(1, 7))
+    assert record.read_record(run)["status"] == "done" and [row["step"] for row in metrics(run)] == list(range(1, 7))
 
 
 def point(folder: Path, step: int) -> None:
@@ -145,22 +145,25 @@ def point(folder: Path, step: int) -> None:
 
 def test_restarts_without_progress_end(tmp_path: Path) -> None:
     point(tmp_path / "run", 500)
-    assert slurm_requeue.decide(tmp_path, 1, first=True)[0], "a checkpoint"
-    assert slurm_requeue.decide(tmp_path, 1, first=False)[0] and slurm_requeue.decide(tmp_path, 137, first=False)[0]
-    assert slurm_requeue.decide(tmp_path, 1, first=False) == (
+    assert slurm_requeue.decide_restart(tmp_path, 1, first=True)[0], "a checkpoint"
+    assert (
+        slurm_requeue.decide_restart(tmp_path, 1, first=False)[0]
+        and slurm_requeue.decide_restart(tmp_path, 137, first=False)[0]
+    )
+    assert slurm_requeue.decide_restart(tmp_path, 1, first=False) == (
         False,
         "3 attempts in a row have ended without a new checkpoint",
     )
     point(tmp_path / "run", 1000)
-    assert slurm_requeue.decide(tmp_path, 1, first=False)[0], "progress"
+    assert slurm_requeue.decide_restart(tmp_path, 1, first=False)[0], "progress"
     point(tmp_path / "second", 500)
-    assert slurm_requeue.decide(tmp_path, 1, first=False)[0], "progress of another stage"
+    assert slurm_requeue.decide_restart(tmp_path, 1, first=False)[0], "progress of another stage"
 
 
 def test_a_run_that_never_saves_is_not_started_for_ever(tmp_path: Path) -> None:
-    found = [slurm_requeue.decide(tmp_path, 143, first=attempt == 0)[0] for attempt in range(3)]
+    found = [slurm_requeue.decide_restart(tmp_path, 143, first=attempt == 0)[0] for attempt in range(3)]
     assert found == [True, True, False]
-    assert slurm_requeue.decide(tmp_path, 143, first=True)[0], "a new job"
+    assert slurm_requeue.decide_restart(tmp_path, 143, first=True)[0], "a new job"
 
 
 @pytest.mark.parametrize(("code", "why"), [(0, "done"), (2, "a setting is wrong"), (130, "Ctrl-C")])

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import config_dir
 
 
@@ -27,4 +27,4 @@ def component(group: str, option: str, *, tiny: bool = False) -> Any:
 
 @cache
 def _compose(group: str, option: str, tiny: bool) -> Any:
-    return compose([f"{group}={option}", *(["size=tiny"] if tiny else [])])[group]
+    return compose_config([f"{group}={option}", *(["size=tiny"] if tiny else [])])[group]

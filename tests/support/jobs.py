@@ -63,20 +63,20 @@ def free_port() -> int:
 def main(path: str) -> None:
     import torch
 
-    from vlm_train.config.compose import compose
+    from vlm_train.config.compose import compose_config
     from vlm_train.config.run_file import save_config
     from vlm_train.config.run_identity import run_dir
     from vlm_train.errors import Interrupted
-    from vlm_train.training.fit import fit
+    from vlm_train.training.fit import fit_run
 
     destroy = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda: None  # DeepSpeed keeps hold of the first group
     for job in json.loads(Path(path).read_text()):
-        cfg = compose([*job, "launch=torchrun"])
+        cfg = compose_config([*job, "launch=torchrun"])
         if os.environ["RANK"] == "0":
             save_config(cfg, RunFolder(run_dir(cfg)).config)
         with suppress(Interrupted):
-            fit(cfg)
+            fit_run(cfg)
     destroy()  # otherwise its threads may abort the process at exit
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import save_config
 from vlm_train.config.run_identity import run_dir
 from vlm_train.runs import process as runs_process
@@ -77,7 +77,7 @@ def run(overrides: Sequence[str], out: Path, *, fault: str = "none 0 0", ranks: 
 
 @functools.cache
 def _composed(*overrides: str) -> DictConfig:
-    return compose(list(overrides))
+    return compose_config(list(overrides))
 
 
 def _rank(path: Path, environment: dict[str, str], out: Path) -> None:
@@ -87,4 +87,4 @@ def _rank(path: Path, environment: dict[str, str], out: Path) -> None:
     file = os.open(out, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    torchrun.leave(lambda: runs_process.main([str(path)]))
+    torchrun.run_and_exit(lambda: runs_process.main([str(path)]))

@@ -10,11 +10,11 @@ from PIL import Image
 from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.shards.tar_writer import ShardWriter
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import save_config
 from vlm_train.config.run_identity import run_dir
 from vlm_train.runs.folder import RunFolder
-from vlm_train.training.fit import fit
+from vlm_train.training.fit import fit_run
 
 
 def picture(number: int) -> bytes:
@@ -46,7 +46,7 @@ def make_data(root: Path, bad: int | None = None, text_only: bool = False, rejec
                 annotation = Annotation(turns=(ask, answer), rejected=worse)
                 media = (image_item(0, blob),) if shown else ()
                 key = f"sample-{number:02d}"
-                writer.write(
+                writer.write_sample(
                     Sample(key=key, media=media, annotations=(annotation,), source="test"),
                     [blob] if shown else [],
                 )
@@ -62,7 +62,7 @@ def command(data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
 
 def train(overrides: list[str]) -> Path:
     """Run `fit` in this process; returns the run folder."""
-    cfg = compose(overrides)
+    cfg = compose_config(overrides)
     save_config(cfg, RunFolder(run_dir(cfg)).config)
-    fit(cfg)
+    fit_run(cfg)
     return run_dir(cfg)

@@ -47,7 +47,7 @@ def lines(folder: Path) -> list[dict]:
 )
 def test_bad_samples_in_a_row(tmp_path, steps, most, stops):
     bad = budget(tmp_path, max_in_a_row=most)
-    judged = [bad.judge(*step) for step in steps]
+    judged = [bad.reason_to_stop(*step) for step in steps]
     assert [number for number, reason in enumerate(judged) if reason] == ([] if stops is None else [stops])
     if stops is not None:
         assert f"bad samples in a row; trainer.max_bad_samples={most}" in judged[stops]
@@ -55,27 +55,30 @@ def test_bad_samples_in_a_row(tmp_path, steps, most, stops):
 
 def test_share_is_judged_from_a_thousand_drawn_samples_on(tmp_path):
     bad = budget(tmp_path, max_share=0.05)
-    assert [bad.judge(400, 99), bad.judge(500, 0)] == [None, None]
-    assert bad.judge(1, 0) == "9.90% of 1000 drawn samples are bad; trainer.max_bad_share=0.05"
+    assert [bad.reason_to_stop(400, 99), bad.reason_to_stop(500, 0)] == [None, None]
+    assert bad.reason_to_stop(1, 0) == "9.90% of 1000 drawn samples are bad; trainer.max_bad_share=0.05"
     bad = budget(tmp_path, max_share=0.05)
-    assert [bad.judge(95, 5) for _ in range(30)] == [None] * 30  # as much as is borne
+    assert [bad.reason_to_stop(95, 5) for _ in range(30)] == [None] * 30  # as much as is borne
 
 
 def test_bad_sample_survives_pickling_with_what_it_knows():
     error = pickle.loads(pickle.dumps(BadSample("no", kind="image", shard="a.tar", key="k")))
-    assert Problem.of(error) == Problem("no", "image", "a.tar", "k") and str(Problem.of(error)) == "a.tar, key 'k': no"
+    assert (
+        Problem.from_error(error) == Problem("no", "image", "a.tar", "k")
+        and str(Problem.from_error(error)) == "a.tar, key 'k': no"
+    )
 
 
 def test_recorded_once_over_epochs_and_restarts(tmp_path, capsys):
     bad = budget(tmp_path)
-    bad.record("train", 1, problems("a", "b", "a"), 0)
-    bad.record("train", 2, problems("a"), 0)
+    bad.record_problems("train", 1, problems("a", "b", "a"), 0)
+    bad.record_problems("train", 2, problems("a"), 0)
     assert capsys.readouterr().out.count("left out") == 1
     (tmp_path / "quarantine-1.jsonl").write_text(
         '{"step": 1, "problem": "x", "kind": "image", "shard": "set/0.tar", "key": "c"}\n{"st'
     )
     again = budget(tmp_path)
-    again.record("val", 3, problems("a", "c", "d"), 1)
+    again.record_problems("val", 3, problems("a", "c", "d"), 1)
     again.record("train", 3, [Problem("only told"), Problem("only told")], 0)
     with open(tmp_path / "quarantine-1.jsonl") as file:
         assert [line[:3] for line in file] == ['{"s', '{"s', '{"s']  # the half line is closed, not continued
@@ -105,7 +108,7 @@ def test_counts_by_kind_are_logged_and_survive_a_checkpoint(tmp_path):
         world_size=1, global_rank=0, global_step=1, loggers=[], optimizers=[SimpleNamespace(param_groups=[])]
     )
     module = make_module(tmp_path, trainer)
-    module._open(window(0, 2, *problems("a"), *problems("b", "c", kind="too_long")))
+    module._open_step(window(0, 2, *problems("a"), *problems("b", "c", kind="too_long")))
     module.log_training()
     (row,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     found = {name: value for name, value in row.items() if name.startswith("skipped")}
@@ -155,7 +158,7 @@ def test_all_ranks_stop_at_the_same_step(tmp_path, monkeypatch, options):
         for step in range(6):
             bad = problems(*(f"{step}-{n}" for n in range(4))) if rank == 1 and step else ()
             try:
-                module._open(window(step, 0 if step else 4, *bad))
+                module._open_step(window(step, 0 if step else 4, *bad))
             except TrainingError as error:
                 stops[rank] = (step, str(error))
                 return

@@ -53,7 +53,7 @@ def test_two_ranks_equal_one(tmp_path: Path, recipe: str, micro: tuple[int, int]
     for split in ("train", "val"):
         source = EasyVQA(split=split, captions=recipe != "easyvqa_stage1")
         source._ids = source._ids[: 11 if split == "train" else 1]  # one held-out sample: a rank has none
-        build.write(
+        build.write_shards(
             source,
             tmp_path / "data" / "tiny" / split,
             build={"split": split},

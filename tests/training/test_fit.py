@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tests.support.small_run import command, make_data, train
 from vlm_train import cli
 from vlm_train.checkpoint import files
-from vlm_train.checkpoint.files import verify
+from vlm_train.checkpoint.files import verify_checkpoint
 from vlm_train.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from vlm_train.training.metrics import TIMED
 from vlm_train.training.module import VLMModule
@@ -203,7 +203,7 @@ def test_damaged_last_checkpoint_is_written_again(stopped: Path, data: Path, who
     flip_byte(checkpoint_of(stopped, 6) / "weights.safetensors")
     train(command(data, stopped.parent))
     assert_same_end(stopped, whole)
-    assert verify(checkpoint_of(stopped, 6))["step"] == 6
+    assert verify_checkpoint(checkpoint_of(stopped, 6))["step"] == 6
 
 
 def test_diverged_run_never_counts_as_done(data: Path, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_crash_anywhere_resumes_exactly(step: int, micro: int, data: Path, whole
 
 def test_crash_in_the_final_evaluation_trains_nothing_again(data: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="too late"):
-        patch.setattr("vlm_train.training.fit._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("too late")))
+        patch.setattr("vlm_train.training.fit._finish_run", lambda *_: (_ for _ in ()).throw(RuntimeError("too late")))
         train(command(data, tmp_path))
     before = lines(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
@@ -358,7 +358,9 @@ def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 9):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / "BEST").write_text("step-00000001\n")
-    files.retain(tmp_path, "step-00000003", keep_last=1, keep_best=1, keep_every=None, lower=True)  # 9 is left behind
+    files.prune_checkpoints(
+        tmp_path, "step-00000003", keep_last=1, keep_best=1, keep_every=None, lower=True
+    )  # 9 is left behind
     assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["1", "3", "9"]
 
 
@@ -466,7 +468,7 @@ def test_frozen_parts_stay_in_eval_mode(data: Path, tmp_path: Path, monkeypatch:
     def training_step(self: VLMModule, batch: Any, batch_idx: int) -> Any:
         vision: Any = self.model.vision
         learns = any(p.requires_grad for p in vision.parameters())
-        seen.append((learns, any(m.training for m in vision.modules()), bool(self.model.llm.training)))  # type: ignore[union-attr]
+        seen.append((learns, any(m.joint_stream for m in vision.modules()), bool(self.model.llm.joint_stream)))  # type: ignore[union-attr]
         return inner(self, batch, batch_idx)
 
     monkeypatch.setattr(VLMModule, "training_step", training_step)

@@ -11,10 +11,10 @@ from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_train.build import build_model
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.contracts.objective import StepContext
 from vlm_train.dryrun.report import without_assets
-from vlm_train.training.flops import Flops, count
+from vlm_train.training.flops import Flops, count_flops
 from vlm_train.training.params import apply_policy
 from vlm_train.training.trace import meta_batch, trace_step
 
@@ -23,7 +23,7 @@ TEXT, SUPERVISED = 184, 40
 
 
 def model_of(*overrides: str) -> tuple[Any, Any]:
-    cfg, _ = without_assets(compose(["dry_run=true", *overrides]))
+    cfg, _ = without_assets(compose_config(["dry_run=true", *overrides]))
     model = build_model(cfg, meta=True)
     apply_policy(model, cfg.params.rules, weight_decay=0.0, unused=model.unused_parameters())
     return cfg, model
@@ -45,7 +45,7 @@ def counted(cfg: Any, model: Any) -> tuple[float, float, float]:
 def test_agrees_with_the_counter_within_a_percent(name: str) -> None:
     cfg, model = model_of(f"recipe={name}")
     seen = trace_step(cfg, model, text_tokens=TEXT, supervised=SUPERVISED)
-    parts = count(seen.products, causal_share=1.0)  # the counter counts attention in full
+    parts = count_flops(seen.products, causal_share=1.0)  # the counter counts attention in full
     forward, backward, head = counted(cfg, model)
     assert sum(part.forward for part in parts.values()) == pytest.approx(forward, rel=0.01)
     ours = sum(part.input_grad + part.weight_grad for part in parts.values())
@@ -54,7 +54,7 @@ def test_agrees_with_the_counter_within_a_percent(name: str) -> None:
 
 def test_a_frozen_tower_has_no_backward_and_a_frozen_llm_no_weight_gradients() -> None:
     cfg, model = model_of("recipe=llava15_stage1")
-    parts = count(trace_step(cfg, model, text_tokens=TEXT, supervised=SUPERVISED).products)
+    parts = count_flops(trace_step(cfg, model, text_tokens=TEXT, supervised=SUPERVISED).products)
     assert (parts["vision"].input_grad, parts["vision"].weight_grad) == (0, 0)
     assert parts["llm"].weight_grad == 0 < parts["llm"].input_grad
     counted(cfg, model)
@@ -69,7 +69,7 @@ def test_a_frozen_tower_has_no_backward_and_a_frozen_llm_no_weight_gradients() -
 )
 def test_tflop_per_sample(recipe: str, text: int, supervised: int, tflop: float) -> None:
     cfg, model = model_of(f"recipe={recipe}")
-    parts = count(trace_step(cfg, model, text_tokens=text, supervised=supervised).products)
+    parts = count_flops(trace_step(cfg, model, text_tokens=text, supervised=supervised).products)
     assert sum(part.total for part in parts.values()) / 1e12 == pytest.approx(tflop, rel=0.01)
     assert parts["vision"].forward / 1e12 == pytest.approx(0.365, rel=0.01)
 

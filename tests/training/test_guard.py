@@ -17,7 +17,7 @@ from tests.training.strategies.test_parity import STRATEGIES, log
 from vlm_train import cli
 from vlm_train.errors import TrainingError
 from vlm_train.runs import record
-from vlm_train.runs.rollback import Rollback, stale
+from vlm_train.runs.rollback import Rollback, is_stale
 from vlm_train.training.guard import SCALE, SEARCH, Guard
 from vlm_train.training.metrics import all_finite
 from vlm_train.training.module import VLMModule
@@ -92,7 +92,7 @@ def test_a_run_goes_back_and_leaves_out_what_led_to_the_failure(data: Path, tmp_
         ours, theirs = weights(tmp_path / "back", step), weights(by_hand, step)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [row["step"] for row in log(tmp_path / "back") if row["split"] == "train"] == list(range(1, 9))
-    assert record.read(tmp_path / "back")["status"] == "done"
+    assert record.read_record(tmp_path / "back")["status"] == "done"
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_both_processes_go_back(data: Path, tmp_path: Path) -> None:
     assert record.read_json(tmp_path / "run/rollbacks.json") == {"made": [{"to": 2, "last": 5}]}
     before, after = (weights(tmp_path / "run", step) for step in (2, 4))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert record.read(tmp_path / "run")["status"] == "done"
+    assert record.read_record(tmp_path / "run")["status"] == "done"
 
 
 def test_a_run_that_goes_back_is_resumed_however_it_was_started(data: Path, tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_a_run_that_goes_back_is_resumed_however_it_was_started(data: Path, tmp_
     for resume in ("never", "restart"):
         assert cli.main(job(data, tmp_path, *poison, f"resume={resume}", name=resume)) == 0, resume
         assert record.read_json(tmp_path / resume / "rollbacks.json") == {"made": [{"to": 2, "last": 4}]}
-        assert record.read(tmp_path / resume)["status"] == "done"
+        assert record.read_record(tmp_path / resume)["status"] == "done"
 
 
 def test_a_run_goes_back_only_so_often(data: Path, tmp_path: Path) -> None:
     poison = [POISON.format([3, 4, 6, 7], 0), "trainer.guard={max_in_a_row: 1, rollback: 1}", "trainer.max_steps=8"]
     assert cli.main(job(data, tmp_path, *poison)) == 1
     assert record.read_json(tmp_path / "run/rollbacks.json") == {"made": [{"to": 2, "last": 4}]}
-    assert record.read(tmp_path / "run")["status"] == "failed"
+    assert record.read_record(tmp_path / "run")["status"] == "failed"
 
 
 def test_without_an_earlier_checkpoint_there_is_nothing_to_go_back_to(
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_was_taken_back_is_not_resumed() -> None:
         (step, count)
         for step in (4, 6, 12, 14, 20)
         for count in (0, 1, 2)
-        if stale({"step": step, "rollbacks": count}, made)
+        if is_stale({"step": step, "rollbacks": count}, made)
     ]
     assert found == [(6, 0), (12, 0), (14, 0), (14, 1), (20, 0), (20, 1)]
 
@@ -144,12 +144,12 @@ def test_a_checkpoint_that_was_taken_back_is_not_resumed() -> None:
 def test_a_spike_is_far_above_the_usual_norm(tmp_path: Path) -> None:
     guard = Guard(tmp_path, spike=6.0, window=5)
     for norm in (1.0, 50.0, 1.1, 0.9, 1.0):  # nothing is usual yet
-        assert guard.judge(norm) is None
-    assert guard.judge(1.3) is None
-    assert "gradient norm 9, usual 1" in (guard.judge(9.0) or "")
+        assert guard.reason_to_skip(norm) is None
+    assert guard.reason_to_skip(1.3) is None
+    assert "gradient norm 9, usual 1" in (guard.reason_to_skip(9.0) or "")
     again = Guard(tmp_path, spike=6.0, window=5)
-    again.load(guard.state())
-    assert again.judge(9.0) and list(again.norms) == list(guard.norms)
+    again.load_state(guard.export_state())
+    assert again.reason_to_skip(9.0) and list(again.norms) == list(guard.norms)
 
 
 def test_a_sick_part_of_a_weight_is_seen() -> None:
@@ -183,9 +183,9 @@ def test_a_record_that_cannot_be_written_does_not_end_the_run(
 def test_a_loss_scale_is_looked_for_but_not_forever(tmp_path: Path) -> None:
     guard = Guard(tmp_path, scaled=True)
     inf = float("inf")
-    assert [guard.judge(inf) for _ in range(SEARCH + 1)] == [SCALE] * SEARCH + ["gradient norm inf"]
-    assert guard.judge(1.0) is None and guard.judge(inf) == SCALE
-    assert Guard(tmp_path).judge(inf) == "gradient norm inf" and list(guard.norms) == [1.0]
+    assert [guard.reason_to_skip(inf) for _ in range(SEARCH + 1)] == [SCALE] * SEARCH + ["gradient norm inf"]
+    assert guard.reason_to_skip(1.0) is None and guard.reason_to_skip(inf) == SCALE
+    assert Guard(tmp_path).reason_to_skip(inf) == "gradient norm inf" and list(guard.norms) == [1.0]
 
 
 def test_a_run_with_a_spike_goes_on(data: Path, tmp_path: Path) -> None:

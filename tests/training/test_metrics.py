@@ -14,13 +14,13 @@ from torch import nn
 
 from tests.support.small_run import command, make_data, train
 from vlm_train.build import build_model
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.contracts.batch import Batch, MediaBatch, Slots, TokenStream, Window
 from vlm_train.contracts.objective import Loss
 from vlm_train.data.source_weights import sums_by_source
 from vlm_train.dryrun.report import without_assets
 from vlm_train.training import device, metrics
-from vlm_train.training.flops import count
+from vlm_train.training.flops import count_flops
 from vlm_train.training.loss_sums import Sums
 from vlm_train.training.metrics import Meter, part_norms, segment_lengths
 from vlm_train.training.module import VLMModule
@@ -41,10 +41,10 @@ def loss(total: float, count: float, weight: float = 1.0, **sources: tuple[float
 
 def test_means_by_objective_and_source() -> None:
     sums = Sums({})
-    sums.add("lm", loss(6.0, 3.0, 2.0, a=(2.0, 2.0), b=(4.0, 1.0)))
-    sums.add("lm", loss(3.0, 3.0, 2.0, a=(3.0, 3.0)))
-    sums.add("contrastive", loss(5.0, 1.0, 1.0, a=(5.0, 1.0)))
-    assert sums.means(alone) == {
+    sums.add_loss("lm", loss(6.0, 3.0, 2.0, a=(2.0, 2.0), b=(4.0, 1.0)))
+    sums.add_loss("lm", loss(3.0, 3.0, 2.0, a=(3.0, 3.0)))
+    sums.add_loss("contrastive", loss(5.0, 1.0, 1.0, a=(5.0, 1.0)))
+    assert sums.compute_means(alone) == {
         "loss": 2 * 9 / 6 + 5,
         "lm_loss": 1.5,
         "lm_accuracy": 0.5,
@@ -57,20 +57,20 @@ def test_means_by_objective_and_source() -> None:
 
 def test_one_source_is_the_loss_itself() -> None:
     sums = Sums({})
-    sums.add("lm", loss(6.0, 3.0, a=(6.0, 3.0)))
-    assert sums.means(alone) == {"loss": 2.0, "lm_accuracy": 0.5}
+    sums.add_loss("lm", loss(6.0, 3.0, a=(6.0, 3.0)))
+    assert sums.compute_means(alone) == {"loss": 2.0, "lm_accuracy": 0.5}
 
 
 def test_sources_of_other_ranks_count() -> None:
     sums = Sums({})
-    sums.add("lm", loss(6.0, 3.0, a=(6.0, 3.0)))
+    sums.add_loss("lm", loss(6.0, 3.0, a=(6.0, 3.0)))
     there = iter([{"lm/sum": 1.0, "lm/count": 1.0}, {"lm/b/sum": 1.0, "lm/b/count": 1.0}])
 
     def over_ranks(here: dict[str, float]) -> dict[str, float]:
         other = next(there)
         return {name: here.get(name, 0.0) + other.get(name, 0.0) for name in here | other}
 
-    row = sums.means(over_ranks)
+    row = sums.compute_means(over_ranks)
     assert (row["loss"], row["loss/a"], row["loss/b"]) == (7 / 4, 2.0, 1.0)
 
 
@@ -103,7 +103,7 @@ def test_padding_makes_no_pairs() -> None:
     batch = packed([2, 1], [3], [4], width=4)
     assert list(segment_lengths(batch.text["llm"], [2, 1, 1])) == [2, 1, 3, 4]
     one = Meter(alone)
-    one.hold(batch)
+    one.add_batch(batch)
     assert (one.counts["pairs"], one.counts["patches"]) == (4 + 1 + 9 + 16, 0)
 
 
@@ -115,26 +115,28 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def step(one: Meter, clock: Any, *, wait: float, work: float, samples: int = 4) -> None:
     clock.now += wait
-    one.arrive()
+    one.on_batch_received()
     sums = {"samples": {"a": samples - 1.0, "b": 1.0}}
-    one.open(Window(step=0, micro=0, micro_count=1, sums=sums, samples=samples, tokens=60, places=80, supervised=15))
-    one.train.add("lm", loss(6.0, 3.0))
+    one.open_step(
+        Window(step=0, micro=0, micro_count=1, sums=sums, samples=samples, tokens=60, places=80, supervised=15)
+    )
+    one.train.add_loss("lm", loss(6.0, 3.0))
     clock.now += work
-    one.leave()
+    one.on_step_end()
 
 
 def test_a_line_of_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = clocked(monkeypatch)
     one = Meter(alone, work=Work(patch=0, token=1e12, pair=0, supervised=4e12), peak_tflops=100.0)
     clock.now += 50  # until training starts
-    one.start()
+    one.start_clock()
     step(one, clock, wait=1.0, work=3.0)
-    one.pause()  # a validation
+    one.pause_clock()  # a validation
     clock.now += 1000
     one.go_on()
     step(one, clock, wait=0.5, work=3.5)
-    one.count("skipped_steps")
-    row = one.line(CPU)
+    one.add_count("skipped_steps")
+    row = one.make_line(CPU)
     assert row.pop("peak_memory_gib") > 0.01
     assert row == {
         "loss": 2.0,
@@ -152,7 +154,9 @@ def test_a_line_of_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         "share/b": 0.25,
     }
     step(one, clock, wait=0.0, work=2.0)
-    assert {k: v for k, v in one.line(CPU).items() if k in ("data_wait", "samples_per_second", "skipped_steps")} == {
+    assert {
+        k: v for k, v in one.make_line(CPU).items() if k in ("data_wait", "samples_per_second", "skipped_steps")
+    } == {
         "data_wait": 0.0,
         "samples_per_second": 2.0,
     }
@@ -161,9 +165,9 @@ def test_a_line_of_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices_share_the_flops_and_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = clocked(monkeypatch)
     one = Meter(lambda values: {k: 2 * v for k, v in values.items()}, work=Work(0, 1e12, 0, 0))
-    one.start()
+    one.start_clock()
     step(one, clock, wait=1.0, work=1.0)
-    row = one.line(CPU)
+    row = one.make_line(CPU)
     assert (row["data_wait"], row["tflops"], row["tokens_per_second"]) == (0.5, 30.0, 60.0) and "mfu" not in row
 
 
@@ -171,24 +175,24 @@ def test_a_checkpoint_keeps_the_line_that_is_being_written(monkeypatch: pytest.M
     clock, rows = clocked(monkeypatch), []
     for stopped in (False, True):
         one = Meter(alone)
-        one.start()
+        one.start_clock()
         step(one, clock, wait=1.0, work=1.0)
-        one.train.add("lm", loss(1.0, 1.0, a=(1.0, 1.0), b=(0.5, 2.0)))
+        one.train.add_loss("lm", loss(1.0, 1.0, a=(1.0, 1.0), b=(0.5, 2.0)))
         if stopped:
-            state = json.loads(json.dumps(one.state()))
+            state = json.loads(json.dumps(one.export_state()))
             clock.now += 500
             one = Meter(alone)
-            one.load(state, CPU)
+            one.load_state(state, CPU)
             clock.now += 500
-            one.start()
+            one.start_clock()
         step(one, clock, wait=0.25, work=1.0, samples=8)
-        rows.append(one.line(CPU) | {"peak_memory_gib": 0.0})
+        rows.append(one.make_line(CPU) | {"peak_memory_gib": 0.0})
     assert rows[0] == pytest.approx(rows[1]) and "loss/b" in rows[0]
     assert rows[1]["samples_per_second"] == pytest.approx(12 / 3.25)
 
 
 def model_of(*overrides: str) -> tuple[Any, Any]:
-    cfg, _ = without_assets(compose(["dry_run=true", *overrides]))
+    cfg, _ = without_assets(compose_config(["dry_run=true", *overrides]))
     return cfg, build_model(cfg, meta=True)
 
 
@@ -199,7 +203,7 @@ def test_work_is_what_the_dry_run_counts(recipe: str) -> None:
     seen = trace_step(cfg, model, text_tokens=50, supervised=13).products
     slots = 0 if recipe in ("easyvqa_clip", "easyvqa_lm") else model.connector.token_grid(model.vision.grid)
     tokens = 50 + (slots.size if slots else 0)
-    expected = sum(part.total for part in count(seen).values())
+    expected = sum(part.total for part in count_flops(seen).values())
     assert work(patches=count_patches(model), tokens=tokens, pairs=tokens**2, supervised=13) == pytest.approx(
         expected, rel=1e-6
     )

@@ -56,7 +56,7 @@ def test_the_first_match_wins():
     assert all(p.requires_grad == (name in found) for name, p in model.named_parameters())
     assert policy.total == sum(p.numel() for p in model.parameters())
     assert policy.trainable == sum(p.numel() for p in model.llm.parameters())
-    assert "frozen" in policy.table()
+    assert "frozen" in policy.format_table()
 
 
 def test_a_rule_matches_the_whole_name():
@@ -117,7 +117,7 @@ def test_unused_parameters_are_frozen_and_shown():
     parameters = dict(model.named_parameters())
     assert [name for name, p in parameters.items() if not p.requires_grad] == unused
     assert not set(unused) & set(settings(model, policy))
-    assert "not used by the chosen layers" in policy.table()
+    assert "not used by the chosen layers" in policy.format_table()
 
 
 def test_groups_are_what_torch_takes():
@@ -136,6 +136,6 @@ def test_freeze_eval_keeps_what_is_frozen_in_eval():
     model, _ = apply(Rule(r"llm\.layers\.2\..*", lr=1.0), Rule(r"connector\..*", lr=1.0), Rule(".*"))
     model.train()
     freeze_eval(model)
-    assert not any(module.training for module in model.vision.modules())
-    assert not model.llm.layers[0][1].training and not model.llm.norm.training
-    assert model.training and model.connector.training and model.llm.layers[2][1].training
+    assert not any(module.joint_stream for module in model.vision.modules())
+    assert not model.llm.layers[0][1].joint_stream and not model.llm.norm.joint_stream
+    assert model.joint_stream and model.connector.joint_stream and model.llm.layers[2][1].joint_stream

@@ -114,8 +114,8 @@ def test_stale_lengths_are_noticed(data: Path, tmp_path: Path, monkeypatch: pyte
     from data_pipelines.errors import DataError
     from vlm_train.data.dataset import Samples
 
-    measure = Samples._size
-    monkeypatch.setattr(Samples, "_size", lambda *args: (measure(*args)[0] - 1, 1))
+    measure = Samples._measure_piece
+    monkeypatch.setattr(Samples, "_measure_piece", lambda *args: (measure(*args)[0] - 1, 1))
     with pytest.raises(DataError, match=r"tokens, but \d+ were planned: .* Remove the folder data\.cache names"):
         train(command(data, tmp_path, *PACKED, f"data.cache={tmp_path}/lengths"))
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_train.training.flops import count
-from vlm_train.training.trace import trace
+from vlm_train.training.flops import count_flops
+from vlm_train.training.trace import trace_forward
 
 
 class Pair(nn.Module):
@@ -27,7 +27,7 @@ def pair(*, first: bool, second: bool) -> dict[str, tuple[float, float, float]]:
         model, x = Pair(), torch.zeros(4, 3)
     model.first.requires_grad_(first)
     model.second.requires_grad_(second)
-    parts = count(trace(model, lambda: model(x)).products, samples=2)
+    parts = count_flops(trace_forward(model, lambda: model(x)).products, samples=2)
     return {name: (flops.forward, flops.input_grad, flops.weight_grad) for name, flops in parts.items()}
 
 
@@ -54,8 +54,8 @@ def test_causal_attention_counts_half_and_is_fused() -> None:
         model, x = Attention(), torch.zeros(1, 6, 8)
     scores = 2 * 2 * 2 * 6 * 6 * 4  # two products of 2 heads, 6 x 6 positions, width 4
     for causal, share in ((False, 1.0), (True, 0.5)):
-        seen = trace(model, lambda causal=causal: model(x, causal))
-        attention = count([product for product in seen.products if product.input_grads == 2])["project"]
+        seen = trace_forward(model, lambda causal=causal: model(x, causal))
+        attention = count_flops([product for product in seen.products if product.input_grads == 2])["project"]
         assert (attention.forward, attention.input_grad) == (scores * share, 2 * scores * share)
         widest = 6 * 6 * 2 * 4
         assert seen.outside < 8 * 6 * 8 * 4 + widest, "scores of [T, T] would be kept otherwise"
@@ -80,7 +80,7 @@ class Deep(nn.Module):
 def test_checkpointing_keeps_layer_inputs_and_one_layer() -> None:
     with torch.device("meta"):
         model, x = Deep(4), torch.zeros(10, 16)
-    seen = trace(model, lambda: model(x))
+    seen = trace_forward(model, lambda: model(x))
     given, inside = 10 * 16 * 4, 10 * (16 + 64 + 64) * 4  # input, before and after GELU
     assert list(seen.layers.values()) == [(given, inside)] * 4
     assert seen.activations == seen.outside + 4 * inside
@@ -94,7 +94,7 @@ def test_frozen_layers_before_the_first_that_learns_keep_nothing() -> None:
         model, x = Deep(3), torch.zeros(10, 16)
     for layer in model.part.layers[:2]:
         layer.requires_grad_(False)
-    kept = [inside for _, inside in trace(model, lambda: model(x)).layers.values()]
+    kept = [inside for _, inside in trace_forward(model, lambda: model(x)).layers.values()]
     assert kept[:2] == [0, 0]
     assert kept[2] > 0
 
@@ -103,7 +103,7 @@ def test_shared_storage_is_counted_once() -> None:
     with torch.device("meta"):
         weight = nn.Linear(1, 1)
         x = torch.zeros(100, requires_grad=True)
-    seen = trace(weight, lambda: (x * x).sum() + (x.view(10, 10) * x.view(10, 10)).sum())
+    seen = trace_forward(weight, lambda: (x * x).sum() + (x.view(10, 10) * x.view(10, 10)).sum())
     assert seen.activations == 400
 
 
@@ -112,5 +112,5 @@ def test_meta_and_real_tensors_are_traced_alike() -> None:
     for device in ("meta", "cpu"):
         with torch.device(device):
             model, x = Deep(2), torch.zeros(10, 16)
-        seen.append(trace(model, lambda model=model, x=x: model(x)))
+        seen.append(trace_forward(model, lambda model=model, x=x: model(x)))
     assert seen[0] == seen[1]

@@ -73,7 +73,7 @@ def test_fp16_skips_the_update_whose_gradients_overflow(
     norms: list[float] = []
     reasons: list[str | None] = []
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))  # type: ignore[attr-defined]
-    monkeypatch.setattr(trainer, "_precision", lambda cfg, strategy: {"plugins": [plugin]})
+    monkeypatch.setattr(trainer, "_precision_plugin", lambda cfg, strategy: {"plugins": [plugin]})
     judge, after = VLMModule.objects_to, AfterStep.on_train_batch_end
 
     def objects_to(self: VLMModule, norm: Any, of_parts: Any = None) -> bool:
@@ -86,7 +86,7 @@ def test_fp16_skips_the_update_whose_gradients_overflow(
 
     monkeypatch.setattr(VLMModule, "objects_to", objects_to)
     monkeypatch.setattr(AfterStep, "on_train_batch_end", on_train_batch_end)
-    monkeypatch.setattr("vlm_train.training.fit._guard", lambda cfg, folder: _scaled_guard(folder))
+    monkeypatch.setattr("vlm_train.training.fit._make_guard", lambda cfg, folder: _scaled_guard(folder))
     train(command(data, tmp_path, "batch.micro=4", "trainer.max_steps=40", "trainer.save_every=null"))
     skipped = [reason for reason in reasons if reason is not None]
     assert skipped and set(skipped) == {SCALE} and reasons[: len(skipped)] == skipped

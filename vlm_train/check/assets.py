@@ -11,10 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config.package_files import local
-from vlm_train.config.resolve import resolved
+from vlm_train.config.package_files import resolve_package_file
+from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import MODEL_PARTS
-from vlm_train.config.trust import components
+from vlm_train.config.trust import iterate_components
 from vlm_train.errors import AssetError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -44,22 +44,22 @@ def _missing_weights(cfg: DictConfig) -> Iterator[str]:
     file."""
     named = [
         (f"{path}.weights", node.get("weights"), "config.json")
-        for path, group, node in components(cfg)
+        for path, group, node in iterate_components(cfg)
         if group in ("model", *MODEL_PARTS)
     ]
     for group, key in (("tokenizer", "name"), ("tokenizer", "file"), ("instruction", "tokenizer")):
-        named.append((f"{group}.{key}", (resolved(cfg, group) or {}).get(key), "tokenizer_config.json"))
+        named.append((f"{group}.{key}", (resolve_key(cfg, group) or {}).get(key), "tokenizer_config.json"))
     for path, name, probe in named:
         if name == "???":
             yield f"{path} is missing: give a local path or a name on the hub, {path}=<value>."
-        elif isinstance(name, str) and (reason := _absent(name, probe)):
+        elif isinstance(name, str) and (reason := _describe_missing(name, probe)):
             yield f"{path}: {name} {reason}"
 
 
-def _absent(name: str, probe: str) -> str | None:
+def _describe_missing(name: str, probe: str) -> str | None:
     """Why weights cannot be read, or None."""
     try:
-        if Path(local(name)).expanduser().exists():
+        if Path(resolve_package_file(name)).expanduser().exists():
             return None
     except AssetError as error:
         return f"cannot be had: {str(error).removeprefix(f'{name}: ')}"
@@ -80,7 +80,7 @@ def _absent(name: str, probe: str) -> str | None:
 
 def _missing_packages(cfg: DictConfig) -> Iterator[str]:
     """What a setting needs and only an extra installs."""
-    peft = resolved(cfg, "peft")
+    peft = resolve_key(cfg, "peft")
     if isinstance(peft, dict) and peft.get("bits") is not None and importlib.util.find_spec("bitsandbytes") is None:
         yield f"peft.bits: {peft['bits']}-bit weights need bitsandbytes: pip install 'vlm-train[qlora]'."
 
@@ -88,7 +88,7 @@ def _missing_packages(cfg: DictConfig) -> Iterator[str]:
 def _missing_shards(cfg: DictConfig) -> Iterator[str]:
     """Every `shards` that the mode reads is a folder with a manifest."""
     for group in READ.get(cfg.mode, ("data", "eval", "tokenizer")):
-        for path, folder in _shards(group, resolved(cfg, group)):
+        for path, folder in _find_shard_settings(group, resolve_key(cfg, group)):
             if folder == "???":
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."
             elif "://" in folder:
@@ -107,23 +107,23 @@ def _how_to_build(cfg: DictConfig, folder: Path) -> str:
     return f"Build it: python -m data_pipelines.build source=tiny split={folder.name} output={shown}"
 
 
-def _shards(path: str, value: Any) -> Iterator[tuple[str, str]]:
+def _find_shard_settings(path: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             if key == "shards":
                 for folder in [inner] if isinstance(inner, str) else inner or []:
                     yield f"{path}.{key}", str(folder)
             else:
-                yield from _shards(f"{path}.{key}", inner)
+                yield from _find_shard_settings(f"{path}.{key}", inner)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _shards(f"{path}.{index}", inner)
+            yield from _find_shard_settings(f"{path}.{index}", inner)
 
 
 def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
     """Every run that weights are taken from, and a checkpoint to resume from, exist."""
-    reference = resolved(cfg, "reference") or {}
-    sources = {f"init_from.{n}": one for n, one in enumerate(resolved(cfg, "init_from") or [])}
+    reference = resolve_key(cfg, "reference") or {}
+    sources = {f"init_from.{n}": one for n, one in enumerate(resolve_key(cfg, "init_from") or [])}
     sources |= {f"reference.init_from.{n}": one for n, one in enumerate(reference.get("init_from") or [])}
     for path, source in sources.items():
         run, key = source.get("run"), f"{path}.run"

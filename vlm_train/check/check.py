@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from vlm_train.check.assets import missing_assets
-from vlm_train.check.parts import check_columns, check_encoders, check_groups, check_peft, short
+from vlm_train.check.parts import check_columns, check_encoders, check_groups, check_peft, shorten_value
 from vlm_train.check.settings import (
     check_batch,
     check_data,
@@ -31,14 +31,14 @@ from vlm_train.config.signatures import (
     Parameter,
     Signature,
     UnknownTarget,
-    fits,
-    hint,
+    did_you_mean,
+    find_nearest,
+    fits_annotation,
     import_signature,
     is_ours,
-    nearest,
     read_signature,
 )
-from vlm_train.config.trust import check_unsafe_keys, components, untrusted, untrusted_object
+from vlm_train.config.trust import check_unsafe_keys, iterate_components, reason_not_trusted, untrusted_object
 from vlm_train.contracts.given import GIVEN
 from vlm_train.errors import AssetError, ConfigError
 
@@ -50,7 +50,7 @@ INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 Check = Callable[[DictConfig], Iterator[str]]
 
 
-def check(cfg: DictConfig, *, need_assets: bool) -> None:
+def check_config(cfg: DictConfig, *, need_assets: bool) -> None:
     """Raises one ConfigError that lists every problem, each under its dotted path.
 
     `need_assets` also requires weights, tokenizers, shards and the runs to start from to be there (AssetError).
@@ -95,11 +95,11 @@ def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
 
 def check_targets(cfg: DictConfig) -> Iterator[str]:
     """Targets are trusted; ours exist and take what they are given."""
-    for path, group, node in components(cfg):
+    for path, group, node in iterate_components(cfg):
         target = node["_target_"]
         if now := moved_target(target):
             yield f"{path}._target_: got {target}, which is now {now}."
-        elif reason := untrusted(target, list(cfg.allow_targets)):
+        elif reason := reason_not_trusted(target, list(cfg.allow_targets)):
             yield f"{path}._target_: {reason}"
         elif is_ours(target):
             yield from _check_component(path, group, node, read_signature)
@@ -107,7 +107,7 @@ def check_targets(cfg: DictConfig) -> Iterator[str]:
 
 def check_foreign_targets(cfg: DictConfig) -> Iterator[str]:
     """Targets of other packages exist, are trusted, and take what they are given. Imports them."""
-    for path, group, node in components(cfg):
+    for path, group, node in iterate_components(cfg):
         target = node["_target_"]
         if is_ours(target):
             continue
@@ -131,7 +131,7 @@ def check_best(cfg: DictConfig) -> Iterator[str]:
 
     allowed = ["loss", *validation_metrics(build_evaluators(cfg))]
     if best not in allowed:
-        yield f"trainer.best: got {best!r}.{hint(best, allowed)} Allowed: {', '.join(allowed)}."
+        yield f"trainer.best: got {best!r}.{did_you_mean(best, allowed)} Allowed: {', '.join(allowed)}."
 
 
 def _check_component(
@@ -162,14 +162,14 @@ def _check_component(
 
 def _unknown_argument(path: str, key: str, target: str, known: list[str]) -> str:
     options = ", ".join(known) or "none"
-    said = f"{path}.{key}: {target} has no such option.{hint(key, known, path + '.')} Options: {options}."
+    said = f"{path}.{key}: {target} has no such option.{did_you_mean(key, known, path + '.')} Options: {options}."
     # A recipe's value stays on top of a group that the command line exchanges, so there may be no typo at all.
-    return said if nearest(key, known) else f"{said} If a recipe sets it for another {path}, add ~{path}.{key}."
+    return said if find_nearest(key, known) else f"{said} If a recipe sets it for another {path}, add ~{path}.{key}."
 
 
 def _check_type(path: str, value: Any, parameter: Parameter, signature: Signature) -> Iterator[str]:
-    if parameter.annotation and not fits(value, parameter.annotation, signature.aliases):
-        yield f"{path}: expected {parameter.annotation}, got {short(value)} ({type(value).__name__})."
+    if parameter.annotation and not fits_annotation(value, parameter.annotation, signature.aliases):
+        yield f"{path}: expected {parameter.annotation}, got {shorten_value(value)} ({type(value).__name__})."
 
 
 CHECKS: list[Check] = [

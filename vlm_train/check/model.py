@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_evaluators, build_objectives
-from vlm_train.check.settings import packed, ranks
-from vlm_train.config.resolve import resolved
-from vlm_train.config.signatures import hint
+from vlm_train.check.settings import count_processes, packed_row_length
+from vlm_train.config.resolve import resolve_key
+from vlm_train.config.signatures import did_you_mean
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
 from vlm_train.contracts.objective import Objective
@@ -48,7 +48,7 @@ def check_model(cfg: DictConfig, model: Family) -> None:
 def check_packing(cfg: DictConfig, model: Family) -> Iterator[str]:
     """Samples share a row only where a mask reaches all that mixes tokens."""
     mixers = getattr(getattr(model, "llm", None), "unmasked_mixers", ())
-    if packed(cfg) and mixers:
+    if packed_row_length(cfg) and mixers:
         yield (
             f"data.pack: {cfg.llm.config.model_type!r} has {', '.join(mixers)}, which no mask reaches: samples of a "
             "row would see each other. Use data.pack=null, or another llm."
@@ -67,7 +67,7 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
     allowed = learned_streams(cfg, model)
     for stream in objective.streams:
         if stream not in allowed:
-            yield f"{path}: reads the stream {stream!r}.{hint(stream, allowed)} Allowed: {', '.join(allowed)}."
+            yield f"{path}: reads the stream {stream!r}.{did_you_mean(stream, allowed)} Allowed: {', '.join(allowed)}."
     if objective.needs_reference and cfg.reference.model is None:
         yield f"{path}: compares with a reference model. Use reference.model=start, or a run folder."
     if objective.needs_whole_step:
@@ -99,9 +99,9 @@ def learned_streams(cfg: DictConfig, model: Family) -> list[str]:
 
 def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     """Samples that are contrasted with each other cannot be packed, or cut into micro-batches."""
-    world = cfg.target.gpus if cfg.dry_run else ranks(cfg)
-    samples, micro = (resolved(cfg.batch, name) for name in ("samples", "micro"))
-    if packed(cfg):
+    world = cfg.target.gpus if cfg.dry_run else count_processes(cfg)
+    samples, micro = (resolve_key(cfg.batch, name) for name in ("samples", "micro"))
+    if packed_row_length(cfg):
         yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
     if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
         advice = (
@@ -118,7 +118,7 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
 def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:
     """A family's own single numbers (temperatures) are read outside `forward` and bounded after updates: every rank
     needs them as they are."""
-    strategy = resolved(cfg, "strategy")
+    strategy = resolve_key(cfg, "strategy")
     kind = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else ""
     own = [name for name, parameter in model.named_parameters(recurse=False) if not parameter.ndim]
     if kind in ("ZeRO", "FSDP2") and own:

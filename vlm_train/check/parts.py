@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config.resolve import resolved
+from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import DICT_GROUPS, MODEL_PARTS, PART_GROUPS, SEVERAL
 from vlm_train.config.signatures import UnknownTarget, is_ours, read_signature
 
@@ -25,23 +25,23 @@ QUANTISED_BITS = (4, 8)
 
 def check_groups(cfg: DictConfig) -> Iterator[str]:
     """Groups hold components, and only where components belong; those that the run needs are there."""
-    wanted = _wanted_parts(resolved(cfg, "model"))
+    wanted = _wanted_parts(resolve_key(cfg, "model"))
     required = {*ALWAYS, *wanted, *(("image",) if "vision" in wanted else ())}
     for group in PART_GROUPS:
-        node = resolved(cfg, group)
+        node = resolve_key(cfg, group)
         if node is None and group in required:
             yield f"{group} is empty: choose an option, {group}=<option> (--help lists them)."
         elif node is not None and not _is_component(node):
             yield from _check_several(group, node)
     for group in DICT_GROUPS:
-        node = resolved(cfg, group) or {}
+        node = resolve_key(cfg, group) or {}
         if not isinstance(node, dict):
-            yield f"{group} must map names to components, got {short(node)}."
+            yield f"{group} must map names to components, got {shorten_value(node)}."
             continue
         for name, inner in node.items():
             if inner is not None and not _is_component(inner):
-                yield f"{group}.{name} has no _target_: expected a component or null, got {short(inner)}."
-    objectives = resolved(cfg, "objective") or {}
+                yield f"{group}.{name} has no _target_: expected a component or null, got {shorten_value(inner)}."
+    objectives = resolve_key(cfg, "objective") or {}
     if isinstance(objectives, dict) and not any(node is not None for node in objectives.values()):
         yield "objective is empty: there is no loss. Choose an option, objective=<option> (--help lists them)."
 
@@ -55,13 +55,14 @@ def _check_several(group: str, node: Any) -> Iterator[str]:
     members = node if group in SEVERAL and isinstance(node, dict) else {}
     if not any(map(_is_component, members.values())):
         choose = f"Choose an option, {group}=<option>."
-        yield f"{group} has no _target_: it needs one component, got {short(node)}. {choose}"
+        yield f"{group} has no _target_: it needs one component, got {shorten_value(node)}. {choose}"
         return
     for name, inner in members.items():
         if inner is None:
             continue
         if not _is_component(inner):
-            yield f"{group}.{name} has no _target_: {group} names several components, and this is none: {short(inner)}."
+            got = shorten_value(inner)
+            yield f"{group}.{name} has no _target_: {group} names several components, and this is none: {got}."
         elif group in MODEL_PARTS and (not NAME.fullmatch(name) or name in TAKEN):
             yield f"{group}.{name}: a component cannot be called {name!r}. Allowed: letters, digits and _."
 
@@ -74,9 +75,9 @@ def names_of(node: Any) -> list[str]:
 
 def check_encoders(cfg: DictConfig) -> Iterator[str]:
     """Image plans and connectors that have names have those of the vision encoders."""
-    encoders = names_of(resolved(cfg, "vision"))
+    encoders = names_of(resolve_key(cfg, "vision"))
     for group in ("image", "connector"):
-        named = names_of(resolved(cfg, group))
+        named = names_of(resolve_key(cfg, group))
         if named and sorted(named) != sorted(encoders):
             one = f"one that serves all, {group}=<option>"
             allowed = f"{', '.join(encoders)}, as vision names its encoders, or {one}" if encoders else one
@@ -110,7 +111,7 @@ def check_columns(cfg: DictConfig) -> Iterator[str]:
 
 def check_peft(cfg: DictConfig) -> Iterator[str]:
     """Quantised weights have a known width and are not sharded."""
-    peft, strategy = resolved(cfg, "peft"), resolved(cfg, "strategy")
+    peft, strategy = resolve_key(cfg, "peft"), resolve_key(cfg, "strategy")
     bits = peft.get("bits") if isinstance(peft, dict) else None
     if bits is None:
         return
@@ -128,7 +129,7 @@ def check_peft(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-def short(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     """A value in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

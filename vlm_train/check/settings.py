@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train.check.bounds import LITERALS, POSITIVE, RANGES
-from vlm_train.config.resolve import resolved
-from vlm_train.config.signatures import hint
+from vlm_train.config.resolve import resolve_key
+from vlm_train.config.signatures import did_you_mean
 from vlm_train.errors import ConfigError
 
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -23,13 +23,13 @@ TRAIN_KEYS = (*VAL_KEYS, "repeat", "weight", "share")
 """What an entry of `data.train` says."""
 
 
-def select(cfg: DictConfig, pattern: str) -> Iterator[tuple[str, Any]]:
+def select_settings(cfg: DictConfig, pattern: str) -> Iterator[tuple[str, Any]]:
     """Every setting that fits a dotted path with `*` for any name or index, and its value; those that resolve."""
     first, *rest = pattern.split(".")
-    yield from _select(first, resolved(cfg, first), rest)
+    yield from _select_below(first, resolve_key(cfg, first), rest)
 
 
-def _select(path: str, value: Any, rest: list[str]) -> Iterator[tuple[str, Any]]:
+def _select_below(path: str, value: Any, rest: list[str]) -> Iterator[tuple[str, Any]]:
     if not rest:
         if value != "???":
             yield path, value
@@ -41,26 +41,26 @@ def _select(path: str, value: Any, rest: list[str]) -> Iterator[tuple[str, Any]]
         inner = [(str(index), item) for index, item in enumerate(value)] if isinstance(value, list) else []
     for name, item in inner:
         if step in ("*", name):
-            yield from _select(f"{path}.{name}", item, further)
+            yield from _select_below(f"{path}.{name}", item, further)
 
 
 def check_literals(cfg: DictConfig) -> Iterator[str]:
     """Words are among the known ones."""
     for pattern, allowed in LITERALS.items():
-        for key, value in select(cfg, pattern):
+        for key, value in select_settings(cfg, pattern):
             if value not in allowed:
-                yield f"{key}: got {value!r}.{hint(str(value), allowed)} Allowed: {', '.join(allowed)}."
+                yield f"{key}: got {value!r}.{did_you_mean(str(value), allowed)} Allowed: {', '.join(allowed)}."
 
 
 def check_numbers(cfg: DictConfig) -> Iterator[str]:
     """Lengths, intervals, sizes and shares are where they can be. A wrong type is reported elsewhere."""
     for pattern in POSITIVE:
-        for key, value in select(cfg, pattern):
+        for key, value in select_settings(cfg, pattern):
             if _is_number(value) and value <= 0:
                 yield f"{key}: expected a positive number or null, got {value}."
     for pattern, condition in RANGES.items():
-        for key, value in select(cfg, pattern):
-            if _is_number(value) and not _fulfils(value, condition):
+        for key, value in select_settings(cfg, pattern):
+            if _is_number(value) and not _meets_condition(value, condition):
                 yield f"{key}: expected a number {condition.replace(', ', ' and ')}, got {value}."
 
 
@@ -68,14 +68,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _fulfils(value: float, condition: str) -> bool:
+def _meets_condition(value: float, condition: str) -> bool:
     parts = [part.split() for part in condition.split(", ")]
     return all(COMPARISONS[sign](value, float(bound)) for sign, bound in parts)
 
 
 def check_data(cfg: DictConfig) -> Iterator[str]:
     """Sources of data are lists of entries that name shards and nothing that training would ignore."""
-    data = resolved(cfg, "data")
+    data = resolve_key(cfg, "data")
     for name in ("train", "val"):
         entries = data.get(name) if isinstance(data, dict) else None
         if name == "train" and entries == []:
@@ -116,7 +116,7 @@ def _check_entry(path: str, entry: Any, known: tuple[str, ...]) -> Iterator[str]
     listed = ", ".join(known)
     for key in entry:
         if key not in known:
-            yield f"{path}.{key}: unknown key.{hint(key, known, path + '.')} Keys of an entry: {listed}."
+            yield f"{path}.{key}: unknown key.{did_you_mean(key, known, path + '.')} Keys of an entry: {listed}."
     if entry.get("shards") is None:
         yield f"{path}.shards is missing: name a folder of shards. Keys of an entry: {listed}."
     elif not isinstance(entry["shards"], (str, dict)):  # a dict is a component, which check_targets judges
@@ -129,9 +129,9 @@ def check_batch(cfg: DictConfig) -> Iterator[str]:
     if len(given) != 1:
         got = "both" if given else "neither"
         yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
-    elif given == ["tokens"] and not packed(cfg):
+    elif given == ["tokens"] and not packed_row_length(cfg):
         yield "batch.tokens: a token budget fills packed rows; set data.pack to their length, or give batch.samples."
-    if given == ["tokens"] and (group := (resolved(cfg, "data") or {}).get("group")):
+    if given == ["tokens"] and (group := (resolve_key(cfg, "data") or {}).get("group")):
         yield f"data.group: groups steps of batch.samples; with batch.tokens use null, got {group!r}."
     try:
         _check_dealing(cfg)
@@ -139,15 +139,15 @@ def check_batch(cfg: DictConfig) -> Iterator[str]:
         yield from error.problems
 
 
-def packed(cfg: DictConfig) -> Any:
+def packed_row_length(cfg: DictConfig) -> Any:
     """Tokens of a packed row; None: rows hold one sample."""
-    data = resolved(cfg, "data")
+    data = resolve_key(cfg, "data")
     return data.get("pack") if isinstance(data, dict) else None
 
 
-def ranks(cfg: DictConfig) -> int | None:
+def count_processes(cfg: DictConfig) -> int | None:
     """Processes that will train; None while that is not known."""
-    numbers = [resolved(cfg.launch, name) for name in ("devices", "nodes")]
+    numbers = [resolve_key(cfg.launch, name) for name in ("devices", "nodes")]
     if cfg.mode != "fit" or not all(isinstance(number, int) and number > 0 for number in numbers):
         return None
     return int(numbers[0] * numbers[1])
@@ -157,9 +157,9 @@ def _check_dealing(cfg: DictConfig) -> None:
     """The ranks can share the batch, by the rules of training."""
     from vlm_train.data.order.sample_plan import check_batch, check_tokens  # imports numpy
 
-    world = ranks(cfg)
-    samples, tokens, micro = (resolved(cfg.batch, name) for name in ("samples", "tokens", "micro"))
-    pack = packed(cfg)
+    world = count_processes(cfg)
+    samples, tokens, micro = (resolve_key(cfg.batch, name) for name in ("samples", "tokens", "micro"))
+    pack = packed_row_length(cfg)
     if world and isinstance(samples, int) and samples > 0:
         check_batch(samples, world)
     if world and all(isinstance(number, int) and number > 0 for number in (tokens, micro, pack)):
@@ -174,7 +174,7 @@ def check_length(cfg: DictConfig) -> Iterator[str]:
 
 def check_warmup(cfg: DictConfig) -> Iterator[str]:
     """The warm-up is given once."""
-    schedule = resolved(cfg, "lr_schedule")
+    schedule = resolve_key(cfg, "lr_schedule")
     steps, ratio = (
         schedule.get(f"warmup_{name}") if isinstance(schedule, dict) else None for name in ("steps", "ratio")
     )
@@ -190,11 +190,11 @@ def check_launch(cfg: DictConfig) -> Iterator[str]:
 
 def check_strategy(cfg: DictConfig) -> Iterator[str]:
     """The strategy fits the number of processes and the rest, and its package is there."""
-    strategy = resolved(cfg, "strategy")
+    strategy = resolve_key(cfg, "strategy")
     if not isinstance(strategy, dict):
         return
     kind, stage = str(strategy.get("_target_")).rpartition(".")[2], strategy.get("stage")
-    world = ranks(cfg)
+    world = count_processes(cfg)
     if kind == "Single" and world and world > 1:
         yield f"strategy: single trains on one device, but {world} processes are started. Use ddp, or a sharded one."
     if kind == "ZeRO" and cfg.mode == "fit" and not cfg.dry_run and find_spec("deepspeed") is None:

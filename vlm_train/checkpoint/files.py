@@ -54,10 +54,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return write_bytes(path, len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values()))
+    return write_bytes(path, len(text).to_bytes(8, "little"), text, *map(_tensor_bytes, tensors.values()))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a tensor, uncopied where it is contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
@@ -77,25 +77,25 @@ def write_bytes(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
     return {"bytes": total, "sha256": digest.hexdigest()}
 
 
-def partial(final: Path) -> Path:
+def partial_folder(final: Path) -> Path:
     """The temporary folder of a checkpoint."""
     return final.with_name(f".{final.name}.partial")
 
 
-def start(final: Path) -> None:
+def begin_checkpoint(final: Path) -> None:
     """An empty temporary folder for a checkpoint."""
-    shutil.rmtree(partial(final), ignore_errors=True)
-    partial(final).mkdir(parents=True)
+    shutil.rmtree(partial_folder(final), ignore_errors=True)
+    partial_folder(final).mkdir(parents=True)
 
 
-def complete(final: Path, files: Mapping[str, Any], step: int, facts: Mapping[str, Any]) -> None:
+def commit_checkpoint(final: Path, files: Mapping[str, Any], step: int, facts: Mapping[str, Any]) -> None:
     """Add the manifest of `files`, then give the folder its name; an old folder of that name gives way."""
     manifest = {"format": FORMAT, "step": step, **facts, "files": files, "torch": torch.__version__}
-    write_bytes(partial(final) / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_bytes(partial_folder(final) / MANIFEST, json.dumps(manifest, indent=1).encode())
     old = final.with_name(f".{final.name}.old")
     if final.exists():
         final.rename(old)
-    partial(final).rename(final)
+    partial_folder(final).rename(final)
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -109,36 +109,38 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def point(pointer: Path, name: str) -> None:
+def write_pointer(pointer: Path, name: str) -> None:
     """Let LATEST or BEST name a folder."""
     temporary = pointer.with_suffix(".partial")
     temporary.write_text(name + "\n", encoding="utf-8")
     os.replace(temporary, pointer)
 
 
-def named(pointer: Path) -> str:
+def read_pointer(pointer: Path) -> str:
     """The folder that LATEST or BEST names; empty without one."""
     return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
 
 
-def retain(root: Path, newest: str, *, keep_last: int, keep_best: int, keep_every: int | None, lower: bool) -> None:
+def prune_checkpoints(
+    root: Path, newest: str, *, keep_last: int, keep_best: int, keep_every: int | None, lower: bool
+) -> None:
     """Delete all checkpoints but the newest, the best by their manifest's `metric`, and those of every n-th step.
 
     Later ones than `newest`, damaged or left behind, do not count.
     """
     folders = sorted(folder for folder in root.glob("step-*") if folder.name <= newest)
     older = folders[: -max(keep_last, 1)]
-    kept = {named(root / "BEST")}
+    kept = {read_pointer(root / "BEST")}
     if keep_every:
         kept |= {folder.name for folder in older if int(folder.name.removeprefix("step-")) % keep_every == 0}
-    measured = [(value, folder.name) for folder in folders if older and (value := _metric(folder)) is not None]
+    measured = [(value, folder.name) for folder in folders if older and (value := _metric_of(folder)) is not None]
     kept |= {name for _, name in sorted(measured, reverse=not lower)[:keep_best]}
     for folder in older:
         if folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)  # the next time, then: the newest is written
 
 
-def _metric(folder: Path) -> float | None:
+def _metric_of(folder: Path) -> float | None:
     try:
         value = manifest_of(folder).get("metric")
     except CheckpointError:
@@ -146,7 +148,7 @@ def _metric(folder: Path) -> float | None:
     return None if value is None else float(value)
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The manifest of a complete, undamaged checkpoint. Raises `CheckpointError` saying what is wrong."""
     manifest = manifest_of(folder)
     for name, one in manifest["files"].items():
@@ -154,7 +156,7 @@ def verify(folder: Path) -> dict[str, Any]:
         size = path.stat().st_size if path.is_file() else None
         if size != one["bytes"]:
             raise CheckpointError(f"{path}: {size} bytes, the manifest says {one['bytes']}: the checkpoint is damaged")
-        if sha256(path) != one["sha256"]:
+        if hash_file(path) != one["sha256"]:
             raise CheckpointError(f"{path}: its SHA-256 differs from the manifest: the checkpoint is damaged")
     return manifest
 
@@ -172,7 +174,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return {**manifest, **typed, "files": files}
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_train.checkpoint.files import FORMAT, STATE, verify
+from vlm_train.checkpoint.files import FORMAT, STATE, verify_checkpoint
 from vlm_train.errors import CheckpointError
 from vlm_train.runs.folder import RunFolder
-from vlm_train.runs.rollback import rollbacks, stale
+from vlm_train.runs.rollback import is_stale, read_rollbacks
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Resume:
     def step(self) -> int:
         return int(self.manifest["step"])
 
-    def require(self, **facts: Any) -> None:
+    def require_same_data(self, **facts: Any) -> None:
         """Raises CheckpointError where the run's data or vocabulary are not those of the checkpoint."""
         for name, value in facts.items():
             if name in self.manifest and self.manifest[name] != value:
@@ -44,11 +44,11 @@ def newest_valid(root: Path) -> Resume | None:
 
     None if there never was one. Raises CheckpointError when there are checkpoints, but none is valid.
     """
-    problems, made = [], rollbacks(root.parent)
+    problems, made = [], read_rollbacks(root.parent)
     for folder in sorted(root.glob("step-*"), reverse=True):
         try:
-            found = Resume(folder, verify(folder))
-            if not stale(found.manifest, made):
+            found = Resume(folder, verify_checkpoint(folder))
+            if not is_stale(found.manifest, made):
                 return found
             problems.append(f"{folder}: taken back by a rollback")
         except CheckpointError as error:
@@ -78,7 +78,7 @@ def find_resume(resume: str, folder: Path, run_id: str) -> Resume | None:
         return None
     if resume != "auto" and RunFolder(resume).checkpoints.is_dir():
         raise CheckpointError(f"resume: {resume} is a run; give one of its checkpoints, {resume}/checkpoints/step-...")
-    found = newest_valid(root) if resume == "auto" else Resume(Path(resume), verify(Path(resume)))
+    found = newest_valid(root) if resume == "auto" else Resume(Path(resume), verify_checkpoint(Path(resume)))
     if found is None:
         return None
     if found.manifest["run_id"] != run_id:

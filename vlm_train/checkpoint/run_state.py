@@ -76,18 +76,18 @@ def restore_run(trainer: Any, resumed: Resume) -> None:
 
 def collect_counts(module: Any) -> dict[str, Any]:
     """The sums since the last log line, bad samples, the guard. A collective: every rank calls it."""
-    return module.meter.state() | {
-        "bad": module.bad.state(module.over_ranks(dict(module.bad.kinds))),
-        "guard": module.guard.state(),
+    return module.meter.export_state() | {
+        "bad": module.bad.export_state(module.over_ranks(dict(module.bad.kinds))),
+        "guard": module.guard.export_state(),
     }
 
 
 def restore_counts(module: Any, held: Mapping[str, Any]) -> None:
     """Go on with what `collect_counts` gave: rank 0 takes the sums of all ranks."""
-    module.bad.load(held["bad"], first_rank=module.global_rank == 0)
-    module.guard.load(held["guard"])
+    module.bad.load_state(held["bad"], first_rank=module.global_rank == 0)
+    module.guard.load_state(held["guard"])
     if module.global_rank == 0:
-        module.meter.load(held, module.device)
+        module.meter.load_state(held, module.device)
 
 
 def _parts(trainer: Any) -> list[Any]:

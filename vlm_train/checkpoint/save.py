@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_train.checkpoint import files
 from vlm_train.checkpoint.run_state import collect_run_state
-from vlm_train.checkpoint.state import owned
+from vlm_train.checkpoint.state import collect_owned
 from vlm_train.errors import CheckpointError
 
 PATIENCE = 300.0
@@ -57,7 +57,7 @@ class _Job:
     thread: threading.Thread | None = None
 
 
-def _size(part: dict[str, Tensor] | bytes) -> int:
+def _content_size(part: dict[str, Tensor] | bytes) -> int:
     """Bytes of a file's content."""
     return len(part) if isinstance(part, bytes) else sum(tensor.nbytes for tensor in part.values())
 
@@ -80,7 +80,7 @@ class Writer:
         self.failures = 0
         self.copies: dict[str, Tensor] = {}
 
-    def save(
+    def save_checkpoint(
         self, trainer: Any, *, step: int, facts: Mapping[str, Any], best: bool, must: bool = False, rewrite: bool = True
     ) -> None:
         """Write the checkpoint of an optimizer step, point LATEST (and BEST) at it, drop old ones.
@@ -90,58 +90,60 @@ class Writer:
             must: wait for it, and raise CheckpointError when it fails.
             rewrite: replace a folder of this step that is there already; False: it is known to be good.
         """
-        self.finish()
+        self.wait_for_save()
         final = self.root / f"step-{step:08d}"
         if not rewrite and trainer.strategy.broadcast(final.is_dir()):
             if trainer.is_global_zero:
-                self._publish(final, best)
+                self._update_pointers(final, best)
             return
-        error = self._start(trainer, final)
+        error = self._begin_save(trainer, final)
         if error is None:
-            self.job = self._collect(trainer, final, step, dict(facts), best)
+            self.job = self._collect_state(trainer, final, step, dict(facts), best)
             if self.background and not must:
-                self.job.thread = threading.Thread(target=self._write, args=(self.job,), daemon=True)
+                self.job.thread = threading.Thread(target=self._write_job, args=(self.job,), daemon=True)
                 self.job.thread.start()
                 return
             self._write_parts(self.job)
-            error = self._agree(self.job)
+            error = self._agree_on_result(self.job)
             self.job = None
-        self._judge(final, error, must)
+        self._raise_failure(final, error, must)
 
-    def finish(self, *, must: bool = False) -> None:
+    def wait_for_save(self, *, must: bool = False) -> None:
         """Wait for what is being written. Every rank calls it."""
         if self.job is None:
             return
         job, self.job = self.job, None
         job.written.wait()
-        self._judge(job.final, self._agree(job), must)
+        self._raise_failure(job.final, self._agree_on_result(job), must)
 
-    def abandon(self) -> None:
+    def abandon_save(self) -> None:
         """Give what is being written time to end, without the other ranks: one of them may be gone."""
         if self.job is not None and self.job.thread is not None:
             self.job.thread.join(PATIENCE)
 
-    def _start(self, trainer: Any, final: Path) -> str | None:
+    def _begin_save(self, trainer: Any, final: Path) -> str | None:
         """Make room on rank 0. Returns what is wrong, on every rank."""
         error = None
         if trainer.is_global_zero:
             try:
-                files.start(final)
+                files.begin_checkpoint(final)
             except OSError as raised:
                 error = str(raised)
         return trainer.strategy.broadcast(error)
 
-    def _collect(self, trainer: Any, final: Path, step: int, facts: dict[str, Any], best: bool) -> _Job:
+    def _collect_state(self, trainer: Any, final: Path, step: int, facts: dict[str, Any], best: bool) -> _Job:
         """This rank's part, on the CPU; copied if training goes on meanwhile."""
         strategy, named = trainer.strategy, trainer.lightning_module.policy.named
         world, rank = trainer.world_size, trainer.global_rank
         state = collect_run_state(trainer)
         parts: dict[str, dict[str, Tensor] | bytes] = {}
-        pieces = {name: self._take(name, tensor) for name, tensor in owned(strategy.pieces(named)).items()}
+        pieces = {
+            name: self._copy_tensor(name, tensor) for name, tensor in collect_owned(strategy.pieces(named)).items()
+        }
         whole = {}
         for name, tensor in strategy.whole(named):
             if rank == 0:
-                whole[name] = self._take(name, tensor)
+                whole[name] = self._copy_tensor(name, tensor)
         if pieces:
             parts[files.optimizer_file(rank, world)] = pieces
         if rank == 0:
@@ -150,7 +152,7 @@ class Writer:
             facts["learned"] = {name: list(tensor.shape) for name, tensor in whole.items()}
         return _Job(final, step, facts, best, parts, world, rank)
 
-    def _take(self, name: str, tensor: Tensor) -> Tensor:
+    def _copy_tensor(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         if not self.background:
             return tensor.cpu()
@@ -159,20 +161,20 @@ class Writer:
             held = self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return held.copy_(tensor)
 
-    def _write(self, job: _Job) -> None:
+    def _write_job(self, job: _Job) -> None:
         """In the background: this rank's part, and on rank 0 the rest when all parts are there."""
         self._write_parts(job)
         if job.rank == 0 and job.error is None:
             try:
-                self._complete(job, self._wait_for_parts(job))
+                self._commit_save(job, self._wait_for_parts(job))
             except Exception as error:
                 job.error = error
 
     def _write_parts(self, job: _Job) -> None:
         """Files, then a list of them that says that they are whole."""
-        folder = files.partial(job.final)
+        folder = files.partial_folder(job.final)
         try:
-            need = sum(map(_size, job.parts.values()))
+            need = sum(map(_content_size, job.parts.values()))
             free = shutil.disk_usage(folder).free
             if free < need:
                 raise OSError(f"{need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
@@ -192,7 +194,7 @@ class Writer:
         """The files of all ranks, with bytes and hashes."""
         found: dict[str, Any] = {}
         for rank in range(job.world):
-            listed = files.partial(job.final) / f".part-{rank}.json"
+            listed = files.partial_folder(job.final) / f".part-{rank}.json"
             while not listed.is_file():
                 if job.others_failed.wait(0.05):
                     raise OSError(f"rank {rank} could not write its part")
@@ -200,7 +202,7 @@ class Writer:
             listed.unlink()
         return dict(sorted(found.items()))
 
-    def _agree(self, job: _Job) -> str | None:
+    def _agree_on_result(self, job: _Job) -> str | None:
         """What went wrong on any rank, after which rank 0 gives the folder its name."""
         bad = self.agree({"failed": float(job.error is not None)})["failed"]
         if bad:
@@ -209,32 +211,32 @@ class Writer:
             job.thread.join()
         elif job.rank == 0 and not bad:
             try:
-                self._complete(job, self._wait_for_parts(job))
+                self._commit_save(job, self._wait_for_parts(job))
             except Exception as error:
                 job.error = error
         failed = bad or self.agree({"failed": float(job.error is not None)})["failed"]
         return str(job.error or "another rank could not write its part") if failed else None
 
-    def _complete(self, job: _Job, found: dict[str, Any]) -> None:
-        files.complete(job.final, found, job.step, job.facts)
-        self._publish(job.final, job.best)
+    def _commit_save(self, job: _Job, found: dict[str, Any]) -> None:
+        files.commit_checkpoint(job.final, found, job.step, job.facts)
+        self._update_pointers(job.final, job.best)
 
-    def _publish(self, final: Path, best: bool) -> None:
-        files.point(self.root / "LATEST", final.name)
+    def _update_pointers(self, final: Path, best: bool) -> None:
+        files.write_pointer(self.root / "LATEST", final.name)
         if best:
-            files.point(self.root / "BEST", final.name)
+            files.write_pointer(self.root / "BEST", final.name)
         keep = self.keep
-        files.retain(
+        files.prune_checkpoints(
             self.root, final.name, keep_last=keep.last, keep_best=keep.best, keep_every=keep.every, lower=keep.lower
         )
 
-    def _judge(self, final: Path, error: str | None, must: bool) -> None:
+    def _raise_failure(self, final: Path, error: str | None, must: bool) -> None:
         """Raise CheckpointError, on every rank, for a failure that is not borne."""
         if error is None:
             self.failures = 0
             return
         self.failures += 1
-        shutil.rmtree(files.partial(final), ignore_errors=True)
+        shutil.rmtree(files.partial_folder(final), ignore_errors=True)
         said = f"{final}: cannot be written: {error}. Earlier checkpoints are intact"
         if must or self.failures > 1:
             raise CheckpointError(f"{said}: make room, then the same command goes on from the newest.")

@@ -19,14 +19,14 @@ from vlm_train.errors import CheckpointError
 _KEY = re.compile(r"(.+)\|([^|]+)\|(\d+)")
 
 
-def key(piece: Piece) -> str:
+def piece_key(piece: Piece) -> str:
     """Under which a piece is written: parameter | kind | first element."""
     return f"{piece.name}|{piece.kind}|{piece.start}"
 
 
-def owned(pieces: Iterator[Piece]) -> dict[str, Tensor]:
+def collect_owned(pieces: Iterator[Piece]) -> dict[str, Tensor]:
     """What this process writes."""
-    return {key(one): one.tensor[0] if one.single else one.tensor for one in pieces if one.owned}
+    return {piece_key(one): one.tensor[0] if one.single else one.tensor for one in pieces if one.owned}
 
 
 def restore_pieces(strategy: Any, named: dict[str, nn.Parameter], folder: Path) -> None:
@@ -37,9 +37,9 @@ def restore_pieces(strategy: Any, named: dict[str, nn.Parameter], folder: Path) 
     """
     with ExitStack() as stack:
         reader = _Reader(folder, stack)
-        strategy.allocate(reader.kinds)
+        strategy.allocate_state(reader.kinds)
         for piece in strategy.pieces(named):
-            reader.fill(piece)
+            reader.fill_piece(piece)
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,27 @@ class _Reader:
                 if (found := _KEY.fullmatch(name)) is None:
                     raise CheckpointError(f"{path}: {name!r} is no piece of ours: <parameter>|<kind>|<first element>")
                 parameter, kind, start = found.groups()
-                self._add(file, name, (parameter, kind), int(start))
+                self._add_stored(file, name, (parameter, kind), int(start))
                 single = not file.get_slice(name).get_shape()  # so is every state of a parameter without dimensions
                 self.kinds[kind] = single and self.kinds.get(kind, True)
         file = stack.enter_context(safe_open(folder / WEIGHTS, "pt"))
         for name in file.keys():  # noqa: SIM118
-            self._add(file, name, (name, WEIGHT), 0)
+            self._add_stored(file, name, (name, WEIGHT), 0)
 
-    def _add(self, file: Any, name: str, of: tuple[str, str], start: int) -> None:
+    def _add_stored(self, file: Any, name: str, of: tuple[str, str], start: int) -> None:
         shape = tuple(file.get_slice(name).get_shape())
         size = 1
         for length in shape:
             size *= length
         self.stored.setdefault(of, []).append(_Stored(file, name, shape, start, size))
 
-    def fill(self, piece: Piece) -> None:
+    def fill_piece(self, piece: Piece) -> None:
         """Copy what overlaps from everything that is stored of it."""
         end, filled = piece.start + len(piece.tensor), 0
         for one in self.stored.get((piece.name, piece.kind), ()):
             first, last = max(piece.start, one.start), min(end, one.start + one.size)
             if first < last:
-                values = _read(one, first - one.start, last - one.start)
+                values = _read_elements(one, first - one.start, last - one.start)
                 piece.tensor[first - piece.start : last - piece.start].copy_(values)
                 filled += last - first
         if filled != len(piece.tensor):
@@ -97,7 +97,7 @@ class _Reader:
             )
 
 
-def _read(one: _Stored, first: int, last: int) -> Tensor:
+def _read_elements(one: _Stored, first: int, last: int) -> Tensor:
     """Elements first .. last of a stored piece, of a tensor with several dimensions only the rows they lie in."""
     if len(one.shape) < 2:
         tensor: Tensor = (

@@ -14,29 +14,29 @@ from torch import nn
 from vlm_train.checkpoint.files import (
     MANIFEST,
     WEIGHTS,
-    complete,
+    begin_checkpoint,
+    commit_checkpoint,
+    hash_file,
     manifest_of,
-    partial,
-    point,
-    sha256,
-    start,
-    verify,
+    partial_folder,
+    verify_checkpoint,
+    write_pointer,
     write_tensors,
 )
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.errors import CheckpointError
 from vlm_train.models.adapters.lora import base_names
-from vlm_train.models.adapters.quantize import assign, full_shape
+from vlm_train.models.adapters.quantize import assign_values, full_shape
 from vlm_train.runs.folder import RunFolder
 
 
 def save_weights(root: Path, weights: Mapping[str, torch.Tensor], *, run_id: str, step: int = 0) -> Path:
     """A checkpoint of weights alone, for weights not trained here. Runs can start from it, none resumes it."""
     final = root / f"step-{step:08d}"
-    start(final)
-    files = {WEIGHTS: write_tensors(partial(final) / WEIGHTS, weights)}
-    complete(final, files, step, {"run_id": run_id, "frozen": []})
-    point(root / "LATEST", final.name)
+    begin_checkpoint(final)
+    files = {WEIGHTS: write_tensors(partial_folder(final) / WEIGHTS, weights)}
+    commit_checkpoint(final, files, step, {"run_id": run_id, "frozen": []})
+    write_pointer(root / "LATEST", final.name)
     return final
 
 
@@ -54,7 +54,7 @@ def weights_file(run: str | Path, which: str = "last") -> Path:
         if not pointer.is_file():
             raise CheckpointError(f"{path}: has no finished checkpoint ({pointer.name} is missing)")
         path = root / pointer.read_text(encoding="utf-8").strip()
-    verify(path)
+    verify_checkpoint(path)
     return path / WEIGHTS
 
 
@@ -66,19 +66,19 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
     Raises:
         CheckpointError: a tensor that only one of file and model has, or of another shape, or nothing of a part.
     """
-    tensors = _read(file)
+    tensors = _read_weights(file)
     if parts is not None:
-        absent = [part for part in parts if not any(within(name, [part]) for name in tensors)]
+        absent = [part for part in parts if not any(is_in_parts(name, [part]) for name in tensors)]
         if absent:
             held = ", ".join(sorted({name.split(".", 1)[0] for name in tensors}))
             raise CheckpointError(f"init_from: {file} holds no {', '.join(absent)}; it holds {held}")
-        tensors = {n: t for n, t in tensors.items() if within(n, parts)}
+        tensors = {n: t for n, t in tensors.items() if is_in_parts(n, parts)}
     own, adapted = dict(model.named_parameters()), base_names(model)
     tensors = {adapted.get(n, n): t for n, t in tensors.items()}
-    declared = {adapted.get(n, n) for n in _frozen(file)}
+    declared = {adapted.get(n, n) for n in _frozen_names(file)}
     if not any(".lora_" in n for n in tensors):  # of a model without adapters: they start here
         declared |= {n for n in own if ".lora_" in n}
-    expected = [n for n in own if (parts is None or within(n, parts)) and n not in declared]
+    expected = [n for n in own if (parts is None or is_in_parts(n, parts)) and n not in declared]
     problems = [f"{n}: not in the model" for n in tensors if n not in own]
     problems += [f"{n}: not in the file" for n in expected if n not in tensors]
     problems += [
@@ -89,28 +89,28 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
     if problems:
         raise CheckpointError(f"{file} does not fit the model: " + "; ".join(problems[:5]))
     for name, tensor in tensors.items():
-        assign(model, name, tensor)
+        assign_values(model, name, tensor)
     return len(tensors)
 
 
-def within(name: str, parts: Sequence[str]) -> bool:
+def is_in_parts(name: str, parts: Sequence[str]) -> bool:
     """Whether a parameter belongs to one of `parts`: vision, connector.qformer ..."""
     return any(name.startswith(part + ".") for part in parts)
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
 
 
-def _frozen(file: Path) -> set[str]:
+def _frozen_names(file: Path) -> set[str]:
     """The parameters that the run of this checkpoint kept as it found them; none for a bare file."""
     return set(manifest_of(file.parent)["frozen"]) if (file.parent / MANIFEST).is_file() else set()
 
 
-def hand_over(model: nn.Module, init_from: Sequence[Any]) -> list[str]:
+def load_init_from(model: nn.Module, init_from: Sequence[Any]) -> list[str]:
     """Load the weights that `init_from` names, in order. Returns their SHA-256, which the run's checkpoints keep."""
     digests = []
     for one in init_from:
@@ -118,7 +118,7 @@ def hand_over(model: nn.Module, init_from: Sequence[Any]) -> list[str]:
         count = load_weights(model, file, one.parts)
         print(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})", flush=True)
         known = manifest_of(file.parent)["files"][file.name]["sha256"] if (file.parent / MANIFEST).is_file() else None
-        digests.append(known or sha256(file))
+        digests.append(known or hash_file(file))
     return digests
 
 
@@ -129,5 +129,5 @@ def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, whic
         CheckpointError: damaged, or it did not start from what `init_from` holds now.
     """
     file = weights_file(run, which)
-    Resume(file.parent, manifest_of(file.parent)).require(init_from=hand_over(model, init_from))
+    Resume(file.parent, manifest_of(file.parent)).require_same_data(init_from=load_init_from(model, init_from))
     load_weights(model, file)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlm_train.config.folders import config_dir, find_recipe, recipes_dir
 from vlm_train.config.schema import Root
-from vlm_train.config.size import finish
+from vlm_train.config.size import finish_config
 from vlm_train.errors import ConfigError
 
 CONFIG_NAME = "config"
@@ -40,7 +40,7 @@ class RecipesOnSearchPath(SearchPathPlugin):
         search_path.append("vlm_train", f"file://{recipes_dir()}")
 
 
-def register() -> None:
+def register_schema() -> None:
     """Tells Hydra about the typed root and the recipes. Calling it again changes nothing."""
     ConfigStore.instance().store(name="schema", node=Root, provider="vlm_train")
     Plugins.instance().register(RecipesOnSearchPath)
@@ -49,7 +49,7 @@ def register() -> None:
 @contextmanager
 def hydra_session(config_dirs: Iterable[str | Path] = ()) -> Iterator[list[str]]:
     """Hydra set up for our folders, also inside a job of a multirun. Yields the overrides that add `config_dirs`."""
-    register()
+    register_schema()
     folders = ",".join(f'"file://{Path(folder).absolute()}"' for folder in config_dirs)
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -60,7 +60,7 @@ def hydra_session(config_dirs: Iterable[str | Path] = ()) -> Iterator[list[str]]
         GlobalHydra.instance().hydra = outer
 
 
-def compose(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = ()) -> DictConfig:
+def compose_config(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = ()) -> DictConfig:
     """Composes the configuration of a command line, in process. Unknown keys stay errors (struct mode).
 
     `config_dirs` are further folders to search, as `--config-dir` adds them. Raises Hydra's own errors.
@@ -73,7 +73,7 @@ def compose(overrides: Iterable[str] = (), config_dirs: Iterable[str | Path] = (
         check_recipe(str(choices["recipe"]), cfg, config_dirs)
     with open_dict(cfg):
         del cfg["hydra"]
-    return finish(cfg, choices, overrides)
+    return finish_config(cfg, choices, overrides)
 
 
 def check_recipe(name: str, cfg: DictConfig, config_dirs: Iterable[str | Path]) -> None:
@@ -113,16 +113,16 @@ def composition_errors() -> Iterator[None]:
         raise ConfigCompositionException(GROUP_WITHOUT_OPTION) from error
 
 
-def tiny(*overrides: str) -> DictConfig:
+def compose_tiny(*overrides: str) -> DictConfig:
     """Any recipe small enough for a CPU: `tiny("recipe=llava15_stage1")`."""
-    return compose([*overrides, "size=tiny"])
+    return compose_config([*overrides, "size=tiny"])
 
 
 def run_hydra(argv: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
     """Lets Hydra answer: help, composed configuration, and `job` for each job of a multirun."""
     import hydra as framework
 
-    register()
+    register_schema()
     saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them; we print

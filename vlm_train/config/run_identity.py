@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config.resolve import resolved
+from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import MODEL_PARTS, Paths
 
 TRAINING_KEYS = (
@@ -34,7 +34,7 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
     cfg = cfg.copy()
     for name in Paths.__dataclass_fields__:
         cfg.paths[name] = name
-    plain = {key: resolved(cfg, key) for key in TRAINING_KEYS}
+    plain = {key: resolve_key(cfg, key) for key in TRAINING_KEYS}
     if plain["reference"]["model"] is None:  # runs of before this key keep their ids
         del plain["reference"]
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches

@@ -45,15 +45,15 @@ class UnknownTarget(LookupError):
     """A `_target_` that names nothing, with a hint at what was meant."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def find_nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` most likely stands for."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
-def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """` Did you mean x?`, or nothing."""
-    near = nearest(name, known)
+    near = find_nearest(name, known)
     return f" Did you mean {prefix}{near}?" if near else ""
 
 
@@ -63,7 +63,7 @@ def is_ours(target: str) -> bool:
 
 
 @cache
-def _module(name: str) -> Any:
+def _parse_module(name: str) -> Any:
     """The parsed source of one of our modules, alone: reading whole packages would take a second."""
     import griffe
 
@@ -72,21 +72,25 @@ def _module(name: str) -> Any:
     return griffe.visit(name, filepath=path, code=path.read_text(encoding="utf-8"))
 
 
-def find(target: str) -> Any:
+def find_target(target: str) -> Any:
     """The class, function or value that a dotted path names, imports followed. Raises UnknownTarget."""
     where, _, name = target.rpartition(".")
     if not _is_module(where):
         package, _, missing = where.rpartition(".")
-        raise UnknownTarget(f"{package} has no '{missing}'.{hint(missing, _submodules(package), package + '.')}")
-    members = _module(where).members
+        raise UnknownTarget(
+            f"{package} has no '{missing}'.{did_you_mean(missing, _list_submodules(package), package + '.')}"
+        )
+    members = _parse_module(where).read_members
     if name not in members:
         names = [known for known, member in members.items() if not known.startswith("_") and not member.is_alias]
-        raise UnknownTarget(f"{where} has no '{name}'.{hint(name, [*names, *_submodules(where)], where + '.')}")
+        raise UnknownTarget(
+            f"{where} has no '{name}'.{did_you_mean(name, [*names, *_list_submodules(where)], where + '.')}"
+        )
     found = members[name]
-    return find(found.target_path) if found.is_alias and is_ours(found.target_path) else found
+    return find_target(found.target_path) if found.is_alias and is_ours(found.target_path) else found
 
 
-def _submodules(package: str) -> list[str]:
+def _list_submodules(package: str) -> list[str]:
     folder = ROOT / Path(*package.split("."))
     return [path.stem for path in folder.iterdir() if _is_module(f"{package}.{path.stem}")] if folder.is_dir() else []
 
@@ -101,11 +105,11 @@ def read_signature(target: str) -> Signature:
     """The signature of one of our own targets, from its source. Raises UnknownTarget."""
     import griffe
 
-    found = find(target)
+    found = find_target(target)
     if found.is_alias or not (found.is_class or found.is_function):
         raise UnknownTarget(f"{target} is neither a class nor a function of ours.")
     variadic = (griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword)
-    listed = [p for p in _parameters(found) if p.name not in ("self", "cls")]
+    listed = [p for p in _list_parameters(found) if p.name not in ("self", "cls")]
     return Signature(
         {
             p.name: Parameter(
@@ -122,42 +126,42 @@ def read_signature(target: str) -> Signature:
     )
 
 
-def _parameters(found: Any) -> list[Any]:
+def _list_parameters(found: Any) -> list[Any]:
     """Arguments of a function, or of the constructor of a class: its own, its dataclass's, or a base's."""
     if found.is_function:
         return list(found.parameters)
-    if "__init__" in found.members:
-        return list(found.members["__init__"].parameters)
+    if "__init__" in found.read_members:
+        return list(found.read_members["__init__"].parameters)
     if any(decorator.callable_path == "dataclasses.dataclass" for decorator in found.decorators):
-        return _fields(found)
+        return _dataclass_fields(found)
     for base in found.bases:
         path = base if isinstance(base, str) else base.canonical_path
         if is_ours(path):
-            return _parameters(find(path))
+            return _list_parameters(find_target(path))
     return []
 
 
-def _fields(found: Any) -> list[Any]:
+def _dataclass_fields(found: Any) -> list[Any]:
     """The fields of a dataclass as arguments."""
     import griffe
 
     keyword = griffe.ParameterKind.positional_or_keyword
-    fields = [member for member in found.members.values() if member.is_attribute and member.annotation is not None]
+    fields = [member for member in found.read_members.values() if member.is_attribute and member.annotation is not None]
     return [griffe.Parameter(f.name, annotation=f.annotation, kind=keyword, default=f.value) for f in fields]
 
 
 def _aliases_of(module: Any) -> Aliases:
     """Type aliases of a module, such as `Mode = Literal["pad", "crop"]`."""
 
-    def alias(name: str) -> str | None:
-        member = module.members.get(name)
+    def alias_value(name: str) -> str | None:
+        member = module.read_members.get(name)
         if member is not None and member.is_alias and is_ours(member.target_path):
-            member = find(member.target_path)
+            member = find_target(member.target_path)
         if member is None or member.is_alias or not member.is_attribute or member.value is None:
             return None
         return str(member.value)
 
-    return alias
+    return alias_value
 
 
 def import_target(target: str) -> Any:
@@ -177,7 +181,7 @@ def import_target(target: str) -> Any:
         if inspect.ismodule(outer):
             raise UnknownTarget(f"{path} is no module of its own: name {outer.__name__}.{name}.") from None
     if not hasattr(outer, name):
-        raise UnknownTarget(f"{path} has no '{name}'.{hint(name, dir(outer), path + '.')}")
+        raise UnknownTarget(f"{path} has no '{name}'.{did_you_mean(name, dir(outer), path + '.')}")
     found = getattr(outer, name)
     if inspect.ismodule(found) or _locate(target) is not found:  # what Hydra is going to call
         raise UnknownTarget(f"{target} is a module, or hidden by something else of that name.")
@@ -197,55 +201,55 @@ def import_signature(target: str) -> Signature:
     )
 
 
-def fits(value: Any, annotation: str, aliases: Aliases = lambda name: None) -> bool:
+def fits_annotation(value: Any, annotation: str, aliases: Aliases = lambda name: None) -> bool:
     """Whether a YAML value fits an annotation. What cannot be judged (classes, type variables) fits."""
     try:
         node = ast.parse(annotation, mode="eval").body
     except SyntaxError:
         return True
-    return _fits(value, node, aliases)
+    return _fits_node(value, node, aliases)
 
 
-def _fits(value: Any, node: ast.expr, aliases: Aliases) -> bool:
+def _fits_node(value: Any, node: ast.expr, aliases: Aliases) -> bool:
     if isinstance(value, dict) and "_target_" in value:
         return True
     if isinstance(node, ast.Constant):
-        return value is None if node.value is None else fits(value, str(node.value), aliases)
+        return value is None if node.value is None else fits_annotation(value, str(node.value), aliases)
     if isinstance(node, ast.BinOp):
-        return _fits(value, node.left, aliases) or _fits(value, node.right, aliases)
+        return _fits_node(value, node.left, aliases) or _fits_node(value, node.right, aliases)
     if isinstance(node, ast.Subscript):
-        return _fits_generic(value, _name(node.value), _arguments(node.slice), aliases)
-    name = _name(node)
+        return _fits_generic(value, _name_of(node.value), _type_arguments(node.slice), aliases)
+    name = _name_of(node)
     if name in _SIMPLE:
         return _SIMPLE[name](value)
     meaning = aliases(name)
-    return True if meaning is None else fits(value, meaning, aliases)
+    return True if meaning is None else fits_annotation(value, meaning, aliases)
 
 
 def _fits_generic(value: Any, name: str, arguments: list[ast.expr], aliases: Aliases) -> bool:
     if name == "Optional":
-        return value is None or _fits(value, arguments[0], aliases)
+        return value is None or _fits_node(value, arguments[0], aliases)
     if name == "Union":
-        return any(_fits(value, argument, aliases) for argument in arguments)
+        return any(_fits_node(value, argument, aliases) for argument in arguments)
     if name == "Literal":
         return any(value == ast.literal_eval(a) and type(value) is type(ast.literal_eval(a)) for a in arguments)
     if name in ("list", "List", "Sequence", "Iterable", "set", "frozenset"):
-        return isinstance(value, list) and all(_fits(item, arguments[0], aliases) for item in value)
+        return isinstance(value, list) and all(_fits_node(item, arguments[0], aliases) for item in value)
     if name in ("tuple", "Tuple"):
         if len(arguments) == 2 and isinstance(arguments[1], ast.Constant) and arguments[1].value is ...:
-            return isinstance(value, list) and all(_fits(item, arguments[0], aliases) for item in value)
+            return isinstance(value, list) and all(_fits_node(item, arguments[0], aliases) for item in value)
         same_length = isinstance(value, list) and len(value) == len(arguments)
-        return same_length and all(_fits(item, a, aliases) for item, a in zip(value, arguments, strict=True))
+        return same_length and all(_fits_node(item, a, aliases) for item, a in zip(value, arguments, strict=True))
     if name in ("dict", "Dict", "Mapping", "MutableMapping"):
-        return isinstance(value, dict) and all(_fits(item, arguments[-1], aliases) for item in value.values())
+        return isinstance(value, dict) and all(_fits_node(item, arguments[-1], aliases) for item in value.values())
     return True
 
 
-def _name(node: ast.expr) -> str:
+def _name_of(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def _arguments(node: ast.expr) -> list[ast.expr]:
+def _type_arguments(node: ast.expr) -> list[ast.expr]:
     return list(node.elts) if isinstance(node, ast.Tuple) else [node]
 
 

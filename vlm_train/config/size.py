@@ -96,7 +96,7 @@ def _put_back(cfg: DictConfig, group: str, override: Override) -> None:
         raise ConfigError(f"{key}: {group} has no such option under size=tiny. Options: {known}.")
 
 
-def finish(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str] = ()) -> DictConfig:
+def finish_config(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str] = ()) -> DictConfig:
     """Names the configuration after its recipe, makes its parts small under `size=tiny`, and pins its folders to the
     directory the command was started in."""
     blocks = take_blocks(cfg)

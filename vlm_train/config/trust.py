@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config.resolve import resolved
+from vlm_train.config.resolve import resolve_key
 from vlm_train.config.signatures import import_target, is_ours
 
 OUR_TARGETS = (
@@ -31,30 +31,30 @@ UNSAFE_KEYS = {"trust_remote_code": False, "weights_only": True}
 """Arguments that would let downloaded files run code, and the only value that they may have."""
 
 
-def components(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def iterate_components(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every node with a `_target_`: its dotted path, its top-level group and its resolved content."""
-    for path, node in nodes(cfg):
+    for path, node in iterate_nodes(cfg):
         if "_target_" in node:
             yield path, path.partition(".")[0], node
 
 
-def nodes(cfg: DictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def iterate_nodes(cfg: DictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every mapping below the root: its dotted path and its resolved content."""
     for group in map(str, cfg):
-        yield from _nodes(group, resolved(cfg, group))
+        yield from _iterate_below(group, resolve_key(cfg, group))
 
 
-def _nodes(path: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iterate_below(path: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(value, dict):
         yield path, value
         for key, inner in value.items():
-            yield from _nodes(f"{path}.{key}", inner)
+            yield from _iterate_below(f"{path}.{key}", inner)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _nodes(f"{path}.{index}", inner)
+            yield from _iterate_below(f"{path}.{index}", inner)
 
 
-def untrusted(target: Any, allow_targets: list[str]) -> str | None:
+def reason_not_trusted(target: Any, allow_targets: list[str]) -> str | None:
     """Why the name of a target is not trusted, or None."""
     trusted = (*OUR_TARGETS, *FOREIGN_TARGETS, *allow_targets)
     if not isinstance(target, str) or not target.startswith(trusted) or target.startswith(REFUSED):
@@ -85,7 +85,7 @@ def untrusted_object(target: str, allow_targets: list[str]) -> str | None:
 
 def check_unsafe_keys(cfg: DictConfig) -> Iterator[str]:
     """No argument lets a downloaded file run code."""
-    for path, node in nodes(cfg):
+    for path, node in iterate_nodes(cfg):
         for key, safe in UNSAFE_KEYS.items():
             if node.get(key) not in (None, safe):
                 yield f"{path}.{key}: got {node[key]!r}. Allowed: {safe}, so that no downloaded file runs code."

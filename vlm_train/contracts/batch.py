@@ -137,7 +137,7 @@ class Problem:
     key: str = ""
 
     @classmethod
-    def of(cls, error: BadSample) -> Problem:
+    def from_error(cls, error: BadSample) -> Problem:
         """The problem that an error tells."""
         return cls(str(error), error.kind, error.shard, error.key)
 
@@ -196,7 +196,7 @@ class Batch:
         return map_tensors(self, lambda t: t.pin_memory())
 
 
-def pairs_in(batch: Batch, text: str = "llm") -> int:
+def count_pairs(batch: Batch, text: str = "llm") -> int:
     """Number of image-text pairs. Raises `BatchError` unless every text of the stream `text` has one image view."""
     texts, pairs, views = len(batch.text[text].ids), len(batch.media.row), batch.media.inputs["vision"].real
     if views != pairs or (pairs and pairs != texts):  # without pairs, a row of padding

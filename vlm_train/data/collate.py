@@ -45,7 +45,7 @@ class Item:
     weight: float = 1.0
 
 
-def collate(
+def collate_rows(
     rows: Sequence[Sequence[Item]],
     plans: Mapping[str, ImagePlan],
     *,
@@ -70,10 +70,10 @@ def collate(
                 f"collate: sample {item.rendered.key!r} has the streams {', '.join(item.rendered.streams)}, but "
                 f"{items[0].rendered.key!r} has {', '.join(names)}; all samples of a batch need the same"
             )
-    shelf = _shelve(items)
+    shelf = _index_media(items)
     return Batch(
-        text={name: _stream(rows, name, shelf, normalise, left) for name in names},
-        media=_media(rows, items, shelf, plans),
+        text={name: _collate_stream(rows, name, shelf, normalise, left) for name in names},
+        media=_collate_media(rows, items, shelf, plans),
         window=window,
         sources=tuple(tuple(item.source for item in row) for row in rows) or ((),),
         keys=tuple(tuple(item.rendered.key for item in row) for row in rows) or ((),),
@@ -83,7 +83,7 @@ def collate(
 
 def collate_prompts(items: Sequence[tuple[Rendered, MediaViews]], plans: Mapping[str, ImagePlan]) -> Batch:
     """A batch of generation prompts, padded on the left."""
-    return collate([[Item(rendered, views)] for rendered, views in items], plans, left=True)
+    return collate_rows([[Item(rendered, views)] for rendered, views in items], plans, left=True)
 
 
 def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
@@ -106,7 +106,7 @@ class _Shelf:
     starts: np.ndarray
 
 
-def _shelve(items: Sequence[Item]) -> _Shelf:
+def _index_media(items: Sequence[Item]) -> _Shelf:
     """Number the media that the model is given, and count their features as the slots of all streams want them."""
     numbers: dict[tuple[int, int], int] = {}
     for sample, item in enumerate(items):
@@ -130,7 +130,9 @@ def _given(item: Item) -> int:
     return min(map(len, item.views.values()), default=0)
 
 
-def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise: str, left: bool) -> TokenStream:
+def _collate_stream(
+    rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise: str, left: bool
+) -> TokenStream:
     lengths = [[len(item.rendered.streams[name]) for item in row] for row in rows]
     count, width = max(len(rows), 1), max((sum(one) for one in lengths), default=1)
     axes = max((len(item.rendered.streams[name].positions) for row in rows for item in row), default=1)
@@ -161,7 +163,7 @@ def _stream(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise:
         positions=torch.from_numpy(positions),
         segment_ids=torch.from_numpy(segments),
         attention_group=torch.from_numpy(groups),
-        slots=_slots(rows, name, shelf, ids, left),
+        slots=_collate_slots(rows, name, shelf, ids, left),
         alignment=streams[0].alignment if streams else "causal",
         supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
         plain_causal=masked is None and all(len(row) == 1 for row in rows) and not padded_left,
@@ -204,7 +206,7 @@ def _last_media(stream: Stream, shelf: _Shelf, sample: int) -> np.ndarray:
     return last
 
 
-def _slots(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, ids: np.ndarray, left: bool) -> Slots:
+def _collate_slots(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, ids: np.ndarray, left: bool) -> Slots:
     width = ids.shape[1]
     none = np.zeros(0, np.int64)
     index, features = [none], [none]
@@ -258,7 +260,7 @@ def _join_arrays(arrays: Sequence[np.ndarray]) -> torch.Tensor:
     return joined
 
 
-def _media(
+def _collate_media(
     rows: Sequence[Sequence[Item]], items: Sequence[Item], shelf: _Shelf, plans: Mapping[str, ImagePlan]
 ) -> MediaBatch:
     row_of = [number for number, row in enumerate(rows) for _ in row]

@@ -22,7 +22,7 @@ from vlm_train.config.schema import BatchSize
 from vlm_train.data.dataset import Samples
 from vlm_train.data.loader import MicroBatches, ValidationStream, WindowStream
 from vlm_train.data.order.cost import Cost
-from vlm_train.data.order.lengths import fingerprint
+from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.order.mixture import Mixture
 from vlm_train.data.order.sample_plan import Packing, Plan, SamplePlan, Sizes
 from vlm_train.data.order.token_plan import Place, TokenPlan
@@ -88,7 +88,7 @@ class VLMData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
+        _check_settings(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
@@ -96,12 +96,12 @@ class VLMData(pl.LightningDataModule):
         self.train = Samples(train, processor, options, seed=seed, limit=limit, remote=remote)
         self.val = Samples(val, processor, options, seed=seed, limit=val_limit, remote=remote)
         if val_share and not val:
-            self.val = self.train.split(val_share, val_limit)
+            self.val = self.train.split_off(val_share, val_limit)
         if over_length == "split":  # after the held-out samples are taken: pieces of one sample stay together
             self.train.split_long(Path(cache))
             self.val.split_long(Path(cache))
         self.mixture = Mixture(
-            sources=self.train.shares(),
+            sources=self.train.list_shares(),
             seed=seed,
             rule=mixture,
             temperature=temperature,
@@ -116,14 +116,14 @@ class VLMData(pl.LightningDataModule):
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None
 
-    def fingerprint(self) -> str:
+    def hash_samples(self) -> str:
         """Hash of the training samples and their order, from the manifests: other shards have another one."""
         return hashlib.sha256("\n".join(one.fingerprint for one in self.train.sets).encode()).hexdigest()
 
-    def order(self) -> str:
+    def hash_order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
         how = (self.batch, self.pack, self.pack_patches, self.group, self.window, self.train.options)
-        return fingerprint(self.mixture, *how)
+        return hash_content(self.mixture, *how)
 
     def make_plan(
         self, *, batch: int | None, tokens: int | None, epochs: float | None, most: int | None, world: int, cost: Cost
@@ -134,7 +134,7 @@ class VLMData(pl.LightningDataModule):
             epochs, most: passes over the mixture, and steps at most; None: no such limit.
             cost: what a sample takes to compute; packed rows are dealt by it.
         """
-        packing = self._packing(cost)
+        packing = self._make_packing(cost)
         total = None if epochs is None else math.ceil(epochs * self.mixture.samples)
         if tokens is not None:
             assert packing is not None, "checked with the configuration"
@@ -157,15 +157,15 @@ class VLMData(pl.LightningDataModule):
             micro=self.micro,
             packing=packing,
             media=self.train.has_media() if self.group in ("modality", "modality_length") else None,
-            lengths=self.train.measure(self.cache).tokens if by_length else None,
+            lengths=self.train.measure_lengths(self.cache).tokens if by_length else None,
             group=self.group,
             window=self.window,
         )
 
-    def _packing(self, cost: Cost) -> Packing | None:
+    def _make_packing(self, cost: Cost) -> Packing | None:
         if self.pack is None:
             return None
-        lengths = self.train.measure(self.cache)
+        lengths = self.train.measure_lengths(self.cache)
         tokens, patches = lengths.tokens, lengths.patches
         if not tokens.any():
             raise ConfigError(
@@ -173,10 +173,10 @@ class VLMData(pl.LightningDataModule):
                 f"data.over_length={self.over_length}. mode=show says why."
             )
         if self.pack_patches is not None and len(over := np.flatnonzero(patches > self.pack_patches)):
-            source, number, _ = self.train.locate(int(over[0]))
+            source, number, _ = self.train.locate_sample(int(over[0]))
             raise ConfigError(
                 f"data.pack_patches: rows of {self.pack_patches} patches cannot hold {len(over)} samples, the first of "
-                f"{patches[over[0]]} patches: {source.shards.where(number)}. Raise data.pack_patches, or "
+                f"{patches[over[0]]} patches: {source.shards.describe_sample(number)}. Raise data.pack_patches, or "
                 "lower image.frames or image.max_pixels."
             )
         return Packing(sizes=Sizes(tokens, patches, cost(tokens, patches)), length=self.pack, patches=self.pack_patches)
@@ -187,7 +187,7 @@ class VLMData(pl.LightningDataModule):
         if not isinstance(self.plan, TokenPlan) or self.plan.total is not None or self.trainer is None:
             return {}
         window = self.trainer.global_step // self.plan.steps_per_window
-        place = self.plan.place(window)
+        place = self.plan.find_cursor(window)
         return {
             "plan": self.plan.identity,
             "window": window,
@@ -198,13 +198,13 @@ class VLMData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again, unless the windows of this plan are others."""
         if isinstance(self.plan, TokenPlan) and state_dict.get("plan") == self.plan.identity:
-            self.plan.remember(state_dict["window"], Place(state_dict["next"], tuple(state_dict["waiting"])))
+            self.plan.remember_cursor(state_dict["window"], Place(state_dict["next"], tuple(state_dict["waiting"])))
 
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the trainer's current optimizer step on."""
         assert self.plan is not None and self.trainer is not None
         stream = WindowStream(self.train, self.plan, self.trainer.global_step, self.trainer.global_rank, self.normalise)
-        return MicroBatches(self._loader(stream, self.workers))
+        return MicroBatches(self._make_loader(stream, self.workers))
 
     def val_dataloader(self) -> Any:
         """Validation micro-batches."""
@@ -212,9 +212,9 @@ class VLMData(pl.LightningDataModule):
             return []
         rank, world = self.trainer.global_rank, self.trainer.world_size
         stream = ValidationStream(self.val, self.micro, rank, world, self.normalise)
-        return self._loader(stream, min(self.workers, stream.batches))
+        return self._make_loader(stream, min(self.workers, stream.batches))
 
-    def _loader(self, stream: IterableDataset, workers: int) -> DataLoader[Any]:
+    def _make_loader(self, stream: IterableDataset, workers: int) -> DataLoader[Any]:
         assert self.trainer is not None
         seed = derive_seed(self.seed, "workers", self.trainer.global_step)
         return DataLoader(
@@ -228,7 +228,7 @@ class VLMData(pl.LightningDataModule):
         )
 
 
-def _check(train: Any, val: Any, val_share: float, **least_one: int | None) -> None:
+def _check_settings(train: Any, val: Any, val_share: float, **least_one: int | None) -> None:
     """Raises `ConfigError` naming every setting that cannot be."""
     problems = [] if train else ["data.train: names no shard set; allowed: a list of {shards: <folder>}"]
     for name, entries in (("train", train), ("val", val)):

@@ -21,7 +21,7 @@ from data_pipelines.sample import Sample
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.collate import Item
-from vlm_train.data.order.lengths import Lengths, cached_lengths, fingerprint
+from vlm_train.data.order.lengths import Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import Address, Share
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.render import NoPiece, Rendered
@@ -55,7 +55,7 @@ class Source:
     pieces: NDArray[np.int32] | None = None
 
     @classmethod
-    def open(cls, entry: dict[str, Any], limit: int | None, **remote: Any) -> Source:
+    def open_source(cls, entry: dict[str, Any], limit: int | None, **remote: Any) -> Source:
         """Raises `DataError` if the folder is no shard set, or holds no sample. `remote`: see `ShardSet`."""
         shards = ShardSet(entry["shards"], **remote)
         if not len(shards):
@@ -71,11 +71,11 @@ class Source:
             share=share,
         )
 
-    def part(self, first: int, size: int) -> Source:
+    def take_part(self, first: int, size: int) -> Source:
         """A stretch of it."""
         return replace(self, first=self.first + first, size=size, share=replace(self.share, size=size))
 
-    def sample(self, number: int) -> tuple[int, int]:
+    def locate_piece(self, number: int) -> tuple[int, int]:
         """Number of a sample in the shard set, and of its piece."""
         if self.pieces is None:
             return self.first + number, 0
@@ -109,7 +109,7 @@ class Samples:
         limit: int | None,
         remote: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.sources = [Source.open(entry, limit, **remote) for entry in entries]
+        self.sources = [Source.open_source(entry, limit, **remote) for entry in entries]
         self.processor = processor
         self.options = options
         self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
@@ -124,21 +124,21 @@ class Samples:
     def __len__(self) -> int:
         return sum(source.size for source in self.sources)
 
-    def locate(self, index: int) -> tuple[Source, int, int]:
+    def locate_sample(self, index: int) -> tuple[Source, int, int]:
         """The source of a sample, its number in the source's shard set, and its piece."""
         for source in self.sources:
             if index < source.size:
-                return source, *source.sample(index)
+                return source, *source.locate_piece(index)
             index -= source.size
         raise IndexError(index)
 
-    def item(self, address: Address, *, training: bool) -> Item:
+    def load_item(self, address: Address, *, training: bool) -> Item:
         """Load, decode and render one sample. Raises `BadSample` naming shard and key."""
-        source, number, piece = self.locate(address.index)
+        source, number, piece = self.locate_sample(address.index)
         shards = source.shards
         try:
-            sample, blobs = shards.load(number)
-            rendered = self._render(sample, piece, self._drawn(address, sample) if training else None)
+            sample, blobs = shards.load_sample(number)
+            rendered = self._render_sample(sample, piece, self._draw_annotation(address, sample) if training else None)
             if training and self.lengths is not None:
                 self._require_planned(address.index, rendered, source, number)
             views = self.processor.make_views(
@@ -148,13 +148,13 @@ class Samples:
                 where=f"sample {rendered.key!r}",
             )
         except NoPiece as error:
-            raise DataError(f"{shards.where(number)}: {error}: {STALE}") from error
+            raise DataError(f"{shards.describe_sample(number)}: {error}: {STALE}") from error
         except BadSample as error:
-            error.shard, error.key = error.shard or shards.path(number), error.key or shards.key(number)
+            error.shard, error.key = error.shard or shards.shard_path(number), error.key or shards.key(number)
             raise
         return Item(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
 
-    def split(self, share: float, limit: int | None) -> Samples:
+    def split_off(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""
         held = [max(1, int(source.size * share)) for source in self.sources]
         for source, tail_size in zip(self.sources, held):
@@ -165,21 +165,21 @@ class Samples:
                 )
         tail = copy.copy(self)
         tail.sources = [
-            source.part(source.size - size, min(size, limit or size)) for source, size in zip(self.sources, held)
+            source.take_part(source.size - size, min(size, limit or size)) for source, size in zip(self.sources, held)
         ]
-        self.sources = [source.part(0, source.size - size) for source, size in zip(self.sources, held)]
+        self.sources = [source.take_part(0, source.size - size) for source, size in zip(self.sources, held)]
         return tail
 
-    def _render(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> Rendered:
+    def _render_sample(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> Rendered:
         return self.processor.render(sample, piece=piece, annotation=annotation, **self.options)
 
-    def _drawn(self, address: Address, sample: Sample) -> int | None:
+    def _draw_annotation(self, address: Address, sample: Sample) -> int | None:
         """Which annotation a pass draws, with `annotations: drawn`."""
         if self.options.get("annotations") != "drawn" or not sample.annotations:
             return None
         return derive_seed(self.seed, "annotation", address.epoch, address.index) % len(sample.annotations)
 
-    def shares(self) -> tuple[Share, ...]:
+    def list_shares(self) -> tuple[Share, ...]:
         """How every source takes part in the mixture, with the places of its shards."""
         return tuple(replace(source.share, size=source.size, shards=_shard_starts(source)) for source in self.sources)
 
@@ -188,42 +188,42 @@ class Samples:
         counts = [np.diff(source.shards.index.media_start)[source.samples] for source in self.sources]
         return np.concatenate(counts) > 0
 
-    def measure(self, cache: Path, workers: int | None = None) -> Lengths:
+    def measure_lengths(self, cache: Path, workers: int | None = None) -> Lengths:
         """Tokens and patches of every sample `[N]`, kept in the folder `cache` and checked when a sample is loaded."""
-        found = [self._measured(source, cache, workers or os.cpu_count() or 1) for source in self.sources]
+        found = [self._measure_source(source, cache, workers or os.cpu_count() or 1) for source in self.sources]
         self.lengths = Lengths(*(np.concatenate([getattr(one, f.name) for one in found]) for f in fields(Lengths)))
         return self.lengths
 
     def split_long(self, cache: Path, workers: int | None = None) -> None:
         """Number the pieces of over-long samples through as samples of their own."""
         for number, source in enumerate(self.sources):
-            found = self._measured(source, cache, workers or os.cpu_count() or 1)
+            found = self._measure_source(source, cache, workers or os.cpu_count() or 1)
             pieces = np.stack([found.samples, found.pieces], axis=1)
             share = replace(source.share, size=len(pieces))
             self.sources[number] = replace(source, size=len(pieces), share=share, pieces=pieces)
 
-    def _measured(self, source: Source, cache: Path, workers: int) -> Lengths:
+    def _measure_source(self, source: Source, cache: Path, workers: int) -> Lengths:
         """Those of a source. The whole shard set is measured, so that other stretches of it are known as well."""
         shards = source.shards
-        key = fingerprint(shards.fingerprint, self.processor, self.options)
+        key = hash_content(shards.fingerprint, self.processor, self.options)
 
-        def measure(number: int) -> list[tuple[int, int]]:
-            return self._sizes(shards.sample(number))
+        def measure_sample(number: int) -> list[tuple[int, int]]:
+            return self._measure_pieces(shards.read_sample(number))
 
-        whole = cached_lengths(shards.address, len(shards), key, measure, cache, workers)
+        whole = cached_lengths(shards.address, len(shards), key, measure_sample, cache, workers)
         used = source.samples
-        return whole.of(int(used[0]), int(used[-1]) + 1) if len(used) else whole.of(0, 0)
+        return whole.slice_samples(int(used[0]), int(used[-1]) + 1) if len(used) else whole.slice_samples(0, 0)
 
-    def _sizes(self, sample: Sample) -> list[tuple[int, int]]:
+    def _measure_pieces(self, sample: Sample) -> list[tuple[int, int]]:
         """Tokens and patches of a sample's pieces."""
-        sizes = [self._size(self._render(sample), sample)]
+        sizes = [self._measure_piece(self._render_sample(sample), sample)]
         if self.options["over_length"] == "split":
             with suppress(NoPiece):
                 for piece in count(1):
-                    sizes.append(self._size(self._render(sample, piece), sample))
+                    sizes.append(self._measure_piece(self._render_sample(sample, piece), sample))
         return sizes
 
-    def _size(self, rendered: Rendered, sample: Sample) -> tuple[int, int]:
+    def _measure_piece(self, rendered: Rendered, sample: Sample) -> tuple[int, int]:
         tokens = max(len(stream) for stream in rendered.streams.values())
         media = [sample.media[one] for one in rendered.media]
         sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
@@ -235,7 +235,9 @@ class Samples:
         tokens = max(len(stream) for stream in rendered.streams.values())
         planned = self.lengths.tokens[index]
         if tokens != planned:
-            raise DataError(f"{source.shards.where(number)}: {tokens} tokens, but {planned} were planned: {STALE}")
+            raise DataError(
+                f"{source.shards.describe_sample(number)}: {tokens} tokens, but {planned} were planned: {STALE}"
+            )
 
 
 def _shard_starts(source: Source) -> tuple[int, ...]:

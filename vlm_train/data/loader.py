@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipelines.errors import BadSample
 from vlm_train.contracts.batch import Batch, Problem, Window
-from vlm_train.data.collate import Item, collate, target_weights
+from vlm_train.data.collate import Item, collate_rows, target_weights
 from vlm_train.data.dataset import Samples
 from vlm_train.data.order.mixture import Address
 from vlm_train.data.order.sample_plan import Plan
@@ -36,24 +36,26 @@ class WindowStream(IterableDataset):
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         for step in range(self.first + number, self.plan.steps, count):
-            window = self.window(step)
-            yield Parcel.of(window) if worker else window
+            window = self.load_window(step)
+            yield Parcel.pack_batches(window) if worker else window
 
-    def window(self, step: int) -> list[Batch]:
+    def load_window(self, step: int) -> list[Batch]:
         """All micro-batches of one optimizer step. A bad sample leaves a hole in its place."""
         micros: list[list[list[Item]]] = []
         problems: list[Problem] = []
         for rows in self.plan.step(step, self.rank):
             loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
             micros.append([row for row in loaded if row])
-        window = self._window(step, micros, tuple(problems))
+        window = self._describe_window(step, micros, tuple(problems))
         how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
         return [
-            collate(rows, self.samples.processor.images, window=replace(window, micro=m), **how)
+            collate_rows(rows, self.samples.processor.images, window=replace(window, micro=m), **how)
             for m, rows in enumerate(micros)
         ]
 
-    def _window(self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[Problem, ...]) -> Window:
+    def _describe_window(
+        self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[Problem, ...]
+    ) -> Window:
         # Ranks reduce the sums by name, so a rank without samples needs all names, too.
         names = ("samples", *self.samples.streams)
         sums: dict[str, dict[str, float]] = {name: {} for name in names}
@@ -73,7 +75,7 @@ class WindowStream(IterableDataset):
             sums=sums,
             samples=len(items),
             tokens=tokens,
-            places=sum(_places(rows, name) for rows in micros for name in self.samples.streams),
+            places=sum(_count_positions(rows, name) for rows in micros for name in self.samples.streams),
             supervised=supervised,
             problems=problems,
         )
@@ -84,13 +86,13 @@ def load_row(samples: Samples, row: Sequence[Address], problems: list[Problem], 
     items = []
     for address in row:
         try:
-            items.append(samples.item(address, training=training))
+            items.append(samples.load_item(address, training=training))
         except BadSample as error:
-            problems.append(Problem.of(error))
+            problems.append(Problem.from_error(error))
     return items
 
 
-def _places(rows: Sequence[Sequence[Item]], name: str) -> int:
+def _count_positions(rows: Sequence[Sequence[Item]], name: str) -> int:
     """Tokens of a stream in a micro-batch, padding included."""
     return len(rows) * max((sum(len(item.rendered.streams[name]) for item in row) for row in rows), default=0)
 
@@ -103,7 +105,7 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for window in self.loader:
-            yield from window.unpack() if isinstance(window, Parcel) else window
+            yield from window.unpack_batches() if isinstance(window, Parcel) else window
 
 
 @dataclass
@@ -134,4 +136,6 @@ class ValidationStream(IterableDataset):
             row = [Address(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
             items = load_row(self.samples, row, problems, training=False)
             how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
-            yield replace(collate([[i] for i in items], self.samples.processor.images, **how), problems=tuple(problems))
+            yield replace(
+                collate_rows([[i] for i in items], self.samples.processor.images, **how), problems=tuple(problems)
+            )

@@ -31,10 +31,10 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
     at random, those of the first passes stand behind the one of evaluations.
 
     Args:
-        options: those of rendering, see `vlm_train.data.text.render.render`.
+        options: those of rendering, see `vlm_train.data.text.render.render_sample`.
         seed: the run's.
     """
-    sample, blobs = shards.load(0)
+    sample, blobs = shards.load_sample(0)
     rendered = processor.render(sample, **options)
     source = f", source {sample.source}" if sample.source else ""
     print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")
@@ -58,10 +58,10 @@ def format_tokens(
     that have their own.
     """
     streams = rendered.streams.items()
-    return "\n\n".join(_format(name, stream, others.get(name, tokenizer), colour) for name, stream in streams)
+    return "\n\n".join(_format_stream(name, stream, others.get(name, tokenizer), colour) for name, stream in streams)
 
 
-def _format(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
+def _format_stream(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
     lines = [f"stream {name}: {len(stream)} tokens, {stream.supervised} learned, {len(stream.slots)} media"]
     learned = learned_tokens(stream)
     for group, start, end in _group_runs(stream):
@@ -69,7 +69,7 @@ def _format(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
         part = "shared" if group == 0 else f"branch {group}" if group > 0 else "both directions"
         title = f"{part}: tokens {start}-{end - 1}, positions {first}-{last}"
         lines += ["", f"{BOLD}{title}{RESET}" if colour else title]
-        lines.append("".join(_pieces(stream, learned, tokenizer, start, end, colour)))
+        lines.append("".join(_decode_pieces(stream, learned, tokenizer, start, end, colour)))
     return "\n".join(lines)
 
 
@@ -87,7 +87,7 @@ def _group_runs(stream: Stream) -> Iterator[tuple[int, int, int]]:
         yield int(groups[start]), start, end
 
 
-def _pieces(
+def _decode_pieces(
     stream: Stream, learned: NDArray[np.bool_], tokenizer: Any, start: int, end: int, colour: bool
 ) -> Iterator[str]:
     """Decoded stretches of equal state between `start` and `end`, so that multi-token characters stay whole."""
@@ -97,7 +97,7 @@ def _pieces(
         if position in slots:
             slot = slots[position].slot
             size = f" x{slot.count}" if slot.count else ""  # without placeholders it stands before the next token
-            yield _paint(f"[image {slot.item}{size}]", DIM, colour)
+            yield _paint_text(f"[image {slot.item}{size}]", DIM, colour)
             position += slot.count
             if slot.count:
                 continue
@@ -106,13 +106,13 @@ def _pieces(
             stop += 1
         text = tokenizer.decode(stream.ids[position:stop].tolist(), skip_special_tokens=False)
         if learned[position]:
-            yield _paint(text, GREEN, colour) if colour else f"«{text}»"
+            yield _paint_text(text, GREEN, colour) if colour else f"«{text}»"
         else:
             yield text
         position = stop
 
 
-def _paint(text: str, code: str, colour: bool) -> str:
+def _paint_text(text: str, code: str, colour: bool) -> str:
     return f"{code}{text}{RESET}" if colour else text
 
 

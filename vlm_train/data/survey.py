@@ -14,17 +14,17 @@ PACKED = 8192
 """Samples that are packed to see how full rows get."""
 
 
-def survey(data: VLMData) -> None:
+def measure_sources(data: VLMData) -> None:
     """Measure every training source, and print a line for each."""
-    tokens = data.train.measure(Path(data.cache)).tokens
+    tokens = data.train.measure_lengths(Path(data.cache)).tokens
     assert data.train.lengths is not None
     patches, first = data.train.lengths.patches, 0
     for source in data.train.sources:
         part = slice(first, first + source.size)
-        print(f"{source.name or source.shards.address}: {describe(tokens[part], patches[part])}")
+        print(f"{source.name or source.shards.address}: {describe_lengths(tokens[part], patches[part])}")
         first += source.size
     if data.pack is not None:
-        drawn = [data.mixture.draw(position).index for position in range(min(PACKED, data.mixture.samples))]
+        drawn = [data.mixture.draw_sample(position).index for position in range(min(PACKED, data.mixture.samples))]
         rows = fill_rows(
             tokens[drawn].tolist(), data.pack, patches=patches[drawn].tolist(), max_patches=data.pack_patches
         )
@@ -32,7 +32,7 @@ def survey(data: VLMData) -> None:
         print(f"rows of {data.pack:,} tokens: {len(drawn) / len(rows):.1f} samples each, {share:.1%} real tokens")
 
 
-def describe(tokens: NDArray[np.int32], patches: NDArray[np.int32]) -> str:
+def describe_lengths(tokens: NDArray[np.int32], patches: NDArray[np.int32]) -> str:
     """Samples of these lengths `[N]` in a line."""
     usable = tokens[tokens > 0]
     bad = f"; {len(tokens) - len(usable):,} cannot be used" if len(usable) < len(tokens) else ""

@@ -36,12 +36,12 @@ class Parcel:
     small: bytearray | Tensor
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> Parcel:
+    def pack_batches(cls, batches: Sequence[Batch]) -> Parcel:
         """Pack batches."""
         parts: list[bytes] = []
         end = 0
 
-        def put(tensor: Tensor) -> Tensor | Place:
+        def put_tensor(tensor: Tensor) -> Tensor | Place:
             nonlocal end
             if tensor.nbytes > LARGE:
                 return tensor
@@ -53,21 +53,23 @@ class Parcel:
             end += padding
             return place
 
-        packed = [map_tensors(batch, put) for batch in batches]
+        packed = [map_tensors(batch, put_tensor) for batch in batches]
         return cls(packed, bytearray().join(parts))
 
-    def unpack(self) -> list[Batch]:
+    def unpack_batches(self) -> list[Batch]:
         """The batches again; their small tensors are views of one."""
-        small = self._tensor()
+        small = self._joint_tensor()
 
-        def get(place: Place) -> Tensor:
+        def get_tensor(place: Place) -> Tensor:
             return small[place.start : place.stop].view(place.dtype).reshape(place.shape)
 
-        return [map_tensors(batch, get, Place) for batch in self.batches]
+        return [map_tensors(batch, get_tensor, Place) for batch in self.batches]
 
-    def _tensor(self) -> Tensor:
+    def _joint_tensor(self) -> Tensor:
         return self.small if isinstance(self.small, Tensor) else torch.frombuffer(self.small, dtype=torch.uint8)
 
     def pin_memory(self) -> Parcel:
         """In page-locked memory (called by the DataLoader)."""
-        return replace(self, batches=[batch.pin_memory() for batch in self.batches], small=self._tensor().pin_memory())
+        return replace(
+            self, batches=[batch.pin_memory() for batch in self.batches], small=self._joint_tensor().pin_memory()
+        )

@@ -19,12 +19,12 @@ from vlm_train.dryrun.memory import (
     Hardware,
     Needs,
     Peak,
-    cheapest,
-    peak,
-    runnable,
-    sensible,
+    find_cheapest,
+    list_runnable,
+    list_sensible,
+    predict_peak,
 )
-from vlm_train.dryrun.plan import Plan, checkpointing, rows_at_once
+from vlm_train.dryrun.plan import Plan, checkpointing_mode, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class Advice:
     levers: list[Lever]
 
 
-def advise(cfg: DictConfig, plan: Plan) -> Advice:
+def advise_run(cfg: DictConfig, plan: Plan) -> Advice:
     """Advice for the run on `target`."""
     hardware = hardware_of(cfg)
-    peaks = _peaks(cfg, plan.needs, hardware, offload=True)
-    best, own = cheapest(peaks, hardware), configured(cfg)
-    if own in runnable(plan.needs, hardware):
-        peaks |= {own: peak(own, plan.needs, hardware)}
+    peaks = _peaks_of_strategies(cfg, plan.needs, hardware, offload=True)
+    best, own = find_cheapest(peaks, hardware), configured_strategy(cfg)
+    if own in list_runnable(plan.needs, hardware):
+        peaks |= {own: predict_peak(own, plan.needs, hardware)}
     return Advice(
         hardware=hardware,
         peaks=peaks,
         best=best,
         configured=own,
-        fits=own in peaks and peaks[own].fits(hardware),
-        levers=[] if best and not STRATEGIES[best].offloads else _levers(cfg, plan, hardware, best),
+        fits=own in peaks and peaks[own].fits_hardware(hardware),
+        levers=[] if best and not STRATEGIES[best].offloads else _find_suggestions(cfg, plan, hardware, best),
     )
 
 
@@ -85,40 +85,40 @@ def hardware_of(cfg: DictConfig) -> Hardware:
     )
 
 
-def configured(cfg: DictConfig) -> str | None:
+def configured_strategy(cfg: DictConfig) -> str | None:
     """The name of the run's strategy: without one `single` or `ddp`, else the option of the group most like it."""
     if cfg.strategy is None:
         return "ddp" if cfg.target.gpus > 1 else "single"
-    own = _flat(OmegaConf.to_container(cfg.strategy))
+    own = _flatten(OmegaConf.to_container(cfg.strategy))
     likeness: dict[str, int] = {}
     for file in sorted((config_dir() / "strategy").glob("*.yaml")):
         loaded: Any = OmegaConf.to_container(OmegaConf.load(file))
-        option = _flat(loaded.get("strategy", loaded))
+        option = _flatten(loaded.get("strategy", loaded))
         if file.stem in STRATEGIES and option.get("_target_") == own.get("_target_"):
             same = sum(own.get(key) == value for key, value in option.items())
             likeness[file.stem] = 2 * same - len(option)
     return max(likeness, key=likeness.__getitem__) if likeness else None
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dictionary with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in (node or {}).items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def _levers(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str | None) -> list[Lever]:
+def _find_suggestions(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str | None) -> list[Lever]:
     """Changes up to the first with which something fits: by preference a strategy that does not offload, and a run that
     learns the same. Where an offloading one fits already, only such changes."""
     found: list[Lever] = []
     for offload in (False,) if best else (False, True):
         found = []
-        for flag, needs, same_run in _changes(cfg, plan, hardware, offload=offload):
+        for flag, needs, same_run in _possible_changes(cfg, plan, hardware, offload=offload):
             if not (same_run or offload):
                 break
-            peaks = _peaks(cfg, needs, hardware, offload=offload)
-            fitting = cheapest(peaks, hardware)
+            peaks = _peaks_of_strategies(cfg, needs, hardware, offload=offload)
+            fitting = find_cheapest(peaks, hardware)
             strategy = fitting or min(peaks, key=lambda name: peaks[name].total)
             found.append(Lever(flag, strategy, peaks[strategy], fitting is not None))
             if fitting:
@@ -126,16 +126,18 @@ def _levers(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str | None) -
     return [] if best else found
 
 
-def _peaks(cfg: DictConfig, needs: Needs, hardware: Hardware, *, offload: bool) -> dict[str, Peak]:
+def _peaks_of_strategies(cfg: DictConfig, needs: Needs, hardware: Hardware, *, offload: bool) -> dict[str, Peak]:
     """Peaks of the strategies worth a try; there is nowhere to offload to from a CPU."""
-    names = sensible(needs, hardware, offload=offload and cfg.trainer.accelerator != "cpu")
-    return {name: peak(name, needs, hardware) for name in names}
+    names = list_sensible(needs, hardware, offload=offload and cfg.trainer.accelerator != "cpu")
+    return {name: predict_peak(name, needs, hardware) for name in names}
 
 
-def _changes(cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool) -> Iterator[tuple[str, Needs, bool]]:
+def _possible_changes(
+    cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool
+) -> Iterator[tuple[str, Needs, bool]]:
     """Settings, what they come to with those before, and whether the run learns the same, from the cheapest on."""
     needs, micro = plan.needs, cfg.batch.micro
-    kept = plan.activations[checkpointing(cfg)]
+    kept = plan.activations[checkpointing_mode(cfg)]
     if plan.activations["full"] < kept:
         kept = plan.activations["full"]
         needs = replace(needs, activations=kept * rows_at_once(cfg))
@@ -144,7 +146,7 @@ def _changes(cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool) 
         while micro > 1:
             micro //= 2
             needs = replace(needs, activations=kept * micro, accumulates=True)
-            if cheapest(_peaks(cfg, needs, hardware, offload=offload), hardware):
+            if find_cheapest(_peaks_of_strategies(cfg, needs, hardware, offload=offload), hardware):
                 break
         yield f"batch.micro={micro}", needs, True
     options = {file.stem: OmegaConf.load(file) for file in (config_dir() / "peft").glob("*.yaml")}

@@ -25,23 +25,23 @@ class Length:
     warmup_steps: int | None
 
 
-def length(cfg: DictConfig, tokens_per_sample: int) -> Length:
+def predict_length(cfg: DictConfig, tokens_per_sample: int) -> Length:
     """Optimizer steps from samples, batch and epochs; `tokens_per_sample` serves a batch given in tokens."""
-    samples, steps = _samples(cfg), cfg.trainer.max_steps
+    samples, steps = _count_samples(cfg), cfg.trainer.max_steps
     if samples is not None:
         per_step = cfg.batch.samples or max(cfg.batch.tokens / tokens_per_sample, 1)
         steps = math.ceil(planned_samples(cfg, samples, per_step) / per_step)
-    return Length(samples, steps, None if steps is None else _warmup(cfg, steps))
+    return Length(samples, steps, None if steps is None else _warmup_steps(cfg, steps))
 
 
-def _warmup(cfg: DictConfig, steps: int) -> int:
+def _warmup_steps(cfg: DictConfig, steps: int) -> int:
     schedule: Any = cfg.lr_schedule or {}
     return warmup_length(
         steps, warmup_ratio=schedule.get("warmup_ratio") or 0.0, warmup_steps=schedule.get("warmup_steps")
     )
 
 
-def _samples(cfg: DictConfig) -> int | None:
+def _count_samples(cfg: DictConfig) -> int | None:
     """Training samples of one pass over all sources: by the shards' own count, or the published one."""
     total = 0
     for source in cfg.data.train:
@@ -61,7 +61,7 @@ class Disk:
     kept: int
 
 
-def disk(cfg: DictConfig, trainable: int, states: int) -> Disk:
+def predict_disk(cfg: DictConfig, trainable: int, states: int) -> Disk:
     """Frozen parameters are never saved: the manifest names where they came from. bf16-true keeps 16 bits of all."""
     size = 2 if cfg.trainer.precision == "bf16-true" else 4
     checkpoint = trainable * size * (1 + states)

@@ -115,7 +115,7 @@ class Needs:
     def full(self) -> bool:
         return self.precision.startswith("32")
 
-    def stored(self, size: int) -> float:
+    def stored_bytes(self, size: int) -> float:
         """Bytes of all weights, those that are not quantised at `size` each."""
         return size * (self.parameters - self.quantised) + self.quantised_bytes
 
@@ -165,7 +165,7 @@ class Peak:
         """Everything on the GPU."""
         return self.states + self.buffers + self.activations + self.logits + self.runtime
 
-    def fits(self, hardware: Hardware) -> bool:
+    def fits_hardware(self, hardware: Hardware) -> bool:
         """Whether GPU and CPU have room."""
         return self.total <= hardware.memory and self.cpu <= hardware.cpu
 
@@ -183,10 +183,10 @@ class _Share:
     """Further bytes on the CPU, if the optimizer is there."""
 
 
-def peak(strategy: str, needs: Needs, hardware: Hardware) -> Peak:
+def predict_peak(strategy: str, needs: Needs, hardware: Hardware) -> Peak:
     """Peak bytes under one of `STRATEGIES`."""
     spread = STRATEGIES[strategy]
-    share = {"replicated": _replicated, "zero": _zero, "fsdp": _fsdp}[spread.engine](
+    share = {"replicated": _share_replicated, "zero": _share_zero, "fsdp": _share_fsdp}[spread.engine](
         spread, needs, 1 if strategy == "single" else hardware.gpus
     )
     at: dict[Place, float] = {"gpu": 0.0, "cpu": 0.0, "nvme": 0.0}
@@ -207,30 +207,30 @@ def peak(strategy: str, needs: Needs, hardware: Hardware) -> Peak:
     )
 
 
-def _replicated(spread: Spread, needs: Needs, gpus: int) -> _Share:
+def _share_replicated(spread: Spread, needs: Needs, gpus: int) -> _Share:
     """Everything on every GPU. Mixed precision keeps fp32 weights, and autocast a 16-bit copy of those that learn."""
     size, learned = needs.size, needs.size * needs.trainable
     copies = 2 * (needs.trainable + needs.largest_layer) if needs.precision.endswith("-mixed") else 0
     return _Share(
-        weights=needs.stored(size),
+        weights=needs.stored_bytes(size),
         gradients=learned,
         optimizer=needs.states * learned,
         backward=copies + (learned if gpus > 1 else 0),  # DDP all-reduces copies of the gradients
-        update=_temporaries(learned, needs),
+        update=_update_temporaries(learned, needs),
     )
 
 
-def _zero(spread: Spread, needs: Needs, gpus: int) -> _Share:
+def _share_zero(spread: Spread, needs: Needs, gpus: int) -> _Share:
     """DeepSpeed: 16-bit weights and gradients (fp32 ones with 32-true), and an fp32 master copy of what learns."""
     size, shard = needs.compute, needs.trainable / gpus
-    weights, backward = needs.stored(size), 2 * size * REDUCE_BUCKET
+    weights, backward = needs.stored_bytes(size), 2 * size * REDUCE_BUCKET
     gradients: float = size * (shard if spread.stage > 1 else needs.trainable)
     if spread.stage == 3:
         weights /= gpus
         backward = size * (REDUCE_BUCKET + min(max(LIVE_PARAMETERS, needs.largest_layer), needs.parameters))
     optimizer = (4 + 4 * needs.states) * shard  # fp32 weights have a master copy, too
     if not spread.offloads:
-        update = 4 * shard + _temporaries(4 * shard, needs) + size * ALLGATHER_BUCKET  # gradients, in fp32
+        update = 4 * shard + _update_temporaries(4 * shard, needs) + size * ALLGATHER_BUCKET  # gradients, in fp32
         return _Share(weights, gradients, optimizer, backward, update)
     if spread.stage == 1:
         return _Share(weights, gradients, optimizer + 4 * shard, backward, 0)
@@ -241,25 +241,25 @@ def _zero(spread: Spread, needs: Needs, gpus: int) -> _Share:
     return _Share(weights, 0, optimizer + 4 * shard, backward, 0, kept)
 
 
-def _fsdp(spread: Spread, needs: Needs, gpus: int) -> _Share:
+def _share_fsdp(spread: Spread, needs: Needs, gpus: int) -> _Share:
     """FSDP2: fp32 shards of everything (16-bit ones with bf16-true), gathered layer by layer as they are computed."""
     shard = needs.size * needs.trainable / gpus
     gathered = needs.compute * (2 * needs.largest_layer + needs.outside)  # the running layer and the prefetched one
     return _Share(
-        weights=needs.stored(needs.size) / gpus,
+        weights=needs.stored_bytes(needs.size) / gpus,
         gradients=0 if spread.offloads else shard,
         optimizer=needs.states * shard + (shard if spread.offloads else 0),
         backward=gathered + (needs.compute + needs.size) * min(needs.largest_layer, needs.trainable),  # whole gradients
-        update=0 if spread.offloads else _temporaries(shard, needs),
+        update=0 if spread.offloads else _update_temporaries(shard, needs),
     )
 
 
-def _temporaries(learned: float, needs: Needs) -> float:
+def _update_temporaries(learned: float, needs: Needs) -> float:
     """What an update that takes all parameters at once (torch's default on GPUs) holds beside them."""
     return learned if needs.states else 0.0
 
 
-def runnable(needs: Needs, hardware: Hardware) -> list[str]:
+def list_runnable(needs: Needs, hardware: Hardware) -> list[str]:
     """Strategies that could run: several GPUs need a strategy, and quantised weights are not sharded."""
     return [
         name
@@ -269,14 +269,14 @@ def runnable(needs: Needs, hardware: Hardware) -> list[str]:
     ]
 
 
-def sensible(needs: Needs, hardware: Hardware, *, offload: bool) -> list[str]:
+def list_sensible(needs: Needs, hardware: Hardware, *, offload: bool) -> list[str]:
     """Those of them worth a try: without `offload` only on GPUs; one GPU has nobody to share with (but ZeRO-1 keeps
     weights in 16 bits)."""
     alone = ("ddp", "zero2", "zero3", "fsdp2") if hardware.gpus == 1 else ()
-    found = [name for name in runnable(needs, hardware) if name not in alone]
+    found = [name for name in list_runnable(needs, hardware) if name not in alone]
     return [name for name in found if offload or not STRATEGIES[name].offloads]
 
 
-def cheapest(peaks: Mapping[str, Peak], hardware: Hardware) -> str | None:
+def find_cheapest(peaks: Mapping[str, Peak], hardware: Hardware) -> str | None:
     """The first strategy whose peak fits, or None."""
-    return next((name for name in STRATEGIES if name in peaks and peaks[name].fits(hardware)), None)
+    return next((name for name in STRATEGIES if name in peaks and peaks[name].fits_hardware(hardware)), None)

@@ -13,11 +13,11 @@ from torch import nn
 
 from vlm_train.build import build_model, build_objectives, build_optimizer
 from vlm_train.contracts.model_parts import find_layers
-from vlm_train.dryrun.length import Disk, Length, disk, length
+from vlm_train.dryrun.length import Disk, Length, predict_disk, predict_length
 from vlm_train.dryrun.memory import Needs
 from vlm_train.dryrun.twin import round_trip
 from vlm_train.models.adapters.quantize import quantised_layers
-from vlm_train.training.flops import Flops, count
+from vlm_train.training.flops import Flops, count_flops
 from vlm_train.training.params import Policy, apply_policy
 from vlm_train.training.reference import START, reference_config
 from vlm_train.training.trace import trace_step, visual_tokens
@@ -82,28 +82,28 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
         recipe=cfg.recipe_name,
         policy=policy,
         visual_tokens=visual,
-        flops=count(typical.products),
-        needs=_needs(cfg, model, policy, activations[checkpointing(cfg)], states),
+        flops=count_flops(typical.products),
+        needs=_memory_needs(cfg, model, policy, activations[checkpointing_mode(cfg)], states),
         activations=activations,
-        llm=_linears(model),
-        length=length(cfg, visual + cfg.target.text_tokens),
-        disk=disk(cfg, policy.trainable, states),
+        llm=_count_linears(model),
+        length=predict_length(cfg, visual + cfg.target.text_tokens),
+        disk=predict_disk(cfg, policy.trainable, states),
         round_trip=round_trip(cfg),
     )
 
 
-def checkpointing(cfg: DictConfig) -> str:
+def checkpointing_mode(cfg: DictConfig) -> str:
     """`trainer.activation_checkpointing` as a key of `Plan.activations`."""
     return str(cfg.trainer.activation_checkpointing)
 
 
 def rows_at_once(cfg: DictConfig) -> int:
     """Rows whose activations a device holds: those of a micro-batch, or of a chunk with gradient caching."""
-    rows = _rows(cfg)
+    rows = _rows_per_micro_batch(cfg)
     return min(rows, cfg.model.get("cache_chunk") or rows)
 
 
-def _rows(cfg: DictConfig) -> int:
+def _rows_per_micro_batch(cfg: DictConfig) -> int:
     """Rows of a micro-batch: no more than a device's share of the step."""
     micro, samples = int(cfg.batch.micro), cfg.batch.samples
     return micro if samples is None else min(micro, math.ceil(samples / cfg.target.gpus))
@@ -118,19 +118,19 @@ def optimizer_states(cfg: DictConfig) -> int:
     return sum(value.numel() for value in optimizer.state[parameter].values() if value.numel() == 64) // 64
 
 
-def _needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> Needs:
+def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> Needs:
     layers = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(model).values()]
     quantised = [how for _, how in quantised_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
     return Needs(
         parameters=policy.total + _reference_parameters(cfg, policy),
         trainable=policy.trainable,
-        largest_layer=max([*layers, *_outside(model)]),
+        largest_layer=max([*layers, *_parameters_outside_blocks(model)]),
         outside=policy.total - sum(layers),
         states=states,
         precision=cfg.trainer.precision,
         activations=activations * rows_at_once(cfg),
-        logits=_logits(cfg, model),
+        logits=_logits_bytes(cfg, model),
         quantised=sum(how.weights for how in quantised),
         quantised_bytes=sum(how.stored for how in quantised),
         accumulates=cfg.batch.samples is None or cfg.batch.samples > rows,
@@ -145,7 +145,7 @@ def _reference_parameters(cfg: DictConfig, policy: Policy) -> int:
     return sum(parameter.numel() for parameter in build_model(other, meta=True).parameters())
 
 
-def _outside(model: nn.Module) -> Iterator[int]:
+def _parameters_outside_blocks(model: nn.Module) -> Iterator[int]:
     """Parameters of every module outside layers by itself (embeddings, heads, connectors)."""
     inside = {id(one) for layer in find_layers(model).values() for one in layer.modules()}
     for module in model.modules():
@@ -153,7 +153,7 @@ def _outside(model: nn.Module) -> Iterator[int]:
             yield sum(p.numel() for p in module.parameters(recurse=False))
 
 
-def _linears(model: Any) -> Linears:
+def _count_linears(model: Any) -> Linears:
     llm = getattr(model, "llm", None)
     if llm is None:
         return Linears()
@@ -170,11 +170,11 @@ def _linears(model: Any) -> Linears:
     )
 
 
-def _logits(cfg: DictConfig, model: Any) -> int:
+def _logits_bytes(cfg: DictConfig, model: Any) -> int:
     """Bytes of one chunk of logits in 16 bits, its fp32 copy, and the gradients of both; or, of a loss that contrasts
     samples, five fp32 matrices of similarities."""
     nodes = [node for node in cfg.objective.values() if node is not None]
     chunk = max((node.get("chunk") or 0 for node in nodes), default=0)
     head = chunk * model.llm.vocab_size * (2 + 4 + 4 + 2) if chunk else 0
     contrasts = cfg.batch.samples and any(one.needs_whole_step for one in build_objectives(cfg).values())
-    return max(head, 5 * 4 * _rows(cfg) * cfg.batch.samples if contrasts else 0)
+    return max(head, 5 * 4 * _rows_per_micro_batch(cfg) * cfg.batch.samples if contrasts else 0)

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from vlm_train.build import build_model, build_tokenizer
 from vlm_train.check.model import check_model
 from vlm_train.config.schema import MODEL_PARTS
-from vlm_train.config.trust import components
-from vlm_train.dryrun.advice import Advice, Lever, advise
+from vlm_train.config.trust import iterate_components
+from vlm_train.dryrun.advice import Advice, Lever, advise_run
 from vlm_train.dryrun.memory import GIB, Peak
-from vlm_train.dryrun.plan import Plan, checkpointing, make_plan, rows_at_once
+from vlm_train.dryrun.plan import Plan, checkpointing_mode, make_plan, rows_at_once
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""
@@ -34,7 +34,7 @@ def dry_run(cfg: DictConfig) -> dict[str, Any]:
     check_model(cfg, model)
     plan = make_plan(cfg, model)
     rest = "\n".join(note for note in notes if note != ASSUMED_NOTE)
-    print("\n\n".join([*text(cfg, plan, assumed_vocabulary=assumed), rest]).rstrip())
+    print("\n\n".join([*format_plan(cfg, plan, assumed_vocabulary=assumed), rest]).rstrip())
     return as_dict(cfg, plan)
 
 
@@ -45,14 +45,14 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
         if OmegaConf.is_missing(source, "run"):
             notes.append(f"Note        init_from[{index}].run is still open: a run needs it")
     cfg.init_from = []
-    for path, group, node in components(cfg):
+    for path, group, node in iterate_components(cfg):
         if group in MODEL_PARTS and node.get("weights") == "???":
             notes.append(f"Note        {path}.weights is still open: a run needs it")
             OmegaConf.update(cfg, f"{path}.weights", None)
     reading = [] if cfg.llm is None else [cfg.llm.config]
     reading += [cfg.connector] if cfg.connector is not None and cfg.connector.get("text") else []
     if unsized := [part for part in reading if part.get("vocab_size") is None]:
-        size, known = _vocabulary(cfg)
+        size, known = _vocabulary_size(cfg)
         for part in unsized:
             part.vocab_size = size
         if not known:
@@ -60,7 +60,7 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
     return cfg, notes
 
 
-def _vocabulary(cfg: DictConfig) -> tuple[int, bool]:
+def _vocabulary_size(cfg: DictConfig) -> tuple[int, bool]:
     try:
         return len(build_tokenizer(cfg)), True
     except Exception:  # whatever the tokenizer lacks, the plan goes on with a guess and says so
@@ -72,7 +72,7 @@ def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
     parts: dict[str, int] = {}
     for row in plan.policy.rows:
         parts[row.part] = parts.get(row.part, 0) + row.parameters
-    advice = advise(cfg, plan)
+    advice = advise_run(cfg, plan)
     return {
         "recipe": plan.recipe,
         "parameters": parts,
@@ -96,27 +96,27 @@ def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def text(cfg: DictConfig, plan: Plan, *, assumed_vocabulary: bool = False) -> list[str]:
+def format_plan(cfg: DictConfig, plan: Plan, *, assumed_vocabulary: bool = False) -> list[str]:
     """The plan as sections of aligned text."""
     guess = f"\n{ASSUMED_NOTE}" if assumed_vocabulary else ""
     return [
         f"Dry run of {plan.recipe}: built on the meta device, nothing trained",
-        plan.policy.table() + guess,
-        _tokens(cfg, plan),
-        _flops(plan),
-        _memory(cfg, plan),
-        _length(cfg, plan),
+        plan.policy.format_table() + guess,
+        _format_tokens(cfg, plan),
+        _format_flops(plan),
+        _format_memory(cfg, plan),
+        _format_length(cfg, plan),
         f"Round trip  a small twin was saved and loaded: {plan.round_trip} tensors equal",
     ]
 
 
-def _tokens(cfg: DictConfig, plan: Plan) -> str:
+def _format_tokens(cfg: DictConfig, plan: Plan) -> str:
     longest = cfg.data.get("max_length")
     budget = "no limit" if longest is None else f"{longest} tokens a row, {longest - plan.visual_tokens} of them text"
     return f"Tokens      {plan.visual_tokens} visual tokens an image; {budget}"
 
 
-def _flops(plan: Plan) -> str:
+def _format_flops(plan: Plan) -> str:
     total = sum(flops.total for flops in plan.flops.values())
     name, unit = ("TFLOP", 1e12) if total >= 1e11 else ("GFLOP", 1e9)
     rows: list[Sequence[str]] = [(f"{name} a sample", "forward", "to inputs", "to weights", "total")]
@@ -124,28 +124,30 @@ def _flops(plan: Plan) -> str:
         numbers = (flops.forward, flops.input_grad, flops.weight_grad, flops.total)
         rows.append((part, *(f"{number / unit:.4g}" for number in numbers)))
     rows.append(("all", "", "", "", f"{total / unit:.4g}"))
-    return table(rows)
+    return format_table(rows)
 
 
 DEVICE = {"gpu": "GPU", "cpu": "process"}
 """What `trainer.accelerator` runs on; `auto` is decided where the run starts."""
 
 
-def _memory(cfg: DictConfig, plan: Plan) -> str:
-    advice = advise(cfg, plan)
+def _format_memory(cfg: DictConfig, plan: Plan) -> str:
+    advice = advise_run(cfg, plan)
     device = DEVICE.get(cfg.trainer.accelerator, "device")
     columns = ("weights", "gradients", "optimizer", "buffers", "activations", "logits", "runtime")
     places = [place for place in ("cpu", "nvme") if any(getattr(one, place) for one in advice.peaks.values())]
     titles = ("peak", *({"cpu": "CPU", "nvme": "NVMe"}[place] for place in places), "fits")
     rows: list[Sequence[str]] = [(f"GiB a {device}", *columns, *titles)]
     for name, one in advice.peaks.items():
-        parts = [_gib(getattr(one, column)) for column in columns]
-        offloaded = [_gib(getattr(one, place)) if getattr(one, place) else "" for place in places]
-        rows.append((name, *parts, _gib(one.total), *offloaded, "yes" if one.fits(advice.hardware) else "no"))
-    return "\n".join([table(rows), *_verdict(cfg, plan, advice, device)])
+        parts = [_format_gib(getattr(one, column)) for column in columns]
+        offloaded = [_format_gib(getattr(one, place)) if getattr(one, place) else "" for place in places]
+        rows.append(
+            (name, *parts, _format_gib(one.total), *offloaded, "yes" if one.fits_hardware(advice.hardware) else "no")
+        )
+    return "\n".join([format_table(rows), *_format_verdict(cfg, plan, advice, device)])
 
 
-def _verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[str]:
+def _format_verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[str]:
     """What the table comes to: the cheapest that fits, whether the run's own does, and what to change if none does."""
     target, own = cfg.target, advice.configured
     lines = [
@@ -156,35 +158,41 @@ def _verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[s
         lines[0] += f" CPU, NVMe: GiB a node, which has {target.cpu_gib:g} of CPU."
     if own and not advice.fits:
         name = own if cfg.strategy is not None else f"auto (here {own})"
-        lines.append(f"The run's own strategy={name} does not fit: {_room(advice.peaks.get(own), target, device)}.")
+        lines.append(
+            f"The run's own strategy={name} does not fit: {_describe_shortage(advice.peaks.get(own), target, device)}."
+        )
     if advice.levers:
         what = "What helps" if advice.best is None else "What avoids offloading"
-        lines += [f"{what}, each with those before it:", table([_row(lever) for lever in advice.levers])]
-    now = checkpointing(cfg)
+        lines += [
+            f"{what}, each with those before it:",
+            format_table([_format_suggestion(lever) for lever in advice.levers]),
+        ]
+    now = checkpointing_mode(cfg)
     change = ", ".join(
-        f"{name} {_gib(rows_at_once(cfg) * kept)} GiB" for name, kept in plan.activations.items() if name != now
+        f"{name} {_format_gib(rows_at_once(cfg) * kept)} GiB" for name, kept in plan.activations.items() if name != now
     )
     return [
         *lines,
-        f"Activations with trainer.activation_checkpointing={now}: {_gib(plan.needs.activations)} GiB; {change}.",
+        f"Activations with trainer.activation_checkpointing={now}: "
+        f"{_format_gib(plan.needs.activations)} GiB; {change}.",
     ]
 
 
-def _row(lever: Lever) -> tuple[str, str, str]:
+def _format_suggestion(lever: Lever) -> tuple[str, str, str]:
     verdict = f"fits with strategy={lever.strategy}" if lever.fits else "not yet"
-    return f"  {lever.flag}", f"{_gib(lever.peak.total)} GiB", verdict
+    return f"  {lever.flag}", f"{_format_gib(lever.peak.total)} GiB", verdict
 
 
-def _room(one: Peak | None, target: DictConfig, device: str) -> str:
+def _describe_shortage(one: Peak | None, target: DictConfig, device: str) -> str:
     """What is too much."""
     if one is None:
         return "it cannot run so"
     if one.total > target.memory_gib * GIB:
-        return f"{_gib(one.total)} of {target.memory_gib:g} GiB a {device}"
-    return f"{_gib(one.cpu)} of {target.cpu_gib:g} GiB of CPU memory a node"
+        return f"{_format_gib(one.total)} of {target.memory_gib:g} GiB a {device}"
+    return f"{_format_gib(one.cpu)} of {target.cpu_gib:g} GiB of CPU memory a node"
 
 
-def _gib(count: float) -> str:
+def _format_gib(count: float) -> str:
     """GiB with one digit, large numbers with none, small ones with two significant ones."""
     value = count / GIB
     if value >= 100 or not value:
@@ -192,7 +200,7 @@ def _gib(count: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}" if value >= 0.01 else f"{value:.4f}"
 
 
-def _length(cfg: DictConfig, plan: Plan) -> str:
+def _format_length(cfg: DictConfig, plan: Plan) -> str:
     length = plan.length
     if length.steps is None:
         steps = "unknown: there are no shards, and data.train gives no samples"
@@ -202,17 +210,17 @@ def _length(cfg: DictConfig, plan: Plan) -> str:
     return "\n".join(
         [
             f"Length      {steps}",
-            f"Disk        {_bytes(plan.disk.checkpoint)} a checkpoint (what learns, and its optimizer state), "
-            f"{_bytes(plan.disk.kept)} for all that are kept",
+            f"Disk        {_format_bytes(plan.disk.checkpoint)} a checkpoint (what learns, and its optimizer state), "
+            f"{_format_bytes(plan.disk.kept)} for all that are kept",
         ]
     )
 
 
-def _bytes(count: float) -> str:
+def _format_bytes(count: float) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 1024**2:.1f} MiB"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned: the first to the left, the others to the right. The first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

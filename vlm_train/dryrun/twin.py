@@ -14,7 +14,7 @@ from vlm_train.errors import CheckpointError
 VOCABULARY = 300
 
 
-def small(cfg: DictConfig) -> DictConfig:
+def tiny_copy(cfg: DictConfig) -> DictConfig:
     """`cfg` with its parts as small as size=tiny makes them, a small vocabulary, and nothing quantised."""
     cfg = cfg.copy()
     if cfg.peft is not None and "bits" in cfg.peft:
@@ -35,7 +35,7 @@ def round_trip(cfg: DictConfig) -> int:
 
     from vlm_train.build import build_model
 
-    cfg = small(cfg)
+    cfg = tiny_copy(cfg)
     torch.manual_seed(0)
     first = build_model(cfg)
     torch.manual_seed(1)

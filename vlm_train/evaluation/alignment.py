@@ -17,11 +17,11 @@ from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.contracts.family import AlignsPairs, MatchesPairs
-from vlm_train.data.collate import Item, collate
+from vlm_train.data.collate import Item, collate_rows
 from vlm_train.data.processor import Processor
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
-from vlm_train.evaluation.generate import reference
+from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
+from vlm_train.evaluation.generate import reference_answer
 from vlm_train.evaluation.metrics.texts import normalize_text
 from vlm_train.seeds import derive_seed
 
@@ -54,23 +54,23 @@ class Alignment:
         own: list[str] = []
         images, texts, matched = [], dict[str, Tensor](), []
         aligner, device = cast(Any, model), next(model.parameters()).device
-        with evaluating(model):
+        with evaluation_mode(model):
             progress = progress_bar("images", count)
             for start in range(0, count, self.batch):
                 numbers = range(start, min(start + self.batch, count))
-                captions, batch = self._batch(processor, shards, numbers, unusable)
+                captions, batch = self._collate_pairs(processor, shards, numbers, unusable)
                 if captions:
                     batch = batch.to(device)
                     images.append(aligner.image_vectors(batch))
                     for caption, vector in zip(captions, aligner.text_vectors(batch), strict=True):
                         texts.setdefault(caption, vector)
-                    matched.append(_matched(model, batch, captions, start))
+                    matched.append(_count_matched(model, batch, captions, start))
                     own += captions
                 progress(len(numbers))
-            unusable.check(count)
+            unusable.require_usable(count)
             if len(texts) < 2:
                 raise ConfigError(f"eval: {self.shards} holds {len(texts)} different captions; alignment needs two")
-            found = _nearest(torch.cat(images), torch.stack(list(texts.values())))
+            found = _nearest_texts(torch.cat(images), torch.stack(list(texts.values())))
         names = list(texts)
         recall = sum(names[one] == caption for one, caption in zip(found, own, strict=True)) / len(own)
         right, asked = (sum(one) for one in zip(*matched, strict=True))
@@ -84,28 +84,28 @@ class Alignment:
         metrics = {row.metric: row.value for row in rows}
         return Findings(metrics, self.primary, self.higher_is_better, rows if final else ())
 
-    def _batch(
+    def _collate_pairs(
         self, processor: Processor, shards: ShardSet, numbers: Iterable[int], unusable: Unusable
     ) -> tuple[list[str], Batch]:
         """Captions, and the batch, of the numbered samples that can be used."""
         captions, items = list[str](), list[Sequence[Item]]()
         for number in numbers:
-            with unusable.watch(number):
-                sample, blobs = shards.load(number)
+            with unusable.catch_bad_sample(number):
+                sample, blobs = shards.load_sample(number)
                 length = {"max_length": processor.max_length, "over_length": "truncate"}
                 rendered = processor.render(sample, annotations="first", **length)
                 items.append([Item(rendered, processor.make_views(blobs[:1]))])
-                captions.append(normalize_text(reference(sample.annotations[0])))
-        return captions, collate(items, processor.images)
+                captions.append(normalize_text(reference_answer(sample.annotations[0])))
+        return captions, collate_rows(items, processor.images)
 
 
-def _nearest(images: Tensor, texts: Tensor) -> list[int]:
+def _nearest_texts(images: Tensor, texts: Tensor) -> list[int]:
     """The nearest text `[C, E]` of every image `[N, Q, E]`."""
     found: list[int] = torch.einsum("nqe,ce->ncq", images, texts).amax(dim=-1).argmax(dim=1).tolist()
     return found
 
 
-def _matched(model: Any, batch: Batch, captions: Sequence[str], seed: int) -> tuple[float, float]:
+def _count_matched(model: Any, batch: Batch, captions: Sequence[str], seed: int) -> tuple[float, float]:
     """How many of (image, own caption) and (image, another caption of the batch) are told apart, and how many were
     asked."""
     draw = np.random.default_rng(derive_seed("matching", seed))

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.evaluator import Findings, ResultRow, TextMetric
 from vlm_train.contracts.family import Generates
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
 from vlm_train.evaluation.controls import SHUFFLED_IMAGES, answer_by_majority, answer_with_other_images
 from vlm_train.evaluation.generate import Answer, Generator
 from vlm_train.evaluation.metrics.exact_match import ExactMatch
-from vlm_train.evaluation.predictions import pictured, save_pictures, write_predictions
+from vlm_train.evaluation.predictions import choose_pictures, save_pictures, write_predictions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +95,7 @@ class QuestionAnswering:
         unusable = Unusable(shards, self.reported)
         generator = Generator(model, processor, shards, unusable, self.batch, self.max_new_tokens, self.all_answers)
         answers = generator.answer(range(count))
-        unusable.check(count)
+        unusable.require_usable(count)
         if not answers:
             raise ConfigError(f"eval: {shards.address} holds no questions")
         found = self.measure(answers)
@@ -109,8 +109,8 @@ class QuestionAnswering:
             for name, note, values, n in compared:
                 rows.append(ResultRow(name, values[metric], n, note.format(metric=metric.replace("_", " ")), metric))
             rows += [row for row in self.published if row.metric == metric]
-        if rank() == 0:
-            paths = save_pictures(processor, shards, pictured(answers, self.pictures), folder)
+        if process_rank() == 0:
+            paths = save_pictures(processor, shards, choose_pictures(answers, self.pictures), folder)
             write_predictions(folder, answers, paths)
         return Findings(found, self.primary, self.higher_is_better, tuple(rows))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines.errors import BadSample
 from data_pipelines.shards.shard_set import ShardSet
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 
 NAMED = 10
@@ -31,18 +31,18 @@ class Unusable:
         return number in self.reasons
 
     @contextmanager
-    def watch(self, number: int) -> Iterator[None]:
+    def catch_bad_sample(self, number: int) -> Iterator[None]:
         """Notes and swallows a `BadSample` of sample `number`, naming its shard and key."""
         try:
             yield
         except BadSample as error:
-            where = self.shards.where(number)
+            where = self.shards.describe_sample(number)
             self.reasons[number] = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            self._report(number)
+            self._report_sample(number)
 
-    def _report(self, number: int) -> None:
+    def _report_sample(self, number: int) -> None:
         known = (self.shards.address, number)
-        if rank() == 0 and known not in self.reported and len(self.reasons) <= NAMED:
+        if process_rank() == 0 and known not in self.reported and len(self.reasons) <= NAMED:
             more = "; further ones are only counted" if len(self.reasons) == NAMED else ""
             print(f"eval: unusable, left out: {self.reasons[number]}{more}", flush=True)
         self.reported.add(known)
@@ -53,7 +53,7 @@ class Unusable:
         count = len(self.reasons)
         return f", {count:,} sample{'s' * (count > 1)} unusable" if count else ""
 
-    def check(self, count: int) -> None:
+    def require_usable(self, count: int) -> None:
         """Raises `ConfigError` if all `count` samples (one or more) are unusable."""
         if self.reasons and len(self.reasons) == count:
             first = next(iter(self.reasons.values()))
@@ -61,22 +61,22 @@ class Unusable:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode is restored afterwards."""
     import torch
 
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.joint_stream for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            module.joint_stream = training
 
 
 def progress_bar(unit: str, total: int) -> Callable[[int], Any]:
     """A function that advances a progress bar, which shows on a terminal only."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    return tqdm(total=total, unit=f" {unit}", leave=False, disable=True if rank() else None).update
+    return tqdm(total=total, unit=f" {unit}", leave=False, disable=True if process_rank() else None).update

@@ -12,7 +12,7 @@ from data_pipelines.sample import Sample
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
-from vlm_train.evaluation.generate import Answer, Generator, question, reference
+from vlm_train.evaluation.generate import Answer, Generator, question_text, reference_answer
 from vlm_train.evaluation.metrics.texts import normalize_text
 
 SHUFFLED_IMAGES = "shuffled_images"
@@ -25,10 +25,12 @@ def answer_with_other_images(generator: Generator, numbers: Sequence[int], seed:
         ConfigError: the samples have different numbers of images.
     """
     shards = generator.shards
-    donors = {number: numbers[other] for number, other in zip(numbers, derangement(len(numbers), seed), strict=True)}
+    donors = {
+        number: numbers[other] for number, other in zip(numbers, derange_numbers(len(numbers), seed), strict=True)
+    }
 
     def load(number: int) -> tuple[Sample, list[bytes]]:
-        sample, (donor, blobs) = shards.load(number)[0], shards.load(donors[number])
+        sample, (donor, blobs) = shards.load_sample(number)[0], shards.load_sample(donors[number])
         if len(donor.media) != len(sample.media):
             raise ConfigError(
                 f"eval: {SHUFFLED_IMAGES} needs samples with equally many images, but {sample.key!r} has "
@@ -41,11 +43,11 @@ def answer_with_other_images(generator: Generator, numbers: Sequence[int], seed:
 
 def answer_by_majority(answers: Sequence[Answer], sets: Sequence[ShardSet]) -> list[Answer]:
     """The same questions, answered with the most frequent answer that `sets` give to each."""
-    guess = majority(sets)
+    guess = majority_answer(sets)
     return [replace(answer, prediction=guess(answer.question)) for answer in answers]
 
 
-def derangement(count: int, seed: int) -> list[int]:
+def derange_numbers(count: int, seed: int) -> list[int]:
     """A seeded permutation of `range(count)` that moves every number: one cycle in random order. `count` > 1."""
     order = np.random.default_rng(seed).permutation(count)
     moved = np.empty(count, np.int64)
@@ -53,15 +55,15 @@ def derangement(count: int, seed: int) -> list[int]:
     return [int(number) for number in moved]
 
 
-def majority(sets: Sequence[ShardSet]) -> Callable[[str], str]:
+def majority_answer(sets: Sequence[ShardSet]) -> Callable[[str], str]:
     """Question text -> its most frequent answer in `sets`, or the most frequent of all for an unknown question."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for shards in sets:
         unusable = Unusable(shards)
         for number in range(len(shards)):
-            with unusable.watch(number):
-                for annotation in shards.load(number)[0].annotations:
-                    counts[normalize_text(question(annotation))][normalize_text(reference(annotation))] += 1
-        unusable.check(len(shards))
+            with unusable.catch_bad_sample(number):
+                for annotation in shards.load_sample(number)[0].annotations:
+                    counts[normalize_text(question_text(annotation))][normalize_text(reference_answer(annotation))] += 1
+        unusable.require_usable(len(shards))
     total = sum(counts.values(), Counter[str]())
     return lambda asked: counts.get(normalize_text(asked), total).most_common(1)[0][0]

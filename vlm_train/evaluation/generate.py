@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from data_pipelines.sample import Annotation, Sample
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.data.text.render import Rendered
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
+from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.metrics.exact_match import matches
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ class Generator:
         from vlm_train.data.collate import collate_prompts
 
         model, processor, shards, answers = cast(Any, self.model), self.processor, self.shards, list[Answer]()
-        with evaluating(model):
+        with evaluation_mode(model):
             device = next(model.parameters()).device
-            progress = progress_bar("questions", sum(shards.annotations(number) for number in numbers))
-            for group in _groups(self._prompts(numbers, load or shards.load), self.batch):
+            progress = progress_bar("questions", sum(shards.count_annotations(number) for number in numbers))
+            for group in _group_items(self._prompts(numbers, load or shards.load_sample), self.batch):
                 batch = collate_prompts([(prompt, views) for *_, prompt, views in group], processor.images)
                 ids = model.generate(batch.to(device), max_new_tokens=self.max_new_tokens, eos_ids=processor.end_ids)
                 for (number, asked, references, prompt, _), row in zip(group, ids.tolist(), strict=True):
@@ -86,7 +86,7 @@ class Generator:
         self, numbers: Sequence[int], load: Load
     ) -> Iterator[tuple[int, str, tuple[str, ...], Rendered, MediaViews]]:
         for number in numbers:
-            with self.unusable.watch(number):
+            with self.unusable.catch_bad_sample(number):
                 sample, blobs = load(number)
                 views = self.processor.make_views(blobs)
                 prompts = [
@@ -96,15 +96,15 @@ class Generator:
             if number not in self.unusable:
                 for k, prompt in enumerate(prompts):
                     references = (prompt.reference, *(accepted_answers(sample, k) if self.all_answers else ()))
-                    yield number, question(sample.annotations[k]), references, prompt, views
+                    yield number, question_text(sample.annotations[k]), references, prompt, views
 
 
-def question(annotation: Annotation) -> str:
+def question_text(annotation: Annotation) -> str:
     """The text of the last user turn."""
     return next((turn.text.strip() for turn in reversed(annotation.turns) if turn.role == "user"), "")
 
 
-def reference(annotation: Annotation) -> str:
+def reference_answer(annotation: Annotation) -> str:
     """The text of the last turn if it is an answer, else ""."""
     last = annotation.turns[-1]
     return last.text.strip() if last.role == "assistant" else ""
@@ -116,7 +116,7 @@ def accepted_answers(sample: Sample, k: int) -> tuple[str, ...]:
     return tuple(map(str, notes[k].get("answers") or ())) if k < len(notes) else ()
 
 
-def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+def _group_items(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     group = []
     for item in items:
         group.append(item)

@@ -36,14 +36,14 @@ def save_pictures(processor: Processor, shards: ShardSet, numbers: Sequence[int]
     """Save what the model sees of the numbered samples; returns sample number -> path relative to `folder`."""
     paths = {}
     for number in numbers:
-        _, blobs = shards.load(number)
+        _, blobs = shards.load_sample(number)
         if pictures := collect_pictures(processor.make_views(blobs)):
             paths[number] = f"images/{number}.png"
             save_views(pictures, folder / paths[number])
     return paths
 
 
-def pictured(answers: Sequence[Answer], most: int) -> list[int]:
+def choose_pictures(answers: Sequence[Answer], most: int) -> list[int]:
     """Samples whose picture is worth keeping: up to half with a wrong answer, the others spread evenly over all."""
     wrong = list(dict.fromkeys(answer.sample for answer in answers if not answer.correct))
     chosen = dict.fromkeys(spread(wrong, most // 2))

@@ -62,13 +62,13 @@ class CaptionRetrieval:
         numbers = {name: number for number, name in enumerate(names)}
         own = [numbers[normalize_text(caption)] for caption in captions]
         scores = images @ text_vectors(model, processor, list(names.values()), self.batch).T  # [N, E] x [E, C]
-        first, *others = recalls(scores, own)
+        first, *others = recall_rows(scores, own)
         rows = (replace(first, note=first.note + unusable.note), *others)
         found = {row.metric: row.value for row in rows}
         return Findings(found, self.primary, self.higher_is_better, rows if final else ())
 
 
-def recalls(scores: Tensor, own: Sequence[int]) -> list[ResultRow]:
+def recall_rows(scores: Tensor, own: Sequence[int]) -> list[ResultRow]:
     """R@1, R@5 of captions, then of images.
 
     Args:
@@ -86,13 +86,13 @@ def recalls(scores: Tensor, own: Sequence[int]) -> list[ResultRow]:
         note = (
             f"own caption is the nearest of {captions}" if depth == 1 else f"own caption is among the nearest {depth}"
         )
-        rows.append(_row("caption", depth, found, f"{note} (chance {chance:.3f})"))
+        rows.append(_recall_row("caption", depth, found, f"{note} (chance {chance:.3f})"))
     for depth in DEPTHS:
         nearest = scores.T.topk(min(depth, images), dim=1).indices
         found = bears[nearest] == torch.arange(captions, device=scores.device)[:, None]
         chance = image_chance(list(Counter(own).values()), depth)
         note = f"one of a caption's images is among the nearest {depth} of {images} (chance {chance:.3f})"
-        rows.append(_row("image", depth, found, note))
+        rows.append(_recall_row("image", depth, found, note))
     return rows
 
 
@@ -103,7 +103,7 @@ def image_chance(bearers: Sequence[int], depth: int) -> float:
     return 1 - sum(misses) / len(misses)
 
 
-def _row(kind: str, depth: int, found: Tensor, note: str) -> ResultRow:
+def _recall_row(kind: str, depth: int, found: Tensor, note: str) -> ResultRow:
     hits = found.any(dim=1)
     value = hits.double().mean().item()
     return ResultRow(f"{kind} retrieval R@{depth}", value, len(hits), note, f"{kind}_recall_at_{depth}")

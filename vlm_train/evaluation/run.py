@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlm_train.config.resolve import resolved
+from vlm_train.config.resolve import resolve_key
 from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator, Findings
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from vlm_train.data.processor import Processor
 
 
-def evaluate(cfg: DictConfig) -> dict[str, float]:
+def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     """Evaluate the run in `run_dir(cfg)`. Returns `<label>/<metric>` -> value."""
     import torch
 
-    from vlm_train.build import build, build_evaluators, build_on_meta
+    from vlm_train.build import build_assembly, build_evaluators, build_on_meta
     from vlm_train.check.model import check_evaluators
     from vlm_train.checkpoint.weights import load_run_weights
     from vlm_train.report import results_table
@@ -44,12 +44,12 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     skeleton = build_on_meta(cfg)
     if skeleton is not None and (problems := list(check_evaluators(evaluators, skeleton))):
         raise ConfigError(problems)
-    built = build(cfg)
+    built = build_assembly(cfg)
     load_run_weights(built.model, cfg.init_from, folder)
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
         built.model.to("cuda")
     metrics = run_evaluators(built.model, built.processor, evaluators, folder, labels)
-    if rank() == 0:
+    if process_rank() == 0:
         print(results_table(folder))
     return metrics
 
@@ -70,7 +70,7 @@ def run_evaluator(
             f"but found {found} with {findings.primary}"
         )
     kept = findings.without_undefined()
-    for metric in findings.metrics.keys() - kept.metrics.keys() if rank() == 0 else ():
+    for metric in findings.metrics.keys() - kept.metrics.keys() if process_rank() == 0 else ():
         print(f"eval.{name}: {metric} is {findings.metrics[metric]} and left out", flush=True)
     return kept
 
@@ -102,7 +102,7 @@ def run_evaluators(
     }
     rows = [asdict(row) | {"eval": labels[name]} for name, one in found.items() for row in one.rows]
     metrics = {f"{labels[name]}/{key}": value for name, one in found.items() for key, value in one.metrics.items()}
-    if rank() == 0:
+    if process_rank() == 0:
         official = {name for name, label in labels.items() if name == label}
         save_results(folder, rows, metrics, describe_evaluators(evaluators, labels), official)
     return metrics
@@ -124,18 +124,22 @@ def require_own_weights(cfg: DictConfig, folder: Path) -> None:
     for one in (now, own):
         for name in one.paths:
             one.paths[name] = name  # folders may have moved, too
-    keys = [key for group in DECIDE_WEIGHTS for key in _different(group, resolved(now, group), resolved(own, group))]
+    keys = [
+        key
+        for group in DECIDE_WEIGHTS
+        for key in _differing_keys(group, resolve_key(now, group), resolve_key(own, group))
+    ]
     if keys:
         where = f"If a folder has moved, change {RunFolder(folder).config}."
         raise ConfigError([f"{key}: decides the weights of this run; leave it out. {where}" for key in keys])
 
 
-def _different(key: str, now: Any, own: Any) -> Iterator[str]:
+def _differing_keys(key: str, now: Any, own: Any) -> Iterator[str]:
     """The dotted keys at and below `key` where the two differ in what decides weights."""
     name = key.rpartition(".")[2]
     if isinstance(now, dict) and isinstance(own, dict):
         for inner in sorted(now.keys() | own.keys()):
-            yield from _different(f"{key}.{inner}", now.get(inner), own.get(inner))
+            yield from _differing_keys(f"{key}.{inner}", now.get(inner), own.get(inner))
     elif now != own and name != "attention" and not (name == "weights" and now and own):
         yield key
 
@@ -146,11 +150,11 @@ def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
     One label stands for one way of evaluating, so that results of a few samples never replace those of all.
     """
     own = load_config(RunFolder(folder).config)
-    changed = {group: resolved(cfg, group) for group in SEEN if resolved(cfg, group) != resolved(own, group)}
+    changed = {group: resolve_key(cfg, group) for group in SEEN if resolve_key(cfg, group) != resolve_key(own, group)}
     copy = {"_target_": "vlm_train.data.text.tokenizer.pretrained", "name": str(RunFolder(folder).tokenizer)}
     if changed.get("tokenizer") == copy:  # as `run=` sets it
         del changed["tokenizer"]
-    nodes, ours = resolved(cfg, "eval") or {}, resolved(own, "eval") or {}
+    nodes, ours = resolve_key(cfg, "eval") or {}, resolve_key(own, "eval") or {}
     labels = {}
     for name, node in nodes.items():
         text = json.dumps([node, changed], sort_keys=True, default=str)
@@ -175,12 +179,12 @@ def save_results(
     from vlm_train.report import write_report
     from vlm_train.runs import record
 
-    before = record.read(folder)
+    before = record.read_record(folder)
     kept = [row for row in before.get("results") or [] if row.get("eval") not in evaluators]
     first = [row for row in rows if row["eval"] in official]
     results = [*first, *kept, *(row for row in rows if row["eval"] not in official)]
     stale = tuple(f"{label}/" for label in evaluators)
     others = {name: value for name, value in (before.get("metrics") or {}).items() if not name.startswith(stale)}
     described = {**(before.get("evaluators") or {}), **evaluators}
-    record.update(folder, results=results, metrics={**others, **metrics}, evaluators=described)
+    record.update_record(folder, results=results, metrics={**others, **metrics}, evaluators=described)
     write_report(folder)

@@ -17,12 +17,12 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
 from data_pipelines.shards.columns import Columns, ColumnWriter
 from data_pipelines.shards.shard_set import ShardSet
-from vlm_train.config.resolve import resolved
+from vlm_train.config.resolve import resolve_key
 from vlm_train.config.run_identity import run_dir
 from vlm_train.contracts.family import AlignsPairs, Generates, MatchesPairs, missing_members
 from vlm_train.data.text.render import Rendered
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
+from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.run import require_own_weights
 from vlm_train.seeds import derive_seed
 
@@ -51,49 +51,49 @@ SAMPLING = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "min_ne
 """Options of `generate`, of which a model gets those that change what it does anyway."""
 
 
-def caption(cfg: DictConfig) -> dict[str, Any]:
+def write_captions(cfg: DictConfig) -> dict[str, Any]:
     """Write a new caption for every sample into the column `caption`; it continues the template's prompt."""
     given = {name: cfg.columns[name] for name in SAMPLING if cfg.columns[name] != SAMPLING[name]}
     given["max_new_tokens"] = cfg.columns.max_new_tokens
 
-    def texts(processor: Processor, sample: Sample) -> list[Rendered]:
+    def render_prompts(processor: Processor, sample: Sample) -> list[Rendered]:
         return [processor.render(sample, annotations="first", generation=True)]
 
-    def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
-        model, processor = _offering(built, (Generates,), cfg.mode), built.processor
-        batch = _batch(built, [(one.texts[0], one.views) for one in shown])
+    def caption_rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
+        model, processor = _require_methods(built, (Generates,), cfg.mode), built.processor
+        batch = _collate_items(built, [(one.texts[0], one.views) for one in shown])
         ids = model.generate(batch, eos_ids=processor.end_ids, **given)
         found = [processor.decode_answer(row) for row in ids.tolist()]
         return [{"key": one.key, "caption": text.strip()} for one, text in zip(shown, found, strict=True)]
 
-    return _write(cfg, ("caption",), {"seed": cfg.seed, **given}, texts, rows)
+    return _write_columns(cfg, ("caption",), {"seed": cfg.seed, **given}, render_prompts, caption_rows)
 
 
-def score(cfg: DictConfig) -> dict[str, Any]:
+def score_captions(cfg: DictConfig) -> dict[str, Any]:
     """Write what the model thinks of every caption, those of `columns.captions` in place of the samples' own: `match`,
     the probability that its ITM head gives a match, and `similarity`, the cosine that ITC learns."""
 
-    def texts(processor: Processor, sample: Sample) -> list[Rendered]:
+    def render_captions(processor: Processor, sample: Sample) -> list[Rendered]:
         length: Any = {"max_length": processor.max_length, "over_length": "truncate"}
         count = len(sample.annotations)
         return [processor.render(sample, annotations="first", annotation=n, **length) for n in range(count)]
 
-    def rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
-        model = _offering(built, (AlignsPairs, MatchesPairs), cfg.mode)
+    def score_rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
+        model = _require_methods(built, (AlignsPairs, MatchesPairs), cfg.mode)
         found: list[Row] = [{"key": one.key, "match": [], "similarity": []} for one in shown]
         pairs = [(row, text, one.views) for row, one in zip(found, shown, strict=True) for text in one.texts]
         for start in range(0, len(pairs), cfg.columns.batch):
             some = pairs[start : start + cfg.columns.batch]
-            scores = _scores(model, _batch(built, [(text, views) for _, text, views in some]))
+            scores = _score_pairs(model, _collate_items(built, [(text, views) for _, text, views in some]))
             for (row, _, _), match, similarity in zip(some, *scores, strict=True):
                 row["match"].append(match)
                 row["similarity"].append(similarity)
         return found
 
-    return _write(cfg, ("match", "similarity"), {}, texts, rows)
+    return _write_columns(cfg, ("match", "similarity"), {}, render_captions, score_rows)
 
 
-def _scores(model: Any, batch: Batch) -> tuple[list[float], list[float]]:
+def _score_pairs(model: Any, batch: Batch) -> tuple[list[float], list[float]]:
     """Match probabilities and cosines of the pairs of a batch."""
     import torch
 
@@ -103,7 +103,7 @@ def _scores(model: Any, batch: Batch) -> tuple[list[float], list[float]]:
     return logits.float().softmax(dim=-1)[:, 1].tolist(), cosines.float().tolist()
 
 
-def _write(
+def _write_columns(
     cfg: DictConfig,
     names: Sequence[str],
     about: dict[str, Any],
@@ -111,34 +111,41 @@ def _write(
     rows: Callable[[Built, Sequence[Shown]], list[Row]],
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `texts` of every sample, and `rows` of some."""
-    from vlm_train.build import build
+    from vlm_train.build import build_assembly
     from vlm_train.checkpoint.weights import load_run_weights
 
     folder, shards, output = run_dir(cfg), ShardSet(cfg.columns.shards), output_of(cfg)
     require_own_weights(cfg, folder)
     taken = cfg.columns.captions
     captions = Columns(taken, shards, ["caption"], option="columns.captions") if taken else None
-    about = {"mode": cfg.mode, "captions": captions.sha256 if captions else None, **about, **_identity(cfg, folder)}
+    about = {
+        "mode": cfg.mode,
+        "captions": captions.sha256 if captions else None,
+        **about,
+        **_describe_model(cfg, folder),
+    }
     writer = ColumnWriter(output, shards, names, about)
-    missing = [shard for shard in writer.missing if shard % cfg.columns.parts == cfg.columns.part]
+    missing = [shard for shard in writer.missing_shards if shard % cfg.columns.parts == cfg.columns.part]
     if missing:
-        built = build(cfg)
+        built = build_assembly(cfg)
         load_run_weights(built.model, cfg.init_from, folder, cfg.columns.which)
         _to_device(built, cfg)
         unusable, step = Unusable(shards), progress_bar("samples", len(shards))
-        with evaluating(built.model):
+        with evaluation_mode(built.model):
             for shard in missing:
-                _seed(derive_seed(cfg.seed, "columns", shard))
+                _seed_generation(derive_seed(cfg.seed, "columns", shard))
                 found: list[Row] = []
-                for shown in _shown(built.processor, shards, shard, captions, texts, cfg.columns.batch, unusable):
+                for shown in _group_samples(
+                    built.processor, shards, shard, captions, texts, cfg.columns.batch, unusable
+                ):
                     found += rows(built, shown)
                     step(len(shown))
-                writer.write(shard, found)
-        unusable.check(len(shards))
-    if left := len(writer.missing):
+                writer.write_rows(shard, found)
+        unusable.require_usable(len(shards))
+    if left := len(writer.missing_shards):
         print(f"{output}: {left} shards are left to other parts, whose last finishes the columns", flush=True)
     else:
-        writer.finish()
+        writer.write_manifest()
         before = "" if missing else ", made before"
         print(f"{output}: {', '.join(names)} of {len(shards):,} samples{before}", flush=True)
     return {"columns": str(output)}
@@ -155,20 +162,20 @@ def output_of(cfg: DictConfig) -> Path:
     return Path(f"{columns.shards.rstrip('/')}.columns") / name
 
 
-def _identity(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def _describe_model(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """What else the values depend on."""
-    from vlm_train.checkpoint.files import sha256
+    from vlm_train.checkpoint.files import hash_file
     from vlm_train.checkpoint.weights import weights_file
 
     return {
         "run": folder.name,
-        "weights": sha256(weights_file(folder, cfg.columns.which)),
+        "weights": hash_file(weights_file(folder, cfg.columns.which)),
         "batch": cfg.columns.batch,
-        **{group: resolved(cfg, group) for group in SEEN},
+        **{group: resolve_key(cfg, group) for group in SEEN},
     }
 
 
-def _offering(built: Built, needs: tuple[type, ...], mode: str) -> Any:
+def _require_methods(built: Built, needs: tuple[type, ...], mode: str) -> Any:
     """The model, which offers all of `needs`."""
     if missing := [name for protocol in needs for name in missing_members(built.model, protocol)]:
         raise ConfigError(
@@ -185,13 +192,13 @@ def _to_device(built: Built, cfg: DictConfig) -> None:
         built.model.to("cuda")
 
 
-def _seed(seed: int) -> None:
+def _seed_generation(seed: int) -> None:
     import torch
 
     torch.manual_seed(seed)
 
 
-def _shown(
+def _group_samples(
     processor: Processor,
     shards: ShardSet,
     shard: int,
@@ -204,12 +211,12 @@ def _shown(
     first = int(shards.shard_starts[shard])
     group: list[Shown] = []
     for number in range(first, first + shards.manifest.shards[shard].samples):
-        with unusable.watch(number):
-            sample, blobs = shards.load(number)
+        with unusable.catch_bad_sample(number):
+            sample, blobs = shards.load_sample(number)
             if len(sample.media) != 1 or sample.media[0].kind != "image":
                 raise BadSample(f"{len(sample.media)} media items; a caption is about one image", kind="media")
             if captions is not None:
-                sample = with_caption(sample, str(captions.row(number).get("caption") or ""))
+                sample = with_caption(sample, str(captions.read_row(number).get("caption") or ""))
             group.append(Shown(sample.key, processor.make_views(blobs), texts(processor, sample)))
         if len(group) == size:
             yield group
@@ -218,7 +225,7 @@ def _shown(
         yield group
 
 
-def _batch(built: Built, items: Sequence[tuple[Rendered, MediaViews]]) -> Batch:
+def _collate_items(built: Built, items: Sequence[tuple[Rendered, MediaViews]]) -> Batch:
     from vlm_train.data.collate import collate_prompts
 
     return collate_prompts(list(items), built.processor.images).to(next(built.model.parameters()).device)

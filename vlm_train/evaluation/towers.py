@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
-from data_pipelines.shards.members import captioned
+from data_pipelines.shards.members import caption_annotation
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.common import Unusable, evaluating, progress_bar
-from vlm_train.evaluation.generate import reference
+from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
+from vlm_train.evaluation.generate import reference_answer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,18 +38,18 @@ def image_vectors(
     captions: list[str] = []
     vectors = []
     progress = progress_bar("images", count)
-    with evaluating(model):
+    with evaluation_mode(model):
         for start in range(0, count, batch):
             views = []
             for number in range(start, min(start + batch, count)):
-                with unusable.watch(number):
+                with unusable.catch_bad_sample(number):
                     caption, view = _captioned_image(processor, shards, number)
                     captions.append(caption)
                     views.append(view)
             if views:
                 vectors.append(_encode_images(model, processor, views))
             progress(min(batch, count - start))
-    unusable.check(count)
+    unusable.require_usable(count)
     if not vectors:
         raise ConfigError(f"eval: {shards.address} holds no captions")
     return torch.cat(vectors), captions
@@ -63,10 +63,10 @@ def text_vectors(model: nn.Module, processor: Processor, texts: Sequence[str], b
 
     encode, device = cast(Any, model).encode_text, next(model.parameters()).device
     vectors = []
-    with evaluating(model):
+    with evaluation_mode(model):
         for start in range(0, len(texts), batch):
             samples = [
-                Sample(key=f"text-{number}", media=(), annotations=(captioned(text, images=0),), source="eval")
+                Sample(key=f"text-{number}", media=(), annotations=(caption_annotation(text, images=0),), source="eval")
                 for number, text in enumerate(texts[start : start + batch])
             ]
             rendered = [processor.render(sample, annotations="first") for sample in samples]
@@ -77,8 +77,8 @@ def text_vectors(model: nn.Module, processor: Processor, texts: Sequence[str], b
 
 def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tuple[str, dict[str, Views]]:
     """Caption of a sample, and the one view that every encoder has of its image. Raises BadSample without caption."""
-    sample, blobs = shards.load(number)
-    caption = reference(sample.annotations[0])
+    sample, blobs = shards.load_sample(number)
+    caption = reference_answer(sample.annotations[0])
     if not caption:
         raise BadSample(f"sample {sample.key!r}: its first annotation is no caption")
     made = processor.make_views(blobs[:1])

@@ -18,14 +18,14 @@ from vlm_train.errors import AssetError
 from vlm_train.models.families.blip import Blip
 from vlm_train.models.llms.blip_text import Med
 from vlm_train.models.vision.hf import HFVision
-from vlm_train.models.weights.blip_names import _ATTENTION, CAPTIONING, RETRIEVAL, names
+from vlm_train.models.weights.blip_names import _ATTENTION, CAPTIONING, RETRIEVAL, name_modules
 
 _ATTENTION += (("output", "output.dense"), ("norm", "output.LayerNorm"))
 
 
 def to_library(model: Blip, kind: str) -> dict[str, Tensor]:
     """The weights of `model` under the names of the class `kind`."""
-    known = names(kind, len(model.llm.layers))
+    known = name_modules(kind, len(model.llm.layers))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     found = {
         f"{known[m]}.{leaf}": t for name, t in state.items() for m, _, leaf in [name.rpartition(".")] if m in known
@@ -145,7 +145,7 @@ def verify_blip(model: Blip, folder: str | Path) -> float:
         state = to_library(model, kind)
         loaded = blip.from_pretrained(Path(folder) / kind, dtype=model.llm.words.weight.dtype).state_dict()
         for name in sorted(state.keys() | loaded.keys()):
-            if name not in loaded or name not in state or not _same(state[name], loaded[name]):
+            if name not in loaded or name not in state or not _equal_tensors(state[name], loaded[name]):
                 raise AssetError(f"export: {Path(folder) / kind}: {name} is not the model's")
     return 0.0
 
@@ -154,5 +154,5 @@ def _is_tower(name: str) -> bool:
     return name.startswith("vision.model.")
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _equal_tensors(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.cpu(), other.cpu())

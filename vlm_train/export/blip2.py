@@ -16,7 +16,7 @@ from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError
 from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
 from vlm_train.export.merged import merged_state
-from vlm_train.export.vocabulary import padded, rows_with
+from vlm_train.export.vocabulary import pad_rows, rows_with
 from vlm_train.models.connectors.qformer import QFormerConnector
 from vlm_train.models.families.blip2_qformer import Aligner
 from vlm_train.models.families.instructblip import InstructVLM
@@ -78,17 +78,17 @@ def write_blip2(
     tokenizer.chat_template = None
     if isinstance(model, PrefixVLM) and tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    config = _config(model, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    config = _make_config(model, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     with torch.device("meta"):
-        theirs = _class(model)(config)
-    theirs.load_state_dict(_state(model, theirs), strict=True, assign=True)
+        theirs = _model_class(model)(config)
+    theirs.load_state_dict(_rename_state(model, theirs), strict=True, assign=True)
     if isinstance(model, PrefixVLM):
         if not (isinstance(model, PrefixSeq2Seq) and model.llm.head_parameters()):
             theirs.tie_weights()  # `transformers` 5 ties every T5
         eos = list(eos_ids) or tokenizer.eos_token_id
         theirs.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     theirs.save_pretrained(folder)
-    _processor(model, tokenizer, image_mode, instruction).save_pretrained(folder)
+    _make_processor(model, tokenizer, image_mode, instruction).save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -99,8 +99,8 @@ def verify_blip2(model: Any, folder: str | Path) -> float:
         The largest difference, relative to the largest number. Raises `AssetError` if it is too large.
     """
     parameter = next(model.connector.parameters())
-    loaded = _class(model).from_pretrained(folder, dtype=parameter.dtype).to(parameter.device).eval()
-    batch = _probe(model, parameter.device)
+    loaded = _model_class(model).from_pretrained(folder, dtype=parameter.dtype).to(parameter.device).eval()
+    batch = _make_probe(model, parameter.device)
     text, vision = batch.text["llm"], model.vision
     dtype = next(vision.parameters()).dtype
     mean, std = (vision.get_buffer(name).to(dtype) for name in ("mean", "std"))
@@ -145,7 +145,7 @@ def find_problems(model: Any) -> list[str]:
     return problems
 
 
-def _class(model: Any) -> Any:
+def _model_class(model: Any) -> Any:
     from transformers import (
         Blip2ForConditionalGeneration,
         Blip2ForImageTextRetrieval,
@@ -157,8 +157,8 @@ def _class(model: Any) -> Any:
     return Blip2ForConditionalGeneration if isinstance(model, PrefixVLM) else Blip2ForImageTextRetrieval
 
 
-def _config(model: Any, image_token_id: int | None) -> Any:
-    config = _class(model).config_class
+def _make_config(model: Any, image_token_id: int | None) -> Any:
+    config = _model_class(model).config_class
     former, text = model.connector.qformer, model.connector.text
     first = former.blocks[0]
     every = next((n for n, layer in enumerate(former.blocks) if n and layer.cross is not None), len(former.blocks))
@@ -185,7 +185,7 @@ def _config(model: Any, image_token_id: int | None) -> Any:
     return config(image_text_hidden_size=model.image_projection.out_features, **shared)
 
 
-def _state(model: Any, theirs: Any) -> dict[str, Tensor]:
+def _rename_state(model: Any, theirs: Any) -> dict[str, Tensor]:
     """Our weights under BLIP-2's names."""
     connector = model.connector.state_dict()
     state = {f"vision_model.{name}": tensor for name, tensor in merged_state(model.vision.model).items()}
@@ -196,12 +196,12 @@ def _state(model: Any, theirs: Any) -> dict[str, Tensor]:
         everywhere = language.named_parameters(remove_duplicate=False)
         long = {name for name, parameter in everywhere if any(parameter is table for table in tables)}
         own = merged_state(language)
-        return state | {f"language_model.{n}": padded(one, rows) if n in long else one for n, one in own.items()}
+        return state | {f"language_model.{n}": pad_rows(one, rows) if n in long else one for n, one in own.items()}
     own = model.state_dict()
     return state | {f"{a}.{kind}": own[f"{b}.{kind}"] for a, b in _HEADS.items() for kind in ("weight", "bias")}
 
 
-def _processor(model: Any, tokenizer: Any, image_mode: str, instruction: Any) -> Any:
+def _make_processor(model: Any, tokenizer: Any, image_mode: str, instruction: Any) -> Any:
     from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
     height, width = model.vision.image_size
@@ -218,7 +218,7 @@ def _processor(model: Any, tokenizer: Any, image_mode: str, instruction: Any) ->
     return Blip2Processor(images, tokenizer, num_query_tokens=queries)
 
 
-def _probe(model: Any, device: torch.device) -> Batch:
+def _make_probe(model: Any, device: torch.device) -> Batch:
     """A random image, and a random text in every stream."""
     from vlm_train.contracts.layout import PLACEHOLDER_ID
 
@@ -233,13 +233,13 @@ def _probe(model: Any, device: torch.device) -> Batch:
         places = slots if name == "llm" else 0
         ids = torch.randint(2, words - 1, (1, places + 6), generator=generator)
         ids[:, :places] = PLACEHOLDER_ID
-        text[name] = _stream(ids, places)
+        text[name] = _make_stream(ids, places)
     inputs = {"vision": MediaInput(pixels, view_counts=(1,))}
     media = MediaBatch(inputs=inputs, slot_counts=(slots,), row=torch.zeros(1, dtype=torch.int64))
     return Batch(text=text, media=media).to(device)
 
 
-def _stream(ids: Tensor, places: int) -> TokenStream:
+def _make_stream(ids: Tensor, places: int) -> TokenStream:
     return TokenStream(
         ids=ids,
         labels=torch.full_like(ids, -100),

@@ -35,12 +35,12 @@ def add_chat_template(folder: Path, ours: Processor, image_size: MediaSize) -> s
     tokenizer = ours.tokenizer
     problem: str | None = f"{type(template).__name__} cannot be written as one"
     for jinja in jinja_templates(template, tokenizer):
-        _write(folder, jinja, add_bos=False)
-        problem = difference(_processor(folder), ours, image_size)
+        _save_processor(folder, jinja, add_bos=False)
+        problem = find_difference(_load_processor(folder), ours, image_size)
         if problem is None:
             return None
     given = getattr(template, "lead_given", False) and template.answer_lead == "{bos}"  # behind the image
-    _write(folder, None, add_bos=(template.bos or given) and tokenizer.bos_token is not None)
+    _save_processor(folder, None, add_bos=(template.bos or given) and tokenizer.bos_token is not None)
     return problem
 
 
@@ -49,14 +49,14 @@ def describe_chat_template(problem: str | None) -> str:
     return f"no chat template: {problem}" if problem else "a chat template that gives the prompts of training"
 
 
-def difference(processor: Any, ours: Processor, image_size: MediaSize) -> str | None:
+def find_difference(processor: Any, ours: Processor, image_size: MediaSize) -> str | None:
     """Where the exported processor's prompt ids differ from ours, over sample conversations; None: nowhere."""
     from PIL import Image
 
     if not hasattr(processor, "image_token_id"):
         return f"{type(processor).__name__} puts the image before every text by itself"
     width, height = image_size.width, image_size.height
-    for turns in _conversations():
+    for turns in _sample_conversations():
         count = sum(isinstance(part, Media) for turn in turns for part in turn.parts)
         media = tuple(MediaItem(name=f"{item}.png", width=width, height=height) for item in range(count))
         sample = Sample(key="chat", media=media, annotations=(Annotation(turns=turns),))
@@ -67,7 +67,7 @@ def difference(processor: Any, ours: Processor, image_size: MediaSize) -> str | 
         expected = [processor.image_token_id if token == PLACEHOLDER_ID else token for token in prompt]
         images = [Image.new("RGB", (width, height)) for _ in range(count)] or None
         try:
-            text = processor.apply_chat_template([_message(turn) for turn in turns], add_generation_prompt=True)
+            text = processor.apply_chat_template([_make_message(turn) for turn in turns], add_generation_prompt=True)
             found = list(processor(text=text, images=images)["input_ids"][0])
         except Exception as error:  # libraries differ in what they raise, and any of it means the same here
             return f"transformers cannot use it ({type(error).__name__}: {str(error).splitlines()[0]})"
@@ -83,9 +83,9 @@ def jinja_templates(template: Any, tokenizer: Any) -> Iterator[str]:
     stretch between two images as a text of its own. The second form writes the space that makes up for it.
     """
     if type(template) is ChatTemplate:
-        body = _chat(template, tokenizer)
+        body = _chat_template(template, tokenizer)
     elif type(template) is TokenizerTemplate:
-        yield _own(template, tokenizer)
+        yield _tokenizer_template(template, tokenizer)
         return
     else:
         return
@@ -99,26 +99,27 @@ _SPACED = """{%- for stretch in whole.split('<image>') -%}
 {%- endfor -%}"""
 
 
-def _chat(template: ChatTemplate, tokenizer: Any) -> str:
-    """The body of a template of fixed strings: `ChatTemplate.segments` in Jinja."""
+def _chat_template(template: ChatTemplate, tokenizer: Any) -> str:
+    """The body of a template of fixed strings: `ChatTemplate.make_spans` in Jinja."""
 
-    def filled(value: str) -> str:
+    def fill_tokens(value: str) -> str:
         return value.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
 
-    def text(value: str) -> str:
-        return quoted(filled(value))
+    def quote_filled(value: str) -> str:
+        return quote_jinja(fill_tokens(value))
 
-    prefix, suffix = (filled(value) for value in (template.style.media_prefix, template.style.media_suffix))
+    prefix, suffix = (fill_tokens(value) for value in (template.style.media_prefix, template.style.media_suffix))
     style = replace(template.style, media_prefix=prefix, media_suffix=suffix)
-    system_prefix, system_suffix = text(template.system_prefix), text(template.system_suffix)
-    default = "''" if template.system is None else f"{system_prefix} ~ {quoted(template.system)} ~ {system_suffix}"
+    system_prefix, system_suffix = quote_filled(template.system_prefix), quote_filled(template.system_suffix)
+    default = "''" if template.system is None else f"{system_prefix} ~ {quote_jinja(template.system)} ~ {system_suffix}"
     head, in_user = ("", "ns.system ~ ") if template.system_in_user else ("{{- ns.system -}}", "")
     question = f"content(message, {'true' if template.user_text else 'false'})"
-    user = f"{text(template.user_prefix)} ~ {in_user}{question} ~ {text(template.user_suffix)}"
-    assistant = text(template.assistant_prefix)
-    prompt = f"{assistant} ~ {text(template.answer_lead)}" if template.lead_given else assistant
-    answer = f"{assistant} ~ {text(template.answer_lead)} ~ content(message, true) ~ {text(template.assistant_suffix)}"
-    return f"""{_content(style)}
+    user = f"{quote_filled(template.user_prefix)} ~ {in_user}{question} ~ {quote_filled(template.user_suffix)}"
+    assistant = quote_filled(template.assistant_prefix)
+    prompt = f"{assistant} ~ {quote_filled(template.answer_lead)}" if template.lead_given else assistant
+    lead, suffix = quote_filled(template.answer_lead), quote_filled(template.assistant_suffix)
+    answer = f"{assistant} ~ {lead} ~ content(message, true) ~ {suffix}"
+    return f"""{_content_macro(style)}
 {{%- set ns = namespace(system={default}, answered=false) -%}}
 {{%- if messages and messages[0]['role'] == 'system' -%}}
 {{%- set said = content(messages[0], true) -%}}
@@ -128,7 +129,7 @@ def _chat(template: ChatTemplate, tokenizer: Any) -> str:
 {head}
 {{%- for message in messages -%}}
 {{%- if message['role'] == 'user' -%}}
-{{{{- {text(template.separator)} if ns.answered else '' -}}}}{{{{- {user} -}}}}
+{{{{- {quote_filled(template.separator)} if ns.answered else '' -}}}}{{{{- {user} -}}}}
 {{%- set ns.system = '' -%}}
 {{%- elif message['role'] == 'assistant' -%}}
 {{{{- {answer} -}}}}
@@ -140,14 +141,14 @@ def _chat(template: ChatTemplate, tokenizer: Any) -> str:
 {{%- if add_generation_prompt -%}}{{{{- {prompt} -}}}}{{%- endif -%}}"""
 
 
-def _own(template: TokenizerTemplate, tokenizer: Any) -> str:
+def _tokenizer_template(template: TokenizerTemplate, tokenizer: Any) -> str:
     """The tokenizer's own chat template, given messages in which images are already text."""
     system = ""
     if template.system is not None:
-        first = f"[{{'role': 'system', 'content': {quoted(template.system)}}}]"
+        first = f"[{{'role': 'system', 'content': {quote_jinja(template.system)}}}]"
         test = "not messages or messages[0]['role'] != 'system'"
         system = f"{{%- if {test} -%}}{{%- set messages = {first} + messages -%}}{{%- endif -%}}\n"
-    return f"""{_content(template.style)}
+    return f"""{_content_macro(template.style)}
 {system}{{%- set ns = namespace(messages=[]) -%}}
 {{%- for message in messages -%}}
 {{%- set plain = {{'role': message['role'], 'content': content(message, true)}} -%}}
@@ -156,9 +157,9 @@ def _own(template: TokenizerTemplate, tokenizer: Any) -> str:
 {{%- set messages = ns.messages %}}{tokenizer.get_chat_template()}"""
 
 
-def _content(style: ContentStyle) -> str:
-    """Macro `content(message, with_text)`: `ContentStyle.content` in Jinja."""
-    image = quoted(style.media_prefix + IMAGE_TOKEN + style.media_suffix)
+def _content_macro(style: ContentStyle) -> str:
+    """Macro `content(message, with_text)`: `ContentStyle.make_spans` in Jinja."""
+    image = quote_jinja(style.media_prefix + IMAGE_TOKEN + style.media_suffix)
     trimmed = {
         "first": "c.media ~ (c.text | trim if c.media or STRIP else c.text)",
         "drop": "c.text | trim if STRIP else c.text",
@@ -179,16 +180,16 @@ def _content(style: ContentStyle) -> str:
 {{%- endmacro -%}}"""
 
 
-def quoted(text: str) -> str:
+def quote_jinja(text: str) -> str:
     """`text` as a Jinja string literal."""
     return "'" + text.encode("unicode_escape").decode("ascii").replace("'", "\\'") + "'"
 
 
-def _write(folder: Path, jinja: str | None, *, add_bos: bool) -> None:
+def _save_processor(folder: Path, jinja: str | None, *, add_bos: bool) -> None:
     """Save the processor in `folder` anew with this chat template, or none, and a tokenizer that adds bos, or not."""
     for old in ("chat_template.jinja", "chat_template.json"):
         (folder / old).unlink(missing_ok=True)
-    processor = _processor(folder)
+    processor = _load_processor(folder)
     processor.chat_template = processor.tokenizer.chat_template = jinja
     if processor.tokenizer.add_eos_token:
         processor.tokenizer.add_eos_token = False
@@ -196,27 +197,27 @@ def _write(folder: Path, jinja: str | None, *, add_bos: bool) -> None:
     processor.save_pretrained(folder)
 
 
-def _processor(folder: Path) -> Any:
+def _load_processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(folder)
 
 
-def _conversations() -> Iterator[tuple[Turn, ...]]:
+def _sample_conversations() -> Iterator[tuple[Turn, ...]]:
     """One question with an image, several turns with two, a system message, text alone."""
-    system, answer = _turn("system", "Answer with one word."), _turn("assistant", "Red.")
-    first, second = _turn("user", "What color is it?", 0), _turn("user", "And is that one yes or no?", 1)
+    system, answer = _make_turn("system", "Answer with one word."), _make_turn("assistant", "Red.")
+    first, second = _make_turn("user", "What color is it?", 0), _make_turn("user", "And is that one yes or no?", 1)
     yield (first,)
     yield first, answer, second
     yield system, first
-    yield (_turn("user", "What is a square?"), answer, _turn("user", "Is it round?"))
+    yield (_make_turn("user", "What is a square?"), answer, _make_turn("user", "Is it round?"))
 
 
-def _turn(role: Any, text: str, *items: int) -> Turn:
+def _make_turn(role: Any, text: str, *items: int) -> Turn:
     return Turn(role=role, parts=(*(Media(item=item) for item in items), Text(text=text)))
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def _make_message(turn: Turn) -> dict[str, Any]:
     """A turn as `transformers` writes messages."""
     parts: list[dict[str, str]] = []
     for part in turn.parts:

@@ -14,8 +14,8 @@ from vlm_train.contracts.media import MediaInput
 from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError
 from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
-from vlm_train.export.merged import merged_state, quantised
-from vlm_train.export.vocabulary import padded, rows_with
+from vlm_train.export.merged import find_quantized, merged_state
+from vlm_train.export.vocabulary import pad_rows, rows_with
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
@@ -98,7 +98,7 @@ def verify_llava(model: PrefixVLM, folder: str | Path) -> float:
             f"export: {folder} is missing {report['missing_keys']}, has {report['unexpected_keys']} too many"
         )
     loaded = loaded.to(parameter.device).eval()
-    theirs, ours = _probe(model, loaded)
+    theirs, ours = _compare_logits(model, loaded)
     difference = ((theirs - ours).abs().max() / ours.abs().max()).item()
     tolerance = _TOLERANCE.get(parameter.dtype, 1e-5)
     if not difference <= tolerance:
@@ -125,7 +125,7 @@ def find_problems(model: Any) -> list[str]:
             problems.append(f"llm.config.{scaled[0]}: LLaVA does not scale its logits")
         if getattr(head, "bias", None) is not None:
             problems.append("llm: LLaVA's head has no bias")
-    if layer := quantised(model):
+    if layer := find_quantized(model):
         problems.append(f"{layer}: is quantised; its adapter can only be merged into an unquantised base model")
     return problems
 
@@ -159,13 +159,13 @@ def _llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
     for key, value in merged_state(model.llm.decoder).items():
         if not key.startswith(f"{name}."):
             state[f"model.language_model.{key}"] = value
-    embedding, head = _rows(model.llm)
-    state[f"model.language_model.{name}.weight"] = padded(embedding, rows)
-    state["lm_head.weight"] = padded(head, rows)
+    embedding, head = _vocabulary_tables(model.llm)
+    state[f"model.language_model.{name}.weight"] = pad_rows(embedding, rows)
+    state["lm_head.weight"] = pad_rows(head, rows)
     return state
 
 
-def _rows(llm: HFCausalLM) -> tuple[Tensor, Tensor]:
+def _vocabulary_tables(llm: HFCausalLM) -> tuple[Tensor, Tensor]:
     """Embedding and head tables `[V, D]`, the new tokens included."""
     embedding, head = llm.model.get_input_embeddings(), llm.model.get_output_embeddings()
     if not llm.new_tokens:
@@ -206,7 +206,7 @@ def make_processor(vision: HFVision, tokenizer: Any, image_mode: str) -> Any:
     )
 
 
-def _probe(model: PrefixVLM, llava: nn.Module) -> tuple[Tensor, Tensor]:
+def _compare_logits(model: PrefixVLM, llava: nn.Module) -> tuple[Tensor, Tensor]:
     """Logits of both for the same random image and text: theirs `[T, V]`, ours `[T, V]`."""
     config: Any = llava.config
     generator = torch.Generator().manual_seed(0)

@@ -59,10 +59,10 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
     state = llava.state_dict()
     embedding = f"{embedding_name(model.llm)}."
     try:
-        model.vision.model.load_state_dict(_under(state, "model.vision_tower."))
-        model.connector.layers[0].load_state_dict(_under(state, "model.multi_modal_projector.linear_1."))
-        model.connector.layers[2].load_state_dict(_under(state, "model.multi_modal_projector.linear_2."))
-        body = _under(state, "model.language_model.")
+        model.vision.model.load_state_dict(_take_prefix(state, "model.vision_tower."))
+        model.connector.layers[0].load_state_dict(_take_prefix(state, "model.multi_modal_projector.linear_1."))
+        model.connector.layers[2].load_state_dict(_take_prefix(state, "model.multi_modal_projector.linear_2."))
+        body = _take_prefix(state, "model.language_model.")
         table = body.pop(f"{embedding}weight")
         missing, unexpected = model.llm.decoder.load_state_dict(body, strict=False)
     except RuntimeError as error:
@@ -87,5 +87,5 @@ def _fill_rows(llm: HFCausalLM, embedding: Tensor, head: Tensor) -> None:
             getattr(module, new).copy_(table[base : llm.vocab_size])
 
 
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _take_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlm_train.models.adapters.quantize import quantised_layers
 
 
-def quantised(module: nn.Module) -> str | None:
+def find_quantized(module: nn.Module) -> str | None:
     """The name of a quantised layer, if there is one."""
     return next((name for name, _ in quantised_layers(module)), None)
 
@@ -20,7 +20,7 @@ def quantised(module: nn.Module) -> str | None:
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
     """`module.state_dict()` under the names it had before adapters, each adapted weight with its adapters folded in.
 
-    No layer may be quantised, see `unquantised`.
+    No layer may be quantised, see `unquantize_model`.
     """
     adapted: dict[str, Any] = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     inside = tuple(f"{name}." for name in adapted)
@@ -37,23 +37,23 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def unquantised(built: Any) -> Any:
+def unquantize_model(built: Any) -> Any:
     """`built` with its adapters, and all else that is not quantised, over a freshly read base in full precision.
 
     Merging into quantised weights would round the adapters away. The base is read a second time, so it has to be where
     it was, and both fit into memory.
     """
     from vlm_train.build import build_model
-    from vlm_train.checkpoint.weights import hand_over
+    from vlm_train.checkpoint.weights import load_init_from
 
     cfg = built.cfg.copy()
     cfg.peft.bits = None
     fresh = build_model(cfg, built.processor.tokenizer)
-    hand_over(fresh, cfg.init_from)
+    load_init_from(fresh, cfg.init_from)
     skip = {f"{name}.weight" for name, _ in quantised_layers(built.model)}
     own = dict(fresh.named_parameters())
     with torch.no_grad():
         for name, parameter in built.model.named_parameters():
             if name not in skip:
                 own[name].copy_(parameter)
-    return replace(built, model=fresh.train(built.model.training))
+    return replace(built, model=fresh.train(built.model.joint_stream))

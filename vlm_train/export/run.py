@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from vlm_train.build import Built
 
 
-def export(cfg: DictConfig) -> dict[str, Any]:
+def export_run(cfg: DictConfig) -> dict[str, Any]:
     """Write the run's newest weights as `<run>/export`, which is read back and compared before it counts as done."""
-    from vlm_train.build import build, build_exporters
+    from vlm_train.build import build_assembly, build_exporters
     from vlm_train.checkpoint.weights import load_run_weights
 
     folder = run_dir(cfg)
     require_own_weights(cfg, folder)
-    built = build(cfg)
+    built = build_assembly(cfg)
     load_run_weights(built.model, cfg.init_from, folder)
     return {"export": str(write_export(built, folder, build_exporters(cfg)))}
 
@@ -39,15 +39,15 @@ def write_export(built: Built, folder: Path, exporters: Mapping[str, Exporter]) 
     Raises:
         ConfigError: no exporter can express the model. AssetError: what was written does not compute the same.
     """
-    from vlm_train.export.merged import quantised, unquantised
+    from vlm_train.export.merged import find_quantized, unquantize_model
 
-    if quantised(built.model):
+    if find_quantized(built.model):
         print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
-        built = unquantised(built)
+        built = unquantize_model(built)
     model = built.model.eval()
     name = choose_exporter(model, exporters)
     out = RunFolder(folder).export
-    with replacing(out) as partial:
+    with replace_folder(out) as partial:
         has = exporters[name].write(model, built.processor, partial)
         exporters[name].verify(model, partial)
     print(f"Exported to {out} ({name}); what it computes equals the run's; it has {has}.", flush=True)
@@ -66,7 +66,7 @@ def choose_exporter(model: Any, exporters: Mapping[str, Exporter]) -> str:
 
 
 @contextmanager
-def replacing(final: Path) -> Iterator[Path]:
+def replace_folder(final: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `final` when the block ends well and is deleted when it does not."""
     partial, old = (final.with_name(f"{final.name}.{kind}") for kind in ("partial", "old"))
     for leftover in (partial, old):
@@ -84,13 +84,13 @@ def replacing(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def import_(cfg: DictConfig) -> dict[str, Any]:
+def import_run(cfg: DictConfig) -> dict[str, Any]:
     """Turn the local folder that `init_from` names into a run that others can start from, evaluate and export.
 
     Raises:
         ConfigError: `init_from` does not name exactly one whole folder, or no importer reads it.
     """
-    from vlm_train.build import build, build_importers
+    from vlm_train.build import build_assembly, build_importers
     from vlm_train.checkpoint.weights import save_weights
     from vlm_train.runs import record
 
@@ -103,14 +103,16 @@ def import_(cfg: DictConfig) -> dict[str, Any]:
     importer.adapt(cfg, source)
     if RunFolder(folder).checkpoints.exists():
         raise ConfigError(f"run_name: {folder} already holds checkpoints. Choose another run_name, or delete it.")
-    built = build(cfg)
+    built = build_assembly(cfg)
     importer.read(built.model, source)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, RunFolder(folder).config)
     weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
     save_weights(RunFolder(folder).checkpoints, weights, run_id=run_id(cfg), step=0)
     built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
-    record.update(folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute()))
+    record.update_record(
+        folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute())
+    )
     print(f"Imported {source} as {folder}. Start from it with init_from=[{{run: {folder}}}].", flush=True)
     return {"run": str(folder)}
 

@@ -16,7 +16,7 @@ def rows_with(image_token_id: int, vocab_size: int) -> int:
     return -(-(image_token_id + 1) // MULTIPLE) * MULTIPLE
 
 
-def padded(table: Tensor, rows: int) -> Tensor:
+def pad_rows(table: Tensor, rows: int) -> Tensor:
     """`[V, ...]` -> `[rows, ...]`, with mean rows at the end."""
     if rows == len(table):
         return table

@@ -22,20 +22,20 @@ class Csv:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._write(record.metrics(folder))
+        self._write_rows(record.read_metrics(folder))
         path = RunFolder(folder).metrics
         self.read = path.stat().st_size if path.is_file() else 0
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
         """What metrics.jsonl has gained."""
-        new = [json.loads(line) for line in self._more()]
+        new = [json.loads(line) for line in self._read_new_lines()]
         if any(name not in self.columns for one in new for name in one):
-            self._write(record.metrics(self.folder))
+            self._write_rows(record.read_metrics(self.folder))
             return
         with open(self.folder / CSV, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerows(new)
 
-    def _more(self) -> list[bytes]:
+    def _read_new_lines(self) -> list[bytes]:
         """The lines that metrics.jsonl has gained."""
         with open(RunFolder(self.folder).metrics, "rb") as file:
             file.seek(self.read)
@@ -43,7 +43,7 @@ class Csv:
         self.read += sum(map(len, lines))
         return lines
 
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _write_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         names = dict.fromkeys(name for row in rows for name in row)
         partial = self.folder / f"{CSV}.partial"
         with open(partial, "w", newline="", encoding="utf-8") as file:
@@ -71,7 +71,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ConfigError("logger: TensorBoard is not installed: pip install 'vlm-train[loggers]'.") from error
-        events, rows = folder / EVENTS, record.metrics(folder)
+        events, rows = folder / EVENTS, record.read_metrics(folder)
         again = events.is_dir() and any(events.iterdir())
         first = (rows[-1]["step"] if rows else 0) + 1
         self.writer: Any = SummaryWriter(str(events), purge_step=first if again else None)

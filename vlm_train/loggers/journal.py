@@ -16,17 +16,17 @@ class Journal:
         self.path = path
         self.waiting: list[str] = []
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write_line(self, line: Mapping[str, Any]) -> None:
         """Append a line, after those that wait."""
         self.waiting.append(json.dumps(line) + "\n")
         try:
-            self._append("".join(self.waiting).encode())
+            self._append_lines("".join(self.waiting).encode())
         except OSError as error:
             print(f"{self.path}: cannot be written: {error}; waiting: {self.waiting[-1].strip()}", flush=True)
         else:
             self.waiting = []
 
-    def _append(self, lines: bytes) -> None:
+    def _append_lines(self, lines: bytes) -> None:
         """All of `lines` or nothing: a full disk may take half of them."""
         number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         end = os.fstat(number).st_size
@@ -45,7 +45,7 @@ class Journal:
 SHOWN = ("loss", "grad_norm", "samples_per_second", "skipped", "skipped_steps")
 
 
-def shown(row: Mapping[str, float]) -> str:
+def format_row(row: Mapping[str, float]) -> str:
     """What the terminal says of a line: some of the values of training, all that an evaluator found."""
     chosen = {name: value for name, value in row.items() if name in SHOWN} or row
     return "  ".join(f"{name} {value:.4g}" for name, value in chosen.items() if value or name != "skipped")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lightning.pytorch.loggers import Logger
 
 from vlm_train.config.redact import without_credentials
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 
 MOST = 10_000
@@ -66,8 +66,8 @@ class Mirror(Logger):
         self._tracker: Tracker | None = None
         self._waiting: deque[Callable[[Tracker], None]] = deque(maxlen=MOST)
         self._behind, self._next = False, float("-inf")
-        if rank() == 0:
-            self._send()
+        if process_rank() == 0:
+            self._send_waiting()
 
     @property
     def name(self) -> str:
@@ -81,27 +81,27 @@ class Mirror(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The configuration, as a plain mapping with its interpolations kept."""
-        self._do(lambda tracker: tracker.config(without_credentials(params)))
+        self._queue_action(lambda tracker: tracker.config(without_credentials(params)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """A row, see `Tracker.row`."""
-        self._do(lambda tracker: tracker.row(step or 0, metrics))
+        self._queue_action(lambda tracker: tracker.row(step or 0, metrics))
 
     def log_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
         """Sample predictions, see `Tracker.pictures`."""
-        self._do(lambda tracker: tracker.pictures(step, pictures))
+        self._queue_action(lambda tracker: tracker.pictures(step, pictures))
 
     def finalize(self, status: str) -> None:
         """Called by Lightning at the end of a loop: the last chance of what waits."""
         self._next = float("-inf")
-        self._do(lambda tracker: tracker.pause(good=status in ("success", "finished")))
+        self._queue_action(lambda tracker: tracker.pause(good=status in ("success", "finished")))
 
-    def _do(self, action: Callable[[Tracker], None]) -> None:
-        if rank() == 0:
+    def _queue_action(self, action: Callable[[Tracker], None]) -> None:
+        if process_rank() == 0:
             self._waiting.append(action)
-            self._send()
+            self._send_waiting()
 
-    def _send(self) -> None:
+    def _send_waiting(self) -> None:
         start = self._clock()
         if start < self._next:
             return
@@ -116,7 +116,7 @@ class Mirror(Logger):
             now = self._clock()
             self._next = now + max(PAUSE, PATIENCE * (now - start))
             if not self._behind:
-                print(f"logger.{self.label}: {_said(error)}; metrics.jsonl goes on", flush=True)
+                print(f"logger.{self.label}: {_describe_error(error)}; metrics.jsonl goes on", flush=True)
             self._behind = True
         else:
             if self._behind:
@@ -124,7 +124,7 @@ class Mirror(Logger):
             self._behind = False
 
 
-def _said(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """The first line of an error, without credentials of the address it may name."""
     text = (str(error).splitlines() or [""])[0].strip().rstrip(".")
     return str(without_credentials(f"{type(error).__name__}: {text}" if text else type(error).__name__))

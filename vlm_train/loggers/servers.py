@@ -141,7 +141,7 @@ class MLflow:
         from mlflow.entities import Param
 
         known = self.client.get_run(self.id).data.params
-        named = [(_mlflow_name(name), str(value)[:500]) for name, value in _leaves("", content)]
+        named = [(_mlflow_name(name), str(value)[:500]) for name, value in _flatten_leaves("", content)]
         new = [Param(name, value) for name, value in named if name not in known]
         for start in range(0, len(new), PARAMETERS):
             self.client.log_batch(self.id, params=new[start : start + PARAMETERS])
@@ -166,13 +166,13 @@ class MLflow:
         self.client.set_terminated(self.id, "FINISHED" if good else "FAILED")
 
 
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flatten_leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Dotted key and value; a list is one value."""
     if not isinstance(value, Mapping):
         yield path, value
         return
     for key, item in value.items():
-        yield from _leaves(f"{path}.{key}" if path else str(key), item)
+        yield from _flatten_leaves(f"{path}.{key}" if path else str(key), item)
 
 
 def _mlflow_name(name: str) -> str:
@@ -191,7 +191,7 @@ class Trackio:
 
     def config(self, content: Mapping[str, Any]) -> None:
         """As the run's config, which Trackio sends with the first row."""
-        self.run.config.update({name: str(value) for name, value in _leaves("", content)})
+        self.run.config.update({name: str(value) for name, value in _flatten_leaves("", content)})
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
         """At its step, which may go back."""

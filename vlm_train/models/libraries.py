@@ -8,7 +8,7 @@ import os
 import torch
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keep packages that others import along from talking about what this machine lacks."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not torch.cuda.is_available():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def halve(model: nn.Module) -> None:
+def cast_to_bf16(model: nn.Module) -> None:
     """Parameters in bf16 (`trainer.precision=bf16-true`), but quantised ones. Buffers stay: rotary ones lose positions
     in 16 bits."""
     for parameter in model.parameters():

@@ -49,13 +49,13 @@ class Contrastive(Objective):
         scale = model.logit_scale.exp()
         both = [scale * image @ all_text.T, scale * text @ all_image.T]  # [b, G] each
         if self.mask_duplicates:
-            same = pairs.same(gather)
+            same = pairs.same_captions(gather)
             both = [logits.masked_fill(same, float("-inf")) for logits in both]
         losses = torch.stack([F.cross_entropy(logits, pairs.own, reduction="none") for logits in both])
         loss, each = losses.sum(dim=1).mean(), losses.detach().mean(dim=0)
         metrics = {
-            "image_to_text": pairs.hits(both[0]) / max(count, 1),
-            "text_to_image": pairs.hits(both[1]) / max(count, 1),
+            "image_to_text": pairs.count_hits(both[0]) / max(count, 1),
+            "text_to_image": pairs.count_hits(both[1]) / max(count, 1),
             "logit_scale": scale.detach(),
         }
         return {"contrastive": Loss(loss, loss.new_tensor(float(count)), self.weight, metrics, pairs.by_source(each))}

@@ -50,21 +50,23 @@ class ITC(Objective):
         image, text = model.image_vectors(batch), model.text_vectors(batch)
         pairs = pairs_of(batch, gather)
         scale = 1 / model.temperature
-        to_text, to_image = (scale * one for one in similarities(image, text, pairs, gather, self.gather_grad))
+        to_text, to_image = (scale * one for one in compute_similarities(image, text, pairs, gather, self.gather_grad))
         if self.mask_duplicates:
-            same = pairs.same(gather)
+            same = pairs.same_captions(gather)
             to_text, to_image = (one.masked_fill(same, float("-inf")) for one in (to_text, to_image))
-        losses = [smoothed(logits, pairs.own, self.label_smoothing) for logits in (to_text, to_image)]
+        losses = [smoothed_cross_entropy(logits, pairs.own, self.label_smoothing) for logits in (to_text, to_image)]
         each = (losses[0] + losses[1]) / 2  # [b]
         count = each.new_tensor(float(len(each)))
-        hits = [pairs.hits(logits.detach()) for logits in (to_text, to_image)]
+        hits = [pairs.count_hits(logits.detach()) for logits in (to_text, to_image)]
         metrics = {name: hit / count.clamp(min=1) for name, hit in zip(("r1_text", "r1_image"), hits, strict=True)}
         metrics["temperature"] = 1 / scale.detach()
         sources = pairs.by_source(each.detach())
         return {"itc": Loss(each.sum() + 0.0 * scale, count, self.weight, metrics, sources)}
 
 
-def similarities(image: Tensor, text: Tensor, pairs: Pairs, gather: Gather, with_grad: bool) -> tuple[Tensor, Tensor]:
+def compute_similarities(
+    image: Tensor, text: Tensor, pairs: Pairs, gather: Gather, with_grad: bool
+) -> tuple[Tensor, Tensor]:
     """Cosines `[b, G]` of the local images `[b, Q, E]` with all texts, and of the local texts `[b, E]` with all images:
     of several vectors of an image the nearest counts."""
     all_image, all_text = (gather(one, pairs.sizes, with_grad=with_grad) for one in (image, text))
@@ -73,7 +75,7 @@ def similarities(image: Tensor, text: Tensor, pairs: Pairs, gather: Gather, with
     return to_text, to_image
 
 
-def smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """Cross entropies `[b]` with a share `smoothing` of the target spread evenly over the columns that are not masked
     (-inf)."""
     log = F.log_softmax(logits, dim=1)

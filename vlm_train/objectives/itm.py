@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import AlignsPairs, MatchesPairs
 from vlm_train.contracts.objective import Gather, Loss, Objective, StepContext
-from vlm_train.objectives.itc import similarities
+from vlm_train.objectives.itc import compute_similarities
 from vlm_train.objectives.pairs import Pairs, pairs_of
 from vlm_train.seeds import derive_seed
 
@@ -49,9 +49,9 @@ class ITM(Objective):
         pairs = pairs_of(batch, gather)
         vectors = model.image_vectors(batch).detach(), model.text_vectors(batch).detach()
         scale = 1 / model.temperature.detach()
-        likeness = [scale * one for one in similarities(*vectors, pairs, gather, with_grad=False)]
-        wrong_text, wrong_image, usable = self._negatives(likeness, batch, pairs, gather)
-        ids, real = _texts(batch, gather)
+        likeness = [scale * one for one in compute_similarities(*vectors, pairs, gather, with_grad=False)]
+        wrong_text, wrong_image, usable = self._draw_negatives(likeness, batch, pairs, gather)
+        ids, real = _pad_texts(batch, gather)
         all_ids, all_real = (gather(one, pairs.sizes, with_grad=False) for one in (ids, real))
         states = model.own_context(batch)
         other = self._other_context(model, batch, states, wrong_image, pairs, gather)
@@ -68,7 +68,7 @@ class ITM(Objective):
         total = each.sum() + 0.0 * logits.sum()
         return {"itm": Loss(total, each.new_tensor(float(count)), self.weight, {"accuracy": hits}, sources)}
 
-    def _negatives(
+    def _draw_negatives(
         self, likeness: Sequence[Tensor], batch: Batch, pairs: Pairs, gather: Gather
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The global numbers `[b]` of a wrong text for every local image and of a wrong image for every local text, and
@@ -76,24 +76,26 @@ class ITM(Objective):
         column = torch.arange(sum(pairs.sizes), device=pairs.own.device)
         closed = column[None] == pairs.own[:, None]
         if self.mask_duplicates:
-            closed = closed | pairs.same(gather)
+            closed = closed | pairs.same_captions(gather)
         if self.local:
             first = sum(pairs.sizes[: gather.rank])
             closed = closed | ((column < first) | (column >= first + len(pairs.own)))[None]
         drawn = [
             (one + noise).masked_fill(closed, float("-inf")).argmax(dim=1) if len(column) else pairs.own
-            for one, noise in zip(likeness, self._noise(batch, pairs, gather), strict=True)
+            for one, noise in zip(likeness, self._draw_noise(batch, pairs, gather), strict=True)
         ]
         return drawn[0], drawn[1], ~closed.all(dim=1)
 
-    def _noise(self, batch: Batch, pairs: Pairs, gather: Gather) -> tuple[Tensor, Tensor]:
+    def _draw_noise(self, batch: Batch, pairs: Pairs, gather: Gather) -> tuple[Tensor, Tensor]:
         """Gumbel noise `[b, G]` for both directions, with which the largest logit is a draw from their softmax; it is a
         function of the step and the two samples, on whichever rank and in whichever place they are."""
         step = batch.window.step if batch.window is not None else 0
         ids = [derive_seed("pair", key) for key in batch.media.keys]
         mine = torch.tensor(ids, dtype=torch.int64, device=pairs.own.device)
         everyone = gather(mine, pairs.sizes, with_grad=False)
-        first, second = (gumbel(mine, everyone, derive_seed("itm", step, direction)) for direction in ("text", "image"))
+        first, second = (
+            gumbel_noise(mine, everyone, derive_seed("itm", step, direction)) for direction in ("text", "image")
+        )
         return first, second
 
     def _other_context(
@@ -108,7 +110,7 @@ class ITM(Objective):
         return model.context(everything[wrong])
 
 
-def gumbel(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
+def gumbel_noise(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
     """Gumbel noise `[b, G]`, each number a function of its row's and column's name (int64) and the seed."""
     mixed = (rows[:, None] ^ seed) * _MIX + columns[None, :]
     for _ in range(2):
@@ -117,7 +119,7 @@ def gumbel(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
     return -torch.log(-torch.log(uniform)).float()
 
 
-def _texts(batch: Batch, gather: Gather) -> tuple[Tensor, Tensor]:
+def _pad_texts(batch: Batch, gather: Gather) -> tuple[Tensor, Tensor]:
     """Ids `[b, T]` and real tokens `[b, T]` of the local texts, T the longest of all ranks."""
     stream = batch.text["llm"]
     rows = batch.media.row

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_train.contracts.batch import Batch, TokenStream, pairs_in
+from vlm_train.contracts.batch import Batch, TokenStream, count_pairs
 from vlm_train.contracts.objective import Gather
 from vlm_train.data.source_weights import sums_by_source
 
@@ -32,13 +32,13 @@ class Pairs:
     sizes: list[int]
     own: Tensor
 
-    def same(self, gather: Gather) -> Tensor:
+    def same_captions(self, gather: Gather) -> Tensor:
         """`[b, G]`, True where another pair has the same caption. A collective."""
         mine = caption_hashes(self.stream)[self.batch.media.row]
         equal = mine[:, None] == gather(mine, self.sizes, with_grad=False)[None, :]
         return equal.scatter(1, self.own[:, None], False)
 
-    def hits(self, logits: Tensor) -> Tensor:
+    def count_hits(self, logits: Tensor) -> Tensor:
         """How many rows of `[b, G]` are largest at their own pair."""
         return (logits.argmax(dim=1) == self.own).sum() if len(self.own) else self.own.sum()
 
@@ -50,7 +50,7 @@ class Pairs:
 
 def pairs_of(batch: Batch, gather: Gather, text: str = "llm") -> Pairs:
     """The pairs of a batch. Raises `BatchError` unless every text of the stream named `text` has one image view."""
-    pairs = pairs_in(batch, text)
+    pairs = count_pairs(batch, text)
     sizes = gather.sizes(pairs)
     own = torch.arange(pairs, device=batch.media.row.device) + sum(sizes[: gather.rank])
     return Pairs(batch, batch.text[text], sizes, own)

@@ -57,10 +57,10 @@ class Sigmoid(Objective):
         sign = -torch.ones_like(logits).scatter(1, pairs.own[:, None], -1.0)  # 1 at the own text, -1 elsewhere
         losses = F.softplus(-sign * logits)
         if self.mask_duplicates:
-            losses = losses.masked_fill(pairs.same(gather), 0.0)
+            losses = losses.masked_fill(pairs.same_captions(gather), 0.0)
         loss, each = losses.sum(), losses.detach().sum(dim=1)
         metrics = {
-            "image_to_text": pairs.hits(logits) / max(count, 1),
+            "image_to_text": pairs.count_hits(logits) / max(count, 1),
             "logit_scale": scale.detach(),
             "logit_bias": model.logit_bias.detach(),
         }

@@ -17,12 +17,12 @@ def write_report(folder: Path) -> Path:
         from vlm_train.report.sweep_page import write_page
 
         return write_page(Path(folder))
-    from vlm_train.report.page import render  # plotly and jinja2 only where a report is written
+    from vlm_train.report.page import render_page  # plotly and jinja2 only where a report is written
     from vlm_train.report.read import read_report
 
     path = RunFolder(folder).report
     partial = path.with_suffix(".partial")
-    partial.write_text(render(read_report(Path(folder))), encoding="utf-8")
+    partial.write_text(render_page(read_report(Path(folder))), encoding="utf-8")
     partial.replace(path)
     return path
 
@@ -37,7 +37,7 @@ def results_table(folder: Path) -> str:
     if is_sweep(folder):
         from vlm_train.runs.sweep import records, summary
 
-        return summary.table(records.read(Path(folder)))
+        return summary.format_table(records.read_sweep(Path(folder)))
     from vlm_train.report.read import read_report
 
     report = read_report(Path(folder))

@@ -10,7 +10,7 @@ from vlm_train.errors import ConfigError, VLMTrainError
 from vlm_train.report import results_table, write_report
 
 
-def newest(runs: Path) -> Path:
+def find_newest(runs: Path) -> Path:
     """The schedule (or else the run) under `runs` that was written to last."""
     for marker in ("schedule.json", "run.json"):
         found = sorted(runs.glob(f"*/{marker}"), key=lambda path: path.stat().st_mtime)
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="also print the results as a table")
     options = parser.parse_args(arguments)
     try:
-        folder = newest(options.folder) if options.latest else options.folder
+        folder = find_newest(options.folder) if options.latest else options.folder
         path = write_report(folder)
         if options.table:
             print(results_table(folder) or f"no results in '{folder}'")

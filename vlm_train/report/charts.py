@@ -41,7 +41,7 @@ def training_charts(stage: Stage, name: str) -> list[tuple[str, str]]:
     found = []
     for number, (title, begins, ticks) in enumerate(PANELS):
         curves = {
-            metric: thin(points)
+            metric: thin_points(points)
             for (split, metric), points in sorted(stage.curves.items())
             if split == "train" and metric.startswith(begins) and any(point.value for point in points)
         }
@@ -51,16 +51,16 @@ def training_charts(stage: Stage, name: str) -> list[tuple[str, str]]:
         for index, (metric, points) in enumerate(curves.items()):
             line = {"color": COLOURS[index % len(COLOURS)], "width": 1.6}
             mode = "lines" if len(points) > 1 else "markers"
-            _draw(figure, [(point.step, point.value) for point in points], metric, mode=mode, line=line)
+            _draw_curve(figure, [(point.step, point.value) for point in points], metric, mode=mode, line=line)
         figure.update_xaxes(title_text="step")
         figure.update_yaxes(tickformat=ticks, rangemode="tozero")
-        found.append((title, _html(figure, f"{name}-{number}", height=220)))
+        found.append((title, _figure_html(figure, f"{name}-{number}", height=220)))
     return found
 
 
 def loss_chart(stage: Stage, name: str) -> str:
     """Training and validation losses of one stage over its steps; empty where none was recorded."""
-    curves = {key: thin(points) for key, points in stage.curves.items() if "loss" in key[1].lower()}
+    curves = {key: thin_points(points) for key, points in stage.curves.items() if "loss" in key[1].lower()}
     total = {split: points for (split, metric), points in curves.items() if metric == "loss"}
     curves = {key: points for key, points in curves.items() if key[1] == "loss" or points != total.get(key[0])}
     metrics = sorted({metric for _, metric in curves}, key=lambda metric: (metric != "loss", metric))
@@ -72,7 +72,7 @@ def loss_chart(stage: Stage, name: str) -> str:
             colour = COLOURS[(2 * index + (split != "train")) % len(COLOURS)]
             mode = "lines" if split == "train" and len(points) > 1 else "lines+markers"
             line = {"color": colour, "width": 1.6 if split == "train" else 2.2}
-            _draw(figure, [(point.step, point.value) for point in points], label, mode=mode, line=line)
+            _draw_curve(figure, [(point.step, point.value) for point in points], label, mode=mode, line=line)
     values = [point.value for points in curves.values() for point in points]
     if not values:
         return ""
@@ -82,8 +82,8 @@ def loss_chart(stage: Stage, name: str) -> str:
         texts = [f"{tick:g}" for tick in ticks]
         figure.update_yaxes(title_text="loss (log scale)", type="log", tickvals=ticks, ticktext=texts)
     else:
-        figure.update_yaxes(title_text="loss", range=_around(values))
-    return _html(figure, name, height=300)
+        figure.update_yaxes(title_text="loss", range=_axis_range(values))
+    return _figure_html(figure, name, height=300)
 
 
 def score_of(metric: str, known: Mapping[str, Metric]) -> str | None:
@@ -103,11 +103,11 @@ def metric_charts(stage: Stage, name: str) -> list[tuple[str, str]]:
         figure = go.Figure()
         for index, (split, points) in enumerate(sorted(curves.items(), key=lambda one: one[0] != "val")):
             line = {"color": COLOURS[index % len(COLOURS)], "width": 1.6}
-            _draw(figure, [(point.step, point.value) for point in points], split, mode="lines+markers", line=line)
+            _draw_curve(figure, [(point.step, point.value) for point in points], split, mode="lines+markers", line=line)
         figure.update_xaxes(title_text="step")
-        figure.update_yaxes(range=_around([point.value for points in curves.values() for point in points]))
+        figure.update_yaxes(range=_axis_range([point.value for points in curves.values() for point in points]))
         better = "higher" if about.higher_is_better else "lower"
-        found.append((f"{metric} ({better} is better)", _html(figure, f"{name}-{number}", height=220)))
+        found.append((f"{metric} ({better} is better)", _figure_html(figure, f"{name}-{number}", height=220)))
     return found
 
 
@@ -125,8 +125,8 @@ def score_chart(report: Report, axis: str, name: str) -> str:
             places = [(start + (point.seconds if axis == "seconds" else point.step), point.value) for point in points]
             label = f"{names[index]}: {split} {score}"
             line = {"color": COLOURS[index % len(COLOURS)], "dash": "dot" if split == "train" else "solid"}
-            _draw(figure, places, label, mode="lines+markers", line=line)
-        length = stage.seconds if axis == "seconds" else _steps(stage)
+            _draw_curve(figure, places, label, mode="lines+markers", line=line)
+        length = stage.seconds if axis == "seconds" else _last_step(stage)
         ends.append(start := start + length)
     if not figure.data:
         return ""
@@ -136,21 +136,21 @@ def score_chart(report: Report, axis: str, name: str) -> str:
         for control in controls:
             figure.add_hline(y=control.value, line={"color": MUTED, "width": 1, "dash": "dot"})
         text = ", ".join(escape(control.name) for control in controls)
-        _note(figure, text, x=1, xref="paper", xanchor="right", y=controls[-1].value, yanchor="bottom")
+        _add_note(figure, text, x=1, xref="paper", xanchor="right", y=controls[-1].value, yanchor="bottom")
     title = "training time (s)" if axis == "seconds" else "optimizer steps"
     figure.update_xaxes(title_text=title, range=[0, (PAD * ends[-1]) or 1])
     shares = all(0 <= value <= 1 for value in values)
-    figure.update_yaxes(title_text="score", tickformat=".0%" if shares else "", range=_around(values))
-    return _html(figure, name, height=360)
+    figure.update_yaxes(title_text="score", tickformat=".0%" if shares else "", range=_axis_range(values))
+    return _figure_html(figure, name, height=360)
 
 
-def _draw(figure: Any, places: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
+def _draw_curve(figure: Any, places: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
     """A curve through (x, y); points on the frame are drawn whole."""
     xs, ys = [x for x, _ in places], [y for _, y in places]
     figure.add_scatter(x=xs, y=ys, name=escape(label), cliponaxis=False, **style)
 
 
-def _around(values: Sequence[float]) -> list[float]:
+def _axis_range(values: Sequence[float]) -> list[float]:
     """An axis range with room around the values; one value alone stands above zero, as its bar would."""
     low, high = min(values), max(values)
     if low == high:
@@ -158,7 +158,7 @@ def _around(values: Sequence[float]) -> list[float]:
     return [low - ROOM * (high - low), high + ROOM * (high - low)]
 
 
-def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+def thin_points(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
     """At most about `most` points: the mean of each run of neighbours, at the last one's step."""
     size = -(-len(points) // most) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
@@ -195,7 +195,7 @@ def _control_groups(results: Sequence[Result]) -> list[list[Result]]:
     return groups
 
 
-def _steps(stage: Stage) -> int:
+def _last_step(stage: Stage) -> int:
     return max((points[-1].step for points in stage.curves.values()), default=0)
 
 
@@ -205,10 +205,10 @@ def _mark_stages(figure: Any, names: Sequence[str], ends: Sequence[float]) -> No
         if index % 2:
             figure.add_vrect(x0=start, x1=end, fillcolor=MUTED, opacity=0.10, line_width=0, layer="below")
         if end - start > LABEL_SHARE * ends[-1]:
-            _note(figure, escape(name), x=(start + end) / 2, y=1, yref="paper", yanchor="bottom")
+            _add_note(figure, escape(name), x=(start + end) / 2, y=1, yref="paper", yanchor="bottom")
 
 
-def _note(figure: Any, text: str, **place: Any) -> None:
+def _add_note(figure: Any, text: str, **place: Any) -> None:
     figure.add_annotation(text=text, showarrow=False, font={"size": 11, "color": MUTED}, **place)
 
 
@@ -218,7 +218,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
 
 
-def _html(figure: Any, name: str, height: int) -> str:
+def _figure_html(figure: Any, name: str, height: int) -> str:
     """The figure as a `<div>`, transparent, so that the page's light or dark ground shows through."""
     axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "title_standoff": 8, "automargin": True}
     figure.update_layout(

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlm_train.report.charts import loss_chart, metric_charts, plotly_script, score_chart, training_charts
 from vlm_train.report.read import Prediction, Report, Stage, Tried
-from vlm_train.runs.sweep.summary import duration
+from vlm_train.runs.sweep.summary import format_duration
 
 MAX_IMAGES = 48  # in the whole page
 THUMBNAIL = 256  # longest side of an embedded image, in pixels
@@ -56,15 +56,15 @@ class Sample:
     before: list[tuple[int, str]]
 
 
-def render(report: Report) -> str:
+def render_page(report: Report) -> str:
     """The whole page as HTML."""
     environment = Environment(
         loader=PackageLoader("vlm_train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["duration"] = duration
-    environment.filters["steps"] = steps
+    environment.filters["duration"] = format_duration
+    environment.filters["steps"] = format_steps
     environment.filters["count"] = lambda number: f"{number:,}" if isinstance(number, int) else number
-    environment.filters["trainable"] = trainable
+    environment.filters["trainable"] = count_trainable
     stages = [(stage, loss_chart(stage, f"loss-{index}")) for index, stage in enumerate(report.stages)]
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -80,19 +80,19 @@ def render(report: Report) -> str:
             for index, stage in enumerate(report.stages)
             if (charts := metric_charts(stage, f"metric-{index}"))
         ],
-        galleries=galleries(report),
+        galleries=list_galleries(report),
         training=[
             (stage, charts)
             for index, stage in enumerate(report.stages)
             if (charts := training_charts(stage, f"training-{index}"))
         ],
-        samples=[(stage, [sample(one) for one in stage.tried]) for stage in report.stages if stage.tried],
+        samples=[(stage, [make_sample(one) for one in stage.tried]) for stage in report.stages if stage.tried],
         params=next((stage.params for stage in reversed(report.stages) if stage.params), []),
         plotly=plotly_script(),
     )
 
 
-def galleries(report: Report) -> list[tuple[str, int, int, list[Card]]]:
+def list_galleries(report: Report) -> list[tuple[str, int, int, list[Card]]]:
     """(evaluation, number right, number of questions, cards) of the last stage that answered questions."""
     stage = next((stage for stage in reversed(report.stages) if any(stage.predictions.values())), None)
     if stage is None:
@@ -100,38 +100,38 @@ def galleries(report: Report) -> list[tuple[str, int, int, list[Card]]]:
     evaluations = {name: rows for name, rows in stage.predictions.items() if rows}
     share = MAX_IMAGES // len(evaluations)
     return [
-        (name, sum(row.correct for row in rows), len(rows), [card(row) for row in choose(rows, share)])
+        (name, sum(row.correct for row in rows), len(rows), [make_card(row) for row in choose_predictions(rows, share)])
         for name, rows in evaluations.items()
     ]
 
 
-def choose(rows: list[Prediction], most: int) -> list[Prediction]:
+def choose_predictions(rows: list[Prediction], most: int) -> list[Prediction]:
     """At most `most` rows, those with an image if any has one: wrong ones up to half, the others spread evenly."""
     rows = [row for row in rows if row.image is not None] or rows
     wrong = [row for row in rows if not row.correct]
     right = [row for row in rows if row.correct]
     few = min(len(wrong), max(most // 2, most - len(right)))
-    return [*_spread(wrong, few), *_spread(right, most - few)]
+    return [*_spread_rows(wrong, few), *_spread_rows(right, most - few)]
 
 
-def _spread(rows: list[Prediction], most: int) -> list[Prediction]:
+def _spread_rows(rows: list[Prediction], most: int) -> list[Prediction]:
     count = min(len(rows), most)
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def trainable(row: dict[str, Any]) -> int | str:
+def count_trainable(row: dict[str, Any]) -> int | str:
     """How many parameters of a part learn: `trainable` says so, or says whether all do."""
     value = row.get("trainable", "")
     return (row.get("parameters", "") if value else 0) if isinstance(value, bool) else value
 
 
-def card(row: Prediction) -> Card:
+def make_card(row: Prediction) -> Card:
     """The card of a prediction, its image embedded."""
     image = None if row.image is None else data_uri(row.image)
     return Card(image, row.question, row.reference, row.prediction, row.correct)
 
 
-def sample(one: Tried) -> Sample:
+def make_sample(one: Tried) -> Sample:
     """A sample's card, its image embedded."""
     image = None if one.image is None else data_uri(one.image)
     *before, (_, newest) = one.answers
@@ -172,7 +172,7 @@ def key_settings(config: str) -> dict[str, Any]:
     return found
 
 
-def steps(stage: Stage) -> str:
+def format_steps(stage: Stage) -> str:
     """How far a stage has come."""
     step, total = stage.record.get("step"), stage.record.get("total_steps")
     if not isinstance(step, int):

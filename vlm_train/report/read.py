@@ -94,7 +94,7 @@ class Report:
 
 def read_report(folder: Path) -> Report:
     """Read a schedule folder (`schedule.json`) or a run folder (`run.json`)."""
-    schedule, record = _json(folder / "schedule.json"), _json(folder / "run.json")
+    schedule, record = _read_json(folder / "schedule.json"), _read_json(folder / "run.json")
     if isinstance(schedule, dict):
         entries = [entry for entry in schedule.get("stages") or [] if isinstance(entry, dict)]
         folders = [
@@ -109,13 +109,13 @@ def read_report(folder: Path) -> Report:
         raise ConfigError(f"'{folder}' is neither a run nor a schedule: it holds no run.json and no schedule.json")
     last = next((stage for stage in reversed(stages) if stage.record.get("results")), None)
     results = [] if last is None else read_results(last.record["results"], last.metrics)
-    times = [_written(stage.folder) for stage in stages]
-    return Report(title, _status(stages, expected), max(filter(None, times), default=None), stages, results)
+    times = [_last_written(stage.folder) for stage in stages]
+    return Report(title, _schedule_status(stages, expected), max(filter(None, times), default=None), stages, results)
 
 
 def read_stage(folder: Path, name: str) -> Stage:
     """Read one run folder."""
-    record, params = _json(folder / "run.json"), _json(folder / "params.json")
+    record, params = _read_json(folder / "run.json"), _read_json(folder / "params.json")
     config = folder / "config.yaml"
     return Stage(
         name=name,
@@ -127,7 +127,7 @@ def read_stage(folder: Path, name: str) -> Stage:
         },
         tried=read_tried(folder / "predictions"),
         params=[row for row in params if isinstance(row, dict)] if isinstance(params, list) else [],
-        config=_text(config),
+        config=_read_text(config),
     )
 
 
@@ -160,7 +160,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     """The predictions of one evaluation. An image outside its folder is ignored: the file may come from anywhere."""
     predictions = []
     for row in _json_lines(path):
-        image = _image(path.parent, row)
+        image = _image_path(path.parent, row)
         question, reference, prediction = (str(row.get(name, "")) for name in ("question", "reference", "prediction"))
         predictions.append(Prediction(question, reference, prediction, bool(row.get("correct")), image))
     return predictions
@@ -170,7 +170,7 @@ def read_tried(folder: Path) -> list[Tried]:
     """The sample predictions of a run, from `step-*.json`: the newest file says what was asked."""
     steps: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
     for path in sorted(folder.glob("step-*.json")):
-        rows, number = _json(path), path.stem.removeprefix("step-")
+        rows, number = _read_json(path), path.stem.removeprefix("step-")
         if isinstance(rows, list) and number.isdecimal():
             known = [row for row in rows if isinstance(row, dict)]
             steps[int(number)] = {(str(row.get("key")), str(row.get("question"))): row for row in known}
@@ -179,22 +179,22 @@ def read_tried(folder: Path) -> list[Tried]:
         texts = [(step, str(rows[key].get("prediction", ""))) for step, rows in sorted(steps.items()) if key in rows]
         changes = [one for before, one in zip([(0, None), *texts], texts, strict=False) if one[1] != before[1]]
         question, reference = str(row.get("question", "")), str(row.get("reference", ""))
-        tried.append(Tried(question, reference, changes, _image(folder, row)))
+        tried.append(Tried(question, reference, changes, _image_path(folder, row)))
     return tried
 
 
-def _image(folder: Path, row: dict[str, Any]) -> Path | None:
+def _image_path(folder: Path, row: dict[str, Any]) -> Path | None:
     """The image that a row names, if it is a file inside the folder."""
     image = (folder / str(row["image"])).resolve() if row.get("image") else None
     return image if image and image.is_relative_to(folder.resolve()) and image.is_file() else None
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """A file's text, without the users of addresses; empty where there is none."""
     return str(without_credentials(path.read_text(encoding="utf-8", errors="replace"))) if path.is_file() else ""
 
 
-def _status(stages: list[Stage], expected: int) -> str:
+def _schedule_status(stages: list[Stage], expected: int) -> str:
     """The status of a whole schedule: the first of failed, interrupted, running that a stage has, else the last's."""
     statuses = [stage.status for stage in stages]
     worst = next((name for name in ("failed", "interrupted", "running") if name in statuses), None)
@@ -207,13 +207,13 @@ def _stage_folder(schedule: Path, run: str) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def _written(folder: Path) -> float | None:
+def _last_written(folder: Path) -> float | None:
     """When the run last wrote a metric, in seconds since the epoch."""
     times = [row["time"] for row in _json_lines(folder / "metrics.jsonl") if is_number(row.get("time"))]
     return max(times, default=None)
 
 
-def _json(path: Path) -> object:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from vlm_train.report.charts import COLOURS, GRID, MUTED
 from vlm_train.runs.sweep.records import Job, Sweep
-from vlm_train.runs.sweep.summary import shorten
+from vlm_train.runs.sweep.summary import shorten_value
 
 if TYPE_CHECKING:
     pass
@@ -22,23 +22,23 @@ WIDE = 15  # values that differ by more than this factor are drawn on a logarith
 WORST_TO_BEST = [[0.0, "#a3adb8"], [0.5, COLOURS[0]], [0.85, COLOURS[3]], [1.0, COLOURS[1]]]
 
 
-def coordinates(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
+def draw_coordinates(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
     """One line a run through what was swept, its cost and the metric; empty for fewer than two runs.
 
     `rows` are the best first, and drawn last.
     """
     rows = rows[::-1]
-    varied = [key for key in sweep.keys if len({row.job.value(key) for row in rows}) > 1]
+    varied = [key for key in sweep.keys if len({row.job.value_of(key) for row in rows}) > 1]
     scores = [row.score for row in rows if row.score is not None]
     if len(scores) < 2 or not varied:
         return ""
-    axes = [_axis(key, [row.job.value(key) for row in rows]) for key in varied]
-    axes.append(_measured(_cost_title(rows), [row.cost for row in rows]))
-    axes.append(_measured(str(sweep.metric), scores))
+    axes = [_category_axis(key, [row.job.value_of(key) for row in rows]) for key in varied]
+    axes.append(_number_axis(_cost_title(rows), [row.cost for row in rows]))
+    axes.append(_number_axis(str(sweep.metric), scores))
     line = {"color": list(range(len(rows))), "colorscale": WORST_TO_BEST}  # by rank: outliers hide none
     unseen = {"size": 1, "color": "rgba(0,0,0,0)"}  # the ends of an axis, which are ticks already
     figure = go.Figure(go.Parcoords(dimensions=axes, line=line, labelfont={"size": 13}, rangefont=unseen))
-    return _html(figure, name, height=380, margin={"l": 90, "r": 90, "t": 60, "b": 24})
+    return _figure_html(figure, name, height=380, margin={"l": 90, "r": 90, "t": 60, "b": 24})
 
 
 def cost_chart(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
@@ -46,7 +46,7 @@ def cost_chart(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
     if not rows:
         return ""
     figure = go.Figure()
-    front = _front(sweep, rows)
+    front = _cheapest_best(sweep, rows)
     corner = {"color": MUTED, "width": 1, "dash": "dot"}
     figure.add_scatter(
         x=[row.cost for row in front], y=[row.score for row in front], mode="lines", line=corner, hoverinfo="skip"
@@ -56,7 +56,7 @@ def cost_chart(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
             x=[row.cost for row in chosen],
             y=[row.score for row in chosen],
             text=[str(row.job.number) for row in chosen],
-            hovertext=[escape(row.job.label(sweep.keys)) for row in chosen],
+            hovertext=[escape(row.job.make_label(sweep.keys)) for row in chosen],
             mode="markers+text",
             textposition="top center",
             textfont={"color": MUTED},
@@ -67,10 +67,10 @@ def cost_chart(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
     wide = min(costs) > 0 and max(costs) / min(costs) > WIDE
     figure.update_xaxes(title_text=_cost_title(rows), type="log" if wide else "linear")
     figure.update_yaxes(title_text=escape(str(sweep.metric)))
-    return _html(figure, name, height=380, margin={"l": 8, "r": 12, "t": 28, "b": 8})
+    return _figure_html(figure, name, height=380, margin={"l": 8, "r": 12, "t": 28, "b": 8})
 
 
-def _front(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
+def _cheapest_best(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
     """The runs that no cheaper run beats, by rising cost; `rows` are the best first."""
     front: list[Row] = []
     for row in rows:
@@ -79,17 +79,17 @@ def _front(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
     return front[::-1]
 
 
-def _axis(label: str, texts: Sequence[str]) -> dict[str, Any]:
+def _category_axis(label: str, texts: Sequence[str]) -> dict[str, Any]:
     """An axis of swept values: numbers with a tick each, if they are few, or categories."""
-    numbers = _numbers(texts)
+    numbers = _parse_numbers(texts)
     if numbers is None:
         names = sorted(set(texts))
-        ticks = {float(index): shorten(text) for index, text in enumerate(names)}
-        return _dimension(label, [float(names.index(text)) for text in texts], ticks)
-    return _measured(label, numbers, sorted(set(numbers)))
+        ticks = {float(index): shorten_value(text) for index, text in enumerate(names)}
+        return _make_dimension(label, [float(names.index(text)) for text in texts], ticks)
+    return _number_axis(label, numbers, sorted(set(numbers)))
 
 
-def _measured(label: str, numbers: Sequence[float], shown: Sequence[float] = ()) -> dict[str, Any]:
+def _number_axis(label: str, numbers: Sequence[float], shown: Sequence[float] = ()) -> dict[str, Any]:
     """An axis of numbers, logarithmic where they differ much; ticks at `shown` or, for none or many, at five places."""
     low, high = min(numbers), max(numbers)
     log = low > 0 and high / low > WIDE
@@ -97,10 +97,10 @@ def _measured(label: str, numbers: Sequence[float], shown: Sequence[float] = ())
         steps = [index / 4 for index in range(5)] if high > low else [0.0]
         shown = [low * (high / low) ** step if log else low + (high - low) * step for step in steps]
     place = math.log10 if log else float
-    return _dimension(label, [place(number) for number in numbers], {place(at): f"{at:.3g}" for at in shown})
+    return _make_dimension(label, [place(number) for number in numbers], {place(at): f"{at:.3g}" for at in shown})
 
 
-def _dimension(label: str, values: Sequence[float], ticks: dict[float, str]) -> dict[str, Any]:
+def _make_dimension(label: str, values: Sequence[float], ticks: dict[float, str]) -> dict[str, Any]:
     low, high = min(values), max(values)
     return {
         "label": escape(label),
@@ -111,7 +111,7 @@ def _dimension(label: str, values: Sequence[float], ticks: dict[float, str]) -> 
     }
 
 
-def _numbers(texts: Sequence[str]) -> list[float] | None:
+def _parse_numbers(texts: Sequence[str]) -> list[float] | None:
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
@@ -123,7 +123,7 @@ def _cost_title(rows: Sequence[Row]) -> str:
     return "training time (s)" if all(row.job.devices == 1 for row in rows) else "training time × devices (s)"
 
 
-def _html(figure: Any, name: str, height: int, margin: dict[str, int]) -> str:
+def _figure_html(figure: Any, name: str, height: int, margin: dict[str, int]) -> str:
     """The figure as a `<div>`, transparent, so that the page's light or dark ground shows through."""
     figure.update_layout(
         template="none",

@@ -11,11 +11,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vlm_train.errors import ConfigError
 from vlm_train.report.charts import plotly_script
 from vlm_train.report.read import read_report
-from vlm_train.report.sweep_charts import Row, coordinates, cost_chart
+from vlm_train.report.sweep_charts import Row, cost_chart, draw_coordinates
 from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.sweep import records
 from vlm_train.runs.sweep.records import Job, Sweep
-from vlm_train.runs.sweep.summary import duration, shorten
+from vlm_train.runs.sweep.summary import format_duration, shorten_value
 
 PAGE_NAME = "sweep.html"
 RANKED = "One line a run: the best is orange, the worst are grey. Drag along an axis to see only some."
@@ -26,21 +26,21 @@ def write_page(folder: Path) -> Path:
     """Writes `sweep.html` into a sweep's folder and returns its path. Raises ConfigError for any other folder."""
     path = folder / PAGE_NAME
     partial = path.with_suffix(".partial")
-    partial.write_text(render(records.read(folder), folder), encoding="utf-8")
+    partial.write_text(render_page(records.read_sweep(folder), folder), encoding="utf-8")
     partial.replace(path)
     return path
 
 
-def render(sweep: Sweep, folder: Path) -> str:
+def render_page(sweep: Sweep, folder: Path) -> str:
     """The whole page as HTML."""
     environment = Environment(
         loader=PackageLoader("vlm_train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["duration"] = duration
-    rows = [_row(sweep, job, folder) for job in sweep.ranked()]
+    environment.filters["duration"] = format_duration
+    rows = [_make_row(sweep, job, folder) for job in sweep.rank_jobs()]
     scored = [row for row in rows if row.score is not None]
     charts = [
-        ("Parallel coordinates", RANKED, coordinates(sweep, scored, "coordinates")),
+        ("Parallel coordinates", RANKED, draw_coordinates(sweep, scored, "coordinates")),
         (f"{sweep.metric} over cost", FRONT, cost_chart(sweep, scored, "cost")),
     ]
     last = max((job.written for job in sweep.jobs), default=0.0)
@@ -56,12 +56,12 @@ def render(sweep: Sweep, folder: Path) -> str:
     )
 
 
-def _row(sweep: Sweep, job: Job, folder: Path) -> Row:
+def _make_row(sweep: Sweep, job: Job, folder: Path) -> Row:
     run = _run_folder(job, folder)
     report = RunFolder(run).report
     link = os.path.relpath(report, folder) if report.is_file() else None
-    values = [shorten(job.value(key)) for key in sweep.keys]
-    return Row(job, values, sweep.score(job), _training_seconds(run) or job.seconds, link)
+    values = [shorten_value(job.value_of(key)) for key in sweep.keys]
+    return Row(job, values, sweep.score_of(job), _training_seconds(run) or job.seconds, link)
 
 
 def _run_folder(job: Job, folder: Path) -> Path:

@@ -30,7 +30,7 @@ from vlm_train.config.run_identity import run_dir, training_config
 from vlm_train.errors import ENDING, PREEMPTING, ConfigError, Interrupted, TrainingError
 from vlm_train.runs import record, torchrun
 from vlm_train.runs.folder import RunFolder
-from vlm_train.runs.rollback import rollbacks
+from vlm_train.runs.rollback import read_rollbacks
 
 log = logging.getLogger("vlm_train")
 
@@ -82,13 +82,13 @@ def check_environment(cfg: DictConfig) -> None:
         raise ConfigError("launch.kind: srun starts the processes: srun python -m vlm_train ...")
 
 
-def prepare(cfg: DictConfig, origins: str) -> Path:
+def prepare_folder(cfg: DictConfig, origins: str) -> Path:
     """Fills a new run folder: `config.yaml` with interpolations kept, and `config_origins.txt`. Returns the folder.
 
     Raises ConfigError when the folder holds checkpoints of another training configuration, or a run that is going on.
     """
     folder = run_dir(cfg)
-    with record.lock(folder):  # a training holds it: nothing of a live run is overwritten
+    with record.lock_folder(folder):  # a training holds it: nothing of a live run is overwritten
         pass
     run = RunFolder(folder)
     previous = run.config
@@ -100,9 +100,9 @@ def prepare(cfg: DictConfig, origins: str) -> Path:
 
 
 def _refuse_other_run(cfg: DictConfig, previous: DictConfig, folder: Path) -> None:
-    from vlm_train.config.origins import leaves
+    from vlm_train.config.origins import flatten_leaves
 
-    new, old = leaves(training_config(cfg)), leaves(training_config(previous))
+    new, old = flatten_leaves(training_config(cfg)), flatten_leaves(training_config(previous))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
         scalars = [key for key in changed if not isinstance(new.get(key, old.get(key)), list)] or changed
@@ -127,22 +127,22 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
             ["vlm_train.runs.torchrun", "--standalone", "--nproc-per-node", str(devices), "-m"] if devices > 1 else []
         )
         command = [sys.executable, "-m", *several, CHILD, str(path)]
-        start = partial(_supervise, command, folder if cfg.mode == "fit" else None)
-        made, ended = 0 if cfg.resume == "restart" else len(rollbacks(folder)), start()
-        while not ended.signal and made < (made := len(rollbacks(folder))):  # it has prepared to go back
+        start = partial(_supervise_child, command, folder if cfg.mode == "fit" else None)
+        made, ended = 0 if cfg.resume == "restart" else len(read_rollbacks(folder)), start()
+        while not ended.signal and made < (made := len(read_rollbacks(folder))):  # it has prepared to go back
             again = cfg.copy()
             again.resume = "auto"
             save_config(again, path)
             ended = start()
     trains = cfg.mode == "fit" and not cfg.dry_run
-    if ended.code == 0 and (not trains or record.read(folder).get("status") == "done"):
+    if ended.code == 0 and (not trains or record.read_record(folder).get("status") == "done"):
         return read_result(folder)
     if trains:
         _mark_ended(folder, ended)
     if ended.signal:
         _tell_caller(ended.signal)
         raise Interrupted(ended.signal)
-    raise ChildError(_describe(cfg, folder, ended), ended.code)
+    raise ChildError(_describe_end(cfg, folder, ended), ended.code)
 
 
 def _tell_caller(number: int) -> None:
@@ -154,7 +154,7 @@ def _tell_caller(number: int) -> None:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The final metrics that a finished run left in its run.json; empty without one."""
-    return dict(record.read(folder).get("metrics") or {})
+    return dict(record.read_record(folder).get("metrics") or {})
 
 
 @contextmanager
@@ -178,7 +178,7 @@ class Ended:
     signal: int = 0
 
 
-def _supervise(command: Sequence[str], folder: Path | None) -> Ended:
+def _supervise_child(command: Sequence[str], folder: Path | None) -> Ended:
     """Starts a process tree, forwards signals and waits for its end."""
     environment = {
         name: value
@@ -199,7 +199,7 @@ def _supervise(command: Sequence[str], folder: Path | None) -> Ended:
     )
     last: deque[str] = deque(maxlen=LAST_LINES)
     copying = threading.Thread(target=_copy_output, args=(child, folder, last), daemon=True)
-    with _forwarding(child) as received:
+    with _forward_signals(child) as received:
         if piped:
             copying.start()
         while child.poll() is None or copying.is_alive():  # a signal can miss a wait without end, just before it blocks
@@ -213,19 +213,19 @@ def _stopping_signal(code: int) -> int:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     """Sends the signals that reach us on to the child, and yields their list. Handlers need the main thread."""
     previous = {}
     received: list[int] = []
 
-    def forward(number: int, _: Any) -> None:
+    def forward_signal(number: int, _: Any) -> None:
         received.append(number)
         child.send_signal(number)
 
     try:
         for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-                previous[number] = signal.signal(number, forward)
+                previous[number] = signal.signal(number, forward_signal)
     except ValueError:
         pass
     try:
@@ -241,7 +241,7 @@ def _copy_output(child: subprocess.Popen[bytes], folder: Path | None, last: dequ
     A full disk, or a reader of ours that is gone, does not end the child.
     """
     assert child.stdout is not None
-    with _log(folder) as copy:
+    with _open_log(folder) as copy:
         for line in child.stdout:
             last.append(line.decode(errors="replace").rstrip())
             with suppress(OSError):
@@ -251,16 +251,16 @@ def _copy_output(child: subprocess.Popen[bytes], folder: Path | None, last: dequ
                 sys.stdout.flush()
 
 
-def _log(folder: Path | None) -> io.RawIOBase:
+def _open_log(folder: Path | None) -> io.RawIOBase:
     """`<folder>/output.log`; nowhere without one, or where it cannot be opened: the child must be read all the same."""
     with suppress(OSError):
         return open(folder / "output.log" if folder else os.devnull, "ab", buffering=0)
     return open(os.devnull, "ab", buffering=0)
 
 
-def _describe(cfg: DictConfig, folder: Path, ended: Ended) -> str:
+def _describe_end(cfg: DictConfig, folder: Path, ended: Ended) -> str:
     if ended.code == 0:
-        how = f"ended without finishing (exit code 0, status {record.read(folder).get('status', 'missing')!r})"
+        how = f"ended without finishing (exit code 0, status {record.read_record(folder).get('status', 'missing')!r})"
     else:
         code = ended.code
         how = f"failed ({f'exit code {code}' if code > 0 else f'killed by {signal.Signals(-code).name}'})"
@@ -271,5 +271,5 @@ def _describe(cfg: DictConfig, folder: Path, ended: Ended) -> str:
 
 def _mark_ended(folder: Path, ended: Ended) -> None:
     """A child that was killed could not say so itself. One that was refused (exit code 2) says nothing of the run."""
-    if ended.code != 2 and record.read(folder).get("status") == "running":
-        record.update(folder, status="interrupted" if ended.signal else "failed", exit_code=ended.code)
+    if ended.code != 2 and record.read_record(folder).get("status") == "running":
+        record.update_record(folder, status="interrupted" if ended.signal else "failed", exit_code=ended.code)

@@ -10,24 +10,26 @@ from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.config.run_identity import run_dir
 
 
-def show(cfg: DictConfig) -> None:
+def show_sample(cfg: DictConfig) -> None:
     """Print the first training sample as tokens and save its views as `show.png`, in the folder `run=` or here."""
-    from vlm_train.build import build
+    from vlm_train.build import build_assembly
     from vlm_train.data.show import show_sample
 
     options = {name: cfg.data[name] for name in ("annotations", "max_length", "over_length")}
     options["prefix_split"] = cfg.data.get("prefix_split") or False
     folder = run_dir(cfg) if cfg.run else Path.cwd()
-    show_sample(build(cfg).processor, ShardSet(cfg.data.train[0].shards), options, seed=cfg.seed, folder=folder)
+    show_sample(
+        build_assembly(cfg).processor, ShardSet(cfg.data.train[0].shards), options, seed=cfg.seed, folder=folder
+    )
 
 
 def measure_lengths(cfg: DictConfig) -> None:
     """Print how long the training samples are, and leave the length index behind, so that a run on expensive machines
     need not make it. Needs no weights and no GPU."""
-    from vlm_train.build import build, build_data
-    from vlm_train.data.survey import survey
+    from vlm_train.build import build_assembly, build_data
+    from vlm_train.data.survey import measure_sources
 
     cfg = cfg.copy()
     if cfg.data.get("val"):  # not looked at, so it need not be there
         cfg.data.val, cfg.data.val_share = [], 0.0
-    survey(build_data(cfg, build(cfg, meta=True).processor))
+    measure_sources(build_data(cfg, build_assembly(cfg, meta=True).processor))

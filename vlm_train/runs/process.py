@@ -20,10 +20,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
-from vlm_train.check.check import check
-from vlm_train.check.hydra_errors import Composition, explain
+from vlm_train.check.check import check_config
+from vlm_train.check.hydra_errors import Composition, explain_errors
 from vlm_train.config.run_file import load_config
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import PREEMPTING, ConfigError, Interrupted, VLMTrainError
 from vlm_train.runs import torchrun
 
@@ -36,22 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         torchrun.die_with_agent()
     (path,) = arguments
 
-    def work() -> None:
+    def dispatch_child() -> None:
         cfg = load_config(path)
-        check(cfg, need_assets=False)
-        dispatch(cfg)
+        check_config(cfg, need_assets=False)
+        dispatch_mode(cfg)
 
-    return guarded(work)
+    return run_guarded(dispatch_child)
 
 
 MODES = {
-    "fit": "vlm_train.training.fit:fit",
-    "eval": "vlm_train.evaluation.run:evaluate",
-    "caption": "vlm_train.evaluation.score_shards:caption",
-    "score": "vlm_train.evaluation.score_shards:score",
-    "export": "vlm_train.export.run:export",
-    "import": "vlm_train.export.run:import_",
-    "show": "vlm_train.runs.preview:show",
+    "fit": "vlm_train.training.fit:fit_run",
+    "eval": "vlm_train.evaluation.run:evaluate_run",
+    "caption": "vlm_train.evaluation.score_shards:write_captions",
+    "score": "vlm_train.evaluation.score_shards:score_captions",
+    "export": "vlm_train.export.run:export_run",
+    "import": "vlm_train.export.run:import_run",
+    "show": "vlm_train.runs.preview:show_sample",
     "lengths": "vlm_train.runs.preview:measure_lengths",
 }
 """Mode -> the function that carries it out, imported only then: `(cfg) -> dict | None`."""
@@ -64,21 +64,21 @@ EXPECTED = (VLMTrainError, DataError, OSError)
 """Errors of the user's settings, data and machine (a full disk, a folder that may not be written): one line each."""
 
 
-def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequence[str | Path] = ()) -> int:
+def run_guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequence[str | Path] = ()) -> int:
     """Runs `work`, prints errors that speak to the user, and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStdout()])
     try:
-        with signals_interrupt(), torchrun.leaving_word():
+        with interrupt_on_signals(), torchrun.leaving_word():
             work()
     except Composition as error:
-        return report_error(ConfigError(explain(overrides, dirs, error)), error)
+        return report_error(ConfigError(explain_errors(overrides, dirs, error)), error)
     except EXPECTED as error:
         return report_error(error, error)
     except (KeyboardInterrupt, SystemExit) as error:
-        code = _interruption(error)
+        code = _interruption_code(error)
         if code is None:
             raise
-        if rank() == 0:
+        if process_rank() == 0:
             said = error if isinstance(error, Interrupted) else "The same command resumes."
             print(f"Interrupted: {said}", file=sys.stderr)
         return code
@@ -86,20 +86,20 @@ def guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Sequen
 
 
 @contextmanager
-def signals_interrupt() -> Iterator[None]:
+def interrupt_on_signals() -> Iterator[None]:
     """Makes what a scheduler sends an exception wherever nothing else handles it, so that a run can say how it ended.
 
     A second one kills. Training and `run_child` have handlers of their own meanwhile.
     """
 
-    def interrupt(number: int, _: Any) -> None:
+    def raise_interrupted(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise Interrupted(number)
 
     main_thread = threading.current_thread() is threading.main_thread()
     free = [one for one in PREEMPTING if main_thread and signal.getsignal(one) is signal.SIG_DFL]  # else: the caller's
     for number in free:
-        signal.signal(number, interrupt)
+        signal.signal(number, raise_interrupted)
     try:
         yield
     finally:
@@ -115,7 +115,7 @@ class _ToStdout(logging.StreamHandler[Any]):
         super().emit(record)
 
 
-def _interruption(error: BaseException) -> int | None:
+def _interruption_code(error: BaseException) -> int | None:
     """The exit code of a run that a signal ended; None for an exit of another kind."""
     if isinstance(error, Interrupted):
         return error.code
@@ -126,7 +126,7 @@ def _interruption(error: BaseException) -> int | None:
     return None
 
 
-def dispatch(cfg: DictConfig) -> dict[str, Any] | None:
+def dispatch_mode(cfg: DictConfig) -> dict[str, Any] | None:
     """Carries out the mode of a checked configuration in this process."""
     result: dict[str, Any] | None = _function(DRY_RUN if cfg.dry_run else MODES[cfg.mode])(cfg)
     return result
@@ -149,12 +149,12 @@ def report_error(error: Exception, cause: BaseException) -> int:
     """Prints an error that speaks to the user, without a traceback unless one is asked for."""
     if os.environ.get("VLM_TRAIN_TRACEBACK") == "1" or os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise cause
-    if rank() == 0 or not isinstance(error, ConfigError):  # every rank finds the same configuration errors
-        _print(error)
+    if process_rank() == 0 or not isinstance(error, ConfigError):  # every rank finds the same configuration errors
+        _print_error(error)
     return 2 if isinstance(error, ConfigError) else 1
 
 
-def _print(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     lines = error.problems if isinstance(error, ConfigError) else [str(error)]
     if isinstance(error, OSError) and error.filename is not None:
         lines = [f"{error.filename}: {error.strerror}. VLM_TRAIN_TRACEBACK=1 shows who wanted it."]
@@ -174,4 +174,4 @@ def _own_words(text: str) -> str:
 
 
 if __name__ == "__main__":
-    torchrun.leave(main)
+    torchrun.run_and_exit(main)

@@ -16,7 +16,7 @@ from vlm_train.runs.folder import RunFolder
 log = logging.getLogger("vlm_train")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """The run.json of a run folder; empty without one. A corrupt one counts as none, and the log says so."""
     return read_json(RunFolder(folder).record)
 
@@ -36,9 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def update(folder: Path, **changes: Any) -> None:
+def update_record(folder: Path, **changes: Any) -> None:
     """Merges `changes` into the run.json of a run folder, which is created where missing. None removes a key."""
-    kept = {key: value for key, value in read(folder).items() if key not in changes}
+    kept = {key: value for key, value in read_record(folder).items() if key not in changes}
     write_json(RunFolder(folder).record, kept | {key: value for key, value in changes.items() if value is not None})
 
 
@@ -53,7 +53,7 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
     path, rows = RunFolder(folder).metrics, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -66,13 +66,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def last_loss(folder: Path, split: str) -> dict[str, Any]:
     """The last line of metrics.jsonl that has a loss of this split; empty without one."""
-    found = [row for row in metrics(folder) if row["split"] == split and "loss" in row]
+    found = [row for row in read_metrics(folder) if row["split"] == split and "loss" in row]
     return found[-1] if found else {}
 
 
 def keep_metrics(folder: Path, step: int) -> None:
     """Drop the log lines after a step, which will be written again."""
-    kept = [row for row in metrics(folder) if row["step"] <= step]
+    kept = [row for row in read_metrics(folder) if row["step"] <= step]
     path = RunFolder(folder).metrics
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -80,7 +80,7 @@ def keep_metrics(folder: Path, step: int) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Holds a run folder, so that the same command, started twice, does not write to it twice. A process that ends, or
     is killed, lets go of it; its loader processes, which may outlive it for seconds, do not hold it.
 

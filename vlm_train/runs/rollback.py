@@ -19,7 +19,7 @@ class Rollback:
     last: int
 
 
-def rollbacks(folder: Path) -> list[Rollback]:
+def read_rollbacks(folder: Path) -> list[Rollback]:
     """Those of a run, oldest first."""
     held = record.read_json(RunFolder(folder).rollbacks)
     return [Rollback(int(one["to"]), int(one["last"])) for one in held.get("made", [])]
@@ -30,7 +30,7 @@ def go_back(folder: Path, first: int, last: int) -> Rollback | None:
 
     Returns None, and changes nothing, where there is none.
     """
-    made = rollbacks(folder)
+    made = read_rollbacks(folder)
     steps = [int(path.name.removeprefix("step-")) for path in RunFolder(folder).checkpoints.glob("step-*")]
     earlier = [step for step in steps if step < first]
     if not earlier:
@@ -40,6 +40,6 @@ def go_back(folder: Path, first: int, last: int) -> Rollback | None:
     return new
 
 
-def stale(manifest: Mapping[str, Any], made: list[Rollback]) -> bool:
+def is_stale(manifest: Mapping[str, Any], made: list[Rollback]) -> bool:
     """Whether a checkpoint holds steps that a later rollback has taken back."""
     return any(one.to < int(manifest["step"]) for one in made[int(manifest.get("rollbacks", 0)) :])

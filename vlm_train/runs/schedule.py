@@ -17,13 +17,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.check.assets import missing_assets
-from vlm_train.check.check import check
-from vlm_train.check.hydra_errors import Composition, explain
+from vlm_train.check.check import check_config
+from vlm_train.check.hydra_errors import Composition, explain_errors
 from vlm_train.config import origins as config_origins
-from vlm_train.config.compose import compose
-from vlm_train.config.folders import groups
+from vlm_train.config.compose import compose_config
+from vlm_train.config.folders import list_groups
 from vlm_train.config.run_identity import run_dir
-from vlm_train.config.signatures import hint
+from vlm_train.config.signatures import did_you_mean
 from vlm_train.errors import AssetError, ConfigError, VLMTrainError
 from vlm_train.runs import launch, process, record
 
@@ -45,19 +45,19 @@ class PlannedStage:
     @property
     def done(self) -> bool:
         """Whether a run of exactly this configuration has finished."""
-        return record.read(self.folder).get("status") == "done"
+        return record.read_record(self.folder).get("status") == "done"
 
 
-def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
+def run_schedule(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Runs the schedule that `overrides` name; the other overrides apply to every stage. Returns the last metrics.
 
     Raises ConfigError with the problems of all stages before any starts, or the error of the first stage that fails.
     """
     _refuse_launcher()
-    name, stages = plan(overrides, dirs)
+    name, stages = plan_schedule(overrides, dirs)
     if any(stage.cfg.mode == "config" for stage in stages):
         for stage in stages:
-            print(f"== {stage.recipe}\n{config_origins.table(stage.cfg, stage.origins)}\n")
+            print(f"== {stage.recipe}\n{config_origins.format_origins(stage.cfg, stage.origins)}\n")
         return {}
     if any(stage.cfg.dry_run for stage in stages):
         return _dry_run(stages)
@@ -72,8 +72,8 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> dict[str, 
             _write_state(folder, name, stages)
     finally:
         _write_state(folder, name, stages)
-        _report(folder)
-        log.info("%s", summary(stages))
+        _write_schedule_report(folder)
+        log.info("%s", format_summary(stages))
     return results
 
 
@@ -86,13 +86,13 @@ def _refuse_launcher() -> None:
         )
 
 
-def plan(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str, list[PlannedStage]]:
+def plan_schedule(overrides: Sequence[str], dirs: Sequence[str | Path] = ()) -> tuple[str, list[PlannedStage]]:
     """The schedule's name and its stages, composed and checked. Raises ConfigError with the problems of all stages."""
-    own = [o for o in overrides if _key(o).split(".")[0] == "schedule"]
+    own = [o for o in overrides if _key_of(o).split(".")[0] == "schedule"]
     common = [o for o in overrides if o not in own]
-    _refuse(common)
-    schedule = compose(own, dirs).schedule
-    name = str(next(o for o in own if _key(o) == "schedule").partition("=")[2])
+    _refuse_overrides(common)
+    schedule = compose_config(own, dirs).schedule
+    name = str(next(o for o in own if _key_of(o) == "schedule").partition("=")[2])
     stages: list[PlannedStage] = []
     problems: list[str] = []
     fitting = _fitting_overrides(schedule, common, dirs)
@@ -115,21 +115,21 @@ def _fitting_overrides(schedule: DictConfig, common: list[str], dirs: Sequence[s
 
     A key that no stage has stays in all of them, to be reported.
     """
-    choices = [o for o in common if _key(o) in groups(dirs)]
+    choices = [o for o in common if _key_of(o) in list_groups(dirs)]
     absent: list[set[str]] = []
     for stage in schedule.stages:
         try:
-            cfg = compose([f"recipe={stage.recipe}", *stage.overrides, *choices], dirs)
+            cfg = compose_config([f"recipe={stage.recipe}", *stage.overrides, *choices], dirs)
         except (*Composition, ConfigError):
             absent.append(set())
             continue
         plain = [o for o in common if o not in choices and not o.startswith(("+", "~"))]
-        absent.append({o for o in plain if not _has(cfg, _key(o))})
+        absent.append({o for o in plain if not _has_key(cfg, _key_of(o))})
     nowhere = set.intersection(*absent) if absent else set()
     return [[o for o in common if o not in missing - nowhere] for missing in absent]
 
 
-def _has(cfg: DictConfig, key: str) -> bool:
+def _has_key(cfg: DictConfig, key: str) -> bool:
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
     return node is not None and (not OmegaConf.is_dict(node) or name in node)
@@ -151,15 +151,15 @@ def _plan_stage(
     stage = schedule.stages[index]
     overrides = [f"recipe={stage.recipe}", *stage.overrides, *common]
     try:
-        cfg = compose(overrides, dirs)
+        cfg = compose_config(overrides, dirs)
     except Composition as error:
-        raise ConfigError(explain(overrides, dirs, error)) from error
-    found = config_origins.origins(overrides, dirs)
+        raise ConfigError(explain_errors(overrides, dirs, error)) from error
+    found = config_origins.find_origins(overrides, dirs)
     if stage.init_from:
         names = [str(other.recipe) for other in schedule.stages[:index]]
         cfg.init_from = [_hand_off(source, names, earlier) for source in stage.init_from]
         found["init_from"] = config_origins.Origin("schedule", str(schedule.get("name", "schedule")))
-    check(cfg, need_assets=False)
+    check_config(cfg, need_assets=False)
     planned = PlannedStage(str(stage.recipe), cfg, found, run_dir(cfg))
     if any(planned.folder == other.folder for other in earlier):
         raise ConfigError(f"it equals an earlier stage, so both would be the run {planned.folder.name}.")
@@ -179,15 +179,15 @@ def _hand_off(source: DictConfig, names: list[str], earlier: list[PlannedStage])
         source.run = "???"
     elif not Path(source.run).exists():
         raise ConfigError(
-            f"init_from: {source.run} is neither an earlier stage nor a path.{hint(source.run, names)} "
+            f"init_from: {source.run} is neither an earlier stage nor a path.{did_you_mean(source.run, names)} "
             f"Earlier stages: {', '.join(names) or 'none'}."
         )
     return source
 
 
-def _refuse(overrides: Sequence[str]) -> None:
+def _refuse_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
-        key, value = _key(override), override.partition("=")[2]
+        key, value = _key_of(override), override.partition("=")[2]
         if key in ("recipe", "run", "run_name"):
             raise ConfigError(f"{key}: names one run, but schedule= runs several. Leave out one of the two.")
         if key == "mode" and value not in MODES:
@@ -195,26 +195,28 @@ def _refuse(overrides: Sequence[str]) -> None:
 
 
 def _dry_run(stages: list[PlannedStage]) -> dict[str, Any]:
-    return {stage.recipe: process.dispatch(stage.cfg) for stage in stages}
+    return {stage.recipe: process.dispatch_mode(stage.cfg) for stage in stages}
 
 
 def _run_stage(stage: PlannedStage, title: str) -> dict[str, Any]:
     if stage.done:
         log.info("%s: done already, %s", title, stage.folder)
         return launch.read_result(stage.folder)
-    log.info("%s: %s\n%s\n", title, stage.folder, config_origins.table(stage.cfg, stage.origins, only_changed=True))
-    launch.prepare(stage.cfg, config_origins.table(stage.cfg, stage.origins))
+    log.info(
+        "%s: %s\n%s\n", title, stage.folder, config_origins.format_origins(stage.cfg, stage.origins, only_changed=True)
+    )
+    launch.prepare_folder(stage.cfg, config_origins.format_origins(stage.cfg, stage.origins))
     try:
         return launch.run_child(stage.cfg)
     except launch.ChildError as error:
         raise launch.ChildError(f"{title}: {error}", error.code) from error
 
 
-def summary(stages: Sequence[PlannedStage]) -> str:
+def format_summary(stages: Sequence[PlannedStage]) -> str:
     """A table of stage, status, steps and run folder."""
     rows = [("stage", "status", "step", "run")]
     for stage in stages:
-        state = record.read(stage.folder)
+        state = record.read_record(stage.folder)
         rows.append((stage.recipe, state.get("status", "-"), str(state.get("step", "-")), str(stage.folder)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
@@ -232,14 +234,14 @@ def _write_state(folder: Path, name: str, stages: Sequence[PlannedStage]) -> Non
         {
             "recipe": stage.recipe,
             "run": str(stage.folder),
-            "status": record.read(stage.folder).get("status", "pending"),
+            "status": record.read_record(stage.folder).get("status", "pending"),
         }
         for stage in stages
     ]
     record.write_json(folder / "schedule.json", {"name": name, "stages": listed})
 
 
-def _report(folder: Path) -> None:
+def _write_schedule_report(folder: Path) -> None:
     """The HTML report over all stages. Trouble with it must not hide the result."""
     try:
         log.info("Report: %s", process.write_report(folder))
@@ -247,5 +249,5 @@ def _report(folder: Path) -> None:
         log.warning("No report for %s: %s", folder, error)
 
 
-def _key(override: str) -> str:
+def _key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")

@@ -11,13 +11,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from vlm_train.check.check import check
+from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import unknown_in
 from vlm_train.config import folders, origins
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 from vlm_train.runs import launch, process
 from vlm_train.runs.folder import RunFolder
@@ -30,24 +30,24 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = (), fresh: bool =
     if value_of(overrides, "schedule"):
         from vlm_train.runs import schedule
 
-        return schedule.run(overrides, dirs)
+        return schedule.run_schedule(overrides, dirs)
     if value_of(overrides, "run"):
         cfg, found = from_run(overrides, dirs)
     else:
-        cfg, found = compose(overrides, dirs), origins.origins(overrides, dirs)
+        cfg, found = compose_config(overrides, dirs), origins.find_origins(overrides, dirs)
     if cfg.mode == "config":
-        print(origins.table(cfg, found))
+        print(origins.format_origins(cfg, found))
         return None
-    check(cfg, need_assets=not cfg.dry_run and cfg.mode != "lengths")
+    check_config(cfg, need_assets=not cfg.dry_run and cfg.mode != "lengths")
     launch.check_environment(cfg)
-    if cfg.mode == "fit" and not cfg.dry_run and rank() == 0:
-        log.info("Run folder: %s\n%s\n", run_dir(cfg), origins.table(cfg, found, only_changed=True))
-        launch.prepare(cfg, origins.table(cfg, found))
+    if cfg.mode == "fit" and not cfg.dry_run and process_rank() == 0:
+        log.info("Run folder: %s\n%s\n", run_dir(cfg), origins.format_origins(cfg, found, only_changed=True))
+        launch.prepare_folder(cfg, origins.format_origins(cfg, found))
     trains = cfg.mode in launch.PARALLEL_MODES and not cfg.dry_run
     own_tree = cfg.launch.devices > 1 or cfg.trainer.guard.rollback  # which can be started again
     if fresh or (trains and own_tree and launch.started_by() == "local"):
         return launch.run_child(cfg, cfg.launch.devices if trains else 1)
-    return process.dispatch(cfg)
+    return process.dispatch_mode(cfg)
 
 
 def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[DictConfig, dict[str, origins.Origin]]:
@@ -60,8 +60,8 @@ def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[Dict
     if (run.tokenizer / "tokenizer.json").is_file():  # what the ids meant, wherever the shards are now
         cfg.tokenizer = {"_target_": "vlm_train.data.text.tokenizer.pretrained", "name": str(run.tokenizer)}
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    groups = [override for override in parsed if override.key_or_group in folders.groups(dirs)]
-    chosen = compose([str(override.input_line) for override in groups], dirs)
+    groups = [override for override in parsed if override.key_or_group in folders.list_groups(dirs)]
+    chosen = compose_config([str(override.input_line) for override in groups], dirs)
     for override in parsed:
         key = override.key_or_group
         if key in ("recipe", "size", "debug"):

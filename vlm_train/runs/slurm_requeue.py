@@ -22,7 +22,7 @@ FRUITLESS = 2
 RECORD = "restarts.json"
 
 
-def decide(folder: Path, code: int, *, first: bool) -> tuple[bool, str]:
+def decide_restart(folder: Path, code: int, *, first: bool) -> tuple[bool, str]:
     """Whether to start again what ended with `code`, and why. Remembers in `<folder>/restarts.json` what it found.
 
     Args:
@@ -48,7 +48,7 @@ def decide(folder: Path, code: int, *, first: bool) -> tuple[bool, str]:
 def main(argv: Sequence[str]) -> int:
     """Prints the decision; 0: start again."""
     folder, code = Path(argv[0]), int(argv[1])
-    again, why = decide(folder, code, first=os.environ.get("SLURM_RESTART_COUNT", "0") == "0")
+    again, why = decide_restart(folder, code, first=os.environ.get("SLURM_RESTART_COUNT", "0") == "0")
     print(f"Exit code {code}: {'starting again' if again else 'not starting again'}, {why}.")
     return 0 if again else 1
 

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # we say it
-    logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(_matters)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(_is_cause)
     own = ["--signals-to-handle", "SIGQUIT"] if sys.platform == "linux" else []
     with tempfile.TemporaryDirectory(prefix="vlm_train-") as errors:
         os.environ |= {PID: str(os.getpid()), ERRORS: errors}
@@ -48,11 +48,11 @@ def main(arguments: Sequence[str]) -> int:
         except ChildFailedError as error:
             if received:
                 return exit_code(received[0])
-            return _explain(error.failures, first, Path(errors))
+            return _report_first_failure(error.failures, first, Path(errors))
     return 0
 
 
-def _matters(entry: logging.LogRecord) -> bool:
+def _is_cause(entry: logging.LogRecord) -> bool:
     """Not that another machine's agent, which had the rendezvous, left first when all was done."""
     return not str(entry.msg).startswith("Error waiting on exit barrier")
 
@@ -67,7 +67,7 @@ def _hand_on_signals() -> list[int]:
 
     def hand_on(number: int, _: Any) -> None:
         nonlocal last
-        workers, now = _children(), time.monotonic()
+        workers, now = _list_children(), time.monotonic()
         if now - last > REPEATED or not received:
             received.append(number)
         last = now
@@ -111,12 +111,12 @@ def _end_survivors(first: First, received: Sequence[int], errors: Path) -> None:
     if first.code in (PREEMPTED, exit_code(signal.SIGINT)):  # all leave, in good order
         return
     time.sleep(PATIENCE)
-    for pid in [] if received else _children():
+    for pid in [] if received else _list_children():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _explain(failures: Mapping[int, Any], first: First, errors: Path) -> int:
+def _report_first_failure(failures: Mapping[int, Any], first: First, errors: Path) -> int:
     """Says which worker failed first, and of what. Returns its exit code.
 
     The others fail of its absence at about the same time, may be quicker to leave and need more words.
@@ -139,7 +139,7 @@ def _explain(failures: Mapping[int, Any], first: First, errors: Path) -> int:
     return int(code)
 
 
-def _children() -> list[int]:
+def _list_children() -> list[int]:
     """Ids of this process's children, from Linux's /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -177,7 +177,7 @@ def leaving_word() -> Iterator[None]:
         raise
 
 
-def leave(work: Callable[[], int]) -> NoReturn:
+def run_and_exit(work: Callable[[], int]) -> NoReturn:
     """Runs a process's main function and ends the process with its exit code.
 
     One of several that fails ends at once: Python's farewell may wait for collectives that the others never join.

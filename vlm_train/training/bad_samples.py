@@ -36,13 +36,13 @@ class BadSamples:
         self.last: Problem | None = None
         self._recorded: set[tuple[str, ...]] | None = None
 
-    def add(self, problems: Iterable[Problem]) -> None:
+    def count_problems(self, problems: Iterable[Problem]) -> None:
         """Count this rank's bad samples of an optimizer step."""
         for problem in problems:
             self.kinds[problem.kind] += 1
             self.last = problem
 
-    def judge(self, good: int, bad: int) -> str | None:
+    def reason_to_stop(self, good: int, bad: int) -> str | None:
         """Why the run must stop after an optimizer step of so many good and bad samples on all ranks, or None.
 
         Which of a step's samples are good is not known here, so "in a row" is what they make at least.
@@ -67,27 +67,27 @@ class BadSamples:
         if bad and reason:
             raise TrainingError(f"data.val: {reason}; {self.folder}/quarantine-*.jsonl says why.")
 
-    def summary(self, kinds: Mapping[str, float]) -> str:
+    def summarize_kinds(self, kinds: Mapping[str, float]) -> str:
         """The bad samples by kind, for a message; `kinds` counts them on all ranks."""
         counts = ", ".join(f"{kind} {count:.0f}" for kind, count in sorted(kinds.items()))
         last = f" Last here: {self.last}" if self.last else ""
         return f"So far: {counts}. All of them: {self.folder}/quarantine-*.jsonl.{last}"
 
-    def record(self, split: str, step: int, problems: Iterable[Problem], rank: int) -> None:
+    def record_problems(self, split: str, step: int, problems: Iterable[Problem], rank: int) -> None:
         """Write each bad sample once, also if the run was interrupted, and say the first one aloud."""
         path = self.folder / f"quarantine-{rank}.jsonl"
         problems = [Problem(*without_credentials(astuple(problem))) for problem in problems]
-        recorded = self._known()
-        new = [problem for problem in dict.fromkeys(problems) if _identity(problem) not in recorded]
+        recorded = self._known_problems()
+        new = [problem for problem in dict.fromkeys(problems) if _identify_problem(problem) not in recorded]
         if new and not recorded:
             print(f"{split}: left out: {new[0]} (all such samples: {path})", flush=True)
-        recorded.update(map(_identity, new))
+        recorded.update(map(_identify_problem, new))
         journal = Journal(path)
         for one in new:
             line = {"step": step, "split": split, "kind": one.kind, "shard": one.shard, "key": one.key}
-            journal.write(line | {"problem": one.reason})
+            journal.write_line(line | {"problem": one.reason})
 
-    def _known(self) -> set[tuple[str, ...]]:
+    def _known_problems(self) -> set[tuple[str, ...]]:
         if self._recorded is None:
             self._recorded = set()
             for path in self.folder.glob("quarantine-*.jsonl"):
@@ -97,18 +97,18 @@ class BadSamples:
                         problem = Problem(held["problem"], held["kind"], held["shard"], held["key"])
                     except (ValueError, KeyError, TypeError):  # half a line
                         continue
-                    self._recorded.add(_identity(problem))
+                    self._recorded.add(_identify_problem(problem))
         return self._recorded
 
-    def state(self, kinds: Mapping[str, float]) -> dict[str, Any]:
+    def export_state(self, kinds: Mapping[str, float]) -> dict[str, Any]:
         """What a checkpoint keeps; `kinds` counts on all ranks."""
         return {"in_a_row": self.in_a_row, "drawn": self.drawn, "bad": self.bad, "kinds": dict(kinds)}
 
-    def load(self, state: Mapping[str, Any], *, first_rank: bool) -> None:
+    def load_state(self, state: Mapping[str, Any], *, first_rank: bool) -> None:
         """Go on counting; the first rank takes the kinds of all."""
         self.in_a_row, self.drawn, self.bad = state["in_a_row"], state["drawn"], state["bad"]
         self.kinds = Counter(state["kinds"] if first_rank else {})
 
 
-def _identity(problem: Problem) -> tuple[str, ...]:
+def _identify_problem(problem: Problem) -> tuple[str, ...]:
     return (problem.shard, problem.key) if problem.key else (problem.reason,)

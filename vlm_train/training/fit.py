@@ -15,101 +15,101 @@ from omegaconf import DictConfig, OmegaConf
 from vlm_train.checkpoint.resume import Resume, find_resume
 from vlm_train.checkpoint.weights import load_run_weights
 from vlm_train.config.run_identity import run_dir, run_id
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
-from vlm_train.runs.rollback import rollbacks
+from vlm_train.runs.rollback import read_rollbacks
 
 
-def fit(cfg: DictConfig) -> dict[str, Any]:
+def fit_run(cfg: DictConfig) -> dict[str, Any]:
     """Train the configured run to its end, resuming it where it stopped. Returns its final metrics."""
     folder, identity = run_dir(cfg), run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    status = record.read(folder)
+    status = record.read_record(folder)
     if status.get("status") == "done" and cfg.resume == "auto":
         print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
         return dict(status.get("metrics") or {})
-    with record.lock(folder) if rank() == 0 else nullcontext():
-        if cfg.resume == "restart" and rank() == 0:
+    with record.lock_folder(folder) if process_rank() == 0 else nullcontext():
+        if cfg.resume == "restart" and process_rank() == 0:
             run = RunFolder(folder)
             for leftover in (run.checkpoints, run.evaluation):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in (*folder.glob("quarantine-*.jsonl"), run.rollbacks):
                 leftover.unlink(missing_ok=True)
         resumed = find_resume(cfg.resume, folder, identity)
-        if rank() == 0:  # before any other rank can log
+        if process_rank() == 0:  # before any other rank can log
             record.keep_metrics(folder, resumed.step if resumed else -1)
-        print(f"{identity}: {_start(resumed)}", flush=True)
+        print(f"{identity}: {_describe_start(resumed)}", flush=True)
         try:
-            return _train(cfg, folder, identity, resumed)
+            return _train_run(cfg, folder, identity, resumed)
         except BaseException as error:
             stopped = isinstance(error, SystemExit | KeyboardInterrupt)  # ours, or what Lightning makes of a signal
             _write_status(folder, status="interrupted" if stopped else "failed")
             raise
 
 
-def _start(resumed: Resume | None) -> str:
+def _describe_start(resumed: Resume | None) -> str:
     return f"resuming from {resumed.folder}" if resumed else "starting at step 0"
 
 
-def _train(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | None) -> dict[str, Any]:
+def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | None) -> dict[str, Any]:
     import torch
 
     from vlm_train.build import build_data
-    from vlm_train.data.text.tokenizer import vocabulary
+    from vlm_train.data.text.tokenizer import hash_vocabulary
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.prepare_models import prepare_models
-    from vlm_train.training.trainer import loop_callbacks, make_trainer, processes, shards_model
+    from vlm_train.training.trainer import count_processes, loop_callbacks, make_trainer, shards_model
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    world = processes(cfg)
-    shares = world > 1 and shards_model(cfg) and rank() > 0  # rank 0 spreads its weights later
+    world = count_processes(cfg)
+    shares = world > 1 and shards_model(cfg) and process_rank() > 0  # rank 0 spreads its weights later
     models = prepare_models(cfg, resumed, shares)
     built = models.built
-    policy = _policy(cfg, built.model)
+    policy = _make_policy(cfg, built.model)
     data = build_data(cfg, built.processor)
-    data.plan = _plan(cfg, data, built.model, world)
+    data.plan = _make_plan(cfg, data, built.model, world)
     facts: dict[str, Any] = {
         "run_id": identity,
         "init_from": models.sources,
-        "vocabulary": vocabulary(built.processor.tokenizer),
+        "vocabulary": hash_vocabulary(built.processor.tokenizer),
     }
     if cfg.reference.model is not None and not shares:
         facts["reference"] = models.digests
-    facts |= {"data": data.fingerprint(), "order": data.order()}
+    facts |= {"data": data.hash_samples(), "order": data.hash_order()}
     if resumed and not shares:
-        resumed.require(**facts)
-    facts["rollbacks"] = len(rollbacks(folder))
+        resumed.require_same_data(**facts)
+    facts["rollbacks"] = len(read_rollbacks(folder))
     facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
-    work = _work(cfg, models.skeleton) if rank() == 0 else None
-    module = _module(cfg, built.model, models.reference, policy, data.plan, folder, work)
+    work = _count_work(cfg, models.skeleton) if process_rank() == 0 else None
+    module = _make_module(cfg, built.model, models.reference, policy, data.plan, folder, work)
     evaluators = models.evaluators
     evaluation = Evaluation(built.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
     trainer = make_trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
-        _describe(cfg, built, policy, trainer, folder, identity, evaluators)
+        _describe_run(cfg, built, policy, trainer, folder, identity, evaluators)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # not our calls
         trainer.fit(module, datamodule=data)
         if trainer.global_step < data.plan.steps:
             raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
-    metrics = _finish(built, module, evaluators, folder, trainer)
+    metrics = _finish_run(built, module, evaluators, folder, trainer)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise its threads abort the process at exit
     return metrics
 
 
-def _describe(
+def _describe_run(
     cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Path, identity: str, evaluators: dict[str, Any]
 ) -> None:
     """Say and record what is about to be trained."""
     from vlm_train.evaluation.run import describe_evaluators
 
-    print(policy.table(), flush=True)
+    print(policy.format_table(), flush=True)
     _write_parameters(folder, policy)
     built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
@@ -119,7 +119,7 @@ def _describe(
         logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
 
 
-def _policy(cfg: DictConfig, model: Any) -> Any:
+def _make_policy(cfg: DictConfig, model: Any) -> Any:
     from vlm_train.training.params import apply_policy
 
     return apply_policy(
@@ -131,7 +131,7 @@ def _policy(cfg: DictConfig, model: Any) -> Any:
     )
 
 
-def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
+def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
     from vlm_train.data.order.cost import cost_of
 
     return data.make_plan(
@@ -144,7 +144,7 @@ def _plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
     )
 
 
-def _module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
+def _make_module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
     from vlm_train.contracts.model_parts import find_layers
     from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
@@ -179,14 +179,14 @@ def _module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any,
         max_bad_share=cfg.trainer.max_bad_share,
         strict=cfg.trainer.strict,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
-        guard=_guard(cfg, folder),
+        guard=_make_guard(cfg, folder),
         folder=folder,
         work=work,
         peak_tflops=cfg.trainer.peak_tflops,
     )
 
 
-def _work(cfg: DictConfig, skeleton: Any) -> Any:
+def _count_work(cfg: DictConfig, skeleton: Any) -> Any:
     """What steps compute, for the log; None, and a sentence, where the model cannot be traced without its weights."""
     import torch
 
@@ -202,14 +202,14 @@ def _work(cfg: DictConfig, skeleton: Any) -> Any:
         return None
 
 
-def _guard(cfg: DictConfig, folder: Path) -> Any:
+def _make_guard(cfg: DictConfig, folder: Path) -> Any:
     from vlm_train.training.guard import Guard
 
     scaled = cfg.trainer.precision == "16-mixed"
     return Guard(folder, **cfg.trainer.guard, scaled=scaled, skip=cfg.trainer.skip_steps)
 
 
-def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
+def _finish_run(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
     """Final evaluation, on all ranks where weights are in shards; run.json and report, on rank 0."""
     from vlm_train.evaluation.run import run_evaluators
     from vlm_train.training.callbacks.loop import results_folder
@@ -220,14 +220,14 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
     if evaluators:
         with results_folder(folder, trainer.is_global_zero) as results:
             metrics = run_evaluators(built.model, built.processor, evaluators, results)  # and record the results
-        module.write("test", metrics)
+        module.write_metrics("test", metrics)
     if not trainer.is_global_zero:
         return {}
     for name, split in (("loss", "train"), ("val_loss", "val")):
         if last := record.last_loss(folder, split):
             metrics[name] = last["loss"]
     if built.cfg.trainer.export:
-        _export(_whole(built, folder) if trainer.strategy.shards_model else built, folder)
+        _export_run(_rebuild_whole(built, folder) if trainer.strategy.shards_model else built, folder)
     _write_status(folder, status="done", step=trainer.global_step, metrics=metrics, finished=time.time())
     from vlm_train.report import write_report
 
@@ -235,16 +235,16 @@ def _finish(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, t
     return metrics
 
 
-def _whole(built: Any, folder: Path) -> Any:
+def _rebuild_whole(built: Any, folder: Path) -> Any:
     """The run as it is on the disk: in memory no process holds all of its weights."""
-    from vlm_train.build import build
+    from vlm_train.build import build_assembly
 
-    whole = build(built.cfg)
+    whole = build_assembly(built.cfg)
     load_run_weights(whole.model, built.cfg.init_from, folder)
     return whole
 
 
-def _export(built: Any, folder: Path) -> None:
+def _export_run(built: Any, folder: Path) -> None:
     """Export at the end of training. No exporter may know a model of new parts; its training counts."""
     from vlm_train.build import build_exporters
     from vlm_train.export.run import write_export
@@ -258,8 +258,8 @@ def _export(built: Any, folder: Path) -> None:
 
 
 def _write_status(folder: Path, **changes: Any) -> None:
-    if rank() == 0:
-        record.update(folder, **changes)
+    if process_rank() == 0:
+        record.update_record(folder, **changes)
 
 
 def _write_parameters(folder: Path, policy: Any) -> None:

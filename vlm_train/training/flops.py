@@ -27,7 +27,7 @@ class Flops:
         return self.forward + self.input_grad + self.weight_grad
 
 
-def count(products: Iterable[Product], *, samples: int = 1, causal_share: float = 0.5) -> dict[str, Flops]:
+def count_flops(products: Iterable[Product], *, samples: int = 1, causal_share: float = 0.5) -> dict[str, Flops]:
     """FLOPs per sample of every part.
 
     Args:

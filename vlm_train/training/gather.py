@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_train.contracts.objective import Gather, OneRank
 
 
-def _joined(tensor: Tensor) -> Tensor:
+def _gather_rows(tensor: Tensor) -> Tensor:
     """`[rows, ...]` of all ranks, one after the other."""
     tensor = tensor.contiguous()
     slices = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -29,7 +29,7 @@ class _WithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         ctx.rows = len(tensor)
-        return _joined(tensor)
+        return _gather_rows(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -48,13 +48,13 @@ class RankGather:
 
     def sizes(self, rows: int) -> list[int]:
         """Rows of every rank."""
-        return [int(size) for size in _joined(torch.tensor([rows], device=self.device)).tolist()]
+        return [int(size) for size in _gather_rows(torch.tensor([rows], device=self.device)).tolist()]
 
     def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
         """See `Gather`."""
         most = max(sizes)
         padded = torch.cat([tensor, tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
-        whole = _WithGrad.apply(padded) if with_grad else _joined(padded)
+        whole = _WithGrad.apply(padded) if with_grad else _gather_rows(padded)
         if min(sizes) == most:
             return whole
         return torch.cat([whole[r * most : r * most + size] for r, size in enumerate(sizes)])

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_train.errors import TrainingError
 from vlm_train.loggers.journal import Journal
-from vlm_train.runs.rollback import go_back, rollbacks
+from vlm_train.runs.rollback import go_back, read_rollbacks
 
 ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
 """Why an update is left out although nothing is wrong."""
@@ -47,13 +47,13 @@ class Guard:
         skip: Sequence[Sequence[int]] = (),
     ) -> None:
         self.path, self.spike, self.max_in_a_row, self.scaled = folder, spike, max_in_a_row, scaled
-        made = rollbacks(folder)
+        made = read_rollbacks(folder)
         self.skip = [*skip, *([one.to + 1, one.last] for one in made)]
         self.rollback, self.rolled_back = rollback, len(made)
         self.norms: deque[float] = deque(maxlen=window)
         self.in_a_row = self.overflows = 0
 
-    def judge(self, norm: float, step: int = 0) -> str | None:
+    def reason_to_skip(self, norm: float, step: int = 0) -> str | None:
         """Why the update of a step is left out; None: it is made. The same on every rank."""
         if any(first <= step <= last for first, last in self.skip):
             return ON_DEMAND
@@ -76,7 +76,7 @@ class Guard:
             return
         self.in_a_row += 1
         line = {"step": step, "reason": reason, "samples": keys}
-        Journal(self.path / f"skipped-steps-{rank}.jsonl").write(line)
+        Journal(self.path / f"skipped-steps-{rank}.jsonl").write_line(line)
         if rank == 0:
             print(f"step {step:>6}  no update: {reason}", flush=True)
         if self.in_a_row > self.max_in_a_row:
@@ -102,11 +102,11 @@ class Guard:
             flush=True,
         )
 
-    def state(self) -> dict[str, Any]:
+    def export_state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"norms": list(self.norms), "in_a_row": self.in_a_row}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go on with `state()`."""
         self.norms.extend(state["norms"])
         self.in_a_row = state["in_a_row"]

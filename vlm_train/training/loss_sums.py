@@ -29,24 +29,24 @@ class Sums:
         self.totals: dict[str, Tensor] = {}
         self.sources: dict[str, Tensor] = {}  # <objective>/<source> -> [sum, count]
 
-    def add(self, name: str, loss: Loss) -> None:
+    def add_loss(self, name: str, loss: Loss) -> None:
         """Add a micro-batch's loss; its metrics are weighted by its count."""
         self.weights[name] = loss.weight
         entries = {f"{name}/sum": loss.sum, f"{name}/count": loss.count} | {
             f"{name}/{key}": value * loss.count for key, value in loss.metrics.items()
         }
         for key, value in entries.items():
-            _add(self.totals, key, value)
+            _add_value(self.totals, key, value)
         for source, pair in loss.sources.items():
-            _add(self.sources, f"{name}/{source}", pair)
+            _add_value(self.sources, f"{name}/{source}", pair)
 
-    def copy(self) -> Sums:
+    def copy_sums(self) -> Sums:
         """The sums so far, whatever is added to these."""
         copied = Sums(self.weights)
         copied.totals, copied.sources = dict(self.totals), dict(self.sources)
         return copied
 
-    def read(self) -> dict[str, float]:
+    def read_sums(self) -> dict[str, float]:
         """The sums of this rank, in one copy from the device."""
         values = torch.stack(list(self.totals.values())).tolist() if self.totals else []
         return dict(zip(self.totals, values, strict=True))
@@ -57,9 +57,9 @@ class Sums:
         both = zip(self.sources, pairs, strict=True)
         return {f"{name}/{kind}": value for name, pair in both for kind, value in zip(PAIR, pair, strict=True)}
 
-    def means(self, over_ranks: OverRanks) -> dict[str, float]:
+    def compute_means(self, over_ranks: OverRanks) -> dict[str, float]:
         """Means over ranks: `loss` in all, then every objective and metric. Empty if no rank has any."""
-        by_name = over_ranks(self.read())
+        by_name = over_ranks(self.read_sums())
         row: dict[str, float] = {}
         total = 0.0
         for name in sorted(by_name):
@@ -86,6 +86,6 @@ class Sums:
         return row if len(row) > 1 else {}
 
 
-def _add(held: dict[str, Tensor], key: str, value: Tensor) -> None:
+def _add_value(held: dict[str, Tensor], key: str, value: Tensor) -> None:
     value = value.detach().float()
     held[key] = value if key not in held else held[key].to(value.device) + value

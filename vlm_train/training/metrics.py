@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_train.contracts.batch import Batch, TokenStream, Window
-from vlm_train.distributed import rank
+from vlm_train.distributed import process_rank
 from vlm_train.errors import TrainingError
 from vlm_train.training.device import peak_memory, peak_tflops
 from vlm_train.training.loss_sums import PAIR, OverRanks, Sums
@@ -55,66 +55,66 @@ class Meter:
         self.weights: dict[str, float] = {}
         self.held_out = Sums(self.weights)
         self.before = 0.0  # seconds since the last line in the process that a run goes on from
-        self.start()
-        self._reset()
+        self.start_clock()
+        self._reset_counts()
 
-    def _reset(self) -> None:
+    def _reset_counts(self) -> None:
         self.train = Sums(self.weights)
         self.counts = dict.fromkeys(COUNTS, 0.0)
         self.drawn: dict[str, float] = {}  # source -> samples
 
-    def count(self, name: str, number: float = 1.0) -> None:
+    def add_count(self, name: str, number: float = 1.0) -> None:
         """Add to what is counted under `name` on this rank."""
         self.counts[name] = self.counts.get(name, 0.0) + number
 
-    def open(self, window: Window) -> None:
+    def open_step(self, window: Window) -> None:
         """Count what an optimizer step holds on this rank, and what was left out of it."""
-        self.marked = self.train.copy()
+        self.marked = self.train.copy_sums()
         for source, number in window.sums.get("samples", {}).items():
             self.drawn[source] = self.drawn.get(source, 0.0) + number
         for name in ("samples", "tokens", "places", "supervised"):
-            self.count(name, getattr(window, name))
+            self.add_count(name, getattr(window, name))
         for problem in window.problems:
-            self.count("skipped")
-            self.count(f"skipped/{problem.kind}")
+            self.add_count("skipped")
+            self.add_count(f"skipped/{problem.kind}")
 
     def leave_out(self) -> None:
         """Forget the losses of the last step, which made no update."""
         self.train = self.marked
-        self.count("skipped_steps")
+        self.add_count("skipped_steps")
 
-    def hold(self, batch: Batch) -> None:
+    def add_batch(self, batch: Batch) -> None:
         """Count what a micro-batch makes the model compute."""
         samples = [len(row) for row in batch.keys]
         lengths = [length for stream in batch.text.values() for length in segment_lengths(stream, samples)]
-        self.count("pairs", float(sum(length**2 for length in lengths)))
-        self.count("patches", sum(one.patches for one in batch.media.inputs.values()))
+        self.add_count("pairs", float(sum(length**2 for length in lengths)))
+        self.add_count("patches", sum(one.patches for one in batch.media.inputs.values()))
 
-    def start(self) -> None:
+    def start_clock(self) -> None:
         """Training begins, or goes on."""
         self.paused = self.left = time.perf_counter()
         self.since = self.left - self.before
 
-    def leave(self) -> None:
+    def on_step_end(self) -> None:
         """A step is done: the wait for data begins."""
         self.left = time.perf_counter()
 
-    def arrive(self) -> None:
+    def on_batch_received(self) -> None:
         """The next micro-batch is there."""
-        self.count("wait", time.perf_counter() - self.left)
+        self.add_count("wait", time.perf_counter() - self.left)
         self.left = time.perf_counter()
 
-    def line(self, device: torch.device) -> dict[str, float]:
+    def make_line(self, device: torch.device) -> dict[str, float]:
         """Means, rates and shares since the last line, on every rank of `device`. Starts the next one.
 
         Raises:
             TrainingError: too few of the tokens are supervised.
         """
-        row = self.train.means(self.over_ranks)
-        peak = f"peak/{rank()}"  # a sum of one rank's value
+        row = self.train.compute_means(self.over_ranks)
+        peak = f"peak/{process_rank()}"  # a sum of one rank's value
         counts = self.over_ranks(self.counts | {"ranks": 1.0, peak: peak_memory(device) / 2**30})
         drawn = self.over_ranks(self.drawn)
-        row |= self._rates(counts, self.peak_tflops or peak_tflops(device))
+        row |= self._compute_rates(counts, self.peak_tflops or peak_tflops(device))
         row["peak_memory_gib"] = max(number for name, number in counts.items() if name.startswith("peak/"))
         row |= {name: number for name, number in sorted(counts.items()) if name.startswith("skipped")}
         if len(drawn) > 1:
@@ -125,10 +125,10 @@ class Meter:
                 f"less than trainer.min_supervised_ratio={self.min_supervised:.2%}. Look at what is learned with "
                 "mode=show."
             )
-        self._reset()
+        self._reset_counts()
         return row
 
-    def _rates(self, counts: Mapping[str, float], peak: float | None) -> dict[str, float]:
+    def _compute_rates(self, counts: Mapping[str, float], peak: float | None) -> dict[str, float]:
         """What one line says about speed and about what was in the batches, from the counts of all ranks."""
         now = time.perf_counter()
         seconds, self.since = max(now - self.since, 1e-9), now
@@ -151,26 +151,26 @@ class Meter:
         """Start the sums of a validation."""
         self.held_out = Sums(self.weights)
 
-    def pause(self) -> None:
+    def pause_clock(self) -> None:
         """Stop the clock of the training speed."""
         self.paused = time.perf_counter()
 
     def go_on(self) -> None:
         """Start it again."""
         self.since += time.perf_counter() - self.paused
-        self.leave()
+        self.on_step_end()
 
-    def state(self) -> dict[str, Any]:
+    def export_state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the sums of all ranks since the last line, and the time since then. A collective."""
         return {
-            "totals": self.over_ranks(self.train.read()),
+            "totals": self.over_ranks(self.train.read_sums()),
             "sources": self.over_ranks(self.train.read_sources()),
             "counts": self.over_ranks(self.counts),
             "drawn": self.over_ranks(self.drawn),
             "seconds": time.perf_counter() - self.since,
         }
 
-    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on with `state()`: for one rank, which takes the sums of all."""
         self.train.totals = {name: torch.tensor(value, device=device) for name, value in state["totals"].items()}
         sources, both = state["sources"], {name.rpartition("/")[0] for name in state["sources"]}

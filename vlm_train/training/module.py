@@ -20,7 +20,7 @@ from vlm_train.contracts.objective import Objective, StepContext, denominator_of
 from vlm_train.data.source_weights import source_factors, weigh_sources
 from vlm_train.distributed import of_all_ranks
 from vlm_train.errors import TrainingError
-from vlm_train.loggers.journal import Journal, shown
+from vlm_train.loggers.journal import Journal, format_row
 from vlm_train.runs.folder import RunFolder
 from vlm_train.seeds import derive_seed, seed_torch
 from vlm_train.training.bad_samples import BadSamples
@@ -89,11 +89,11 @@ class VLMModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Spread the model, where the strategy does. Lightning calls this for every stage of its own."""
-        if hasattr(self.trainer.strategy, "shard") and not self.spread:
-            self.trainer.strategy.shard(self.model)
-            self.policy.rebind(self.model)
+        if hasattr(self.trainer.strategy, "shard_model") and not self.spread:
+            self.trainer.strategy.shard_model(self.model)
+            self.policy.rebind_parameters(self.model)
             if self.reference is not None:
-                self.trainer.strategy.shard(self.reference)
+                self.trainer.strategy.shard_model(self.reference)
             self.spread = True
 
     def train(self, mode: bool = True) -> VLMModule:
@@ -124,9 +124,9 @@ class VLMModule(pl.LightningModule):
         seed_torch(seed, cuda=self.device.type == "cuda")
 
         if window.micro == 0:
-            self._open(window)
+            self._open_step(window)
         self.keys += [key for row in batch.keys for key in row]
-        self.meter.hold(batch)
+        self.meter.add_batch(batch)
 
         last = ends_step(batch)
         with strategy.gradients_cross_ranks(last):
@@ -140,7 +140,7 @@ class VLMModule(pl.LightningModule):
             self._clip_gradients()
         cast(Any, self.optimizers()).step()
         self.zero_grad(set_to_none=True)
-        if self.left_out is None and not strategy.updates():
+        if self.left_out is None and not strategy.made_update():
             self.left_out = SCALE
         if self.left_out is None:
             cast(Any, self.lr_schedulers()).step()
@@ -153,7 +153,7 @@ class VLMModule(pl.LightningModule):
         """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
         del dataloader_idx
         if self.trainer.training:
-            self.meter.arrive()
+            self.meter.on_batch_received()
         return batch.to(device)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -168,10 +168,10 @@ class VLMModule(pl.LightningModule):
             for name, loss in objective(self.model, batch, context).items():
                 value = loss.sum * (loss.weight / denominator)
                 total = total + value
-                self.meter.train.add(name, loss)
+                self.meter.train.add_loss(name, loss)
         return total * self.trainer.world_size  # strategies take the mean over ranks
 
-    def _open(self, window: Window) -> None:
+    def _open_step(self, window: Window) -> None:
         """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any
         rank is asked to stop."""
         names = sorted({denominator_of(objective) for objective in self.objectives.values()})  # the same on every rank
@@ -186,12 +186,14 @@ class VLMModule(pl.LightningModule):
         if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
             streams = [name for name in names if name != "samples"]
             self.factors = {name: source_factors(self.over_ranks(dict(window.sums.get(name, {})))) for name in streams}
-        self.meter.open(window)
+        self.meter.open_step(window)
         self.keys, self.left_out = [], None
-        self.bad.add(window.problems)
-        self.bad.record("train", window.step, window.problems, self.global_rank)
-        if reason := self.bad.judge(round(good), round(bad)):  # on every rank
-            raise TrainingError(f"data.train: {reason}. {self.bad.summary(self.over_ranks(dict(self.bad.kinds)))}")
+        self.bad.count_problems(window.problems)
+        self.bad.record_problems("train", window.step, window.problems, self.global_rank)
+        if reason := self.bad.reason_to_stop(round(good), round(bad)):  # on every rank
+            raise TrainingError(
+                f"data.train: {reason}. {self.bad.summarize_kinds(self.over_ranks(dict(self.bad.kinds)))}"
+            )
 
     def _clip_gradients(self) -> None:
         """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
@@ -207,19 +209,19 @@ class VLMModule(pl.LightningModule):
     def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
         """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
         self.grad_norms = {"grad_norm": norm} | {f"grad_norm/{part}": one for part, one in (of_parts or {}).items()}
-        self.left_out = self.guard.judge(float(norm), self.global_step + 1)
+        self.left_out = self.guard.reason_to_skip(float(norm), self.global_step + 1)
         return self.left_out is not None
 
     def log_training(self) -> None:
         """Write what happened since the last log line, and check it."""
-        row = self.meter.line(self.device)
+        row = self.meter.make_line(self.device)
         self._require_finite("training", row)
         groups = self.trainer.optimizers[0].param_groups
         row |= {f"lr/{g['name']}": max(o["lr"] for o in groups if o["name"] == g["name"]) for g in groups}
         if self.grad_norms:
             norms = dict(zip(self.grad_norms, torch.stack(list(self.grad_norms.values())).tolist(), strict=True))
             row |= {k: v for k, v in norms.items() if math.isfinite(v)}  # 16-mixed skips steps that overflow
-        self.write("train", row)
+        self.write_metrics("train", row)
 
     def over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, by name. A rank may lack names: one without held-out samples has no sums to give."""
@@ -249,7 +251,7 @@ class VLMModule(pl.LightningModule):
         self.held_out += len(batch.references)
         if batch.problems:
             self.held_out_bad += len(batch.problems)
-            self.bad.record("val", self.global_step, batch.problems, self.global_rank)
+            self.bad.record_problems("val", self.global_step, batch.problems, self.global_rank)
         together = cast(Any, self.trainer.strategy).shards_model  # a forward pass needs all ranks
         if not batch.references and not together:
             return
@@ -258,15 +260,15 @@ class VLMModule(pl.LightningModule):
         )  # no gather: ranks may hold unequal numbers of held-out samples
         for objective in self.objectives.values():
             for name, loss in objective(self.model, batch, context).items():
-                self.meter.held_out.add(name, replace(loss, metrics={}))
+                self.meter.held_out.add_loss(name, replace(loss, metrics={}))
 
     def on_train_start(self) -> None:
         """Start the clocks."""
-        self.meter.start()
+        self.meter.start_clock()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Wait for the next micro-batch, now that the callbacks are done."""
-        self.meter.leave()
+        self.meter.on_step_end()
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
@@ -277,19 +279,19 @@ class VLMModule(pl.LightningModule):
         """Log the held-out loss."""
         seen = self.over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
         self.bad.require_held_out(good=round(seen["good"]), bad=round(seen["bad"]))
-        self.validation_metrics = self.meter.held_out.means(self.over_ranks)
+        self.validation_metrics = self.meter.held_out.compute_means(self.over_ranks)
         self._require_finite("validation", self.validation_metrics)
         if self.validation_metrics:
-            self.write("val", self.validation_metrics)
+            self.write_metrics("val", self.validation_metrics)
 
-    def write(self, split: str, row: Mapping[str, float]) -> None:
+    def write_metrics(self, split: str, row: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl (the record of truth) and pass it to the loggers."""
         if self.global_rank:
             return
-        self.journal.write({"step": self.global_step, "time": time.time(), "split": split, **row})
+        self.journal.write_line({"step": self.global_step, "time": time.time(), "split": split, **row})
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
-        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {shown(row)}", flush=True)
+        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {format_row(row)}", flush=True)
 
     def configure_optimizers(self) -> Any:
         """One optimizer over the policy's groups, and its schedule."""

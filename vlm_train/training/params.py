@@ -69,7 +69,7 @@ class Policy:
         """The parameters that learn, by name."""
         return {name: p for group in self.groups for name, p in zip(group.names, group.parameters, strict=True)}
 
-    def rebind(self, model: nn.Module) -> None:
+    def rebind_parameters(self, model: nn.Module) -> None:
         """Take the parameters of these names from a model whose parameters were replaced by shards of them."""
         named = dict(model.named_parameters())
         for group in self.groups:
@@ -85,7 +85,7 @@ class Policy:
         """Number of parameters."""
         return sum(row.parameters for row in self.rows)
 
-    def table(self) -> str:
+    def format_table(self) -> str:
         """The rows as aligned text, printed at the start of every run."""
         lines = [("part", "parameters", "lr", "weight decay", "rule")]
         for row in self.rows:
@@ -120,11 +120,11 @@ def apply_policy(
         ConfigError: with every rule that matches nothing and every parameter that no rule matches.
     """
     unused = set(unused)
-    decided = _decide(model, rules)
+    decided = _decide_rules(model, rules)
     stored = quantised_weights(model)
     _require_frozen(decided, stored)
     parts = find_parts(model)
-    depth = _depths((name for name in decided if name not in unused), parts)
+    depth = _count_layers((name for name in decided if name not in unused), parts)
     groups: dict[tuple[Any, ...], Group] = {}
     rows: dict[tuple[str, str, str], list[Any]] = {}
     for name, (parameter, rule) in decided.items():
@@ -149,7 +149,7 @@ def apply_policy(
     return Policy(groups=list(groups.values()), rows=table)
 
 
-def _decide(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
+def _decide_rules(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
     """The deciding rule of every parameter, or one error that names all that is wrong."""
     named = dict(model.named_parameters())
     parts = ", ".join(dict.fromkeys(name_part(name, find_parts(model)) for name in named))
@@ -193,7 +193,7 @@ def _require_frozen(decided: dict[str, tuple[nn.Parameter, RuleLike]], stored: I
         )
 
 
-def _depths(names: Iterable[str], parts: Iterable[str]) -> dict[str, int]:
+def _count_layers(names: Iterable[str], parts: Iterable[str]) -> dict[str, int]:
     """Number of numbered layers of each part."""
     depth: dict[str, int] = {}
     for name in names:

@@ -7,12 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vlm_train.build import build, build_evaluators, build_on_meta
+from vlm_train.build import build_assembly, build_evaluators, build_on_meta
 from vlm_train.check.model import check_model
 from vlm_train.checkpoint.files import WEIGHTS
 from vlm_train.checkpoint.resume import Resume
-from vlm_train.checkpoint.weights import hand_over, load_weights
-from vlm_train.models.precision import halve
+from vlm_train.checkpoint.weights import load_init_from, load_weights
+from vlm_train.models.precision import cast_to_bf16
 from vlm_train.training.reference import build_reference, reference_config
 from vlm_train.training.trainer import halves_weights
 
@@ -41,17 +41,17 @@ def prepare_models(cfg: DictConfig, resumed: Resume | None, shares: bool) -> Pre
     if skeleton is not None:
         check_model(cfg, skeleton)
     evaluators, other = build_evaluators(cfg), reference_config(cfg)
-    built = build(cfg, meta=shares)
+    built = build_assembly(cfg, meta=shares)
     if skeleton is None:
         check_model(cfg, built.model)
     sources: list[str] = []
     if not shares:
-        sources = hand_over(built.model, cfg.init_from)
+        sources = load_init_from(built.model, cfg.init_from)
         if resumed:
             load_weights(built.model, resumed.folder / WEIGHTS)
     reference, digests = build_reference(cfg, other, built.processor.tokenizer, meta=shares)
     if halves_weights(cfg):
-        halve(built.model)
+        cast_to_bf16(built.model)
         if reference is not None:
-            halve(reference)
+            cast_to_bf16(reference)
     return PreparedModels(built, skeleton, evaluators, sources, reference, digests)

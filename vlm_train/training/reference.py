@@ -18,12 +18,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vlm_train.build import build_model
-from vlm_train.check.check import check
-from vlm_train.checkpoint.files import manifest_of, sha256
-from vlm_train.checkpoint.weights import hand_over, load_run_weights, weights_file
+from vlm_train.check.check import check_config
+from vlm_train.checkpoint.files import hash_file, manifest_of
+from vlm_train.checkpoint.weights import load_init_from, load_run_weights, weights_file
 from vlm_train.config.run_file import load_config
 from vlm_train.contracts.family import Family
-from vlm_train.data.text.tokenizer import vocabulary
+from vlm_train.data.text.tokenizer import hash_vocabulary
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
 
@@ -48,7 +48,7 @@ def reference_config(cfg: DictConfig) -> DictConfig | None:
         other = load_config(RunFolder(Path(cfg.reference.model)).config)
         other.allow_targets = cfg.allow_targets  # the folder may be somebody else's
         try:
-            check(other, need_assets=False)
+            check_config(other, need_assets=False)
         except ConfigError as error:
             raise ConfigError([f"reference.model: {problem}" for problem in error.problems]) from error
         return other
@@ -79,14 +79,14 @@ def build_reference(
     if not meta and cfg.reference.model != START:
         run, which = Path(cfg.reference.model), cfg.reference.which
         file = weights_file(run, which)
-        if manifest_of(file.parent).get("vocabulary") != vocabulary(tokenizer):
+        if manifest_of(file.parent).get("vocabulary") != hash_vocabulary(tokenizer):
             raise ConfigError(
                 f"reference.model: {run} was trained with another vocabulary than this run's tokenizer has."
             )
         load_run_weights(model, other.init_from, run, which)
-        digests = [sha256(file)]
+        digests = [hash_file(file)]
     elif not meta:
-        digests = hand_over(model, other.init_from)
+        digests = load_init_from(model, other.init_from)
     model.requires_grad_(False)
     return model.eval(), digests
 
@@ -128,18 +128,18 @@ def without_adapters(model: Any) -> Iterator[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in model.modules() if module.joint_stream]
     try:
         for adapter in adapters:
             adapter._disable_adapters = True  # `enable_adapters(False)` would also say that they do not learn
         for module in training:
-            module.training = False
+            module.joint_stream = False
         model.plays_reference = True
         with torch.no_grad():
             yield model
     finally:
         model.plays_reference = False
         for module in training:
-            module.training = True
+            module.joint_stream = True
         for adapter in adapters:
             adapter._disable_adapters = False

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from vlm_train.training.flops import count
+from vlm_train.training.flops import count_flops
 from vlm_train.training.params import apply_policy
 from vlm_train.training.trace import count_patches, trace_step, visual_tokens
 
@@ -39,13 +39,13 @@ def work_of(cfg: DictConfig, model: Any) -> Work:
     decay, unused = cfg.optim.weight_decay, model.unused_parameters()
     apply_policy(model, cfg.params.rules, weight_decay=decay, unused=unused)
 
-    def flops(text: int, supervised: int) -> float:
+    def flops_of_batch(text: int, supervised: int) -> float:
         products = trace_step(cfg, model, text_tokens=text, supervised=supervised).products
-        return sum(part.total for part in count(products).values())
+        return sum(part.total for part in count_flops(products).values())
 
     lengths = np.array([visual_tokens(model) + text for text in TEXTS], np.float64)
-    pair, token, rest = np.polyfit(lengths, [flops(text, 1) for text in TEXTS], 2)
-    more = (flops(TEXTS[0], TEXTS[0]) - flops(TEXTS[0], 1)) / (TEXTS[0] - 1)
+    pair, token, rest = np.polyfit(lengths, [flops_of_batch(text, 1) for text in TEXTS], 2)
+    more = (flops_of_batch(TEXTS[0], TEXTS[0]) - flops_of_batch(TEXTS[0], 1)) / (TEXTS[0] - 1)
     patches = count_patches(model)
     return Work(
         patch=float(rest - more) / max(patches, 1), token=float(token), pair=float(pair), supervised=float(more)

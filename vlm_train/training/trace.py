@@ -95,28 +95,28 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
+            return self._trace_attention(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in (F.linear, F.conv2d):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.part = self.owners.get(id(weight), self.part)
             per_output = prod(weight.shape[1:])
-            self._add(2.0 * result.numel() * per_output, args[0].requires_grad, weight.requires_grad)
-            self._keep(result)
+            self._add_product(2.0 * result.numel() * per_output, args[0].requires_grad, weight.requires_grad)
+            self._keep_output(result)
         elif func in _MATMULS:
             left, right = args[0], args[1]
-            self._add(2.0 * result.numel() * left.shape[-1], left.requires_grad, right.requires_grad)
-            self._keep(result)
+            self._add_product(2.0 * result.numel() * left.shape[-1], left.requires_grad, right.requires_grad)
+            self._keep_output(result)
         return result
 
-    def _keep(self, result: Tensor) -> None:
+    def _keep_output(self, result: Tensor) -> None:
         if self.layers.current and result.requires_grad:
             self.layers.current.outputs += result.nbytes
 
-    def _add(self, flops: float, input_grads: int, weight_grads: int, causal: bool = False) -> None:
+    def _add_product(self, flops: float, input_grads: int, weight_grads: int, causal: bool = False) -> None:
         self.trace.products.append(Product(self.part, flops, int(input_grads), int(weight_grads), causal))
 
-    def _attention(
+    def _trace_attention(
         self,
         query: Tensor,
         key: Tensor,
@@ -135,16 +135,16 @@ class _Products(TorchFunctionMode):
         # Every mask of ours between a text and itself is causal inside its segments; encoders that see everything pass
         # none.
         masked = attn_mask is not None and query.shape[-2] == key.shape[-2]
-        self._add(flops, grads, 0, causal=is_causal or masked)
+        self._add_product(flops, grads, 0, causal=is_causal or masked)
         if attn_mask is not None:
             attn_mask = attn_mask.detach()  # learned distances (T5): this kernel has no gradients for them
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         result: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-        self._keep(result)
+        self._keep_output(result)
         return result
 
 
-def trace(model: nn.Module, forward: Callable[[], Any]) -> Trace:
+def trace_forward(model: nn.Module, forward: Callable[[], Any]) -> Trace:
     """Run `forward` (which calls `model`, all on the meta device) and note what it does."""
     result = Trace()
     parts = find_parts(model)
@@ -180,14 +180,17 @@ def _watch_layers(model: nn.Module) -> Iterator[_Layers]:
     for name, block in find_layers(model).items():
         layers.seen[name] = layer = _Layer()
 
-        def enter(_: nn.Module, args: Any, kwargs: Any, layer: _Layer = layer) -> None:
+        def enter_layer(_: nn.Module, args: Any, kwargs: Any, layer: _Layer = layer) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             layer.given, layers.current = hidden.nbytes, layer
 
-        def leave(_: nn.Module, args: Any, output: Any) -> None:
+        def leave_layer(_: nn.Module, args: Any, output: Any) -> None:
             layers.current = None
 
-        handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+        handles += [
+            block.register_forward_pre_hook(enter_layer, with_kwargs=True),
+            block.register_forward_hook(leave_layer),
+        ]
     try:
         yield layers
     finally:
@@ -201,14 +204,14 @@ def _watch_saved(own: set[int], layers: _Layers) -> Iterator[dict[int, int]]:
     outside: dict[int, int] = {}
     known: set[int] = set(own)
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack_saved(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             known.add(storage._cdata)
             (layers.current.kept if layers.current else outside)[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack_saved, lambda tensor: tensor):
         yield outside
 
 
@@ -273,8 +276,8 @@ def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervise
 
     context = StepContext(reference=None if cfg.reference.model is None else partial(frozen, model))
 
-    def forward() -> list[Any]:
+    def run_objectives() -> list[Any]:
         return [objective(model, batch, context) for objective in objectives]
 
     with torch.device("meta"):
-        return trace(model, forward)
+        return trace_forward(model, run_objectives)

@@ -46,7 +46,7 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
             devices=plan.world // cfg.launch.nodes,
             num_nodes=cfg.launch.nodes,
             strategy=strategy,
-            **_precision(cfg, strategy),
+            **_precision_plugin(cfg, strategy),
             max_steps=plan.steps,
             max_epochs=-1,
             check_val_every_n_epoch=sys.maxsize,  # never by itself: `AfterStep` validates
@@ -63,7 +63,7 @@ def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path)
         raise ConfigError(f"trainer.accelerator={cfg.trainer.accelerator}: {str(error).splitlines()[0]}") from error
 
 
-def _environment(cfg: DictConfig) -> Any:
+def _cluster_environment(cfg: DictConfig) -> Any:
     """Who started the processes. Named here, because Lightning guesses, and requeues SLURM jobs behind our back."""
     if cfg.launch.kind == "srun":
         return SLURMEnvironment(auto_requeue=False)
@@ -85,7 +85,7 @@ def make_strategy(cfg: DictConfig, world: int) -> Any:
     return build_strategy(OmegaConf.create(options))
 
 
-def processes(cfg: DictConfig) -> int:
+def count_processes(cfg: DictConfig) -> int:
     """Processes that train, as those who started them say."""
     return int(os.environ.get("SLURM_NTASKS" if cfg.launch.kind == "srun" else "WORLD_SIZE", 1))
 
@@ -107,9 +107,9 @@ def halves_weights(cfg: DictConfig) -> bool:
     return cfg.trainer.precision == "bf16-true" and (cfg.strategy is None or cfg.strategy._target_ != ZERO)
 
 
-def _precision(cfg: DictConfig, strategy: Any) -> dict[str, Any]:
+def _precision_plugin(cfg: DictConfig, strategy: Any) -> dict[str, Any]:
     """Lightning's part of the precision: a plugin for ZeRO, nothing where weights or shards have their type."""
-    precision, plugins = cfg.trainer.precision, [_environment(cfg)]
+    precision, plugins = cfg.trainer.precision, [_cluster_environment(cfg)]
     if hasattr(strategy, "engine"):
         from vlm_train.training.strategies.zero import ZeROPrecision
 

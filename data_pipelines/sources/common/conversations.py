@@ -22,7 +22,7 @@ Said = tuple[Role, str]
 """A turn whose tags still stand in its text."""
 
 
-def said(turn: Mapping[str, Any], roles: Mapping[str, Role] = ROLES) -> Said:
+def read_turn(turn: Mapping[str, Any], roles: Mapping[str, Role] = ROLES) -> Said:
     """A turn in LLaVA's layout (`from`, `value`) or OpenAI's (`role`, `content`). Raises `BadSample`."""
     name = turn["from"] if "from" in turn else turn["role"]
     if name not in roles:
@@ -74,13 +74,13 @@ def tag_first(turns: Sequence[Said], tag: str, count: int) -> list[Said]:
     return [*turns[:first], ("user", f"{tag}\n" * count + turns[first][1]), *turns[first + 1 :]]
 
 
-def dialogue(conversation: Sequence[Mapping[str, Any]], *, images: int = 0, videos: int = 0) -> Annotation:
+def make_dialogue(conversation: Sequence[Mapping[str, Any]], *, images: int = 0, videos: int = 0) -> Annotation:
     """A conversation about images, then videos.
 
     Tags in user turns take the media in order; a kind without any tag stands before the first user turn's text. Without
     images, `<image>` may stand for the videos, as in LLaVA-Video. Raises `BadSample` where tags and media differ.
     """
-    turns = [said(turn) for turn in conversation]
+    turns = [read_turn(turn) for turn in conversation]
     first_user(turns)
     asked = {tag: count_tags(turns, tag) for tag in (IMAGE, VIDEO)}
     items = {IMAGE: range(images), VIDEO: range(images, images + videos)}

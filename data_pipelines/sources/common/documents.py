@@ -10,7 +10,7 @@ from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Part, Text, Turn
 
 
-def document(pieces: Iterable[str | bytes], joint: str) -> tuple[Annotation, list[bytes]]:
+def make_document(pieces: Iterable[str | bytes], joint: str) -> tuple[Annotation, list[bytes]]:
     """An interleaved document as one learned turn: texts, and images as bytes, in their order.
 
     `joint` stands between texts that follow each other; white space beside an image belongs to templates.
@@ -27,7 +27,7 @@ def document(pieces: Iterable[str | bytes], joint: str) -> tuple[Annotation, lis
     return Annotation(turns=(Turn(role="assistant", parts=tuple(parts)),)), blobs
 
 
-def readable(read: Callable[[], bytes], min_bytes: int = 0) -> bytes | None:
+def read_image(read: Callable[[], bytes], min_bytes: int = 0) -> bytes | None:
     """The image that `read` gives; None for one that is not there, is smaller, or is no image (a dead link's page)."""
     try:
         data = read()

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipelines.inputs.files import needs
+from data_pipelines.inputs.files import require_module
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -29,20 +29,20 @@ class Dice:
     def __init__(self, *address: object) -> None:
         self._address, self._draws = "/".join(map(str, address)), 0
 
-    def below(self, limit: int) -> int:
+    def draw_below(self, limit: int) -> int:
         """A number from 0 to `limit` - 1."""
         self._draws += 1
         digest = hashlib.sha256(f"{self._address}#{self._draws}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % limit
 
-    def pick(self, choices: Sequence[T]) -> T:
+    def pick_one(self, choices: Sequence[T]) -> T:
         """One of `choices`."""
-        return choices[self.below(len(choices))]
+        return choices[self.draw_below(len(choices))]
 
-    def some(self, choices: Sequence[T], count: int) -> list[T]:
+    def pick_some(self, choices: Sequence[T], count: int) -> list[T]:
         """`count` different ones of `choices`, in the order drawn."""
         left = list(choices)
-        return [left.pop(self.below(len(left))) for _ in range(count)]
+        return [left.pop(self.draw_below(len(left))) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,20 +68,20 @@ class Thing:
         return x1, y1, x2, y2
 
 
-def scene(dice: Dice, count: int) -> list[Thing]:
+def draw_scene(dice: Dice, count: int) -> list[Thing]:
     """`count` things (at most 9) of different names in cells of their own, in reading order."""
-    cells = sorted(dice.some(range((SIDE // CELL) ** 2), count))
-    names = dice.some([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+    cells = sorted(dice.pick_some(range((SIDE // CELL) ** 2), count))
+    names = dice.pick_some([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
     things = []
     for cell, (colour, shape) in zip(cells, names, strict=True):
-        side = 14 + dice.below(14)
+        side = 14 + dice.draw_below(14)
         row, column = divmod(cell, SIDE // CELL)
-        left, top = (CELL * at + 1 + dice.below(CELL - side - 2) for at in (column, row))
+        left, top = (CELL * at + 1 + dice.draw_below(CELL - side - 2) for at in (column, row))
         things.append(Thing(colour=colour, shape=shape, left=left, top=top, side=side))
     return things
 
 
-def picture(things: Sequence[Thing], size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+def draw_picture(things: Sequence[Thing], size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
     """The things on white; `size` is width and height in pixels."""
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
@@ -95,24 +95,24 @@ def picture(things: Sequence[Thing], size: tuple[int, int] = (SIDE, SIDE)) -> Im
     return image
 
 
-def written(dice: Dice, word: str) -> Image.Image:
+def draw_word(dice: Dice, word: str) -> Image.Image:
     """A word somewhere on white, in PIL's own font."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
     _, _, width, height = (int(edge) + 1 for edge in draw.textbbox((0, 0), word, font=font))
-    place = dice.below(max(1, SIDE - width)), dice.below(max(1, SIDE - height))
+    place = dice.draw_below(max(1, SIDE - width)), dice.draw_below(max(1, SIDE - height))
     draw.text(place, word, fill="black", font=font)
     return image
 
 
-def motion(thing: Thing, direction: str, frames: int) -> list[Image.Image]:
+def draw_motion(thing: Thing, direction: str, frames: int) -> list[Image.Image]:
     """The thing on its way across the picture: left, right, up or down."""
     reach = SIDE - thing.side - 8
     steps = [4 + reach * number // max(1, frames - 1) for number in range(frames)]
     if direction in ("left", "up"):
         steps.reverse()
     axis = "left" if direction in ("left", "right") else "top"
-    return [picture([replace(thing, **{axis: step})]) for step in steps]  # type: ignore[arg-type]
+    return [draw_picture([replace(thing, **{axis: step})]) for step in steps]  # type: ignore[arg-type]
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -125,7 +125,7 @@ def encode_png(image: Image.Image) -> bytes:
 def encode_mp4(images: Sequence[Image.Image]) -> bytes:
     """The pictures as an MP4 of `RATE` frames a second (MPEG-4, which every build of PyAV writes); the same bytes every
     time. Raises `DataError` without PyAV."""
-    av = needs("av")
+    av = require_module("av")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("mpeg4", rate=RATE, options={"flags": "+bitexact"})

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Annotation, Box, Part, Sample, Text, check_json
-from data_pipelines.sources.common.samples import MALFORMED, Origin, exchange, make_sample
+from data_pipelines.sources.common.samples import MALFORMED, Origin, make_exchange, make_sample
 
 ANSWERS = ("majority", "all_weighted")
 
@@ -37,7 +37,7 @@ class Prompt:
             allowed = ", ".join([*(f"{{{name}}}" for name in needs), *(f"{{{name}}} (optional)" for name in may)])
             raise DataError(f"{option}: got {pattern!r}; its fields must be: {allowed}")
 
-    def fill(self, **values: str | Box) -> tuple[Part, ...]:
+    def fill_prompt(self, **values: str | Box) -> tuple[Part, ...]:
         """The parts of a turn."""
         lines = (line for line in self.pattern.split("\n") if all(values[n] != "" for n in self.FIELD.findall(line)))
         parts: list[Part] = []
@@ -63,7 +63,7 @@ def of_split(records: Iterable[Any], field: str, split: Any) -> list[Any]:
     return kept
 
 
-def grouped(records: Iterable[Any], field: str) -> list[list[Any]]:
+def group_records(records: Iterable[Any], field: str) -> list[list[Any]]:
     """Records with the same `field`, in order of first appearance; one without it stands alone and fails when read."""
     groups: dict[Any, list[Any]] = {}
     for number, record in enumerate(records):
@@ -72,7 +72,7 @@ def grouped(records: Iterable[Any], field: str) -> list[list[Any]]:
     return list(groups.values())
 
 
-def text(value: Any) -> str:
+def require_text(value: Any) -> str:
     """`value` without outer blanks. Raises `BadSample` unless it is text that is not empty."""
     if not isinstance(value, str) or not value.strip():
         raise BadSample(f"expected text, got {value!r}")
@@ -80,14 +80,14 @@ def text(value: Any) -> str:
     return value.strip()
 
 
-def texts(value: Any) -> list[str]:
+def require_texts(value: Any) -> list[str]:
     """A list of texts, empty ones included. Raises `BadSample`."""
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise BadSample(f"expected a list of texts, got {value!r}")
     return value
 
 
-def whole(value: Any) -> int:
+def require_whole_number(value: Any) -> int:
     """A whole number, or digits. Raises `BadSample`."""
     if isinstance(value, str) and value.isdecimal():
         return int(value)
@@ -96,15 +96,15 @@ def whole(value: Any) -> int:
     return value
 
 
-def answered(prompt: Sequence[Part], answers: Sequence[str], mode: str, note: dict[str, Any]) -> Annotated:
+def make_answers(prompt: Sequence[Part], answers: Sequence[str], mode: str, note: dict[str, Any]) -> Annotated:
     """A question with its human answers: the most frequent one, or all, weighted by how many people gave them."""
     note = {**note, "answers": list(answers)}
-    counts = Counter(text(answer) for answer in answers if answer.strip())
+    counts = Counter(require_text(answer) for answer in answers if answer.strip())
     if not counts:
         raise BadSample("no answers")
     if mode == "majority":  # of equally frequent answers the first given
-        return [(exchange(prompt, counts.most_common(1)[0][0]), note)]
-    return [(exchange(prompt, answer, weight=count / len(answers)), note) for answer, count in counts.items()]
+        return [(make_exchange(prompt, counts.most_common(1)[0][0]), note)]
+    return [(make_exchange(prompt, answer, weight=count / len(answers)), note) for answer, count in counts.items()]
 
 
 def one_image(

@@ -10,8 +10,8 @@ from typing import Any
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Box
-from data_pipelines.sources.common.questions import Annotated, Prompt, text
-from data_pipelines.sources.common.samples import check_choice, exchange
+from data_pipelines.sources.common.questions import Annotated, Prompt, require_text
+from data_pipelines.sources.common.samples import check_choice, make_exchange
 
 # The wording of LLaVA-1.5's mix (llava_v1_5_mix665k.json)
 GROUNDING_PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
@@ -30,17 +30,17 @@ class RegionTask:
         self._grounding = Prompt(grounding_prompt, "grounding_prompt", needs=["phrase"])
         self._referring = Prompt(referring_prompt, "referring_prompt", needs=["box"])
 
-    def annotate(self, region: Any, phrase: Any, box: Box) -> Annotated:
+    def make_annotation(self, region: Any, phrase: Any, box: Box) -> Annotated:
         """The annotation of the region with this id. Raises `BadSample`."""
-        phrase, note = text(phrase), {"region_id": region}
+        phrase, note = require_text(phrase), {"region_id": region}
         # A hash draws, so that a region's task depends on nothing but its id and phrase.
-        drawn = TASKS[draw(f"{region}-{phrase}")[0] % 2] if self.task == "mixed" else self.task
+        drawn = TASKS[hash_name(f"{region}-{phrase}")[0] % 2] if self.task == "mixed" else self.task
         if drawn == "grounding":
-            return [(exchange(self._grounding.fill(phrase=phrase), box), note)]
-        return [(exchange(self._referring.fill(box=box), phrase), note)]
+            return [(make_exchange(self._grounding.fill_prompt(phrase=phrase), box), note)]
+        return [(make_exchange(self._referring.fill_prompt(box=box), phrase), note)]
 
 
-def draw(name: str) -> bytes:
+def hash_name(name: str) -> bytes:
     """32 bytes that look random and depend on `name` alone."""
     return hashlib.sha256(name.encode()).digest()
 
@@ -51,7 +51,7 @@ def check_size(stated: tuple[Any, Any], width: int, height: int) -> None:
         raise BadSample(f"image of {width} x {height} pixels, its boxes are for {stated[0]} x {stated[1]}")
 
 
-def box(xywh: Any, width: int, height: int) -> Box:
+def box_from_xywh(xywh: Any, width: int, height: int) -> Box:
     """The box with corner x, y and size w, h in pixels, as fractions. Raises `BadSample`.
 
     Up to `TOLERANCE` pixels outside the image are cut off; more, and boxes without area, are not usable.

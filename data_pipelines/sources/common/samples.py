@@ -43,7 +43,7 @@ def make_sample(
     return sample, list(blobs)
 
 
-def exchange(
+def make_exchange(
     ask: str | Sequence[Part],
     answer: str | Box,
     *,
@@ -53,15 +53,15 @@ def exchange(
 ) -> Annotation:
     """A user turn, media before the question, and its answer; `rejected` is a worse answer."""
     asked = (Text(text=ask),) if isinstance(ask, str) else tuple(ask)
-    turns = (Turn(role="user", parts=(*(Media(item=item) for item in items), *asked)), _answer(answer))
-    return Annotation(turns=turns, rejected=None if rejected is None else _answer(rejected), weight=weight)
+    turns = (Turn(role="user", parts=(*(Media(item=item) for item in items), *asked)), _answer_turn(answer))
+    return Annotation(turns=turns, rejected=None if rejected is None else _answer_turn(rejected), weight=weight)
 
 
-def _answer(answer: str | Box) -> Turn:
+def _answer_turn(answer: str | Box) -> Turn:
     return Turn(role="assistant", parts=(answer if isinstance(answer, Box) else Text(text=answer),))
 
 
-def attempt(make: Callable[[], tuple[Sample, list[bytes]]], label: Callable[[], str]) -> Record:
+def try_record(make: Callable[[], tuple[Sample, list[bytes]]], label: Callable[[], str]) -> Record:
     """What `make` gives, or the `BadSample` that stands for it, with the name that `label` gives the raw record."""
     try:
         return make()

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from tests.data.arrays import ImageTransform
 from tests.data.images.test_transform import encode
-from vlm_train.data.images.rand_augment import DISTORTIONS, GREY, distorted, draw
+from vlm_train.data.images.rand_augment import DISTORTIONS, GREY, distort_image, draw_distortions
 from vlm_train.errors import ConfigError
 
 
@@ -19,19 +19,21 @@ def pixels(seed: int = 0) -> np.ndarray:
 
 
 def after(name: str, amount: float, image: np.ndarray | None = None) -> np.ndarray:
-    return np.asarray(distorted(Image.fromarray(pixels() if image is None else image), [(name, amount)]))
+    return np.asarray(distort_image(Image.fromarray(pixels() if image is None else image), [(name, amount)]))
 
 
 def test_levels_are_blip_s() -> None:
     """Level 5 of 10: factors of 1, shears of 0.15, shifts of 5 pixels, turns of 15 degrees."""
-    seen = {name: abs(amount) for seed in range(300) for name, amount in draw(2, 5, np.random.default_rng(seed))}
+    seen = {
+        name: abs(amount) for seed in range(300) for name, amount in draw_distortions(2, 5, np.random.default_rng(seed))
+    }
     shears, shifts = dict.fromkeys(("shear_x", "shear_y"), 0.15), dict.fromkeys(("translate_x", "translate_y"), 5.0)
     none = dict.fromkeys(("identity", "autocontrast", "equalize"), 0.0)
     assert seen == pytest.approx(none | shears | shifts | {"brightness": 0.9, "sharpness": 0.9, "rotate": 15.0})
 
 
 def test_what_is_drawn() -> None:
-    drawn = [draw(2, 5, np.random.default_rng(seed)) for seed in range(4000)]
+    drawn = [draw_distortions(2, 5, np.random.default_rng(seed)) for seed in range(4000)]
     lengths = Counter(map(len, drawn))
     assert lengths[0] == pytest.approx(1000, abs=150) and lengths[2] == pytest.approx(1000, abs=150)
     names = Counter(name for one in drawn for name, _ in one)

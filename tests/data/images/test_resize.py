@@ -28,8 +28,8 @@ def test_pixels_are_those_of_resize_and_crop(source, side):
 
 
 def test_a_box_is_used_where_its_corners_are_exact():
-    assert resize._box((640, 480), *crop_of((640, 480), 336)) == (80, 0, 560, 480)
-    assert resize._box((640, 427), *crop_of((640, 427), 336)) is None
+    assert resize._crop_box((640, 480), *crop_of((640, 480), 336)) == (80, 0, 560, 480)
+    assert resize._crop_box((640, 427), *crop_of((640, 427), 336)) is None
 
 
 def test_no_box_where_pillow_goes_another_way(monkeypatch):
@@ -40,10 +40,10 @@ def test_no_box_where_pillow_goes_another_way(monkeypatch):
         return resized_then_cropped(rows_first, size, corner, part)
 
     monkeypatch.setattr(resize, "_resized_then_cropped", other)
-    assert resize._box.__wrapped__((640, 480), *crop_of((640, 480), 336)) is None
+    assert resize._crop_box.__wrapped__((640, 480), *crop_of((640, 480), 336)) is None
 
 
 def test_no_box_where_a_weight_is_about_to_round_the_other_way(monkeypatch):
-    assert resize._span(640, 448, 56, 336) is not None
+    assert resize._source_span(640, 448, 56, 336) is not None
     monkeypatch.setattr(resize, "NOISE", 0.4)
-    assert resize._span(640, 448, 56, 336) is None
+    assert resize._source_span(640, 448, 56, 336) is None

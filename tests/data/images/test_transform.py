@@ -200,7 +200,7 @@ def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded,
 
     monkeypatch.setattr(Image.Image, "resize", spy)
     monkeypatch.setattr(
-        "vlm_train.data.images.transform._rgb", lambda file: (load(file), seen.append(file.size), file)[-1]
+        "vlm_train.data.images.transform._to_rgb", lambda file: (load(file), seen.append(file.size), file)[-1]
     )
     view = ImageTransform(mode=mode, size=(32, 32), draft=True)(encode(picture(*size), "JPEG"))
     assert seen[:2] == [decoded, resized] and view.shape == (1, 3, 32, 32)

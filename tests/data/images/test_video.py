@@ -20,7 +20,7 @@ from tests.support.tiny_models import llama_config, tiny_llm, tiny_vision, with_
 from tests.support.videos import numbers, video
 from vlm_train.build import build_layout
 from vlm_train.contracts.layout import MediaSize
-from vlm_train.data.collate import collate
+from vlm_train.data.collate import collate_rows
 from vlm_train.data.datamodule import Samples
 from vlm_train.data.images import transform as images_transform
 from vlm_train.data.images.video import decode_frames
@@ -68,7 +68,7 @@ def test_every_used_frame_is_a_view(clip, mode):
 
 def test_all_frames_of_a_video_are_mirrored_alike(clip):
     flipping = ImageTransform(size=(8, 8), flip=True, frames=3)
-    flipping._view = lambda image, resized, mirror, *_: np.full((3, 8, 8), 255 * mirror)  # type: ignore[method-assign]
+    flipping._make_view = lambda image, resized, mirror, *_: np.full((3, 8, 8), 255 * mirror)  # type: ignore[method-assign]
     seen = {tuple(flipping(clip, np.random.default_rng(seed))[:, 0, 0, 0]) for seed in range(12)}
     assert seen == {(0, 0, 0), (255, 255, 255)}
 
@@ -85,7 +85,7 @@ def write(folder: Path, clip: bytes) -> Path:
             ask = Turn(role="user", parts=(*(Media(item=n) for n in range(len(blobs))), Text(text="What?")))
             turns = (ask, Turn(role="assistant", parts=(Text(text="this"),)))
             media = tuple(media_item(number, blob) for number, blob in enumerate(blobs))
-            writer.write(Sample(key=key, media=media, annotations=(Annotation(turns=turns),)), blobs)
+            writer.write_sample(Sample(key=key, media=media, annotations=(Annotation(turns=turns),)), blobs)
     return folder
 
 
@@ -99,8 +99,8 @@ def test_a_prefix_model_reads_a_video(tmp_path, clip):
     layout = pickle.loads(pickle.dumps(build_layout(model, images)))
     processor = Processor(template=load("qa"), tokenizer=tokenizer, layout=layout, images=images)
     samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], processor, {}, seed=0, limit=None)
-    items = [samples.item(Address(index, 0), training=True) for index in range(2)]
-    batch = collate([[item] for item in items], images)
+    items = [samples.load_item(Address(index, 0), training=True) for index in range(2)]
+    batch = collate_rows([[item] for item in items], images)
     assert batch.media.inputs["vision"].view_counts == (1, 3, 1) and batch.media.slot_counts == (4, 12, 4)
     hidden = model(batch)
     changed = batch.media.inputs["vision"].values.clone()

@@ -14,7 +14,7 @@ from tests.data.test_datamodule import data, write
 from tests.data.text.rendering import assistant, user
 from tests.support.small_run import make_data
 from vlm_train.data.order import lengths
-from vlm_train.data.order.lengths import cached_lengths, fingerprint
+from vlm_train.data.order.lengths import cached_lengths, hash_content
 from vlm_train.data.order.mixture import Address
 from vlm_train.errors import ConfigError
 
@@ -26,8 +26,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_measured_is_rendered(root: Path, tmp_path: Path) -> None:
     module = data(root / "train", root / "val", cache=str(tmp_path))
-    found = module.train.measure(tmp_path, workers=1)
-    items = [module.train.item(Address(number, 0), training=True) for number in range(16)]
+    found = module.train.measure_lengths(tmp_path, workers=1)
+    items = [module.train.load_item(Address(number, 0), training=True) for number in range(16)]
     assert found.tokens.tolist() == [len(item.rendered.llm) for item in items]
     assert found.patches.tolist() == [
         sum(one.size for views in item.views["vision"] for one in views.grids) for item in items
@@ -48,7 +48,7 @@ def test_processes_measure_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("samples", "pieces", "tokens", "patches"):
         assert np.array_equal(getattr(alone, name), getattr(spread, name))
     assert alone.tokens[alone.samples == 13].tolist() == [0] and len(alone.tokens) == 140  # 10 of the 50 odd are bad
-    assert alone.of(20, 22).samples.tolist() == [20, 21, 21]
+    assert alone.slice_samples(20, 22).samples.tolist() == [20, 21, 21]
 
 
 def test_lengths_are_measured_once_for_the_same_rendering(root: Path, tmp_path: Path) -> None:
@@ -56,30 +56,30 @@ def test_lengths_are_measured_once_for_the_same_rendering(root: Path, tmp_path: 
         return len(list(tmp_path.glob("*.npz")))
 
     for _ in range(2):
-        data(root / "train", cache=str(tmp_path)).train.measure(tmp_path)
+        data(root / "train", cache=str(tmp_path)).train.measure_lengths(tmp_path)
         assert files() == 1
-    data(root / "train", cache=str(tmp_path), limit=5, val_share=0.2).train.measure(tmp_path)
+    data(root / "train", cache=str(tmp_path), limit=5, val_share=0.2).train.measure_lengths(tmp_path)
     assert files() == 1  # a stretch of the same
-    data(root / "train", cache=str(tmp_path), annotations="independent").train.measure(tmp_path)
-    data(root / "train", cache=str(tmp_path), max_length=40).train.measure(tmp_path)
-    data(root / "val", cache=str(tmp_path)).train.measure(tmp_path)
+    data(root / "train", cache=str(tmp_path), annotations="independent").train.measure_lengths(tmp_path)
+    data(root / "train", cache=str(tmp_path), max_length=40).train.measure_lengths(tmp_path)
+    data(root / "val", cache=str(tmp_path)).train.measure_lengths(tmp_path)
     assert files() == 4
 
 
 def test_a_stretch_has_its_own_lengths(root: Path, tmp_path: Path) -> None:
     whole = data(root / "train", cache=str(tmp_path))
     split = data(root / "train", cache=str(tmp_path), val_share=0.25)
-    tokens = whole.train.measure(tmp_path).tokens.tolist()
-    assert split.train.measure(tmp_path).tokens.tolist() == tokens[:9]
-    assert split.val.measure(tmp_path).tokens.tolist() == tokens[9:]
+    tokens = whole.train.measure_lengths(tmp_path).tokens.tolist()
+    assert split.train.measure_lengths(tmp_path).tokens.tolist() == tokens[:9]
+    assert split.val.measure_lengths(tmp_path).tokens.tolist() == tokens[9:]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
 def test_a_damaged_cache_is_measured_again(content: bytes, root: Path, tmp_path: Path) -> None:
-    first = data(root / "train", cache=str(tmp_path)).train.measure(tmp_path)
+    first = data(root / "train", cache=str(tmp_path)).train.measure_lengths(tmp_path)
     (path,) = tmp_path.glob("*.npz")
     path.write_bytes(content)
-    again = data(root / "train", cache=str(tmp_path)).train.measure(tmp_path)
+    again = data(root / "train", cache=str(tmp_path)).train.measure_lengths(tmp_path)
     assert again.tokens.tolist() == first.tokens.tolist() and path.stat().st_size > 100
 
 
@@ -87,7 +87,7 @@ def test_samples_that_cannot_be_used_stay_holes(tmp_path: Path) -> None:
     good, long = [(user("Q", 0), assistant("a"))], [(user("Q", 0), assistant("a" * 300))]
     folder = write(tmp_path / "set", good, long, good)
     module = data(folder, max_length=50, over_length="drop", pack=64, cache=str(tmp_path / "lengths"))
-    tokens = module.train.measure(tmp_path / "lengths").tokens.tolist()
+    tokens = module.train.measure_lengths(tmp_path / "lengths").tokens.tolist()
     assert tokens[1] == 0 and tokens[0] == tokens[2] > 0
     (batch, *_) = module.train_dataloader()
     assert {key for row in batch.keys for key in row} == {"k0", "k2"} and batch.window.samples == 3  # of 4
@@ -99,8 +99,8 @@ def test_lengths_follow_what_the_tokenizer_calls_its_tokens(root: Path, tmp_path
         made = data(root / "train", cache=str(tmp_path))
         for name, value in change.items():
             setattr(made.train.processor.tokenizer, name, value)
-        tokens = made.train.measure(tmp_path).tokens.tolist()
-        assert tokens == [len(made.train.item(Address(n, 0), training=True).rendered.llm) for n in range(12)]
+        tokens = made.train.measure_lengths(tmp_path).tokens.tolist()
+        assert tokens == [len(made.train.load_item(Address(n, 0), training=True).rendered.llm) for n in range(12)]
     assert len(list(tmp_path.glob("*.npz"))) == 4
 
 
@@ -108,14 +108,14 @@ def test_patches_follow_the_image_plan_where_images_stand_in_no_text(root: Path,
     for frames in (8, 4):
         made = data(root / "train", cache=str(tmp_path))
         made.train.processor.images["vision"].frames = frames
-        made.train.measure(tmp_path)
+        made.train.measure_lengths(tmp_path)
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache: .*file.* cannot be written: Not a directory"):
-        data(root / "train").train.measure(tmp_path / "file" / "lengths")
+        data(root / "train").train.measure_lengths(tmp_path / "file" / "lengths")
 
     def full(path: Path, **arrays: Any) -> None:
         path.write_bytes(b"half")
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_written_is_named(root: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(DataError, match=r"data\.cache: .* No space left on device.*make room"):
-        data(root / "train").train.measure(tmp_path)
+        data(root / "train").train.measure_lengths(tmp_path)
     assert not list(tmp_path.glob("*.npz"))
 
 
@@ -147,7 +147,7 @@ class Layout:
 
 
 def same(a: Any, b: Any) -> bool:
-    return fingerprint(a) == fingerprint(b)
+    return hash_content(a) == hash_content(b)
 
 
 def test_fingerprints_follow_contents_not_identities() -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlm_train.data.order.mixture import Mixture, Share, _Pools, apportion
+from vlm_train.data.order.mixture import Mixture, Share, _Pools, apportion_shares
 from vlm_train.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def draws(of: Mixture, count: int, first: int = 0) -> list[tuple[int, int, int]]
     starts = np.cumsum([0, *(source.size for source in of.sources)])
     found = []
     for position in range(first, first + count):
-        address = of.draw(position)
+        address = of.draw_sample(position)
         which = int(np.searchsorted(starts, address.index, side="right")) - 1
         found.append((which, address.index - int(starts[which]), address.epoch))
     return found
@@ -93,10 +93,10 @@ def test_weights_and_a_fixed_share_of_text():
 
 def test_the_order_depends_on_the_seed_and_the_position_only():
     of, again, other = mixture(30, 40), mixture(30, 40), mixture(30, 40, seed=2)
-    backwards = [again.draw(position) for position in reversed(range(200))][::-1]
-    assert [of.draw(position) for position in range(200)] == backwards
-    assert backwards != [other.draw(position) for position in range(200)]
-    assert pickle.loads(pickle.dumps(of)).draw(77) == of.draw(77)
+    backwards = [again.draw_sample(position) for position in reversed(range(200))][::-1]
+    assert [of.draw_sample(position) for position in range(200)] == backwards
+    assert backwards != [other.draw_sample(position) for position in range(200)]
+    assert pickle.loads(pickle.dumps(of)).draw(77) == of.draw_sample(77)
 
 
 def test_an_order_by_shards_reads_a_pool_at_a_time_and_mixes_it():
@@ -116,8 +116,8 @@ def test_an_order_by_shards_reads_a_pool_at_a_time_and_mixes_it():
 
 def test_sources_by_shards_do_not_mix_each_others_pools(monkeypatch):
     made: list[int] = []
-    mix = _Pools._mixed
-    monkeypatch.setattr(_Pools, "_mixed", lambda pools, group: made.append(group) or mix(pools, group))
+    mix = _Pools._mix_group
+    monkeypatch.setattr(_Pools, "_mix_group", lambda pools, group: made.append(group) or mix(pools, group))
     draws(
         mixture(*(Share(size=40, shards=(0, 10, 20, 30)) for _ in range(5)), shuffle="shards", pool=2, block=200), 200
     )
@@ -125,10 +125,10 @@ def test_sources_by_shards_do_not_mix_each_others_pools(monkeypatch):
 
 
 def test_apportioning():
-    assert apportion([0.9, 1.55, 1.55], 4).tolist() == [1, 2, 1]  # one rounded up to 1 is not rounded up again
-    assert apportion([1, 1, 1], 10).tolist() == [4, 3, 3]
-    assert apportion([0.5, 0.25, 0.25], 8).tolist() == [4, 2, 2]
-    assert apportion([1e6, 1, 1], 10).tolist() == [8, 1, 1]
+    assert apportion_shares([0.9, 1.55, 1.55], 4).tolist() == [1, 2, 1]  # one rounded up to 1 is not rounded up again
+    assert apportion_shares([1, 1, 1], 10).tolist() == [4, 3, 3]
+    assert apportion_shares([0.5, 0.25, 0.25], 8).tolist() == [4, 2, 2]
+    assert apportion_shares([1e6, 1, 1], 10).tolist() == [8, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlm_train.data.order.packing import deal, fill_rows, share_rows
+from vlm_train.data.order.packing import assign_rows_to_ranks, fill_rows, share_rows
 from vlm_train.errors import ConfigError
 
 SAMPLES = 4096
@@ -111,7 +111,7 @@ def test_a_given_set_is_spread_over_few_even_rows(multiple):
     assert len(rows) <= max(least + multiple, 1.1 * least)
     held = np.array([sum(costs[i] for i in row) for row in rows])
     if multiple <= 8:
-        ranks = held[deal(held, multiple)].sum(axis=0)
+        ranks = held[assign_rows_to_ranks(held, multiple)].sum(axis=0)
         assert ranks.max() / ranks.mean() <= 1.02
 
 
@@ -120,5 +120,5 @@ def test_fewer_samples_than_rows_leave_rows_empty():
 
 
 def test_rows_of_like_cost_are_computed_at_the_same_time():
-    turns = deal([5, 1, 4, 2, 6, 3], 2)
+    turns = assign_rows_to_ranks([5, 1, 4, 2, 6, 3], 2)
     assert turns.tolist() == [[4, 0], [5, 2], [3, 1]]

@@ -113,7 +113,7 @@ def all_rows(which, step: int) -> list[tuple[Address, ...]]:
 def test_packed_steps_hold_the_very_samples_of_unpacked_ones(world, micro):
     alone, shared = packed(), packed(world=world, micro=micro)
     for step in (0, 7, alone.steps - 1):
-        expected = [alone.mixture.draw(position) for position in range(128 * step, 128 * (step + 1))]
+        expected = [alone.mixture.draw_sample(position) for position in range(128 * step, 128 * (step + 1))]
         rows = all_rows(shared, step)
         assert sorted((a.index, a.epoch) for row in rows for a in row) == sorted((a.index, a.epoch) for a in expected)
         assert max(sum(shared.packing.sizes.tokens[a.index] for a in row) for row in rows) <= 4096
@@ -153,21 +153,21 @@ def test_windows_follow_each_other_without_a_gap():
     assert steps == 21 < STEPS  # a pass: 1,000 samples of about 700 tokens
     drawn = [a for step in range(3 * steps) for row in all_rows(endless, step) for a in row]
     assert len(set(drawn)) == len(drawn)
-    place = endless.place(3)
-    waiting = {endless.mixture.draw(position) for position in place.waiting}
-    assert set(drawn) | waiting == {endless.mixture.draw(position) for position in range(place.next)}
+    place = endless.find_cursor(3)
+    waiting = {endless.mixture.draw_sample(position) for position in place.waiting}
+    assert set(drawn) | waiting == {endless.mixture.draw_sample(position) for position in range(place.next)}
     assert 0 < len(place.waiting) <= 64 and min(place.waiting) > place.next - 200
     assert {len(all_rows(endless, step)) for step in range(3 * steps)} == {8}
 
 
 def test_a_remembered_place_saves_packing_what_lies_before_it(monkeypatch):
     whole = by_tokens(total=None, most=1000)
-    expected, place = all_rows(whole, 500), whole.place(500 // whole.steps_per_window)
+    expected, place = all_rows(whole, 500), whole.find_cursor(500 // whole.steps_per_window)
     packed_windows: list[int] = []
     pack = token_plan._packed_window.__wrapped__
     monkeypatch.setattr(token_plan, "_packed_window", lambda plan, w: packed_windows.append(w) or pack(plan, w))
     resumed = by_tokens(total=None, most=1000)
-    resumed.remember(500 // whole.steps_per_window, place)
+    resumed.remember_cursor(500 // whole.steps_per_window, place)
     assert all_rows(resumed, 500) == expected and set(packed_windows) == {500 // whole.steps_per_window}
 
 
@@ -195,9 +195,9 @@ def test_budgets_that_do_not_go_up_are_errors():
 def test_steps_are_of_one_modality_as_far_as_they_go_round():
     media = np.arange(400) % 10 != 0  # a tenth is text
     which = plan(samples=400, batch=16, total=800, media=media, group="modality", window=160)
-    kinds = [{bool(media[a.index]) for a in which.samples(step)} for step in range(which.steps)]
+    kinds = [{bool(media[a.index]) for a in which.samples_of_step(step)} for step in range(which.steps)]
     assert sum(len(kind) == 2 for kind in kinds) <= which.steps / 10 and {True} in kinds and {False} in kinds
-    drawn = [a for step in range(which.steps) for a in which.samples(step)]
+    drawn = [a for step in range(which.steps) for a in which.samples_of_step(step)]
     for epoch in (0, 1):
         assert sorted(a.index for a in drawn if a.epoch == epoch) == list(range(400))
 
@@ -206,7 +206,7 @@ def test_like_lengths_share_a_micro_batch():
     lengths = np.random.default_rng(0).integers(10, 500, 100).astype(np.int32)
     which = plan(samples=100, batch=20, total=100, world=2, micro=5, lengths=lengths, group="length")
     for step in range(which.steps):
-        assert sorted(step_of(which, step)) == sorted(which.samples(step))
+        assert sorted(step_of(which, step)) == sorted(which.samples_of_step(step))
         micros = [[lengths[a.index] for (a,) in micro] for micro in which.step(step, 1)]
         assert min(micros[0]) >= max(micros[1])
 

@@ -12,8 +12,8 @@ from data_pipelines.sample import Media, Text, Turn
 from tests.data.test_datamodule import data, write
 from tests.data.text.rendering import assistant, layout, load, sample, user
 from vlm_train.data.order.mixture import Address
-from vlm_train.data.text.render import NoPiece, render
-from vlm_train.data.text.split import pieces
+from vlm_train.data.text.render import NoPiece, render_sample
+from vlm_train.data.text.split import split_annotations
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.data.text.tokenizer import byte_level
 
@@ -26,7 +26,7 @@ def dialogue(rounds: int, *, system: bool = False) -> tuple[Turn, ...]:
 
 
 def rendered(item: Any, limit: int, piece: int = 0) -> Any:
-    return render(
+    return render_sample(
         item,
         load("qa"),
         byte_level(),
@@ -80,7 +80,9 @@ def test_a_round_that_fits_nowhere_is_left_out() -> None:
 
 
 def test_pieces_begin_with_the_system_turn_and_what_was_shown() -> None:
-    found = pieces(sample(dialogue(4, system=True), media=1).annotations, lambda tried: len(tried[0].turns) <= 5)
+    found = split_annotations(
+        sample(dialogue(4, system=True), media=1).annotations, lambda tried: len(tried[0].turns) <= 5
+    )
     assert [len(one[0].turns) for one in found] == [5, 5] and len({one[0].turns[0] for one in found}) == 1
     assert [sum(isinstance(p, Media) for t in one[0].turns for p in t.parts) for one in found] == [1, 1]
 
@@ -100,5 +102,5 @@ def test_pieces_are_samples_of_their_own(tmp_path: Path) -> None:
     assert made.train.sources[0].pieces is not None
     made.train.sources[0].pieces[0, 1] = 99  # as if code of another day had measured
     with pytest.raises(DataError, match=r"k0.* no piece 99: the code that renders .* data\.cache") as caught:
-        made.train.item(Address(0, 0), training=True)
+        made.train.load_item(Address(0, 0), training=True)
     assert not isinstance(caught.value, BadSample)  # which would only be left out

@@ -9,7 +9,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Box, Media, Text, Turn
 from tests.data.text.rendering import NAMES, assistant, layout, load, sample, user
 from vlm_train.contracts.layout import PLACEHOLDER_ID
-from vlm_train.data.text.render import render
+from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
@@ -65,9 +65,9 @@ def test_every_template_says_what_it_learns() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_tokens_are_the_answers(name: str, case: str, tokenizer) -> None:
     template = load(name)
-    template.check(tokenizer)
+    template.check_tokenizer(tokenizer)
     item = CASES[case]
-    stream = render(item, template, tokenizer, layout, annotations="dialogue").llm
+    stream = render_sample(item, template, tokenizer, layout, annotations="dialogue").llm
     answers = [turn.text for a in item.annotations for turn in a.turns if turn.role == "assistant"]
     expected = "".join(LEARNED[name].format(answer) for answer in answers)
     if stream.ids[0] == tokenizer.bos_token_id:  # nothing stands before it to learn it from
@@ -80,15 +80,15 @@ def test_learned_tokens_are_the_answers(name: str, case: str, tokenizer) -> None
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"plain", "caption_opt"} - WITHOUT_MEDIA))
 def test_independent_annotations_learn_the_same_answers(name: str, tokenizer) -> None:
-    stream = render(CASES["several_annotations"], load(name), tokenizer, layout).llm
+    stream = render_sample(CASES["several_annotations"], load(name), tokenizer, layout).llm
     assert learned(stream, tokenizer) == "".join(LEARNED[name].format(answer) for answer in ("a", "bb"))
 
 
 @pytest.mark.parametrize("name", ["plain", "caption"])
 def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"data\.annotations to first"):
-        render(CASES["several_annotations"], load(name), tokenizer, layout)
-    stream = render(CASES["several_annotations"], load(name), tokenizer, layout, annotations="first").llm
+        render_sample(CASES["several_annotations"], load(name), tokenizer, layout)
+    stream = render_sample(CASES["several_annotations"], load(name), tokenizer, layout, annotations="first").llm
     last = stream.slots[-1].end - 1 if stream.slots else 0
     assert stream.labels[last] == tokenizer.convert_tokens_to_ids("a")  # LLaVA learns it from the last image token
 
@@ -116,14 +116,14 @@ def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenize
     ],
 )
 def test_whole_text(name: str, expected: str, tokenizer) -> None:
-    assert text(render(CASES["multi_turn"], load(name), tokenizer, layout).llm, tokenizer) == expected
+    assert text(render_sample(CASES["multi_turn"], load(name), tokenizer, layout).llm, tokenizer) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prompt_is_the_beginning_of_the_training_text(name: str, tokenizer) -> None:
     item = CASES["multi_turn"]
-    full = render(item, load(name), tokenizer, layout).llm
-    prompt = render(item, load(name), tokenizer, layout, generation=True)
+    full = render_sample(item, load(name), tokenizer, layout).llm
+    prompt = render_sample(item, load(name), tokenizer, layout, generation=True)
     assert prompt.reference == "No idea — ok."
     assert prompt.llm.supervised == 0
     size = len(prompt.llm)
@@ -135,7 +135,7 @@ def test_prompt_is_the_beginning_of_the_training_text(name: str, tokenizer) -> N
 def test_own_chat_template_equals_its_rendering(tokenizer) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     whole = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
-    stream = render(sample((user("Hi"), assistant("Yo"))), load("generic"), tokenizer, layout).llm
+    stream = render_sample(sample((user("Hi"), assistant("Yo"))), load("generic"), tokenizer, layout).llm
     assert stream.ids.tolist() == tokenizer(whole, add_special_tokens=False).input_ids
 
 
@@ -143,25 +143,25 @@ def test_own_chat_template_is_needed_and_must_end_answers(tokenizer) -> None:
     bare = byte_level()
     bare.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        load("generic").check(bare)
+        load("generic").check_tokenizer(bare)
     bare.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     with pytest.raises(ConfigError, match="never learn to stop"):
-        load("generic").check(bare)
+        load("generic").check_tokenizer(bare)
 
 
 def test_system_turn_replaces_the_default(tokenizer) -> None:
     turns = (Turn(role="system", parts=(Text(text="Be brief."),)), user("Q"), assistant("A"))
-    stream = render(sample(turns), load("chatml"), tokenizer, layout).llm
+    stream = render_sample(sample(turns), load("chatml"), tokenizer, layout).llm
     assert text(stream, tokenizer).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
     with pytest.raises(BadSample, match="first turn"):
-        render(sample(turns[1:] + turns), load("chatml"), tokenizer, layout)
+        render_sample(sample(turns[1:] + turns), load("chatml"), tokenizer, layout)
 
 
 def test_media_to_the_front_or_where_they_stand(tokenizer) -> None:
     turn = Turn(role="user", parts=(Text(text="See "), Media(item=0), Text(text=" here?")))
     item = sample((turn, assistant("ok")), media=1)
-    first = render(item, load("qa", media_suffix="\n"), tokenizer, layout).llm
-    inline = render(item, load("qa", media="inline", media_prefix="<", media_suffix=">"), tokenizer, layout).llm
+    first = render_sample(item, load("qa", media_suffix="\n"), tokenizer, layout).llm
+    inline = render_sample(item, load("qa", media="inline", media_prefix="<", media_suffix=">"), tokenizer, layout).llm
     assert (first.slots[0].start, text(first, tokenizer)) == (1, "<bos>\nSee  here? ok<eos>")
     assert (inline.slots[0].start, text(inline, tokenizer)) == (6, "<bos>See <> here? ok<eos>")
 
@@ -169,9 +169,12 @@ def test_media_to_the_front_or_where_they_stand(tokenizer) -> None:
 def test_boxes_are_written_by_the_template(tokenizer) -> None:
     answer = Turn(role="assistant", parts=(Text(text="at "), Box(item=0, xyxy=(0.0, 0.25, 0.5, 1.0))))
     item = sample((user("Where?", 0), answer), media=1)
-    assert learned(render(item, load("qa"), tokenizer, layout).llm, tokenizer) == " at [0.00, 0.25, 0.50, 1.00]<eos>"
+    assert (
+        learned(render_sample(item, load("qa"), tokenizer, layout).llm, tokenizer)
+        == " at [0.00, 0.25, 0.50, 1.00]<eos>"
+    )
     template = load("qa", box="({:.0f},{:.0f}),({:.0f},{:.0f})", box_scale=1000)
-    assert learned(render(item, template, tokenizer, layout).llm, tokenizer) == " at (0,250),(500,1000)<eos>"
+    assert learned(render_sample(item, template, tokenizer, layout).llm, tokenizer) == " at (0,250),(500,1000)<eos>"
 
 
 def test_reference_is_the_answer_as_the_template_writes_it(tokenizer) -> None:
@@ -183,11 +186,11 @@ def test_reference_is_the_answer_as_the_template_writes_it(tokenizer) -> None:
     }.items():
         item = sample((user("Where?", 0), Turn(role="assistant", parts=parts)), media=1)
         template = load("qa", box="<{:.0f},{:.0f},{:.0f},{:.0f}>", box_scale=1000, media="inline", media_prefix="IMG")
-        assert render(item, template, tokenizer, layout, generation=True).reference == expected
+        assert render_sample(item, template, tokenizer, layout, generation=True).reference == expected
 
 
 def test_template_that_does_not_fit_the_tokenizer(tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"template\.special: '<nope>'"):
-        load("chatml", special=["<nope>"]).check(tokenizer)
+        load("chatml", special=["<nope>"]).check_tokenizer(tokenizer)
     with pytest.raises(ConfigError, match=r"template\.media: 'last'; allowed: first, inline, drop"):
         load("qa", media="last")

@@ -18,7 +18,7 @@ import pytest
 
 from tests.data.text.rendering import assistant, load, sample, user
 from vlm_train.contracts.layout import NoMedia
-from vlm_train.data.text.render import render
+from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.data.text.template import Template
 from vlm_train.data.text.tokenizer import gguf
@@ -83,8 +83,8 @@ def byte_letters() -> dict[int, str]:
 
 
 def check(template: Template, tokenizer: Any, expected: list[int], learned: str) -> None:
-    template.check(tokenizer)
-    stream = render(sample(TURNS), template, tokenizer, NoMedia()).llm
+    template.check_tokenizer(tokenizer)
+    stream = render_sample(sample(TURNS), template, tokenizer, NoMedia()).llm
     assert stream.ids.tolist() == expected
     decoded = tokenizer.decode(stream.labels[stream.labels != IGNORE].tolist(), skip_special_tokens=False)
     assert decoded == "".join(learned.format(answer) for answer in ANSWERS)
@@ -109,7 +109,7 @@ def test_chatml_qwen() -> None:
 def test_mistral() -> None:
     file = data_file("mistral_common", "data/tokenizer.model.v1")
     tokenizer = sentencepiece_tokenizer(file)
-    stream = render(sample(TURNS), load("mistral"), tokenizer, NoMedia()).llm
+    stream = render_sample(sample(TURNS), load("mistral"), tokenizer, NoMedia()).llm
     assert stream.ids.tolist() == GOLDEN["ids"]["mistral"]
     learned = tokenizer.convert_ids_to_tokens(stream.labels[stream.labels != IGNORE].tolist())
     assert "".join(learned) == "▁Two▁cats;▁3▁dogs.</s>▁teal</s>"

@@ -6,7 +6,14 @@ import pytest
 
 from data_pipelines.shards.tar_writer import ShardWriter
 from tests.data.text.rendering import assistant, sample, user
-from vlm_train.data.text.tokenizer import byte_level, gguf, pretrained, special_pattern, words, words_from_shards
+from vlm_train.data.text.tokenizer import (
+    byte_level,
+    gguf,
+    pretrained,
+    special_pattern,
+    word_tokenizer,
+    words_from_shards,
+)
 from vlm_train.errors import AssetError
 
 
@@ -22,30 +29,30 @@ def test_byte_level_is_exact_and_stable() -> None:
 
 
 def test_words_are_ordered_by_frequency_then_alphabet() -> None:
-    tokenizer = words(["Is it teal? yes", "is it red? no", "is it?"])
+    tokenizer = word_tokenizer(["Is it teal? yes", "is it red? no", "is it?"])
     ranked = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     assert ranked == ["<pad>", "<bos>", "<eos>", "<unk>", "?", "is", "it", "no", "red", "teal", "yes"]
     for word in ("yes", "no", "teal"):
         assert tokenizer.decode(tokenizer(word.upper(), add_special_tokens=False).input_ids) == word
     assert tokenizer("blue", add_special_tokens=False).input_ids == [tokenizer.unk_token_id]
-    kept = words(["a a b b c"], min_count=2, max_words=1)
+    kept = word_tokenizer(["a a b b c"], min_count=2, max_words=1)
     assert set(kept.get_vocab()) == {"<pad>", "<bos>", "<eos>", "<unk>", "a"}
-    assert "Is" in words(["Is"], lowercase=False).get_vocab()
+    assert "Is" in word_tokenizer(["Is"], lowercase=False).get_vocab()
 
 
 def test_words_read_every_turn_of_the_shards(tmp_path) -> None:
     with ShardWriter(tmp_path / "set") as writer:
-        writer.write(sample((user("A b"), assistant("c")), (user("a"), assistant("d"))), [])
+        writer.write_sample(sample((user("A b"), assistant("c")), (user("a"), assistant("d"))), [])
     tokenizer = words_from_shards(shards=str(tmp_path / "set"))
-    assert tokenizer.get_vocab() == words(["a b", "c", "a", "d"]).get_vocab()
+    assert tokenizer.get_vocab() == word_tokenizer(["a b", "c", "a", "d"]).get_vocab()
     with pytest.raises(AssetError, match=r"tokenizer\.shards: .*missing"):
         words_from_shards(shards=str(tmp_path / "missing"))
 
 
 def test_saved_tokenizer_loads_again(tmp_path) -> None:
-    words(["yes no"], add=["<im_start>"]).save_pretrained(tmp_path)
+    word_tokenizer(["yes no"], add=["<im_start>"]).save_pretrained(tmp_path)
     again = pretrained(name=str(tmp_path), add=["<im_end>"])
-    assert again.get_vocab() == words(["yes no"], add=["<im_start>", "<im_end>"]).get_vocab()
+    assert again.get_vocab() == word_tokenizer(["yes no"], add=["<im_start>", "<im_end>"]).get_vocab()
     assert (again.bos_token, again.eos_token) == ("<bos>", "<eos>")
 
 

@@ -13,13 +13,13 @@ from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.text.rendering import assistant, layout, load, sample, user
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.collate import Item, collate, collate_prompts
+from vlm_train.data.collate import Item, collate_prompts, collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
-from vlm_train.data.order.lengths import fingerprint
+from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.show import format_tokens
 from vlm_train.data.text.instruction import Instruction
-from vlm_train.data.text.render import Rendered, render
+from vlm_train.data.text.render import Rendered, render_sample
 from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import AssetError, ConfigError
@@ -35,7 +35,7 @@ def tokenizer():
 
 
 def paired(item, tokenizer, template=None, **options) -> Rendered:
-    return render(item, template or load("seq2seq"), tokenizer, layout, streams=PAIR, **options)
+    return render_sample(item, template or load("seq2seq"), tokenizer, layout, streams=PAIR, **options)
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
@@ -69,7 +69,7 @@ def test_all_before_the_last_answer_is_the_prompt(tokenizer) -> None:
 @pytest.mark.parametrize("name", ["qa", "vicuna_v1", "chatml", "llama3", "generic", "llama2"])
 def test_every_template_can_be_cut_there(name: str, tokenizer) -> None:
     item, template = sample(DIALOGUE, media=1), load(name)
-    whole = render(item, template, tokenizer, layout).llm
+    whole = render_sample(item, template, tokenizer, layout).llm
     streams = paired(item, tokenizer, template).streams
     answer = streams["decoder"].labels.tolist()
     assert [*streams["llm"].ids.tolist(), *answer] == whole.ids.tolist()[: len(streams["llm"]) + len(answer)]
@@ -151,7 +151,7 @@ def test_collate_pads_every_stream_by_itself(tokenizer) -> None:
     texts = [("Hi?", "no"), ("Long question?", "y")]
     rows = [[item_of(paired(sample((user(a, 0), assistant(b)), media=1), tokenizer), n)] for n, (a, b) in
             enumerate(texts)]  # fmt: skip
-    batch = collate(rows, PLANS)
+    batch = collate_rows(rows, PLANS)
     prompt, answer = batch.text["llm"], batch.text["decoder"]
     assert prompt.ids.shape == (2, 18) and answer.ids.shape == (2, 3)
     assert (prompt.alignment, answer.alignment) == ("none", "seq2seq")
@@ -180,12 +180,12 @@ def test_instruction_by_hand(tmp_path: Path, tokenizer) -> None:
     instruction = Instruction(tokenizer=bert(tmp_path), max_length=6)
     item = sample((user("What is it?", 0), assistant("red")), media=1)
     options = {"streams": WITH_QFORMER, "instruction": instruction}
-    rendered = render(item, load("qa"), tokenizer, layout, **options)
+    rendered = render_sample(item, load("qa"), tokenizer, layout, **options)
     stream = rendered.streams["qformer"]
     assert stream.ids.tolist() == [2, 4, 5, 6, 7, 3]
     assert (stream.labels == IGNORE).all() and (stream.attention_group == -1).all() and stream.alignment == "none"
-    assert rendered.llm.ids.tolist() == render(item, load("qa"), tokenizer, layout).llm.ids.tolist()
-    asked = render(item, load("qa"), tokenizer, layout, generation=True, **options)
+    assert rendered.llm.ids.tolist() == render_sample(item, load("qa"), tokenizer, layout).llm.ids.tolist()
+    asked = render_sample(item, load("qa"), tokenizer, layout, generation=True, **options)
     assert asked.streams["qformer"].ids.tolist() == stream.ids.tolist() and asked.reference == "red"
     assert instruction("a b c d what is").ids.tolist() == [2, 14, 15, 4, 5, 3]  # its end stays
     assert instruction("[SEP]").ids.tolist() == [2, 8, 10, 9, 3]  # text, not the end of one
@@ -200,21 +200,21 @@ def test_instruction_by_hand(tmp_path: Path, tokenizer) -> None:
 
 def test_instruction_of_several_turns_has_no_answers(tokenizer) -> None:
     options = {"streams": WITH_QFORMER, "instruction": Instruction(tokenizer=None)}
-    rendered = render(sample(DIALOGUE, media=1), load("qa"), tokenizer, layout, **options)
+    rendered = render_sample(sample(DIALOGUE, media=1), load("qa"), tokenizer, layout, **options)
     assert tokenizer.decode(rendered.streams["qformer"].ids.tolist()) == "Hi? Why?"
-    nothing = render(sample((user("", 0), assistant("a")), media=1), load("qa"), tokenizer, layout, **options)
+    nothing = render_sample(sample((user("", 0), assistant("a")), media=1), load("qa"), tokenizer, layout, **options)
     assert nothing.streams["qformer"].ids.tolist() == [tokenizer.pad_token_id]
 
 
 def test_a_missing_instruction_is_named(tokenizer) -> None:
     with pytest.raises(ConfigError, match="instruction is empty"):
-        render(sample(DIALOGUE, media=1), load("qa"), tokenizer, layout, streams=WITH_QFORMER)
+        render_sample(sample(DIALOGUE, media=1), load("qa"), tokenizer, layout, streams=WITH_QFORMER)
 
 
 def test_lengths_depend_on_the_instruction(tmp_path: Path) -> None:
     folder = bert(tmp_path)
-    prints = {fingerprint(Instruction(tokenizer=name, max_length=n)) for name, n in ((folder, 8), (folder, 9))}
-    assert len(prints) == 2 and fingerprint(Instruction(tokenizer=folder, max_length=8)) in prints
+    prints = {hash_content(Instruction(tokenizer=name, max_length=n)) for name, n in ((folder, 8), (folder, 9))}
+    assert len(prints) == 2 and hash_content(Instruction(tokenizer=folder, max_length=8)) in prints
 
 
 def test_show_names_every_stream(tokenizer) -> None:
@@ -226,5 +226,5 @@ def test_show_names_every_stream(tokenizer) -> None:
 def test_show_reads_an_instruction_by_its_own_tokenizer(tmp_path: Path, tokenizer) -> None:
     instruction = Instruction(tokenizer=bert(tmp_path))
     item = sample((user("what is it", 0), assistant("a")), media=1)
-    rendered = render(item, load("qa"), tokenizer, layout, streams=WITH_QFORMER, instruction=instruction)
+    rendered = render_sample(item, load("qa"), tokenizer, layout, streams=WITH_QFORMER, instruction=instruction)
     assert "[CLS] what is it [SEP]" in format_tokens(rendered, tokenizer, False, {"qformer": instruction.tokenizer})

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.build import main as build
-from data_pipelines.build import write
+from data_pipelines.build import write_shards
 from data_pipelines.building import engines
 from data_pipelines.errors import BadSample, DataError, common_reason
 from data_pipelines.index import index_folder
@@ -36,16 +36,16 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _write(folder: Path, **options):
-    return write(MadeSource(counts=COUNTS, bad=[1, 3], twice=[3, 5]), folder, samples_per_shard=2, **options)
+    return write_shards(MadeSource(counts=COUNTS, bad=[1, 3], twice=[3, 5]), folder, samples_per_shard=2, **options)
 
 
 def test_shards_end_with_their_part_and_all_is_in_order(tmp_path):
     source = MadeSource(counts=COUNTS)
-    manifest = write(source, tmp_path / "set", samples_per_shard=3)
+    manifest = write_shards(source, tmp_path / "set", samples_per_shard=3)
     assert [shard.samples for shard in manifest.shards] == [3, 2, 3, 3, 3, 1, 1, 3, 1]
     shards = ShardSet(tmp_path / "set")
     assert [sample for sample, _ in shards] == [sample for part in range(6) for sample, _ in source.read(part)]
-    shards.verify()
+    shards.verify_hashes()
     (tmp_path / "set" / "manifest.json").unlink()
     indexed = index_folder(tmp_path / "set")
     assert (indexed.stats, indexed.index, indexed.shards) == (manifest.stats, manifest.index, manifest.shards)
@@ -62,16 +62,16 @@ def test_same_bytes_for_any_number_of_processes(tmp_path):
 
 
 def test_keys_of_an_earlier_part_are_bad_records(tmp_path):
-    write(MadeSource(counts=[2, 3, 2], twice=[1, 2]), tmp_path / "set")
+    write_shards(MadeSource(counts=[2, 3, 2], twice=[1, 2]), tmp_path / "set")
     shards = ShardSet(tmp_path / "set")
     assert shards.keys() == ["0-0", "0-1", "1-0", "1-1", "2-0"]
-    shards.verify()
+    shards.verify_hashes()
     assert "sample …: duplicate key, also in an earlier part" not in shards.manifest.bad
     assert shards.manifest.bad == {"duplicate key, also in an earlier part": 2}
     rows = [json.loads(line) for line in (tmp_path / "set" / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["part"], row["record"]) for row in rows] == [(1, 2), (2, 1)]
     with pytest.raises(DataError, match=r"2 bad records among 7, max_bad=1.*\n.*part 1.*'0-0': duplicate"):
-        write(MadeSource(counts=[2, 3, 2], twice=[1, 2]), tmp_path / "other", max_bad=1)
+        write_shards(MadeSource(counts=[2, 3, 2], twice=[1, 2]), tmp_path / "other", max_bad=1)
     assert not (tmp_path / "other").exists()
 
 
@@ -80,17 +80,17 @@ def test_an_error_keeps_the_finished_parts_and_the_next_run_reads_only_the_other
     log = tmp_path / "log"
     source = MadeSource(counts=[2] * 4, broken=[3], log=str(log))
     with pytest.raises(ZeroDivisionError):
-        write(source, tmp_path / "set", workers=workers)
+        write_shards(source, tmp_path / "set", workers=workers)
     assert not (tmp_path / "set").exists()
     kept = {path.name for path in (tmp_path / ".set.partial").glob("part-*")}
     assert f"{len(kept)} of 4 parts are finished and kept" in capsys.readouterr().err
     assert kept == {f"part-{n:06d}" for n in range(4) if n < 3 and f"part-{n:06d}" in kept} and len(kept) >= 2
     log.unlink()
     source.broken = []
-    write(source, tmp_path / "set", workers=workers)
+    write_shards(source, tmp_path / "set", workers=workers)
     begun = {f"part-{int(line):06d}" for line in log.read_text().split()}
     assert begun == {f"part-{n:06d}" for n in range(4)} - kept
-    write(MadeSource(counts=[2] * 4), tmp_path / "whole")
+    write_shards(MadeSource(counts=[2] * 4), tmp_path / "whole")
     assert _files(tmp_path / "whole") == _files(tmp_path / "set")
 
 
@@ -98,7 +98,7 @@ def test_parts_of_other_arguments_are_thrown_away(tmp_path, capsys):
     for broken, shard in (([1], 2), ([], 1)):
         source = MadeSource(counts=[2, 2], broken=broken)
         try:
-            write(source, tmp_path / "set", samples_per_shard=shard)
+            write_shards(source, tmp_path / "set", samples_per_shard=shard)
         except ZeroDivisionError:
             assert (tmp_path / ".set.partial" / "part-000000").is_dir()
     assert "other arguments are thrown away" in capsys.readouterr().err
@@ -184,17 +184,17 @@ def test_a_stopped_build_goes_on(tmp_path, stop):
     assert process.returncode == 0 and "going on with 2 of 4 parts" in error
     tars = sorted((tmp_path / "set").glob("*.tar"))
     assert [path.stat().st_mtime_ns for path in tars[:2]] == [before[path] for path in sorted(before)]
-    write(MadeSource(counts=[4] * 4), tmp_path / "whole")
+    write_shards(MadeSource(counts=[4] * 4), tmp_path / "whole")
     assert Manifest.read(tmp_path / "set").fingerprint == Manifest.read(tmp_path / "whole").fingerprint
     assert (tmp_path / "set" / "index.npz").read_bytes() == (tmp_path / "whole" / "index.npz").read_bytes()
 
 
 def test_a_damaged_part_is_named(tmp_path):
     source = MadeSource(counts=[1, 1])
-    write(source, tmp_path / "set", node=0, nodes=2)
+    write_shards(source, tmp_path / "set", node=0, nodes=2)
     (tmp_path / ".set.partial" / "part-000000" / "part.json").write_text("{")
     with pytest.raises(DataError, match="part-000000: a damaged part .*remove it"):
-        write(source, tmp_path / "set")
+        write_shards(source, tmp_path / "set")
     assert (tmp_path / ".set.partial" / "part-000000").is_dir()
 
 
@@ -210,15 +210,15 @@ def test_nodes_build_shares_and_the_plain_command_finishes(tmp_path):
 
 def test_nodes_do_not_disturb_each_other(tmp_path):
     source = MadeSource(counts=[1] * 4)
-    write(source, tmp_path / "set", node=0, nodes=2)
+    write_shards(source, tmp_path / "set", node=0, nodes=2)
     (tmp_path / ".set.partial" / "part-000000.other-1").mkdir()  # half written by node 0
-    write(source, tmp_path / "set", node=1, nodes=2)
+    write_shards(source, tmp_path / "set", node=1, nodes=2)
     assert (tmp_path / ".set.partial" / "part-000000.other-1").is_dir()
     with pytest.raises(DataError, match="holds parts of a build with other arguments"):
-        write(source, tmp_path / "set", samples_per_shard=9, node=1, nodes=2)
+        write_shards(source, tmp_path / "set", samples_per_shard=9, node=1, nodes=2)
     with pytest.raises(DataError, match="node: got 2 with nodes=2"):
-        write(source, tmp_path / "set", node=2, nodes=2)
-    write(source, tmp_path / "set")
+        write_shards(source, tmp_path / "set", node=2, nodes=2)
+    write_shards(source, tmp_path / "set")
     assert len(ShardSet(tmp_path / "set")) == 4
 
 
@@ -226,14 +226,16 @@ def test_nodes_do_not_disturb_each_other(tmp_path):
 def test_full_disk_is_one_plain_error_and_loses_nothing(tmp_path, monkeypatch, capsys, workers):
     counts = [1, 1, 20, 1]
     if workers == 1:
-        put = _Shard._put
-        monkeypatch.setattr(_Shard, "_put", lambda self, data: _full() if self.samples == 9 else put(self, data))
+        put = _Shard._write_bytes
+        monkeypatch.setattr(
+            _Shard, "_write_bytes", lambda self, data: _full() if self.samples == 9 else put(self, data)
+        )
         with pytest.raises(DataError, match=r"\.set\.partial: no space left on this disk"):
-            write(MadeSource(counts=counts), tmp_path / "set")
+            write_shards(MadeSource(counts=counts), tmp_path / "set")
         assert "2 of 4 parts are finished and kept" in capsys.readouterr().err
         assert not list((tmp_path / ".set.partial").glob("part-??????.*"))
         monkeypatch.undo()
-    write(MadeSource(counts=counts), tmp_path / "set", workers=workers)
+    write_shards(MadeSource(counts=counts), tmp_path / "set", workers=workers)
     assert len(ShardSet(tmp_path / "set")) == 23
 
 
@@ -244,10 +246,10 @@ def _full():
 def test_bad_records_of_all_processes_share_one_budget(tmp_path):
     source = MadeSource(counts=[3] * 6, bad=[0, 1, 2, 3])
     with pytest.raises(DataError, match=r"4 bad records among \d+, max_bad=3.*\n.*record 0-2: no answer"):
-        write(source, tmp_path / "set", max_bad=3, workers=2)
+        write_shards(source, tmp_path / "set", max_bad=3, workers=2)
     rows = [json.loads(line) for line in (tmp_path / "set.quarantine.jsonl").read_text().splitlines()]
     assert [row["part"] for row in rows] == [0, 1, 2, 3]
-    assert write(source, tmp_path / "set", max_bad=4, workers=2).bad == {"no answer": 4}
+    assert write_shards(source, tmp_path / "set", max_bad=4, workers=2).bad == {"no answer": 4}
 
 
 def test_a_part_with_too_many_bad_records_is_not_read_to_its_end(tmp_path):
@@ -256,7 +258,7 @@ def test_a_part_with_too_many_bad_records_is_not_read_to_its_end(tmp_path):
             yield from (record for _ in iter(int, 1) for record in MadeSource.read(self, part))
 
     with pytest.raises(DataError, match="3 bad records among 4"):
-        write(Endless(counts=[1]), tmp_path / "set", max_bad=2)
+        write_shards(Endless(counts=[1]), tmp_path / "set", max_bad=2)
 
 
 def test_a_part_stopped_by_the_budget_is_not_taken_for_a_finished_one(tmp_path):
@@ -267,24 +269,24 @@ def test_a_part_stopped_by_the_budget_is_not_taken_for_a_finished_one(tmp_path):
 
     source = Alternating(counts=[6, 6])
     with pytest.raises(DataError, match="6 bad records among 12, max_bad=4"):
-        write(source, tmp_path / "set", max_bad=4)
+        write_shards(source, tmp_path / "set", max_bad=4)
     assert sorted(path.name for path in (tmp_path / ".set.partial").glob("part-*")) == ["part-000000", "part-000001"]
     with pytest.raises(DataError, match="1 bad records among 2, max_bad=0"):
-        write(source, tmp_path / "other", max_bad=0)
+        write_shards(source, tmp_path / "other", max_bad=0)
     assert not (tmp_path / ".other.partial").exists()
-    assert write(source, tmp_path / "set", max_bad=6).samples == 6
+    assert write_shards(source, tmp_path / "set", max_bad=6).samples == 6
 
 
 def test_unpicklable_sources_and_wrong_options_are_plain_errors(tmp_path):
     source = MadeSource(counts=[1, 1])
     source.file = (line for line in ())
     with pytest.raises(DataError, match="cannot be sent to a worker process.*workers=1"):
-        write(source, tmp_path / "set", workers=2)
+        write_shards(source, tmp_path / "set", workers=2)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DataError, match="workers: got 0"):
-        write(source, tmp_path / "set", workers=0)
+        write_shards(source, tmp_path / "set", workers=0)
     with pytest.raises(DataError, match="engine: got 'spark'; allowed: local, ray"):
-        write(source, tmp_path / "set", engine="spark")
+        write_shards(source, tmp_path / "set", engine="spark")
 
 
 def _exit(_, job):
@@ -293,12 +295,12 @@ def _exit(_, job):
 
 def test_a_worker_that_dies_is_an_error(tmp_path):
     with pytest.raises(DataError, match="a worker process died"):
-        list(engines.run(_exit, None, [1, 1], workers=2))
+        list(engines.run_jobs(_exit, None, [1, 1], workers=2))
 
 
 def test_empty_source_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="no usable sample"):
-        write(MadeSource(counts=[0, 0]), tmp_path / "set")
+        write_shards(MadeSource(counts=[0, 0]), tmp_path / "set")
 
 
 def test_own_source_by_command(tmp_path, capsys):
@@ -327,9 +329,9 @@ def test_statistics_of_parts_are_those_of_all():
     whole, first, second = Stats(), Stats(), Stats()
     values = [0, 1, 3, 7, 8, 99, 100, 199, 200, 123456]
     for i, value in enumerate(values):
-        whole.add([("x", value)])
-        (first if i < 4 else second).add([("x", value)])
-    first.merge(json.loads(json.dumps(second.state())))
+        whole.add_lengths([("x", value)])
+        (first if i < 4 else second).add_lengths([("x", value)])
+    first.merge_state(json.loads(json.dumps(second.export_state())))
     assert first.to_json() == whole.to_json()
     assert first.to_json()["x"] == {
         "count": 10, "min": 0, "mean": 12407.3, "max": 123456, "p5": 0, "p50": 8, "p95": 120000,
@@ -340,11 +342,11 @@ def test_statistics_of_parts_are_those_of_all():
 def test_index_of_parts_equals_index_of_all(tmp_path, shard_set):
     one, two = (Index.load(shard_set(name, count) / "index.npz") for name, count in (("a", 10), ("b", 7)))
     builder = IndexBuilder()
-    builder.extend(one, [0, 1, 2], rows=np.arange(7))
-    builder.save(tmp_path / "part.npz")
+    builder.add_index(one, [0, 1, 2], rows=np.arange(7))
+    builder.write_file(tmp_path / "part.npz")
     assert (tmp_path / "part.npz").read_bytes() == (tmp_path / "b" / "index.npz").read_bytes()
     with pytest.raises(DataError, match="duplicate key 'sample-000'"):
-        builder.extend(two, [3, 4])
+        builder.add_index(two, [3, 4])
 
 
 def test_indexes_with_other_member_names_are_joined(tmp_path, sample):
@@ -352,14 +354,14 @@ def test_indexes_with_other_member_names_are_joined(tmp_path, sample):
     for number, name in enumerate(("0.png", "0.jpg", "0.png")):
         builder = IndexBuilder()
         record, _ = sample(number)
-        builder.add(0, record, [Member(name, 512, 9, 7), Member("json", 2048, number, 8)])
-        builder.save(tmp_path / "part.npz")
-        joined.extend(Index.load(tmp_path / "part.npz"), [number])
-    joined.save(tmp_path / "all.npz")
+        builder.add_sample(0, record, [Member(name, 512, 9, 7), Member("json", 2048, number, 8)])
+        builder.write_file(tmp_path / "part.npz")
+        joined.add_index(Index.load(tmp_path / "part.npz"), [number])
+    joined.write_file(tmp_path / "all.npz")
     index = Index.load(tmp_path / "all.npz")
-    names = [[member.name for member in index.members(i)] for i in range(3)]
+    names = [[member.name for member in index.read_members(i)] for i in range(3)]
     assert names == [["0.png", "json"], ["0.jpg", "json"], ["0.png", "json"]]
-    assert index.shard.tolist() == [0, 1, 2] and [index.members(i)[1].size for i in range(3)] == [0, 1, 2]
+    assert index.shard.tolist() == [0, 1, 2] and [index.read_members(i)[1].size for i in range(3)] == [0, 1, 2]
     assert index.width.tolist() == [12, 13, 14]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs import files
-from data_pipelines.inputs.files import MediaFolder, find_files, needs, read_json, read_list, read_yaml
+from data_pipelines.inputs.files import MediaFolder, find_files, read_json, read_list, read_yaml, require_module
 
 
 def test_media_folder_reads_files_below_it_only(tmp_path, picture):
@@ -79,4 +79,4 @@ def test_files_are_found_in_order(tmp_path):
 
 def test_missing_packages_are_named():
     with pytest.raises(DataError, match=r"no_such is not installed: pip install 'vlm-train\[data\]'"):
-        needs("no_such.part")
+        require_module("no_such.part")

@@ -12,7 +12,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs import files, records
-from data_pipelines.inputs.records import JsonLines, ParquetRows, place, read_records
+from data_pipelines.inputs.records import JsonLines, ParquetRows, describe_record, read_records
 
 
 def test_json_lines_have_places_numbers_and_a_bound(tmp_path, monkeypatch):
@@ -22,7 +22,7 @@ def test_json_lines_have_places_numbers_and_a_bound(tmp_path, monkeypatch):
     lines = pickle.loads(pickle.dumps(JsonLines(tmp_path / "x.jsonl")))
     assert [lines.line(i) for i in range(len(lines))] == [1, 4, 5, 6, 7]
     assert lines[3:2] == [] and lines[:2] == [{"a": "é"}, [1]]
-    assert [place(lines, i) for i in (0, 2)] == ["line 1", "line 5"]
+    assert [describe_record(lines, i) for i in (0, 2)] == ["line 1", "line 5"]
     assert (lines[0], lines[1], lines[4], lines[-1]) == ({"a": "é"}, [1], 2, 2)
     with pytest.raises(BadSample, match="not JSON: Expecting property name"):
         lines[2]
@@ -40,7 +40,7 @@ def test_parquet_rows_are_read_a_row_group_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "parquet_rows", lambda *a, **k: asked.append(k) or files.parquet_rows(*a, **k))
     assert [row["id"] for row in rows] == [0, 1, 2, 3, 4] and rows[-1]["image"] == {"bytes": b"x", "path": None}
     assert asked == [{"groups": [0]}, {"groups": [1]}, {"groups": [2]}]
-    assert place(rows, 3) == "record 3"
+    assert describe_record(rows, 3) == "record 3"
 
 
 def test_all_kinds_of_files_hold_the_same_records(tmp_path):

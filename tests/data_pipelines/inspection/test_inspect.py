@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.inspect import main as inspect
-from data_pipelines.inspection.html import MAX_SIDE, shown
+from data_pipelines.inspection.html import MAX_SIDE, sample_fields
 from data_pipelines.sample import Annotation, Box, Media, Text, Turn
 from data_pipelines.shards.tar_writer import ShardWriter
 
@@ -49,7 +49,7 @@ def _page(tmp_path, capsys, *arguments: str) -> tuple[str, str]:
 
 def test_boxes_are_drawn_where_they_are(tmp_path, boxed, capsys):
     with ShardWriter(tmp_path / "set", source=EVIL, licence=EVIL) as writer:
-        writer.write(*boxed)
+        writer.write_sample(*boxed)
     page, out = _page(tmp_path, capsys)
     places = re.findall(r'class="box" style="([^;]+);([^;]+);([^;]+);([^;"]+)', page)
     assert places == [
@@ -62,7 +62,7 @@ def test_boxes_are_drawn_where_they_are(tmp_path, boxed, capsys):
 
 def test_texts_of_a_set_are_escaped(tmp_path, boxed, capsys):
     with ShardWriter(tmp_path / "set", source=EVIL, licence=EVIL) as writer:
-        writer.write(*boxed)
+        writer.write_sample(*boxed)
     page, _ = _page(tmp_path, capsys)
     assert "script" not in _Tags(page).tags and "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page
     assert _Tags(page).tags.count("img") == 1
@@ -104,10 +104,10 @@ def test_large_pictures_are_made_small_and_broken_ones_named(sample, picture):
     record, _ = sample(0)
     blob = picture(size=(3 * MAX_SIDE, MAX_SIDE))
     wide = replace(record, media=(replace(record.media[0], width=3 * MAX_SIDE, height=MAX_SIDE),))
-    (media,) = shown(wide, [blob], "")["media"]
+    (media,) = sample_fields(wide, [blob], "")["media"]
     import base64
 
     small = Image.open(io.BytesIO(base64.b64decode(media["image"].split(",")[1])))
     assert small.size == (MAX_SIDE, round(MAX_SIDE / 3)) and f"{3 * MAX_SIDE} × {MAX_SIDE}" in media["caption"]
-    (media,) = shown(wide, [blob[:-30]], "")["media"]
+    (media,) = sample_fields(wide, [blob[:-30]], "")["media"]
     assert "image" not in media and "does not decode" in media["caption"]

@@ -17,7 +17,7 @@ from data_pipelines.inspect import main as inspect
 from data_pipelines.lint import main as lint
 from data_pipelines.media import video as module
 from data_pipelines.media.limits import check_media, check_pixels, media_item
-from data_pipelines.media.video import frames_at, read_frames, read_video_header, spread
+from data_pipelines.media.video import frames_at, read_frames, read_video_header, spread_frames
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.shards.tar_writer import ShardWriter
@@ -53,7 +53,7 @@ def test_header_and_frames_of_every_container(codec, container, extension):
 
 def test_frames_between_are_not_decoded(clip, monkeypatch):
     decoded = []
-    monkeypatch.setattr(module._Video, "_frames", _counting(module._Video._frames, decoded))
+    monkeypatch.setattr(module._Video, "_iterate_frames", _counting(module._Video._iterate_frames, decoded))
     assert numbers(read_frames(clip, [0, 16])) == [0, 16] and len(decoded) < 8
 
 
@@ -68,7 +68,7 @@ def _counting(function, decoded):
 
 def test_frames_by_time_and_evenly(clip):
     assert frames_at(clip, [0.0, 0.05, 0.1, 1.99, 99.0]) == [0, 0, 1, 19, 19]
-    assert [spread(20, n) for n in (1, 2, 3)] == [[9], [0, 19], [0, 9, 19]] and spread(3, 8) == [0, 1, 2]
+    assert [spread_frames(20, n) for n in (1, 2, 3)] == [[9], [0, 19], [0, 9, 19]] and spread_frames(3, 8) == [0, 1, 2]
     for wrong in ([3, 1], [20], [-1]):
         with pytest.raises(ValueError, match="numbers: "):
             list(read_frames(clip, wrong))
@@ -153,18 +153,18 @@ def test_playlists_and_other_containers_are_no_videos(tmp_path, clip):
 
 def test_shards_hold_videos(tmp_path, clip):
     with ShardWriter(tmp_path / "set") as writer:
-        writer.write(_sample(clip), [clip])
+        writer.write_sample(_sample(clip), [clip])
         for changes, message in [
             ({"frames": 19}, "0.mp4 is video of 20 frames, its entry says video of 19 frames"),
             ({"kind": "image"}, "its entry says image of 20 frames"),
             ({"width": 50}, "48 x 40 pixels, its entry says 50 x 40"),
         ]:
             with pytest.raises(BadSample, match=message):
-                writer.write(_sample(clip, **changes), [clip])
+                writer.write_sample(_sample(clip, **changes), [clip])
     shards = ShardSet(tmp_path / "set")
-    sample, blobs = shards.load(0)
+    sample, blobs = shards.load_sample(0)
     assert sample == _sample(clip) and blobs == [clip]
-    (item,) = shards.media(0)
+    (item,) = shards.media_items(0)
     assert (item.kind, item.frames, item.seconds) == ("video", 20, 2.0)
     assert shards.manifest.stats["frames"]["max"] == 20 and shards.manifest.stats["seconds"]["mean"] == 2.0
 
@@ -179,8 +179,8 @@ def test_lint_and_inspect(tmp_path, clip, capsys):
     middle = broken.index(b"mdat") + (len(broken) - broken.index(b"mdat")) // 3
     broken[middle : middle + 30] = bytes(30)
     with ShardWriter(tmp_path / "set", source="s", licence="CC0") as writer:
-        writer.write(_sample(clip), [clip])
-        writer.write(replace(_sample(bytes(broken)), key="b"), [bytes(broken)])
+        writer.write_sample(_sample(clip), [clip])
+        writer.write_sample(replace(_sample(bytes(broken)), key="b"), [bytes(broken)])
     assert lint([f"folder={tmp_path / 'set'}"]) == 1
     found, *counts = capsys.readouterr().out.splitlines()
     assert "key 'b': 0.mp4: " in found and "damaged video" in counts[0] and len(counts) == 2
@@ -196,7 +196,7 @@ def test_foreign_tars_of_captioned_videos(tmp_path, clip):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     index_folder(tmp_path)
-    sample, blobs = ShardSet(tmp_path).load(0)
+    sample, blobs = ShardSet(tmp_path).load_sample(0)
     assert sample.media == (media_item(0, clip),) and blobs == [clip] and sample.meta == {"fps": 10}
 
 

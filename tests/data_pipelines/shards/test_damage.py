@@ -75,17 +75,17 @@ def test_index_never_unpickles(tmp_path):
 @pytest.mark.parametrize("member", [0, 1])
 def test_one_corrupt_byte_is_found_and_named(shard_set, member):
     folder = shard_set()
-    place = ShardSet(folder).index.members(5)[member]
+    place = ShardSet(folder).index.read_members(5)[member]
     path = folder / "shard-000001.tar"
     data = bytearray(path.read_bytes())
     data[place.offset + place.size // 2] ^= 1
     path.write_bytes(data)
     shards = ShardSet(folder)
     with pytest.raises(BadSample, match=rf"shard-000001.tar, key 'sample-005': member {place.name} is corrupt"):
-        shards.load(5)
-    assert shards.load(4)[0].key == "sample-004" and shards.load(6)[0].key == "sample-006"
+        shards.load_sample(5)
+    assert shards.load_sample(4)[0].key == "sample-004" and shards.load_sample(6)[0].key == "sample-006"
     with pytest.raises(DataError, match="shard-000001.tar: sha256"):
-        shards.verify()
+        shards.verify_hashes()
     assert lint([f"folder={folder}"]) == 1
 
 
@@ -103,11 +103,13 @@ def test_foreign_tars_become_captioned_images(tmp_path, tar, picture):
     index_folder(folder, source="cc3m")
     shards = ShardSet(folder)
     assert shards.keys() == ["000000001", "b_2"] and shards.manifest.source == "cc3m"
-    first, blobs = shards.load(0)
+    first, blobs = shards.load_sample(0)
     assert [turn.role for turn in first.annotations[0].turns] == ["user", "assistant"]
     assert first.annotations[0].turns[1].text == "a cat" and first.meta == {"url": "x"}
     assert blobs == [picture(1, "JPEG")] and (first.media[0].width, first.media[0].height) == (12, 8)
-    assert [item.name for item in shards.load(1)[0].media] == ["0.png", "1.webp"] and len(shards.media(1)) == 2
+    assert [item.name for item in shards.load_sample(1)[0].media] == ["0.png", "1.webp"] and len(
+        shards.media_items(1)
+    ) == 2
 
 
 def test_our_own_shards_index_to_the_same_set(shard_set):
@@ -117,8 +119,8 @@ def test_our_own_shards_index_to_the_same_set(shard_set):
     index_folder(folder)
     after = ShardSet(folder)
     assert after.fingerprint == before.fingerprint
-    assert [after.load(i) for i in range(10)] == [before.load(i) for i in range(10)]
-    assert [after.index.members(i) for i in range(10)] == [before.index.members(i) for i in range(10)]
+    assert [after.load_sample(i) for i in range(10)] == [before.load_sample(i) for i in range(10)]
+    assert [after.index.read_members(i) for i in range(10)] == [before.index.read_members(i) for i in range(10)]
 
 
 def _members(picture, *keys):
@@ -246,8 +248,8 @@ def test_lint_finds_what_a_schema_cannot(tmp_path, sample, capsys):
         Turn(role="assistant", parts=(Text(text=" "),)),
     )
     with ShardWriter(tmp_path / "set") as writer:
-        writer.write(*sample(5))
-        writer.write(replace(record, annotations=(Annotation(turns=turns),)), [blobs[0][:-20], blobs[1]])
+        writer.write_sample(*sample(5))
+        writer.write_sample(replace(record, annotations=(Annotation(turns=turns),)), [blobs[0][:-20], blobs[1]])
     assert lint([f"folder={tmp_path / 'set'}"]) == 1
     lines = capsys.readouterr().out.splitlines()
     for problem in ("does not decode", "more than once", "empty answer", "<image> left", "only [0] are placed"):

@@ -53,7 +53,7 @@ def test_index_is_mapped_not_read(tmp_path, shard_set):
     np.savez(folder / "index.npz", names=np.frombuffer(b'["json"]', np.uint8), **arrays)
     before = _pages()
     index = Index.load(folder / "index.npz")
-    assert len(index) == count and index.key(count - 1) == "k" and index.members(7)[0].name == "json"
+    assert len(index) == count and index.key(count - 1) == "k" and index.read_members(7)[0].name == "json"
     assert _pages() - before < 4096  # KiB, of a file of 30 MiB
 
 
@@ -61,13 +61,13 @@ def test_index_outlives_its_file(shard_set):
     shards = ShardSet(shard_set())
     keys = shards.keys()
     os.unlink(shards.folder / "index.npz")
-    assert shards.keys() == keys and shards.load(9)[0].key == keys[9]
+    assert shards.keys() == keys and shards.load_sample(9)[0].key == keys[9]
 
 
 @pytest.mark.parametrize("i", [-1, 10])
 def test_numbers_that_do_not_exist(shard_set, i):
     shards = ShardSet(shard_set())
-    for ask in (shards.key, shards.load, shards.media, shards.index.members):
+    for ask in (shards.key, shards.load_sample, shards.media_items, shards.index.read_members):
         with pytest.raises(IndexError):
             ask(i)
 
@@ -91,7 +91,7 @@ def test_large_index_is_hashed_by_verify(shard_set, monkeypatch, limit):
     data["index"]["sha256"] = "0" * 64
     (folder / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(DataError, match="index.npz: sha256"):
-        ShardSet(folder).verify()
+        ShardSet(folder).verify_hashes()
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_numbers_that_lead_elsewhere(shard_set, name, at, value, message):
     _edit(folder, **{name: _column(folder, name, at, value)})
     shards = ShardSet(folder)
     with pytest.raises(DataError, match=message):
-        [shards.load(i) for i in (4, 5)]
-    assert shards.load(9)[0].key == "sample-009"
+        [shards.load_sample(i) for i in (4, 5)]
+    assert shards.load_sample(9)[0].key == "sample-009"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_random_damage_never_leads_astray(shard_set):
             continue
         for i in range(len(shards)):
             try:
-                sample, blobs = shards.load(i)
+                sample, blobs = shards.load_sample(i)
             except (BadSample, DataError):
                 continue
             assert blobs in [other for _, other in right], sample
@@ -184,7 +184,7 @@ def test_random_damage_never_leads_astray(shard_set):
 def test_first_samples_of_shards(shard_set):
     shards = ShardSet(shard_set())
     assert shards.shard_starts.tolist() == [0, 4, 8]
-    assert [shards.shard(int(i)) for i in shards.shard_starts] == [info.name for info in shards.manifest.shards]
+    assert [shards.shard_name(int(i)) for i in shards.shard_starts] == [info.name for info in shards.manifest.shards]
     _edit(shards.folder, shard=_column(shards.folder, "shard", 4, 0))
     with pytest.raises(DataError, match="as many samples of each shard"):
         _ = ShardSet(shards.folder).shard_starts

@@ -22,7 +22,7 @@ import tenacity
 from data_pipelines.errors import DataError
 from data_pipelines.shards import remote
 from data_pipelines.shards.manifest import FileInfo
-from data_pipelines.shards.remote import Cache, default_cache, is_remote, join
+from data_pipelines.shards.remote import Cache, default_cache, is_remote, join_address
 from data_pipelines.shards.shard_set import ShardSet
 
 
@@ -102,8 +102,8 @@ def test_remote_samples_equal_local_ones_and_are_fetched_once(server, opened, tm
     assert server.requests == {"manifest.json": 1, "index.npz": 1}  # no shard before it is read
     assert list(far) == list(local) and list(far) == list(opened())
     assert server.requests == {"manifest.json": 2, "index.npz": 1, **{f"shard-00000{i}.tar": 1 for i in range(3)}}
-    assert far.where(9) == f"{server.address}/set/shard-000002.tar, key 'sample-009'"
-    opened().verify()
+    assert far.describe_sample(9) == f"{server.address}/set/shard-000002.tar, key 'sample-009'"
+    opened().verify_hashes()
 
 
 def test_every_scheme_of_fsspec_will_do(shard_set, tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_every_scheme_of_fsspec_will_do(shard_set, tmp_path, monkeypatch):
 @pytest.mark.parametrize("faults", [["503", "503"], ["cut"], ["long"], ["429", "cut", "500"], ["wrong"]])
 def test_passing_trouble_is_waited_out(server, opened, tmp_path, faults):
     server.faults["shard-000001.tar"] = list(faults)
-    assert opened().load(5) == ShardSet(tmp_path / "set").load(5)
+    assert opened().load_sample(5) == ShardSet(tmp_path / "set").load_sample(5)
     assert server.requests["shard-000001.tar"] == len(faults) + 1
     assert not [name for name in _cached(tmp_path / "cache") if "partial" in name]
 
@@ -128,7 +128,7 @@ def test_what_does_not_end_is_not_read_to_its_end(server, opened, tmp_path):
     server.faults = {"manifest.json": ["endless"], "shard-000000.tar": ["endless"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "MAX_MANIFEST", 10**6)
-        assert opened().load(0) == ShardSet(tmp_path / "set").load(0)
+        assert opened().load_sample(0) == ShardSet(tmp_path / "set").load_sample(0)
     assert server.sent < 50 * 2**20
 
 
@@ -146,9 +146,9 @@ def test_lasting_trouble_is_one_clear_error(server, opened, faults, requests, me
     server.faults["shard-000001.tar"] = list(faults)
     shards = opened()
     with pytest.raises(DataError, match=message):
-        shards.load(5)
+        shards.load_sample(5)
     assert server.requests["shard-000001.tar"] == requests
-    assert shards.load(0)[0].key == "sample-000"
+    assert shards.load_sample(0)[0].key == "sample-000"
 
 
 def test_missing_and_malformed_manifest_name_the_address(server, tmp_path):
@@ -169,7 +169,7 @@ def test_processes_share_one_download_and_one_manifest(server, opened, tmp_path)
     with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
         assert list(pool.map(_load_all, [shards] * 3)) == [shards.keys()] * 3
     assert set(server.requests.values()) == {1}
-    assert pickle.loads(pickle.dumps(shards)).load(3) == shards.load(3)
+    assert pickle.loads(pickle.dumps(shards)).load(3) == shards.load_sample(3)
 
 
 def test_longest_unused_files_go_and_open_ones_stay_readable(server, tmp_path):
@@ -177,12 +177,12 @@ def test_longest_unused_files_go_and_open_ones_stay_readable(server, tmp_path):
     bound = max(info.bytes for info in (local.manifest.index, *local.manifest.shards)) + 1  # one file
     folder = tmp_path / "cache"
     shards = ShardSet(f"{server.address}/set", cache_dir=folder, cache_bytes=bound)
-    first = shards.load(0)
-    assert shards.load(9) == local.load(9)
+    first = shards.load_sample(0)
+    assert shards.load_sample(9) == local.load_sample(9)
     assert _cached(folder) == [local.manifest.shards[2].sha256] and shards.keys() == local.keys()
-    assert shards.load(0) == first and server.requests["shard-000000.tar"] == 1  # by the open file
+    assert shards.load_sample(0) == first and server.requests["shard-000000.tar"] == 1  # by the open file
     shards._local = threading.local()
-    assert shards.load(0) == first and server.requests["shard-000000.tar"] == 2
+    assert shards.load_sample(0) == first and server.requests["shard-000000.tar"] == 2
 
 
 def test_room_is_made_by_age_and_not_from_what_others_are_downloading(tmp_path):
@@ -205,14 +205,14 @@ def test_full_disk_and_small_cache_say_so(server, opened, tmp_path, monkeypatch)
     shards = opened()
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5}))
     with pytest.raises(DataError, match=r"do not fit on the disk of .*, which has 5 free.*VLM_TRAIN_CACHE"):
-        shards.load(0)
+        shards.load_sample(0)
 
 
 def test_cached_file_of_another_size_is_fetched_again(server, opened, tmp_path):
     path = tmp_path / "cache" / ShardSet(tmp_path / "set").manifest.shards[0].sha256
-    opened().load(0)
+    opened().load_sample(0)
     path.write_bytes(path.read_bytes()[:100])
-    assert opened().load(0)[0].key == "sample-000" and server.requests["shard-000000.tar"] == 2
+    assert opened().load_sample(0)[0].key == "sample-000" and server.requests["shard-000000.tar"] == 2
 
 
 def test_content_decides_the_name_so_sets_share_files(tmp_path, monkeypatch):
@@ -222,19 +222,22 @@ def test_content_decides_the_name_so_sets_share_files(tmp_path, monkeypatch):
         calls.append(url)
         Path(path).write_bytes(b"data")
 
-    monkeypatch.setattr(remote, "_get", get)
+    monkeypatch.setattr(remote, "_download_once", get)
     info = FileInfo(name="x", bytes=4, sha256=hashlib.sha256(b"data").hexdigest())
     cache = Cache(tmp_path, 100)
-    assert cache.open("s3://a/x", info).read() == cache.open("s3://b/y", info).read() == b"data" and len(calls) == 1
+    assert (
+        cache.open_cached("s3://a/x", info).read() == cache.open_cached("s3://b/y", info).read() == b"data"
+        and len(calls) == 1
+    )
     with pytest.raises(DataError, match="gives no sha256, but '../escape'"):
-        cache.open("s3://a/x", FileInfo(name="x", bytes=4, sha256="../escape"))
+        cache.open_cached("s3://a/x", FileInfo(name="x", bytes=4, sha256="../escape"))
 
 
 def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
     def get(*_):
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(remote, "_get", get)
+    monkeypatch.setattr(remote, "_download_once", get)
     with pytest.raises(DataError, match=r"s3://a/set/manifest.json: .*pip install 'vlm-train\[remote\]'.*s3fs"):
         ShardSet("s3://a/set")
 
@@ -247,9 +250,9 @@ def test_programming_errors_are_neither_retried_nor_hidden(tmp_path, monkeypatch
         calls.append(1)
         raise error
 
-    monkeypatch.setattr(remote, "_get", get)
+    monkeypatch.setattr(remote, "_download_once", get)
     with pytest.raises(type(error), match="a bug"):
-        remote.download("s3://a/x", tmp_path / "x")
+        remote.download_file("s3://a/x", tmp_path / "x")
     assert len(calls) == 1
 
 
@@ -267,7 +270,7 @@ def test_addresses(shard_set, monkeypatch, tmp_path):
     assert is_remote("s3://bucket/set") and not is_remote("data/a:b")
     with pytest.raises(DataError, match="credentials by the environment"):
         is_remote("https://user:secret@host/set")
-    assert join("s3://bucket/a/view/", "../set/0.tar") == "s3://bucket/a/set/0.tar"
-    assert join("s3://bucket/a", "../../../other/0.tar") == "s3://bucket/other/0.tar"
+    assert join_address("s3://bucket/a/view/", "../set/0.tar") == "s3://bucket/a/set/0.tar"
+    assert join_address("s3://bucket/a", "../../../other/0.tar") == "s3://bucket/other/0.tar"
     monkeypatch.setenv("VLM_TRAIN_CACHE", str(tmp_path / "here"))
     assert default_cache() == tmp_path / "here"

@@ -37,7 +37,7 @@ def test_random_access_equals_sequential_reading_by_webdataset(shard_set):
     sequential = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
     assert [row["__key__"] for row in sequential] == shards.keys() and len(shards) == len(sequential) == 10
     for i in reversed(range(10)):
-        sample, blobs = shards.load(i)
+        sample, blobs = shards.load_sample(i)
         row = sequential[i]
         assert sample.to_json() == json.loads(row["json"])
         assert blobs == [row[item.name] for item in sample.media]
@@ -47,20 +47,20 @@ def test_random_access_equals_sequential_reading_by_webdataset(shard_set):
 def test_sizes_and_counts_are_known_without_reading_a_shard(shard_set):
     folder = shard_set()
     shards = ShardSet(folder)
-    expected = [shards.load(i)[0] for i in range(len(shards))]
+    expected = [shards.load_sample(i)[0] for i in range(len(shards))]
     for path in folder.glob("*.tar"):
         path.write_bytes(b"")
     for i, sample in enumerate(expected):
-        sizes = [(item.width, item.height, item.kind, item.frames) for item in shards.media(i)]
+        sizes = [(item.width, item.height, item.kind, item.frames) for item in shards.media_items(i)]
         assert sizes == [(item.width, item.height, item.kind, item.frames) for item in sample.media]
-        assert shards.annotations(i) == len(sample.annotations)
+        assert shards.count_annotations(i) == len(sample.annotations)
         assert shards.key(i) == sample.key
 
 
 def test_shards_are_cut_at_max_bytes(tmp_path, sample):
     with ShardWriter(tmp_path / "set", max_bytes=4096) as writer:
         for number in range(6):
-            writer.write(*sample(number))
+            writer.write_sample(*sample(number))
     shards = ShardSet(tmp_path / "set").manifest.shards
     assert [shard.samples for shard in shards] == [2, 2, 2]
     assert all(shard.bytes <= 4096 + 1024 for shard in shards)  # 1024: the end of a tar
@@ -93,40 +93,40 @@ def test_fingerprint_follows_the_samples(shard_set):
 def test_keys_that_break_tar_names_are_refused(tmp_path, sample, key):
     record, blobs = sample(0)
     with pytest.raises(BadSample, match="a key has 1 to 80"), ShardWriter(tmp_path / "set") as writer:
-        writer.write(replace(record, key=key), blobs)
+        writer.write_sample(replace(record, key=key), blobs)
 
 
 def test_refused_sample_leaves_no_trace_in_the_set(tmp_path, sample):
     with ShardWriter(tmp_path / "set") as writer:
-        writer.write(*sample(0))
+        writer.write_sample(*sample(0))
         with pytest.raises(BadSample, match="'sample-000': duplicate key"):
-            writer.write(*sample(0))
+            writer.write_sample(*sample(0))
         with pytest.raises(BadSample, match="1 media files for 2 media items"):
-            writer.write(sample(1, media=2)[0], sample(1)[1])
+            writer.write_sample(sample(1, media=2)[0], sample(1)[1])
         with pytest.raises(BadSample, match="0.png is 12 x 8 pixels, its entry says 13 x 8"):
-            writer.write(sample(1)[0], sample(0)[1])
-        writer.write(*sample(2))
+            writer.write_sample(sample(1)[0], sample(0)[1])
+        writer.write_sample(*sample(2))
     shards = ShardSet(tmp_path / "set")
-    shards.verify()
+    shards.verify_hashes()
     assert shards.keys() == ["sample-000", "sample-002"] == [record.key for record, _ in shards]
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path, sample):
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "set") as writer:
-        writer.write(*sample(0))
+        writer.write_sample(*sample(0))
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_killed_process_are_replaced_and_a_living_one_is_respected(tmp_path, sample):
     killed = ShardWriter(tmp_path / "set")
-    killed.write(*sample(7))
+    killed.write_sample(*sample(7))
     with pytest.raises(DataError, match="another process is writing"):
         ShardWriter(tmp_path / "set")
     (killed.partial / "shard-000009.tar").write_bytes(b"half")
-    killed._hidden.release()  # what the death of the process does
+    killed._hidden.release_lock()  # what the death of the process does
     with ShardWriter(tmp_path / "set") as writer:
-        writer.write(*sample(0))
+        writer.write_sample(*sample(0))
     assert ShardSet(tmp_path / "set").keys() == ["sample-000"]
     assert not (tmp_path / "set" / "shard-000009.tar").exists()
 
@@ -149,7 +149,7 @@ def test_empty_source_is_an_error(tmp_path):
 
 
 def _load_key(shards: ShardSet, i: int) -> str:
-    return shards.load(i)[0].key
+    return shards.load_sample(i)[0].key
 
 
 def test_threads_forks_and_pickles_read_the_same(shard_set):
@@ -168,7 +168,7 @@ def test_many_shards_keep_few_files_open(tmp_path, sample, monkeypatch):
     monkeypatch.setattr("data_pipelines.shards.shard_set.MAX_OPEN_FILES", 3)
     with ShardWriter(tmp_path / "set", samples_per_shard=1) as writer:
         for number in range(8):
-            writer.write(*sample(number))
+            writer.write_sample(*sample(number))
     shards = ShardSet(tmp_path / "set")
     assert [record.key for record, _ in shards] == shards.keys()
     assert len(shards._local.files) == 3
@@ -176,14 +176,14 @@ def test_many_shards_keep_few_files_open(tmp_path, sample, monkeypatch):
 
 def test_a_sample_without_its_media_is_the_same(shard_set, tmp_path, tar, picture):
     ours = ShardSet(shard_set())
-    assert [ours.sample(i) for i in range(len(ours))] == [ours.load(i)[0] for i in range(len(ours))]
+    assert [ours.read_sample(i) for i in range(len(ours))] == [ours.load_sample(i)[0] for i in range(len(ours))]
     tar(
         tmp_path / "foreign" / "0.tar",
         [("a.jpg", picture(1, "JPEG")), ("a.txt", b"a cat"), ("a.json", b'{"url": "x"}')],
     )
     index_folder(tmp_path / "foreign")
     foreign = ShardSet(tmp_path / "foreign")
-    assert foreign.sample(0) == foreign.load(0)[0] and foreign.sample(0).meta == {"url": "x"}
+    assert foreign.read_sample(0) == foreign.load_sample(0)[0] and foreign.read_sample(0).meta == {"url": "x"}
 
 
 def test_checksums_are_those_of_zlib():

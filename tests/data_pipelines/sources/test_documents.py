@@ -13,7 +13,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
-from data_pipelines.sources import records
+from data_pipelines.sources import iterate_records
 from data_pipelines.sources.mmc4 import MMC4
 from data_pipelines.sources.obelics import Obelics, file_name
 
@@ -43,7 +43,7 @@ def mmc4(tmp_path, picture):
     def read(*lines, images=tmp_path / "images", **options):
         (tmp_path / "docs_shard_0_v2.jsonl").write_text("".join(lines))
         options = {"min_bytes": 0} | options
-        return list(records(MMC4(folder=str(tmp_path), images=str(images) if images else None, **options)))
+        return list(iterate_records(MMC4(folder=str(tmp_path), images=str(images) if images else None, **options)))
 
     return read
 
@@ -88,7 +88,7 @@ def test_mmc4_images_in_tars_in_records_and_zipped_documents(mmc4, tmp_path, tar
         archive.writestr("docs_shard_0_v2.jsonl", line + line)
     (tmp_path / "docs_shard_0_v2.jsonl").unlink()
     source = MMC4(folder=str(tmp_path), images=str(tmp_path / "tars"), min_bytes=0)
-    assert [sample.key[-1] for sample, _ in records(source)] == ["0", "1"]
+    assert [sample.key[-1] for sample, _ in iterate_records(source)] == ["0", "1"]
 
 
 @pytest.mark.parametrize("damage", ["deflated bytes", "encrypted", "unknown compression"])
@@ -106,7 +106,7 @@ def test_mmc4_zips_that_do_not_unpack_are_named(tmp_path, damage):
         data[8], data[entry + 10] = 97, 97
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"docs_shard_0.jsonl.zip: "):
-        list(records(MMC4(folder=str(tmp_path))))
+        list(iterate_records(MMC4(folder=str(tmp_path))))
 
 
 def test_mmc4_images_in_a_cut_tar(tmp_path, tar, picture):
@@ -115,7 +115,7 @@ def test_mmc4_images_in_a_cut_tar(tmp_path, tar, picture):
     with open(tmp_path / "docs_shard_0.tar", "r+b") as file:
         file.truncate(1024)
     with pytest.raises(DataError, match=r"images: docs_shard_0.tar: truncated"):
-        list(records(MMC4(folder=str(tmp_path), images=str(tmp_path))))
+        list(iterate_records(MMC4(folder=str(tmp_path), images=str(tmp_path))))
 
 
 def test_mmc4_unusable_documents_stand_in_their_place(mmc4):
@@ -130,7 +130,7 @@ def test_mmc4_unusable_documents_stand_in_their_place(mmc4):
 def obelics(folder, *rows, **options):
     folder.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), folder / "train-0.parquet")
-    return list(records(Obelics(folder=str(folder), **options)))
+    return list(iterate_records(Obelics(folder=str(folder), **options)))
 
 
 @pytest.mark.parametrize("naming", ["sha256", "md5", "basename"])
@@ -177,7 +177,7 @@ def test_unusable_obelics(tmp_path, picture):
             raise error
     (tmp_path / "set" / "train-0.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="train-0.parquet"):
-        list(records(Obelics(folder=str(tmp_path / "set"))))
+        list(iterate_records(Obelics(folder=str(tmp_path / "set"))))
     with pytest.raises(DataError, match="naming: got 'crc'; allowed: sha256, md5, basename"):
         Obelics(folder=str(tmp_path / "set"), naming="crc")
     with pytest.raises(DataError, match="holds no .parquet files"):

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
-from data_pipelines.sources import records
+from data_pipelines.sources import iterate_records
 from data_pipelines.sources.hf_messages import HFMessages
 
 
@@ -44,12 +44,12 @@ def test_row_groups_of_parquet_files_are_parts(tmp_path, picture):
     source = HFMessages(folder=str(tmp_path), pattern="data/train-*.parquet")
     assert source.parts == 3
     source = pickle.loads(pickle.dumps(source))  # as builds on several processes do
-    read = list(records(source))
+    read = list(iterate_records(source))
     assert [sample.key for sample, _ in source.read(1)] == ["00000-00000002"]
     assert [sample.annotations[0].turns[1].text for sample, _ in read] == [f"It is {n}." for n in range(5)]
     assert [blobs for _, blobs in read] == [[picture(n)] for n in range(5)]
     assert read[0][0].annotations[0].turns[0].parts == (Text(text="What is 0?"), Media(item=0))
-    assert len({sample.key for sample, _ in records(HFMessages(folder=str(tmp_path)))}) == 6
+    assert len({sample.key for sample, _ in iterate_records(HFMessages(folder=str(tmp_path)))}) == 6
 
 
 def test_other_layouts_of_columns(tmp_path, picture):
@@ -59,7 +59,7 @@ def test_other_layouts_of_columns(tmp_path, picture):
     plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Three."}]
     _write(tmp_path / "b.parquet", [{"messages": plain, "images": [{"bytes": picture(3), "path": "3.png"}]}])
     _write(tmp_path / "c.parquet", [{"messages": plain}])
-    (a, two), (b, three), (c, none) = records(HFMessages(folder=str(tmp_path), media=str(tmp_path)))
+    (a, two), (b, three), (c, none) = iterate_records(HFMessages(folder=str(tmp_path), media=str(tmp_path)))
     assert [two, three, none] == [[picture(2)], [picture(3)], []] and a.meta == {"id": "x7"}
     assert [sample.annotations[0].turns[0].parts for sample in (a, b, c)] == [
         (Media(item=0), Text(text="What?")),
@@ -80,7 +80,7 @@ def test_preferences(tmp_path, picture):
     }
     for name, row in rows.items():
         _write(tmp_path / f"{name}.parquet", [row])
-    *samples, bad = records(HFMessages(folder=str(tmp_path)))
+    *samples, bad = iterate_records(HFMessages(folder=str(tmp_path)))
     for sample, blobs in samples:
         (annotation,) = sample.annotations
         assert annotation.turns[0].parts == (Media(item=0), Text(text="Is it?")) and blobs == [picture(1)]
@@ -97,10 +97,10 @@ def test_saved_datasets_are_read_without_decoding(tmp_path, picture, monkeypatch
     dataset.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "dict"))
     source = HFMessages(folder=str(tmp_path / "one"))
-    (first, blobs), bad, (last, _) = records(source)
+    (first, blobs), bad, (last, _) = iterate_records(source)
     assert source.parts == 2 and blobs == [picture(0)] and (first.key, last.key) == ("00000-00000000", "00000-00000002")
     assert isinstance(bad, BadSample) and "row 1: not a readable image" in str(bad)
-    assert next(records(HFMessages(folder=str(tmp_path / "dict"), subset="train"))) == (first, blobs)
+    assert next(iterate_records(HFMessages(folder=str(tmp_path / "dict"), subset="train"))) == (first, blobs)
     with pytest.raises(DataError, match="subset: got None; .* holds train"):
         HFMessages(folder=str(tmp_path / "dict"))
 
@@ -123,4 +123,4 @@ def test_damaged_pages_are_an_error_that_names_the_file(tmp_path, picture):
     data[4:64] = bytes([255]) * 60
     (tmp_path / "x.parquet").write_bytes(data)
     with pytest.raises(DataError, match="x.parquet: damaged: "):
-        list(records(source))
+        list(iterate_records(source))

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
-from data_pipelines.sources import records
+from data_pipelines.sources import iterate_records
 from data_pipelines.sources.img2dataset import Img2Dataset
 
 
@@ -72,7 +72,7 @@ def test_what_is_refused_costs_its_own_sample_alone(tmp_path, tar, picture):
         *_members("good2", image),
     ]  # fmt: skip
     tar(tmp_path / "00000.tar", members)
-    read = list(records(Img2Dataset(folder=str(tmp_path), columns=[])))
+    read = list(iterate_records(Img2Dataset(folder=str(tmp_path), columns=[])))
     assert [record[0].key for record in read if not isinstance(record, BadSample)] == ["good1", "good2"]
     assert [reason.removeprefix(f"{tmp_path}/00000.tar: ")[:44] for reason in _reasons(read)] == [
         "'pickled': member 'pkl' refused",
@@ -89,7 +89,9 @@ def test_links_are_not_followed(tmp_path, picture):
         link = tarfile.TarInfo("a.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         file.addfile(link)
-    assert _reasons(records(Img2Dataset(folder=str(tmp_path)))) == [f"{tmp_path}/00000.tar: 'a': member 'jpg' refused"]
+    assert _reasons(iterate_records(Img2Dataset(folder=str(tmp_path)))) == [
+        f"{tmp_path}/00000.tar: 'a': member 'jpg' refused"
+    ]
 
 
 @pytest.mark.parametrize(("member", "offset"), [("b.txt", 3), ("b.jpg", -512), ("b.jpg", -100)])
@@ -100,14 +102,14 @@ def test_a_cut_tar_keeps_what_came_before(tmp_path, tar, picture, member, offset
         cut = file.getmember(member).offset_data + offset
     os.truncate(tmp_path / "00000.tar", cut)
     tar(tmp_path / "00001.tar", _members("c", image))
-    read = list(records(Img2Dataset(folder=str(tmp_path))))
+    read = list(iterate_records(Img2Dataset(folder=str(tmp_path))))
     assert [record[0].key for record in read if not isinstance(record, BadSample)] == ["a", "c"]
     assert len(_reasons(read)) == 1 and "the rest of it is lost" in _reasons(read)[0]
 
 
 def test_missing_columns_are_named(tmp_path, tar, picture):
     tar(tmp_path / "00000.tar", _members("a", picture(1, "JPEG")))
-    (reason,) = _reasons(records(Img2Dataset(folder=str(tmp_path), columns=["clip_score"])))
+    (reason,) = _reasons(iterate_records(Img2Dataset(folder=str(tmp_path), columns=["clip_score"])))
     assert "'a': has no column clip_score; it has caption, url, similarity" in reason
 
 
@@ -128,13 +130,16 @@ def test_parquet_rows_and_their_failures(tmp_path, picture):
     image = picture(1, "JPEG")
     _parquet(tmp_path / "00000.parquet", image)
     options = {"folder": str(tmp_path), "format": "parquet", "columns": ["punsafe"]}
-    (first, blobs), failed, (last, _) = records(Img2Dataset(**options))
+    (first, blobs), failed, (last, _) = iterate_records(Img2Dataset(**options))
     assert first.meta == {"punsafe": 0.5} and blobs == [image] and first.key == "000000000"
     assert str(failed).endswith("'000000001': status 'failed_to_download': HTTP Error 404: Not Found")
     assert last.annotations[0].turns[1].text == "From txt." and last.meta == {"punsafe": None}
-    assert [sample.key for sample, _ in records(Img2Dataset(failed="drop", **options))] == ["000000000", "000000002"]
+    assert [sample.key for sample, _ in iterate_records(Img2Dataset(failed="drop", **options))] == [
+        "000000000",
+        "000000002",
+    ]
     with pytest.raises(DataError, match="has no column clip_score; it has .*'jpg'"):
-        list(records(Img2Dataset(**{**options, "columns": ["clip_score"]})))
+        list(iterate_records(Img2Dataset(**{**options, "columns": ["clip_score"]})))
 
 
 def test_files_give_what_tars_give(tmp_path, tar, picture):
@@ -143,8 +148,8 @@ def test_files_give_what_tars_give(tmp_path, tar, picture):
     (tmp_path / "files" / "00000").mkdir(parents=True)
     for name, data in [*members, ("000000002.npy", b"x")]:
         (tmp_path / "files" / "00000" / name).write_bytes(data)
-    *samples, refused = records(Img2Dataset(folder=str(tmp_path / "files"), format="files"))
-    assert samples == list(records(Img2Dataset(folder=str(tmp_path / "tars")))) and len(samples) == 2
+    *samples, refused = iterate_records(Img2Dataset(folder=str(tmp_path / "files"), format="files"))
+    assert samples == list(iterate_records(Img2Dataset(folder=str(tmp_path / "tars")))) and len(samples) == 2
     assert "'000000002': file '000000002.npy' refused" in str(refused)
 
 

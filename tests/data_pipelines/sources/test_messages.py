@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from data_pipelines.build import write
+from data_pipelines.build import write_shards
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
 from data_pipelines.shards.shard_set import ShardSet
@@ -167,6 +167,6 @@ def test_unusable_lines_stand_in_their_place(read, record, reason):
 
 def test_shards_hold_what_was_read(read, tmp_path):
     (record,) = read({"images": ["1.png"], "messages": _talk("What?", "yes"), "rejected": "no"})
-    write(Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path)), tmp_path / "out")
-    sample, blobs = ShardSet(tmp_path / "out").load(0)
+    write_shards(Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path)), tmp_path / "out")
+    sample, blobs = ShardSet(tmp_path / "out").load_sample(0)
     assert (sample.annotations, blobs) == (record[0].annotations, record[1])

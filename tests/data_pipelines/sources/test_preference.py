@@ -11,7 +11,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text
-from data_pipelines.sources.preference import RLHFV, PreferencePairs, changed
+from data_pipelines.sources.preference import RLHFV, PreferencePairs, find_changed_spans
 
 PAIR = {"question": "What is it?", "chosen": "A red cat, asleep.", "rejected": "A blue dog, asleep."}
 
@@ -44,8 +44,8 @@ def test_rlhf_v_parquet(tmp_path, picture):
 
 
 def test_changed_words():
-    assert changed("a b c", "a c") == ([(2, 3)], []) and changed("a", "b") == ([(0, 1)], [(0, 1)])
-    assert changed("One cat. Two.", "One cat, two!") == ([(7, 13)], [(7, 13)])
+    assert find_changed_spans("a b c", "a c") == ([(2, 3)], []) and find_changed_spans("a", "b") == ([(0, 1)], [(0, 1)])
+    assert find_changed_spans("One cat. Two.", "One cat, two!") == ([(7, 13)], [(7, 13)])
 
 
 def test_pairs_of_ones_own(tmp_path, picture):

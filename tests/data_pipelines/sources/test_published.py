@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines.build import QUARANTINE, main
 from data_pipelines.inspect import main as inspect
-from data_pipelines.lint import problems
+from data_pipelines.lint import find_problems
 from data_pipelines.shards.shard_set import ShardSet
 
 COUNTS = {  # samples, annotations
@@ -32,9 +32,11 @@ def test_published_sets_build_lint_and_show(name, options, published, tmp_path, 
     output = tmp_path / "set"
     arguments = [f"{key}={value}" for key, value in {**published(name), **options}.items()]
     assert main([f"source={name}", f"output={output}", *arguments]) == 0, capsys.readouterr().err
-    assert {problem.kind for problem in problems(output)} <= {"unknown licence"} and not (output / QUARANTINE).exists()
+    assert {problem.kind for problem in find_problems(output)} <= {"unknown licence"} and not (
+        output / QUARANTINE
+    ).exists()
     shards = ShardSet(output)
-    samples = [shards.load(i)[0] for i in range(len(shards))]
+    samples = [shards.load_sample(i)[0] for i in range(len(shards))]
     assert (len(samples), sum(len(sample.annotations) for sample in samples)) == COUNTS[name]
     assert {sample.source for sample in samples} == {name} and not any("skipped" in s.meta for s in samples)
     assert all(len(sample.meta["annotations"]) == len(sample.annotations) for sample in samples)

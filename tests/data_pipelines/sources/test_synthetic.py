@@ -155,5 +155,5 @@ def test_wrong_options(monkeypatch):
 
 def test_dice_are_fair_enough():
     dice = Dice("x")
-    counts = np.bincount([dice.below(6) for _ in range(1200)])
-    assert counts.min() > 150 and sorted(Dice("y").some(range(5), 5)) == list(range(5))
+    counts = np.bincount([dice.draw_below(6) for _ in range(1200)])
+    assert counts.min() > 150 and sorted(Dice("y").pick_some(range(5), 5)) == list(range(5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from vlm_train.build import make
+from vlm_train.build import instantiate_part
 from vlm_train.config.folders import config_dir
 from vlm_train.contracts.evaluator import TextMetric
 from vlm_train.errors import ConfigError
@@ -21,7 +21,7 @@ OPTIONS = sorted(path.stem for path in (config_dir() / "metric").glob("*.yaml"))
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_a_metric(option: str) -> None:
     """It returns the values that it declares, the best ones for the references themselves, and worse ones else."""
-    metric = make("metric", OmegaConf.load(config_dir() / "metric" / f"{option}.yaml"))
+    metric = instantiate_part("metric", OmegaConf.load(config_dir() / "metric" / f"{option}.yaml"))
     assert isinstance(metric, TextMetric)
     references = [["a cat", "one cat"], ["Stop"]]
     right, wrong = metric(["one cat", "Stop"], references), metric(["dogs", ""], references)

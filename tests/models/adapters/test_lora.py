@@ -13,7 +13,7 @@ from tests.support.tiny_models import assert_close
 from vlm_train.config.folders import config_dir
 from vlm_train.errors import ConfigError
 from vlm_train.export.merged import merged_state
-from vlm_train.models.adapters.lora import adapted, compact, hits, lora
+from vlm_train.models.adapters.lora import adapted_layers, compact_names, describe_adapters, lora
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
@@ -69,8 +69,8 @@ def test_a_match_outside_the_llm_is_an_error() -> None:
 
 def test_other_parts_are_adapted_when_named_but_for_layers_that_never_run() -> None:
     built = model()
-    assert lora(model=built, match=r"vision\..*\.q_proj", rank=2) == adapted(built)
-    assert adapted(built) == ["vision.model.encoder.layers.0.self_attn.q_proj"]  # the features are layer -2's
+    assert lora(model=built, match=r"vision\..*\.q_proj", rank=2) == adapted_layers(built)
+    assert adapted_layers(built) == ["vision.model.encoder.layers.0.self_attn.q_proj"]  # the features are layer -2's
     assert lora(model=model(), match=r"connector\..*", rank=2) == ["connector.layers.0", "connector.layers.2"]
 
 
@@ -83,7 +83,7 @@ def test_every_option_adapts_exactly_the_intended_layers(option: str, meta: bool
     with torch.device("meta" if meta else "cpu"):
         plain, built = model(64), model(64)  # NF4 packs blocks of 64
         names = instantiate(node(option), _partial_=True)(model=built)
-    assert sorted(names) == sorted(adapted(built)) == sorted(EXPECTED)
+    assert sorted(names) == sorted(adapted_layers(built)) == sorted(EXPECTED)
     before = {name for name, _ in plain.named_parameters()}
     after = {name for name, _ in built.named_parameters()}
     new = {name for name in after if ".lora_" in name}
@@ -136,13 +136,13 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
 
 def test_the_hit_list_is_short_and_complete() -> None:
     built = model()
-    assert hits(built) == []
+    assert describe_adapters(built) == []
     lora(model=built, rank=2)
-    (line,) = hits(built)
+    (line,) = describe_adapters(built)
     attention, mlp = "{q_proj,k_proj,v_proj,o_proj}", "{gate_proj,up_proj,down_proj}"
     layers = f"llm.model.model.layers.{{0-1}}.{{self_attn.{attention},mlp.{mlp}}}"
     assert line == f"peft: 14 linear layers adapted: {layers}"
-    assert compact(["a.0.q", "a.1.q", "a.2.q", "a.4.q", "b"]) == "{a.{0-2,4}.q,b}"
+    assert compact_names(["a.0.q", "a.1.q", "a.2.q", "a.4.q", "b"]) == "{a.{0-2,4}.q,b}"
 
 
 @pytest.mark.parametrize(("match", "message"), [(r"llm\.nothing", "matches no linear layer"), ("(", "regular expr")])

@@ -17,17 +17,23 @@ from tests.models.adapters.test_lora import EXPECTED, learn, logits
 from tests.support.small_run import command, make_data, train
 from tests.support.tiny_models import assert_close
 from tests.training.test_fit import assert_same_weights, metrics, stop_after
-from vlm_train.build import build, build_model
+from vlm_train.build import build_assembly, build_model
 from vlm_train.check import assets
-from vlm_train.check.check import check
-from vlm_train.checkpoint.weights import hand_over, load_run_weights, save_weights
-from vlm_train.config.compose import compose
+from vlm_train.check.check import check_config
+from vlm_train.checkpoint.weights import load_init_from, load_run_weights, save_weights
+from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import load_config
 from vlm_train.errors import CheckpointError, ConfigError
-from vlm_train.export.merged import merged_state, unquantised
-from vlm_train.models.adapters.lora import base_names, hits, lora, qlora
-from vlm_train.models.adapters.quantize import assign, dequantised, full_shape, quantised_layers, quantised_weights
-from vlm_train.models.precision import halve
+from vlm_train.export.merged import merged_state, unquantize_model
+from vlm_train.models.adapters.lora import base_names, describe_adapters, lora, qlora
+from vlm_train.models.adapters.quantize import (
+    assign_values,
+    dequantize_weight,
+    full_shape,
+    quantised_layers,
+    quantised_weights,
+)
+from vlm_train.models.precision import cast_to_bf16
 from vlm_train.runs.folder import RunFolder
 from vlm_train.training.params import apply_policy, freeze_eval
 
@@ -71,7 +77,9 @@ def test_only_the_asked_layers_are_quantised(bits: int) -> None:
     assert sorted(name for name, _ in quantised_layers(built)) == sorted(f"{name}.base_layer" for name in EXPECTED)
     packed = {name for name, p in built.named_parameters() if not p.is_floating_point()}
     assert packed == set(quantised_weights(built)) == {f"{name}.base_layer.weight" for name in EXPECTED}
-    assert hits(built)[1].startswith(f"peft: 14 linear layers in {bits} bits: llm.model.model.layers.{{0-1}}.")
+    assert describe_adapters(built)[1].startswith(
+        f"peft: 14 linear layers in {bits} bits: llm.model.model.layers.{{0-1}}."
+    )
     some = adapted(bits, quantise_match=r"llm\..*\.mlp\..*", match=r"llm\..*\.q_proj")
     assert {name.rsplit(".", 1)[1] for name, _ in quantised_layers(some)} == {"gate_proj", "up_proj", "down_proj"}
     with pytest.raises(ConfigError, match=r"peft.quantise_match: '.\*' also matches .* outside llm"):
@@ -94,7 +102,7 @@ def test_the_stored_numbers_are_near_the_weights_and_their_bytes_are_known(bits:
     built, plain = adapted(bits, double_quant=double_quant), model()
     layer = built.llm.layers[0].mlp.up_proj.base_layer
     exact = plain.llm.layers[0].mlp.up_proj.weight
-    error = (dequantised(layer) - exact).abs().max() / exact.abs().max()
+    error = (dequantize_weight(layer) - exact).abs().max() / exact.abs().max()
     assert (
         0 < error < (0.16 if bits == 4 else 0.004)
     )  # half of NF4's widest gap is 0.152 of a block's largest; int8: 1 / 254
@@ -154,7 +162,7 @@ def test_other_base_weights_are_quantised_like_the_first(bits: int) -> None:
     assert set(now.values()) == set(quantised_weights(built)) and set(now) < set(weights)
     for name, weight in weights.items():
         assert full_shape(built, now.get(name, name)) == weight.shape
-        assign(built, now.get(name, name), weight)
+        assign_values(built, now.get(name, name), weight)
     assert torch.equal(logits(built), logits(expected))
     assert same(stored(built), stored(expected))
 
@@ -165,13 +173,15 @@ def test_a_run_without_adapters_hands_its_weights_to_one_with(bits: int, tmp_pat
     learned = {name: p.detach() * 1.5 for name, p in earlier.named_parameters() if not name.startswith("vision")}
     save_weights(tmp_path / "checkpoints", learned, run_id="earlier")
     init_from = [SimpleNamespace(run=tmp_path, which="last", parts=["connector", "llm"])]
-    hand_over(built, init_from)
+    load_init_from(built, init_from)
     exact = learned["llm.model.model.layers.0.mlp.up_proj.weight"]
-    assert (dequantised(built.llm.layers[0].mlp.up_proj.base_layer) - exact).abs().max() < 0.16 * exact.abs().max()
+    assert (
+        dequantize_weight(built.llm.layers[0].mlp.up_proj.base_layer) - exact
+    ).abs().max() < 0.16 * exact.abs().max()
     assert torch.equal(built.connector.layers[0].weight, learned["connector.layers.0.weight"])
     save_weights(tmp_path / "checkpoints", {n: p for n, p in built.named_parameters() if "lora" in n}, run_id="adapted")
     with pytest.raises(CheckpointError, match="lora_A.default.weight: not in the model"):
-        hand_over(earlier, [SimpleNamespace(run=tmp_path, which="last", parts=["llm"])])
+        load_init_from(earlier, [SimpleNamespace(run=tmp_path, which="last", parts=["llm"])])
 
 
 @pytest.mark.parametrize("meta", [False, True], ids=["tiny", "meta"])
@@ -191,7 +201,7 @@ def test_counts_are_those_of_the_unquantised_model(bits: int, meta: bool) -> Non
 def test_16_bit_weights_leave_quantised_ones_alone() -> None:
     built = adapted()
     before = stored(built)
-    halve(built)
+    cast_to_bf16(built)
     assert same(before, stored(built))
     assert built.llm.model.get_input_embeddings().weight.dtype == torch.bfloat16
 
@@ -225,29 +235,31 @@ def test_sharding_of_quantised_weights_is_refused(strategy: str | None, named: s
     from vlm_train.check.parts import check_peft
 
     more = [] if strategy is None else [f"++strategy={strategy}"]
-    problems = list(check_peft(compose(["recipe=llava15_qlora", *more])))
+    problems = list(check_peft(compose_config(["recipe=llava15_qlora", *more])))
     assert [f"strategy: {named} cuts every weight into slices" in problem for problem in problems] == [True] * bool(
         named
     )
-    assert list(check_peft(compose(["recipe=llava15_lora", *more]))) == []
+    assert list(check_peft(compose_config(["recipe=llava15_lora", *more]))) == []
 
 
 def test_unknown_widths_and_a_missing_package_are_said_before_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"peft.bits: got 3. Allowed: 4, 8, or null"):
-        check(compose(["recipe=llava15_qlora", "peft.bits=3", "dry_run=true"]), need_assets=False)
+        check_config(compose_config(["recipe=llava15_qlora", "peft.bits=3", "dry_run=true"]), need_assets=False)
     with pytest.raises(ConfigError, match="peft.compute: expected"):
-        check(compose(["recipe=llava15_qlora", "peft.compute=int8", "dry_run=true"]), need_assets=False)
+        check_config(compose_config(["recipe=llava15_qlora", "peft.compute=int8", "dry_run=true"]), need_assets=False)
     with pytest.raises(ConfigError, match="peft.dora: peft 0.21 loses the scales of 8-bit weights"):
-        check(compose(["recipe=llava15_qlora", "peft.bits=8", "peft.dora=true", "dry_run=true"]), need_assets=False)
+        check_config(
+            compose_config(["recipe=llava15_qlora", "peft.bits=8", "peft.dora=true", "dry_run=true"]), need_assets=False
+        )
     with pytest.raises(ConfigError, match="q_proj has 16 inputs, and NF4 needs a multiple of 64"):
         qlora(model=test_lora.model(16))
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    missing = assets.missing_assets(compose(["recipe=easyvqa_lm", "peft=qlora"]))
+    missing = assets.missing_assets(compose_config(["recipe=easyvqa_lm", "peft=qlora"]))
     assert "peft.bits: 4-bit weights need bitsandbytes: pip install 'vlm-train[qlora]'." in missing
 
 
 def test_a_7b_is_predicted_at_half_a_byte_a_weight() -> None:
-    cfg = compose(["recipe=llava15_qlora"])
+    cfg = compose_config(["recipe=llava15_qlora"])
     marks = dict(quantised_layers(build_model(cfg, meta=True)))
     assert len(marks) == 32 * 7
     weights, bytes_ = sum(m.weights for m in marks.values()), sum(m.stored for m in marks.values())
@@ -286,9 +298,9 @@ def test_export_merges_into_a_fresh_base(data: Path, tmp_path: Path, capsys: pyt
     assert "peft: 14 linear layers adapted: llm" in said and "peft: 14 linear layers in 4 bits: llm" in said
     assert "adapters are merged into a fresh copy of the base" in said and "its logits equal the run's" in said
     cfg = load_config(RunFolder(run).config)
-    built = build(cfg)
+    built = build_assembly(cfg)
     load_run_weights(built.model, cfg.init_from, run)
-    merged = merged_state(unquantised(built).model)
+    merged = merged_state(unquantize_model(built).model)
     exported: dict[str, torch.Tensor] = {}
     for file in (run / "export").glob("*.safetensors"):
         exported |= load_file(file)
@@ -297,9 +309,9 @@ def test_export_merges_into_a_fresh_base(data: Path, tmp_path: Path, capsys: pyt
 
 
 def test_unquantised_keeps_what_was_learned() -> None:
-    built = build(compose(["recipe=llava15_qlora", "size=tiny", "init_from=[]", "peft.rank=2"]))
+    built = build_assembly(compose_config(["recipe=llava15_qlora", "size=tiny", "init_from=[]", "peft.rank=2"]))
     learn(built.model)
-    fresh = unquantised(built).model
+    fresh = unquantize_model(built).model
     assert not list(quantised_layers(fresh))
     for name, parameter in built.model.named_parameters():
         if name not in quantised_weights(built.model):

@@ -54,7 +54,7 @@ def test_the_best_patches_enter_as_they_are_in_their_order() -> None:
 
 @pytest.mark.parametrize(("budget", "patches", "count"), [(0.5, 257, 129), (64, 256, 64), (64, 16, 16), (0.01, 4, 1)])
 def test_the_budget_is_a_share_or_a_number(budget: float, patches: int, count: int) -> None:
-    assert PatchSelection(dim=4, budget=budget).count(patches) == count
+    assert PatchSelection(dim=4, budget=budget).count_selected(patches) == count
 
 
 def test_mass_decides_how_many_of_the_budget_count() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlm_train.models.layers.generate import Sampling, generate
+from vlm_train.models.layers.generate import Sampling, generate_tokens
 
 LOGITS = torch.log(torch.tensor([0.05, 0.5, 0.3, 0.15]))
 
@@ -13,7 +13,7 @@ def drawn(logits: torch.Tensor = LOGITS, rows: int = 4000, eos_ids=(), **samplin
     torch.manual_seed(0)
     ids = torch.zeros(rows, 1, dtype=torch.long)
     options = Sampling(**{"max_new_tokens": 1} | sampling)
-    return generate(lambda ids, real: logits.expand(len(ids), -1).clone(), ids, ids == 0, options, eos_ids)
+    return generate_tokens(lambda ids, real: logits.expand(len(ids), -1).clone(), ids, ids == 0, options, eos_ids)
 
 
 def test_nucleus_holds_the_fewest_likely_tokens() -> None:
@@ -40,7 +40,7 @@ def test_padding_is_not_repeated() -> None:
     ids, real = torch.tensor([[5, 0, 0], [0, 5, 6]]), torch.tensor([[True, False, False], [False, True, True]])
     logits = torch.tensor([1.0, 0.95, 0.0, 0.0, 0.0, 0.0, 0.0])
     options = Sampling(max_new_tokens=1, repetition_penalty=1.1)
-    assert generate(lambda *_: logits.expand(2, -1).clone(), ids, real, options, ()).tolist() == [[0], [0]]
+    assert generate_tokens(lambda *_: logits.expand(2, -1).clone(), ids, real, options, ()).tolist() == [[0], [0]]
 
 
 def test_rows_end_but_not_too_early() -> None:
@@ -50,7 +50,7 @@ def test_rows_end_but_not_too_early() -> None:
         return logits
 
     ids = torch.zeros(2, 1, dtype=torch.long)
-    found = generate(following, ids, ids == 0, Sampling(max_new_tokens=9), [3])
+    found = generate_tokens(following, ids, ids == 0, Sampling(max_new_tokens=9), [3])
     assert found.tolist() == [[3, 3, 3, 3], [2, 2, 2, 3]]
-    found = generate(following, ids, ids == 0, Sampling(max_new_tokens=9, min_new_tokens=2), [3])
+    found = generate_tokens(following, ids, ids == 0, Sampling(max_new_tokens=9, min_new_tokens=2), [3])
     assert found.tolist() == [[0, 0, 3, 3], [2, 2, 2, 3]]

@@ -17,13 +17,13 @@ from vlm_train.contracts.batch import Batch, MediaBatch
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.media import MediaInput
 from vlm_train.errors import ConfigError
-from vlm_train.models.adapters.lora import adapted, lora
+from vlm_train.models.adapters.lora import adapted_layers, lora
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.text_only import TextOnly, decode_stream, generate_from
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
 from vlm_train.models.layers.inserted_blocks import check_ownership
 from vlm_train.training.params import apply_policy
-from vlm_train.training.strategies.spread import units
+from vlm_train.training.strategies.spread import list_units
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 60}
@@ -176,7 +176,7 @@ def test_checkpointed_blocks_give_the_same_gradients(selective):
     for checkpointed in (False, True):
         model = gated_vlm()
         if checkpointed:
-            *layers, _ = units(model)
+            *layers, _ = list_units(model)
             assert {id(block) for block in model.blocks} <= {id(layer) for layer in layers}
             checkpoint_layers(layers, selective=selective)
         runs = []
@@ -237,7 +237,7 @@ def test_adapters_and_rules_of_the_llm_leave_blocks_alone():
     assert {name.split(".")[0] for name in policy.named} == {"blocks"}
     named = gated_vlm()
     lora(model=named, match=r"(llm|blocks)\..*")
-    assert any(name.startswith("blocks.0.") for name in adapted(named))
+    assert any(name.startswith("blocks.0.") for name in adapted_layers(named))
     model.logits(model(gated_batch())).sum().backward()  # adapted blocks are those that run
     named.logits(named(gated_batch())).sum().backward()
     assert named.blocks[0].query.lora_B["default"].weight.grad.any()
@@ -278,7 +278,7 @@ def test_layers_with_blocks_compile(checkpointed):
     batch, gradients = gated_batch(), []
     for compiled in (False, True):
         model = gated_vlm()
-        *layers, _ = units(model)
+        *layers, _ = list_units(model)
         if checkpointed:
             checkpoint_layers(layers)
         for layer in layers if compiled else ():

@@ -17,10 +17,10 @@ from tests.support.tiny_models import assert_close, llama_config, text_stream, t
 from vlm_train.contracts.batch import Batch, PackedSequences, SequenceMask, pack_sequences
 from vlm_train.contracts.layout import GridLayout, NoMedia
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.collate import Item, collate
+from vlm_train.data.collate import Item, collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
-from vlm_train.data.text.render import render
+from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.mlp import MLP
@@ -82,7 +82,7 @@ def items_of(model: PrefixVLM | TextOnly, samples: list[Sample]) -> list[Item]:
         layout = GridLayout(PLANS["vision"].grids, model.connector.token_grid)
     items = []
     for number, one in enumerate(samples):
-        rendered = render(one, QA, TOKENIZER, layout)
+        rendered = render_sample(one, QA, TOKENIZER, layout)
         views = [torch.randint(0, 256, (1, 3, 32, 32), generator=generator).byte().numpy() for _ in one.media]
         views = [Views(view, (Grid3(1, 2, 2),)) for view in views] if isinstance(model, PrefixVLM) else []
         shown = replace(rendered, key=f"s{number}", media=rendered.media if views else ())
@@ -98,7 +98,7 @@ def lay_out(rows: list[list[int]]) -> PackedSequences:
 
 
 def batch_of(items: list[Item], packs: tuple[tuple[int, ...], ...]) -> Batch:
-    return collate([[items[index] for index in row] for row in packs], PLANS)
+    return collate_rows([[items[index] for index in row] for row in packs], PLANS)
 
 
 def token_losses(model: PrefixVLM | TextOnly, batch: Batch) -> torch.Tensor:
@@ -234,7 +234,7 @@ def test_three_axes_equal_the_library(monkeypatch, attention):
     model = three_axes_model(monkeypatch, attention).eval()
     items = [with_three_axes(item) for item in items_of(model, SAMPLES)]
     for item in items:
-        batch = collate([[item]], PLANS)
+        batch = collate_rows([[item]], PLANS)
         stream = batch.text["llm"]
         assert stream.plain_causal and stream.positions.shape[0] == 3
         embeds = torch.randn(1, stream.ids.shape[1], model.llm.dim, generator=torch.Generator().manual_seed(0))

@@ -57,7 +57,7 @@ class Children:
         if lr in self.broken:
             raise launch.ChildError(f"fit of {folder.name} failed (exit code 1).\n    | TrainingError: loss is nan", 1)
         metrics = {"val_loss": abs(lr - 0.3), "loss": lr}
-        record.update(folder, status="done", metrics=metrics)
+        record.update_record(folder, status="done", metrics=metrics)
         return metrics
 
 
@@ -68,7 +68,9 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Children:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vlm_train.check.check.missing_assets", lambda *_: [])
     monkeypatch.setattr("vlm_train.runs.schedule.missing_assets", lambda *_: [])
-    monkeypatch.setattr("vlm_train.config.origins.origins", lambda *_: {})  # they take longer than everything else here
+    monkeypatch.setattr(
+        "vlm_train.config.origins.find_origins", lambda *_: {}
+    )  # they take longer than everything else here
     stub = Children()
     monkeypatch.setattr(launch, "run_child", stub)
     return stub
@@ -80,7 +82,7 @@ def the_sweep() -> Path:
 
 
 def statuses() -> dict[str, str]:
-    return {job.value("optim.lr"): job.status for job in records.read(the_sweep()).jobs}
+    return {job.value_of("optim.lr"): job.status for job in records.read_sweep(the_sweep()).jobs}
 
 
 def test_a_failed_job_stops_no_other_and_alone_runs_again(
@@ -226,7 +228,7 @@ def test_a_schedule_can_be_swept(
     children.broken = set()
     assert cli.main(sweep) == 0
     assert children.started[3:] == [0.1, 0.1]
-    assert all(Path(job.run, "schedule.json").is_file() for job in records.read(the_sweep()).jobs)
+    assert all(Path(job.run, "schedule.json").is_file() for job in records.read_sweep(the_sweep()).jobs)
     assert "Job 1 was already done (optim.lr=0.2)" in capsys.readouterr().out
 
 
@@ -293,4 +295,4 @@ def test_commands_of_the_page_work(line: str, children: Children, monkeypatch: p
         words.append("hydra.sweeper.n_trials=2")
     here = [word for word in words[3:] if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
     assert cli.main(here) == 0
-    assert len(records.read(the_sweep()).jobs) >= 2
+    assert len(records.read_sweep(the_sweep()).jobs) >= 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.small_run import command, make_data
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.config.run_identity import run_dir
 from vlm_train.runs import record
 from vlm_train.runs.sweep import records
@@ -62,19 +62,19 @@ def test_one_failing_job_of_three_on_two_processes_each(launcher: str, data: Pat
         pytest.importorskip(launcher)
     common = overrides(data, tmp_path, "launch.devices=2")
     line = [*common, "trainer.max_steps=2", "seed=1,2,3", *LAUNCHERS[launcher]]
-    runs = [run_dir(compose([*common, "trainer.max_steps=2", f"seed={seed}"])) for seed in (1, 2, 3)]
+    runs = [run_dir(compose_config([*common, "trainer.max_steps=2", f"seed={seed}"])) for seed in (1, 2, 3)]
     runs[1].mkdir(parents=True)
     (runs[1] / "checkpoints").write_text("in the way of the second job's checkpoints")
 
     code, out, err = sweep(*line)
     assert code == 1, out + err
-    assert [record.read(run)["status"] for run in runs] == ["done", "failed", "done"]
+    assert [record.read_record(run)["status"] for run in runs] == ["done", "failed", "done"]
     assert "Job 1 failed (seed=2):" in err and f"{runs[1]}/output.log" in err and "1 of 3 jobs are not done" in err
     assert "Traceback (most recent" not in err
     folders = {path.name for path in tmp_path.iterdir()}
     (folder,) = tmp_path.glob("sweep-*")
     assert folders == {folder.name, *(run.name for run in runs)}, "a process of a job started something of its own"
-    assert [job.status for job in records.read(folder).jobs] == ["done", "failed", "done"]
+    assert [job.status for job in records.read_sweep(folder).jobs] == ["done", "failed", "done"]
 
     (runs[1] / "checkpoints").unlink()
     before = [(run / "run.json").read_bytes() for run in runs]
@@ -83,7 +83,7 @@ def test_one_failing_job_of_three_on_two_processes_each(launcher: str, data: Pat
     after = [(run / "run.json").read_bytes() for run in runs]
     assert [old == new for old, new in zip(before, after)] == [True, False, True], "only the failed job runs again"
     assert out.count("was already done") == 2 and out.count("is done after") == 1
-    assert [job.status for job in records.read(folder).jobs] == ["done"] * 3
+    assert [job.status for job in records.read_sweep(folder).jobs] == ["done"] * 3
     page = (folder / "sweep.html").read_text(encoding="utf-8")
     assert all(f"../{run.name}/report.html" in page for run in runs)
 
@@ -95,8 +95,8 @@ def test_optuna_with_joblib(data: Path, tmp_path: Path) -> None:
     code, out, err = sweep(*line)
     assert code == 0, out + err
     (folder,) = tmp_path.glob("sweep-*")
-    found = records.read(folder)
-    best = found.score(found.ranked()[0])
+    found = records.read_sweep(folder)
+    best = found.score_of(found.rank_jobs()[0])
     assert len(found.jobs) == 2
     assert f"best_value: {best}" in (folder / "optimization_results.yaml").read_text()
     code, out, err = sweep(*line)
@@ -122,8 +122,8 @@ def test_ctrl_c_saves_what_runs_and_starts_no_other(launcher: str, data: Path, t
         raise
     assert process.returncode == 130, out + err
     started = [path.parent for path in tmp_path.glob("*/run.json")]
-    assert [record.read(run)["status"] for run in started] == ["interrupted"] * running
+    assert [record.read_record(run)["status"] for run in started] == ["interrupted"] * running
     assert all(any((run / "checkpoints").glob("step-*")) for run in started), "nothing was saved"
     (folder,) = tmp_path.glob("sweep-*")
-    assert {job.status for job in records.read(folder).jobs} == {"interrupted"}
+    assert {job.status for job in records.read_sweep(folder).jobs} == {"interrupted"}
     assert "Interrupted: SIGINT" in err and "Traceback" not in err

@@ -12,7 +12,7 @@ from PIL import Image
 from data_pipelines.shards.shard_set import ShardSet
 from tests.loggers.test_loggers import crash, tensorboard_of
 from tests.support.small_run import command, make_data, train
-from vlm_train.build import build
+from vlm_train.build import build_assembly
 from vlm_train.checkpoint.weights import load_run_weights
 from vlm_train.config.run_file import load_config
 from vlm_train.errors import ConfigError
@@ -36,13 +36,13 @@ def test_answers_are_the_models_and_pictures_what_it_sees(data: Path, tmp_path: 
     assert [row["question"] for row in rows] == ["Which number is 0?", "Which number is 2?"]
     assert rows[1]["reference"] == "shape shape shape 2"
     cfg = load_config(run / "config.yaml")
-    built = build(cfg)
+    built = build_assembly(cfg)
     load_run_weights(built.model, [], run)
     evaluator = QuestionAnswering(shards=str(data / "tiny/val"), max_new_tokens=6)
     evaluator.run(built.model, built.processor, tmp_path / "eval", final=True)
     found = [json.loads(line) for line in (tmp_path / "eval/predictions.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in rows] == [found[number]["prediction"] for number in (0, 2)]
-    _, (blob,) = ShardSet(data / "tiny/val").load(2)
+    _, (blob,) = ShardSet(data / "tiny/val").load_sample(2)
     seen = np.asarray(Image.open(run / "predictions" / rows[1]["image"]))
     assert np.array_equal(seen, built.processor.images["vision"](blob).values[0].transpose(1, 2, 0))
     events = tensorboard_of(run)

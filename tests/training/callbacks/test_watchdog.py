@@ -14,7 +14,7 @@ from tests.support import ranks
 from tests.support.faults import OVERRIDES
 from tests.support.small_run import command, make_data
 from vlm_train.training.callbacks import watchdog
-from vlm_train.training.callbacks.watchdog import EVALUATION, FIRST, Watchdog, mark
+from vlm_train.training.callbacks.watchdog import EVALUATION, FIRST, Watchdog, begin_phase
 
 
 class Ended(Exception):
@@ -39,7 +39,7 @@ def look(dog: Watchdog, times: int) -> None:
             self.left -= 1
             return self.left < 0
 
-    dog._watch(Looks())
+    dog._watch_progress(Looks())
 
 
 def looks_until_end(dog: Watchdog) -> int:
@@ -82,14 +82,14 @@ def test_whatever_is_finished_counts(dog: Watchdog, hook: str) -> None:
 
 
 def test_the_first_step_may_take_longer(dog: Watchdog) -> None:
-    dog.mark("start")
+    dog.begin_phase("start")
     dog.on_train_batch_start()
     assert looks_until_end(dog) == 20 * FIRST + 1
 
 
 def test_an_evaluation_may_last_also_for_those_that_wait_for_it(dog: Watchdog) -> None:
     dog.on_train_batch_end()
-    mark(dog.trainer, EVALUATION)  # type: ignore[arg-type]
+    begin_phase(dog.trainer, EVALUATION)  # type: ignore[arg-type]
     assert looks_until_end(dog) == 0
     dog.on_train_batch_start()  # a rank that does not evaluate waits within its next step
     assert looks_until_end(dog) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlm_train.training.strategies.spread import keep_buffers, spread, units
+from vlm_train.training.strategies.spread import broadcast_weights, keep_buffers, list_units
 
 
 class Part(nn.Module):
@@ -35,9 +35,9 @@ def test_one_group_is_whole_at_a_time() -> None:
         for parameter in unit.parameters():  # as shards of nothing
             torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="meta")))
 
-    groups = units(model)
+    groups = list_units(model)
     assert [type(one) for one in groups] == [nn.Linear] * 4 + [Model]
-    spread(model, groups, torch.device("cpu"), split)
+    broadcast_weights(model, groups, torch.device("cpu"), split)
     assert whole == [72, 72, 72, 72, 8 * 4 + 4 + 4]  # a layer each, then the head, its bias and the tied one's
     assert not model.llm.inv_freq.is_meta
     assert model.tied.weight is model.llm.head.weight

@@ -22,7 +22,7 @@ BILINEAR = Image.Resampling.BILINEAR
 Distort = Callable[[Image.Image, float], Image.Image]
 
 
-def _warped(image: Image.Image, x: Sequence[float], y: Sequence[float]) -> Image.Image:
+def _warp_image(image: Image.Image, x: Sequence[float], y: Sequence[float]) -> Image.Image:
     """Every pixel from the place that x = `(a, b, c)`, a column + b row + c, and y give."""
     return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), BILINEAR, fillcolor=GREY)
 
@@ -33,16 +33,16 @@ DISTORTIONS: dict[str, tuple[Distort, float, bool]] = {
     "equalize": (lambda image, _: ImageOps.equalize(image), 0, False),
     "brightness": (lambda image, by: ImageEnhance.Brightness(image).enhance(0.1 + by), 1.8, False),
     "sharpness": (lambda image, by: ImageEnhance.Sharpness(image).enhance(0.1 + by), 1.8, False),
-    "shear_x": (lambda image, by: _warped(image, (1, by, 0), (0, 1, 0)), 0.3, True),
-    "shear_y": (lambda image, by: _warped(image, (1, 0, 0), (by, 1, 0)), 0.3, True),
-    "translate_x": (lambda image, by: _warped(image, (1, 0, by), (0, 1, 0)), 10, True),
-    "translate_y": (lambda image, by: _warped(image, (1, 0, 0), (0, 1, by)), 10, True),
+    "shear_x": (lambda image, by: _warp_image(image, (1, by, 0), (0, 1, 0)), 0.3, True),
+    "shear_y": (lambda image, by: _warp_image(image, (1, 0, 0), (by, 1, 0)), 0.3, True),
+    "translate_x": (lambda image, by: _warp_image(image, (1, 0, by), (0, 1, 0)), 10, True),
+    "translate_y": (lambda image, by: _warp_image(image, (1, 0, 0), (0, 1, by)), 10, True),
     "rotate": (lambda image, by: image.rotate(by, BILINEAR, fillcolor=GREY), 30, True),
 }
 """Name -> how, its amount at the strongest level (factors; shares; pixels; degrees), and whether that has a sign."""
 
 
-def draw(count: int, level: float, generator: np.random.Generator) -> list[tuple[str, float]]:
+def draw_distortions(count: int, level: float, generator: np.random.Generator) -> list[tuple[str, float]]:
     """`count` distortions with their amounts, of which each is left out with probability 0.5."""
     names = list(DISTORTIONS)
     chosen = []
@@ -54,7 +54,7 @@ def draw(count: int, level: float, generator: np.random.Generator) -> list[tuple
     return chosen
 
 
-def distorted(image: Image.Image, drawn: Sequence[tuple[str, float]]) -> Image.Image:
+def distort_image(image: Image.Image, drawn: Sequence[tuple[str, float]]) -> Image.Image:
     """An RGB image after what `draw` gave, in its order; of the same size."""
     for name, amount in drawn:
         image = DISTORTIONS[name][0](image, amount)

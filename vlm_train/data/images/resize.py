@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 def resized_part(image: Image.Image, size: Size, corner: Size, part: Size) -> Image.Image:
     """What `image.resize(size, BICUBIC).crop(...)` gives for the `part` (width, height) at `corner` (left, top)."""
-    if (box := _box(image.size, size, corner, part)) is not None:
+    if (box := _crop_box(image.size, size, corner, part)) is not None:
         return image.resize(part, Image.Resampling.BICUBIC, box=box)
     return _resized_then_cropped(image, size, corner, part)
 
@@ -33,9 +33,9 @@ def _resized_then_cropped(image: Image.Image, size: Size, corner: Size, part: Si
 
 
 @lru_cache(maxsize=4096)
-def _box(source: Size, size: Size, corner: Size, part: Size) -> tuple[float, float, float, float] | None:
+def _crop_box(source: Size, size: Size, corner: Size, part: Size) -> tuple[float, float, float, float] | None:
     """The part's place in an image of `source` pixels; None if that box gives other pixels or saves nothing."""
-    columns, rows = (_span(*axis) for axis in zip(source, size, corner, part, strict=True))
+    columns, rows = (_source_span(*axis) for axis in zip(source, size, corner, part, strict=True))
     if columns is None or rows is None or size == part:
         return None
     box = columns[0], rows[0], columns[1], rows[1]
@@ -44,7 +44,7 @@ def _box(source: Size, size: Size, corner: Size, part: Size) -> tuple[float, flo
     return box if cut.tobytes() == whole.tobytes() else None
 
 
-def _span(source: int, target: int, start: int, count: int) -> tuple[float, float] | None:
+def _source_span(source: int, target: int, start: int, count: int) -> tuple[float, float] | None:
     """Where pixels `start` to `start + count` of `target` lie in `source`; None if a box may give other pixels."""
     span = start * source / target, (start + count) * source / target
     if (start, count) == (0, target):
@@ -55,12 +55,12 @@ def _span(source: int, target: int, start: int, count: int) -> tuple[float, floa
     reach = max(scale, 1.0)
     centres = (np.arange(start, start + count) + 0.5)[:, None] * scale
     taps = np.floor(centres - 2 * reach) + np.arange(int(4 * reach) + 3)
-    weights = np.where((taps >= 0) & (taps < source), _bicubic((taps + 0.5 - centres) / reach), 0.0)
+    weights = np.where((taps >= 0) & (taps < source), _bicubic_weight((taps + 0.5 - centres) / reach), 0.0)
     exact = weights / weights.sum(axis=1, keepdims=True) * 2**BITS
     return span if np.abs(exact - np.floor(exact) - 0.5).min() > NOISE else None
 
 
-def _bicubic(distance: np.ndarray) -> np.ndarray:
+def _bicubic_weight(distance: np.ndarray) -> np.ndarray:
     x = np.abs(distance)
     near, far = (1.5 * x - 2.5) * x * x + 1.0, -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0)
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))

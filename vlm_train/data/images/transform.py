@@ -21,7 +21,7 @@ from data_pipelines.media.video import video_extension
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
-from vlm_train.data.images.rand_augment import LEVELS, distorted, draw
+from vlm_train.data.images.rand_augment import LEVELS, distort_image, draw_distortions
 from vlm_train.data.images.resize import resized_part
 from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
@@ -111,25 +111,29 @@ class ImageTransform:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         area = self.area if generator is not None else None
         if video_extension(data) is None:
-            pictures = [self._decoded(data, where, whole=area is not None)]
+            pictures = [self._decode_image(data, where, whole=area is not None)]
         else:
             frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
-            pictures = [(frame, self._resized(*frame.size)) for frame in frames]
+            pictures = [(frame, self._resized_size(*frame.size)) for frame in frames]
         mirror = self.flip and generator is not None and generator.random() < 0.5
         part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
-        drawn = draw(self.augment[0], self.augment[1], generator) if self.augment and generator is not None else []
-        views = [self._view(image, resized, mirror, part, drawn) for image, resized in pictures]
+        drawn = (
+            draw_distortions(self.augment[0], self.augment[1], generator)
+            if self.augment and generator is not None
+            else []
+        )
+        views = [self._make_view(image, resized, mirror, part, drawn) for image, resized in pictures]
         return Views(np.stack(views) if len(views) > 1 else views[0][None], self._grids(len(views)))
 
-    def _decoded(self, data: bytes, where: str, *, whole: bool) -> tuple[Image.Image, tuple[int, int]]:
+    def _decode_image(self, data: bytes, where: str, *, whole: bool) -> tuple[Image.Image, tuple[int, int]]:
         """An image in RGB, and the size that it is resized to; `whole`: with all its pixels."""
-        with _opened(data, where) as file:
-            resized = self._resized(*file.size)
+        with _open_image(data, where) as file:
+            resized = self._resized_size(*file.size)
             if self.draft and not whole:
                 file.draft("RGB", resized)  # does nothing to other formats than JPEG
-            return _rgb(file), resized
+            return _to_rgb(file), resized
 
-    def _view(
+    def _make_view(
         self,
         image: Image.Image,
         resized: tuple[int, int],
@@ -150,11 +154,11 @@ class ImageTransform:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = distorted(image, drawn)
+        image = distort_image(image, drawn)
         planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")
         return np.frombuffer(planes, np.uint8).reshape(3, *image.size[::-1])
 
-    def _resized(self, w: int, h: int) -> tuple[int, int]:
+    def _resized_size(self, w: int, h: int) -> tuple[int, int]:
         """Width and height that the resize makes of an image of `w` x `h` pixels: before the crop, without padding."""
         height, width = self.size
         if self.mode == "crop":  # rounded as the CLIP processor rounds
@@ -183,12 +187,12 @@ def random_part(size: tuple[int, int], area: Sequence[float], generator: np.rand
 
 def decode_rgb(data: bytes, where: str = "image") -> Image.Image:
     """Decode an image file to RGB. Raises `BadSample` if it is corrupt, truncated, too large or of another format."""
-    with _opened(data, where) as file:
-        return _rgb(file)
+    with _open_image(data, where) as file:
+        return _to_rgb(file)
 
 
 @contextmanager
-def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
+def _open_image(data: bytes, where: str) -> Iterator[Image.Image]:
     """The image file, its pixels still encoded. What goes wrong inside the block is a `BadSample`."""
     try:
         with warnings.catch_warnings():
@@ -198,7 +202,7 @@ def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
         raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
 
 
-def _rgb(file: Image.Image) -> Image.Image:
+def _to_rgb(file: Image.Image) -> Image.Image:
     file.load()
     return file if file.mode == "RGB" else file.convert("RGB")  # `convert` copies even what is RGB already
 

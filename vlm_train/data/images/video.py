@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipelines.errors import BadSample
-from data_pipelines.media.video import frames_at, read_frames, read_video_header, spread
+from data_pipelines.media.video import frames_at, read_frames, read_video_header, spread_frames
 
 MAX_DECODED = 2**29
 """Most pixels of all decoded frames together (1.5 GB as RGB)."""
@@ -35,7 +35,7 @@ def decode_frames(
         raise ValueError(f"decode_frames: count={count}, times={times}; give one of the two")
     try:
         header = read_video_header(data)
-        numbers = spread(header.frames, count) if count is not None else frames_at(data, times or ())
+        numbers = spread_frames(header.frames, count) if count is not None else frames_at(data, times or ())
         if len(numbers) * header.width * header.height > MAX_DECODED:
             raise BadSample(
                 f"{len(numbers)} frames of {header.width} x {header.height} pixels; "

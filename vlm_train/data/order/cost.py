@@ -38,7 +38,7 @@ def cost_of(model: Any) -> Cost:
     llm = getattr(model, "llm", None)
     if llm is None:
         return Cost()
-    passes = 3.0 if _trains(llm) else 2.0
+    passes = 3.0 if _is_trained(llm) else 2.0
     embedding = llm.base_vocab_size * llm.dim
     token = passes * 2.0 * max(sum(p.numel() for p in llm.parameters()) - embedding, 1)
     pair = passes * 2.0 * len(llm.layers) * llm.dim
@@ -50,8 +50,8 @@ def cost_of(model: Any) -> Cost:
 
 def _flops_of_patch(encoder: nn.Module) -> float:
     """Of one patch in one vision encoder, without attention."""
-    return (3.0 if _trains(encoder) else 1.0) * 2.0 * sum(p.numel() for p in encoder.parameters())
+    return (3.0 if _is_trained(encoder) else 1.0) * 2.0 * sum(p.numel() for p in encoder.parameters())
 
 
-def _trains(module: nn.Module) -> bool:
+def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())

@@ -52,7 +52,7 @@ class Lengths:
     tokens: NDArray[np.int32]
     patches: NDArray[np.int32]
 
-    def of(self, first: int, stop: int) -> Lengths:
+    def slice_samples(self, first: int, stop: int) -> Lengths:
         """Those of samples `first` to `stop`."""
         part = slice(*np.searchsorted(self.samples, [first, stop]))
         return Lengths(*(getattr(self, field.name)[part] for field in fields(self)))
@@ -67,40 +67,49 @@ def cached_lengths(name: str, count: int, key: str, measure: Measure, cache: Pat
         measure: number of a sample -> tokens and patches of its pieces. Raises `BadSample` where it has none.
     """
     path = cache / f"{key[:24]}.npz"
-    if (found := _read(path, count)) is not None:
+    if (found := _read_file(path, count)) is not None:
         return found
-    with _locked(path.with_suffix(".lock")):
-        if (found := _read(path, count)) is None:
+    with _hold_lock(path.with_suffix(".lock")):
+        if (found := _read_file(path, count)) is None:
             found = _measure_all(name, count, measure, workers)
-            _write(path, found)
+            _write_file(path, found)
     return found
 
 
-def fingerprint(*things: Any) -> str:
+def hash_content(*things: Any) -> str:
     """Hash of plain data, dataclasses, functions (by name) and objects (by their attributes)."""
-    return hashlib.sha256(json.dumps([VERSION, *map(_describe, things)], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, *map(_describe_content, things)], sort_keys=True).encode()).hexdigest()
 
 
-def _describe(thing: Any) -> Any:
+def _describe_content(thing: Any) -> Any:
     if thing is None or isinstance(thing, (bool, int, float, str)):
         return thing
     if isinstance(thing, dict):
-        return {str(key): _describe(value) for key, value in thing.items()}
+        return {str(key): _describe_content(value) for key, value in thing.items()}
     if isinstance(thing, (list, tuple)):
-        return [_describe(value) for value in thing]
+        return [_describe_content(value) for value in thing]
     if isinstance(thing, partial):
-        return [_describe(thing.func), _describe(thing.args), _describe(thing.keywords)]
+        return [_describe_content(thing.func), _describe_content(thing.args), _describe_content(thing.keywords)]
     if hasattr(thing, "backend_tokenizer"):
         backend = hashlib.sha256(thing.backend_tokenizer.to_str().encode()).hexdigest()
-        return [backend, _describe(thing.special_tokens_map), thing.all_special_tokens, _describe(thing.chat_template)]
+        return [
+            backend,
+            _describe_content(thing.special_tokens_map),
+            thing.all_special_tokens,
+            _describe_content(thing.chat_template),
+        ]
     if hasattr(thing, "__qualname__"):
         bound = getattr(thing, "__self__", None)  # of a method; built-in functions are bound to their module
-        return [thing.__module__, thing.__qualname__, None if isinstance(bound, ModuleType) else _describe(bound)]
+        return [
+            thing.__module__,
+            thing.__qualname__,
+            None if isinstance(bound, ModuleType) else _describe_content(bound),
+        ]
     values = {f.name: getattr(thing, f.name) for f in fields(thing)} if is_dataclass(thing) else vars(thing)
-    return [type(thing).__module__, type(thing).__qualname__, _describe(values)]
+    return [type(thing).__module__, type(thing).__qualname__, _describe_content(values)]
 
 
-def _read(path: Path, count: int) -> Lengths | None:
+def _read_file(path: Path, count: int) -> Lengths | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             lengths = Lengths(*(file[field.name] for field in fields(Lengths)))
@@ -110,29 +119,29 @@ def _read(path: Path, count: int) -> Lengths | None:
     return lengths if whole == 1 else None
 
 
-def _write(path: Path, lengths: Lengths) -> None:
+def _write_file(path: Path, lengths: Lengths) -> None:
     partial_path = path.with_suffix(f".{os.getpid()}.partial.npz")
     try:
         np.savez(partial_path, allow_pickle=False, **{f.name: getattr(lengths, f.name) for f in fields(lengths)})
         partial_path.rename(path)
     except OSError as error:
-        raise _unusable(path, error) from error
+        raise _cache_error(path, error) from error
     finally:
         partial_path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _hold_lock(path: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(path, fallback_to_soft=False))
         except OSError as error:  # some network file systems have no locks
-            raise _unusable(path, error) from error
+            raise _cache_error(path, error) from error
         yield
 
 
-def _unusable(path: Path, error: OSError) -> DataError:
+def _cache_error(path: Path, error: OSError) -> DataError:
     return DataError(
         f"data.cache: {path} cannot be written: {error.strerror or error}. Measured lengths are kept there: make room, "
         "or name a folder that can be written and locked."
@@ -143,7 +152,7 @@ def _measure_all(name: str, count: int, measure: Measure, workers: int) -> Lengt
     chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
     found = [np.zeros((0, 4), np.int32)]
     said = time.monotonic()
-    for chunk, rows in zip(chunks, _results(measure, chunks, count, workers)):
+    for chunk, rows in zip(chunks, _measure_chunks(measure, chunks, count, workers)):
         found.append(rows)
         if time.monotonic() - said > PROGRESS_SECONDS:
             said = time.monotonic()
@@ -151,16 +160,16 @@ def _measure_all(name: str, count: int, measure: Measure, workers: int) -> Lengt
     return Lengths(*np.concatenate(found).T.copy())
 
 
-def _results(measure: Measure, chunks: list[range], count: int, workers: int) -> Iterator[NDArray[np.int32]]:
+def _measure_chunks(measure: Measure, chunks: list[range], count: int, workers: int) -> Iterator[NDArray[np.int32]]:
     if workers < 2 or count < FEW:
         yield from (_measure_chunk(chunk, measure) for chunk in chunks)
         return
     fork = multiprocessing.get_context("fork")  # inherits `measure`, which may hold what cannot be pickled
-    with ProcessPoolExecutor(workers, fork, initializer=_inherit, initargs=(measure,)) as pool:
+    with ProcessPoolExecutor(workers, fork, initializer=_set_measure, initargs=(measure,)) as pool:
         yield from pool.map(_measure_chunk, chunks)
 
 
-def _inherit(measure: Measure) -> None:
+def _set_measure(measure: Measure) -> None:
     global _measure
     _measure = measure
 

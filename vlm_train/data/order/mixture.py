@@ -85,7 +85,7 @@ class Mixture:
     pool: int = 16
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check_mixture(self)
 
     @property
     def samples(self) -> int:
@@ -95,23 +95,23 @@ class Mixture:
     @cached_property
     def quotas(self) -> NDArray[np.int64]:
         """Draws from every source in a block `[S]`; not for `concat` without fixed shares, whose blocks cut a pass."""
-        return apportion(self.shares, max(self.block, len(self.sources)))
+        return apportion_shares(self.shares, max(self.block, len(self.sources)))
 
     @cached_property
     def shares(self) -> list[float]:
         """The share of every source in all draws."""
         fixed = sum(source.share or 0.0 for source in self.sources)
-        raw = [0.0 if source.share is not None else self._weight(source) for source in self.sources]
+        raw = [0.0 if source.share is not None else self._weight_of(source) for source in self.sources]
         free = (1.0 - fixed) / sum(raw) if any(raw) else 0.0
         return [w * free if s.share is None else s.share for s, w in zip(self.sources, raw, strict=True)]
 
-    def draw(self, position: int) -> Address:
+    def draw_sample(self, position: int) -> Address:
         """The sample at a position."""
-        which, nth = self._source(position) if len(self.sources) > 1 else (0, position)
+        which, nth = self._locate_source(position) if len(self.sources) > 1 else (0, position)
         epoch, place = divmod(nth, self.sources[which].size)
-        return Address(self._starts[which] + self._order(which, epoch)(place), epoch)
+        return Address(self._starts[which] + self._order_pass(which, epoch)(place), epoch)
 
-    def _weight(self, source: Share) -> float:
+    def _weight_of(self, source: Share) -> float:
         match self.rule:
             case "concat":
                 return float(source.draws)
@@ -140,13 +140,13 @@ class Mixture:
         blocks = -(-int(draws.sum()) // self.block) if self.shuffle == "shards" else 1
         return np.arange(blocks + 1)[:, None] * draws // blocks
 
-    def _source(self, position: int) -> tuple[int, int]:
+    def _locate_source(self, position: int) -> tuple[int, int]:
         """The source that a position draws from, and how many draws from that source come before it."""
         cuts, starts = self._cuts, self._cut_starts
         period, place = divmod(position, int(starts[-1]))
         block = int(np.searchsorted(starts, place, side="right")) - 1
         number = (0 if self.shuffle == "none" else period) * (len(cuts) - 1) + block
-        sources, nths = self._kept(("block", number), self._mix)
+        sources, nths = self._cached_value(("block", number), self._mix_block)
         slot = place - int(starts[block])
         which = int(sources[slot])
         return which, period * int(cuts[-1, which]) + int(cuts[block, which]) + int(nths[slot])
@@ -155,7 +155,7 @@ class Mixture:
     def _cut_starts(self) -> NDArray[np.int64]:
         return self._cuts.sum(axis=1)
 
-    def _mix(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _mix_block(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """For every slot of a block: its source, and how many slots of that source come before it in the block."""
         block = number % (len(self._cuts) - 1)
         quotas = self._cuts[block + 1] - self._cuts[block]
@@ -166,20 +166,20 @@ class Mixture:
         nths[np.argsort(sources, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
         return sources, nths
 
-    def _order(self, which: int, epoch: int) -> Callable[[int], int]:
+    def _order_pass(self, which: int, epoch: int) -> Callable[[int], int]:
         """The order of one pass over a source."""
         if self.shuffle == "none":
             return int
-        return self._kept(("order", which, epoch), self._pass)
+        return self._cached_value(("order", which, epoch), self._shuffle_pass)
 
-    def _pass(self, which: int, epoch: int) -> Callable[[int], int]:
+    def _shuffle_pass(self, which: int, epoch: int) -> Callable[[int], int]:
         source, seed = self.sources[which], derive_seed(self.seed, "order", *([which] if which else []), epoch)
         if self.shuffle == "shards":
             return _Pools(seed, source.shards, source.size, self.pool)
         order = np.random.default_rng(seed).permutation(source.size)
         return lambda place: int(order[place])
 
-    def _kept(self, key: tuple[Any, ...], make: Callable[..., Any]) -> Any:
+    def _cached_value(self, key: tuple[Any, ...], make: Callable[..., Any]) -> Any:
         """What `make(*key[1:])` made before; of every kind, the two of the highest number are kept."""
         cache = self._cache
         if key not in cache:
@@ -205,29 +205,29 @@ class _Pools:
         self.starts = np.asarray(starts)
         self.lengths = np.diff([*starts, size])
         self.order = np.random.default_rng(derive_seed(seed, "shards")).permutation(len(starts))
-        self.ends = np.cumsum([self.lengths[shards].sum() for shards in self._groups()])
+        self.ends = np.cumsum([self.lengths[shards].sum() for shards in self._make_groups()])
         self.kept: dict[int, NDArray[np.int64]] = {}  # of the group that was asked for last
 
-    def _groups(self) -> list[NDArray[np.int64]]:
+    def _make_groups(self) -> list[NDArray[np.int64]]:
         return [self.order[first : first + self.pool] for first in range(0, len(self.order), self.pool)]
 
     def __call__(self, place: int) -> int:
         group = int(np.searchsorted(self.ends, place, side="right"))
         start = int(self.ends[group - 1]) if group else 0
-        return int(self._samples(group)[place - start])
+        return int(self._samples_of(group)[place - start])
 
-    def _samples(self, group: int) -> NDArray[np.int64]:
+    def _samples_of(self, group: int) -> NDArray[np.int64]:
         if group not in self.kept:  # each source keeps its own: draws alternate between sources
-            self.kept = {group: self._mixed(group)}
+            self.kept = {group: self._mix_group(group)}
         return self.kept[group]
 
-    def _mixed(self, group: int) -> NDArray[np.int64]:
+    def _mix_group(self, group: int) -> NDArray[np.int64]:
         shards = self.order[group * self.pool : (group + 1) * self.pool]
         samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.lengths[s]) for s in shards])
         return np.random.default_rng(derive_seed(self.seed, "pool", group)).permutation(samples)
 
 
-def apportion(shares: Sequence[float], total: int) -> NDArray[np.int64]:
+def apportion_shares(shares: Sequence[float], total: int) -> NDArray[np.int64]:
     """Whole numbers that add up to `total`, as near to `shares` as they get (largest remainder), each at least 1."""
     exact = np.asarray(shares, np.float64) / sum(shares) * total
     quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
@@ -240,7 +240,7 @@ def apportion(shares: Sequence[float], total: int) -> NDArray[np.int64]:
     return quotas
 
 
-def _check(mixture: Mixture) -> None:
+def _check_mixture(mixture: Mixture) -> None:
     problems = []
     for name, allowed in (("rule", Rule), ("shuffle", Shuffle)):
         if getattr(mixture, name) not in get_args(allowed):

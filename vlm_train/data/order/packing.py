@@ -50,7 +50,7 @@ def fill_rows(
     _check_each(tokens, budget, patches, max_patches)
     counts = [0] * len(tokens) if patches is None or max_patches is None else patches
     waiting = iter(range(len(tokens)))
-    pool = _take(waiting, buffer)
+    pool = _take_samples(waiting, buffer)
     rows: Rows = []
     while pool and (most is None or len(rows) < most):
         oldest, rest = pool[0], pool[1:]
@@ -60,7 +60,7 @@ def fill_rows(
         row = sorted([oldest, *(rest[k] for k in chosen), *holes])
         rows.append(row)
         taken = set(row)
-        pool = [i for i in pool if i not in taken] + _take(waiting, len(row))
+        pool = [i for i in pool if i not in taken] + _take_samples(waiting, len(row))
     return rows
 
 
@@ -92,13 +92,13 @@ def share_rows(
         least = max(least, -(-sum(counts) // max_patches))
     number = max(1, -(-least // multiple)) * multiple
     while True:
-        rows = _spread(tokens, costs, counts, number, budget, max_patches)
+        rows = _spread_samples(tokens, costs, counts, number, budget, max_patches)
         if rows is not None:
             return rows
         number += multiple
 
 
-def deal(costs: Sequence[float], ranks: int) -> NDArray[np.int64]:
+def assign_rows_to_ranks(costs: Sequence[float], ranks: int) -> NDArray[np.int64]:
     """`[len(costs) / ranks, ranks]`: which row every rank computes in which turn, rows of like cost at the same time.
 
     Turns alternate in direction, so that no rank is given the dearer row every time.
@@ -117,7 +117,7 @@ def _check_each(tokens: Sequence[int], budget: int, patches: Sequence[int] | Non
         )
 
 
-def _take(source: Iterator[int], count: int) -> list[int]:
+def _take_samples(source: Iterator[int], count: int) -> list[int]:
     return list(islice(source, count))
 
 
@@ -165,7 +165,7 @@ def _best_subset_of_few_patches(tokens: Sequence[int], budget: int, patches: Seq
     return chosen[::-1]
 
 
-def _spread(
+def _spread_samples(
     tokens: Sequence[int],
     costs: Sequence[float],
     patches: Sequence[int],

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_train.data.order.mixture import Address, Mixture
-from vlm_train.data.order.packing import deal, share_rows
+from vlm_train.data.order.packing import assign_rows_to_ranks, share_rows
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
 
@@ -128,9 +128,9 @@ class SamplePlan:
     def step(self, step: int, rank: int = 0) -> list[Micro]:
         """The micro-batches of one rank. A step's samples are dealt round-robin, so a short last step is as even as it
         can be."""
-        addresses = self.samples(step)
+        addresses = self.samples_of_step(step)
         if self.packing is not None:
-            return self._packed(addresses, self.packing, rank)
+            return self._pack_step(addresses, self.packing, rank)
         if self.group in ("length", "modality_length"):
             assert self.lengths is not None
             lengths = self.lengths
@@ -138,23 +138,23 @@ class SamplePlan:
         rows: list[Row] = [(address,) for address in addresses[rank :: self.world]]
         return [rows[m * self.micro : (m + 1) * self.micro] for m in range(self.micro_count)]
 
-    def samples(self, step: int) -> list[Address]:
+    def samples_of_step(self, step: int) -> list[Address]:
         """All samples of one optimizer step."""
         if self.group in ("modality", "modality_length"):
             per_window = max(1, self.window // self.batch)
             window, place = divmod(step, per_window)
             return _by_modality(self, window, per_window)[place]
         first = step * self.batch
-        return [self.mixture.draw(position) for position in range(first, min(first + self.batch, self.total))]
+        return [self.mixture.draw_sample(position) for position in range(first, min(first + self.batch, self.total))]
 
-    def _packed(self, addresses: Sequence[Address], packing: Packing, rank: int) -> list[Micro]:
+    def _pack_step(self, addresses: Sequence[Address], packing: Packing, rank: int) -> list[Micro]:
         index = [address.index for address in addresses]
         tokens, costs, patches = (
             x[index].tolist() for x in (packing.sizes.tokens, packing.sizes.costs, packing.sizes.patches)
         )
         at_once = self.world * self.micro
         rows = share_rows(tokens, costs, packing.length, multiple=at_once, patches=patches, max_patches=packing.patches)
-        turns = deal([sum(costs[i] for i in row) for row in rows], self.world)
+        turns = assign_rows_to_ranks([sum(costs[i] for i in row) for row in rows], self.world)
         return micro_batches([tuple(addresses[i] for i in rows[number]) for number in turns[:, rank]], self.micro)
 
 
@@ -163,7 +163,7 @@ def _by_modality(plan: SamplePlan, window: int, steps: int) -> list[list[Address
     """The steps of a window, each of one modality but for what is left over of both."""
     assert plan.media is not None
     first = window * steps * plan.batch
-    drawn = [plan.mixture.draw(p) for p in range(first, min(first + steps * plan.batch, plan.total))]
+    drawn = [plan.mixture.draw_sample(p) for p in range(first, min(first + steps * plan.batch, plan.total))]
     kinds = [[a for a in drawn if bool(plan.media[a.index]) is shown] for shown in (True, False)]
     whole = [len(kind) // plan.batch * plan.batch for kind in kinds]
     pure = [kind[c : c + plan.batch] for kind, end in zip(kinds, whole) for c in range(0, end, plan.batch)]

@@ -9,9 +9,9 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from vlm_train.data.order.lengths import fingerprint
+from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.order.mixture import Mixture
-from vlm_train.data.order.packing import BUFFER, deal, fill_rows
+from vlm_train.data.order.packing import BUFFER, assign_rows_to_ranks, fill_rows
 from vlm_train.data.order.sample_plan import Micro, Packing, Row, check_tokens, micro_batches
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
@@ -76,18 +76,18 @@ class TokenPlan:
     def steps(self) -> int:
         """Optimizer steps of the whole run. Packs all of it, unless `most` ends it earlier."""
         window, steps = 0, 0
-        while (self.most is None or steps < self.most) and not self._ended(window):
+        while (self.most is None or steps < self.most) and not self._is_past_end(window):
             steps += self.steps_per_window if self.total is None else len(_packed_window(self, window))
             window += 1
         return min(steps, self.most or steps)
 
-    def _ended(self, window: int) -> bool:
+    def _is_past_end(self, window: int) -> bool:
         if self.total is None:
             return False
-        place = self.place(window)
+        place = self.find_cursor(window)
         return place.next >= self.total and not place.waiting
 
-    def place(self, window: int) -> Place:
+    def find_cursor(self, window: int) -> Place:
         """Where a window starts: packs the ones before it, unless it was reached or remembered."""
         last = max(known for known in self._places if known <= window)
         for before in range(last, window):
@@ -99,9 +99,9 @@ class TokenPlan:
         """Hash of what the places of an endless plan follow from."""
         packing = self.packing
         arrays = (hashlib.sha256(x.tobytes()).hexdigest() for x in (packing.sizes.tokens, packing.sizes.patches))
-        return fingerprint(self.mixture, self.tokens, self.total, packing.length, packing.patches, *arrays)
+        return hash_content(self.mixture, self.tokens, self.total, packing.length, packing.patches, *arrays)
 
-    def remember(self, window: int, place: Place) -> None:
+    def remember_cursor(self, window: int, place: Place) -> None:
         """What `place` once found, so that a resumed run need not pack what lies before it."""
         self._places[window] = place
 
@@ -111,19 +111,19 @@ class TokenPlan:
         rows = _packed_window(self, window)[place]
         rows = [*rows, *[()] * (self.rows - len(rows))]
         costs = self.packing.sizes.costs
-        turns = deal([sum(float(costs[address.index]) for address in row) for row in rows], self.world)
+        turns = assign_rows_to_ranks([sum(float(costs[address.index]) for address in row) for row in rows], self.world)
         return micro_batches([rows[number] for number in turns[:, rank]], self.micro)
 
 
 @lru_cache(maxsize=2)
 def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
     """The steps of a window, as rows. Notes where the next window starts."""
-    place, sizes, most = plan.place(window), plan.packing.sizes, plan.steps_per_window * plan.rows
+    place, sizes, most = plan.find_cursor(window), plan.packing.sizes, plan.steps_per_window * plan.rows
     enough = 1.05 * most * plan.packing.length / max(float(sizes.tokens.mean()), 1.0)
     while True:
         stop = place.next + math.ceil(enough)
         positions = [*place.waiting, *range(place.next, stop if plan.total is None else min(stop, plan.total))]
-        drawn = [plan.mixture.draw(position) for position in positions]
+        drawn = [plan.mixture.draw_sample(position) for position in positions]
         index = [address.index for address in drawn]
         tokens, patches = sizes.tokens[index].tolist(), sizes.patches[index].tolist()
         rows = fill_rows(tokens, plan.packing.length, patches=patches, max_patches=plan.packing.patches, most=most)
@@ -133,11 +133,11 @@ def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
             break
         enough *= 2  # these samples are shorter than the others
     waiting = tuple(position for i, position in enumerate(positions[:seen]) if i not in taken)
-    plan.remember(window + 1, Place(place.next + len(positions[:seen]) - len(place.waiting), waiting))
-    return _dealt(plan, window, [tuple(drawn[i] for i in row) for row in rows])
+    plan.remember_cursor(window + 1, Place(place.next + len(positions[:seen]) - len(place.waiting), waiting))
+    return _deal_rows(plan, window, [tuple(drawn[i] for i in row) for row in rows])
 
 
-def _dealt(plan: TokenPlan, window: int, rows: list[Row]) -> list[list[Row]]:
+def _deal_rows(plan: TokenPlan, window: int, rows: list[Row]) -> list[list[Row]]:
     """Rows as steps: rungs of like cost in random order. What is not a whole rung, at the end of a run, comes last."""
     costs = plan.packing.sizes.costs
     rows = sorted(rows, key=lambda row: -sum(float(costs[address.index]) for address in row))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlm_train.data.text.streams import Stream, Tokens, encoded
-from vlm_train.data.text.tokenizer import byte_level, load
+from vlm_train.data.text.streams import Stream, Tokens, encoder_stream
+from vlm_train.data.text.tokenizer import byte_level, load_tokenizer
 from vlm_train.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ class Instruction:
     """
 
     def __init__(self, *, tokenizer: str | None, max_length: int = 128) -> None:
-        self.tokenizer = byte_level() if tokenizer is None else load("instruction.tokenizer", tokenizer)
+        self.tokenizer = byte_level() if tokenizer is None else load_tokenizer("instruction.tokenizer", tokenizer)
         core = self.tokenizer.backend_tokenizer
         room = max_length - core.num_special_tokens_to_add(False)
         if room < 1:
@@ -36,4 +36,4 @@ class Instruction:
     def __call__(self, text: str) -> Stream:
         """The stream of one sample. It is never empty: without text it holds the special tokens, or a padding token."""
         ids = self.tokenizer.backend_tokenizer.encode(text).ids or [self.tokenizer.pad_token_id or 0]
-        return encoded(Tokens(np.array(ids, np.int64), np.zeros(len(ids), np.float32), [], [0]))
+        return encoder_stream(Tokens(np.array(ids, np.int64), np.zeros(len(ids), np.float32), [], [0]))

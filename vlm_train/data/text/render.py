@@ -15,8 +15,8 @@ from vlm_train.contracts.layout import MediaLayout, MediaSize
 from vlm_train.contracts.streams import CAUSAL, QFORMER, Alignment
 from vlm_train.data.text.prefix_lm import with_prefix
 from vlm_train.data.text.spans import stripped_turn
-from vlm_train.data.text.split import pieces
-from vlm_train.data.text.streams import Stream, fit, learned
+from vlm_train.data.text.split import split_annotations
+from vlm_train.data.text.streams import Stream, require_targets, truncate_stream
 from vlm_train.data.text.template import Template
 from vlm_train.data.text.tokenize import Writer
 from vlm_train.errors import ConfigError
@@ -51,7 +51,7 @@ class Rendered:
         return self.streams["llm"]
 
 
-def render(
+def render_sample(
     sample: Sample,
     template: Template,
     tokenizer: Any,
@@ -95,21 +95,23 @@ def render(
     if generation or rejected:
         annotation = annotation or 0
     try:
-        chosen, reference = _choose(sample.annotations, annotations, annotation), ""
+        chosen, reference = _choose_annotations(sample.annotations, annotations, annotation), ""
         _check_pairs(chosen, streams)
         if generation:
-            prompt, reference = writer.prompt(chosen[0])
-            found = {"llm": fit(prompt, max_length, "drop")}
+            prompt, reference = writer.prompt_stream(chosen[0])
+            found = {"llm": truncate_stream(prompt, max_length, "drop")}
         else:
-            if over_length == "split" and max_length and (piece or len(writer.training(chosen)) > max_length):
-                chosen = _piece(writer, chosen, max_length, piece)
+            if over_length == "split" and max_length and (piece or len(writer.joint_stream(chosen)) > max_length):
+                chosen = _take_piece(writer, chosen, max_length, piece)
             if prefix_split:
                 chosen = [with_prefix(one, sample.key) for one in chosen]
-            made = _made(writer, chosen, rejected)
-            found = {name: learned(fit(stream, max_length, over_length)) for name, stream in made.items()}
+            made = _make_streams(writer, chosen, rejected)
+            found = {
+                name: require_targets(truncate_stream(stream, max_length, over_length)) for name, stream in made.items()
+            }
         if QFORMER in streams:
-            found[QFORMER] = _instructed(instruction, writer.instruction(chosen[0]))
-        return Rendered(key=sample.key, streams=found, media=writer.shown(found), reference=reference)
+            found[QFORMER] = _instruction_stream(instruction, writer.instruction_text(chosen[0]))
+        return Rendered(key=sample.key, streams=found, media=writer.shown_media(found), reference=reference)
     except NoPiece:
         raise
     except BadSample as error:
@@ -118,10 +120,10 @@ def render(
         raise type(error)(f"sample {sample.key!r}: {error}") from error
 
 
-def _made(writer: Writer, annotations: Sequence[Annotation], rejected: bool) -> dict[str, Stream]:
-    found = writer.streams(annotations)
+def _make_streams(writer: Writer, annotations: Sequence[Annotation], rejected: bool) -> dict[str, Stream]:
+    found = writer.training_streams(annotations)
     if rejected:
-        found["rejected"] = writer.training([_rejected(annotations[0])])
+        found["rejected"] = writer.joint_stream([_swap_rejected(annotations[0])])
     return found
 
 
@@ -133,18 +135,18 @@ def _check_pairs(annotations: Sequence[Annotation], streams: Mapping[str, Alignm
         )
 
 
-def _instructed(instruction: Callable[[str], Stream] | None, text: str) -> Stream:
+def _instruction_stream(instruction: Callable[[str], Stream] | None, text: str) -> Stream:
     if instruction is None:
         raise ConfigError("instruction is empty, but the model reads the stream qformer; choose instruction=bert")
     return instruction(text)
 
 
-def _piece(writer: Writer, annotations: Sequence[Annotation], max_length: int, number: int) -> list[Annotation]:
-    def fits(tried: Sequence[Annotation]) -> bool:
-        stream = writer.training(tried)
+def _take_piece(writer: Writer, annotations: Sequence[Annotation], max_length: int, number: int) -> list[Annotation]:
+    def fits_length(tried: Sequence[Annotation]) -> bool:
+        stream = writer.joint_stream(tried)
         return len(stream) <= max_length and stream.supervised > 0
 
-    found = pieces(annotations, fits)
+    found = split_annotations(annotations, fits_length)
     if not found:
         raise BadSample(f"no round of its turns is learned within data.max_length={max_length} tokens", kind="too_long")
     if number >= len(found):
@@ -157,15 +159,15 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
         raise ConfigError(f"data.{name}: {value!r}; allowed: {', '.join(get_args(choices))}")
 
 
-def _choose(all_annotations: Sequence[Annotation], mode: str, number: int | None) -> list[Annotation]:
+def _choose_annotations(all_annotations: Sequence[Annotation], mode: str, number: int | None) -> list[Annotation]:
     if number is not None and not 0 <= number < len(all_annotations):
         raise BadSample(f"no annotation {number}; it has {len(all_annotations)}", kind="malformed")
     if number is not None or mode in ("first", "drawn"):
         return [all_annotations[number or 0]]
-    return [join(all_annotations)] if mode == "dialogue" else list(all_annotations)
+    return [join_annotations(all_annotations)] if mode == "dialogue" else list(all_annotations)
 
 
-def join(annotations: Sequence[Annotation]) -> Annotation:
+def join_annotations(annotations: Sequence[Annotation]) -> Annotation:
     """All annotations as one conversation: media that an earlier one showed and later system turns are left out."""
     turns: list[Turn] = []
     shown: set[int] = set()
@@ -184,7 +186,7 @@ def join(annotations: Sequence[Annotation]) -> Annotation:
     return Annotation(turns=tuple(turns))
 
 
-def _rejected(annotation: Annotation) -> Annotation:
+def _swap_rejected(annotation: Annotation) -> Annotation:
     if annotation.rejected is None:
         raise BadSample("no rejected answer, but the objective compares two", kind="no_rejected")
     return replace(annotation, turns=(*annotation.turns[:-1], annotation.rejected))

@@ -53,7 +53,7 @@ class ContentStyle:
         if self.media not in get_args(MediaPlace):
             raise ConfigError(f"template.media: {self.media!r}; allowed: {', '.join(get_args(MediaPlace))}")
 
-    def content(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Segment]:
+    def make_spans(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Segment]:
         """Segments of one turn's parts; `weight` is the loss weight of its text; `text=False` keeps only media."""
         parts: list[Segment] = []
         has_media = any(isinstance(part, Media) for part in turn.parts) and self.media != "drop"
@@ -61,20 +61,20 @@ class ContentStyle:
             if isinstance(part, Media):
                 parts += [Place(part.item)] if self.media != "drop" else []
             elif text:
-                parts += self._runs(part, weight)
+                parts += self._make_text_spans(part, weight)
         if self.media == "first" and has_media:
             places = [part for part in parts if isinstance(part, Place)]
-            parts = [*places, *stripped([part for part in parts if isinstance(part, Run)])]
+            parts = [*places, *strip_spans([part for part in parts if isinstance(part, Run)])]
         elif self.strip:
-            parts = stripped(parts)
-        return [segment for part in parts for segment in self._wrap(part)]
+            parts = strip_spans(parts)
+        return [segment for part in parts for segment in self._wrap_media(part)]
 
-    def _wrap(self, part: Segment) -> list[Segment]:
+    def _wrap_media(self, part: Segment) -> list[Segment]:
         if isinstance(part, Run):
             return [part]
         return [Run(self.media_prefix), part, Run(self.media_suffix)]
 
-    def _runs(self, part: Text | Box, weight: float) -> list[Run]:
+    def _make_text_spans(self, part: Text | Box, weight: float) -> list[Run]:
         if isinstance(part, Box):
             return [Run(self.box.format(*(self.box_scale * value for value in part.xyxy)), weight, content=True)]
         cuts = sorted({0, len(part.text), *(c for start, end, _ in part.weights for c in (start, end))})
@@ -85,7 +85,7 @@ class ContentStyle:
         return runs
 
 
-def stripped(parts: Sequence[Segment]) -> list[Any]:
+def strip_spans(parts: Sequence[Segment]) -> list[Any]:
     """`parts` without white space at both ends (media stop the stripping)."""
     kept = list(parts)
     for index, strip in ((0, str.lstrip), (-1, str.rstrip)):

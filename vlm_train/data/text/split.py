@@ -10,7 +10,7 @@ from data_pipelines.sample import Annotation, Media, Turn
 Fits = Callable[[Sequence[Annotation]], bool]
 
 
-def pieces(annotations: Sequence[Annotation], fits: Fits) -> list[list[Annotation]]:
+def split_annotations(annotations: Sequence[Annotation], fits: Fits) -> list[list[Annotation]]:
     """The annotations in groups that fit, each as large as it can be.
 
     Independent annotations are kept whole as far as they fit. A conversation is cut between rounds (what is asked, and
@@ -29,13 +29,13 @@ def pieces(annotations: Sequence[Annotation], fits: Fits) -> list[list[Annotatio
 
 
 def _by_rounds(annotation: Annotation, fits: Fits) -> list[Annotation]:
-    system, rounds = _rounds(annotation.turns)
+    system, rounds = _split_rounds(annotation.turns)
     found: list[Annotation] = []
     first = 0
     while first < len(rounds):
         stop, fitting = first, None
         while stop < len(rounds):
-            tried = replace(annotation, turns=(*system, *_reminded(rounds, first, stop + 1)))
+            tried = replace(annotation, turns=(*system, *_prepend_media(rounds, first, stop + 1)))
             if not fits([tried]):
                 break
             stop, fitting = stop + 1, tried
@@ -45,7 +45,7 @@ def _by_rounds(annotation: Annotation, fits: Fits) -> list[Annotation]:
     return found
 
 
-def _rounds(turns: Sequence[Turn]) -> tuple[list[Turn], list[list[Turn]]]:
+def _split_rounds(turns: Sequence[Turn]) -> tuple[list[Turn], list[list[Turn]]]:
     """The system turns at the start, and the rounds: turns up to and including the next answer."""
     start = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     rounds: list[list[Turn]] = [[]]
@@ -56,7 +56,7 @@ def _rounds(turns: Sequence[Turn]) -> tuple[list[Turn], list[list[Turn]]]:
     return list(turns[:start]), [one for one in rounds if one]
 
 
-def _reminded(rounds: Sequence[Sequence[Turn]], first: int, stop: int) -> list[Turn]:
+def _prepend_media(rounds: Sequence[Sequence[Turn]], first: int, stop: int) -> list[Turn]:
     """Rounds `first` to `stop`, the first turn preceded by the media of all rounds before."""
     parts = [part for before in rounds[:first] for turn in before for part in turn.parts]
     shown = list(dict.fromkeys(part for part in parts if isinstance(part, Media)))

@@ -101,7 +101,7 @@ class Tokens:
     positions: NDArray[np.int64] | None = None
 
 
-def _shift(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _shift_labels(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Labels and weights aligned with the inputs: position t learns token t + 1."""
     labels, weights = np.full(len(tokens.ids), IGNORE, np.int64), np.zeros(len(tokens.ids), np.float32)
     weights[:-1] = tokens.weights[1:]
@@ -110,9 +110,9 @@ def _shift(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     return labels, weights
 
 
-def single(tokens: Tokens) -> Stream:
+def causal_stream(tokens: Tokens) -> Stream:
     """One conversation as a stream without branches."""
-    labels, weights = _shift(tokens)
+    labels, weights = _shift_labels(tokens)
     size = len(tokens.ids)
     return Stream(
         ids=tokens.ids,
@@ -124,30 +124,30 @@ def single(tokens: Tokens) -> Stream:
     )
 
 
-def encoded(tokens: Tokens) -> Stream:
+def encoder_stream(tokens: Tokens) -> Stream:
     """A text that is only read, in both directions: nothing is learned."""
-    whole = single(replace(tokens, weights=np.zeros_like(tokens.weights)))
+    whole = causal_stream(replace(tokens, weights=np.zeros_like(tokens.weights)))
     return replace(whole, attention_group=np.full(len(whole), BIDIRECTIONAL, np.int32), alignment="none")
 
 
-def decoded(tokens: Tokens, start: int) -> Stream:
+def decoder_stream(tokens: Tokens, start: int) -> Stream:
     """An answer as the decoder's stream: its input begins with `start`, its labels are the tokens."""
     ids = np.concatenate([np.array([start], np.int64), tokens.ids])[: len(tokens.ids)]
     labels = np.where(tokens.weights > 0, tokens.ids, IGNORE)
-    return replace(single(replace(tokens, ids=ids)), labels=labels, weights=tokens.weights, alignment="seq2seq")
+    return replace(causal_stream(replace(tokens, ids=ids)), labels=labels, weights=tokens.weights, alignment="seq2seq")
 
 
-def branch(parts: Sequence[Tokens]) -> Stream:
+def branched_stream(parts: Sequence[Tokens]) -> Stream:
     """Several conversations as one shared prefix and private branches."""
-    size = _shared(parts)
+    size = _shared_length(parts)
     if any((part.weights[1 : size + 1] > 0).any() for part in parts):
         raise ConfigError(
             "this template learns the token right after the image, which only one annotation an image can do; set "
             "data.annotations to first"
         )
-    singles = [single(part) for part in parts]
+    singles = [causal_stream(part) for part in parts]
 
-    def joined(name: str) -> Any:
+    def join_arrays(name: str) -> Any:
         arrays = [getattr(one, name) for one in singles]
         return np.concatenate([arrays[0][..., :size], *(array[..., size:] for array in arrays)], axis=-1)
 
@@ -157,20 +157,20 @@ def branch(parts: Sequence[Tokens]) -> Stream:
         slots += [replace(s, start=s.start - size + start) for s in one.slots if s.start >= size]
         start += len(one) - size
     return Stream(
-        ids=joined("ids"),
-        labels=joined("labels"),
-        weights=joined("weights"),
-        positions=joined("positions"),
+        ids=join_arrays("ids"),
+        labels=join_arrays("labels"),
+        weights=join_arrays("weights"),
+        positions=join_arrays("positions"),
         attention_group=np.concatenate(groups),
         slots=tuple(slots),
     )
 
 
-def _shared(parts: Sequence[Tokens]) -> int:
+def _shared_length(parts: Sequence[Tokens]) -> int:
     """Length of the longest prefix, up to a place where one may end, that all conversations have in common."""
     first = parts[0]
 
-    def same(end: int) -> bool:
+    def agree_until(end: int) -> bool:
         slots = [s for s in first.slots if s.start < end]
         return all(
             end in p.ends
@@ -179,10 +179,10 @@ def _shared(parts: Sequence[Tokens]) -> int:
             for p in parts[1:]
         )
 
-    return next((end for end in reversed(first.ends) if same(end)), 0)
+    return next((end for end in reversed(first.ends) if agree_until(end)), 0)
 
 
-def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
+def truncate_stream(stream: Stream, max_length: int | None, over_length: str) -> Stream:
     """The stream within `max_length` tokens."""
     if max_length is None or len(stream) <= max_length:
         return stream
@@ -205,7 +205,7 @@ def fit(stream: Stream, max_length: int | None, over_length: str) -> Stream:
     return replace(stream, **kept)
 
 
-def learned(stream: Stream) -> Stream:
+def require_targets(stream: Stream) -> Stream:
     """`stream` itself. Raises `BadSample` if it learns nothing, but should."""
     if not stream.supervised and stream.alignment != "none":
         raise BadSample(f"no supervised token in {len(stream)} tokens", kind="unsupervised")

@@ -24,11 +24,11 @@ class Template(Protocol):
     bos: bool
     style: ContentStyle
 
-    def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
         """The conversation as segments; with `generation`, `turns` ends before an answer, whose prompt follows."""
         ...
 
-    def check(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise `ConfigError` if the tokenizer lacks what the template writes."""
         ...
 
@@ -91,26 +91,26 @@ class ChatTemplate:
             box_scale=box_scale,
         )
 
-    def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
         """See `Template`. Raises `BadSample` for a system turn that is not the first."""
-        system, turns = self._system(turns)
+        system, turns = self._system_spans(turns)
         head, in_user = ([], system) if self.system_in_user else (system, [])
         out: list[Segment] = [*head]
         answered = False
         for turn in turns:
             if turn.role == "user":
                 out += [Run(self.separator if answered else ""), Run(self.user_prefix), *in_user]
-                out += [*self.style.content(turn, text=self.user_text), Run(self.user_suffix)]
+                out += [*self.style.make_spans(turn, text=self.user_text), Run(self.user_suffix)]
                 in_user = []
             else:
                 out += [Run(self.assistant_prefix), Run(self.answer_lead, turn.weight)]
-                out += [*self.style.content(turn, turn.weight), Run(self.assistant_suffix, turn.weight)]
+                out += [*self.style.make_spans(turn, turn.weight), Run(self.assistant_suffix, turn.weight)]
             answered = turn.role == "assistant"
         if generation:
             out += [Run(self.assistant_prefix), *([Run(self.answer_lead)] if self.lead_given else [])]
-        return [self._fill(segment, tokenizer) for segment in out]
+        return [self._fill_span(segment, tokenizer) for segment in out]
 
-    def check(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:
         """See `Template`."""
         known = tokenizer.get_vocab()
         problems = [
@@ -125,15 +125,15 @@ class ChatTemplate:
         if problems:
             raise ConfigError(problems)
 
-    def _system(self, turns: Sequence[Turn]) -> tuple[list[Segment], Sequence[Turn]]:
+    def _system_spans(self, turns: Sequence[Turn]) -> tuple[list[Segment], Sequence[Turn]]:
         body: list[Segment] = [] if self.system is None else [Run(self.system, content=True)]
         if turns and turns[0].role == "system":
-            body, turns = self.style.content(turns[0]), turns[1:]
+            body, turns = self.style.make_spans(turns[0]), turns[1:]
         if any(turn.role == "system" for turn in turns):
             raise BadSample("a system turn must be the first turn", kind="template")
         return ([Run(self.system_prefix), *body, Run(self.system_suffix)] if body else []), turns
 
-    def _fill(self, segment: Segment, tokenizer: Any) -> Segment:
+    def _fill_span(self, segment: Segment, tokenizer: Any) -> Segment:
         if isinstance(segment, Place) or segment.content or "{" not in segment.text:
             return segment
         text = segment.text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
@@ -175,16 +175,16 @@ class TokenizerTemplate:
             box_scale=box_scale,
         )
 
-    def segments(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
         """See `Template`. Raises `BadSample` if the chat template refuses the conversation."""
         if self.system is not None and (not turns or turns[0].role != "system"):
             turns = [Turn(role="system", parts=(Text(text=self.system),)), *turns]
-        literals = self._literals(turns, tokenizer, generation)
+        literals = self._find_literals(turns, tokenizer, generation)
         special = special_pattern(tokenizer)
         out: list[Segment] = [Run(literals[0])]
         for index, (turn, literal) in enumerate(zip(turns, literals[1:], strict=True)):
             weight = turn.weight if turn.role == "assistant" else 0.0
-            out += self.style.content(turn, weight)
+            out += self.style.make_spans(turn, weight)
             end = special.search(literal) if turn.role == "assistant" else None
             if end is None:
                 out.append(Run(literal))
@@ -194,19 +194,19 @@ class TokenizerTemplate:
                 out += [Run(literal[: end.end()], weight), Run(literal[end.end() :])]
         return out
 
-    def check(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:
         """See `Template`."""
         if not tokenizer.chat_template:
             raise ConfigError("template: the tokenizer has no chat template of its own; choose a named template")
         ask = Turn(role="user", parts=(Text(text="a"),))
         answer = Turn(role="assistant", parts=(Text(text="b"),))
-        if not special_pattern(tokenizer).search(self._literals([ask, answer], tokenizer, False)[-1]):
+        if not special_pattern(tokenizer).search(self._find_literals([ask, answer], tokenizer, False)[-1]):
             raise ConfigError(
                 "template: the tokenizer's chat template closes an answer with no special token, so a model could "
                 "never learn to stop; choose a named template"
             )
 
-    def _literals(self, turns: Sequence[Turn], tokenizer: Any, generation: bool) -> list[str]:
+    def _find_literals(self, turns: Sequence[Turn], tokenizer: Any, generation: bool) -> list[str]:
         """What the chat template writes before, between and after the turns: `len(turns) + 1` strings."""
         from jinja2.exceptions import TemplateError
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_train.config.package_files import local
+from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
@@ -56,18 +56,18 @@ def pretrained(*, name: str | None, add: Sequence[str] = ()) -> PreTrainedTokeni
         )
     if name.endswith(".gguf"):
         return gguf(file=name, add=add)
-    return _extend(load("tokenizer.name", name), add)
+    return _add_tokens(load_tokenizer("tokenizer.name", name), add)
 
 
 def gguf(*, file: str, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """The tokenizer inside a GGUF file (a path, or `package:<package>/<file>`). `add`, errors: as in `pretrained`."""
-    path = Path(local(file))
+    path = Path(resolve_package_file(file))
     if not path.is_file():
         raise AssetError(f"tokenizer.file: {file!r} is not a file")
-    return _extend(load("tokenizer.file", str(path.parent), gguf_file=path.name), add)
+    return _add_tokens(load_tokenizer("tokenizer.file", str(path.parent), gguf_file=path.name), add)
 
 
-def load(setting: str, name: str, **options: str) -> Any:
+def load_tokenizer(setting: str, name: str, **options: str) -> Any:
     """The fast tokenizer `name`, with nothing cut or padded; `setting` named it. Raises as `pretrained` does."""
     from transformers import AutoTokenizer
 
@@ -101,9 +101,9 @@ def byte_level(*, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = _extend(_wrap(core), COMMON_SPECIALS)
+    tokenizer = _add_tokens(_wrap_tokenizer(core), COMMON_SPECIALS)
     tokenizer.chat_template = CHATML
-    return _extend(tokenizer, add)
+    return _add_tokens(tokenizer, add)
 
 
 def words_from_shards(
@@ -132,13 +132,13 @@ def words_from_shards(
     texts = (
         turn.text
         for index in range(len(shard_set))
-        for annotation in shard_set.sample(index).annotations
+        for annotation in shard_set.read_sample(index).annotations
         for turn in annotation.turns
     )
-    return words(texts, lowercase=lowercase, min_count=min_count, max_words=max_words, add=add)
+    return word_tokenizer(texts, lowercase=lowercase, min_count=min_count, max_words=max_words, add=add)
 
 
-def words(
+def word_tokenizer(
     texts: Iterable[str],
     *,
     lowercase: bool = True,
@@ -159,10 +159,10 @@ def words(
     core.pre_tokenizer = pre_tokenizer
     if lowercase:
         core.normalizer = normalizers.Lowercase()
-    return _extend(_wrap(core), add)
+    return _add_tokens(_wrap_tokenizer(core), add)
 
 
-def _wrap(core: Any) -> PreTrainedTokenizerFast:
+def _wrap_tokenizer(core: Any) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -170,7 +170,7 @@ def _wrap(core: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def _extend(tokenizer: PreTrainedTokenizerFast, add: Sequence[str]) -> PreTrainedTokenizerFast:
+def _add_tokens(tokenizer: PreTrainedTokenizerFast, add: Sequence[str]) -> PreTrainedTokenizerFast:
     new = [token for token in add if token not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_tokens(new, special_tokens=True)
@@ -190,7 +190,7 @@ def _special_pattern(tokenizer: Any, size: int, literals: tuple[str, ...]) -> re
     return re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
 
 
-def vocabulary(tokenizer: Any) -> str:
+def hash_vocabulary(tokenizer: Any) -> str:
     """Fingerprint of what every id means."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()

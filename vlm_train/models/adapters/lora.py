@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlm_train.errors import ConfigError
-from vlm_train.models.adapters.quantize import quantise, quantised_layers
+from vlm_train.models.adapters.quantize import quantised_layers, quantize_layers
 
 Compute = Literal["bfloat16", "float16", "float32"]
 
@@ -41,7 +41,7 @@ def lora(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = matching(model, match, "peft.match")
+    names = find_linear_layers(model, match, "peft.match")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -54,8 +54,10 @@ def lora(
     for bits in {mark.bits for _, mark in quantised_layers(model)}:
         setattr(model, f"is_loaded_in_{bits}bit", True)  # how the library learns of it
     inject_adapter_in_model(config, model)
-    if sorted(adapted(model)) != sorted(names):
-        raise ConfigError(f"peft.match: {match!r} chose {len(names)} layers, but peft adapted {len(adapted(model))}")
+    if sorted(adapted_layers(model)) != sorted(names):
+        raise ConfigError(
+            f"peft.match: {match!r} chose {len(names)} layers, but peft adapted {len(adapted_layers(model))}"
+        )
     return names
 
 
@@ -86,16 +88,16 @@ def qlora(
         The adapted names.
 
     Raises:
-        ConfigError: as `lora` and `quantise`. AssetError: `bitsandbytes` is not installed.
+        ConfigError: as `lora` and `quantize_layers`. AssetError: `bitsandbytes` is not installed.
     """
     if bits is not None:
-        names = matching(model, quantise_match, "peft.quantise_match")
+        names = find_linear_layers(model, quantise_match, "peft.quantise_match")
         dtype = None if compute is None else getattr(torch, compute)
-        quantise(model, names, bits=bits, double_quant=double_quant, compute=dtype)
+        quantize_layers(model, names, bits=bits, double_quant=double_quant, compute=dtype)
     return lora(model=model, match=match, rank=rank, alpha=alpha, dropout=dropout, dora=dora, rslora=rslora)
 
 
-def adapted(model: nn.Module) -> list[str]:
+def adapted_layers(model: nn.Module) -> list[str]:
     """Names of the layers that carry adapters."""
     return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
@@ -107,7 +109,7 @@ def base_names(model: nn.Module) -> dict[str, str]:
     return {name.replace(inner, "."): name for name, _ in model.named_parameters() if inner in name}
 
 
-def matching(model: Any, match: str, setting: str) -> list[str]:
+def find_linear_layers(model: Any, match: str, setting: str) -> list[str]:
     """Linear layers whose full name `match` fits, but the head and layers that are never run.
 
     Raises:
@@ -140,37 +142,39 @@ def matching(model: Any, match: str, setting: str) -> list[str]:
     return names
 
 
-def hits(model: nn.Module) -> list[str]:
+def describe_adapters(model: nn.Module) -> list[str]:
     """Lines that say which layers carry adapters and which are quantised; none for a plain model."""
     lines = []
-    if names := adapted(model):
-        lines.append(f"peft: {len(names)} linear layers adapted: {compact(names)}")
+    if names := adapted_layers(model):
+        lines.append(f"peft: {len(names)} linear layers adapted: {compact_names(names)}")
     stored = [(name.removesuffix(".base_layer"), mark) for name, mark in quantised_layers(model)]
     for bits in sorted({mark.bits for _, mark in stored}):
         names = [name for name, mark in stored if mark.bits == bits]
-        lines.append(f"peft: {len(names)} linear layers in {bits} bits: {compact(names)}")
+        lines.append(f"peft: {len(names)} linear layers in {bits} bits: {compact_names(names)}")
     return lines
 
 
-def compact(names: Iterable[str]) -> str:
+def compact_names(names: Iterable[str]) -> str:
     """Dotted names as one pattern: `layers.{0-31}.mlp.{down,up}`."""
     tree: dict[str, Any] = {}
     for name in names:
         node = tree
         for step in name.split("."):
             node = node.setdefault(step, {})
-    return _braces(tree)
+    return _join_braces(tree)
 
 
-def _braces(tree: dict[str, Any]) -> str:
+def _join_braces(tree: dict[str, Any]) -> str:
     alike: dict[str, list[str]] = {}
     for step, inner in tree.items():
-        alike.setdefault(_braces(inner), []).append(step)
-    shown = [f"{_either(steps)}.{inner}" if inner else _either(steps) for inner, steps in alike.items()]
+        alike.setdefault(_join_braces(inner), []).append(step)
+    shown = [
+        f"{_join_alternatives(steps)}.{inner}" if inner else _join_alternatives(steps) for inner, steps in alike.items()
+    ]
     return shown[0] if len(shown) == 1 else "{" + ",".join(shown) + "}" if shown else ""
 
 
-def _either(steps: list[str]) -> str:
+def _join_alternatives(steps: list[str]) -> str:
     if len(steps) == 1:
         return steps[0]
     if not all(step.isdigit() for step in steps):

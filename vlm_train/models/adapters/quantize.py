@@ -36,7 +36,7 @@ class Quantised:
     stored: int
 
 
-def quantise(
+def quantize_layers(
     model: nn.Module, names: Sequence[str], *, bits: int, double_quant: bool = True, compute: torch.dtype | None = None
 ) -> None:
     """Replace the linear layers of these names by ones with NF4 (4) or int8 (8) weights, which never learn.
@@ -55,15 +55,15 @@ def quantise(
                 f"peft.quantise_match: {name} has {layer.in_features} inputs, and NF4 needs a multiple of {BLOCK}. "
                 "Leave it out, or use peft.bits=8."
             )
-        mark = _mark(layer, bits, double_quant)
+        mark = _describe_quantized(layer, bits, double_quant)
         if not layer.weight.is_meta:
-            layer = _nf4(layer, double_quant, compute) if bits == 4 else _int8(layer)
+            layer = _make_nf4(layer, double_quant, compute) if bits == 4 else _make_int8(layer)
             model.set_submodule(name, layer)
         layer.quantised = mark
         layer.requires_grad_(False)
 
 
-def _mark(layer: Any, bits: int, double_quant: bool) -> Quantised:
+def _describe_quantized(layer: Any, bits: int, double_quant: bool) -> Quantised:
     count = layer.weight.numel()
     if bits == 8:
         return Quantised(bits, count, count + 4 * layer.out_features)
@@ -72,8 +72,8 @@ def _mark(layer: Any, bits: int, double_quant: bool) -> Quantised:
     return Quantised(bits, count, -(-count // 2) + scales)
 
 
-def _nf4(layer: Any, double_quant: bool, compute: torch.dtype | None) -> nn.Module:
-    made = _bitsandbytes().nn.Linear4bit(
+def _make_nf4(layer: Any, double_quant: bool, compute: torch.dtype | None) -> nn.Module:
+    made = _import_bitsandbytes().nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -85,11 +85,11 @@ def _nf4(layer: Any, double_quant: bool, compute: torch.dtype | None) -> nn.Modu
     # The library would pack weights anew, in place, whenever a CPU of some kind evaluates.
     made.support_avx512bf16_for_cpu = False
     made.bias = layer.bias
-    return _fill(made, layer.weight)
+    return _fill_layer(made, layer.weight)
 
 
-def _int8(layer: Any) -> nn.Module:
-    made = _bitsandbytes().nn.Linear8bitLt(
+def _make_int8(layer: Any) -> nn.Module:
+    made = _import_bitsandbytes().nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -98,11 +98,11 @@ def _int8(layer: Any) -> nn.Module:
         device="meta",
     )
     made.bias = layer.bias
-    made.register_forward_pre_hook(_follow)
-    return _fill(made, layer.weight)
+    made.register_forward_pre_hook(_move_scales)
+    return _fill_layer(made, layer.weight)
 
 
-def _follow(layer: Any, _: Any) -> None:
+def _move_scales(layer: Any, _: Any) -> None:
     """Bring int8 numbers and scales to where the weight is: `Module.to` of a model moves only the weight."""
     weight, device = layer.weight, layer.weight.device
     for held in (weight, layer.state):
@@ -110,9 +110,9 @@ def _follow(layer: Any, _: Any) -> None:
             held.CB, held.SCB = weight.data, held.SCB.to(device)
 
 
-def _fill(layer: Any, weight: Tensor) -> nn.Module:
+def _fill_layer(layer: Any, weight: Tensor) -> nn.Module:
     """Quantise `weight` `[out, in]` into a layer of the library."""
-    modules, exact = _bitsandbytes().nn, weight.detach()
+    modules, exact = _import_bitsandbytes().nn, weight.detach()
     if isinstance(layer, modules.Linear4bit):
         held = modules.Params4bit(
             exact,
@@ -134,11 +134,11 @@ def full_shape(model: nn.Module, name: str) -> torch.Size:
     return torch.Size((layer.out_features, layer.in_features)) if marked else own.shape
 
 
-def assign(model: nn.Module, name: str, weight: Tensor) -> None:
+def assign_values(model: nn.Module, name: str, weight: Tensor) -> None:
     """Give the parameter of this name other values, of `full_shape`; a quantised one quantises them."""
     own, (layer, marked) = model.get_parameter(name), _layer_of(model, name)
     if marked and not own.is_meta:
-        _fill(layer, weight.to(own.device))
+        _fill_layer(layer, weight.to(own.device))
         return
     with torch.no_grad():
         own.copy_(weight)
@@ -151,7 +151,7 @@ def _layer_of(model: nn.Module, name: str) -> tuple[Any, bool]:
     return layer, last == "weight" and hasattr(layer, "quantised")
 
 
-def _bitsandbytes() -> Any:
+def _import_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
@@ -171,12 +171,12 @@ def quantised_weights(model: nn.Module) -> dict[str, Quantised]:
     return {f"{name}.weight": mark for name, mark in quantised_layers(model)}
 
 
-def dequantised(layer: Any) -> Tensor:
+def dequantize_weight(layer: Any) -> Tensor:
     """The weight `[out, in]` that a layer computes with, in floating point."""
     mark = getattr(layer, "quantised", None)
     if mark is None:
         return layer.weight.detach()
-    functional = _bitsandbytes().functional
+    functional = _import_bitsandbytes().functional
     if mark.bits == 4:
         return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB

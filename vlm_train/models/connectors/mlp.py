@@ -9,7 +9,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.grids import same_grid
 
 
-def mlp(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
+def make_mlp(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
     """`depth` linear layers with exact GELU between them, the first one changing the width."""
     if depth < 1:
         raise ConfigError(f"connector.depth: needs at least 1 layer, got {depth}")
@@ -25,7 +25,7 @@ class MLP(nn.Module):
     def __init__(self, *, in_dim: int, out_dim: int, depth: int = 2) -> None:
         super().__init__()
         self.token_grid = same_grid
-        self.layers = mlp(in_dim, out_dim, depth)
+        self.layers = make_mlp(in_dim, out_dim, depth)
 
     def forward(self, features: Features) -> Features:
         """Patches are projected one by one."""

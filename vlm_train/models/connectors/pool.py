@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vlm_train.contracts.media import Features, Grid3, map_grids
 from vlm_train.errors import ConfigError
-from vlm_train.models.connectors.mlp import mlp
+from vlm_train.models.connectors.mlp import make_mlp
 
 
 def pooled_grid(grid: Grid3, pool: int | None) -> Grid3:
@@ -34,7 +34,7 @@ class PooledMLP(nn.Module):
             raise ConfigError(f"connector.pool: needs a positive factor, got {pool}")
         self.pool = pool
         self.token_grid = partial(pooled_grid, pool=pool)
-        self.layers = mlp(in_dim, out_dim, depth)
+        self.layers = make_mlp(in_dim, out_dim, depth)
 
     def forward(self, features: Features) -> Features:
         """Patches are averaged grid by grid, and projected all at once."""

@@ -17,7 +17,7 @@ from vlm_train.models.layers.masks import both_ways
 from vlm_train.models.layers.patch_selection import PatchSelection
 from vlm_train.models.layers.qformer import QFormer, TextBranch
 from vlm_train.models.weights.hub import read_state
-from vlm_train.models.weights.qformer_names import connector_state, is_bert, known, new_beside_bert
+from vlm_train.models.weights.qformer_names import connector_state, is_bert, is_known, new_beside_bert
 
 
 def query_grid(grid: Grid3, count: int) -> Grid3:
@@ -86,7 +86,7 @@ class QFormerConnector(nn.Module):
         """For layer-wise learning rates and activation checkpointing."""
         return self.qformer.layers
 
-    def instructed(self, features: Features, ids: Tensor, real: Tensor) -> Features:
+    def read_with_instruction(self, features: Features, ids: Tensor, real: Tensor) -> Features:
         """With instructions `[N, T]`, whose tokens `real` marks: queries and instruction see all of each other."""
         assert self.text is not None
         queries = self._queries(features)
@@ -105,7 +105,7 @@ class QFormerConnector(nn.Module):
         if self.weights is None:
             return
         own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("projection.")}
-        state = read_state(self.weights, setting="connector.weights", wanted=known)
+        state = read_state(self.weights, setting="connector.weights", wanted=is_known)
         taken = connector_state(state, own)
         missing = [name for name in own if name not in taken and not (is_bert(state) and new_beside_bert(name))]
         other = [name for name, tensor in taken.items() if tensor.shape != own[name].shape]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.contracts.batch import Batch, TokenStream, pairs_in
+from vlm_train.contracts.batch import Batch, TokenStream, count_pairs
 from vlm_train.contracts.family import Family
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.generate import Sampling, generate
+from vlm_train.models.layers.generate import Sampling, generate_tokens
 from vlm_train.models.layers.masks import attention_mask, attention_of
-from vlm_train.models.layers.once import once
-from vlm_train.models.layers.padding import at_first, places, started
+from vlm_train.models.layers.once import cached_on_batch
+from vlm_train.models.layers.padding import first_token_state, position_ids_from_mask, replace_first_token
 from vlm_train.models.layers.qformer import first_weights
 
 
@@ -62,7 +62,7 @@ class Blip(Family):
 
     def features(self, batch: Batch) -> Tensor:
         """`[b, P, D_v]` of the batch's images, one a text, all of one size."""
-        return self._views(batch)[: pairs_in(batch)]
+        return self._encode_views(batch)[: count_pairs(batch)]
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
         """What cross-attention reads of images `[m, P, D_v]`: tensors with m rows."""
@@ -70,28 +70,30 @@ class Blip(Family):
 
     def own_context(self, batch: Batch) -> tuple[Tensor, ...]:
         """That of the batch's images."""
-        return once(batch, self, "context", lambda: self.context(self.features(batch)))
+        return cached_on_batch(batch, self, "context", lambda: self.context(self.features(batch)))
 
     def image_vectors(self, batch: Batch) -> Tensor:
         """Unit vectors `[b, 1, E]`, from the class token."""
         first = self.features(batch)[:, :1]
-        return once(batch, self, "image", lambda: F.normalize(self.image_projection(first), dim=-1))
+        return cached_on_batch(batch, self, "image", lambda: F.normalize(self.image_projection(first), dim=-1))
 
     def text_vectors(self, batch: Batch) -> Tensor:
         """Unit vectors `[b, E]`, from the first token."""
-        return once(batch, self, "text", lambda: self._text_vectors(batch.text["llm"]))[: len(batch.media.row)]
+        return cached_on_batch(batch, self, "text", lambda: self._text_vectors(batch.text["llm"]))[
+            : len(batch.media.row)
+        ]
 
     def match(self, context: tuple[Tensor, ...], ids: Tensor, real: Tensor) -> Tensor:
         """Whether images and texts `[m, T]` belong together: logits `[m, 2]`, the second says yes; `real` marks tokens
         that are no padding."""
-        return self.match_head(self._read(started(ids, real, self.llm.encoder_start), real, context))
+        return self.match_head(self._encode_text(replace_first_token(ids, real, self.llm.encoder_start), real, context))
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         """Final hidden states `[B, T, D]` of text that is generated from the image (LM)."""
         text = batch.text[stream]
-        ids = started(text.ids, text.segment_ids != 0, self.llm.decoder_start)
+        ids = replace_first_token(text.ids, text.segment_ids != 0, self.llm.decoder_start)
         # A batch of padding still reads its blank view, so that every rank has the same gradients.
-        context = self.own_context(batch) if len(batch.media.row) else self.context(self._views(batch))
+        context = self.own_context(batch) if len(batch.media.row) else self.context(self._encode_views(batch))
         return self.llm.decode(self.llm.embed(ids), text.positions, attention_of(text, False), context)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -121,35 +123,37 @@ class Blip(Family):
             repetition_penalty=repetition_penalty,
         )
 
-        def following(ids: Tensor, real: Tensor) -> Tensor:
+        def next_logits(ids: Tensor, real: Tensor) -> Tensor:
             mask = attention_mask(real.int(), torch.zeros_like(ids))
-            hidden = self.llm.decode(self.llm.embed(ids), places(real)[None], mask, context)
+            hidden = self.llm.decode(self.llm.embed(ids), position_ids_from_mask(real)[None], mask, context)
             logits = self.llm.head(hidden[:, -1])
             logits[:, [self.llm.decoder_start, self.llm.encoder_start]] = float("-inf")  # they are no text
             return logits
 
         real = text.segment_ids != 0
-        return generate(following, started(text.ids, real, self.llm.decoder_start), real, sampling, eos_ids)
+        return generate_tokens(
+            next_logits, replace_first_token(text.ids, real, self.llm.decoder_start), real, sampling, eos_ids
+        )
 
     @torch.no_grad()
     def clamp_(self) -> None:
         """Bound the temperature; called after every optimizer step."""
         self.temperature.clamp_(*self.bounds)
 
-    def _views(self, batch: Batch) -> Tensor:
+    def _encode_views(self, batch: Batch) -> Tensor:
         """Features of every view, the blank one included."""
-        return once(batch, self, "features", lambda: self._encode(batch))
+        return cached_on_batch(batch, self, "features", lambda: self._encode_pixels(batch))
 
-    def _encode(self, batch: Batch) -> Tensor:
+    def _encode_pixels(self, batch: Batch) -> Tensor:
         trains = any(parameter.requires_grad for parameter in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             return self.vision.encode(batch.media.inputs["vision"]).rectangular()
 
     def _text_vectors(self, stream: TokenStream) -> Tensor:
-        return F.normalize(self.text_projection(self._read(stream.ids, stream.segment_ids != 0)), dim=-1)
+        return F.normalize(self.text_projection(self._encode_text(stream.ids, stream.segment_ids != 0)), dim=-1)
 
-    def _read(self, ids: Tensor, real: Tensor, context: tuple[Tensor, ...] = ()) -> Tensor:
+    def _encode_text(self, ids: Tensor, real: Tensor, context: tuple[Tensor, ...] = ()) -> Tensor:
         """Texts `[m, T]`, all of whose tokens see each other -> the hidden state `[m, D]` of their first token."""
         mask = attention_mask(real.int(), torch.full_like(ids, -1))
-        hidden = self.llm.encode(self.llm.embed(ids), places(real)[None], mask, context)
-        return at_first(hidden, real)
+        hidden = self.llm.encode(self.llm.embed(ids), position_ids_from_mask(real)[None], mask, context)
+        return first_token_state(hidden, real)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.contracts.batch import Batch, TokenStream, pairs_in
+from vlm_train.contracts.batch import Batch, TokenStream, count_pairs
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.layout import MediaLayout, NoMedia
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.masks import attention_mask, both_ways
-from vlm_train.models.layers.once import once
-from vlm_train.models.layers.padding import at_first, started
+from vlm_train.models.layers.once import cached_on_batch
+from vlm_train.models.layers.padding import first_token_state, replace_first_token
 from vlm_train.models.layers.qformer import Passed, first_weights
 from vlm_train.models.weights.hub import read_state
 from vlm_train.models.weights.qformer_names import head_from_bert
@@ -74,7 +74,7 @@ class Aligner(Family):
 
     def features(self, batch: Batch) -> Tensor:
         """`[b, P, D_v]` of the batch's images, one a text, all of one size."""
-        return once(batch, self, "features", lambda: self._features(batch))
+        return cached_on_batch(batch, self, "features", lambda: self._encode_images(batch))
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
         """What cross-attention reads of images `[m, P, D_v]`: tensors with m rows."""
@@ -82,20 +82,27 @@ class Aligner(Family):
 
     def own_context(self, batch: Batch) -> tuple[Tensor, ...]:
         """That of the batch's images."""
-        return once(batch, self, "context", lambda: self.context(self.features(batch)))
+        return cached_on_batch(batch, self, "context", lambda: self.context(self.features(batch)))
 
     def image_vectors(self, batch: Batch) -> Tensor:
         """Unit vectors `[b, Q, E]`."""
-        return once(batch, self, "image", lambda: F.normalize(self.image_projection(self._asked(batch).hidden), dim=-1))
+        return cached_on_batch(
+            batch,
+            self,
+            "image",
+            lambda: F.normalize(self.image_projection(self._encode_batch_queries(batch).hidden), dim=-1),
+        )
 
     def text_vectors(self, batch: Batch) -> Tensor:
         """Unit vectors `[b, E]`, from the first token."""
-        return once(batch, self, "text", lambda: self._text_vectors(batch.text["llm"]))[: len(batch.media.row)]
+        return cached_on_batch(batch, self, "text", lambda: self._text_vectors(batch.text["llm"]))[
+            : len(batch.media.row)
+        ]
 
     def match(self, context: tuple[Tensor, ...], ids: Tensor, real: Tensor) -> Tensor:
         """Whether images and texts `[m, T]` belong together: logits `[m, 2]`, the second says yes; `real` marks tokens
         that are no padding."""
-        queries = self._queries(len(ids))
+        queries = self._expand_queries(len(ids))
         seen = torch.cat([real.new_ones(len(ids), queries.shape[1]), real], dim=1)
         text, former = self.connector.text, self.connector.qformer
         passed = former(queries=queries, text=text(ids, real), branch=text, context=context, mask=both_ways(seen))
@@ -104,11 +111,11 @@ class Aligner(Family):
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         """Final hidden states `[B, T, D]` of text that is generated from the image (ITG)."""
         text = batch.text[stream]
-        asked = self._asked(batch)
+        asked = self._encode_batch_queries(batch)
         if not len(asked.hidden):  # a batch of padding: no image, one row of text
-            return self._read(text.ids, text.segment_ids != 0)
+            return self._encode_text(text.ids, text.segment_ids != 0)
         real = text.segment_ids != 0
-        ids = started(text.ids, real, self.start_id)
+        ids = replace_first_token(text.ids, real, self.start_id)
         count = asked.hidden.shape[1]
         segments = F.pad(text.segment_ids, (count, 0), value=1)
         groups = F.pad(torch.zeros_like(text.attention_group), (count, 0), value=-1)  # queries are a shared block
@@ -120,24 +127,24 @@ class Aligner(Family):
         """`[..., D]` -> `[..., V]`; the weights are those of the embeddings."""
         return F.linear(self.lm_head(hidden), self.connector.text.words.weight, self.lm_bias)
 
-    def _features(self, batch: Batch) -> Tensor:
-        return self.vision.encode(batch.media.inputs["vision"]).rectangular()[: pairs_in(batch)]
+    def _encode_images(self, batch: Batch) -> Tensor:
+        return self.vision.encode(batch.media.inputs["vision"]).rectangular()[: count_pairs(batch)]
 
-    def _asked(self, batch: Batch) -> Passed:
+    def _encode_batch_queries(self, batch: Batch) -> Passed:
         """The pass of the queries alone."""
-        return once(batch, self, "queries", lambda: self._ask(self.own_context(batch)))
+        return cached_on_batch(batch, self, "queries", lambda: self._encode_queries(self.own_context(batch)))
 
-    def _ask(self, context: tuple[Tensor, ...]) -> Passed:
-        return self.connector.qformer(queries=self._queries(len(context[0])), context=context)
+    def _encode_queries(self, context: tuple[Tensor, ...]) -> Passed:
+        return self.connector.qformer(queries=self._expand_queries(len(context[0])), context=context)
 
     def _text_vectors(self, stream: TokenStream) -> Tensor:
         real = stream.segment_ids != 0
-        return F.normalize(self.text_projection(at_first(self._read(stream.ids, real), real)), dim=-1)
+        return F.normalize(self.text_projection(first_token_state(self._encode_text(stream.ids, real), real)), dim=-1)
 
-    def _queries(self, rows: int) -> Tensor:
+    def _expand_queries(self, rows: int) -> Tensor:
         return self.connector.qformer.queries.expand(rows, -1, -1)
 
-    def _read(self, ids: Tensor, real: Tensor) -> Tensor:
+    def _encode_text(self, ids: Tensor, real: Tensor) -> Tensor:
         """Text `[B, T]` by itself, in both directions -> `[B, T, D]`."""
         branch = self.connector.text
         return self.connector.qformer(text=branch(ids, real), branch=branch, mask=both_ways(real)).hidden

@@ -42,7 +42,7 @@ class InstructVLM(PrefixVLM):
         rows = torch.repeat_interleave(media.row, counts, output_size=shown.real)
         if not shown.real:  # the blank view
             rows = rows.new_zeros(len(patches.grids))
-        return self.connector.instructed(patches, text.ids[rows], (text.segment_ids != 0)[rows])
+        return self.connector.read_with_instruction(patches, text.ids[rows], (text.segment_ids != 0)[rows])
 
 
 class InstructSeq2Seq(InstructVLM, PrefixSeq2Seq):

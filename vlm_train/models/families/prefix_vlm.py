@@ -14,7 +14,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.media import Features
 from vlm_train.models.families.text_only import decode_stream, generate_from
-from vlm_train.models.layers.merge import check_slots, merge
+from vlm_train.models.layers.merge import check_slots, merge_features
 
 
 class PrefixVLM(Family):
@@ -35,11 +35,11 @@ class PrefixVLM(Family):
     def features(self, batch: Batch) -> Features:
         """Features of width D of every view, the blank one of a batch without images included: always one tower
         call."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision)):
             patches = self.vision.encode(batch.media.inputs["vision"])
-        trains = patches.values.requires_grad or _trains(self.connector)
+        trains = patches.values.requires_grad or _is_trained(self.connector)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            dtype = _dtype(self.connector, patches.values.dtype)
+            dtype = _dtype_of(self.connector, patches.values.dtype)
             return self.connect(patches.map(lambda values: values.to(dtype)), batch)
 
     def connect(self, patches: Features, batch: Batch) -> Features:
@@ -58,7 +58,7 @@ class PrefixVLM(Family):
         check_slots(features.count_by_item(shown.view_counts), media.slot_counts, media.keys)
         # Without images this merges an empty slice: the blank view stays in the graph, with gradients of zero, so that
         # every rank makes the same collective calls in backward.
-        return merge(embeds, features.first(shown.real).values, text.slots, media.slot_counts)
+        return merge_features(embeds, features.first(shown.real).values, text.slots, media.slot_counts)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         """Final hidden states `[B, T, D]`."""
@@ -79,9 +79,9 @@ class PrefixVLM(Family):
         )
 
 
-def _trains(module: nn.Module) -> bool:
+def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((parameter.dtype for parameter in module.parameters()), default)

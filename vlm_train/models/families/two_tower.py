@@ -53,14 +53,14 @@ class TwoTower(Family):
         cache_chunk: int | None = None,
     ) -> None:
         super().__init__()
-        _check(vision, llm, embed_dim, pooling, cache_chunk)
+        _check_parts(vision, llm, embed_dim, pooling, cache_chunk)
         self.vision = vision
         self.llm = llm
         self.pooling = pooling
         self.max_scale = max_scale
         self.cache_chunk = cache_chunk
-        self.image_projection = _projection(vision.out_dim, embed_dim)
-        self.text_projection = _projection(llm.dim, embed_dim)
+        self.image_projection = _make_projection(vision.out_dim, embed_dim)
+        self.text_projection = _make_projection(llm.dim, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(init_temperature)))
         self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(float(init_bias)))
 
@@ -115,7 +115,7 @@ class TwoTower(Family):
         return torch.cat([cast(Tensor, checkpoint(encode, part, use_reentrant=False)) for part in parts])
 
 
-def _check(vision: Any, llm: Any, embed_dim: int | None, pooling: str, cache_chunk: int | None) -> None:
+def _check_parts(vision: Any, llm: Any, embed_dim: int | None, pooling: str, cache_chunk: int | None) -> None:
     """Raises ConfigError for parts and options that do not fit each other."""
     if pooling not in POOLING:
         raise ConfigError(f"model.pooling: {pooling!r}; allowed: {', '.join(POOLING)}")
@@ -133,7 +133,7 @@ def _check(vision: Any, llm: Any, embed_dim: int | None, pooling: str, cache_chu
         raise ConfigError(f"model.cache_chunk: {cache_chunk}; allowed: 1 or more, or null")
 
 
-def _projection(width: int, embed_dim: int | None) -> nn.Module:
+def _make_projection(width: int, embed_dim: int | None) -> nn.Module:
     if embed_dim is None:
         return nn.Identity()
     projection = nn.Linear(width, embed_dim, bias=False)

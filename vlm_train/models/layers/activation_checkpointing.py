@@ -38,17 +38,17 @@ def checkpoint_layers(layers: Iterable[nn.Module], *, selective: bool = False) -
     """
     again: Any = checkpoint
     if selective:  # `torch.compile` refuses a `context_fn`, and leaves those layers alone
-        again = torch.compiler.disable(partial(checkpoint, context_fn=_kept))
+        again = torch.compiler.disable(partial(checkpoint, context_fn=_keep_products))
     for layer in layers:
         if not isinstance(layer.forward, partial):
             layer.forward = partial(again, layer.forward, use_reentrant=False)
 
 
-def _kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts that keep the results of attention and of every second product of a layer."""
     seen = {False: 0, True: 0}
 
-    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def choose_policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operator in ATTENTION:
             return CheckpointPolicy.MUST_SAVE
         if operator in PRODUCTS:
@@ -57,4 +57,4 @@ def _kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return create_selective_checkpoint_contexts(choose_policy)

@@ -31,7 +31,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
 
-def generate(
+def generate_tokens(
     following: Callable[[Tensor, Tensor], Tensor], ids: Tensor, real: Tensor, sampling: Sampling, eos_ids: Sequence[int]
 ) -> Tensor:
     """Continue prompts with what torch's generator draws.
@@ -48,10 +48,10 @@ def generate(
     prompt, ended = ids.shape[1], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=ids.device)
     for count in range(sampling.max_new_tokens):
-        logits = _penalised(following(ids, real).float(), ids, real, sampling.repetition_penalty)
+        logits = _penalize_repeats(following(ids, real).float(), ids, real, sampling.repetition_penalty)
         if count < sampling.min_new_tokens:
             logits[:, ends] = float("-inf")
-        chosen = _choose(logits, sampling)
+        chosen = _choose_token(logits, sampling)
         if len(ends):
             chosen = torch.where(ended, ends[0], chosen)
             ended |= torch.isin(chosen, ends)
@@ -62,14 +62,14 @@ def generate(
     return ids[:, prompt:]
 
 
-def _penalised(logits: Tensor, ids: Tensor, real: Tensor, penalty: float) -> Tensor:
+def _penalize_repeats(logits: Tensor, ids: Tensor, real: Tensor, penalty: float) -> Tensor:
     if penalty == 1.0:
         return logits
     seen = torch.zeros_like(logits).scatter_reduce(1, ids, real.float(), reduce="amax") > 0  # padding does not count
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def _choose(logits: Tensor, sampling: Sampling) -> Tensor:
+def _choose_token(logits: Tensor, sampling: Sampling) -> Tensor:
     """`[B, V]` -> `[B]`."""
     if sampling.temperature == 0:
         return logits.argmax(dim=1)

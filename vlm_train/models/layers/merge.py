@@ -10,7 +10,7 @@ from vlm_train.contracts.batch import Slots
 from vlm_train.errors import BatchError
 
 
-def merge(embeds: Tensor, features: Tensor, slots: Slots, slot_counts: Sequence[int]) -> Tensor:
+def merge_features(embeds: Tensor, features: Tensor, slots: Slots, slot_counts: Sequence[int]) -> Tensor:
     """Replace the embeddings at the placeholders by media features.
 
     Args:

@@ -14,7 +14,7 @@ from vlm_train.contracts.family import Family, Outputs
 Made = TypeVar("Made")
 
 
-def once(batch: Batch, owner: Family, name: str, make: Callable[[], Made]) -> Made:
+def cached_on_batch(batch: Batch, owner: Family, name: str, make: Callable[[], Made]) -> Made:
     """What `make` gives, kept with the batch, hence as long as it: the second to ask gets the same.
 
     `owner` and `name` say what it is. Kept apart by whether gradients are recorded, and whether the model plays its own

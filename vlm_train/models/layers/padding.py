@@ -13,16 +13,16 @@ def first_real(real: Tensor) -> Tensor:
     return real.int().argmax(dim=1, keepdim=True)
 
 
-def started(ids: Tensor, real: Tensor, start: int) -> Tensor:
+def replace_first_token(ids: Tensor, real: Tensor, start: int) -> Tensor:
     """Ids `[B, T]` with `start` in place of the first real token of each row."""
     return ids.scatter(1, first_real(real), start)
 
 
-def places(real: Tensor) -> Tensor:
+def position_ids_from_mask(real: Tensor) -> Tensor:
     """Positions `[B, T]`, counted from the first real token."""
     return (real.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def at_first(hidden: Tensor, real: Tensor) -> Tensor:
+def first_token_state(hidden: Tensor, real: Tensor) -> Tensor:
     """The hidden state `[B, D]` of the first real token of each row, of `[B, T, D]`."""
     return hidden.gather(1, first_real(real)[..., None].expand(-1, -1, hidden.shape[-1]))[:, 0]

@@ -35,7 +35,7 @@ class PatchSelection(nn.Module):
         self.budget, self.mass = budget, mass
         self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
-    def count(self, patches: int) -> int:
+    def count_selected(self, patches: int) -> int:
         """K for so many patches."""
         return min(patches, -int(-patches * self.budget // 1) if self.budget < 1 else int(self.budget))
 
@@ -47,7 +47,7 @@ class PatchSelection(nn.Module):
         scores = self.score(features).squeeze(-1).float()
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
-        best = scores.topk(self.count(scores.shape[1]), dim=1)
+        best = scores.topk(self.count_selected(scores.shape[1]), dim=1)
         places, order = best.indices.sort(dim=1)
         counts = None if seen is None else self._within_budget(best.values, seen)
         values = best.values if counts is None else best.values.masked_fill(~counts, float("-inf"))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_train.errors import BatchError
-from vlm_train.models.layers.padding import places
+from vlm_train.models.layers.padding import position_ids_from_mask
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one attention, `[B, H, L, C]` each."""
@@ -44,18 +44,18 @@ class Attention(nn.Module):
         self.key, self.value = nn.Linear(source_dim or dim, dim), nn.Linear(source_dim or dim, dim)
         self.norm = nn.LayerNorm(dim, eps=eps)
 
-    def read(self, source: Tensor) -> KeysValues:
+    def keys_values(self, source: Tensor) -> KeysValues:
         """Keys and values of `[B, L, D or D_v]`."""
-        return self._split(self.key(source)), self._split(self.value(source))
+        return self._split_heads(self.key(source)), self._split_heads(self.value(source))
 
     def forward(self, hidden: Tensor, source: KeysValues, mask: Tensor | None = None) -> Tensor:
         """`[B, L, D]` -> `[B, L, D]`; `mask` `[B, 1, L, source]` is True where a row may attend to a column."""
         dropout = self.dropout if self.training else 0.0
-        found = F.scaled_dot_product_attention(self._split(self.query(hidden)), *source, mask, dropout)
+        found = F.scaled_dot_product_attention(self._split_heads(self.query(hidden)), *source, mask, dropout)
         found = self.output(found.transpose(1, 2).flatten(2))
         return self.norm(hidden + F.dropout(found, self.dropout, self.training))
 
-    def _split(self, states: Tensor) -> Tensor:
+    def _split_heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.heads, states.shape[-1] // self.heads)).transpose(1, 2)
 
 
@@ -102,7 +102,7 @@ class QFormerLayer(nn.Module):
             past: keys and values of tokens before these.
             text: the FFN of text tokens.
         """
-        own = self.attention.read(hidden)
+        own = self.attention.keys_values(hidden)
         seen = own if past is None else (torch.cat([past[0], own[0]], dim=2), torch.cat([past[1], own[1]], dim=2))
         hidden = self.attention(hidden, seen, mask)
         parts = []
@@ -137,7 +137,9 @@ class TextBranch(nn.Module):
             raise BatchError(
                 f"connector: a text of {ids.shape[1]} tokens, but max_positions={most}; set data.max_length"
             )
-        positions = self.positions.weight[: ids.shape[1]] if real is None else self.positions(places(real))
+        positions = (
+            self.positions.weight[: ids.shape[1]] if real is None else self.positions(position_ids_from_mask(real))
+        )
         return self.words(ids) + positions
 
 
@@ -206,7 +208,7 @@ class QFormer(nn.Module):
             levels = tuple(norm(level) for norm, level in zip(self.level_norms, levels, strict=True))
         found: list[Tensor] = []
         for number, reader in enumerate(readers):
-            found += [*reader.read(levels[number * count // len(readers)]), *mask]
+            found += [*reader.keys_values(levels[number * count // len(readers)]), *mask]
         return tuple(found)
 
     @property

@@ -45,8 +45,8 @@ class MedLayer(nn.Module):
 
     def __init__(self, numbers: Numbers) -> None:
         super().__init__()
-        self.encoder_attention = _attention(numbers)
-        self.decoder_attention = _attention(numbers)
+        self.encoder_attention = _make_attention(numbers)
+        self.decoder_attention = _make_attention(numbers)
         self.cross: Attention | None = None
         self.feed = FeedForward(
             numbers.hidden_size, numbers.intermediate_size, dropout=numbers.dropout, eps=numbers.layer_norm_eps
@@ -55,7 +55,7 @@ class MedLayer(nn.Module):
     def forward(self, hidden: Tensor, decodes: bool, mask: Tensor, image: tuple[Tensor, ...] = ()) -> Tensor:
         """`[B, T, D]`, mask `[B, 1, T, T]`, keys and values of the image twice `[B, H, P, C]` -> `[B, T, D]`."""
         attention = self.decoder_attention if decodes else self.encoder_attention
-        hidden = attention(hidden, attention.read(hidden), mask)
+        hidden = attention(hidden, attention.keys_values(hidden), mask)
         if image:
             assert self.cross is not None
             hidden = self.cross(hidden, (image[0], image[1]))
@@ -83,7 +83,7 @@ class Med(nn.Module):
         new_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.numbers = numbers = _numbers(config, vocab_size)
+        self.numbers = numbers = _read_numbers(config, vocab_size)
         if new_tokens:
             raise ConfigError(f"llm.config.vocab_size: {numbers.vocab_size}, but the tokenizer has {new_tokens} more")
         self.weights = weights
@@ -108,13 +108,13 @@ class Med(nn.Module):
     def read_images(self, vision_dim: int) -> None:
         """Give every layer cross-attention to features of width D_v."""
         for layer in self.blocks:
-            layer.cross = _attention(self.numbers, vision_dim)
+            layer.cross = _make_attention(self.numbers, vision_dim)
             layer.cross.apply(first_weights)
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
         """Image features `[B, P, D_v]` -> keys and values of every cross-attention, `[B, H, P, C]` each."""
         return tuple(
-            states for layer in self.blocks if layer.cross is not None for states in layer.cross.read(features)
+            states for layer in self.blocks if layer.cross is not None for states in layer.cross.keys_values(features)
         )
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Med(nn.Module):
 
     def encode(self, embeds: Tensor, positions: Tensor, mask: Tensor, context: Sequence[Tensor] = ()) -> Tensor:
         """As `decode`, with the encoder's self-attention."""
-        return self._run(embeds, positions, mask, context, decodes=False)
+        return self._run_layers(embeds, positions, mask, context, decodes=False)
 
     def decode(
         self,
@@ -139,7 +139,7 @@ class Med(nn.Module):
         if mask is None:
             length = embeds.shape[1]
             mask = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()[None, None]
-        return self._run(embeds, positions, mask, context or (), decodes=True)
+        return self._run_layers(embeds, positions, mask, context or (), decodes=True)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., D]` -> logits `[..., V]`; the weights are those of the embeddings."""
@@ -154,10 +154,10 @@ class Med(nn.Module):
         if self.weights is not None:
             from vlm_train.models.weights.blip_names import bert_state
 
-            self._copy(bert_state(self.weights, len(self.layers)))
+            self._copy_state(bert_state(self.weights, len(self.layers)))
 
     @torch.no_grad()
-    def _copy(self, state: Mapping[str, Tensor]) -> None:
+    def _copy_state(self, state: Mapping[str, Tensor]) -> None:
         own = {name: tensor for name, tensor in self.state_dict().items() if ".cross." not in name}
         if missing := sorted(own.keys() ^ state.keys()):
             raise AssetError(f"llm.weights: {self.weights!r} is no BERT of this architecture: {missing[0]}")
@@ -168,7 +168,7 @@ class Med(nn.Module):
                 raise AssetError(f"llm.weights: {self.weights!r}: {name} is {shapes}")
             rows.copy_(tensor[: len(rows)])
 
-    def _run(
+    def _run_layers(
         self, embeds: Tensor, positions: Tensor, mask: Tensor, context: Sequence[Tensor], *, decodes: bool
     ) -> Tensor:
         if embeds.shape[1] > (most := self.positions.num_embeddings):
@@ -182,7 +182,7 @@ class Med(nn.Module):
         return hidden
 
 
-def _attention(numbers: Numbers, source_dim: int | None = None) -> Attention:
+def _make_attention(numbers: Numbers, source_dim: int | None = None) -> Attention:
     return Attention(
         numbers.hidden_size,
         numbers.num_attention_heads,
@@ -192,7 +192,7 @@ def _attention(numbers: Numbers, source_dim: int | None = None) -> Attention:
     )
 
 
-def _numbers(config: Mapping[str, Any], vocab_size: int | None) -> Numbers:
+def _read_numbers(config: Mapping[str, Any], vocab_size: int | None) -> Numbers:
     known = [field.name for field in fields(Numbers)]
     if unknown := sorted(set(config) - set(known)):
         raise ConfigError(f"llm.config.{unknown[0]}: not a setting of Med. Allowed: {', '.join(known)}.")

@@ -53,7 +53,7 @@ class HFSeq2Seq(nn.Module):
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
-        self._finish()
+        self._add_tokens()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -163,9 +163,9 @@ class HFSeq2Seq(nn.Module):
         if self.weights is not None:
             numbers = {key: value for key, value in self.numbers.items() if key != "dense_act_fn"}
             self.model = load_pretrained(self.model, self.weights, setting="llm.weights", config=numbers)
-            self._finish()
+            self._add_tokens()
 
-    def _finish(self) -> None:
+    def _add_tokens(self) -> None:
         from transformers import GenerationConfig
 
         # Settings shipped with weights are often invalid (temperature without sampling) and abort the final save.

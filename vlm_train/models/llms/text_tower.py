@@ -56,7 +56,7 @@ class HFTextTower(nn.Module):
         self.weights = weights
         # Another tokenizer's vocabulary may lack the default; the library's own pooling, unread, needs an id.
         known = "eos_token_id" in self.numbers or self.numbers["vocab_size"] > _DEFAULT_END
-        self.model = _model(self.numbers if known else {**self.numbers, "bos_token_id": None, "eos_token_id": 0})
+        self.model = _make_model(self.numbers if known else {**self.numbers, "bos_token_id": None, "eos_token_id": 0})
         numbers = self.model.config
         self.end = numbers.eos_token_id if known else None
         self.causal = numbers.model_type == CLIP
@@ -78,7 +78,7 @@ class HFTextTower(nn.Module):
 
     def pooled(self, stream: TokenStream) -> Tensor:
         """Captions, one a row -> vectors `[B, D]`, before any projection and normalisation."""
-        ids, last = self._rows(stream)
+        ids, last = self._pad_right(stream)
         output = self.model(input_ids=ids)
         if not self.causal:
             return output.pooler_output
@@ -98,7 +98,7 @@ class HFTextTower(nn.Module):
                 self.model, self.weights, setting="llm.weights", declared=_NOT_TEXT, config=self.numbers
             )
 
-    def _rows(self, stream: TokenStream) -> tuple[Tensor, Tensor]:
+    def _pad_right(self, stream: TokenStream) -> tuple[Tensor, Tensor]:
         """Ids with the padding on the right, `[B, min(T, L)]` (SigLIP: `[B, L]`), and the place of the last token."""
         real = stream.segment_ids != 0
         count = real.sum(dim=1, keepdim=True)
@@ -114,7 +114,7 @@ class HFTextTower(nn.Module):
         return ids, (count[:, 0] - 1).clamp(min=0, max=width - 1)
 
 
-def _model(numbers: Mapping[str, Any]) -> Any:
+def _make_model(numbers: Mapping[str, Any]) -> Any:
     """A random tower. Raises `ConfigError` for a `model_type` that is neither."""
     from transformers import CLIPTextModel, SiglipTextModel
 

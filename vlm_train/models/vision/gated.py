@@ -50,7 +50,7 @@ class GatedVision(nn.Module):
     def encode(self, media: MediaInput) -> Features:
         """Features `[N * P, D]` of uint8 views `[N, 3, H, W]`."""
         first = self.first.encode(media)
-        second = self.second.encode(MediaInput(self._resized(media.values)))
+        second = self.second.encode(MediaInput(self._resize_pixels(media.values)))
         one, two = first.rectangular(), self._to_grid(self.project(second.rectangular()))
         gate = torch.sigmoid(self.gate(torch.cat([one, two], dim=-1)))
         return Features((gate * one + (1 - gate) * two).flatten(0, 1), first.grids)
@@ -75,7 +75,7 @@ class GatedVision(nn.Module):
             if tower.weights:
                 tower.load_weights()
 
-    def _resized(self, pixels: Tensor) -> Tensor:
+    def _resize_pixels(self, pixels: Tensor) -> Tensor:
         size = self.second.image_size
         if tuple(pixels.shape[-2:]) == size:
             return pixels

@@ -76,22 +76,22 @@ class HFVision(nn.Module):
         # Some layers take a mask as their second argument, in some releases only.
         takes_mask = "attention_mask" in inspect.signature(type(self.layers[0]).forward).parameters
         self._no_mask = (None,) if takes_mask else ()
-        self.layer = _counted(layer, self.depth)
+        self.layer = _count_layers(layer, self.depth)
         self.chosen = _resolve_layers(self.layer, self.depth)
         self.keep_cls = keep_cls
         self.final_norm = final_norm
         if final_norm and self.chosen != (self.depth,):
             raise ConfigError(f"vision.final_norm: needs vision.layer = -1, got {layer!r}")
 
-        size, patch = _pair(tower_config.image_size), _pair(tower_config.patch_size)
+        size, patch = _to_pair(tower_config.image_size), _to_pair(tower_config.patch_size)
         self.image_size = size
         self.grid = Grid3(1, size[0] // patch[0], size[1] // patch[1])
         self.prefix_tokens = self._count_prefix_tokens()
         self.kept_grid = Grid3(1, 1, self.grid.size + self.prefix_tokens) if keep_cls else self.grid
         self.patch_grid = partial(fixed_grid, grid=self.kept_grid)
         self.out_dim = tower_config.hidden_size * len(self.chosen)
-        self.image_mean = _triple("image_mean", image_mean)
-        self.image_std = _triple("image_std", image_std)
+        self.image_mean = _to_triple("image_mean", image_mean)
+        self.image_std = _to_triple("image_std", image_std)
         self._register_statistics(torch.empty(0).device)
 
     @property
@@ -178,10 +178,10 @@ def _auto_model(model_type: Any) -> Any:
     return transformers.AutoModel
 
 
-def _counted(layer: float | Sequence[float], depth: int) -> int | list[int]:
+def _count_layers(layer: float | Sequence[float], depth: int) -> int | list[int]:
     """`layer` with shares of the depth as numbers of layers. What is no whole number otherwise stays, to be refused."""
     if isinstance(layer, Sequence):
-        return [_counted(one, depth) for one in layer]  # type: ignore[misc]
+        return [_count_layers(one, depth) for one in layer]  # type: ignore[misc]
     return round(layer * depth) if 0 < layer < 1 else layer  # type: ignore[return-value]
 
 
@@ -206,11 +206,11 @@ def _final_norm(tower: Any) -> Any:
     raise ConfigError(f"vision.final_norm: {type(tower).__name__} has no final norm")
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def _to_pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _triple(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+def _to_triple(name: str, values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) != 3:
         raise ConfigError(f"vision.{name}: needs three numbers, got {list(values)}")
     return (float(values[0]), float(values[1]), float(values[2]))

@@ -30,7 +30,7 @@ _LM_HEAD = (("transform.0", "predictions.transform.dense"), ("transform.2", "pre
 _MATCHING = (("image_projection", "vision_proj"), ("text_projection", "text_proj"), ("match_head", "itm_head"))
 
 
-def names(kind: str, layers: int) -> dict[str, str]:
+def name_modules(kind: str, layers: int) -> dict[str, str]:
     """Our names of modules -> theirs, of the class `kind`, but for the vision tower, which is under `vision_model`."""
     decodes = kind == CAPTIONING
     prefix = "text_decoder.bert." if decodes else "text_encoder."
@@ -59,7 +59,7 @@ def bert_state(source: str, layers: int) -> dict[str, Tensor]:
         raise AssetError(f"llm.weights: {source!r} is no readable BERT: {error}") from error
     theirs = {re.sub(r"^(bert|cls)\.", r"text_decoder.\1.", name): tensor for name, tensor in state.items()}
     found = {"head_bias": state["cls.predictions.bias"]}
-    for ours, other in names(CAPTIONING, layers).items():
+    for ours, other in name_modules(CAPTIONING, layers).items():
         for leaf in ("weight", "bias"):
             if (tensor := theirs.get(f"{other}.{leaf}")) is not None:
                 name = f"{ours}.{leaf}".removeprefix("llm.")

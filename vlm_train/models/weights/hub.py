@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vlm_train.config.package_files import local
+from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
 
 ATTENTION = ("sdpa", "eager")
@@ -46,7 +46,7 @@ def build_config(setting: str, values: Mapping[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    fields = {key: _plain(value) for key, value in values.items()}
+    fields = {key: _to_plain(value) for key, value in values.items()}
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(
@@ -112,7 +112,7 @@ def load_pretrained(
     """
     where = f"{setting}: {source!r}"
     arguments: dict[str, Any] = {"use_safetensors": True}
-    folder = source = local(source)
+    folder = source = resolve_package_file(source)
     if source.endswith(".gguf"):
         folder, arguments = str(Path(source).parent), {"gguf_file": Path(source).name}
     elif config is not None:
@@ -134,8 +134,9 @@ def load_pretrained(
     missing, mismatched = list(report["missing_keys"]), list(report["mismatched_keys"])
     if unexpected or missing or mismatched:
         raise AssetError(
-            f"{where} does not fit {type(model).__name__}: missing {_some(missing)}, unexpected {_some(unexpected)}, "
-            f"other shape {_some(mismatched)}"
+            f"{where} does not fit {type(model).__name__}: missing {_list_some(missing)}, "
+            f"unexpected {_list_some(unexpected)}, "
+            f"other shape {_list_some(mismatched)}"
         )
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
     return loaded.to(device)
@@ -151,21 +152,21 @@ def read_state(source: str, *, setting: str, wanted: Callable[[str], bool]) -> d
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from safetensors import SafetensorError, safe_open
 
-    def place(name: str) -> Path:
+    def locate_file(name: str) -> Path:
         folder = Path(source).expanduser()
         return folder / name if folder.is_dir() else Path(hf_hub_download(source, name))
 
-    def names() -> list[str]:
+    def wanted_files() -> list[str]:
         try:
-            index = json.loads(place("model.safetensors.index.json").read_text(encoding="utf-8"))
+            index = json.loads(locate_file("model.safetensors.index.json").read_text(encoding="utf-8"))
         except (OSError, HfHubHTTPError, LocalEntryNotFoundError):
             return ["model.safetensors"]
         return sorted({file for name, file in index["weight_map"].items() if wanted(name)})
 
     found: dict[str, torch.Tensor] = {}
     try:
-        for file in names():
-            with safe_open(place(file), "pt") as opened:
+        for file in wanted_files():
+            with safe_open(locate_file(file), "pt") as opened:
                 found |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
     except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
         raise AssetError(f"{setting}: {source!r}: no safetensors could be read: {error}") from error
@@ -187,8 +188,9 @@ def load_inside(model: Any, source: str, *, prefix: str, setting: str) -> bool:
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unexpected or other:
         raise AssetError(
-            f"{setting}: {prefix}* of {source!r} does not fit {type(model).__name__}: missing {_some([*missing])}, "
-            f"unexpected {_some([*unexpected])}, other shape {_some(other)}"
+            f"{setting}: {prefix}* of {source!r} does not fit {type(model).__name__}: "
+            f"missing {_list_some([*missing])}, "
+            f"unexpected {_list_some([*unexpected])}, other shape {_list_some(other)}"
         )
     model.load_state_dict(state)
     return True
@@ -217,12 +219,12 @@ def _fields_of(config_class: Any) -> set[str]:
     return (names | set(getattr(config_class, "attribute_map", {})) | _UNLISTED) - _INTERNAL
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """OmegaConf containers as plain lists and dicts, recursively (transformers serialises its configurations)."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     return value
 
 
@@ -231,6 +233,6 @@ def _did_you_mean(word: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _some(keys: Sequence[Any], limit: int = 3) -> str:
+def _list_some(keys: Sequence[Any], limit: int = 3) -> str:
     shown = ", ".join(str(key) for key in sorted(keys, key=str)[:limit])
     return f"{len(keys)} ({shown}{', ...' if len(keys) > limit else ''})" if keys else "none"

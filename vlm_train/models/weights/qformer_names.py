@@ -34,7 +34,7 @@ _RULES: tuple[tuple[str, str], ...] = (
 _PROJECTION = r"language_projection\.(\w+)"
 
 
-def ours(name: str) -> str | None:
+def our_name(name: str) -> str | None:
     """What a parameter of the library's BLIP-2 or InstructBLIP is called in our connector; None: not part of it."""
     for pattern, replacement in (*_RULES, (_PROJECTION, r"projection.\1")):
         if found := re.fullmatch(pattern, name):
@@ -44,13 +44,13 @@ def ours(name: str) -> str | None:
 
 def from_library(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The connector's part of the state of a `transformers` model, by our names."""
-    named = {ours(name): tensor for name, tensor in state.items()}
+    named = {our_name(name): tensor for name, tensor in state.items()}
     return {name: tensor[0] if name == "qformer.queries" else tensor for name, tensor in named.items() if name}
 
 
 def to_library(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """A connector's state by the names that a `transformers` model has among `names`."""
-    found = {name: state[own] for name in names if (own := ours(name)) is not None and own in state}
+    found = {name: state[own] for name in names if (own := our_name(name)) is not None and own in state}
     return {name: tensor[None] if name == "query_tokens" else tensor for name, tensor in found.items()}
 
 
@@ -60,9 +60,9 @@ def connector_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
     return {name: tensor for name, tensor in found.items() if name in own}
 
 
-def known(name: str) -> bool:
+def is_known(name: str) -> bool:
     """Whether a checkpoint's tensor may be part of a Q-Former's start."""
-    return ours(name) is not None or ours(_bert(name)) is not None
+    return our_name(name) is not None or our_name(_bert_name(name)) is not None
 
 
 def is_bert(names: Iterable[str]) -> bool:
@@ -85,7 +85,7 @@ def from_bert(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     """
     taken: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if (found := ours(_bert(name))) is None:
+        if (found := our_name(_bert_name(name))) is None:
             continue
         taken[found] = tensor
         if (text := re.fullmatch(r"text\.feeds\.(\d+)\.(.+)", found)) is not None:
@@ -107,7 +107,7 @@ def head_from_bert(state: Mapping[str, Tensor], bias: Tensor) -> dict[str, Tenso
     return taken
 
 
-def _bert(name: str) -> str:
+def _bert_name(name: str) -> str:
     """BERT's name of a parameter as a Q-Former would have it; old files say gamma and beta."""
     name = name.removeprefix("bert.").replace("attention.self.", "attention.attention.")
     name = name.replace("embeddings.LayerNorm", "qformer.layernorm")

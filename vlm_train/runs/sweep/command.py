@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from vlm_train.config.compose import compose, run_hydra
+from vlm_train.config.compose import compose_config, run_hydra
 from vlm_train.errors import ConfigError, VLMTrainError
 from vlm_train.runs import launch, process
 from vlm_train.runs.sweep import records, summary
 from vlm_train.runs.sweep.direction import direction_of
 from vlm_train.runs.sweep.job import JobError, carry_out
-from vlm_train.runs.sweep.watch import announcing, passing_on
+from vlm_train.runs.sweep.watch import announce_ends, passing_on
 
 LOCAL = ("joblib", "submitit_local")
 """Launchers whose jobs are processes of this machine."""
@@ -26,48 +26,48 @@ class SweepError(VLMTrainError):
     """A sweep with jobs that are not done."""
 
 
-def sweep(argv: Sequence[str], overrides: Sequence[str]) -> None:
+def run_sweep(argv: Sequence[str], overrides: Sequence[str]) -> None:
     """Runs every job that is not done yet, then prints a table and writes `sweep.html`.
 
     The sweep's folder is named after its overrides, so that the same command is the same sweep. Raises SweepError when
     jobs failed, after all have run.
     """
-    _refuse(overrides)
+    _refuse_overrides(overrides)
     folder = folder_of(overrides)
-    launcher = records.given(overrides, "hydra/launcher") or "basic"
-    records.start(folder, overrides)
-    watched = announcing(folder) if launcher != "basic" else nullcontext()
+    launcher = records.value_given(overrides, "hydra/launcher") or "basic"
+    records.start_sweep(folder, overrides)
+    watched = announce_ends(folder) if launcher != "basic" else nullcontext()
     interruptible = passing_on(folder) if launcher in LOCAL else nullcontext()
     try:
         with watched, interruptible:
             _run_hydra(argv, overrides, folder)
     finally:
-        _conclude(folder)
-    if unfinished := [job for job in records.read(folder).jobs if job.status != "done"]:
-        raise SweepError(_missing(folder, unfinished))
+        _write_summary(folder)
+    if unfinished := [job for job in records.read_sweep(folder).jobs if job.status != "done"]:
+        raise SweepError(_describe_unfinished(folder, unfinished))
 
 
 def folder_of(overrides: Sequence[str]) -> Path:
     """`<paths.runs>/sweep-<recipe or schedule>-<hash>`. Of Hydra's own settings only the space it searches counts."""
-    own = [o for o in overrides if not o.startswith("hydra") or records.split(o)[0].startswith(records.PARAMS)]
-    runs = compose([o for o in own if records.split(o)[0] == "paths.runs"]).paths.runs
-    names = (records.given(own, key) for key in ("schedule", "recipe"))
+    own = [o for o in overrides if not o.startswith("hydra") or records.split_override(o)[0].startswith(records.PARAMS)]
+    runs = compose_config([o for o in own if records.split_override(o)[0] == "paths.runs"]).paths.runs
+    names = (records.value_given(own, key) for key in ("schedule", "recipe"))
     name = re.sub(r"\W+", "_", next(filter(None, names), "custom"))[:40].strip("_")
-    return Path(runs) / f"sweep-{name}-{records.digest(sorted(own))}"
+    return Path(runs) / f"sweep-{name}-{records.hash_overrides(sorted(own))}"
 
 
-def _refuse(overrides: Sequence[str]) -> None:
+def _refuse_overrides(overrides: Sequence[str]) -> None:
     """Raises ConfigError for what would go wrong in every job, or be ignored."""
     problems = []
     if (found := launch.started_by()) != "local":
         problems.append(f"--multirun: {found} started several processes, and each would run the sweep. Start it once.")
-    if records.given(overrides, "hydra.sweep.dir") is not None:
+    if records.value_given(overrides, "hydra.sweep.dir") is not None:
         problems.append("hydra.sweep.dir: a sweep's folder is named after its overrides. paths.runs says where it is.")
     for key in ("hydra.launcher.tasks_per_node", "hydra.launcher.nodes"):
-        if records.given(overrides, key) not in (None, "1"):
+        if records.value_given(overrides, key) not in (None, "1"):
             problems.append(f"{key}: a job starts its processes itself, launch.devices=<n>, on one node.")
-    sweeper = records.given(overrides, "hydra/sweeper") or "basic"
-    if sweeper != "basic" and records.given(overrides, "sweep_metric") is None:
+    sweeper = records.value_given(overrides, "hydra/sweeper") or "basic"
+    if sweeper != "basic" and records.value_given(overrides, "sweep_metric") is None:
         problems.append(f"sweep_metric: hydra/sweeper={sweeper} needs a metric on the command line: val_loss, ...")
     if problems:
         raise ConfigError(problems)
@@ -93,25 +93,25 @@ def optuna_defaults(overrides: Sequence[str]) -> list[str]:
     A failed trial stops nothing; the direction is the metric's; a seed makes the same command propose the same values,
     whose runs are then found done.
     """
-    if records.given(overrides, "hydra/sweeper") != "optuna":
+    if records.value_given(overrides, "hydra/sweeper") != "optuna":
         return []
-    metric = records.given(overrides, "sweep_metric") or ""
+    metric = records.value_given(overrides, "sweep_metric") or ""
     wanted = {
         "hydra.sweeper.max_failure_rate": "1.0",
         "hydra.sweeper.direction": direction_of(metric, overrides),
     }
-    if records.given(overrides, "hydra/sweeper/sampler") in SEEDED:
+    if records.value_given(overrides, "hydra/sweeper/sampler") in SEEDED:
         wanted["hydra.sweeper.sampler.seed"] = "42"
-    return [f"{key}={value}" for key, value in wanted.items() if records.given(overrides, key) is None]
+    return [f"{key}={value}" for key, value in wanted.items() if records.value_given(overrides, key) is None]
 
 
-def _conclude(folder: Path) -> None:
+def _write_summary(folder: Path) -> None:
     """The table and the page over what there is. Trouble with the page must not hide the result."""
-    sweep = records.read(folder)
+    sweep = records.read_sweep(folder)
     if not sweep.jobs:
         return
-    print(f"\n{sweep.name}\n{summary.table(sweep)}", flush=True)
-    if all(sweep.score(job) is None for job in sweep.jobs):
+    print(f"\n{sweep.name}\n{summary.format_table(sweep)}", flush=True)
+    if all(sweep.score_of(job) is None for job in sweep.jobs):
         return
     try:
         print(f"\nSweep: {process.write_report(folder)}", flush=True)
@@ -119,9 +119,9 @@ def _conclude(folder: Path) -> None:
         print(f"No page for {folder}: {error}", flush=True)
 
 
-def _missing(folder: Path, unfinished: Sequence[records.Job]) -> str:
-    sweep = records.read(folder)
-    listed = [f"job {job.number} ({job.label(sweep.keys)}): {job.error or job.status}" for job in unfinished[:8]]
+def _describe_unfinished(folder: Path, unfinished: Sequence[records.Job]) -> str:
+    sweep = records.read_sweep(folder)
+    listed = [f"job {job.number} ({job.make_label(sweep.keys)}): {job.error or job.status}" for job in unfinished[:8]]
     more = [f"and {len(unfinished) - 8} more"] if len(unfinished) > 8 else []
     return "\n  - ".join(
         [f"{len(unfinished)} of {len(sweep.jobs)} jobs are not done. The same command runs only these:", *listed, *more]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from vlm_train.check.check import check
+from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import Composition
-from vlm_train.config.compose import compose
+from vlm_train.config.compose import compose_config
 from vlm_train.errors import AssetError, ConfigError
 
 LOWER_IS_BETTER = re.compile(r"loss|perplexity|error", re.IGNORECASE)
@@ -34,12 +34,12 @@ def _declared(overrides: Sequence[str]) -> dict[str, bool]:
     from vlm_train.contracts.evaluator import every_metric
 
     try:
-        cfg = compose(_first_values(overrides))
+        cfg = compose_config(_first_values(overrides))
         if cfg.schedule is not None:  # results are those of the last stage
             last = cfg.schedule.stages[-1]
             own = [o for o in _first_values(overrides) if not o.startswith("schedule")]
-            cfg = compose([f"recipe={last.recipe}", *last.overrides, *own])
-        check(cfg, need_assets=False)  # nothing is constructed that is not trusted
+            cfg = compose_config([f"recipe={last.recipe}", *last.overrides, *own])
+        check_config(cfg, need_assets=False)  # nothing is constructed that is not trusted
         return every_metric(build_evaluators(cfg))
     except (*Composition, ConfigError, AssetError):
         return {}

@@ -23,11 +23,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
-from vlm_train.check.hydra_errors import Composition, explain
+from vlm_train.check.hydra_errors import Composition, explain_errors
 from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir, training_hash
-from vlm_train.config.signatures import hint
-from vlm_train.config.size import finish
+from vlm_train.config.signatures import did_you_mean
+from vlm_train.config.size import finish_config
 from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
 from vlm_train.runs import launch, record
 from vlm_train.runs.folder import RunFolder
@@ -46,27 +46,29 @@ def carry_out(cfg: DictConfig) -> float | None:
     A job that is done already is only reported. Raises JobError where a sweeper other than Hydra's own counts failures.
     """
     state = HydraConfig.get()
-    place = _place(state)
+    place = _locate_job(state)
     overrides = [str(override) for override in state.overrides.task]
     entry = records.Job(int(state.job.num), overrides, host=socket.gethostname(), pid=os.getpid())
     started = time.monotonic()
     if not place.here:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us through the sweep's own process
     try:
-        return _recorded(entry, cfg, state, place, started)
+        return _run_recorded(entry, cfg, state, place, started)
     except (Interrupted, KeyboardInterrupt):
-        _end(entry, place, started, "interrupted")
+        _record_end(entry, place, started, "interrupted")
         if place.here:
             raise
         return None
     except FAILURES as error:
-        problems = explain(overrides, place.dirs, error) if isinstance(error, Composition) else _sentences(error)
-        _end(entry, place, started, "failed", error=" ".join(problems))
+        problems = (
+            explain_errors(overrides, place.dirs, error) if isinstance(error, Composition) else _error_lines(error)
+        )
+        _record_end(entry, place, started, "failed", error=" ".join(problems))
         if place.counts_failures:
             raise JobError(f"job {entry.number} failed") from None
         return None
     except BaseException as error:  # a bug of ours, whose traceback Hydra shows at the end
-        _end(entry, place, started, "failed", error=f"{type(error).__name__}: {error}")
+        _record_end(entry, place, started, "failed", error=f"{type(error).__name__}: {error}")
         raise
 
 
@@ -80,33 +82,38 @@ class _Place:
     dirs: list[str]
 
 
-def _place(state: Any) -> _Place:
+def _locate_job(state: Any) -> _Place:
     choices = state.runtime.choices
     dirs = [source.path for source in state.runtime.config_sources if source.provider == "command-line"]
     here, own = choices["hydra/launcher"] == "basic", choices["hydra/sweeper"] == "basic"
     return _Place(Path(state.sweep.dir).absolute(), here, not own, dirs)
 
 
-def _recorded(entry: records.Job, cfg: DictConfig, state: Any, place: _Place, started: float) -> float | None:
+def _run_recorded(entry: records.Job, cfg: DictConfig, state: Any, place: _Place, started: float) -> float | None:
     """The job between its record's first and last state."""
     from vlm_train.runs import process
     from vlm_train.runs.single import run
 
-    cfg = finish(cfg, state.runtime.choices, entry.overrides)
+    cfg = finish_config(cfg, state.runtime.choices, entry.overrides)
     folder, done = _run_of(cfg, entry.overrides, place.dirs)
     entry.run, entry.devices, entry.already = str(folder), cfg.launch.devices * cfg.launch.nodes, done
-    entry.write(place.folder)
+    entry.write_file(place.folder)
     if (place.folder / records.STOP).exists():  # looked for after we can be found
         raise Interrupted(signal.SIGTERM)
     if done:
         result = launch.read_result(folder)
     else:
         mark = "" if place.here else f"[{entry.number}] "
-        with _Lines(sys.stdout, mark) as lines, redirect_stdout(lines), _brief(), process.signals_interrupt():
+        with (
+            _Lines(sys.stdout, mark) as lines,
+            redirect_stdout(lines),
+            _shorten_messages(),
+            process.interrupt_on_signals(),
+        ):
             result = run(entry.overrides, place.dirs, fresh=True) or {}
-    value = _objective(cfg, result)
+    value = _metric_value(cfg, result)
     entry.metrics = {key: float(number) for key, number in result.items() if isinstance(number, int | float)}
-    _end(entry, place, started, "done")
+    _record_end(entry, place, started, "done")
     return value
 
 
@@ -116,34 +123,34 @@ def _run_of(cfg: DictConfig, overrides: list[str], dirs: list[str]) -> tuple[Pat
     if cfg.schedule is not None:
         from vlm_train.runs import schedule
 
-        name, stages = schedule.plan(overrides, dirs)
+        name, stages = schedule.plan_schedule(overrides, dirs)
         return schedule.folder_of(name, stages), trains and all(stage.done for stage in stages)
     folder = run_dir(cfg)
-    if not trains or cfg.resume != "auto" or record.read(folder).get("status") != "done":
+    if not trains or cfg.resume != "auto" or record.read_record(folder).get("status") != "done":
         return folder, False
     same = training_hash(load_config(RunFolder(folder).config)) == training_hash(cfg)
     return folder, same  # a `run_name` may stand for another configuration, which is then refused
 
 
-def _objective(cfg: DictConfig, result: dict[str, Any]) -> float | None:
+def _metric_value(cfg: DictConfig, result: dict[str, Any]) -> float | None:
     """The metric named by `sweep_metric`."""
     if cfg.sweep_metric is None:
         return None
     if cfg.sweep_metric not in result:
-        suggestion = hint(cfg.sweep_metric, result)
+        suggestion = did_you_mean(cfg.sweep_metric, result)
         raise ConfigError(f"sweep_metric: no {cfg.sweep_metric!r} here.{suggestion} The run has: {', '.join(result)}.")
     return float(result[cfg.sweep_metric])
 
 
-def _end(entry: records.Job, place: _Place, started: float, status: str, error: str = "") -> None:
+def _record_end(entry: records.Job, place: _Place, started: float, status: str, error: str = "") -> None:
     """Records how the job ended and, in the process that the user started, says so."""
     entry.status, entry.error, entry.seconds = status, error, time.monotonic() - started
-    entry.write(place.folder)
+    entry.write_file(place.folder)
     if place.here:
-        summary.announce(entry, records.read(place.folder))
+        summary.announce_end(entry, records.read_sweep(place.folder))
 
 
-def _sentences(error: BaseException) -> list[str]:
+def _error_lines(error: BaseException) -> list[str]:
     """What an error says, in one line each; of a child's last lines, which are in its log, the one that says why."""
     if isinstance(error, ConfigError):
         return error.problems
@@ -157,7 +164,7 @@ def _sentences(error: BaseException) -> list[str]:
 
 
 @contextmanager
-def _brief() -> Iterator[None]:
+def _shorten_messages() -> Iterator[None]:
     """Leaves out what every job would repeat: where its keys come from, and tracebacks of errors that speak for
     themselves. `run_hydra` asks Hydra for these, not the child; VLM_TRAIN_TRACEBACK=1 asks both.
     """

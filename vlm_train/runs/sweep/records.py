@@ -43,18 +43,18 @@ class Job:
     pid: int = 0  # of the process that supervises it
     written: float = 0.0  # seconds since the epoch
 
-    def value(self, key: str) -> str:
+    def value_of(self, key: str) -> str:
         """The text that its overrides give `key`; empty without one."""
-        return next((text for name, text in map(split, reversed(self.overrides)) if name == key), "")
+        return next((text for name, text in map(split_override, reversed(self.overrides)) if name == key), "")
 
-    def label(self, keys: Iterable[str]) -> str:
+    def make_label(self, keys: Iterable[str]) -> str:
         """What tells it from the other jobs: `optim.lr=0.001 seed=2`."""
-        return " ".join(f"{key}={self.value(key)}" for key in keys) or " ".join(self.overrides)
+        return " ".join(f"{key}={self.value_of(key)}" for key in keys) or " ".join(self.overrides)
 
-    def write(self, folder: Path) -> None:
+    def write_file(self, folder: Path) -> None:
         """Replaces its file below the sweep's folder."""
         self.written = time.time()
-        record.write_json(folder / JOBS / f"{digest(sorted(self.overrides))}.json", asdict(self))
+        record.write_json(folder / JOBS / f"{hash_overrides(sorted(self.overrides))}.json", asdict(self))
 
 
 @dataclass(frozen=True)
@@ -67,50 +67,50 @@ class Sweep:
     metric: str | None
     lower: bool  # whether lower values of the metric are better
 
-    def score(self, job: Job) -> float | None:
+    def score_of(self, job: Job) -> float | None:
         """The metric of a job that is done."""
         value = job.metrics.get(self.metric or "")
         return float(value) if job.status == "done" and value is not None and math.isfinite(value) else None
 
-    def ranked(self) -> list[Job]:
+    def rank_jobs(self) -> list[Job]:
         """Jobs, best first; then those without the metric, in their order."""
         sign = 1 if self.lower else -1
-        scores = {id(job): self.score(job) for job in self.jobs}
+        scores = {id(job): self.score_of(job) for job in self.jobs}
         return sorted(
             self.jobs,
             key=lambda job: (scores[id(job)] is None, sign * (scores[id(job)] or 0.0), job.number),
         )
 
 
-def digest(overrides: Sequence[str]) -> str:
+def hash_overrides(overrides: Sequence[str]) -> str:
     """Eight hexadecimal digits that name overrides."""
     return hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
 
 
-def split(override: str) -> tuple[str, str]:
+def split_override(override: str) -> tuple[str, str]:
     """An override's key, without `+`, and the text of its value."""
     key, _, value = override.partition("=")
     return key.lstrip("+"), value
 
 
-def given(overrides: Iterable[str], key: str) -> str | None:
+def value_given(overrides: Iterable[str], key: str) -> str | None:
     """The text that the last override of `key` gives it."""
-    return next((text for name, text in map(split, reversed(list(overrides))) if name == key), None)
+    return next((text for name, text in map(split_override, reversed(list(overrides))) if name == key), None)
 
 
-def start(folder: Path, overrides: Sequence[str]) -> None:
+def start_sweep(folder: Path, overrides: Sequence[str]) -> None:
     """Writes `sweep.json` and drops the jobs that are not done, which this start runs again."""
     (folder / STOP).unlink(missing_ok=True)
     for path in (folder / JOBS).glob("*.json"):
-        if (_read(path) or {}).get("status") != "done":
+        if (_read_json(path) or {}).get("status") != "done":
             path.unlink()
-    metric, direction = given(overrides, "sweep_metric"), given(overrides, "hydra.sweeper.direction")
+    metric, direction = value_given(overrides, "sweep_metric"), value_given(overrides, "hydra.sweeper.direction")
     direction = direction or (direction_of(metric, overrides) if metric else None)
-    content = {"name": folder.name, "overrides": list(overrides), "keys": swept(overrides), "metric": metric}
+    content = {"name": folder.name, "overrides": list(overrides), "keys": swept_keys(overrides), "metric": metric}
     record.write_json(folder / SWEEP, content | {"direction": direction})
 
 
-def swept(overrides: Sequence[str]) -> list[str]:
+def swept_keys(overrides: Sequence[str]) -> list[str]:
     """The keys that the command line gives several values, or that the sweeper gives them."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     keys = [override.key_or_group for override in parsed if override.is_sweep_override()]
@@ -121,25 +121,25 @@ def swept(overrides: Sequence[str]) -> list[str]:
     return [key for key in dict.fromkeys(keys) if not key.startswith("hydra")]
 
 
-def read(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> Sweep:
     """The sweep in a folder; files that cannot be read are left out. Raises ConfigError without a `sweep.json`."""
-    content = _read(folder / SWEEP)
+    content = _read_json(folder / SWEEP)
     if content is None:
         raise ConfigError(f"'{folder}' is no sweep: it holds no {SWEEP}")
-    found = [job for path in (folder / JOBS).glob("*.json") if (job := _job(_read(path)))]
+    found = [job for path in (folder / JOBS).glob("*.json") if (job := _parse_job(_read_json(path)))]
     for job in found:
         if job.status == "running" and _is_gone(job):
             job.status = "interrupted"
     jobs = sorted(found, key=lambda job: (job.number, job.overrides))
-    names = dict.fromkeys(split(override)[0] for job in jobs for override in job.overrides)
-    differ = [key for key in names if len({job.value(key) for job in jobs}) > 1]
+    names = dict.fromkeys(split_override(override)[0] for job in jobs for override in job.overrides)
+    differ = [key for key in names if len({job.value_of(key) for job in jobs}) > 1]
     keys = list(dict.fromkeys([*map(str, content.get("keys") or []), *differ]))
     metric = content.get("metric") or next((name for name in FALLBACK if any(name in j.metrics for j in jobs)), None)
     lower = content.get("direction") or direction_of(str(metric), content.get("overrides") or [])
     return Sweep(str(content.get("name", folder.name)), jobs, keys, metric, lower == "minimize")
 
 
-def _job(content: dict[str, Any] | None) -> Job | None:
+def _parse_job(content: dict[str, Any] | None) -> Job | None:
     """A job from its file; None where the file is of another kind."""
     known = {f.name for f in fields(Job)}
     try:
@@ -164,7 +164,7 @@ def _is_gone(job: Job) -> bool:
     return False
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -18,33 +18,33 @@ INTERVAL = 1.0  # seconds between two looks at the records
 
 
 @contextmanager
-def announcing(folder: Path) -> Iterator[None]:
+def announce_ends(folder: Path) -> Iterator[None]:
     """Says meanwhile how jobs in other processes end: their own words may go to files on another machine."""
-    told = {id_: job.written for id_, job in _ended(folder)}
+    told = {id_: job.written for id_, job in _ended_jobs(folder)}
     over = threading.Event()
 
-    def look() -> None:
-        for id_, job in _ended(folder):
+    def look_for_ends() -> None:
+        for id_, job in _ended_jobs(folder):
             if told.get(id_) != job.written:
                 told[id_] = job.written
-                summary.announce(job, records.read(folder))
+                summary.announce_end(job, records.read_sweep(folder))
 
-    def watch() -> None:
+    def watch_folder() -> None:
         while not over.wait(INTERVAL):
-            look()
+            look_for_ends()
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=watch_folder, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        look()
+        look_for_ends()
 
 
-def _ended(folder: Path) -> list[tuple[str, records.Job]]:
-    jobs = records.read(folder).jobs
+def _ended_jobs(folder: Path) -> list[tuple[str, records.Job]]:
+    jobs = records.read_sweep(folder).jobs
     return [(" ".join(job.overrides), job) for job in jobs if job.status != "running"]
 
 
@@ -54,17 +54,17 @@ def passing_on(folder: Path) -> Iterator[None]:
     received: list[int] = []
     previous: dict[int, Any] = {}
 
-    def stop(number: int, _: Any) -> None:
+    def stop_jobs(number: int, _: Any) -> None:
         signal.signal(number, previous[number])
         received.append(number)
         (folder / records.STOP).touch()
-        for job in records.read(folder).jobs:
+        for job in records.read_sweep(folder).jobs:
             if job.status == "running" and job.host == socket.gethostname():
                 with suppress(ProcessLookupError):
                     os.kill(job.pid, signal.SIGTERM)
 
     for handled in (signal.SIGINT, signal.SIGTERM):
-        previous[handled] = signal.signal(handled, stop)
+        previous[handled] = signal.signal(handled, stop_jobs)
     try:
         yield
     except Exception as error:  # launchers stumble over jobs that ended otherwise

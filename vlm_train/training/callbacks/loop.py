@@ -21,7 +21,7 @@ from vlm_train.errors import Interrupted
 from vlm_train.evaluation.run import run_evaluator
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
-from vlm_train.training.callbacks.watchdog import EVALUATION, mark
+from vlm_train.training.callbacks.watchdog import EVALUATION, begin_phase
 
 
 class AfterStep(pl.Callback):
@@ -70,7 +70,7 @@ class AfterStep(pl.Callback):
 
     def _validate(self, trainer: pl.Trainer, module: Any) -> None:
         """Held-out loss and evaluators, then a checkpoint if it is the best, or due."""
-        module.meter.pause()
+        module.meter.pause_clock()
         module.validation_metrics = {}
         if self._measures_loss(trainer.global_step):
             run_validation_loop(trainer)
@@ -87,7 +87,7 @@ class AfterStep(pl.Callback):
         """Make up for the validation that a stop cut off."""
         step = trainer.global_step
         if step and (self._measures_loss(step) or self._evaluates(step)):
-            held = {row["step"] for row in record.metrics(Path(trainer.default_root_dir)) if row["split"] == "val"}
+            held = {row["step"] for row in record.read_metrics(Path(trainer.default_root_dir)) if row["split"] == "val"}
             if trainer.strategy.broadcast(step not in held):
                 self._validate(trainer, pl_module)
 
@@ -152,29 +152,29 @@ class Checkpoints(pl.Callback):
 
     def save(self, trainer: pl.Trainer, *, best: bool = False, value: float | None = None, must: bool = False) -> None:
         """Write the checkpoint of this step, which a validation gave `value`. `must`: wait for it."""
-        mark(trainer, "save")
+        begin_phase(trainer, "save")
         cast(Any, trainer.lightning_module).require_healthy()
         step = trainer.global_step
         trusted, self.written = step in self.written, self.written | {step}
         facts = self.facts | {"metric": value, "world": trainer.world_size}
         must = must or step == self.total
-        self.writer.save(trainer, step=step, facts=facts, best=best, must=must, rewrite=not trusted)
+        self.writer.save_checkpoint(trainer, step=step, facts=facts, best=best, must=must, rewrite=not trusted)
 
     def stop(self, trainer: pl.Trainer) -> None:
         """Save the step and raise `Interrupted`, on every rank."""
         if trainer.global_step not in self.written or self.writer.failures:
             self.save(trainer, must=True)
-        self.writer.finish(must=True)
+        self.writer.wait_for_save(must=True)
         if trainer.is_global_zero:
-            record.update(self.writer.root.parent, status="interrupted")
+            record.update_record(self.writer.root.parent, status="interrupted")
         trainer.strategy.barrier()  # the first that leaves is the end of the others where `srun` or torchrun look on
         raise Interrupted(cast(Any, trainer.lightning_module).interrupt or signal.SIGTERM, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.writer.finish(must=True)
+        self.writer.wait_for_save(must=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.writer.abandon()
+        self.writer.abandon_save()
 
 
 class Evaluation:
@@ -186,7 +186,7 @@ class Evaluation:
 
     def run(self, trainer: pl.Trainer, module: Any) -> None:
         """On rank 0, or on all ranks where they hold shards. Results go to the log and into `validation_metrics`."""
-        mark(trainer, EVALUATION)
+        begin_phase(trainer, EVALUATION)
         if not (trainer.is_global_zero or cast(Any, trainer.strategy).shards_model):
             return
         with results_folder(RunFolder(self.folder).evaluation, trainer.is_global_zero) as folder:
@@ -194,7 +194,7 @@ class Evaluation:
                 findings = run_evaluator(name, evaluator, module.model, self.processor, folder / name, final=False)
                 found = {f"{name}/{metric}": value for metric, value in findings.metrics.items()}
                 module.validation_metrics |= found
-                module.write("val", found)
+                module.write_metrics("val", found)
 
 
 @contextmanager

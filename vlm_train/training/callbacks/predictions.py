@@ -20,8 +20,8 @@ from vlm_train.data.processor import Processor
 from vlm_train.data.show import save_views
 from vlm_train.data.text.render import Rendered
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.common import evaluating
-from vlm_train.evaluation.generate import question
+from vlm_train.evaluation.common import evaluation_mode
+from vlm_train.evaluation.generate import question_text
 from vlm_train.evaluation.predictions import spread
 from vlm_train.loggers.mirror import Mirror, Picture
 from vlm_train.runs import record
@@ -61,7 +61,7 @@ class Predictions(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop the answers after the step that the run goes on from: they will be written again."""
         if trainer.is_global_zero:
-            for path in _folder(trainer).glob("step-*.json"):
+            for path in _predictions_folder(trainer).glob("step-*.json"):
                 if path.stem > f"step-{trainer.global_step:08d}":
                     path.unlink()
 
@@ -74,21 +74,21 @@ class Predictions(pl.Callback):
             return
         try:
             if self.asked is None:
-                self._prepare(held_out, _folder(trainer))
+                self._render_questions(held_out, _predictions_folder(trainer))
             if self.asked:
-                self._write(trainer, self._answers(held_out.processor, model))
+                self._log_answers(trainer, self._generate_answers(held_out.processor, model))
         except Exception as error:  # a run is worth more than its samples
             print(f"callbacks.predictions: none any more: {type(error).__name__}: {error}", flush=True)
             self.asked = []
 
-    def _prepare(self, held_out: Samples, folder: Path) -> None:
+    def _render_questions(self, held_out: Samples, folder: Path) -> None:
         """Render the questions and save their pictures; unusable samples are passed over."""
         prompts: list[tuple[Rendered, MediaViews]] = []
         self.asked, processor = [], held_out.processor
         for index in spread(range(len(held_out)), self.samples):
-            source, number, _ = held_out.locate(index)
+            source, number, _ = held_out.locate_sample(index)
             try:
-                sample, blobs = source.shards.load(number)
+                sample, blobs = source.shards.load_sample(number)
                 prompt = processor.render(sample, annotations="first", annotation=0, generation=True)
                 views = processor.make_views(blobs)
             except BadSample:
@@ -98,19 +98,19 @@ class Predictions(pl.Callback):
             if image:
                 save_views(pictures, folder / image)
             prompts.append((prompt, views))
-            self.asked.append(Asked(sample.key, question(sample.annotations[0]), prompt.reference, image))
+            self.asked.append(Asked(sample.key, question_text(sample.annotations[0]), prompt.reference, image))
         self.batch = collate_prompts(prompts, processor.images) if prompts else None
 
-    def _answers(self, processor: Processor, model: Any) -> list[str]:
+    def _generate_answers(self, processor: Processor, model: Any) -> list[str]:
         assert self.batch is not None
-        with evaluating(model):
+        with evaluation_mode(model):
             batch = self.batch.to(next(model.parameters()).device)
             ids = model.generate(batch, max_new_tokens=self.max_new_tokens, eos_ids=processor.end_ids)
         return [processor.decode_answer(row).strip() for row in ids.tolist()]
 
-    def _write(self, trainer: pl.Trainer, answers: Sequence[str]) -> None:
+    def _log_answers(self, trainer: pl.Trainer, answers: Sequence[str]) -> None:
         assert self.asked is not None
-        step, folder = trainer.global_step, _folder(trainer)
+        step, folder = trainer.global_step, _predictions_folder(trainer)
         rows = [asdict(one) | {"prediction": text} for one, text in zip(self.asked, answers, strict=True)]
         record.write_json(folder / f"step-{step:08d}.json", rows)
         pictures = [
@@ -123,7 +123,7 @@ class Predictions(pl.Callback):
                 logger.log_pictures(step, pictures)
 
 
-def _folder(trainer: pl.Trainer) -> Path:
+def _predictions_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / FOLDER
 
 

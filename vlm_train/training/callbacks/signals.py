@@ -28,25 +28,25 @@ class StopSignals(pl.Callback):
         def ask(number: int, frame: FrameType | None) -> None:
             if pl_module.interrupt:
                 if time.monotonic() - self.asked > REPEATED:
-                    self._leave(number)
+                    self._end_by_signal(number)
                 return
             self.asked = time.monotonic()
             pl_module.interrupt = number  # type: ignore[assignment]
             with suppress(OSError):  # whoever read our output may be gone
                 print(f"{signal.Signals(number).name}: stopping after this step or evaluation, and saving", flush=True)
 
-        self._set(dict.fromkeys(STOPPING, ask))
+        self._set_handlers(dict.fromkeys(STOPPING, ask))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._set(self.usual)
+        self._set_handlers(self.usual)
 
-    def _leave(self, number: int) -> None:
+    def _end_by_signal(self, number: int) -> None:
         """As if the signal came unhandled; whichever preempts counts as SIGTERM, whose exit code says so."""
         number = number if number == signal.SIGINT else signal.SIGTERM
         signal.signal(number, self.usual[signal.SIGINT] if number == signal.SIGINT else signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    def _set(self, handlers: Mapping[signal.Signals, Any]) -> None:
+    def _set_handlers(self, handlers: Mapping[signal.Signals, Any]) -> None:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses, and others handle signals
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -45,10 +45,10 @@ class Watchdog(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.trainer = trainer
         self.factor = FIRST
-        self.mark("start")
+        self.begin_phase("start")
         self.ended = threading.Event()
         if self.limit < float("inf"):
-            threading.Thread(target=self._watch, args=(self.ended,), name="watchdog", daemon=True).start()
+            threading.Thread(target=self._watch_progress, args=(self.ended,), name="watchdog", daemon=True).start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.ended.set()
@@ -56,38 +56,38 @@ class Watchdog(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.ended.set()
 
-    def mark(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         """Something was finished, and `phase` begins."""
         self.phase, self.stood = phase, 0.0
         if phase == EVALUATION:
             self.factor = float("inf")
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.mark("forward and backward")
+        self.begin_phase("forward and backward")
 
     def on_before_optimizer_step(self, *args: Any) -> None:
-        self.mark("optimizer")
+        self.begin_phase("optimizer")
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.factor = 1.0  # also after an evaluation: no rank gets here before all are back
-        self.mark("data")
+        self.begin_phase("data")
 
     def on_validation_batch_start(self, *args: Any) -> None:
-        self.mark("validation")
+        self.begin_phase("validation")
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        self.mark("validation data")
+        self.begin_phase("validation data")
 
     def on_validation_end(self, *args: Any) -> None:
-        self.mark("after validation")
+        self.begin_phase("after validation")
 
-    def _watch(self, ended: threading.Event) -> None:
+    def _watch_progress(self, ended: threading.Event) -> None:
         while not ended.wait(self.poll):
             self.stood += self.poll
             if self.stood > self.limit * self.factor:
-                self._end(ended)
+                self._end_process(ended)
 
-    def _end(self, ended: threading.Event) -> None:
+    def _end_process(self, ended: threading.Event) -> None:
         assert self.trainer is not None
         rank, path = self.trainer.global_rank, self.folder / f"stacks-{self.trainer.global_rank}.txt"
         said = (
@@ -106,8 +106,8 @@ class Watchdog(pl.Callback):
             os._exit(1)
 
 
-def mark(trainer: pl.Trainer, phase: str) -> None:
+def begin_phase(trainer: pl.Trainer, phase: str) -> None:
     """Tell the watchdog of a training, if it has one, that `phase` begins."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Watchdog):
-            callback.mark(phase)
+            callback.begin_phase(phase)

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from vlm_train.checkpoint.pieces import Piece
-from vlm_train.training.strategies.spread import spread, units
+from vlm_train.training.strategies.spread import broadcast_weights, list_units
 from vlm_train.training.strategies.state import OwnState
 
 
@@ -42,7 +42,7 @@ class FSDP2(OwnState, DDPStrategy):
         self.reshard_after_forward, self.offload = reshard_after_forward, offload
         self.compute_dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[compute_dtype]
 
-    def shard(self, model: nn.Module) -> None:
+    def shard_model(self, model: nn.Module) -> None:
         """Spread the weights of rank 0 over all ranks, block by block."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
@@ -59,7 +59,7 @@ class FSDP2(OwnState, DDPStrategy):
 
         learns = any(parameter.requires_grad for parameter in model.parameters())
 
-        def split(unit: nn.Module) -> None:
+        def split_unit(unit: nn.Module) -> None:
             fully_shard(
                 unit,
                 mesh=mesh,
@@ -68,7 +68,7 @@ class FSDP2(OwnState, DDPStrategy):
                 reshard_after_forward=self.reshard_after_forward and not (unit is model and learns),
             )
 
-        spread(model, units(model), self.root_device, split)
+        broadcast_weights(model, list_units(model), self.root_device, split_unit)
         for name in ("logits", "generate"):  # entered without the model's forward
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
@@ -88,16 +88,16 @@ class FSDP2(OwnState, DDPStrategy):
         """See `OwnState`."""
         states = self.optimizers[0].state
         for name, parameter in named.items():
-            start = self._start(parameter)
+            start = self._first_row(parameter)
             for kind, state in states.get(parameter, {}).items():
                 if not isinstance(state, Tensor):
                     continue
                 if state.ndim == 0:
-                    yield Piece(name, kind, 0, _local(state).view(1), owned=self.is_global_zero, single=True)
-                elif _local(state).numel():
-                    yield Piece(name, kind, start, _local(state).view(-1), owned=True)
+                    yield Piece(name, kind, 0, _to_local(state).view(1), owned=self.is_global_zero, single=True)
+                elif _to_local(state).numel():
+                    yield Piece(name, kind, start, _to_local(state).view(-1), owned=True)
 
-    def _start(self, parameter: Any) -> int:
+    def _first_row(self, parameter: Any) -> int:
         """Of this rank's rows, which `torch.chunk` deals."""
         rows = -(-parameter.shape[0] // self.world_size) * self.global_rank
         return min(rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
@@ -107,5 +107,5 @@ class FSDP2(OwnState, DDPStrategy):
         return ((name, parameter.detach().full_tensor()) for name, parameter in named.items())  # type: ignore[attr-defined]
 
 
-def _local(tensor: Any) -> Tensor:
+def _to_local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

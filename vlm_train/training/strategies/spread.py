@@ -12,13 +12,13 @@ from torch import nn
 from vlm_train.contracts.model_parts import find_layers
 
 
-def units(model: nn.Module) -> list[nn.Module]:
+def list_units(model: nn.Module) -> list[nn.Module]:
     """What is gathered at once: every numbered layer of every part, every inserted block, then the model for all the
     rest."""
     return [*find_layers(model).values(), model]
 
 
-def spread(
+def broadcast_weights(
     model: nn.Module,
     groups: Sequence[nn.Module],
     device: torch.device,

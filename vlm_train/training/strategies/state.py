@@ -63,7 +63,7 @@ class OwnState:
         """Of fp16; else None."""
         return getattr(self.precision_plugin, "scaler", None)
 
-    def updates(self) -> bool:
+    def made_update(self) -> bool:
         """Whether the last step made an update."""
         return True
 
@@ -74,9 +74,9 @@ class OwnState:
     def load_scaler_state(self, held: Mapping[str, Any]) -> None:
         """Go on with `scaler_state()`."""
 
-    def allocate(self, kinds: Mapping[str, bool]) -> None:
+    def allocate_state(self, kinds: Mapping[str, bool]) -> None:
         """See `HasState`."""
-        allocate(self.optimizers[0], kinds)
+        allocate_states(self.optimizers[0], kinds)
 
     def teardown(self) -> None:
         """Only the accelerator's: the model is evaluated afterwards."""
@@ -94,7 +94,7 @@ def torch_pieces(optimizer: Optimizer, named: Mapping[str, nn.Parameter], *, own
                 yield Piece(name, kind, 0, state.view(-1), owned, single=state.ndim == 0)
 
 
-def allocate(optimizer: Optimizer, kinds: Mapping[str, bool]) -> None:
+def allocate_states(optimizer: Optimizer, kinds: Mapping[str, bool]) -> None:
     """Zero states for every parameter of a torch optimizer, which makes them only in its first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vlm_train.checkpoint.pieces import WEIGHT, Piece
 from vlm_train.errors import ConfigError
-from vlm_train.training.strategies.spread import keep_buffers, spread, units
-from vlm_train.training.strategies.state import OwnState, allocate
+from vlm_train.training.strategies.spread import broadcast_weights, keep_buffers, list_units
+from vlm_train.training.strategies.state import OwnState, allocate_states
 
 
 class ZeRO(OwnState, DeepSpeedStrategy):
@@ -135,7 +135,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             def norm_groups() -> list[Any]:
                 norms = norms_of()
                 groups = [optimizer.sub_group_to_group_id[number] for number in range(len(norms))]
-                objects = self._objects(combine_grad_norm_groups(norms), norms, groups)
+                objects = self._report_norms(combine_grad_norm_groups(norms), norms, groups)
                 return [float("nan")] if objects else norms
 
             optimizer._get_norm_groups = norm_groups
@@ -154,21 +154,23 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         def scaled_global_norm(*args: Any, **kwargs: Any) -> Any:
             norms.clear()
             norm = norm_of(*args, **kwargs)
-            return float("nan") if self._objects(norm, norms, range(len(norms))) else norm
+            return float("nan") if self._report_norms(norm, norms, range(len(norms))) else norm
 
         optimizer.get_grad_norm_direct, optimizer.scaled_global_norm = get_grad_norm_direct, scaled_global_norm
 
-    def _objects(self, scaled_norm: Any, norms: Sequence[Any], groups: Iterable[int]) -> bool:
+    def _report_norms(self, scaled_norm: Any, norms: Sequence[Any], groups: Iterable[int]) -> bool:
         """Tell the module the norm, and those of its parts from those of the optimizer's groups."""
         optimizer = self.engine.optimizer
         parts: dict[str, list[Tensor]] = {}
         for norm, group in zip(norms, groups, strict=True):
-            parts.setdefault(optimizer.param_groups[group]["name"], []).append(_true(norm, optimizer.loss_scale))
+            parts.setdefault(optimizer.param_groups[group]["name"], []).append(
+                _unscale_norm(norm, optimizer.loss_scale)
+            )
         of_parts = {name: torch.stack(found).norm() for name, found in parts.items()}
-        total = _true(scaled_norm, optimizer.loss_scale)
+        total = _unscale_norm(scaled_norm, optimizer.loss_scale)
         return bool(cast(Any, self.lightning_module).objects_to(total, of_parts))
 
-    def updates(self) -> bool:
+    def made_update(self) -> bool:
         """Whether the last step made one: DeepSpeed leaves out those whose gradients overflow, silently."""
         return bool(self.engine.was_step_applied())
 
@@ -185,7 +187,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         """Nothing: `shard` spreads a model that is built."""
         yield
 
-    def shard(self, model: nn.Module) -> None:
+    def shard_model(self, model: nn.Module) -> None:
         """Spread the weights of rank 0 over all ranks, block by block. Stage 3 only."""
         if self.stage != 3:
             return
@@ -194,11 +196,11 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         self._init_config_if_needed()
         dtype = self._compute_dtype()
 
-        def split(unit: nn.Module) -> None:
+        def split_unit(unit: nn.Module) -> None:
             deepspeed.zero.Init(module=unit, config_dict_or_path=self.config)
 
         with keep_buffers(model):
-            spread(model, units(model), self.root_device, split, dtype)
+            broadcast_weights(model, list_units(model), self.root_device, split_unit, dtype)
 
     def _compute_dtype(self) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.precision_plugin.precision).split("-")[0])
@@ -256,21 +258,21 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             exact = self.stage < 3 and parameter.dtype == torch.float32
             yield name, (parameter.detach() if exact else safe_get_full_fp32_param(parameter))
 
-    def allocate(self, kinds: Mapping[str, bool]) -> None:
+    def allocate_state(self, kinds: Mapping[str, bool]) -> None:
         """See `OwnState`. Stage 3 takes its parameters out of the groups between two steps."""
         optimizer = self.engine.optimizer
         flats = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
         if flats is None:
-            allocate(optimizer.optimizer, kinds)
+            allocate_states(optimizer.optimizer, kinds)
             return
         groups = optimizer.optimizer.param_groups
         for number, flat in enumerate(flats):
             groups[optimizer.sub_group_to_group_id[number]]["params"] = [flat]
-            allocate(optimizer.optimizer, kinds)
+            allocate_states(optimizer.optimizer, kinds)
             groups[optimizer.sub_group_to_group_id[number]]["params"] = []
 
 
-def _true(norm: Any, scale: float) -> Tensor:
+def _unscale_norm(norm: Any, scale: float) -> Tensor:
     """A norm without the loss scale; DeepSpeed says -1 where it is no number."""
     norm = torch.as_tensor(norm).float() / scale
     return torch.where(norm < 0, torch.inf, norm)

@@ -6,18 +6,18 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Box, Media, Text
-from data_pipelines.sources.common.regions import RegionTask, box
+from data_pipelines.sources.common.regions import RegionTask, box_from_xywh
 
 HALF = Box(item=0, xyxy=(0.0, 0.0, 0.5, 0.5))
 
 
 def test_boxes_are_fractions_of_their_image():
-    assert box([10, 5, 30.0, 20], 100, 50).xyxy == (0.1, 0.1, 0.4, 0.5)
-    assert box([0, 0, 100, 50], 100, 50).xyxy == (0.0, 0.0, 1.0, 1.0)
+    assert box_from_xywh([10, 5, 30.0, 20], 100, 50).xyxy == (0.1, 0.1, 0.4, 0.5)
+    assert box_from_xywh([0, 0, 100, 50], 100, 50).xyxy == (0.0, 0.0, 1.0, 1.0)
 
 
 def test_up_to_a_pixel_outside_is_cut_off():
-    assert box([-1, -0.5, 102, 51.5], 100, 50).xyxy == (0.0, 0.0, 1.0, 1.0)
+    assert box_from_xywh([-1, -0.5, 102, 51.5], 100, 50).xyxy == (0.0, 0.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_up_to_a_pixel_outside_is_cut_off():
 )
 def test_other_boxes_are_unusable(xywh, reason):
     with pytest.raises(BadSample, match=reason):
-        box(xywh, 100, 50)
+        box_from_xywh(xywh, 100, 50)
 
 
 def test_both_directions():
-    ((asked, note),) = RegionTask("grounding", "Where is {phrase}?", "{box}").annotate(7, " a cat ", HALF)
+    ((asked, note),) = RegionTask("grounding", "Where is {phrase}?", "{box}").make_annotation(7, " a cat ", HALF)
     assert asked.turns[0].parts == (Media(item=0), Text(text="Where is a cat?")) and note == {"region_id": 7}
     assert asked.turns[1].parts == (HALF,)
-    ((told, _),) = RegionTask("referring", "{phrase}", "What is at {box}?").annotate(7, "a cat", HALF)
+    ((told, _),) = RegionTask("referring", "{phrase}", "What is at {box}?").make_annotation(7, "a cat", HALF)
     assert told.turns[0].parts == (Media(item=0), Text(text="What is at "), HALF, Text(text="?"))
     assert told.turns[1].parts == (Text(text="a cat"),)
 
@@ -56,7 +56,7 @@ def test_mixed_draws_the_same_task_every_time_and_both_alike():
     task = RegionTask("mixed", "{phrase}", "{box}")
 
     def drawn():
-        return [task.annotate(i, "x", HALF)[0][0].turns[1].text == "" for i in range(400)]
+        return [task.make_annotation(i, "x", HALF)[0][0].turns[1].text == "" for i in range(400)]
 
     assert drawn() == drawn() and 160 < sum(drawn()) < 240
 
