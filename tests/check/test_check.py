@@ -230,7 +230,7 @@ def test_inherited_constructors_and_moved_names_are_followed() -> None:
 def test_check_does_not_import_torch() -> None:
     code = (
         "import sys; from vlm_train.config import compose; from vlm_train.check import check; "
-        "check.check(compose.compose(['recipe=llava15_stage1']), need_assets=False); "
+        "check.check_config(compose.compose_config(['recipe=llava15_stage1']), need_assets=False); "
         "print([m for m in ('torch', 'transformers', 'lightning') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

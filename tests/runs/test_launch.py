@@ -161,8 +161,8 @@ def test_child_dies_with_a_killed_supervisor(cfg: DictConfig, child, tmp_path: P
 
 SUPERVISOR = (
     "import sys; from vlm_train.config import compose; from vlm_train.runs import launch, process; "
-    "launch.CHILD = 'fake_child'; cfg = compose.compose(['recipe=llava15_stage1', 'run_name=first']); "
-    "sys.exit(process.guarded(lambda: launch.run_child(cfg)))"
+    "launch.CHILD = 'fake_child'; cfg = compose.compose_config(['recipe=llava15_stage1', 'run_name=first']); "
+    "sys.exit(process.run_guarded(lambda: launch.run_child(cfg)))"
 )
 
 

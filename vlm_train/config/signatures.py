@@ -80,7 +80,7 @@ def find_target(target: str) -> Any:
         raise UnknownTarget(
             f"{package} has no '{missing}'.{did_you_mean(missing, _list_submodules(package), package + '.')}"
         )
-    members = _parse_module(where).read_members
+    members = _parse_module(where).members
     if name not in members:
         names = [known for known, member in members.items() if not known.startswith("_") and not member.is_alias]
         raise UnknownTarget(
@@ -130,8 +130,8 @@ def _list_parameters(found: Any) -> list[Any]:
     """Arguments of a function, or of the constructor of a class: its own, its dataclass's, or a base's."""
     if found.is_function:
         return list(found.parameters)
-    if "__init__" in found.read_members:
-        return list(found.read_members["__init__"].parameters)
+    if "__init__" in found.members:
+        return list(found.members["__init__"].parameters)
     if any(decorator.callable_path == "dataclasses.dataclass" for decorator in found.decorators):
         return _dataclass_fields(found)
     for base in found.bases:
@@ -146,7 +146,7 @@ def _dataclass_fields(found: Any) -> list[Any]:
     import griffe
 
     keyword = griffe.ParameterKind.positional_or_keyword
-    fields = [member for member in found.read_members.values() if member.is_attribute and member.annotation is not None]
+    fields = [member for member in found.members.values() if member.is_attribute and member.annotation is not None]
     return [griffe.Parameter(f.name, annotation=f.annotation, kind=keyword, default=f.value) for f in fields]
 
 
@@ -154,7 +154,7 @@ def _aliases_of(module: Any) -> Aliases:
     """Type aliases of a module, such as `Mode = Literal["pad", "crop"]`."""
 
     def alias_value(name: str) -> str | None:
-        member = module.read_members.get(name)
+        member = module.members.get(name)
         if member is not None and member.is_alias and is_ours(member.target_path):
             member = find_target(member.target_path)
         if member is None or member.is_alias or not member.is_attribute or member.value is None:

@@ -96,7 +96,7 @@ def test_the_order_depends_on_the_seed_and_the_position_only():
     backwards = [again.draw_sample(position) for position in reversed(range(200))][::-1]
     assert [of.draw_sample(position) for position in range(200)] == backwards
     assert backwards != [other.draw_sample(position) for position in range(200)]
-    assert pickle.loads(pickle.dumps(of)).draw(77) == of.draw_sample(77)
+    assert pickle.loads(pickle.dumps(of)).draw_sample(77) == of.draw_sample(77)
 
 
 def test_an_order_by_shards_reads_a_pool_at_a_time_and_mixes_it():

@@ -20,7 +20,7 @@ def test_json_lines_have_places_numbers_and_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_PIECE", 4)
     monkeypatch.setattr(records, "MAX_LINE", 12)
     lines = pickle.loads(pickle.dumps(JsonLines(tmp_path / "x.jsonl")))
-    assert [lines.line(i) for i in range(len(lines))] == [1, 4, 5, 6, 7]
+    assert [lines.line_number(i) for i in range(len(lines))] == [1, 4, 5, 6, 7]
     assert lines[3:2] == [] and lines[:2] == [{"a": "é"}, [1]]
     assert [describe_record(lines, i) for i in (0, 2)] == ["line 1", "line 5"]
     assert (lines[0], lines[1], lines[4], lines[-1]) == ({"a": "é"}, [1], 2, 2)

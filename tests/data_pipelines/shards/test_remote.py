@@ -169,7 +169,7 @@ def test_processes_share_one_download_and_one_manifest(server, opened, tmp_path)
     with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
         assert list(pool.map(_load_all, [shards] * 3)) == [shards.keys()] * 3
     assert set(server.requests.values()) == {1}
-    assert pickle.loads(pickle.dumps(shards)).load(3) == shards.load_sample(3)
+    assert pickle.loads(pickle.dumps(shards)).load_sample(3) == shards.load_sample(3)
 
 
 def test_longest_unused_files_go_and_open_ones_stay_readable(server, tmp_path):
