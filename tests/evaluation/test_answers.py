@@ -112,7 +112,7 @@ def test_final_run_counts_questions_and_adds_controls(built: SimpleNamespace, tm
     found = evaluator.run(built.model, built.processor, tmp_path, final=True)
     assert (found.metrics, found.rows[0].n) == ({"exact_match": 2 / 6}, 6)
     assert [row.value for row in found.rows] == [2 / 6, 2 / 6, 5 / 6, 0.5]
-    assert built.model.joint_stream and built.model.modes == {False}
+    assert built.model.training and built.model.modes == {False}
     own, shuffled = built.model.seen[:6], built.model.seen[6:]
     assert own == [0, 0, 40, 40, 80, 80] and sorted(shuffled) == own
     assert all(a != b for a, b in zip(own, shuffled, strict=True))

@@ -468,7 +468,7 @@ def test_frozen_parts_stay_in_eval_mode(data: Path, tmp_path: Path, monkeypatch:
     def training_step(self: VLMModule, batch: Any, batch_idx: int) -> Any:
         vision: Any = self.model.vision
         learns = any(p.requires_grad for p in vision.parameters())
-        seen.append((learns, any(m.joint_stream for m in vision.modules()), bool(self.model.llm.joint_stream)))  # type: ignore[union-attr]
+        seen.append((learns, any(m.training for m in vision.modules()), bool(self.model.llm.training)))  # type: ignore[union-attr]
         return inner(self, batch, batch_idx)
 
     monkeypatch.setattr(VLMModule, "training_step", training_step)

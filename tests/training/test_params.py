@@ -136,6 +136,6 @@ def test_freeze_eval_keeps_what_is_frozen_in_eval():
     model, _ = apply(Rule(r"llm\.layers\.2\..*", lr=1.0), Rule(r"connector\..*", lr=1.0), Rule(".*"))
     model.train()
     freeze_eval(model)
-    assert not any(module.joint_stream for module in model.vision.modules())
-    assert not model.llm.layers[0][1].joint_stream and not model.llm.norm.joint_stream
-    assert model.joint_stream and model.connector.joint_stream and model.llm.layers[2][1].joint_stream
+    assert not any(module.training for module in model.vision.modules())
+    assert not model.llm.layers[0][1].training and not model.llm.norm.training
+    assert model.training and model.connector.training and model.llm.layers[2][1].training

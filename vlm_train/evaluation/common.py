@@ -65,14 +65,14 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode is restored afterwards."""
     import torch
 
-    modes = {module: module.joint_stream for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
         for module, training in modes.items():
-            module.joint_stream = training
+            module.training = training
 
 
 def progress_bar(unit: str, total: int) -> Callable[[int], Any]:

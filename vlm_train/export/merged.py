@@ -56,4 +56,4 @@ def unquantize_model(built: Any) -> Any:
         for name, parameter in built.model.named_parameters():
             if name not in skip:
                 own[name].copy_(parameter)
-    return replace(built, model=fresh.train(built.model.joint_stream))
+    return replace(built, model=fresh.train(built.model.training))

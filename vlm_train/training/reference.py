@@ -128,18 +128,18 @@ def without_adapters(model: Any) -> Iterator[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    training = [module for module in model.modules() if module.joint_stream]
+    training = [module for module in model.modules() if module.training]
     try:
         for adapter in adapters:
             adapter._disable_adapters = True  # `enable_adapters(False)` would also say that they do not learn
         for module in training:
-            module.joint_stream = False
+            module.training = False
         model.plays_reference = True
         with torch.no_grad():
             yield model
     finally:
         model.plays_reference = False
         for module in training:
-            module.joint_stream = True
+            module.training = True
         for adapter in adapters:
             adapter._disable_adapters = False
