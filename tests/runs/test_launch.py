@@ -179,8 +179,8 @@ def test_a_signal_reaches_every_worker_once_and_they_end_themselves(cfg: DictCon
     child(
         """
         import threading
-        from vlm_train import agent
-        agent.die_with_agent()
+        from vlm_train.runs import torchrun
+        torchrun.die_with_agent()
         received, rank = [], os.environ["RANK"]
         signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
         (folder / f"ready{rank}").touch()
@@ -217,17 +217,17 @@ def test_the_first_error_is_named_last_and_those_that_wait_end_soon(cfg: DictCon
     """Rank 0 waits as in a collective, where no handler runs; it notices the failure of rank 1 and fails as well."""
     child(
         """
-        from vlm_train import agent
+        from vlm_train.runs import torchrun
         folder /= os.environ["RANK"]
         folder.mkdir()
         if os.environ["RANK"] == "1":
-            with agent.leaving_word():
+            with torchrun.leaving_word():
                 raise ValueError("the original error")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while not (folder.parent / "1").is_dir():
             time.sleep(0.1)
         try:
-            with agent.leaving_word():
+            with torchrun.leaving_word():
                 raise RuntimeError("connection closed by peer")
         except RuntimeError:
             pass
@@ -265,7 +265,7 @@ def test_the_callers_handler_gets_the_signal_when_all_is_saved(cfg: DictConfig, 
     folder = run_dir(cfg)
     requeue = f"lambda *_: sys.exit(77 if Path({str(folder)!r}, 'saved').exists() else 78)"
     code = f"import signal; from pathlib import Path; {SUPERVISOR}".replace(
-        "sys.exit(cli", f"signal.signal(signal.SIGUSR2, {requeue}); sys.exit(cli"
+        "sys.exit(process", f"signal.signal(signal.SIGUSR2, {requeue}); sys.exit(process"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
     _wait_for(folder / "ready")
@@ -317,9 +317,9 @@ def test_several_devices_go_through_torchrun(cfg: DictConfig, monkeypatch: pytes
     launch.run_child(cfg, 1)
     launch.run_child(cfg, 4)
     path = str(run_dir(cfg) / "config.yaml")
-    assert seen[0][1:] == ["-m", "vlm_train.runs.launch", path]
+    assert seen[0][1:] == ["-m", "vlm_train.runs.process", path]
     agent = ["vlm_train.runs.torchrun", "--standalone", "--nproc-per-node", "4"]
-    assert seen[1][1:] == ["-m", *agent, "-m", "vlm_train.runs.launch", path]
+    assert seen[1][1:] == ["-m", *agent, "-m", "vlm_train.runs.process", path]
 
 
 def test_child_reports_its_errors_without_a_traceback(cfg: DictConfig, tmp_path: Path, capsys) -> None:

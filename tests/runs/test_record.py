@@ -44,7 +44,7 @@ def test_a_killed_process_lets_go_of_its_run_though_its_children_live_on(tmp_pat
     held = """
 import os, sys, time
 from pathlib import Path
-from vlm_train import record
+from vlm_train.runs import record
 with record.lock_folder(Path(sys.argv[1])):
     if not os.fork():
         time.sleep(60)

@@ -18,9 +18,7 @@ from vlm_train.errors import AssetError
 from vlm_train.models.families.blip import Blip
 from vlm_train.models.llms.blip_text import Med
 from vlm_train.models.vision.hf import HFVision
-from vlm_train.models.weights.blip_names import _ATTENTION, CAPTIONING, RETRIEVAL, name_modules
-
-_ATTENTION += (("output", "output.dense"), ("norm", "output.LayerNorm"))
+from vlm_train.models.weights.blip_names import CAPTIONING, RETRIEVAL, name_modules
 
 
 def to_library(model: Blip, kind: str) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ _TEXT = (
 
 
 _ATTENTION = tuple((name, f"self.{name}") for name in ("query", "key", "value"))
+_ATTENTION += (("output", "output.dense"), ("norm", "output.LayerNorm"))
 
 
 _FEED = (("up", "intermediate.dense"), ("down", "output.dense"), ("norm", "output.LayerNorm"))
