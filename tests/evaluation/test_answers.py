@@ -53,22 +53,22 @@ class Shards:
     def __init__(self, folder: str) -> None:
         self.address = folder
 
-    def where(self, i: int) -> str:
+    def describe_sample(self, i: int) -> str:
         return f"{self.address}/0.tar, key {self.key(i)!r}"
 
     def __len__(self) -> int:
         return 3
 
     def __iter__(self):
-        return (self.load(i) for i in range(3))
+        return (self.load_sample(i) for i in range(3))
 
-    def annotations(self, i: int) -> int:
+    def count_annotations(self, i: int) -> int:
         return 2
 
     def key(self, i: int) -> str:
         return f"s{i}"
 
-    def load(self, i: int):
+    def load_sample(self, i: int):
         if i in unreadable:
             raise BadSample(f"x/0.tar, key 's{i}': member 0.png is corrupt")
         data = io.BytesIO()
@@ -194,8 +194,8 @@ def test_answers_of_the_source_count_where_they_are_asked_for(
     built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Listed(Shards):
-        def load(self, i: int):
-            sample, blobs = super().load(i)
+        def load_sample(self, i: int):
+            sample, blobs = super().load_sample(i)
             return replace(sample, meta={"annotations": [{"answers": ["maybe", "yes"]}]}), blobs
 
     monkeypatch.setattr(answers, "ShardSet", Listed)
