@@ -31,12 +31,12 @@ SLOW_START = """
 import sys, time
 from vlm_train import cli
 from vlm_train.training.module import VLMModule
-write = VLMModule.write
+write = VLMModule.write_metrics
 def slow(self, split, row):
     write(self, split, row)
     if self.global_step >= 3:
         time.sleep(600)
-VLMModule.write = slow
+VLMModule.write_metrics = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 """The command line in a process that stands still after step 3 is logged, so that it can be killed there."""
