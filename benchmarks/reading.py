@@ -257,7 +257,9 @@ def trace_step() -> list[str]:
         finally:
             sys.setprofile(None)
     if not trace.done:
-        raise RuntimeError("the objective was never reached: ShardSet.load_sample or LanguageModeling.__call__ is not used")
+        raise RuntimeError(
+            "the objective was never reached: ShardSet.load_sample or LanguageModeling.__call__ is not used"
+        )
     return trace.functions()
 
 
