@@ -46,8 +46,11 @@ import os, sys, time
 from pathlib import Path
 from vlm_train.runs import record
 with record.lock_folder(Path(sys.argv[1])):
+    read, write = os.pipe()
     if not os.fork():
+        os.write(write, b"x")  # only now has the child closed what it inherited
         time.sleep(60)
+    os.read(read, 1)
     print("held", flush=True)
     time.sleep(60)
 """
