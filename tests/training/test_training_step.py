@@ -37,7 +37,7 @@ def test_a_step_happens_in_the_order_in_which_it_is_told(
         monkeypatch.setattr(owner, method, wrapped)
 
     tell(VLMModule, "transfer_batch_to_device", "batch")
-    tell(VLMModule, "_open", "open")
+    tell(VLMModule, "_open_step", "open")
     tell(VLMModule, "forward", "forward")
     tell(VLMModule, "manual_backward", "backward")
     tell(VLMModule, "objects_to", "guard")
