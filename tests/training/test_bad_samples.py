@@ -79,7 +79,7 @@ def test_recorded_once_over_epochs_and_restarts(tmp_path, capsys):
     )
     again = budget(tmp_path)
     again.record_problems("val", 3, problems("a", "c", "d"), 1)
-    again.record("train", 3, [Problem("only told"), Problem("only told")], 0)
+    again.record_problems("train", 3, [Problem("only told"), Problem("only told")], 0)
     with open(tmp_path / "quarantine-1.jsonl") as file:
         assert [line[:3] for line in file] == ['{"s', '{"s', '{"s']  # the half line is closed, not continued
     (tmp_path / "quarantine-1.jsonl").write_text("")
@@ -118,7 +118,7 @@ def test_counts_by_kind_are_logged_and_survive_a_checkpoint(tmp_path):
     other = make_module(tmp_path, trainer, max_bad_share=0.5)
     restore_counts(other, counts)
     with pytest.raises(TrainingError) as error:
-        other._open(window(1, 0, *(problems(*(str(n) for n in range(1000)), kind="image"))))
+        other._open_step(window(1, 0, *(problems(*(str(n) for n in range(1000)), kind="image"))))
     assert str(error.value).startswith("data.train: 1000 bad samples in a row; trainer.max_bad_samples=100. ")
     assert "So far: corrupt 1, image 1000, too_long 2. All of them: " in str(error.value)
     assert (other.bad.drawn, other.bad.bad) == (1005, 1003)
