@@ -8,15 +8,13 @@ from __future__ import annotations
 import ast
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
-from vlm_train.runs.folder import RunFolder
+from benchmarks.step_trace import trace_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("vlm_train", "data_pipelines")
@@ -57,7 +55,7 @@ def read_imports() -> Imports:
     for module, path in python_files().items():
         found.running[module], found.typing_only[module] = set(), set()
         for node, typing_only in _import_nodes(tree_of(path)):
-            names = _imported(node, module, is_package=path.name == "__init__.py")
+            names = _named_modules(node, module, is_package=path.name == "__init__.py")
             (found.typing_only if typing_only else found.running)[module].update(names - {module})
     return found
 
@@ -75,7 +73,7 @@ def _import_nodes(tree: ast.AST, typing_only: bool = False) -> Iterator[tuple[as
             yield from _import_nodes(node, typing_only)
 
 
-def _imported(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> set[str]:
+def _named_modules(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> set[str]:
     """Our modules that one statement names: `from a.b import c` names a.b.c where that is a module, else a.b."""
     known = python_files()
     if isinstance(node, ast.Import):
@@ -98,13 +96,13 @@ def folder_graph(files: Graph) -> Graph:
     graph: Graph = {}
     for module, imported in files.items():
         for other in imported:
-            one, another = _siblings(module, other)
+            one, another = _sibling_names(module, other)
             graph.setdefault(one, set()).add(another)
             graph.setdefault(another, set())
     return graph
 
 
-def _siblings(one: str, other: str) -> tuple[str, str]:
+def _sibling_names(one: str, other: str) -> tuple[str, str]:
     """The two names below the innermost package that holds both modules; a package's own file is `__init__` in it."""
     first, second = one.split("."), other.split(".")
     shared = 0
@@ -117,7 +115,7 @@ def _siblings(one: str, other: str) -> tuple[str, str]:
     )
 
 
-def cycles(graph: Graph) -> list[list[str]]:
+def find_cycles(graph: Graph) -> list[list[str]]:
     """Groups that import each other in a circle (strongly connected components of two or more), largest first."""
     index: dict[str, int] = {}
     lowest: dict[str, int] = {}
@@ -148,10 +146,10 @@ def cycles(graph: Graph) -> list[list[str]]:
 def long_files() -> dict[str, int]:
     """Files of more than `LONG_FILE` lines."""
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files().values()}
-    return {_shown(path): length for path, length in lengths.items() if length > LONG_FILE}
+    return {_relative_path(path): length for path, length in lengths.items() if length > LONG_FILE}
 
 
-def functions() -> Iterator[tuple[Path, str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
+def iterate_functions() -> Iterator[tuple[Path, str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
     """Every function: its file, its dotted name in it, its node and whether a Protocol declares it."""
     for path in python_files().values():
         yield from _functions(path, tree_of(path), "", False)
@@ -172,10 +170,10 @@ def _functions(path: Path, node: ast.AST, prefix: str, protocol: bool) -> Iterat
 def long_functions() -> dict[str, int]:
     """Functions of more than `LONG_FUNCTION` lines, decorators aside."""
     found = {}
-    for path, name, node, _ in functions():
+    for path, name, node, _ in iterate_functions():
         length = (node.end_lineno or node.lineno) - node.lineno + 1
         if length > LONG_FUNCTION:
-            found[f"{_shown(path)}:{name}"] = length
+            found[f"{_relative_path(path)}:{name}"] = length
     return found
 
 
@@ -185,17 +183,17 @@ def one_word_names(package: str) -> tuple[list[str], int]:
     The rule: leading underscores aside, the name has no underscore. Left out are dunder methods, the names in
     `GIVEN_NAMES`, and methods that a Protocol of ours declares, wherever a class implements them.
     """
-    everything = list(functions())
+    everything = list(iterate_functions())
     declared = {node.name for *_, node, protocol in everything if protocol}
     asked, found = 0, []
     for path, name, node, protocol in everything:
         method = name.count(".") > 0
         given = node.name in GIVEN_NAMES or re.fullmatch(r"__\w+__", node.name)
-        if _shown(path).split("/")[0] != package or given or protocol or (method and node.name in declared):
+        if _relative_path(path).split("/")[0] != package or given or protocol or (method and node.name in declared):
             continue
         asked += 1
         if "_" not in node.name.lstrip("_"):
-            found.append(f"{_shown(path)}:{name}")
+            found.append(f"{_relative_path(path)}:{name}")
     return found, asked
 
 
@@ -204,66 +202,11 @@ def loose_files() -> list[str]:
     return [path.name for path in sorted((ROOT / "vlm_train").glob("*.py")) if path.name != "__init__.py"]
 
 
-def _shown(path: Path) -> str:
+def _relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-class StepTrace:
-    """Functions of ours that run between the loading of a sample and the return of the objective, after a first step.
-
-    The profiler watches this thread, so the data loader must have no workers.
-    """
-
-    def __init__(self, load: CodeType, loss: CodeType) -> None:
-        self.load, self.loss = load, loss
-        self.loaded = self.warm = self.within = self.done = False
-        self.seen: dict[CodeType, None] = {}
-
-    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        if event == "call" and not self.done:
-            if code is self.load:
-                self.loaded, self.within = True, self.warm
-            if self.within and code not in self.seen:
-                self.seen[code] = None
-        elif event == "return" and code is self.loss:  # also called without data, to count what a step computes
-            self.warm, self.done = self.loaded, self.done or self.within
-
-    def functions(self) -> list[str]:
-        """`file:name` in the order of their first call. Comprehensions, lambdas and class bodies are none."""
-        ours = [f"{ROOT}/{package}/" for package in PACKAGES]
-        codes = [c for c in self.seen if c.co_filename.startswith(tuple(ours)) and not c.co_qualname.endswith(">")]
-        return list(dict.fromkeys(f"{_shown(Path(code.co_filename))}:{code.co_qualname}" for code in codes))
-
-
-def trace_step() -> list[str]:
-    """The functions of one training step of a tiny LLaVA, from a shard's Sample to the loss."""
-    from data_pipelines.shards.shard_set import ShardSet
-    from tests.support.small_run import command, make_data
-    from vlm_train.config.compose import compose_config
-    from vlm_train.config.run_file import save_config
-    from vlm_train.config.run_identity import run_dir
-    from vlm_train.objectives.lm import LanguageModeling
-    from vlm_train.training.fit import fit_run
-
-    trace = StepTrace(ShardSet.load_sample.__code__, LanguageModeling.__call__.__code__)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        cfg = compose_config(command(make_data(root), root / "runs", "data.workers=0", "trainer.max_steps=3"))
-        save_config(cfg, RunFolder(run_dir(cfg)).config)
-        sys.setprofile(trace)
-        try:
-            fit_run(cfg)
-        finally:
-            sys.setprofile(None)
-    if not trace.done:
-        raise RuntimeError(
-            "the objective was never reached: ShardSet.load_sample or LanguageModeling.__call__ is not used"
-        )
-    return trace.functions()
-
-
-def report(trace: bool = True, detail: bool = False) -> str:
+def format_report(trace: bool = True, detail: bool = False) -> str:
     """All figures as lines of text, `detail`: with what was counted."""
     imports = read_imports()
     all_imports = {module: named | imports.typing_only[module] for module, named in imports.running.items()}
@@ -275,14 +218,14 @@ def report(trace: bool = True, detail: bool = False) -> str:
 
     for title, graph in (("", imports.running), (", with those for typing only", all_imports)):
         for what, kind in (("files", graph), ("folders", folder_graph(graph))):
-            found = cycles(kind)
+            found = find_cycles(kind)
             sizes = f" (of {', '.join(str(len(group)) for group in found)})" if found else ""
             add(f"import cycles between {what}{title}", f"{len(found)}{sizes}", [", ".join(group) for group in found])
     for package in PACKAGES:
         names, asked = one_word_names(package)
         add(f"one-word function names in {package}", f"{len(names) / asked:.0%} ({len(names)} of {asked})", names)
     if trace:
-        called = trace_step()
+        called = trace_step(ROOT, PACKAGES)
         files = {name.partition(":")[0] for name in called}
         add("from a shard's Sample to the loss", f"{len(called)} functions in {len(files)} files", called)
     for title, lengths in (
@@ -304,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{argument}: allowed are trace=true|false and detail=true|false", file=sys.stderr)
             return 2
         options[name] = value == "true"
-    print(report(**options))
+    print(format_report(**options))
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +56,19 @@ def write_export(built: Built, folder: Path, exporters: Mapping[str, Exporter]) 
 
 def choose_exporter(model: Any, exporters: Mapping[str, Exporter]) -> str:
     """The name of the first exporter that has no problems with `model`. Raises ConfigError with those of all."""
+    found = ((name, one.problems(model)) for name, one in exporters.items())
+    return _choose_first(found, "exporter", "", "write the model")
+
+
+def _choose_first(asked: Iterable[tuple[str, list[str]]], group: str, setting: str, task: str) -> str:
+    """The first name of `group` without problems; later ones are not asked. Raises ConfigError with those of all, each
+    behind `setting`."""
     refused = []
-    for name, exporter in exporters.items():
-        problems = exporter.problems(model)
+    for name, problems in asked:
         if not problems:
             return name
-        refused.append(f"exporter.{name}: {'; '.join(problems)}")
-    raise ConfigError(refused or "exporter is empty: nothing can write the model. Choose an option, exporter=default.")
+        refused.append(f"{setting}{group}.{name}: {'; '.join(problems)}")
+    raise ConfigError(refused or f"{group} is empty: nothing can {task}. Choose an option, {group}=default.")
 
 
 @contextmanager
@@ -128,10 +134,5 @@ def _source_folder(cfg: DictConfig) -> Path:
 
 def _choose_importer(source: Path, importers: Mapping[str, Importer]) -> Importer:
     """The first importer that can read `source`. Raises ConfigError with the problems of all."""
-    refused = []
-    for name, importer in importers.items():
-        problems = importer.problems(source)
-        if not problems:
-            return importer
-        refused.append(f"init_from.0.run: importer.{name}: {'; '.join(problems)}")
-    raise ConfigError(refused or "importer is empty: nothing can read the folder. Choose an option, importer=default.")
+    found = ((name, one.problems(source)) for name, one in importers.items())
+    return importers[_choose_first(found, "importer", "init_from.0.run: ", "read the folder")]
