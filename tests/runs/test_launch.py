@@ -188,6 +188,8 @@ def test_a_signal_reaches_every_worker_once_and_they_end_themselves(cfg: DictCon
             time.sleep(0.05)
         time.sleep(1)
         (folder / f"received{rank}").write_text(str(len(received)))
+        while not all((folder / f"received{one}").is_file() for one in "01"):
+            time.sleep(0.05)  # the first to end makes torchrun end the other, with a signal of its own
         sys.exit(143)
         """
     )
