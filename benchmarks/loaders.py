@@ -52,7 +52,7 @@ def our_data(
 ) -> VLMData:
     """The data module of a LLaVA-1.5 run (576 image tokens, one token a byte of text), `steps` before its end."""
     options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
-    plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, patch_grid=patch_grid, draft=draft)
+    plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, patch_grid=patch_grid, jpeg_draft=draft)
     processor = Processor(
         template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),
         tokenizer=byte_level(),

@@ -141,7 +141,7 @@ def _sources(package: str) -> list[Path]:
     return [
         path
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".j2") or path.name == "moved_targets.yaml"
+        if path.suffix in (".py", ".j2") or path.name in ("moved_targets.yaml", "renamed_keys.yaml")
     ]
 
 

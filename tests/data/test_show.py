@@ -66,7 +66,9 @@ def test_the_shown_sample_is_named(tmp_path, monkeypatch, capsys) -> None:
     show_sample(processor, ShardSet(folder), options, seed=1, folder=tmp_path)
     assert capsys.readouterr().out.startswith(f"sample sample-00, number 0 of 12 in {folder}, source test\n")
     assert np.asarray(Image.open(tmp_path / "show.png")).shape == (8, 8, 3)
-    processor = replace(processor, images={"vision": ImageTransform(mode="resize", size=(8, 8), area=[0.5, 0.6])})
+    processor = replace(
+        processor, images={"vision": ImageTransform(mode="resize", size=(8, 8), random_resized_crop=[0.5, 0.6])}
+    )
     show_sample(processor, ShardSet(folder), options, seed=1, folder=tmp_path)
     assert "then as training does in passes 0 to 2" in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "show.png"))

@@ -156,7 +156,7 @@ def test_blip_says_what_was_published(name: str) -> None:
         0.05,
         True,
     )
-    assert (list(cfg.image.area), cfg.image.flip) == ([least, 1.0], True)
+    assert (list(cfg.image.random_resized_crop), cfg.image.flip) == ([least, 1.0], True)
     assert cfg.trainer.precision == "32-true" and cfg.trainer.clip_norm is None
     assert (cfg.objective.lm.label_smoothing if "lm" in cfg.objective else None) == smoothing
 

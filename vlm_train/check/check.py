@@ -27,6 +27,7 @@ from vlm_train.check.settings import (
     check_warmup,
 )
 from vlm_train.config.moved_targets import moved_target
+from vlm_train.config.renamed_keys import describe_renamed_key
 from vlm_train.config.signatures import (
     Parameter,
     Signature,
@@ -161,6 +162,8 @@ def _check_component(
 
 
 def _unknown_argument(path: str, key: str, target: str, known: list[str]) -> str:
+    if renamed := describe_renamed_key(f"{path}.{key}"):
+        return renamed
     options = ", ".join(known) or "none"
     said = f"{path}.{key}: {target} has no such option.{did_you_mean(key, known, path + '.')} Options: {options}."
     # A recipe's value stays on top of a group that the command line exchanges, so there may be no typo at all.

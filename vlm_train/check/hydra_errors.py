@@ -15,13 +15,9 @@ from vlm_train.check.check import check_config
 from vlm_train.config.compose import EMPTY_PARENT, GROUP_WITHOUT_OPTION, compose_config
 from vlm_train.config.folders import find_recipe, list_groups
 from vlm_train.config.origins import flatten_leaves
+from vlm_train.config.renamed_keys import describe_renamed_key
 from vlm_train.config.signatures import UnknownTarget, did_you_mean, is_ours, read_signature
 from vlm_train.errors import ConfigError
-
-RENAMED = {
-    "data.pack_views": "it is data.pack_patches now: views times the patches of a view (CLIP ViT-L/14 at 336 px: 576)",
-}
-"""Old key -> what to write in its place."""
 
 Composition = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What composing raises when a file or an override is wrong."""
@@ -112,8 +108,8 @@ def unknown_key(key: str, overrides: Sequence[str], dirs: Sequence[str | Path]) 
 
 def unknown_in(key: str, cfg: DictConfig) -> str:
     """What to say about a key that `cfg` lacks."""
-    if key in RENAMED:
-        return f"{key}: {RENAMED[key]}."
+    if renamed := describe_renamed_key(key):
+        return renamed
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
     group = key.partition(".")[0]

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_train.config.moved_targets import rename_targets
+from vlm_train.config.renamed_keys import rename_keys
 from vlm_train.config.schema import Root
 from vlm_train.errors import ConfigError
 
@@ -19,8 +20,11 @@ def load_config(path: str | Path) -> DictConfig:
         raise ConfigError(f"run: {path} does not exist. Expected a run folder with its config.yaml.")
     try:
         cfg = OmegaConf.structured(Root)
-        cfg.merge_with(rename_targets(OmegaConf.load(path)))
-    except (OmegaConfBaseException, ValueError) as error:
+        saved = OmegaConf.to_container(rename_targets(OmegaConf.load(path)), resolve=False)
+        if isinstance(saved, dict):
+            rename_keys(saved)
+        cfg.merge_with(saved)
+    except (OmegaConfBaseException, ConfigError, ValueError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     OmegaConf.set_struct(cfg, True)
     return cfg

@@ -77,14 +77,16 @@ def test_tones() -> None:
 
 def test_it_is_a_function_of_the_generator_and_of_training() -> None:
     data = encode(Image.fromarray(pixels()))
-    transform = ImageTransform(mode="resize", size=(16, 16), augment=[2, 5])
+    transform = ImageTransform(mode="resize", size=(16, 16), rand_augment={"num_ops": 2, "magnitude": 5})
     views = [transform(data, np.random.default_rng(seed)) for seed in range(12)]
     assert all(np.array_equal(a, transform(data, np.random.default_rng(n))) for n, a in enumerate(views))
     assert len({view.tobytes() for view in views}) > 4 and transform.random
     assert np.array_equal(transform(data), ImageTransform(mode="resize", size=(16, 16))(data))
 
 
-@pytest.mark.parametrize("augment", [[0, 5], [2, 11], [2]])
-def test_numbers_that_mean_nothing_are_refused(augment: list[int]) -> None:
-    with pytest.raises(ConfigError, match="image.augment"):
-        ImageTransform(size=(4, 4), augment=augment)
+@pytest.mark.parametrize(
+    "rand_augment", [{"num_ops": 0, "magnitude": 5}, {"num_ops": 2, "magnitude": 11}, {"num_ops": 2}, {"ops": 2}]
+)
+def test_numbers_that_mean_nothing_are_refused(rand_augment: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="image.rand_augment"):
+        ImageTransform(size=(4, 4), rand_augment=rand_augment)

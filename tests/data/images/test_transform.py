@@ -143,7 +143,7 @@ def test_a_random_part_is_one_of_the_image():
 def test_a_random_part_is_resized_while_training_only():
     image = picture(64, 48)
     data = encode(image)
-    transform = ImageTransform(mode="resize", size=(16, 16), area=[0.5, 1.0])
+    transform = ImageTransform(mode="resize", size=(16, 16), random_resized_crop=[0.5, 1.0])
     part = random_part((64, 48), [0.5, 1.0], np.random.default_rng(3))
     expected = np.asarray(image.crop(part).resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(transform(data, np.random.default_rng(3))[0], expected)
@@ -153,8 +153,8 @@ def test_a_random_part_is_resized_while_training_only():
 
 @pytest.mark.parametrize("area", [[0.0, 1.0], [0.5], [0.9, 0.5], [0.5, 1.5]])
 def test_an_area_is_a_range_of_shares(area):
-    with pytest.raises(ConfigError, match="image.area"):
-        ImageTransform(size=(4, 4), area=area)
+    with pytest.raises(ConfigError, match="image.random_resized_crop"):
+        ImageTransform(size=(4, 4), random_resized_crop=area)
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -171,7 +171,7 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("mode", ["crop", "pad", "resize"])
 def test_scaled_decoding_changes_pixels_little(mode):
     data = encode(photograph(1024, 768), "JPEG")
-    views = [ImageTransform(mode=mode, size=(336, 336), draft=draft)(data).astype(int) for draft in (False, True)]
+    views = [ImageTransform(mode=mode, size=(336, 336), jpeg_draft=draft)(data).astype(int) for draft in (False, True)]
     difference = np.abs(views[0] - views[1])
     assert 0.1 < difference.mean() < 3 and difference.max() < 30  # of 255; colours of photographs are closer
 
@@ -202,7 +202,7 @@ def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded,
     monkeypatch.setattr(
         "vlm_train.data.images.transform._to_rgb", lambda file: (load(file), seen.append(file.size), file)[-1]
     )
-    view = ImageTransform(mode=mode, size=(32, 32), draft=True)(encode(picture(*size), "JPEG"))
+    view = ImageTransform(mode=mode, size=(32, 32), jpeg_draft=True)(encode(picture(*size), "JPEG"))
     assert seen[:2] == [decoded, resized] and view.shape == (1, 3, 32, 32)
 
 
@@ -210,13 +210,13 @@ def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded,
 @pytest.mark.parametrize("mode", ["crop", "pad", "resize"])
 def test_scaled_decoding_is_of_large_jpegs_only(mode, form, size):
     data = encode(picture(*size), form)
-    plain, scaled = (ImageTransform(mode=mode, size=(32, 32), draft=draft)(data) for draft in (False, True))
+    plain, scaled = (ImageTransform(mode=mode, size=(32, 32), jpeg_draft=draft)(data) for draft in (False, True))
     assert np.array_equal(plain, scaled)
 
 
 def test_scaled_decoding_takes_any_colours_and_no_truncated_file():
     for colours in ("L", "CMYK"):
         data = encode(picture(128, 128).convert(colours), "JPEG")
-        assert ImageTransform(size=(32, 32), draft=True)(data).shape == (1, 3, 32, 32)
+        assert ImageTransform(size=(32, 32), jpeg_draft=True)(data).shape == (1, 3, 32, 32)
     with pytest.raises(BadSample, match="^here: cannot decode image"):
-        ImageTransform(size=(32, 32), draft=True)(data[:-400], where="here")
+        ImageTransform(size=(32, 32), jpeg_draft=True)(data[:-400], where="here")

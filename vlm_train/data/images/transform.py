@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -53,13 +53,14 @@ class ImageTransform:
         mean: per-channel mean in [0, 1] of the tower, the padding colour; given by `build.py`.
         patch_grid: the tower's patch grid of a view; given by `build.py`.
         flip: mirror at random with probability 0.5 while training; all frames of a video alike.
-        area: [least, most] share of the image while training: a random part of it, of an aspect ratio between 3 : 4 and
-            4 : 3, is resized instead ("random resized crop"); the same part of all frames. None: the whole image.
-        augment: [count, level of 10] of random distortions while training, see `vlm_train.data.images.rand_augment`;
-            None: none.
-        draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8, never below what the resize makes of the image. Faster for
-            images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and 2048 x 1536
-            -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7, at most 56.
+        random_resized_crop: [least, most] share of the image's area while training: a random part of it, of an aspect
+            ratio between 3 : 4 and 4 : 3, is resized instead; the same part of all frames. None: the whole image.
+        rand_augment: {num_ops, magnitude}: so many random distortions at a level of 10 while training, see
+            `vlm_train.data.images.rand_augment`; None: none.
+        jpeg_draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8, never below what the resize makes of the image.
+            Faster for images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and
+            2048 x 1536 -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7,
+            at most 56.
         frames: most frames of a video that are used, evenly spaced.
     """
 
@@ -71,30 +72,40 @@ class ImageTransform:
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         patch_grid: Callable[[MediaSize], Grid3] = one_patch,
         flip: bool = False,
-        area: Sequence[float] | None = None,
-        augment: Sequence[int] | None = None,
-        draft: bool = False,
+        random_resized_crop: Sequence[float] | None = None,
+        rand_augment: Mapping[str, int] | None = None,
+        jpeg_draft: bool = False,
         frames: int = 8,
     ) -> None:
         if frames < 1:
             raise ConfigError(f"image.frames: {frames}; allowed: at least 1")
+        area = random_resized_crop
         if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
-            raise ConfigError(f"image.area: {[*area]}; allowed: [least, most] with 0 < least <= most <= 1, or null")
+            raise ConfigError(
+                f"image.random_resized_crop: {[*area]}; allowed: [least, most] with 0 < least <= most <= 1, or null"
+            )
+        if rand_augment is not None and not (
+            {*rand_augment} == {"num_ops", "magnitude"}
+            and rand_augment["num_ops"] >= 1
+            and 0 <= rand_augment["magnitude"] <= LEVELS
+        ):
+            raise ConfigError(
+                f"image.rand_augment: {dict(rand_augment)}; allowed: {{num_ops: 1 or more, magnitude: 0 to {LEVELS}}}, "
+                "or null"
+            )
         self.mode = mode
         self.size = size
         self.patch_grid = patch_grid
         self.fill = tuple(int(channel * 255) for channel in mean)
-        if augment is not None and not (len(augment) == 2 and augment[0] >= 1 and 0 <= augment[1] <= LEVELS):
-            raise ConfigError(f"image.augment: {[*augment]}; allowed: [count, level], 1 or more and 0 to 10, or null")
         self.flip = flip
-        self.area, self.augment = area, augment
-        self.draft = draft
+        self.random_resized_crop, self.rand_augment = random_resized_crop, rand_augment
+        self.jpeg_draft = jpeg_draft
         self.frames = frames
 
     @property
     def random(self) -> bool:
         """Whether training makes random choices."""
-        return self.flip or self.area is not None or self.augment is not None
+        return self.flip or self.random_resized_crop is not None or self.rand_augment is not None
 
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
         """Patch grids of the views of an image (one) or a video (one a used frame)."""
@@ -109,7 +120,7 @@ class ImageTransform:
 
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
-        area = self.area if generator is not None else None
+        area = self.random_resized_crop if generator is not None else None
         if video_extension(data) is None:
             pictures = [self._decode_image(data, where, whole=area is not None)]
         else:
@@ -118,8 +129,8 @@ class ImageTransform:
         mirror = self.flip and generator is not None and generator.random() < 0.5
         part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
         drawn = (
-            draw_distortions(self.augment[0], self.augment[1], generator)
-            if self.augment and generator is not None
+            draw_distortions(self.rand_augment["num_ops"], self.rand_augment["magnitude"], generator)
+            if self.rand_augment and generator is not None
             else []
         )
         views = [self._make_view(image, resized, mirror, part, drawn) for image, resized in pictures]
@@ -129,7 +140,7 @@ class ImageTransform:
         """An image in RGB, and the size that it is resized to; `whole`: with all its pixels."""
         with _open_image(data, where) as file:
             resized = self._resized_size(*file.size)
-            if self.draft and not whole:
+            if self.jpeg_draft and not whole:
                 file.draft("RGB", resized)  # does nothing to other formats than JPEG
             return _to_rgb(file), resized
 

@@ -1,0 +1,102 @@
+"""Keys under their old names: run folders of earlier versions load, other places are told the new name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from vlm_train.check.check import check_config
+from vlm_train.check.hydra_errors import explain_errors, unknown_key
+from vlm_train.config import renamed_keys
+from vlm_train.config.compose import compose_config, compose_tiny
+from vlm_train.config.renamed_keys import RenamedKey, find_renamed_key, rename_keys, restore_first_names
+from vlm_train.config.run_file import load_config, save_config
+from vlm_train.config.run_identity import training_config, training_hash
+from vlm_train.errors import ConfigError
+
+AUGMENTED = ("recipe=blip_base", "size=tiny")
+
+
+def test_every_new_name_is_a_key_of_today() -> None:
+    """A key that was renamed twice has two rows, both with the newest name."""
+    for old, key in renamed_keys._table().items():
+        assert find_renamed_key(key.now) is None, f"{old} -> {key.now}, which is an old key itself"
+
+
+def test_an_old_key_is_answered_with_the_new_one(tmp_path: Path) -> None:
+    said = "image.draft: it is image.jpeg_draft now."
+    assert unknown_key("image.draft", [], []) == said
+    with pytest.raises(Exception, match="Could not override 'image.draft'") as error:
+        compose_config(["recipe=llava15_stage1", "image.draft=true"])
+    assert explain_errors(["recipe=llava15_stage1", "image.draft=true"], [], error.value) == [said]
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nimage: {draft: true, augment: [2, 5]}\n")
+    with pytest.raises(ConfigError) as problems:
+        check_config(compose_config(["recipe=mine", "size=tiny"], [tmp_path]), need_assets=False)
+    assert said in problems.value.problems and (
+        "image.augment: it is image.rand_augment now, with {num_ops: ..., magnitude: ...} in place of a list."
+        in problems.value.problems
+    )
+    assert len(problems.value.problems) == 2
+
+
+def test_an_old_key_of_a_named_component_is_answered_too() -> None:
+    assert unknown_key("image.clip.draft", [], []) == "image.clip.draft: it is image.clip.jpeg_draft now."
+
+
+def test_a_run_of_an_earlier_version_loads_and_keeps_its_id(tmp_path: Path) -> None:
+    cfg = compose_config(AUGMENTED)
+    old = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(old, dict)
+    image = old["image"]
+    image["area"] = image.pop("random_resized_crop")
+    image["draft"] = image.pop("jpeg_draft")
+    image["augment"] = list(image.pop("rand_augment").values())
+    assert image["augment"] == [2, 5]
+    OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
+    loaded = load_config(tmp_path / "config.yaml")
+    assert loaded == cfg and training_hash(loaded) == training_hash(cfg)
+
+
+def test_first_names_are_those_of_earlier_versions() -> None:
+    cfg: dict[str, Any] = {
+        "image": {"rand_augment": {"num_ops": 2, "magnitude": 5}, "a": {"jpeg_draft": True}},
+        "data": {"pack_patches": 4},
+    }
+    restore_first_names(cfg)
+    assert cfg == {"image": {"augment": [2, 5], "a": {"draft": True}}, "data": {"pack_patches": 4}}
+    rename_keys(cfg)
+    assert cfg["image"] == {"rand_augment": {"num_ops": 2, "magnitude": 5}, "a": {"jpeg_draft": True}}
+
+
+def test_a_run_keeps_the_id_that_it_had_before_a_renaming() -> None:
+    cfg = compose_config(AUGMENTED)
+    plain = training_config(cfg)
+    plain["image"] |= {"area": plain["image"].pop("random_resized_crop"), "draft": plain["image"].pop("jpeg_draft")}
+    plain["image"]["augment"] = list(plain["image"].pop("rand_augment").values())
+    text = json.dumps(plain, sort_keys=True)
+    assert training_hash(cfg) == hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def test_a_saved_key_whose_value_means_something_else_is_refused(tmp_path: Path) -> None:
+    cfg = compose_tiny("recipe=llava15_stage1")
+    save_config(cfg, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(text.replace("pack_patches: null", "pack_views: 8"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.yaml: data\.pack_views: it is data\.pack_patches now: views times"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_an_option_that_still_has_the_name_of_an_old_key_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renamed_keys, "_table", lambda: {"image.flip": RenamedKey("image.mirror")})
+    ours = {"image": {"_target_": "vlm_train.data.images.transform.ImageTransform", "flip": True}}
+    rename_keys(ours)
+    assert "flip" in ours["image"]
+    theirs = {"image": {"_target_": "somewhere.Else", "flip": True}}
+    rename_keys(theirs)
+    assert theirs == {"image": {"_target_": "somewhere.Else", "mirror": True}}
