@@ -15,7 +15,6 @@ same command without them then builds what is missing and finishes the set. On S
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipelines.atomic_write import atomic_write
 from data_pipelines.building import engines
 from data_pipelines.building.merge import QUARANTINE, bad_rows, find_duplicates, merge_parts, write_lines
 from data_pipelines.building.parts import PART, Part, PartWriter, part_folder, write_part
@@ -168,9 +168,8 @@ def _open_hidden_folder(hidden: Partial, plan: dict[str, Any], numbers: Sequence
         print(f"{hidden.path}: finished parts of a build with other arguments are thrown away", file=sys.stderr)
     if not shared:
         hidden.remove_matching()
-    beside = hidden.path / f"{PLAN}.{os.getpid()}"
-    beside.write_text(json.dumps(plan), encoding="utf-8")
-    beside.rename(path)
+    with atomic_write(path) as file:
+        json.dump(plan, file)
 
 
 def _write_missing(

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.shards.index_file import INDEX
 from data_pipelines.shards.manifest import FileInfo
@@ -113,10 +114,8 @@ def _write_part(writer: PartWriter, number: int, working: Path) -> Part:
         raise
     shards.index.write_file(working / INDEX)
     part = Part(samples=len(shards.index), shards=infos, stats=shards.stats.export_state(), bad=tuple(bad))
-    with open(working / PART, "w", encoding="utf-8") as file:
+    with atomic_write(working / PART, sync=True) as file:
         json.dump(asdict(part), file)
-        file.flush()
-        os.fsync(file.fileno())
     return part
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.records import JsonLines
 from data_pipelines.shards.manifest import FileInfo
@@ -211,9 +211,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
+    with atomic_write(path, "wb", sync=True) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)

@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import DataError
 from data_pipelines.sample import Sample
 from data_pipelines.shards.manifest import FileInfo
@@ -183,9 +184,8 @@ class IndexBuilder:
         arrays["key_start"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         arrays["keys"] = np.frombuffer("".join(keys).encode("ascii"), dtype=np.uint8)
         arrays["names"] = np.frombuffer(json.dumps(list(self._names)).encode(), dtype=np.uint8)
-        partial = path.with_name(f".{path.stem}.partial.npz")
-        np.savez(partial, **arrays)
-        partial.rename(path)  # readers have the old one mapped
+        with atomic_write(path, "wb") as file:  # readers have the old one mapped
+            np.savez(file, **arrays)
         data = path.read_bytes()
         return FileInfo(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 

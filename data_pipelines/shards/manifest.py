@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import DataError
 from data_pipelines.sample import SCHEMA_VERSION
 
@@ -75,12 +75,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` under another name first, so that a half-written one is never seen."""
-        partial = folder / f".{MANIFEST}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
+        with atomic_write(folder / MANIFEST, sync=True) as file:
             json.dump(asdict(self) | {"bytes": self.bytes, "fingerprint": self.fingerprint}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

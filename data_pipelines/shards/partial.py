@@ -42,6 +42,7 @@ class Partial:
     def publish_folder(self) -> None:
         """Give the folder its name; what was there before goes."""
         old = self.folder.parent / f".{self.folder.name}.old"
+        self.remove_matching(".*.partial")  # files that a killed process was writing
         (self.path / LOCK).unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(old, ignore_errors=True)

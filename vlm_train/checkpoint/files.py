@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipelines.atomic_write import atomic_write
 from vlm_train.errors import CheckpointError
 
 STATE, WEIGHTS, MANIFEST = "state.ckpt", "weights.safetensors", "manifest.json"
@@ -111,9 +112,8 @@ def _sync_folder(folder: Path) -> None:
 
 def write_pointer(pointer: Path, name: str) -> None:
     """Let LATEST or BEST name a folder."""
-    temporary = pointer.with_suffix(".partial")
-    temporary.write_text(name + "\n", encoding="utf-8")
-    os.replace(temporary, pointer)
+    with atomic_write(pointer) as file:
+        file.write(name + "\n")
 
 
 def read_pointer(pointer: Path) -> str:

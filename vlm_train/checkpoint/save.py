@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipelines.atomic_write import atomic_write
 from vlm_train.checkpoint import files
 from vlm_train.checkpoint.run_state import collect_run_state
 from vlm_train.checkpoint.state import collect_owned
@@ -182,9 +182,8 @@ class Writer:
             for name, part in job.parts.items():
                 write = files.write_bytes if isinstance(part, bytes) else files.write_tensors
                 done[name] = write(folder / name, part)  # type: ignore[arg-type]
-            listed = folder / f".part-{job.rank}.json"
-            files.write_bytes(listed.with_suffix(".tmp"), json.dumps(done).encode())
-            os.replace(listed.with_suffix(".tmp"), listed)
+            with atomic_write(folder / f".part-{job.rank}.json", sync=True) as file:
+                json.dump(done, file)
         except Exception as error:  # whatever it is: the other ranks, and `finish`, wait for this one
             job.error = error
         job.parts.clear()

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipelines.atomic_write import atomic_write
 from vlm_train.config.moved_targets import rename_targets
 from vlm_train.config.renamed_keys import rename_keys
 from vlm_train.config.schema import Root
@@ -34,6 +35,5 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
     """Writes `cfg` with its interpolations kept, so that no secret of the environment reaches the disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(OmegaConf.to_yaml(cfg, resolve=False), encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path) as file:
+        file.write(OmegaConf.to_yaml(cfg, resolve=False))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.atomic_write import atomic_write
 from vlm_train.errors import ConfigError
 from vlm_train.loggers.mirror import Picture
 from vlm_train.runs import record
@@ -45,12 +45,10 @@ class Csv:
 
     def _write_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         names = dict.fromkeys(name for row in rows for name in row)
-        partial = self.folder / f"{CSV}.partial"
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.folder / CSV, newline="") as file:
             writer = csv.DictWriter(file, list(names))
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, self.folder / CSV)
         self.columns = list(names)
 
     def config(self, content: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipelines.atomic_write import atomic_write
 from vlm_train.runs.folder import RunFolder
 
 
@@ -21,9 +22,8 @@ def write_report(folder: Path) -> Path:
     from vlm_train.report.read import read_report
 
     path = RunFolder(folder).report
-    partial = path.with_suffix(".partial")
-    partial.write_text(render_page(read_report(Path(folder))), encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path) as file:
+        file.write(render_page(read_report(Path(folder))))
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from data_pipelines.atomic_write import atomic_write
 from vlm_train.errors import ConfigError
 from vlm_train.report.charts import plotly_script
 from vlm_train.report.read import read_report
@@ -25,9 +26,8 @@ FRONT = "One point a run, with its job's number; the best is orange. No cheaper 
 def write_page(folder: Path) -> Path:
     """Writes `sweep.html` into a sweep's folder and returns its path. Raises ConfigError for any other folder."""
     path = folder / PAGE_NAME
-    partial = path.with_suffix(".partial")
-    partial.write_text(render_page(records.read_sweep(folder), folder), encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path) as file:
+        file.write(render_page(records.read_sweep(folder), folder))
     return path
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.atomic_write import atomic_write
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
 
@@ -45,12 +45,8 @@ def update_record(folder: Path, **changes: Any) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` so that readers see the old file or the new one, never a part, whichever process writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -73,10 +69,8 @@ def last_loss(folder: Path, split: str) -> dict[str, Any]:
 def keep_metrics(folder: Path, step: int) -> None:
     """Drop the log lines after a step, which will be written again."""
     kept = [row for row in read_metrics(folder) if row["step"] <= step]
-    path = RunFolder(folder).metrics
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(RunFolder(folder).metrics) as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,15 +108,16 @@ def test_parts_of_other_arguments_are_thrown_away(tmp_path, capsys):
 
 def test_merging_may_stop_after_every_file(tmp_path, monkeypatch):
     _write(tmp_path / "whole")
-    rename, seen, stops = Path.rename, [], 0
+    seen, stops = [], 0
 
-    def stop_at_second(path, target):
+    def stop_at_second(rename, path, target):
         seen.append(target)
         if len([t for t in seen if Path(t).name.startswith(("shard", "manifest", "set"))]) == 2:
             raise KeyboardInterrupt
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", stop_at_second)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, partial(stop_at_second, getattr(os, name)))
     for _ in range(12):
         seen.clear()
         try:

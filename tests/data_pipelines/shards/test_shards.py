@@ -124,11 +124,13 @@ def test_leftovers_of_a_killed_process_are_replaced_and_a_living_one_is_respecte
     with pytest.raises(DataError, match="another process is writing"):
         ShardWriter(tmp_path / "set")
     (killed.partial / "shard-000009.tar").write_bytes(b"half")
+    (killed.partial / ".manifest.json.node-1.partial").write_bytes(b"half")
     killed._hidden.release_lock()  # what the death of the process does
     with ShardWriter(tmp_path / "set") as writer:
         writer.write_sample(*sample(0))
     assert ShardSet(tmp_path / "set").keys() == ["sample-000"]
-    assert not (tmp_path / "set" / "shard-000009.tar").exists()
+    names = sorted(path.name for path in (tmp_path / "set").iterdir())
+    assert names == ["index.npz", "manifest.json", "shard-000000.tar"]
 
 
 def test_existing_folders_are_not_overwritten(tmp_path, shard_set):
