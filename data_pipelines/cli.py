@@ -7,8 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipelines.errors import DataError
 from data_pipelines.shards.manifest import Manifest
+from data_pipelines.value_types import fits_type
 
 CONF = Path(__file__).resolve().parent / "conf"
 GROUPS = {"build": "source", "filter": "filter"}  # by command, the group of components that it takes
@@ -64,8 +64,8 @@ def make_component(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: 
         raise DataError(f"{target} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
     hints = _read_type_hints(component)
     for name, value in options.items():
-        if not _fits_type(value, hints.get(name, Any)):
-            quoted = f"; as text: \"{name}='{value}'\"" if _fits_type(str(value), hints[name]) else ""
+        if not fits_type(value, hints.get(name, Any)):
+            quoted = f"; as text: \"{name}='{value}'\"" if fits_type(str(value), hints[name]) else ""
             raise DataError(f"{at}{name}: got {value!r}; expected {known[name].annotation}{quoted}")
     return component(**options)
 
@@ -117,22 +117,6 @@ def _read_type_hints(component: Any) -> dict[str, Any]:
         return get_type_hints(component.__init__)
     except NameError:
         return {}
-
-
-def _fits_type(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is of an annotated type."""
-    kind, inside = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(_fits_type(value, one) for one in inside)
-    if kind is float:
-        return type(value) in (int, float)
-    if kind in (bool, int, str, NoneType):
-        return type(value) is kind
-    if kind is Sequence:
-        return isinstance(value, list) and all(_fits_type(one, inside[0]) for one in value)
-    if kind is Mapping:
-        return isinstance(value, dict) and all(_fits_type(one, inside[1]) for one in value.values())
-    return True
 
 
 def _format_error(name: str, error: BaseException, overrides: Sequence[str]) -> str:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional, Union
 
 from hydra._internal.utils import _locate
+
+from data_pipelines.value_types import fits_type
 
 OURS = ("vlm_train", "data_pipelines")
 """Packages whose source is read; every other target has to be imported to be checked."""
@@ -202,69 +204,42 @@ def import_signature(target: str) -> Signature:
 
 
 def fits_annotation(value: Any, annotation: str, aliases: Aliases = lambda name: None) -> bool:
-    """Whether a YAML value fits an annotation. What cannot be judged (classes, type variables) fits."""
-    try:
-        node = ast.parse(annotation, mode="eval").body
-    except SyntaxError:
-        return True
-    return _fits_node(value, node, aliases)
-
-
-def _fits_node(value: Any, node: ast.expr, aliases: Aliases) -> bool:
+    """Whether a YAML value fits an annotation. A component, and what has a type unknown here, such as a class, fits."""
     if isinstance(value, dict) and "_target_" in value:
         return True
-    if isinstance(node, ast.Constant):
-        return value is None if node.value is None else fits_annotation(value, str(node.value), aliases)
-    if isinstance(node, ast.BinOp):
-        return _fits_node(value, node.left, aliases) or _fits_node(value, node.right, aliases)
-    if isinstance(node, ast.Subscript):
-        return _fits_generic(value, _name_of(node.value), _type_arguments(node.slice), aliases)
-    name = _name_of(node)
-    if name in _SIMPLE:
-        return _SIMPLE[name](value)
-    meaning = aliases(name)
-    return True if meaning is None else fits_annotation(value, meaning, aliases)
+    return fits_type(value, _read_type(annotation, aliases))
 
 
-def _fits_generic(value: Any, name: str, arguments: list[ast.expr], aliases: Aliases) -> bool:
-    if name == "Optional":
-        return value is None or _fits_node(value, arguments[0], aliases)
-    if name == "Union":
-        return any(_fits_node(value, argument, aliases) for argument in arguments)
-    if name == "Literal":
-        return any(value == ast.literal_eval(a) and type(value) is type(ast.literal_eval(a)) for a in arguments)
-    if name in ("list", "List", "Sequence", "Iterable", "set", "frozenset"):
-        return isinstance(value, list) and all(_fits_node(item, arguments[0], aliases) for item in value)
-    if name in ("tuple", "Tuple"):
-        if len(arguments) == 2 and isinstance(arguments[1], ast.Constant) and arguments[1].value is ...:
-            return isinstance(value, list) and all(_fits_node(item, arguments[0], aliases) for item in value)
-        same_length = isinstance(value, list) and len(value) == len(arguments)
-        return same_length and all(_fits_node(item, a, aliases) for item, a in zip(value, arguments, strict=True))
-    if name in ("dict", "Dict", "Mapping", "MutableMapping"):
-        return isinstance(value, dict) and all(_fits_node(item, arguments[-1], aliases) for item in value.values())
-    return True
+def _read_type(annotation: str, aliases: Aliases) -> Any:
+    """The type that an annotation in source text means, with `Any` for every name unknown here."""
+
+    def type_of(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant):
+            return _read_type(node.value, aliases) if isinstance(node.value, str) else node.value
+        if isinstance(node, ast.BinOp):
+            return Union[type_of(node.left), type_of(node.right)]  # noqa: UP007 (`None | None` is no type)
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        if not isinstance(node, ast.Subscript):
+            meaning = None if name in _TYPES else aliases(name)
+            return _TYPES.get(name, Any) if meaning is None else _read_type(meaning, aliases)
+        outer = type_of(node.value)
+        if outer is Any:
+            return Any
+        if outer is Literal:
+            return Literal[ast.literal_eval(node.slice)]
+        arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return outer[tuple(type_of(argument) for argument in arguments)]
+
+    try:
+        return type_of(ast.parse(annotation, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError):  # no annotation of a value
+        return Any
 
 
-def _name_of(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def _type_arguments(node: ast.expr) -> list[ast.expr]:
-    return list(node.elts) if isinstance(node, ast.Tuple) else [node]
-
-
-def _is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-_SIMPLE: dict[str, Callable[[Any], bool]] = {
-    "int": lambda value: _is_number(value, int),
-    "float": lambda value: _is_number(value, (int, float)),
-    "bool": lambda value: isinstance(value, bool),
-    "str": lambda value: isinstance(value, str),
-    "Path": lambda value: isinstance(value, str),
-    "None": lambda value: value is None,
-    "list": lambda value: isinstance(value, list),
-    "tuple": lambda value: isinstance(value, list),
-    "dict": lambda value: isinstance(value, dict),
-}
+_TYPES: dict[str, Any] = {
+    "bool": bool, "int": int, "float": float, "str": str, "Path": Path, "None": None, "Literal": Literal,
+    "Optional": Optional, "Union": Union, "list": list, "List": list, "Sequence": list, "Iterable": list, "set": set,
+    "frozenset": frozenset, "tuple": tuple, "Tuple": tuple, "dict": dict, "Dict": dict, "Mapping": dict,
+    "MutableMapping": dict,
+}  # fmt: skip
+"""Name in an annotation -> type of a YAML value."""
