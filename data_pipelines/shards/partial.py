@@ -1,4 +1,8 @@
-"""The hidden folder in which a shard set is made, and which takes the set's name when it is complete."""
+"""The hidden folder in which a shard set is made, and which takes the set's name when it is complete.
+
+Its lock is `flock` itself: the nodes of one build share it, and filelock's shared locks are SQLite databases, which are
+not safe on network file systems.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ A cached file is named by the sha256 of its content, so sets and views of them s
 one cache folder: one of them downloads a file under a lock while others wait, and it takes its name only when its
 checksum is right. The longest unused files are removed for new ones. Removing one that is open elsewhere is safe: it
 stays readable there, and its space is freed when it is closed. Only files that are just being downloaded may exceed the
-bound.
+bound. The locks are `flock` itself, on the downloads: a killed process unlocks its own, which others may then continue
+or remove, and no lock files stay in the cache, as filelock's would.
 """
 
 from __future__ import annotations

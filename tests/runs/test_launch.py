@@ -180,7 +180,7 @@ def test_a_signal_reaches_every_worker_once_and_they_end_themselves(cfg: DictCon
         """
         import threading
         from vlm_train.runs import torchrun
-        torchrun.die_with_agent()
+        torchrun.exit_with_agent()
         received, rank = [], os.environ["RANK"]
         signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
         (folder / f"ready{rank}").touch()
@@ -223,13 +223,13 @@ def test_the_first_error_is_named_last_and_those_that_wait_end_soon(cfg: DictCon
         folder /= os.environ["RANK"]
         folder.mkdir()
         if os.environ["RANK"] == "1":
-            with torchrun.leaving_word():
+            with torchrun.record_error():
                 raise ValueError("the original error")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while not (folder.parent / "1").is_dir():
             time.sleep(0.1)
         try:
-            with torchrun.leaving_word():
+            with torchrun.record_error():
                 raise RuntimeError("connection closed by peer")
         except RuntimeError:
             pass

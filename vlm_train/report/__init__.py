@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_pipelines.atomic_write import atomic_write
 from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.sweep.records import SWEEP
 
 
 def write_report(folder: Path) -> Path:
@@ -29,7 +30,7 @@ def write_report(folder: Path) -> Path:
 
 def is_sweep(folder: Path) -> bool:
     """Whether the folder is a sweep's."""
-    return (Path(folder) / "sweep.json").is_file()
+    return (Path(folder) / SWEEP).is_file()
 
 
 def results_table(folder: Path) -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from vlm_train.errors import ConfigError, VLMTrainError
 from vlm_train.report import results_table, write_report
+from vlm_train.runs.folder import RunFolder
 
 
 def find_newest(runs: Path) -> Path:
     """The schedule (or else the run) under `runs` that was written to last."""
-    for marker in ("schedule.json", "run.json"):
-        found = sorted(runs.glob(f"*/{marker}"), key=lambda path: path.stat().st_mtime)
+    folders = [RunFolder(path) for path in runs.glob("*")]
+    for files in ([folder.schedule for folder in folders], [folder.record for folder in folders]):
+        found = sorted(filter(Path.is_file, files), key=lambda path: path.stat().st_mtime)
         if found:
             return found[-1].parent
     raise ConfigError(f"no run or schedule folder in '{runs}'. Give the folder that `paths.runs` names.")

@@ -12,6 +12,7 @@ from typing import Any
 from vlm_train.config.redact import without_credentials
 from vlm_train.errors import ConfigError
 from vlm_train.report.results import Metric, Result, is_number, read_metrics, read_results
+from vlm_train.runs.folder import RunFolder
 
 PAUSE = 60.0  # seconds without a record after which nothing was running, if records usually come more often
 
@@ -94,7 +95,7 @@ class Report:
 
 def read_report(folder: Path) -> Report:
     """Read a schedule folder (`schedule.json`) or a run folder (`run.json`)."""
-    schedule, record = _read_json(folder / "schedule.json"), _read_json(folder / "run.json")
+    schedule, record = _read_json(RunFolder(folder).schedule), _read_json(RunFolder(folder).record)
     if isinstance(schedule, dict):
         entries = [entry for entry in schedule.get("stages") or [] if isinstance(entry, dict)]
         folders = [
@@ -115,19 +116,19 @@ def read_report(folder: Path) -> Report:
 
 def read_stage(folder: Path, name: str) -> Stage:
     """Read one run folder."""
-    record, params = _read_json(folder / "run.json"), _read_json(folder / "params.json")
-    config = folder / "config.yaml"
+    run = RunFolder(folder)
+    record, params = _read_json(run.record), _read_json(run.parameters)
     return Stage(
         name=name,
         folder=folder,
         record=record if isinstance(record, dict) else {},
-        curves=read_curves(folder / "metrics.jsonl"),
+        curves=read_curves(run.metrics),
         predictions={
-            path.parent.name: read_predictions(path) for path in sorted(folder.glob("eval/*/predictions.jsonl"))
+            path.parent.name: read_predictions(path) for path in sorted(run.evaluation.glob("*/predictions.jsonl"))
         },
-        tried=read_tried(folder / "predictions"),
+        tried=read_tried(run.predictions),
         params=[row for row in params if isinstance(row, dict)] if isinstance(params, list) else [],
-        config=_read_text(config),
+        config=_read_text(run.config),
     )
 
 
@@ -209,7 +210,7 @@ def _stage_folder(schedule: Path, run: str) -> Path | None:
 
 def _last_written(folder: Path) -> float | None:
     """When the run last wrote a metric, in seconds since the epoch."""
-    times = [row["time"] for row in _json_lines(folder / "metrics.jsonl") if is_number(row.get("time"))]
+    times = [row["time"] for row in _json_lines(RunFolder(folder).metrics) if is_number(row.get("time"))]
     return max(times, default=None)
 
 

@@ -12,9 +12,12 @@ class RunFolder:
     run.json, params.json               how it went, and what learned
     metrics.jsonl                       every log line
     checkpoints/                        see `vlm_train.checkpoint.files`
-    rollbacks.json                      what was taken back
-    tokenizer/                          what the ids mean, should the shards change
-    eval/, export/, report.html         what came of it
+    rollbacks.json                      returns to an earlier checkpoint
+    tokenizer/                          the tokenizer of the run
+    predictions/                        answers of a validation, step-*.json
+    output.log                          what its process printed where there is no terminal
+    eval/, export/, report.html         results: evaluations, the exported model, the page
+    schedule.json                       of a schedule's folder: its stages and their runs
     .lock                               held by the process that trains it
     """
 
@@ -25,4 +28,5 @@ class RunFolder:
         self.metrics, self.rollbacks = self.path / "metrics.jsonl", self.path / "rollbacks.json"
         self.checkpoints, self.tokenizer = self.path / "checkpoints", self.path / "tokenizer"
         self.evaluation, self.export, self.report = self.path / "eval", self.path / "export", self.path / "report.html"
-        self.lock = self.path / ".lock"
+        self.predictions, self.output = self.path / "predictions", self.path / "output.log"
+        self.schedule, self.lock = self.path / "schedule.json", self.path / ".lock"

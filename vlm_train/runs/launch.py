@@ -195,7 +195,7 @@ def _supervise_child(command: Sequence[str], folder: Path | None) -> Ended:
         stdout=subprocess.PIPE if piped else None,
         stderr=subprocess.STDOUT if piped else None,
         start_new_session=True,  # Ctrl-C reaches the child once, through us
-        preexec_fn=torchrun.die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=torchrun.exit_with_parent if sys.platform == "linux" else None,
     )
     last: deque[str] = deque(maxlen=LAST_LINES)
     copying = threading.Thread(target=_copy_output, args=(child, folder, last), daemon=True)
@@ -254,7 +254,7 @@ def _copy_output(child: subprocess.Popen[bytes], folder: Path | None, last: dequ
 def _open_log(folder: Path | None) -> io.RawIOBase:
     """`<folder>/output.log`; nowhere without one, or where it cannot be opened: the child must be read all the same."""
     with suppress(OSError):
-        return open(folder / "output.log" if folder else os.devnull, "ab", buffering=0)
+        return open(RunFolder(folder).output if folder else os.devnull, "ab", buffering=0)
     return open(os.devnull, "ab", buffering=0)
 
 
@@ -264,7 +264,7 @@ def _describe_end(cfg: DictConfig, folder: Path, ended: Ended) -> str:
     else:
         code = ended.code
         how = f"failed ({f'exit code {code}' if code > 0 else f'killed by {signal.Signals(-code).name}'})"
-    where = f"Its output: {folder / 'output.log'}" if ended.last and cfg.mode == "fit" else "Its messages are above"
+    where = f"Its output: {RunFolder(folder).output}" if ended.last and cfg.mode == "fit" else "Its messages are above"
     tail = "".join(f"\n    | {line}" for line in ended.last if line)
     return f"{cfg.mode} of {folder.name} {how}. {where}; the same command resumes.{tail}"
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     if argv is None:
-        torchrun.die_with_agent()
+        torchrun.exit_with_agent()
     (path,) = arguments
 
     def dispatch_child() -> None:
@@ -68,7 +68,7 @@ def run_guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Se
     """Runs `work`, prints errors that speak to the user, and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStdout()])
     try:
-        with interrupt_on_signals(), torchrun.leaving_word():
+        with interrupt_on_signals(), torchrun.record_error():
             work()
     except Composition as error:
         return report_error(ConfigError(explain_errors(overrides, dirs, error)), error)

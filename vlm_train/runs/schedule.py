@@ -26,6 +26,7 @@ from vlm_train.config.run_identity import run_dir
 from vlm_train.config.signatures import did_you_mean
 from vlm_train.errors import AssetError, ConfigError, VLMTrainError
 from vlm_train.runs import launch, process, record
+from vlm_train.runs.folder import RunFolder
 
 log = logging.getLogger("vlm_train")
 
@@ -238,7 +239,7 @@ def _write_state(folder: Path, name: str, stages: Sequence[PlannedStage]) -> Non
         }
         for stage in stages
     ]
-    record.write_json(folder / "schedule.json", {"name": name, "stages": listed})
+    record.write_json(RunFolder(folder).schedule, {"name": name, "stages": listed})
 
 
 def _write_schedule_report(folder: Path) -> None:

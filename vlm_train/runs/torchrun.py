@@ -1,7 +1,9 @@
 """torchrun whose workers get the signals: `python -m vlm_train.runs.torchrun <torchrun's arguments>`.
 
-torchrun alone kills workers 30 s after a SIGTERM, which may be within a step, and dies of a SIGUSR1. This one hands
-signals on and waits; when a worker fails, the others are ended within seconds, and the last line names the first error.
+torchrun alone kills workers 30 s after a SIGTERM, which may be within a step, and a SIGUSR1 ends it. This one forwards
+signals and waits. When a worker fails, it ends the others within seconds, and the last line names the first error.
+torch's `errors.record` cannot name it: it keeps whole seconds, and the ranks that fail because another one is gone fail
+within the same second.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, NoReturn
 from vlm_train.errors import ENDING, PREEMPTED, REPEATED, Interrupted, exit_code
 
 PID, ERRORS = "VLM_TRAIN_AGENT", "VLM_TRAIN_ERRORS"
-"""Variables that tell workers the id of their agent, and the folder where a failing one leaves word."""
+"""Variables that tell workers the id of their agent, and the folder where a failing worker writes its error."""
 
 PATIENCE = 5.0
 """Seconds that workers have after another one has failed. Those that wait for it in a collective would take minutes."""
@@ -32,11 +34,11 @@ PATIENCE = 5.0
 
 def main(arguments: Sequence[str]) -> int:
     """Starts and supervises the workers of this machine. Returns the exit code."""
-    received, first = _hand_on_signals(), First()
+    received, first = _forward_signals(), FirstFailure()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # we say it
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # reported below
     logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(_is_cause)
     own = ["--signals-to-handle", "SIGQUIT"] if sys.platform == "linux" else []
     with tempfile.TemporaryDirectory(prefix="vlm_train-") as errors:
@@ -53,19 +55,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _is_cause(entry: logging.LogRecord) -> bool:
-    """Not that another machine's agent, which had the rendezvous, left first when all was done."""
+    """Whether a log entry says why the run failed. The entry that the rendezvous is gone after the end does not."""
     return not str(entry.msg).startswith("Error waiting on exit barrier")
 
 
-def _hand_on_signals() -> list[int]:
-    """Sends what this process gets to its workers. Returns the list of signals, bursts counted once.
+def _forward_signals() -> list[int]:
+    """Sends the signals of this process to its workers. Returns the list of signals, bursts counted once.
 
     A third one kills: a worker that hangs in a collective never runs its Python handlers.
     """
     received: list[int] = []
     last = 0.0
 
-    def hand_on(number: int, _: Any) -> None:
+    def forward(number: int, _: Any) -> None:
         nonlocal last
         workers, now = _list_children(), time.monotonic()
         if now - last > REPEATED or not received:
@@ -79,16 +81,16 @@ def _hand_on_signals() -> list[int]:
 
     for number in ENDING if sys.platform == "linux" else ():  # elsewhere there is no /proc to find the workers in
         if signal.getsignal(number) is not signal.SIG_IGN:  # not ignored here: workers would inherit that
-            signal.signal(number, hand_on)
+            signal.signal(number, forward)
     return received
 
 
 AFTERWARDS = 2 * 10**9
-"""Nanoseconds after an error from which a kill is its consequence: those that fail of a kill notice it at once."""
+"""Nanoseconds after an error from which a kill counts as its consequence: workers notice a killed one at once."""
 
 
 @dataclass
-class First:
+class FirstFailure:
     """The first worker seen to fail: process id, exit code (negative for a signal), time in ns. Id 0: none yet."""
 
     pid: int = 0
@@ -96,8 +98,8 @@ class First:
     time: int = 0
 
 
-def _end_survivors(first: First, received: Sequence[int], errors: Path) -> None:
-    """Kills the workers that outlive a failed one: torchrun's SIGTERM does not reach the Python of who waits in C."""
+def _end_survivors(first: FirstFailure, received: Sequence[int], errors: Path) -> None:
+    """Kills the workers that outlive a failed one: a worker that waits in a collective does not handle a SIGTERM."""
     while not first.pid and not any(errors.glob("*.json")):  # torchrun may collect it before we see it
         try:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # left for torchrun to collect
@@ -108,7 +110,7 @@ def _end_survivors(first: First, received: Sequence[int], errors: Path) -> None:
             first.pid, first.code = ended.si_pid, ended.si_status * (1 if ended.si_code == os.CLD_EXITED else -1)
         else:
             time.sleep(0.02)  # torchrun looks every 0.1 s
-    if first.code in (PREEMPTED, exit_code(signal.SIGINT)):  # all leave, in good order
+    if first.code in (PREEMPTED, exit_code(signal.SIGINT)):  # all workers save and end themselves
         return
     time.sleep(PATIENCE)
     for pid in [] if received else _list_children():
@@ -116,26 +118,26 @@ def _end_survivors(first: First, received: Sequence[int], errors: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _report_first_failure(failures: Mapping[int, Any], first: First, errors: Path) -> int:
-    """Says which worker failed first, and of what. Returns its exit code.
+def _report_first_failure(failures: Mapping[int, Any], first: FirstFailure, errors: Path) -> int:
+    """Prints which worker failed first, and its error. Returns its exit code.
 
-    The others fail of its absence at about the same time, may be quicker to leave and need more words.
+    The other workers fail at about the same time because it is gone, and may end before it does.
     """
-    words = [json.loads(path.read_text(encoding="utf-8")) for path in errors.glob("*.json")]
-    words = sorted((word for word in words if word["rank"] in failures), key=lambda word: word["time"])
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in errors.glob("*.json")]
+    found = sorted((error for error in found if error["rank"] in failures), key=lambda error: error["time"])
     by_pid = {failure.pid: rank for rank, failure in failures.items()}
     rank = by_pid.get(first.pid, min(failures, key=lambda one: failures[one].timestamp))
     code = failures[rank].exitcode
     # torchrun may have collected the first one before we saw it: then we saw a survivor, which was killed afterwards.
-    survivor = words and (not first.pid or code == -signal.SIGTERM or first.time > words[0]["time"] + AFTERWARDS)
+    survivor = found and (not first.pid or code == -signal.SIGTERM or first.time > found[0]["time"] + AFTERWARDS)
     if code < 0 and not survivor:
         print(f"Rank {rank} was killed by {signal.Signals(-code).name}.", file=sys.stderr)
         return 128 - code
-    if words:
-        rank = words[0]["rank"]
+    if found:
+        rank = found[0]["rank"]
         code = max(failures[rank].exitcode, 1)
         if code == 1:  # a wrong setting is the same on every rank
-            print(f"Rank {rank} failed first: {words[0]['error']}", file=sys.stderr)
+            print(f"Rank {rank} failed first: {found[0]['error']}", file=sys.stderr)
     return int(code)
 
 
@@ -150,37 +152,37 @@ def _list_children() -> list[int]:
     return found
 
 
-def die_with_agent() -> None:
-    """Ends this worker with its agent, which can be killed too. torch does not see to that."""
+def exit_with_agent() -> None:
+    """Ends this worker when its agent is killed. torch does not do that."""
     if sys.platform == "linux" and (pid := os.environ.get(PID)):
-        die_with_parent()
+        exit_with_parent()
         if os.getppid() != int(pid):  # it was killed before we asked
             raise SystemExit(1)
 
 
-def die_with_parent() -> None:
+def exit_with_parent() -> None:
     """Asks Linux to end this process when its parent is killed, so that no orphan writes to a run folder."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextmanager
-def leaving_word() -> Iterator[None]:
-    """What is raised here is told to the agent, if there is one, before anything else notices that we are gone."""
+def record_error() -> Iterator[None]:
+    """Writes an error of the block for the agent, if there is one, before another rank notices that this one failed."""
     try:
         yield
     except Exception as error:
         if folder := os.environ.get(ERRORS):
             rank = int(os.environ.get("RANK", 0))
-            word = {"rank": rank, "time": time.time_ns(), "error": f"{type(error).__name__}: {error}"}
+            found = {"rank": rank, "time": time.time_ns(), "error": f"{type(error).__name__}: {error}"}
             with suppress(OSError):
-                Path(folder, f"{rank}.json").write_text(json.dumps(word), encoding="utf-8")
+                Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
         raise
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
     """Runs a process's main function and ends the process with its exit code.
 
-    One of several that fails ends at once: Python's farewell may wait for collectives that the others never join.
+    One of several that fails ends at once: Python's own shutdown may wait for collectives that the others never join.
     """
     try:
         code = work()

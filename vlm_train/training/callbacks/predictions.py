@@ -25,8 +25,7 @@ from vlm_train.evaluation.generate import question_text
 from vlm_train.evaluation.predictions import spread
 from vlm_train.loggers.mirror import Mirror, Picture
 from vlm_train.runs import record
-
-FOLDER = "predictions"
+from vlm_train.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Predictions(pl.Callback):
 
 
 def _predictions_folder(trainer: pl.Trainer) -> Path:
-    return Path(trainer.default_root_dir) / FOLDER
+    return RunFolder(trainer.default_root_dir).predictions
 
 
 def _is_part(parameter: Any) -> bool:
