@@ -16,7 +16,7 @@ from vlm_train.data.collate import Item, collate_prompts
 from vlm_train.data.collate import collate_rows as collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
-from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.render import TokenizedSample
 from vlm_train.data.text.streams import PlacedSlot, Stream
 from vlm_train.errors import BatchError
 
@@ -57,7 +57,7 @@ def given(views):
 def item(of: Stream, key: str = "a", weight: float = 1.0, **more: Stream) -> Item:
     items = sorted({placed.slot.item for one in (of, *more.values()) for placed in one.slots})
     views = [np.full((1 + n, 3, *SIZE), n + len(of), np.uint8) for n in range(max(items, default=-1) + 1)]
-    rendered = Rendered(key=key, streams={"llm": of, **more}, media=tuple(items))
+    rendered = TokenizedSample(key=key, streams={"llm": of, **more}, media=tuple(items))
     return Item(rendered, given(views), source="s", weight=weight)
 
 
@@ -159,7 +159,7 @@ def test_a_placeholder_that_nothing_fills_is_refused():
         collate([replace(one, views={"vision": []})], PLANS)
 
 
-def _with_slot(one: Item, placed: PlacedSlot) -> Rendered:
+def _with_slot(one: Item, placed: PlacedSlot) -> TokenizedSample:
     return replace(one.rendered, streams={"llm": replace(one.rendered.llm, slots=(placed,))})
 
 

@@ -1,4 +1,4 @@
-"""Rendered samples -> `Batch`. Padding to the right for training, to the left for generation.
+"""Tokenized samples -> `Batch`. Padding to the right for training, to the left for generation.
 
 Normalisation (`batch.normalise`) becomes per-target weights here: the loss is always sum(weight x nll) / sum(weight).
 `source` needs the sums of all ranks, so `vlm_train.data.source_weights` multiplies its weights later.
@@ -27,7 +27,7 @@ from vlm_train.contracts.batch import (
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.contracts.media import MediaInput
 from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
-from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.render import TokenizedSample
 from vlm_train.data.text.streams import Stream
 from vlm_train.errors import BatchError
 
@@ -39,7 +39,7 @@ class Item:
     Items beyond `rendered.media` are not looked at and may be None; a model without a tower is given none at all.
     """
 
-    rendered: Rendered
+    rendered: TokenizedSample
     views: MediaViews
     source: str = ""
     weight: float = 1.0
@@ -81,7 +81,7 @@ def collate_rows(
     )
 
 
-def collate_prompts(items: Sequence[tuple[Rendered, MediaViews]], plans: Mapping[str, ImagePlan]) -> Batch:
+def collate_prompts(items: Sequence[tuple[TokenizedSample, MediaViews]], plans: Mapping[str, ImagePlan]) -> Batch:
     """A batch of generation prompts, padded on the left."""
     return collate_rows([[Item(rendered, views)] for rendered, views in items], plans, left=True)
 

@@ -24,7 +24,8 @@ from vlm_train.data.collate import Item
 from vlm_train.data.order.lengths import Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import Address, Share
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.render import NoPiece, Rendered
+from vlm_train.data.text.render import TokenizedSample
+from vlm_train.data.text.split import NoPiece
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
 
@@ -170,7 +171,7 @@ class Samples:
         self.sources = [source.take_part(0, source.size - size) for source, size in zip(self.sources, held)]
         return tail
 
-    def _render_sample(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> Rendered:
+    def _render_sample(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> TokenizedSample:
         return self.processor.render(sample, piece=piece, annotation=annotation, **self.options)
 
     def _draw_annotation(self, address: Address, sample: Sample) -> int | None:
@@ -223,14 +224,14 @@ class Samples:
                     sizes.append(self._measure_piece(self._render_sample(sample, piece), sample))
         return sizes
 
-    def _measure_piece(self, rendered: Rendered, sample: Sample) -> tuple[int, int]:
+    def _measure_piece(self, rendered: TokenizedSample, sample: Sample) -> tuple[int, int]:
         tokens = max(len(stream) for stream in rendered.streams.values())
         media = [sample.media[one] for one in rendered.media]
         sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
         plans = self.processor.images.values()
         return tokens, sum(grid.size for plan in plans for one in sizes for grid in plan.grids(one))
 
-    def _require_planned(self, index: int, rendered: Rendered, source: Source, number: int) -> None:
+    def _require_planned(self, index: int, rendered: TokenizedSample, source: Source, number: int) -> None:
         assert self.lengths is not None
         tokens = max(len(stream) for stream in rendered.streams.values())
         planned = self.lengths.tokens[index]

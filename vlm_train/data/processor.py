@@ -16,7 +16,7 @@ from vlm_train.contracts.layout import MediaLayout
 from vlm_train.contracts.streams import CAUSAL, Alignment
 from vlm_train.data.images.plan import ImagePlan, MediaViews, make_views
 from vlm_train.data.text.instruction import Instruction
-from vlm_train.data.text.render import Rendered, render_sample
+from vlm_train.data.text.render import TokenizedSample, render_sample
 from vlm_train.data.text.template import Template
 
 
@@ -40,10 +40,9 @@ class Processor:
     streams: Mapping[str, Alignment] = field(default_factory=lambda: dict(CAUSAL))
     max_length: int | None = None
 
-    def render(self, sample: Sample, **options: Any) -> Rendered:
-        """The token streams of a sample; `options` are those of `render_sample`, which says what
-        they
-        mean and what is raised."""
+    def render(self, sample: Sample, **options: Any) -> TokenizedSample:
+        """The token streams of a sample; `options` are those of `RenderOptions`, and `render_sample` says what is
+        raised."""
         return render_sample(
             sample,
             self.template,

@@ -17,7 +17,7 @@ from vlm_train.contracts.streams import QFORMER
 from vlm_train.data.dataset import draws_of
 from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.render import TokenizedSample
 from vlm_train.data.text.streams import IGNORE, Stream
 
 PASSES = 3
@@ -31,7 +31,7 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
     at random, those of the first passes stand behind the one of evaluations.
 
     Args:
-        options: those of rendering, see `vlm_train.data.text.render.render_sample`.
+        options: those of rendering, see `vlm_train.data.text.render.RenderOptions`.
         seed: the run's.
     """
     sample, blobs = shards.load_sample(0)
@@ -50,7 +50,7 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
 
 
 def format_tokens(
-    rendered: Rendered, tokenizer: Any, colour: bool, others: Mapping[str, Any] = MappingProxyType({})
+    rendered: TokenizedSample, tokenizer: Any, colour: bool, others: Mapping[str, Any] = MappingProxyType({})
 ) -> str:
     """A sample's streams as text: learned tokens green (or between «»), media as `[image 0 x576]`, a line per group.
 

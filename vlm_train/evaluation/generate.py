@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from data_pipelines.sample import Annotation, Sample
 from data_pipelines.shards.shard_set import ShardSet
-from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.render import TokenizedSample
 from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.metrics.exact_match import matches
 
@@ -84,7 +84,7 @@ class Generator:
 
     def _prompts(
         self, numbers: Sequence[int], load: Load
-    ) -> Iterator[tuple[int, str, tuple[str, ...], Rendered, MediaViews]]:
+    ) -> Iterator[tuple[int, str, tuple[str, ...], TokenizedSample, MediaViews]]:
         for number in numbers:
             with self.unusable.catch_bad_sample(number):
                 sample, blobs = load(number)

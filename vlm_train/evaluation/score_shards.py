@@ -20,7 +20,7 @@ from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.run_identity import run_dir
 from vlm_train.contracts.family import AlignsPairs, Generates, MatchesPairs, missing_members
-from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.render import TokenizedSample
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.run import require_own_weights
@@ -41,7 +41,7 @@ class Shown:
 
     key: str
     views: MediaViews
-    texts: list[Rendered]
+    texts: list[TokenizedSample]
 
 
 SEEN = ("template", "image")
@@ -56,7 +56,7 @@ def write_captions(cfg: DictConfig) -> dict[str, Any]:
     given = {name: cfg.columns[name] for name in SAMPLING if cfg.columns[name] != SAMPLING[name]}
     given["max_new_tokens"] = cfg.columns.max_new_tokens
 
-    def render_prompts(processor: Processor, sample: Sample) -> list[Rendered]:
+    def render_prompts(processor: Processor, sample: Sample) -> list[TokenizedSample]:
         return [processor.render(sample, annotations="first", generation=True)]
 
     def caption_rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
@@ -73,7 +73,7 @@ def score_captions(cfg: DictConfig) -> dict[str, Any]:
     """Write what the model thinks of every caption, those of `columns.captions` in place of the samples' own: `match`,
     the probability that its ITM head gives a match, and `similarity`, the cosine that ITC learns."""
 
-    def render_captions(processor: Processor, sample: Sample) -> list[Rendered]:
+    def render_captions(processor: Processor, sample: Sample) -> list[TokenizedSample]:
         length: Any = {"max_length": processor.max_length, "over_length": "truncate"}
         count = len(sample.annotations)
         return [processor.render(sample, annotations="first", annotation=n, **length) for n in range(count)]
@@ -107,7 +107,7 @@ def _write_columns(
     cfg: DictConfig,
     names: Sequence[str],
     about: dict[str, Any],
-    texts: Callable[[Processor, Sample], list[Rendered]],
+    texts: Callable[[Processor, Sample], list[TokenizedSample]],
     rows: Callable[[Built, Sequence[Shown]], list[Row]],
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `texts` of every sample, and `rows` of some."""
@@ -203,7 +203,7 @@ def _group_samples(
     shards: ShardSet,
     shard: int,
     captions: Columns | None,
-    texts: Callable[[Processor, Sample], list[Rendered]],
+    texts: Callable[[Processor, Sample], list[TokenizedSample]],
     size: int,
     unusable: Unusable,
 ) -> Iterator[list[Shown]]:
@@ -225,7 +225,7 @@ def _group_samples(
         yield group
 
 
-def _collate_items(built: Built, items: Sequence[tuple[Rendered, MediaViews]]) -> Batch:
+def _collate_items(built: Built, items: Sequence[tuple[TokenizedSample, MediaViews]]) -> Batch:
     from vlm_train.data.collate import collate_prompts
 
     return collate_prompts(list(items), built.processor.images).to(next(built.model.parameters()).device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vlm_train.data.images.plan import MediaViews, Views
     from vlm_train.data.processor import Processor
-    from vlm_train.data.text.render import Rendered
+    from vlm_train.data.text.render import TokenizedSample
 
 
 def image_vectors(
@@ -70,7 +70,7 @@ def text_vectors(model: nn.Module, processor: Processor, texts: Sequence[str], b
                 for number, text in enumerate(texts[start : start + batch])
             ]
             rendered = [processor.render(sample, annotations="first") for sample in samples]
-            prompts: list[tuple[Rendered, MediaViews]] = [(one, {}) for one in rendered]
+            prompts: list[tuple[TokenizedSample, MediaViews]] = [(one, {}) for one in rendered]
             vectors.append(encode(collate_prompts(prompts, processor.images).to(device).text["llm"]))
     return torch.cat(vectors)
 

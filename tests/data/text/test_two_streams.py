@@ -19,7 +19,7 @@ from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.show import format_tokens
 from vlm_train.data.text.instruction import Instruction
-from vlm_train.data.text.render import Rendered, render_sample
+from vlm_train.data.text.render import TokenizedSample, render_sample
 from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import AssetError, ConfigError
@@ -34,7 +34,7 @@ def tokenizer():
     return byte_level()
 
 
-def paired(item, tokenizer, template=None, **options) -> Rendered:
+def paired(item, tokenizer, template=None, **options) -> TokenizedSample:
     return render_sample(item, template or load("seq2seq"), tokenizer, layout, streams=PAIR, **options)
 
 
@@ -142,7 +142,7 @@ def test_prefix_follows_the_question(tokenizer) -> None:
 PLANS = {"vision": ImageTransform(size=(8, 8))}
 
 
-def item_of(rendered: Rendered, number: int) -> Item:
+def item_of(rendered: TokenizedSample, number: int) -> Item:
     view = Views(np.full((1, 3, 8, 8), number, np.uint8), (Grid3(1, 1, 1),))
     return Item(rendered, {"vision": [view] * len(rendered.media)}, source="s")
 

@@ -1,36 +1,40 @@
 """Rendering: sample + template + tokenizer + media layout -> the token streams that a model reads, with aligned labels.
 
-`vlm_train.data.text.tokenize` tokenises; `vlm_train.data.text.streams` puts several annotations of one image together.
+The way of the text: choose annotations (`choose`, `split`), write them as spans (`template`, `spans`), tokenize the
+spans (`tokenize`), lay the tokens as streams, cut what is too long (`streams`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from data_pipelines.errors import BadSample
-from data_pipelines.sample import Annotation, Media, Sample, Turn
+from data_pipelines.sample import Annotation, Sample, Turn
 from vlm_train.contracts.layout import MediaLayout, MediaSize
 from vlm_train.contracts.streams import CAUSAL, QFORMER, Alignment
+from vlm_train.data.text.choose import Annotations, choose_annotations, swap_rejected, turns_until_answer
 from vlm_train.data.text.prefix_lm import with_prefix
-from vlm_train.data.text.spans import stripped_turn
-from vlm_train.data.text.split import split_annotations
-from vlm_train.data.text.streams import Stream, require_targets, truncate_stream
+from vlm_train.data.text.spans import TextSpan
+from vlm_train.data.text.split import NoPiece, take_piece
+from vlm_train.data.text.streams import (
+    Stream,
+    branched_stream,
+    causal_stream,
+    decoder_stream,
+    encoder_stream,
+    truncate_stream,
+)
 from vlm_train.data.text.template import Template
-from vlm_train.data.text.tokenize import Writer
+from vlm_train.data.text.tokenize import ConversationTokenizer
 from vlm_train.errors import ConfigError
 
-Annotations = Literal["independent", "dialogue", "first", "drawn"]
 OverLength = Literal["drop", "truncate", "split", "error"]
 
 
-class NoPiece(BadSample):
-    """A sample has fewer pieces than asked for."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
+class TokenizedSample:
     """A sample as token streams.
 
     Attributes:
@@ -51,142 +55,149 @@ class Rendered:
         return self.streams["llm"]
 
 
-def render_sample(
-    sample: Sample,
-    template: Template,
-    tokenizer: Any,
-    layout: MediaLayout,
-    *,
-    annotations: Annotations = "independent",
-    annotation: int | None = None,
-    max_length: int | None = None,
-    over_length: OverLength = "drop",
-    generation: bool = False,
-    rejected: bool = False,
-    prefix_split: bool = False,
-    piece: int = 0,
-    streams: Mapping[str, Alignment] = CAUSAL,
-    instruction: Callable[[str], Stream] | None = None,
-) -> Rendered:
-    """Render a sample for training, or (with `generation`) the prompt of one annotation up to its last answer.
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """What of a sample is rendered, and how long it may be. Raises `ConfigError` for a word that is none.
 
-    Args:
+    Attributes:
         annotations: independent (all, as branches that do not see each other) | dialogue (all, as one conversation) |
             first (one only) | drawn (one only, which training draws anew in every pass: `annotation`, else the first).
         annotation: render only this one; with `generation` and `rejected` it is 0 if not given.
         max_length: most tokens of a stream, media included; null: no limit.
         over_length: drop (`BadSample`) | truncate (cut whole text tokens off the end, or off the beginning of an
             encoder's text, never media) | split (at turns, see `vlm_train.data.text.split`) | error.
+        generation: only the prompt of one annotation up to its last answer.
         rejected: also render the stream "rejected", the annotation with its last turn replaced.
         prefix_split: the first words of the last answer end the prompt, see `vlm_train.data.text.prefix_lm`; not in
             generation.
         piece: which piece of a sample that is split.
+    """
+
+    annotations: Annotations = "independent"
+    annotation: int | None = None
+    max_length: int | None = None
+    over_length: OverLength = "drop"
+    generation: bool = False
+    rejected: bool = False
+    prefix_split: bool = False
+    piece: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, words in (
+            ("annotations", self.annotations, get_args(Annotations)),
+            ("over_length", self.over_length, get_args(OverLength)),
+        ):
+            if value not in words:
+                raise ConfigError(f"data.{name}: {value!r}; allowed: {', '.join(words)}")
+
+
+def render_sample(
+    sample: Sample,
+    template: Template,
+    tokenizer: Any,
+    layout: MediaLayout,
+    *,
+    streams: Mapping[str, Alignment] = CAUSAL,
+    instruction: Callable[[str], Stream] | None = None,
+    **options: Any,
+) -> TokenizedSample:
+    """Render a sample for training, or (with `generation`) the prompt of one annotation up to its last answer.
+
+    Args:
         streams: what the model reads. One aligned `seq2seq` takes the last answer, and "llm" all that precedes it.
         instruction: writes the stream "qformer" from the text of the user turns.
+        options: those of `RenderOptions`.
 
     Raises:
         BadSample: nothing to learn, too long, or annotations that cannot share a prefix. Names the sample.
         ConfigError: the layout, the template and the tokenizer do not fit each other; or too long with `error`.
     """
-    _check_choice("annotations", annotations, Annotations)
-    _check_choice("over_length", over_length, OverLength)
-    sizes = [MediaSize(m.width, m.height, m.frames, m.seconds) for m in sample.media]
-    writer = Writer(template, tokenizer, layout(sizes), getattr(layout, "positions", None), streams)
-    if generation or rejected:
-        annotation = annotation or 0
+    how = RenderOptions(**options)
+    pieces = layout([MediaSize(m.width, m.height, m.frames, m.seconds) for m in sample.media])
+    conversation = ConversationTokenizer(template, tokenizer, pieces, getattr(layout, "positions", None))
     try:
-        chosen, reference = _choose_annotations(sample.annotations, annotations, annotation), ""
-        _check_pairs(chosen, streams)
-        if generation:
-            prompt, reference = writer.prompt_stream(chosen[0])
-            found = {"llm": truncate_stream(prompt, max_length, "drop")}
-        else:
-            if over_length == "split" and max_length and (piece or len(writer.joint_stream(chosen)) > max_length):
-                chosen = _take_piece(writer, chosen, max_length, piece)
-            if prefix_split:
-                chosen = [with_prefix(one, sample.key) for one in chosen]
-            made = _make_streams(writer, chosen, rejected)
-            found = {
-                name: require_targets(truncate_stream(stream, max_length, over_length)) for name, stream in made.items()
-            }
-        if QFORMER in streams:
-            found[QFORMER] = _instruction_stream(instruction, writer.instruction_text(chosen[0]))
-        return Rendered(key=sample.key, streams=found, media=writer.shown_media(found), reference=reference)
+        found, reference = _make_streams(sample, conversation, streams, instruction, how)
     except NoPiece:
         raise
     except BadSample as error:
         raise BadSample(f"sample {sample.key!r}: {error}", kind=error.kind) from error
     except ConfigError as error:
         raise type(error)(f"sample {sample.key!r}: {error}") from error
+    placed = {one.slot.item for stream in found.values() for one in stream.slots}
+    media = tuple(item for item, laid in enumerate(pieces) if item in placed or not laid)
+    return TokenizedSample(key=sample.key, streams=found, media=media, reference=reference)
 
 
-def _make_streams(writer: Writer, annotations: Sequence[Annotation], rejected: bool) -> dict[str, Stream]:
-    found = writer.training_streams(annotations)
-    if rejected:
-        found["rejected"] = writer.joint_stream([_swap_rejected(annotations[0])])
-    return found
-
-
-def _check_pairs(annotations: Sequence[Annotation], streams: Mapping[str, Alignment]) -> None:
-    if len(streams) > 1 and len(annotations) > 1:
+def _make_streams(
+    sample: Sample,
+    conversation: ConversationTokenizer,
+    streams: Mapping[str, Alignment],
+    instruction: Callable[[str], Stream] | None,
+    how: RenderOptions,
+) -> tuple[dict[str, Stream], str]:
+    """The streams by their names, and the expected answer (generation)."""
+    number = (how.annotation or 0) if how.generation or how.rejected else how.annotation
+    chosen, reference = choose_annotations(sample.annotations, how.annotations, number), ""
+    if len(streams) > 1 and len(chosen) > 1:
         raise ConfigError(
-            f"{len(annotations)} independent annotations cannot share the streams {', '.join(streams)}; set "
+            f"{len(chosen)} independent annotations cannot share the streams {', '.join(streams)}; set "
             "data.annotations to first or dialogue"
         )
+    answer = next((name for name, alignment in streams.items() if alignment == "seq2seq"), None)
+    if how.generation:
+        turns = chosen[0].turns
+        if turns and turns[-1].role == "assistant":
+            turns, reference = turns[:-1], _text_of_turn(turns[-1], conversation.template)
+        tokens = conversation.tokenize_turns(turns, 0.0, generation=True)
+        prompt = causal_stream(tokens) if answer is None else encoder_stream(tokens)
+        found = {"llm": truncate_stream(prompt, how.max_length, "drop")}
+    else:
+        if how.over_length == "split":
+            chosen = _take_fitting_piece(chosen, conversation, how)
+        if how.prefix_split:
+            chosen = [with_prefix(one, sample.key) for one in chosen]
+        if answer is None:
+            found = {"llm": _joint_stream(conversation, chosen)}
+        else:
+            asked, told = conversation.tokenize_exchange(turns_until_answer(chosen[0]), chosen[0].weight)
+            pad = conversation.tokenizer.pad_token_id or 0
+            found = {"llm": encoder_stream(asked), answer: decoder_stream(told, pad)}
+        if how.rejected:
+            found["rejected"] = _joint_stream(conversation, [swap_rejected(chosen[0])])
+        for name, stream in found.items():
+            found[name] = stream = truncate_stream(stream, how.max_length, how.over_length)
+            if not stream.supervised and stream.alignment != "none":
+                raise BadSample(f"no supervised token in {len(stream)} tokens", kind="unsupervised")
+    if QFORMER in streams:
+        if instruction is None:
+            raise ConfigError("instruction is empty, but the model reads the stream qformer; choose instruction=bert")
+        questions = [_text_of_turn(turn, conversation.template) for turn in chosen[0].turns if turn.role == "user"]
+        found[QFORMER] = instruction(" ".join(questions).strip())
+    return found, reference
 
 
-def _instruction_stream(instruction: Callable[[str], Stream] | None, text: str) -> Stream:
-    if instruction is None:
-        raise ConfigError("instruction is empty, but the model reads the stream qformer; choose instruction=bert")
-    return instruction(text)
+def _joint_stream(conversation: ConversationTokenizer, annotations: Sequence[Annotation]) -> Stream:
+    """One stream of all annotations, every one a branch of its own if there are several."""
+    parts = [conversation.tokenize_turns(turns_until_answer(one), one.weight) for one in annotations]
+    return branched_stream(parts) if len(parts) > 1 else causal_stream(parts[0])
 
 
-def _take_piece(writer: Writer, annotations: Sequence[Annotation], max_length: int, number: int) -> list[Annotation]:
+def _take_fitting_piece(
+    annotations: list[Annotation], conversation: ConversationTokenizer, how: RenderOptions
+) -> list[Annotation]:
+    """The piece that is asked for, of annotations that are too long together (`over_length: split`)."""
+    most = how.max_length
+    if not most or (not how.piece and len(_joint_stream(conversation, annotations)) <= most):
+        return annotations
+
     def fits_length(tried: Sequence[Annotation]) -> bool:
-        stream = writer.joint_stream(tried)
-        return len(stream) <= max_length and stream.supervised > 0
+        stream = _joint_stream(conversation, tried)
+        return len(stream) <= most and stream.supervised > 0
 
-    found = split_annotations(annotations, fits_length)
-    if not found:
-        raise BadSample(f"no round of its turns is learned within data.max_length={max_length} tokens", kind="too_long")
-    if number >= len(found):
-        raise NoPiece(f"{len(found)} pieces of at most {max_length} tokens, so there is no piece {number}")
-    return found[number]
+    return take_piece(annotations, how.piece, fits_length, most)
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ConfigError(f"data.{name}: {value!r}; allowed: {', '.join(get_args(choices))}")
-
-
-def _choose_annotations(all_annotations: Sequence[Annotation], mode: str, number: int | None) -> list[Annotation]:
-    if number is not None and not 0 <= number < len(all_annotations):
-        raise BadSample(f"no annotation {number}; it has {len(all_annotations)}", kind="malformed")
-    if number is not None or mode in ("first", "drawn"):
-        return [all_annotations[number or 0]]
-    return [join_annotations(all_annotations)] if mode == "dialogue" else list(all_annotations)
-
-
-def join_annotations(annotations: Sequence[Annotation]) -> Annotation:
-    """All annotations as one conversation: media that an earlier one showed and later system turns are left out."""
-    turns: list[Turn] = []
-    shown: set[int] = set()
-    for annotation in annotations:
-        new: set[int] = set()
-        for turn in annotation.turns:
-            if turn.role == "system" and turns:
-                continue
-            repeats = any(isinstance(part, Media) and part.item in shown for part in turn.parts)
-            if repeats:
-                kept = tuple(p for p in turn.parts if not (isinstance(p, Media) and p.item in shown))
-                turn = stripped_turn(replace(turn, parts=kept))
-            new |= {part.item for part in turn.parts if isinstance(part, Media)}
-            turns.append(replace(turn, weight=turn.weight * annotation.weight))
-        shown |= new
-    return Annotation(turns=tuple(turns))
-
-
-def _swap_rejected(annotation: Annotation) -> Annotation:
-    if annotation.rejected is None:
-        raise BadSample("no rejected answer, but the objective compares two", kind="no_rejected")
-    return replace(annotation, turns=(*annotation.turns[:-1], annotation.rejected))
+def _text_of_turn(turn: Turn, template: Template) -> str:
+    """A turn's own text, boxes as the template spells them."""
+    spans = template.style.make_spans(turn)
+    return "".join(span.text for span in spans if isinstance(span, TextSpan) and span.content).strip()

@@ -1,19 +1,20 @@
-"""Segments: what a template hands to the renderer, and how the parts of a turn become segments."""
+"""Spans: what a template hands to the tokenizer, and how the parts of a turn become spans."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
 
-from data_pipelines.sample import Box, Media, Text, Turn
+from data_pipelines.sample import Box, Media, Turn
 from vlm_train.errors import ConfigError
 
 MediaPlace = Literal["first", "inline", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TextSpan:
     """A stretch of text. `weight` > 0 is learned; in `content` (from the sample) special tokens are plain text."""
 
     text: str
@@ -22,18 +23,18 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The place of media item `item`."""
+class MediaSpan:
+    """Where media item `item` stands."""
 
     item: int
 
 
-Segment = Run | Place
+Span = TextSpan | MediaSpan
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContentStyle:
-    """How the parts of a turn become segments: shared by all templates.
+    """How the parts of a turn become spans: shared by all templates.
 
     Attributes:
         media: first (to the front of their turn, the text stripped, as LLaVA does) | inline | drop.
@@ -53,61 +54,40 @@ class ContentStyle:
         if self.media not in get_args(MediaPlace):
             raise ConfigError(f"template.media: {self.media!r}; allowed: {', '.join(get_args(MediaPlace))}")
 
-    def make_spans(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Segment]:
-        """Segments of one turn's parts; `weight` is the loss weight of its text; `text=False` keeps only media."""
-        parts: list[Segment] = []
-        has_media = any(isinstance(part, Media) for part in turn.parts) and self.media != "drop"
+    def make_spans(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Span]:
+        """The spans of one turn's parts; `weight` is the loss weight of its text; `text=False` keeps only media."""
+        spans: list[Span] = []
         for part in turn.parts:
             if isinstance(part, Media):
-                parts += [Place(part.item)] if self.media != "drop" else []
-            elif text:
-                parts += self._make_text_spans(part, weight)
-        if self.media == "first" and has_media:
-            places = [part for part in parts if isinstance(part, Place)]
-            parts = [*places, *strip_spans([part for part in parts if isinstance(part, Run)])]
+                spans += [] if self.media == "drop" else [MediaSpan(part.item)]
+            elif not text:
+                continue
+            elif isinstance(part, Box):
+                written = self.box.format(*(self.box_scale * value for value in part.xyxy))
+                spans.append(TextSpan(written, weight, content=True))
+            else:
+                for start, end in pairwise(
+                    sorted({0, len(part.text), *(cut for a, b, _ in part.weights for cut in (a, b))})
+                ):
+                    factor = next((w for a, b, w in part.weights if a <= start < b), 1.0)
+                    spans.append(TextSpan(part.text[start:end], weight * factor, content=True))
+        media = [span for span in spans if isinstance(span, MediaSpan)]
+        if self.media == "first" and media:
+            spans = [*media, *strip_spans([span for span in spans if isinstance(span, TextSpan)])]
         elif self.strip:
-            parts = strip_spans(parts)
-        return [segment for part in parts for segment in self._wrap_media(part)]
-
-    def _wrap_media(self, part: Segment) -> list[Segment]:
-        if isinstance(part, Run):
-            return [part]
-        return [Run(self.media_prefix), part, Run(self.media_suffix)]
-
-    def _make_text_spans(self, part: Text | Box, weight: float) -> list[Run]:
-        if isinstance(part, Box):
-            return [Run(self.box.format(*(self.box_scale * value for value in part.xyxy)), weight, content=True)]
-        cuts = sorted({0, len(part.text), *(c for start, end, _ in part.weights for c in (start, end))})
-        runs = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            factor = next((w for a, b, w in part.weights if a <= start < b), 1.0)
-            runs.append(Run(part.text[start:end], weight * factor, content=True))
-        return runs
+            spans = strip_spans(spans)
+        before, after = TextSpan(self.media_prefix), TextSpan(self.media_suffix)
+        return [one for span in spans for one in ((before, span, after) if isinstance(span, MediaSpan) else (span,))]
 
 
-def strip_spans(parts: Sequence[Segment]) -> list[Any]:
-    """`parts` without white space at both ends (media stop the stripping)."""
-    kept = list(parts)
+def strip_spans(spans: Sequence[Span]) -> list[Span]:
+    """`spans` without white space at both ends (media stop the stripping)."""
+    kept = list(spans)
     for index, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        while kept and isinstance(run := kept[index], Run):
-            text = strip(run.text)
+        while kept and isinstance(span := kept[index], TextSpan):
+            text = strip(span.text)
             if text:
-                kept[index] = Run(text, run.weight, run.content)
+                kept[index] = TextSpan(text, span.weight, span.content)
                 break
             kept.pop(index)
     return kept
-
-
-def stripped_turn(turn: Turn) -> Turn:
-    """`turn` without white space at both ends of its text."""
-    parts = list(turn.parts)
-    for index, left in ((0, True), (-1, False)):
-        if parts and isinstance(text := parts[index], Text):
-            parts[index] = _stripped_text(text, left)
-    return replace(turn, parts=tuple(parts))
-
-
-def _stripped_text(part: Text, left: bool) -> Text:
-    text = part.text.lstrip() if left else part.text.rstrip()
-    moved = len(part.text) - len(text) if left else 0
-    return Text(text=text, weights=tuple((max(a - moved, 0), max(b - moved, 0), w) for a, b, w in part.weights))

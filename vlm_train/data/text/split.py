@@ -5,9 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Turn
 
 Fits = Callable[[Sequence[Annotation]], bool]
+
+
+class NoPiece(BadSample):
+    """A sample has fewer pieces than asked for."""
+
+
+def take_piece(annotations: Sequence[Annotation], number: int, fits: Fits, max_length: int) -> list[Annotation]:
+    """Piece `number` of the annotations.
+
+    Raises:
+        BadSample: nothing fits. NoPiece: there are fewer pieces. `max_length` is for their messages.
+    """
+    found = split_annotations(annotations, fits)
+    if not found:
+        raise BadSample(f"no round of its turns is learned within data.max_length={max_length} tokens", kind="too_long")
+    if number >= len(found):
+        raise NoPiece(f"{len(found)} pieces of at most {max_length} tokens, so there is no piece {number}")
+    return found[number]
 
 
 def split_annotations(annotations: Sequence[Annotation], fits: Fits) -> list[list[Annotation]]:

@@ -1,4 +1,4 @@
-"""Token streams: tokenised conversations -> one stream with labels, positions and attention groups.
+"""Token streams: tokenized conversations -> one stream with labels, positions and attention groups.
 
 Several independent annotations of one image become one stream: a shared prefix (group 0) that ends with the last media
 token that all of them begin with, and one private branch (group 1, 2, ...) for the rest of each annotation, its own
@@ -88,7 +88,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised conversation: ids and, aligned with them, the loss weight of each token as a target `[T]`.
+    """A tokenized conversation: ids and, aligned with them, the loss weight of each token as a target `[T]`.
 
     `ends` are the lengths at which a shared prefix may end: after the bos token (0 without one) and after every media
     item. `positions` is `[A, T]`; None: one axis that counts from 0.
@@ -101,19 +101,13 @@ class Tokens:
     positions: NDArray[np.int64] | None = None
 
 
-def _shift_labels(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Labels and weights aligned with the inputs: position t learns token t + 1."""
-    labels, weights = np.full(len(tokens.ids), IGNORE, np.int64), np.zeros(len(tokens.ids), np.float32)
+def causal_stream(tokens: Tokens) -> Stream:
+    """One conversation as a stream without branches: position t learns token t + 1."""
+    size = len(tokens.ids)
+    labels, weights = np.full(size, IGNORE, np.int64), np.zeros(size, np.float32)
     weights[:-1] = tokens.weights[1:]
     learned = np.flatnonzero(weights > 0)
     labels[learned] = tokens.ids[learned + 1]
-    return labels, weights
-
-
-def causal_stream(tokens: Tokens) -> Stream:
-    """One conversation as a stream without branches."""
-    labels, weights = _shift_labels(tokens)
-    size = len(tokens.ids)
     return Stream(
         ids=tokens.ids,
         labels=labels,
@@ -203,10 +197,3 @@ def truncate_stream(stream: Stream, max_length: int | None, over_length: str) ->
     if stream.alignment == "causal":
         kept["labels"][-1], kept["weights"][-1] = IGNORE, 0.0  # its target was cut off
     return replace(stream, **kept)
-
-
-def require_targets(stream: Stream) -> Stream:
-    """`stream` itself. Raises `BadSample` if it learns nothing, but should."""
-    if not stream.supervised and stream.alignment != "none":
-        raise BadSample(f"no supervised token in {len(stream)} tokens", kind="unsupervised")
-    return stream

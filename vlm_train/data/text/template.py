@@ -1,7 +1,7 @@
-"""Conversation templates: turns -> a list of segments that say what is text, what is learned and where media go.
+"""Conversation templates: turns -> a list of spans that say what is text, what is learned and where media go.
 
-A template is data: the strings around each role. It never tokenises; `vlm_train.data.text.render` does, once per
-stretch of text, and reads from the segments which characters are learned.
+A template is data: the strings around each role. It never tokenizes; `vlm_train.data.text.tokenize` does, once per
+stretch of text, and reads from the spans which characters are learned.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Text, Turn
-from vlm_train.data.text.spans import ContentStyle, MediaPlace, Place, Run, Segment
+from vlm_train.data.text.spans import ContentStyle, MediaPlace, Span, TextSpan
 from vlm_train.data.text.tokenizer import special_pattern
 from vlm_train.errors import ConfigError
 
@@ -24,8 +24,8 @@ class Template(Protocol):
     bos: bool
     style: ContentStyle
 
-    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
-        """The conversation as segments; with `generation`, `turns` ends before an answer, whose prompt follows."""
+    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Span]:
+        """The conversation as spans; with `generation`, `turns` ends before an answer, whose prompt follows."""
         ...
 
     def check_tokenizer(self, tokenizer: Any) -> None:
@@ -91,24 +91,33 @@ class ChatTemplate:
             box_scale=box_scale,
         )
 
-    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Span]:
         """See `Template`. Raises `BadSample` for a system turn that is not the first."""
-        system, turns = self._system_spans(turns)
-        head, in_user = ([], system) if self.system_in_user else (system, [])
-        out: list[Segment] = [*head]
+        system: list[Span] = [] if self.system is None else [TextSpan(self.system, content=True)]
+        if turns and turns[0].role == "system":
+            system, turns = self.style.make_spans(turns[0]), turns[1:]
+        if any(turn.role == "system" for turn in turns):
+            raise BadSample("a system turn must be the first turn", kind="template")
+        if system:
+            system = [TextSpan(self.system_prefix), *system, TextSpan(self.system_suffix)]
+        spans, in_user = ([], system) if self.system_in_user else (system, [])
         answered = False
         for turn in turns:
             if turn.role == "user":
-                out += [Run(self.separator if answered else ""), Run(self.user_prefix), *in_user]
-                out += [*self.style.make_spans(turn, text=self.user_text), Run(self.user_suffix)]
+                spans += [TextSpan(self.separator if answered else ""), TextSpan(self.user_prefix), *in_user]
+                spans += [*self.style.make_spans(turn, text=self.user_text), TextSpan(self.user_suffix)]
                 in_user = []
             else:
-                out += [Run(self.assistant_prefix), Run(self.answer_lead, turn.weight)]
-                out += [*self.style.make_spans(turn, turn.weight), Run(self.assistant_suffix, turn.weight)]
+                spans += [TextSpan(self.assistant_prefix), TextSpan(self.answer_lead, turn.weight)]
+                spans += [*self.style.make_spans(turn, turn.weight), TextSpan(self.assistant_suffix, turn.weight)]
             answered = turn.role == "assistant"
         if generation:
-            out += [Run(self.assistant_prefix), *([Run(self.answer_lead)] if self.lead_given else [])]
-        return [self._fill_span(segment, tokenizer) for segment in out]
+            spans += [TextSpan(self.assistant_prefix), *([TextSpan(self.answer_lead)] if self.lead_given else [])]
+        for number, span in enumerate(spans):
+            if isinstance(span, TextSpan) and not span.content and "{" in span.text:
+                text = span.text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
+                spans[number] = TextSpan(text, span.weight)
+        return spans
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """See `Template`."""
@@ -124,20 +133,6 @@ class ChatTemplate:
             problems.append("template: writes {eos}, but the tokenizer has no eos token")
         if problems:
             raise ConfigError(problems)
-
-    def _system_spans(self, turns: Sequence[Turn]) -> tuple[list[Segment], Sequence[Turn]]:
-        body: list[Segment] = [] if self.system is None else [Run(self.system, content=True)]
-        if turns and turns[0].role == "system":
-            body, turns = self.style.make_spans(turns[0]), turns[1:]
-        if any(turn.role == "system" for turn in turns):
-            raise BadSample("a system turn must be the first turn", kind="template")
-        return ([Run(self.system_prefix), *body, Run(self.system_suffix)] if body else []), turns
-
-    def _fill_span(self, segment: Segment, tokenizer: Any) -> Segment:
-        if isinstance(segment, Place) or segment.content or "{" not in segment.text:
-            return segment
-        text = segment.text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
-        return Run(text, segment.weight)
 
 
 class TokenizerTemplate:
@@ -175,24 +170,24 @@ class TokenizerTemplate:
             box_scale=box_scale,
         )
 
-    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Segment]:
+    def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Span]:
         """See `Template`. Raises `BadSample` if the chat template refuses the conversation."""
         if self.system is not None and (not turns or turns[0].role != "system"):
             turns = [Turn(role="system", parts=(Text(text=self.system),)), *turns]
         literals = self._find_literals(turns, tokenizer, generation)
         special = special_pattern(tokenizer)
-        out: list[Segment] = [Run(literals[0])]
+        spans: list[Span] = [TextSpan(literals[0])]
         for index, (turn, literal) in enumerate(zip(turns, literals[1:], strict=True)):
             weight = turn.weight if turn.role == "assistant" else 0.0
-            out += self.style.make_spans(turn, weight)
+            spans += self.style.make_spans(turn, weight)
             end = special.search(literal) if turn.role == "assistant" else None
             if end is None:
-                out.append(Run(literal))
+                spans.append(TextSpan(literal))
             elif index == len(turns) - 1 and not generation:
-                out.append(Run(literal[: end.end()], weight))  # nothing after the last learned token matters
+                spans.append(TextSpan(literal[: end.end()], weight))  # nothing after the last learned token matters
             else:
-                out += [Run(literal[: end.end()], weight), Run(literal[end.end() :])]
-        return out
+                spans += [TextSpan(literal[: end.end()], weight), TextSpan(literal[end.end() :])]
+        return spans
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """See `Template`."""

@@ -18,7 +18,7 @@ from vlm_train.data.dataset import Samples
 from vlm_train.data.images.plan import MediaViews, collect_pictures
 from vlm_train.data.processor import Processor
 from vlm_train.data.show import save_views
-from vlm_train.data.text.render import Rendered
+from vlm_train.data.text.render import TokenizedSample
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import evaluation_mode
 from vlm_train.evaluation.generate import question_text
@@ -82,7 +82,7 @@ class Predictions(pl.Callback):
 
     def _render_questions(self, held_out: Samples, folder: Path) -> None:
         """Render the questions and save their pictures; unusable samples are passed over."""
-        prompts: list[tuple[Rendered, MediaViews]] = []
+        prompts: list[tuple[TokenizedSample, MediaViews]] = []
         self.asked, processor = [], held_out.processor
         for index in spread(range(len(held_out)), self.samples):
             source, number, _ = held_out.locate_sample(index)
