@@ -102,16 +102,14 @@ class Sample:
         for index, annotation in enumerate(self.annotations):
             turns = (*annotation.turns, annotation.rejected) if annotation.rejected else annotation.turns
             for turn in turns:
-                self._check_turn(turn, index)
-
-    def _check_turn(self, turn: Turn, index: int) -> None:
-        where = "sample {!r}, annotation {}"  # filled in where it is needed: this runs for every turn that is read
-        if turn.role not in ROLES:
-            raise BadSample(f"{where.format(self.key, index)}: role {turn.role!r}; allowed: {', '.join(ROLES)}")
-        for part in turn.parts:
-            if not isinstance(part, Text) and not 0 <= part.item < len(self.media):
-                problem = f"names media item {part.item}, but the sample has {len(self.media)}"
-                raise BadSample(f"{where.format(self.key, index)}: {problem}")
+                problem = None
+                if turn.role not in ROLES:
+                    problem = f"role {turn.role!r}; allowed: {', '.join(ROLES)}"
+                for part in turn.parts:
+                    if not isinstance(part, Text) and not 0 <= part.item < len(self.media):
+                        problem = f"names media item {part.item}, but the sample has {len(self.media)}"
+                if problem:
+                    raise BadSample(f"sample {self.key!r}, annotation {index}: {problem}")
 
     def to_json(self) -> dict[str, Any]:
         """The sample as plain JSON data; media bytes are stored beside it under each item's `name`.
@@ -201,17 +199,14 @@ def _part_to_json(part: Part) -> dict[str, Any]:
 
 
 def _turn_from_json(data: Mapping[str, Any]) -> Turn:
-    return Turn(
-        role=data["role"], weight=float(data["weight"]), parts=tuple([_part_from_json(p) for p in data["parts"]])
-    )
-
-
-def _part_from_json(data: Mapping[str, Any]) -> Part:
-    if "text" in data:
-        weights = data.get("weights")
-        segments = tuple((int(a), int(b), float(w)) for a, b, w in weights) if weights else ()
-        return Text(text=str(data["text"]), weights=segments)
-    if "media" in data:
-        return Media(item=int(data["media"]))
-    x1, y1, x2, y2 = (float(v) for v in data["box"])
-    return Box(item=int(data["item"]), xyxy=(x1, y1, x2, y2))
+    parts: list[Part] = []
+    for part in data["parts"]:
+        if "text" in part:
+            weights = tuple((int(a), int(b), float(w)) for a, b, w in part.get("weights") or ())
+            parts.append(Text(text=str(part["text"]), weights=weights))
+        elif "media" in part:
+            parts.append(Media(item=int(part["media"])))
+        else:
+            x1, y1, x2, y2 = (float(v) for v in part["box"])
+            parts.append(Box(item=int(part["item"]), xyxy=(x1, y1, x2, y2)))
+    return Turn(role=data["role"], weight=float(data["weight"]), parts=tuple(parts))

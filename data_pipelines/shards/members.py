@@ -114,10 +114,9 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
     videos and an assistant turn with the `txt` member; their JSON becomes `meta`.
     """
     by_name = dict(parts)
-    data = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
-    sample = _parse_own_sample(key, data)
-    if sample is None:
-        return _caption_sample(key, parts, data)
+    sample = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
+    if not isinstance(sample, Sample):
+        return _caption_sample(key, parts, sample)
     expected, got = [JSON, *(item.name for item in sample.media)], list(by_name)
     if sorted(expected) != sorted(got):
         raise BadSample(f"sample {key!r}: members {got}, its JSON names {expected}")
@@ -126,21 +125,19 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
 
 def text_sample(key: str, data: bytes) -> Sample | None:
     """The sample that our own JSON tells without its media; None if it is another program's. Raises `BadSample`."""
-    return _parse_own_sample(key, _parse_json(key, data))
+    found = _parse_json(key, data)
+    return found if isinstance(found, Sample) else None
 
 
-def _parse_own_sample(key: str, data: dict[str, Any]) -> Sample | None:
-    return Sample.from_json(key, data) if {"version", "annotations"} <= data.keys() else None
-
-
-def _parse_json(key: str, data: bytes) -> dict[str, Any]:
+def _parse_json(key: str, data: bytes) -> Sample | dict[str, Any]:
+    """Our own sample, without its media, or what another program's JSON holds."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"sample {key!r}: member json does not parse: {error}") from error
     if not isinstance(value, dict):
         raise BadSample(f"sample {key!r}: member json holds a {type(value).__name__}, not an object")
-    return value
+    return Sample.from_json(key, value) if {"version", "annotations"} <= value.keys() else value
 
 
 def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, Any]) -> tuple[Sample, list[bytes]]:

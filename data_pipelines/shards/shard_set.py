@@ -146,10 +146,18 @@ class ShardSet:
 
         Raises `BadSample` naming shard and key, and `DataError` if the shard cannot be had.
         """
-        key, number = self.index.key(i), self._shard_number(i)
+        span = self.index.media_slice(i)
+        sizes = zip(self.index.width[span].tolist(), self.index.height[span].tolist(), strict=True)
         try:
-            sample, blobs = to_sample(key, self._read_members(i, number))
-            self._check_media(i, sample, blobs)
+            sample, blobs = to_sample(self.index.key(i), self._read_members(i))
+            # The index has the true sizes, and the bytes are those that were indexed: no header needs another look.
+            for item, blob, (width, height) in zip(sample.media, blobs, sizes, strict=True):
+                if (width, height) != (item.width, item.height):
+                    where = f"{item.name} is {width} x {height} pixels"
+                    raise BadSample(f"{where}, its entry says {item.width} x {item.height}", kind="malformed")
+                if item.kind == "image" and (width * height > MAX_PIXELS or len(blob) > MAX_BYTES):
+                    found = f"{item.name} has {width} x {height} pixels, {len(blob)} bytes"
+                    raise BadSample(f"{found}; at most {MAX_PIXELS} pixels, {MAX_BYTES} bytes are read", kind="image")
         except BadSample as error:
             raise self._locate_error(error, i) from error
         return sample, blobs
@@ -160,15 +168,14 @@ class ShardSet:
         Raises as `load`.
         """
         try:
-            return dict(self._read_members(i, self._shard_number(i)))
+            return dict(self._read_members(i))
         except BadSample as error:
             raise self._locate_error(error, i) from error
 
     def read_sample(self, i: int) -> Sample:
         """Sample i without its media, which are not read where our own JSON says what they are. Raises as `load`."""
-        key, number = self.index.key(i), self._shard_number(i)
         try:
-            own = [text_sample(key, data) for _, data in self._read_members(i, number, only=JSON)]
+            own = [text_sample(self.index.key(i), data) for _, data in self._read_members(i, only=JSON)]
         except BadSample as error:
             raise self._locate_error(error, i) from error
         return next((sample for sample in own if sample is not None), None) or self.load_sample(i)[0]
@@ -179,7 +186,9 @@ class ShardSet:
             f"{self.describe_sample(i)}: {error}", kind=kind, shard=self.shard_path(i), key=self.index.key(i)
         )
 
-    def _read_members(self, i: int, number: int, only: str | None = None) -> list[tuple[str, bytes]]:
+    def _read_members(self, i: int, only: str | None = None) -> list[tuple[str, bytes]]:
+        """The files of sample i, checked against the index; `only`: the one of this name."""
+        number = self._shard_number(i)
         parts, end = [], self.manifest.shards[number].bytes
         file = self._open_shard(number).fileno()
         for name, offset, size, crc in self.index.read_rows(i):
@@ -192,18 +201,6 @@ class ShardSet:
                 raise BadSample(f"member {name} is corrupt (checksum differs from the index)", kind="corrupt")
             parts.append((name, data))
         return parts
-
-    def _check_media(self, i: int, sample: Sample, blobs: list[bytes]) -> None:
-        """The index has the true sizes, and the bytes are those that were indexed: no header needs another look."""
-        span = self.index.media_slice(i)
-        sizes = zip(self.index.width[span].tolist(), self.index.height[span].tolist(), strict=True)
-        for item, blob, (width, height) in zip(sample.media, blobs, sizes, strict=True):
-            if (width, height) != (item.width, item.height):
-                where = f"{item.name} is {width} x {height} pixels"
-                raise BadSample(f"{where}, its entry says {item.width} x {item.height}", kind="malformed")
-            if item.kind == "image" and (width * height > MAX_PIXELS or len(blob) > MAX_BYTES):
-                limits = f"at most {MAX_PIXELS} pixels, {MAX_BYTES} bytes are read"
-                raise BadSample(f"{item.name} has {width} x {height} pixels, {len(blob)} bytes; {limits}", kind="image")
 
     def __iter__(self) -> Iterator[tuple[Sample, list[bytes]]]:
         return (self.load_sample(i) for i in range(len(self)))

@@ -6,15 +6,17 @@ worker processes have the same one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from data_pipelines.sample import Sample
 from vlm_train.contracts.layout import MediaLayout
 from vlm_train.contracts.streams import CAUSAL, Alignment
-from vlm_train.data.images.plan import ImagePlan, MediaViews, make_views
+from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
 from vlm_train.data.text.instruction import Instruction
 from vlm_train.data.text.render import TokenizedSample, render_sample
 from vlm_train.data.text.template import Template
@@ -53,10 +55,30 @@ class Processor:
             **options,
         )
 
-    def make_views(self, blobs: Sequence[bytes], **options: Any) -> MediaViews:
-        """What every vision encoder is given of encoded images and videos; `options` are those of
-        `vlm_train.data.images.plan.make_views`, which says what they mean and what is raised."""
-        return make_views(self.images, blobs, **options)
+    def make_views(
+        self,
+        blobs: Sequence[bytes],
+        *,
+        shown: Collection[int] | None = None,
+        draws: Callable[[], np.random.Generator] | None = None,
+        where: str = "image",
+    ) -> MediaViews:
+        """What every vision encoder is given of a sample's encoded images and videos.
+
+        Args:
+            shown: items that the model sees; None: all.
+            draws: makes a generator while training; each encoder gets a new one, so that all draw the same.
+            where: shard and key, for messages.
+
+        Raises:
+            BadSample: see `ImagePlan`.
+        """
+        found: dict[str, list[Views | None]] = {}
+        for name, plan in self.images.items():
+            generator = draws() if draws is not None and plan.random else None
+            wanted = range(len(blobs)) if shown is None else shown
+            found[name] = [plan(blob, generator, where) if n in wanted else None for n, blob in enumerate(blobs)]
+        return found
 
     @cached_property
     def end_ids(self) -> list[int]:

@@ -5,7 +5,7 @@ Legend: V views, P patches of all views, C * p * p numbers of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,29 +73,6 @@ class ImagePlan(Protocol):
 
 MediaViews = Mapping[str, Sequence[Views | None]]
 """Name of an encoder -> its views of every media item of a sample; None: the sample does not show the item."""
-
-
-def make_views(
-    plans: Mapping[str, ImagePlan],
-    blobs: Sequence[bytes],
-    *,
-    shown: Collection[int] | None = None,
-    draws: Callable[[], np.random.Generator] | None = None,
-    where: str = "image",
-) -> dict[str, list[Views | None]]:
-    """What every encoder is given of a sample's encoded media.
-
-    Args:
-        shown: items that the model sees; None: all.
-        draws: makes a generator while training; each encoder gets a new one, so that all draw the same.
-        where: shard and key, for messages.
-    """
-    found: dict[str, list[Views | None]] = {}
-    for name, plan in plans.items():
-        generator = draws() if draws is not None and plan.random else None
-        wanted = range(len(blobs)) if shown is None else shown
-        found[name] = [plan(blob, generator, where) if n in wanted else None for n, blob in enumerate(blobs)]
-    return found
 
 
 def collect_pictures(views: MediaViews) -> list[np.ndarray]:

@@ -42,20 +42,20 @@ DISTORTIONS: dict[str, tuple[Distort, float, bool]] = {
 """Name -> how, its amount at the strongest level (factors; shares; pixels; degrees), and whether that has a sign."""
 
 
-def draw_distortions(count: int, level: float, generator: np.random.Generator) -> list[tuple[str, float]]:
-    """`count` distortions with their amounts, of which each is left out with probability 0.5."""
+def draw_distortions(num_ops: int, magnitude: float, generator: np.random.Generator) -> list[tuple[str, float]]:
+    """`num_ops` distortions at level `magnitude` with their amounts, of which each is left out with probability 0.5."""
     names = list(DISTORTIONS)
     chosen = []
-    for name in (names[int(number)] for number in generator.integers(len(names), size=count)):
+    for name in (names[int(number)] for number in generator.integers(len(names), size=num_ops)):
         _, most, signed = DISTORTIONS[name]
         sign = -1 if signed and generator.random() < 0.5 else 1
         if generator.random() < 0.5:
-            chosen.append((name, sign * most * level / LEVELS))
+            chosen.append((name, sign * most * magnitude / LEVELS))
     return chosen
 
 
 def distort_image(image: Image.Image, drawn: Sequence[tuple[str, float]]) -> Image.Image:
-    """An RGB image after what `draw` gave, in its order; of the same size."""
+    """An RGB image after what `draw_distortions` gave, in its order; of the same size."""
     for name, amount in drawn:
         image = DISTORTIONS[name][0](image, amount)
     return image

@@ -95,7 +95,7 @@ class ImageTransform:
             )
         self.mode = mode
         self.size = size
-        self.patch_grid = patch_grid
+        self.view_grid = patch_grid(MediaSize(width=size[1], height=size[0]))
         self.fill = tuple(int(channel * 255) for channel in mean)
         self.flip = flip
         self.random_resized_crop, self.rand_augment = random_resized_crop, rand_augment
@@ -109,40 +109,32 @@ class ImageTransform:
 
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
         """Patch grids of the views of an image (one) or a video (one a used frame)."""
-        return self._grids(min(size.frames, self.frames))
-
-    def _grids(self, views: int) -> tuple[Grid3, ...]:
-        return (self.patch_grid(MediaSize(width=self.size[1], height=self.size[0])),) * views
+        return (self.view_grid,) * min(size.frames, self.frames)
 
     def blank(self) -> Views:
         """A black view."""
-        return Views(np.zeros((1, 3, *self.size), np.uint8), self._grids(1))
+        return Views(np.zeros((1, 3, *self.size), np.uint8), (self.view_grid,))
 
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
-        area = self.random_resized_crop if generator is not None else None
+        crop = self.random_resized_crop if generator is not None else None
         if video_extension(data) is None:
-            pictures = [self._decode_image(data, where, whole=area is not None)]
+            with _open_image(data, where) as file:
+                resized = self._resized_size(*file.size)
+                if self.jpeg_draft and crop is None:  # a random part is cut from all pixels
+                    file.draft("RGB", resized)  # does nothing to other formats than JPEG
+                pictures = [(_to_rgb(file), resized)]
         else:
             frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
             pictures = [(frame, self._resized_size(*frame.size)) for frame in frames]
-        mirror = self.flip and generator is not None and generator.random() < 0.5
-        part = random_part(pictures[0][0].size, area, generator) if area and generator is not None else None
-        drawn = (
-            draw_distortions(self.rand_augment["num_ops"], self.rand_augment["magnitude"], generator)
-            if self.rand_augment and generator is not None
-            else []
-        )
-        views = [self._make_view(image, resized, mirror, part, drawn) for image, resized in pictures]
-        return Views(np.stack(views) if len(views) > 1 else views[0][None], self._grids(len(views)))
-
-    def _decode_image(self, data: bytes, where: str, *, whole: bool) -> tuple[Image.Image, tuple[int, int]]:
-        """An image in RGB, and the size that it is resized to; `whole`: with all its pixels."""
-        with _open_image(data, where) as file:
-            resized = self._resized_size(*file.size)
-            if self.jpeg_draft and not whole:
-                file.draft("RGB", resized)  # does nothing to other formats than JPEG
-            return _to_rgb(file), resized
+        mirror, part, distortions = False, None, list[tuple[str, float]]()
+        if generator is not None:
+            mirror = self.flip and generator.random() < 0.5
+            part = random_part(pictures[0][0].size, crop, generator) if crop else None
+            if self.rand_augment:
+                distortions = draw_distortions(**self.rand_augment, generator=generator)
+        views = [self._make_view(image, resized, mirror, part, distortions) for image, resized in pictures]
+        return Views(np.stack(views) if len(views) > 1 else views[0][None], (self.view_grid,) * len(views))
 
     def _make_view(
         self,
@@ -150,7 +142,7 @@ class ImageTransform:
         resized: tuple[int, int],
         mirror: bool,
         part: Rectangle | None,
-        drawn: Sequence[tuple[str, float]],
+        distortions: Sequence[tuple[str, float]],
     ) -> np.ndarray:
         """`[3, H, W]` of one decoded image, or of a part of it, after the distortions that were drawn."""
         height, width = self.size
@@ -165,7 +157,8 @@ class ImageTransform:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = distort_image(image, drawn)
+        if distortions:
+            image = distort_image(image, distortions)
         planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")
         return np.frombuffer(planes, np.uint8).reshape(3, *image.size[::-1])
 
