@@ -18,7 +18,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import GridLayout, NoMedia
 from vlm_train.contracts.media import Grid3
 from vlm_train.contracts.objective import Objective, StepContext
-from vlm_train.data.collate import Item, collate_rows
+from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.text.render import render_sample
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
@@ -37,7 +37,7 @@ def preferred(number: int, media: int) -> Sample:
     return sample(Annotation(turns=turns, rejected=assistant("no " * (3 - number) + "never")), media=media)
 
 
-def items_of(model: Any) -> list[Item]:
+def items_of(model: Any) -> list[Example]:
     layout = (
         NoMedia() if not hasattr(model, "vision") else GridLayout(PLANS["vision"].grids, model.connector.token_grid)
     )
@@ -48,11 +48,11 @@ def items_of(model: Any) -> list[Item]:
         rendered = render_sample(preferred(number, media), QA, TOKENIZER, layout, rejected=True)
         views = [torch.randint(0, 256, (1, 3, 32, 32), generator=generator).byte().numpy() for _ in range(media)]
         given = {"vision": [Views(view, (Grid3(1, 2, 2),)) for view in views]}
-        items.append(Item(rendered, given, source="ab"[number % 2]))
+        items.append(Example(rendered, given, source="ab"[number % 2]))
     return items
 
 
-def batches_of(items: list[Item], cut: Any) -> list[Batch]:
+def batches_of(items: list[Example], cut: Any) -> list[Batch]:
     return [collate_rows([[items[index] for index in row] for row in rows], PLANS) for rows in cut]
 
 

@@ -12,7 +12,7 @@ import torch
 from vlm_train.contracts.batch import IGNORE
 from vlm_train.contracts.layout import PLACEHOLDER_ID, Slot
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.collate import Item, collate_prompts
+from vlm_train.data.collate import Example, collate_prompts
 from vlm_train.data.collate import collate_rows as collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
@@ -54,11 +54,11 @@ def given(views):
     return {"vision": [None if one is None else Views(one, (Grid3(1, 1, 1),) * len(one)) for one in views]}
 
 
-def item(of: Stream, key: str = "a", weight: float = 1.0, **more: Stream) -> Item:
+def item(of: Stream, key: str = "a", weight: float = 1.0, **more: Stream) -> Example:
     items = sorted({placed.slot.item for one in (of, *more.values()) for placed in one.slots})
     views = [np.full((1 + n, 3, *SIZE), n + len(of), np.uint8) for n in range(max(items, default=-1) + 1)]
     rendered = TokenizedSample(key=key, streams={"llm": of, **more}, media=tuple(items))
-    return Item(rendered, given(views), source="s", weight=weight)
+    return Example(rendered, given(views), source="s", weight=weight)
 
 
 ITEMS = [item(stream(9, 2, ((1, 3), (5, 2)))), item(stream(4, 3), "b"), item(stream(6, 1, ((0, 4),)), "c")]
@@ -125,7 +125,7 @@ def test_media_that_stand_nowhere_are_left_out():
     one = item(stream(6, 1, ((1, 2),)))
     shown = [None, np.full((1, 3, *SIZE), 7, np.uint8), None]
     moved = replace(one.rendered.llm, slots=(PlacedSlot(1, Slot(1, 2)),))
-    batch = collate([Item(replace(one.rendered, streams={"llm": moved}, media=(1,)), given(shown))], PLANS)
+    batch = collate([Example(replace(one.rendered, streams={"llm": moved}, media=(1,)), given(shown))], PLANS)
     assert (
         batch.media.inputs["vision"].values.shape == (1, 3, *SIZE) and (batch.media.inputs["vision"].values == 7).all()
     )
@@ -159,7 +159,7 @@ def test_a_placeholder_that_nothing_fills_is_refused():
         collate([replace(one, views={"vision": []})], PLANS)
 
 
-def _with_slot(one: Item, placed: PlacedSlot) -> TokenizedSample:
+def _with_slot(one: Example, placed: PlacedSlot) -> TokenizedSample:
     return replace(one.rendered, streams={"llm": replace(one.rendered.llm, slots=(placed,))})
 
 

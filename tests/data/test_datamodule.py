@@ -22,10 +22,10 @@ from vlm_train.contracts.batch import map_tensors
 from vlm_train.data.datamodule import VLMData
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.order.cost import Cost
-from vlm_train.data.order.mixture import Address
+from vlm_train.data.order.mixture import SampleRef
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
-from vlm_train.data.worker_transfer import Parcel
+from vlm_train.data.worker_transfer import WorkerMessage
 from vlm_train.errors import ConfigError
 
 
@@ -112,7 +112,7 @@ def test_a_pass_draws_an_annotation(tmp_path: Path) -> None:
     drawn = data(folder, annotations="drawn")
 
     def told(index: int, epoch: int, training: bool = True) -> str:
-        stream = drawn.train.load_item(Address(index, epoch), training=training).rendered.llm
+        stream = drawn.train.load_example(SampleRef(index, epoch), training=training).rendered.llm
         return byte_level().decode(stream.ids[stream.ids >= 0])
 
     seen = [[told(index, epoch) for epoch in range(30)] for index in range(4)]
@@ -220,8 +220,8 @@ def test_workers_send_the_same_batches_in_few_tensors(root: Path) -> None:
     alone = list(module.train_dataloader())
     module.workers = 1
     loader = module.train_dataloader()
-    parcel = next(iter(loader.loader))
-    assert not any(tensors_of(batch) for batch in parcel.batches) and isinstance(parcel.small, bytearray)
+    message = next(iter(loader.loader))
+    assert not any(tensors_of(batch) for batch in message.batches) and isinstance(message.small, bytearray)
     sent = list(loader)
     assert len(sent) == len(alone) > 2
     for one, other in zip(alone, sent, strict=True):
@@ -233,15 +233,15 @@ def test_workers_send_the_same_batches_in_few_tensors(root: Path) -> None:
 def test_large_tensors_travel_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
     monkeypatch.setattr("vlm_train.data.worker_transfer.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
-    packed = Parcel.pack_batches(window)
+    packed = WorkerMessage.pack_batches(window)
     assert packed.batches[0].media.inputs["vision"].values is window[0].media.inputs["vision"].values
     assert torch.equal(packed.unpack_batches()[0].text["llm"].ids, window[0].text["llm"].ids)
 
 
-def test_a_parcel_is_pinned_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_is_pinned_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = next(iter(data(root / "train").train_dataloader().loader))
     monkeypatch.setattr("vlm_train.data.worker_transfer.LARGE", window[0].media.inputs["vision"].values.nbytes - 1)
-    packed = Parcel.pack_batches(window)
+    packed = WorkerMessage.pack_batches(window)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     pinned = packed.pin_memory()
     assert torch.equal(pinned.small, torch.frombuffer(packed.small, dtype=torch.uint8) + 1)
@@ -254,12 +254,12 @@ def tensors_of(batch: Any) -> list[torch.Tensor]:
     return found
 
 
-def test_a_parcel_takes_tensors_of_any_length(root: Path) -> None:
+def test_a_message_takes_tensors_of_any_length(root: Path) -> None:
     batch = next(iter(data(root / "train").train_dataloader()))
     odd = replace(batch.text["llm"], ids=torch.tensor([1, 2, 3], dtype=torch.int16), labels=torch.tensor([4, 5]))
     odd = replace(odd, weights=torch.ones(1).expand(1, 4), supervised=torch.zeros(1, 5, dtype=torch.int64).expand(0, 5))
     odd = replace(odd, positions=torch.arange(1).as_strided((1,), (0,)))
-    (back,) = Parcel.pack_batches([replace(batch, text={"llm": odd})]).unpack_batches()
+    (back,) = WorkerMessage.pack_batches([replace(batch, text={"llm": odd})]).unpack_batches()
     for name in ("ids", "labels", "weights", "supervised", "positions"):
         assert torch.equal(getattr(back.text["llm"], name), getattr(odd, name)), name
 
@@ -275,4 +275,4 @@ def test_a_place_is_taken_up_by_the_plan_that_left_it_only(root: Path, tmp_path:
     assert state["window"] > 0
     for other, taken in ((endless(128), True), (endless(256), False), (endless(128, seed=1), False)):
         other.load_state_dict(state)
-        assert (state["window"] in other.plan._places) is taken
+        assert (state["window"] in other.plan._cursors) is taken

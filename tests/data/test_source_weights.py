@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.data.test_collate import PLANS, collate, item, stream
-from vlm_train.data.collate import Item
+from vlm_train.data.collate import Example
 from vlm_train.data.source_weights import source_factors, weigh_sources
 
 
@@ -25,9 +25,9 @@ def test_factors_make_sources_equal_and_keep_the_denominator() -> None:
     assert source_factors({"only": 7.0}) == {"only": 1.0} and source_factors({}) == {}
 
 
-def made(learned: int, source: str, weight: float = 1.0) -> Item:
+def made(learned: int, source: str, weight: float = 1.0) -> Example:
     one = item(stream(8, learned), weight=weight)
-    return Item(one.rendered, one.views, source=source, weight=weight)
+    return Example(one.rendered, one.views, source=source, weight=weight)
 
 
 def test_loss_of_a_step_is_the_mean_over_its_sources() -> None:

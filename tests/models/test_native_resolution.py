@@ -19,7 +19,7 @@ from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.media import Features
 from vlm_train.contracts.objective import StepContext
-from vlm_train.data.collate import Item, collate_rows
+from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.images.native import NativeResolution
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
@@ -67,17 +67,17 @@ def picture(width: int, height: int, seed: int) -> bytes:
     return file.getvalue()
 
 
-def item(processor: Processor, number: int, sizes: list[tuple[int, int]]) -> Item:
+def item(processor: Processor, number: int, sizes: list[tuple[int, int]]) -> Example:
     """A sample with an image of every size."""
     media = tuple(MediaItem(name=f"{n}.png", width=w, height=h) for n, (w, h) in enumerate(sizes))
     asks = Turn(role="user", parts=(*(Media(item=n) for n in range(len(sizes))), Text(text="What?")))
     answer = Turn(role="assistant", parts=(Text(text=f"number {number}"),))
     sample = Sample(key=f"s{number}", media=media, annotations=(Annotation(turns=(asks, answer)),))
     views = processor.make_views([picture(*size, 10 * number + n) for n, size in enumerate(sizes)])
-    return Item(processor.render(sample), views)
+    return Example(processor.render(sample), views)
 
 
-def items(processor: Processor) -> list[Item]:
+def items(processor: Processor) -> list[Example]:
     """One image each, then two of different sizes, then none."""
     one_each = [item(processor, number, [size]) for number, size in enumerate(SIZES)]
     return [*one_each, item(processor, 4, SIZES[1:3]), item(processor, 5, [])]

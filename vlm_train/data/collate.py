@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from vlm_train.errors import BatchError
 
 
 @dataclass(frozen=True)
-class Item:
+class Example:
     """One sample ready for a batch: its streams, and what every encoder is given of each of its media items.
 
     Items beyond `rendered.media` are not looked at and may be None; a model without a tower is given none at all.
@@ -46,7 +47,7 @@ class Item:
 
 
 def collate_rows(
-    rows: Sequence[Sequence[Item]],
+    rows: Sequence[Sequence[Example]],
     plans: Mapping[str, ImagePlan],
     *,
     streams: Sequence[str] = ("llm",),
@@ -70,10 +71,10 @@ def collate_rows(
                 f"collate: sample {item.rendered.key!r} has the streams {', '.join(item.rendered.streams)}, but "
                 f"{items[0].rendered.key!r} has {', '.join(names)}; all samples of a batch need the same"
             )
-    shelf = _index_media(items)
+    index = _index_media(items)
     return Batch(
-        text={name: _collate_stream(rows, name, shelf, normalise, left) for name in names},
-        media=_collate_media(rows, items, shelf, plans),
+        text={name: _collate_stream(rows, name, index, normalise, left) for name in names},
+        media=_collate_media(rows, items, index, plans),
         window=window,
         sources=tuple(tuple(item.source for item in row) for row in rows) or ((),),
         keys=tuple(tuple(item.rendered.key for item in row) for row in rows) or ((),),
@@ -83,7 +84,7 @@ def collate_rows(
 
 def collate_prompts(items: Sequence[tuple[TokenizedSample, MediaViews]], plans: Mapping[str, ImagePlan]) -> Batch:
     """A batch of generation prompts, padded on the left."""
-    return collate_rows([[Item(rendered, views)] for rendered, views in items], plans, left=True)
+    return collate_rows([[Example(rendered, views)] for rendered, views in items], plans, left=True)
 
 
 def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
@@ -98,20 +99,25 @@ def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Shelf:
-    """The media of a batch: `(sample, item) -> number in the batch`, and the features of each, joined in this order."""
+class MediaIndex:
+    """The media of a batch.
+
+    Attributes:
+        numbers: `(sample, item) -> number in the batch`.
+        counts: features of each, as the slots of all streams want them.
+        starts: the first feature of each, joined in this order; and their sum.
+    """
 
     numbers: dict[tuple[int, int], int]
     counts: tuple[int, ...]
     starts: np.ndarray
 
 
-def _index_media(items: Sequence[Item]) -> _Shelf:
-    """Number the media that the model is given, and count their features as the slots of all streams want them."""
-    numbers: dict[tuple[int, int], int] = {}
-    for sample, item in enumerate(items):
-        for number in (n for n in item.rendered.media if n < _given(item)):
-            numbers[sample, number] = len(numbers)
+def _index_media(items: Sequence[Example]) -> MediaIndex:
+    """Number the media that the model is given, those of which every encoder has views, and count their features."""
+    given = [min(map(len, item.views.values()), default=0) for item in items]
+    shown = [(sample, n) for sample, item in enumerate(items) for n in item.rendered.media if n < given[sample]]
+    numbers = {one: number for number, one in enumerate(shown)}
     counts = [0] * len(numbers)
     for sample, item in enumerate(items):
         for stream in item.rendered.streams.values():
@@ -119,52 +125,70 @@ def _index_media(items: Sequence[Item]) -> _Shelf:
                 if (at := numbers.get((sample, placed.slot.item))) is None:
                     raise BatchError(
                         f"collate: sample {item.rendered.key!r}: media item {placed.slot.item} has "
-                        f"{placed.slot.count} placeholders, but 0 views ({_given(item)} media items were given)"
+                        f"{placed.slot.count} placeholders, but 0 views ({given[sample]} media items were given)"
                     )
                 counts[at] = max(counts[at], placed.offset + placed.slot.count)
-    return _Shelf(numbers, tuple(counts), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+    return MediaIndex(numbers, tuple(counts), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
 
 
-def _given(item: Item) -> int:
-    """Media items of which every encoder has views; 0 without an encoder."""
-    return min(map(len, item.views.values()), default=0)
+class _PlacedStream(NamedTuple):
+    """A sample's stream in its row: `sample` and `row` are numbers in the batch, `segment` counts from 1 in the row."""
+
+    sample: int
+    row: int
+    segment: int
+    start: int
+    stream: Stream
+    item: Example
+
+
+def _place_streams(rows: Sequence[Sequence[Example]], name: str, left: bool) -> tuple[list[_PlacedStream], int]:
+    """Where every sample's stream `name` begins in its row, and how wide the rows are."""
+    lengths = [sum(len(item.rendered.streams[name]) for item in row) for row in rows]
+    width = max(lengths, default=1)
+    placed: list[_PlacedStream] = []
+    for number, row in enumerate(rows):
+        start = width - lengths[number] if left else 0
+        for segment, item in enumerate(row, start=1):
+            stream = item.rendered.streams[name]
+            placed.append(_PlacedStream(len(placed), number, segment, start, stream, item))
+            start += len(stream)
+    return placed, width
 
 
 def _collate_stream(
-    rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, normalise: str, left: bool
+    rows: Sequence[Sequence[Example]], name: str, index: MediaIndex, normalise: str, left: bool
 ) -> TokenStream:
-    lengths = [[len(item.rendered.streams[name]) for item in row] for row in rows]
-    count, width = max(len(rows), 1), max((sum(one) for one in lengths), default=1)
-    axes = max((len(item.rendered.streams[name].positions) for row in rows for item in row), default=1)
+    placed, width = _place_streams(rows, name, left)
+    count, axes = max(len(rows), 1), max((len(one.stream.positions) for one in placed), default=1)
     ids = np.zeros((count, width), np.int64)
     labels = np.full((count, width), IGNORE, np.int64)
-    target = np.zeros((count, width), np.float32)
+    weights = np.zeros((count, width), np.float32)
     positions = np.zeros((axes, count, width), np.int64)
     segments, groups = np.zeros((count, width), np.int32), np.zeros((count, width), np.int32)
-    media, sample = np.full((count, width), -1, np.int64), 0
-    for row, items in enumerate(rows):
-        start = width - sum(lengths[row]) if left else 0
-        for segment, item in enumerate(items, start=1):
-            stream = item.rendered.streams[name]
-            where = slice(start, start + len(stream))
-            ids[row, where], labels[row, where] = stream.ids, stream.labels
-            target[row, where] = target_weights(stream, normalise, item.weight)
-            positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
-            segments[row, where] = segment
-            media[row, where] = _last_media(stream, shelf, sample)
-            start, sample = start + len(stream), sample + 1
-    streams = [item.rendered.streams[name] for row in rows for item in row]
-    causal, masked = _sequences(rows, name, width, left)
+    media = np.full((count, width), -1, np.int64)
+    for sample, row, segment, start, stream, item in placed:
+        where = slice(start, start + len(stream))
+        ids[row, where], labels[row, where] = stream.ids, stream.labels
+        weights[row, where] = target_weights(stream, normalise, item.weight)
+        positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
+        segments[row, where] = segment
+        for slot in sorted(stream.slots, key=lambda slot: slot.start):  # tokens behind it that may see it
+            group, later = stream.attention_group[slot.start : slot.start + 1], np.arange(len(stream)) >= slot.start
+            sees = later & ((group <= 0) | (stream.attention_group == group))
+            media[row, where][sees] = index.numbers[sample, slot.slot.item]
+    causal, masked = _attention_sequences(rows, name, width, left)
+    lengths = [[len(item.rendered.streams[name]) for item in row] for row in rows]
     padded_left = left and any(sum(one) < width for one in lengths)
     return TokenStream(
         ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
-        weights=torch.from_numpy(target),
+        weights=torch.from_numpy(weights),
         positions=torch.from_numpy(positions),
         segment_ids=torch.from_numpy(segments),
         attention_group=torch.from_numpy(groups),
-        slots=_collate_slots(rows, name, shelf, ids, left),
-        alignment=streams[0].alignment if streams else "causal",
+        slots=_collate_slots(placed, name, index, ids),
+        alignment=placed[0].stream.alignment if placed else "causal",
         supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
         plain_causal=masked is None and all(len(row) == 1 for row in rows) and not padded_left,
         causal=causal,
@@ -174,8 +198,8 @@ def _collate_stream(
     )
 
 
-def _sequences(
-    rows: Sequence[Sequence[Item]], name: str, width: int, left: bool
+def _attention_sequences(
+    rows: Sequence[Sequence[Example]], name: str, width: int, left: bool
 ) -> tuple[PackedSequences | None, PackedSequences | None]:
     """Where attention is causal (samples of group 0, and padding), and where attention groups need a mask."""
     causal: list[tuple[int, int]] = []
@@ -196,59 +220,36 @@ def _sequences(
     return pack_sequences(causal, total) if causal else None, pack_sequences(masked, total) if masked else None
 
 
-def _last_media(stream: Stream, shelf: _Shelf, sample: int) -> np.ndarray:
-    """`media_of_token` of one sample `[T]`."""
-    last = np.full(len(stream), -1, np.int64)
-    for placed in sorted(stream.slots, key=lambda placed: placed.start):
-        group = stream.attention_group[placed.start : placed.start + 1]
-        later = np.arange(len(stream)) >= placed.start
-        last[later & ((group <= 0) | (stream.attention_group == group))] = shelf.numbers[sample, placed.slot.item]
-    return last
-
-
-def _collate_slots(rows: Sequence[Sequence[Item]], name: str, shelf: _Shelf, ids: np.ndarray, left: bool) -> Slots:
-    width = ids.shape[1]
+def _collate_slots(placed: Sequence[_PlacedStream], name: str, index: MediaIndex, ids: np.ndarray) -> Slots:
+    """Which feature goes to which position of the rows `ids` [B, T], laid flat."""
     none = np.zeros(0, np.int64)
-    index, features = [none], [none]
-    sample = 0
-    for number, row in enumerate(rows):
-        start = number * width
-        start += width - sum(len(item.rendered.streams[name]) for item in row) if left else 0
-        for item in row:
-            stream = item.rendered.streams[name]
-            run = np.concatenate([none, *(np.arange(p.start, p.end) for p in stream.slots)])
-            expected = np.flatnonzero(stream.ids == PLACEHOLDER_ID)
-            if not np.array_equal(np.sort(run), expected):
-                raise BatchError(
-                    f"collate: sample {item.rendered.key!r}, stream {name!r}: the text has {len(expected)} "
-                    f"placeholders, but not where its slots say that {len(run)} are"
-                )
-            index.append(start + run)
-            for placed in stream.slots:
-                first = shelf.starts[shelf.numbers[sample, placed.slot.item]] + placed.offset
-                features.append(np.arange(first, first + placed.slot.count))
-            start, sample = start + len(stream), sample + 1
-    places, wanted = np.concatenate(index), np.concatenate(features)
-    in_order = np.array_equal(wanted, np.arange(shelf.starts[-1]))
+    places, features = [none], [none]
+    for sample, row, _, start, stream, item in placed:
+        runs = np.concatenate([none, *(np.arange(slot.start, slot.end) for slot in stream.slots)])
+        expected = np.flatnonzero(stream.ids == PLACEHOLDER_ID)
+        if not np.array_equal(np.sort(runs), expected):
+            raise BatchError(
+                f"collate: sample {item.rendered.key!r}, stream {name!r}: the text has {len(expected)} "
+                f"placeholders, but not where its slots say that {len(runs)} are"
+            )
+        places.append(row * ids.shape[1] + start + runs)
+        for slot in stream.slots:
+            first = index.starts[index.numbers[sample, slot.slot.item]] + slot.offset
+            features.append(np.arange(first, first + slot.slot.count))
+    wanted = np.concatenate(features)
+    in_order = np.array_equal(wanted, np.arange(index.starts[-1]))
     return Slots(
-        index=torch.from_numpy(places),
+        index=torch.from_numpy(np.concatenate(places)),
         feature_index=None if in_order else torch.from_numpy(wanted),
         placeholders=int((ids == PLACEHOLDER_ID).sum()),
     )
 
 
 def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
-    """What an encoder is given of several media items; without any, one blank view of its plan."""
+    """What an encoder is given of several media items; without any, one blank view of its plan. In a loader process
+    the pixels are put into memory that it shares, where they go anyway."""
     parts = items or [plan.blank()]
-    return MediaInput(
-        values=_join_arrays([views.values for views in parts]),
-        grids=tuple(grid for views in parts for grid in views.grids),
-        view_counts=tuple(map(len, items)),
-    )
-
-
-def _join_arrays(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Arrays one after the other; in a loader process in memory that it shares, where they go anyway."""
+    arrays = [views.values for views in parts]
     shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
     joined = torch.from_numpy(np.empty(0, arrays[0].dtype))
     if get_worker_info() is None:
@@ -257,20 +258,24 @@ def _join_arrays(arrays: Sequence[np.ndarray]) -> torch.Tensor:
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * joined.element_size())
         joined = joined.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
     np.concatenate(arrays, out=joined.numpy())
-    return joined
+    return MediaInput(
+        values=joined,
+        grids=tuple(grid for views in parts for grid in views.grids),
+        view_counts=tuple(map(len, items)),
+    )
 
 
 def _collate_media(
-    rows: Sequence[Sequence[Item]], items: Sequence[Item], shelf: _Shelf, plans: Mapping[str, ImagePlan]
+    rows: Sequence[Sequence[Example]], items: Sequence[Example], index: MediaIndex, plans: Mapping[str, ImagePlan]
 ) -> MediaBatch:
     row_of = [number for number, row in enumerate(rows) for _ in row]
     inputs = {}
     for name, plan in plans.items():
-        shown = (items[sample].views[name][number] for sample, number in shelf.numbers)
+        shown = (items[sample].views[name][number] for sample, number in index.numbers)
         inputs[name] = join_views([views for views in shown if views is not None], plan)
     return MediaBatch(
         inputs=inputs,
-        slot_counts=shelf.counts,
-        row=torch.tensor([row_of[sample] for sample, _ in shelf.numbers], dtype=torch.int64),
-        keys=tuple(items[sample].rendered.key for sample, _ in shelf.numbers),
+        slot_counts=index.counts,
+        row=torch.tensor([row_of[sample] for sample, _ in index.numbers], dtype=torch.int64),
+        keys=tuple(items[sample].rendered.key for sample, _ in index.numbers),
     )

@@ -25,7 +25,7 @@ from vlm_train.data.order.cost import Cost
 from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.order.mixture import Mixture
 from vlm_train.data.order.sample_plan import Packing, Plan, SamplePlan, Sizes
-from vlm_train.data.order.token_plan import Place, TokenPlan
+from vlm_train.data.order.token_plan import PackingCursor, TokenPlan
 from vlm_train.data.processor import Processor
 from vlm_train.errors import STOPPING, ConfigError
 from vlm_train.seeds import derive_seed
@@ -132,7 +132,7 @@ class VLMData(pl.LightningDataModule):
 
         Args:
             epochs, most: passes over the mixture, and steps at most; None: no such limit.
-            cost: what a sample takes to compute; packed rows are dealt by it.
+            cost: what a sample takes to compute; packed rows are assigned to ranks by it.
         """
         packing = self._make_packing(cost)
         total = None if epochs is None else math.ceil(epochs * self.mixture.samples)
@@ -187,18 +187,20 @@ class VLMData(pl.LightningDataModule):
         if not isinstance(self.plan, TokenPlan) or self.plan.total is not None or self.trainer is None:
             return {}
         window = self.trainer.global_step // self.plan.steps_per_window
-        place = self.plan.find_cursor(window)
+        cursor = self.plan.find_cursor(window)
         return {
             "plan": self.plan.identity,
             "window": window,
-            "next": place.next,
-            "waiting": list(place.waiting),
+            "next": cursor.next,
+            "waiting": list(cursor.waiting),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again, unless the windows of this plan are others."""
         if isinstance(self.plan, TokenPlan) and state_dict.get("plan") == self.plan.identity:
-            self.plan.remember_cursor(state_dict["window"], Place(state_dict["next"], tuple(state_dict["waiting"])))
+            self.plan.remember_cursor(
+                state_dict["window"], PackingCursor(state_dict["next"], tuple(state_dict["waiting"]))
+            )
 
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the trainer's current optimizer step on."""

@@ -20,9 +20,9 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Sample
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.layout import MediaSize
-from vlm_train.data.collate import Item
+from vlm_train.data.collate import Example
 from vlm_train.data.order.lengths import Lengths, cached_lengths, hash_content
-from vlm_train.data.order.mixture import Address, Share
+from vlm_train.data.order.mixture import SampleRef, Share
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.render import TokenizedSample
 from vlm_train.data.text.split import NoPiece
@@ -76,12 +76,6 @@ class Source:
         """A stretch of it."""
         return replace(self, first=self.first + first, size=size, share=replace(self.share, size=size))
 
-    def locate_piece(self, number: int) -> tuple[int, int]:
-        """Number of a sample in the shard set, and of its piece."""
-        if self.pieces is None:
-            return self.first + number, 0
-        return int(self.pieces[number, 0]), int(self.pieces[number, 1])
-
     @property
     def samples(self) -> NDArray[np.int64]:
         """Numbers in the shard set `[size]`."""
@@ -129,23 +123,28 @@ class Samples:
         """The source of a sample, its number in the source's shard set, and its piece."""
         for source in self.sources:
             if index < source.size:
-                return source, *source.locate_piece(index)
+                if source.pieces is None:
+                    return source, source.first + index, 0
+                return source, int(source.pieces[index, 0]), int(source.pieces[index, 1])
             index -= source.size
         raise IndexError(index)
 
-    def load_item(self, address: Address, *, training: bool) -> Item:
+    def load_example(self, ref: SampleRef, *, training: bool) -> Example:
         """Load, decode and render one sample. Raises `BadSample` naming shard and key."""
-        source, number, piece = self.locate_sample(address.index)
+        source, number, piece = self.locate_sample(ref.index)
         shards = source.shards
         try:
             sample, blobs = shards.load_sample(number)
-            rendered = self._render_sample(sample, piece, self._draw_annotation(address, sample) if training else None)
+            drawn = None
+            if training and self.options.get("annotations") == "drawn" and sample.annotations:
+                drawn = derive_seed(self.seed, "annotation", ref.epoch, ref.index) % len(sample.annotations)
+            rendered = self.processor.render(sample, piece=piece, annotation=drawn, **self.options)
             if training and self.lengths is not None:
-                self._require_planned(address.index, rendered, source, number)
+                self._require_planned(ref.index, rendered, source, number)
             views = self.processor.make_views(
                 blobs,
                 shown=rendered.media,
-                draws=partial(draws_of, self.seed, address.epoch, address.index) if training else None,
+                draws=partial(draws_of, self.seed, ref.epoch, ref.index) if training else None,
                 where=f"sample {rendered.key!r}",
             )
         except NoPiece as error:
@@ -153,7 +152,7 @@ class Samples:
         except BadSample as error:
             error.shard, error.key = error.shard or shards.shard_path(number), error.key or shards.key(number)
             raise
-        return Item(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
+        return Example(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
 
     def split_off(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""
@@ -170,15 +169,6 @@ class Samples:
         ]
         self.sources = [source.take_part(0, source.size - size) for source, size in zip(self.sources, held)]
         return tail
-
-    def _render_sample(self, sample: Sample, piece: int = 0, annotation: int | None = None) -> TokenizedSample:
-        return self.processor.render(sample, piece=piece, annotation=annotation, **self.options)
-
-    def _draw_annotation(self, address: Address, sample: Sample) -> int | None:
-        """Which annotation a pass draws, with `annotations: drawn`."""
-        if self.options.get("annotations") != "drawn" or not sample.annotations:
-            return None
-        return derive_seed(self.seed, "annotation", address.epoch, address.index) % len(sample.annotations)
 
     def list_shares(self) -> tuple[Share, ...]:
         """How every source takes part in the mixture, with the places of its shards."""
@@ -217,11 +207,12 @@ class Samples:
 
     def _measure_pieces(self, sample: Sample) -> list[tuple[int, int]]:
         """Tokens and patches of a sample's pieces."""
-        sizes = [self._measure_piece(self._render_sample(sample), sample)]
+        sizes = [self._measure_piece(self.processor.render(sample, **self.options), sample)]
         if self.options["over_length"] == "split":
             with suppress(NoPiece):
                 for piece in count(1):
-                    sizes.append(self._measure_piece(self._render_sample(sample, piece), sample))
+                    rendered = self.processor.render(sample, piece=piece, **self.options)
+                    sizes.append(self._measure_piece(rendered, sample))
         return sizes
 
     def _measure_piece(self, rendered: TokenizedSample, sample: Sample) -> tuple[int, int]:

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipelines.errors import BadSample
 from vlm_train.contracts.batch import Batch, Problem, Window
-from vlm_train.data.collate import Item, collate_rows, target_weights
+from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.dataset import Samples
-from vlm_train.data.order.mixture import Address
+from vlm_train.data.order.mixture import SampleRef
 from vlm_train.data.order.sample_plan import Plan
-from vlm_train.data.worker_transfer import Parcel
+from vlm_train.data.worker_transfer import WorkerMessage
 
 
 @dataclass
@@ -32,80 +32,84 @@ class WindowStream(IterableDataset):
     rank: int
     normalise: str
 
-    def __iter__(self) -> Iterator[list[Batch] | Parcel]:
+    def __iter__(self) -> Iterator[list[Batch] | WorkerMessage]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         for step in range(self.first + number, self.plan.steps, count):
             window = self.load_window(step)
-            yield Parcel.pack_batches(window) if worker else window
+            yield WorkerMessage.pack_batches(window) if worker else window
 
     def load_window(self, step: int) -> list[Batch]:
-        """All micro-batches of one optimizer step. A bad sample leaves a hole in its place."""
-        micros: list[list[list[Item]]] = []
+        """All micro-batches of one optimizer step. A bad sample is skipped: its row is shorter."""
+        micros: list[list[list[Example]]] = []
         problems: list[Problem] = []
         for rows in self.plan.step(step, self.rank):
             loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
             micros.append([row for row in loaded if row])
-        window = self._describe_window(step, micros, tuple(problems))
         how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
-        return [
-            collate_rows(rows, self.samples.processor.images, window=replace(window, micro=m), **how)
-            for m, rows in enumerate(micros)
-        ]
+        batches = [collate_rows(rows, self.samples.processor.images, **how) for rows in micros]
+        window = self._describe_window(step, micros, batches, tuple(problems))
+        return [replace(batch, window=replace(window, micro=m)) for m, batch in enumerate(batches)]
 
     def _describe_window(
-        self, step: int, micros: Sequence[Sequence[Sequence[Item]]], problems: tuple[Problem, ...]
+        self,
+        step: int,
+        micros: Sequence[Sequence[Sequence[Example]]],
+        batches: Sequence[Batch],
+        problems: tuple[Problem, ...],
     ) -> Window:
+        """What the whole step holds: `batches` are those of `micros`."""
         # Ranks reduce the sums by name, so a rank without samples needs all names, too.
-        names = ("samples", *self.samples.streams)
-        sums: dict[str, dict[str, float]] = {name: {} for name in names}
-        tokens = supervised = 0
-        items = [item for rows in micros for row in rows for item in row]
-        for item in items:
-            sums["samples"][item.source] = sums["samples"].get(item.source, 0.0) + 1.0
-            for name, stream in item.rendered.streams.items():
-                total = float(target_weights(stream, self.normalise, item.weight).sum())
-                sums[name][item.source] = sums[name].get(item.source, 0.0) + total
-                tokens += len(stream)
-                supervised += stream.supervised
+        sums: dict[str, dict[str, float]] = {name: {} for name in ("samples", *self.samples.streams)}
+        tokens = positions = supervised = 0
+        for rows, batch in zip(micros, batches, strict=True):
+            if not rows:  # its batch is one row of padding
+                continue
+            for item in (item for row in rows for item in row):
+                sums["samples"][item.source] = sums["samples"].get(item.source, 0.0) + 1.0
+            for name, stream in batch.text.items():
+                for row, weights in zip(rows, stream.weights.numpy(), strict=True):
+                    start = 0
+                    for item in row:
+                        end = start + len(item.rendered.streams[name])
+                        sums[name][item.source] = sums[name].get(item.source, 0.0) + float(weights[start:end].sum())
+                        supervised += item.rendered.streams[name].supervised
+                        start = end
+                    tokens += start
+                positions += stream.ids.numel()
         return Window(
             step=step,
             micro=0,
             micro_count=len(micros),
             sums=sums,
-            samples=len(items),
+            samples=sum(len(row) for rows in micros for row in rows),
             tokens=tokens,
-            places=sum(_count_positions(rows, name) for rows in micros for name in self.samples.streams),
+            places=positions,
             supervised=supervised,
             problems=problems,
         )
 
 
-def load_row(samples: Samples, row: Sequence[Address], problems: list[Problem], *, training: bool) -> list[Item]:
+def load_row(samples: Samples, row: Sequence[SampleRef], problems: list[Problem], *, training: bool) -> list[Example]:
     """The usable samples of a row; why the others are not goes to `problems`."""
     items = []
-    for address in row:
+    for ref in row:
         try:
-            items.append(samples.load_item(address, training=training))
+            items.append(samples.load_example(ref, training=training))
         except BadSample as error:
             problems.append(Problem.from_error(error))
     return items
 
 
-def _count_positions(rows: Sequence[Sequence[Item]], name: str) -> int:
-    """Tokens of a stream in a micro-batch, padding included."""
-    return len(rows) * max((sum(len(item.rendered.streams[name]) for item in row) for row in rows), default=0)
-
-
 class MicroBatches:
     """Unrolls a loader's windows into micro-batches."""
 
-    def __init__(self, loader: DataLoader[list[Batch] | Parcel]) -> None:
+    def __init__(self, loader: DataLoader[list[Batch] | WorkerMessage]) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
         for window in self.loader:
-            yield from window.unpack_batches() if isinstance(window, Parcel) else window
+            yield from window.unpack_batches() if isinstance(window, WorkerMessage) else window
 
 
 @dataclass
@@ -133,7 +137,7 @@ class ValidationStream(IterableDataset):
         for batch in range(number, self.batches, count):
             first = (batch * self.world + self.rank) * self.rows
             problems: list[Problem] = []
-            row = [Address(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
+            row = [SampleRef(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
             items = load_row(self.samples, row, problems, training=False)
             how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
             yield replace(

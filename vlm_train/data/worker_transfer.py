@@ -18,8 +18,8 @@ LARGE = 2**18
 ALIGNMENT = 8  # bytes; no type of a batch is wider
 
 
-class Place(NamedTuple):
-    """Where a tensor lies among the bytes of a parcel."""
+class PackedTensor(NamedTuple):
+    """Where a tensor lies among the bytes of a message."""
 
     start: int
     stop: int
@@ -28,20 +28,20 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """Micro-batches with a `Place` instead of every small tensor, and the bytes that hold them all (once pinned: as a
-    tensor `[bytes]` uint8)."""
+class WorkerMessage:
+    """Micro-batches with a `PackedTensor` instead of every small tensor, and the bytes that hold them all (once pinned:
+    as a tensor `[bytes]` uint8)."""
 
     batches: list[Batch]
     small: bytearray | Tensor
 
     @classmethod
-    def pack_batches(cls, batches: Sequence[Batch]) -> Parcel:
+    def pack_batches(cls, batches: Sequence[Batch]) -> WorkerMessage:
         """Pack batches."""
         parts: list[bytes] = []
         end = 0
 
-        def put_tensor(tensor: Tensor) -> Tensor | Place:
+        def pack_tensor(tensor: Tensor) -> Tensor | PackedTensor:
             nonlocal end
             if tensor.nbytes > LARGE:
                 return tensor
@@ -49,26 +49,25 @@ class Parcel:
             start, end = end, end + len(data)
             padding = -end % ALIGNMENT
             parts.extend((data, bytes(padding)))
-            place = Place(start, end, tensor.dtype, tensor.shape)
             end += padding
-            return place
+            return PackedTensor(start, start + len(data), tensor.dtype, tensor.shape)
 
-        packed = [map_tensors(batch, put_tensor) for batch in batches]
+        packed = [map_tensors(batch, pack_tensor) for batch in batches]
         return cls(packed, bytearray().join(parts))
 
     def unpack_batches(self) -> list[Batch]:
         """The batches again; their small tensors are views of one."""
         small = self._joint_tensor()
 
-        def get_tensor(place: Place) -> Tensor:
-            return small[place.start : place.stop].view(place.dtype).reshape(place.shape)
+        def unpack_tensor(packed: PackedTensor) -> Tensor:
+            return small[packed.start : packed.stop].view(packed.dtype).reshape(packed.shape)
 
-        return [map_tensors(batch, get_tensor, Place) for batch in self.batches]
+        return [map_tensors(batch, unpack_tensor, PackedTensor) for batch in self.batches]
 
     def _joint_tensor(self) -> Tensor:
         return self.small if isinstance(self.small, Tensor) else torch.frombuffer(self.small, dtype=torch.uint8)
 
-    def pin_memory(self) -> Parcel:
+    def pin_memory(self) -> WorkerMessage:
         """In page-locked memory (called by the DataLoader)."""
         return replace(
             self, batches=[batch.pin_memory() for batch in self.batches], small=self._joint_tensor().pin_memory()

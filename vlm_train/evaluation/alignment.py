@@ -17,7 +17,7 @@ from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.contracts.family import AlignsPairs, MatchesPairs
-from vlm_train.data.collate import Item, collate_rows
+from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.processor import Processor
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
@@ -88,13 +88,13 @@ class Alignment:
         self, processor: Processor, shards: ShardSet, numbers: Iterable[int], unusable: Unusable
     ) -> tuple[list[str], Batch]:
         """Captions, and the batch, of the numbered samples that can be used."""
-        captions, items = list[str](), list[Sequence[Item]]()
+        captions, items = list[str](), list[Sequence[Example]]()
         for number in numbers:
             with unusable.catch_bad_sample(number):
                 sample, blobs = shards.load_sample(number)
                 length = {"max_length": processor.max_length, "over_length": "truncate"}
                 rendered = processor.render(sample, annotations="first", **length)
-                items.append([Item(rendered, processor.make_views(blobs[:1]))])
+                items.append([Example(rendered, processor.make_views(blobs[:1]))])
                 captions.append(normalize_text(reference_answer(sample.annotations[0])))
         return captions, collate_rows(items, processor.images)
 

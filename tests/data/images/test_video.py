@@ -24,7 +24,7 @@ from vlm_train.data.collate import collate_rows
 from vlm_train.data.datamodule import Samples
 from vlm_train.data.images import transform as images_transform
 from vlm_train.data.images.video import decode_frames
-from vlm_train.data.order.sample_plan import Address
+from vlm_train.data.order.sample_plan import SampleRef
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
@@ -99,7 +99,7 @@ def test_a_prefix_model_reads_a_video(tmp_path, clip):
     layout = pickle.loads(pickle.dumps(build_layout(model, images)))
     processor = Processor(template=load("qa"), tokenizer=tokenizer, layout=layout, images=images)
     samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], processor, {}, seed=0, limit=None)
-    items = [samples.load_item(Address(index, 0), training=True) for index in range(2)]
+    items = [samples.load_example(SampleRef(index, 0), training=True) for index in range(2)]
     batch = collate_rows([[item] for item in items], images)
     assert batch.media.inputs["vision"].view_counts == (1, 3, 1) and batch.media.slot_counts == (4, 12, 4)
     hidden = model(batch)

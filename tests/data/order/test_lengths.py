@@ -15,7 +15,7 @@ from tests.data.text.rendering import assistant, user
 from tests.support.small_run import make_data
 from vlm_train.data.order import lengths
 from vlm_train.data.order.lengths import cached_lengths, hash_content
-from vlm_train.data.order.mixture import Address
+from vlm_train.data.order.mixture import SampleRef
 from vlm_train.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_measured_is_rendered(root: Path, tmp_path: Path) -> None:
     module = data(root / "train", root / "val", cache=str(tmp_path))
     found = module.train.measure_lengths(tmp_path, workers=1)
-    items = [module.train.load_item(Address(number, 0), training=True) for number in range(16)]
+    items = [module.train.load_example(SampleRef(number, 0), training=True) for number in range(16)]
     assert found.tokens.tolist() == [len(item.rendered.llm) for item in items]
     assert found.patches.tolist() == [
         sum(one.size for views in item.views["vision"] for one in views.grids) for item in items
@@ -100,7 +100,7 @@ def test_lengths_follow_what_the_tokenizer_calls_its_tokens(root: Path, tmp_path
         for name, value in change.items():
             setattr(made.train.processor.tokenizer, name, value)
         tokens = made.train.measure_lengths(tmp_path).tokens.tolist()
-        assert tokens == [len(made.train.load_item(Address(n, 0), training=True).rendered.llm) for n in range(12)]
+        assert tokens == [len(made.train.load_example(SampleRef(n, 0), training=True).rendered.llm) for n in range(12)]
     assert len(list(tmp_path.glob("*.npz"))) == 4
 
 

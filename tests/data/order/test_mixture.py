@@ -22,9 +22,9 @@ def draws(of: Mixture, count: int, first: int = 0) -> list[tuple[int, int, int]]
     starts = np.cumsum([0, *(source.size for source in of.sources)])
     found = []
     for position in range(first, first + count):
-        address = of.draw_sample(position)
-        which = int(np.searchsorted(starts, address.index, side="right")) - 1
-        found.append((which, address.index - int(starts[which]), address.epoch))
+        ref = of.draw_sample(position)
+        which = int(np.searchsorted(starts, ref.index, side="right")) - 1
+        found.append((which, ref.index - int(starts[which]), ref.epoch))
     return found
 
 

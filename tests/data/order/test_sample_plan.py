@@ -7,7 +7,7 @@ import pytest
 
 from vlm_train.data.order import token_plan
 from vlm_train.data.order.cost import Cost
-from vlm_train.data.order.mixture import Address, Mixture, Share
+from vlm_train.data.order.mixture import Mixture, SampleRef, Share
 from vlm_train.data.order.sample_plan import Packing, SamplePlan, Sizes
 from vlm_train.data.order.token_plan import STEPS, TokenPlan
 from vlm_train.errors import ConfigError
@@ -18,7 +18,7 @@ def plan(samples: int = 10, seed: int = 3, shuffle: str = "full", **changes) -> 
     return SamplePlan(**{"mixture": mixture, "batch": 4, "total": 30} | changes)
 
 
-def step_of(which: SamplePlan, step: int) -> list[Address]:
+def step_of(which: SamplePlan, step: int) -> list[SampleRef]:
     """One global batch in the order of positions: the ranks' shares interleaved."""
     shares = [[a for micro in which.step(step, rank) for (a,) in micro] for rank in range(which.world)]
     return [share[row] for row in range(max(map(len, shares))) for share in shares if row < len(share)]
@@ -105,7 +105,7 @@ def by_tokens(count: int = 4096, rows: int = 8, **changes) -> TokenPlan:
     return TokenPlan(mixture=mixture, packing=Packing(sizes=shaped(count), length=4096), **options)
 
 
-def all_rows(which, step: int) -> list[tuple[Address, ...]]:
+def all_rows(which, step: int) -> list[tuple[SampleRef, ...]]:
     return [row for rank in range(which.world) for micro in which.step(step, rank) for row in micro]
 
 

@@ -11,7 +11,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.test_datamodule import data, write
 from tests.data.text.rendering import assistant, layout, load, sample, user
-from vlm_train.data.order.mixture import Address
+from vlm_train.data.order.mixture import SampleRef
 from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.split import NoPiece, split_annotations
 from vlm_train.data.text.streams import IGNORE
@@ -102,5 +102,5 @@ def test_pieces_are_samples_of_their_own(tmp_path: Path) -> None:
     assert made.train.sources[0].pieces is not None
     made.train.sources[0].pieces[0, 1] = 99  # as if code of another day had measured
     with pytest.raises(DataError, match=r"k0.* no piece 99: the code that renders .* data\.cache") as caught:
-        made.train.load_item(Address(0, 0), training=True)
+        made.train.load_example(SampleRef(0, 0), training=True)
     assert not isinstance(caught.value, BadSample)  # which would only be left out

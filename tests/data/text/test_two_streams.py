@@ -13,7 +13,7 @@ from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.text.rendering import assistant, layout, load, sample, user
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.collate import Item, collate_prompts, collate_rows
+from vlm_train.data.collate import Example, collate_prompts, collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.order.lengths import hash_content
@@ -142,9 +142,9 @@ def test_prefix_follows_the_question(tokenizer) -> None:
 PLANS = {"vision": ImageTransform(size=(8, 8))}
 
 
-def item_of(rendered: TokenizedSample, number: int) -> Item:
+def item_of(rendered: TokenizedSample, number: int) -> Example:
     view = Views(np.full((1, 3, 8, 8), number, np.uint8), (Grid3(1, 1, 1),))
-    return Item(rendered, {"vision": [view] * len(rendered.media)}, source="s")
+    return Example(rendered, {"vision": [view] * len(rendered.media)}, source="s")
 
 
 def test_collate_pads_every_stream_by_itself(tokenizer) -> None:

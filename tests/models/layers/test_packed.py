@@ -17,7 +17,7 @@ from tests.support.tiny_models import assert_close, llama_config, text_stream, t
 from vlm_train.contracts.batch import Batch, PackedSequences, SequenceMask, pack_sequences
 from vlm_train.contracts.layout import GridLayout, NoMedia
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.collate import Item, collate_rows
+from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.text.render import render_sample
@@ -74,7 +74,7 @@ def tiny_model(llm: str, attention: str, family: type = PrefixVLM) -> PrefixVLM 
     return model.train()
 
 
-def items_of(model: PrefixVLM | TextOnly, samples: list[Sample]) -> list[Item]:
+def items_of(model: PrefixVLM | TextOnly, samples: list[Sample]) -> list[Example]:
     """The samples as the loader would hand them to collate, with random images of their own."""
     generator = torch.Generator().manual_seed(1)
     layout = NoMedia()
@@ -86,7 +86,7 @@ def items_of(model: PrefixVLM | TextOnly, samples: list[Sample]) -> list[Item]:
         views = [torch.randint(0, 256, (1, 3, 32, 32), generator=generator).byte().numpy() for _ in one.media]
         views = [Views(view, (Grid3(1, 2, 2),)) for view in views] if isinstance(model, PrefixVLM) else []
         shown = replace(rendered, key=f"s{number}", media=rendered.media if views else ())
-        items.append(Item(shown, {"vision": views}))
+        items.append(Example(shown, {"vision": views}))
     return items
 
 
@@ -97,7 +97,7 @@ def lay_out(rows: list[list[int]]) -> PackedSequences:
     return pack_sequences(spans, sum(lengths))
 
 
-def batch_of(items: list[Item], packs: tuple[tuple[int, ...], ...]) -> Batch:
+def batch_of(items: list[Example], packs: tuple[tuple[int, ...], ...]) -> Batch:
     return collate_rows([[items[index] for index in row] for row in packs], PLANS)
 
 
@@ -127,7 +127,7 @@ def assert_packed_equals_alone(model: PrefixVLM | TextOnly, samples: list[Sample
     assert_packed_items_equal_alone(model, items_of(model, samples), packs)
 
 
-def assert_packed_items_equal_alone(model: PrefixVLM | TextOnly, items: list[Item], packs=PACKS) -> None:
+def assert_packed_items_equal_alone(model: PrefixVLM | TextOnly, items: list[Example], packs=PACKS) -> None:
     alone = losses_and_gradients(model, [batch_of(items, ((n,),)) for row in packs for n in row])
     packed = losses_and_gradients(model, [batch_of(items, packs)])
     assert packed.keys() == alone.keys() and len(alone["losses"]) > 20
@@ -148,7 +148,7 @@ def test_packed_equals_alone_without_images(attention):
     assert_packed_equals_alone(tiny_model("llama", attention, TextOnly), SAMPLES)
 
 
-def with_image_blocks(item: Item) -> Item:
+def with_image_blocks(item: Example) -> Example:
     """The sample with its images in sight of themselves, each a block of its own."""
     stream = item.rendered.llm
     groups = stream.attention_group.copy()
@@ -200,7 +200,7 @@ THREE_AXES = {
 }
 
 
-def with_three_axes(item: Item) -> Item:
+def with_three_axes(item: Example) -> Example:
     """The sample with positions as in M-RoPE: an image's tokens stand at one time, in rows and columns."""
     stream = item.rendered.llm
     positions = np.repeat(stream.positions, 3, axis=0)

@@ -1,4 +1,4 @@
-"""What a sample takes to compute, so that rows can be dealt to ranks that have to wait for each other."""
+"""What a sample takes to compute, so that rows can be assigned to ranks that have to wait for each other."""
 
 from __future__ import annotations
 

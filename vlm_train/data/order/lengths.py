@@ -44,7 +44,7 @@ class Lengths:
     Attributes:
         samples: the sample's number in its shard set, ascending.
         pieces: number of the piece in its sample.
-        tokens: 0: the sample cannot be used, and stays a hole in the order.
+        tokens: 0: the sample cannot be used, and is skipped in the order.
     """
 
     samples: NDArray[np.int32]

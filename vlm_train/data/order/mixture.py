@@ -27,7 +27,7 @@ Shuffle = Literal["full", "shards", "none"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Address:
+class SampleRef:
     """One drawn sample: its index among all samples, and the pass over its source that draws it (both seed its
     augmentation)."""
 
@@ -105,11 +105,11 @@ class Mixture:
         free = (1.0 - fixed) / sum(raw) if any(raw) else 0.0
         return [w * free if s.share is None else s.share for s, w in zip(self.sources, raw, strict=True)]
 
-    def draw_sample(self, position: int) -> Address:
+    def draw_sample(self, position: int) -> SampleRef:
         """The sample at a position."""
         which, nth = self._locate_source(position) if len(self.sources) > 1 else (0, position)
         epoch, place = divmod(nth, self.sources[which].size)
-        return Address(self._starts[which] + self._order_pass(which, epoch)(place), epoch)
+        return SampleRef(self._starts[which] + self._order_pass(which, epoch)(place), epoch)
 
     def _weight_of(self, source: Share) -> float:
         match self.rule:

@@ -37,7 +37,7 @@ def fill_rows(
     next `buffer` samples whose lengths add up closest to the budget.
 
     Args:
-        tokens: length of every sample; 0: a hole, which takes no place.
+        tokens: length of every sample; 0: a skipped sample, which takes no place.
         patches: patches of every sample; read with `max_patches` only.
         most: rows at most; the next `buffer` samples have then been seen. None: rows for all samples.
 

@@ -18,12 +18,12 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_train.data.order.mixture import Address, Mixture
+from vlm_train.data.order.mixture import Mixture, SampleRef
 from vlm_train.data.order.packing import assign_rows_to_ranks, share_rows
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
 
-Row = tuple[Address, ...]
+Row = tuple[SampleRef, ...]
 """The samples that share a row, in order."""
 
 Micro = list[Row]
@@ -126,19 +126,19 @@ class SamplePlan:
         return math.ceil(self.batch // self.world / self.micro)
 
     def step(self, step: int, rank: int = 0) -> list[Micro]:
-        """The micro-batches of one rank. A step's samples are dealt round-robin, so a short last step is as even as it
-        can be."""
-        addresses = self.samples_of_step(step)
+        """The micro-batches of one rank. Ranks take a step's samples in turn, so a short last step is as even as it can
+        be."""
+        refs = self.samples_of_step(step)
         if self.packing is not None:
-            return self._pack_step(addresses, self.packing, rank)
+            return self._pack_step(refs, self.packing, rank)
         if self.group in ("length", "modality_length"):
             assert self.lengths is not None
             lengths = self.lengths
-            addresses = sorted(addresses, key=lambda address: -int(lengths[address.index]))
-        rows: list[Row] = [(address,) for address in addresses[rank :: self.world]]
+            refs = sorted(refs, key=lambda ref: -int(lengths[ref.index]))
+        rows: list[Row] = [(ref,) for ref in refs[rank :: self.world]]
         return [rows[m * self.micro : (m + 1) * self.micro] for m in range(self.micro_count)]
 
-    def samples_of_step(self, step: int) -> list[Address]:
+    def samples_of_step(self, step: int) -> list[SampleRef]:
         """All samples of one optimizer step."""
         if self.group in ("modality", "modality_length"):
             per_window = max(1, self.window // self.batch)
@@ -147,19 +147,19 @@ class SamplePlan:
         first = step * self.batch
         return [self.mixture.draw_sample(position) for position in range(first, min(first + self.batch, self.total))]
 
-    def _pack_step(self, addresses: Sequence[Address], packing: Packing, rank: int) -> list[Micro]:
-        index = [address.index for address in addresses]
+    def _pack_step(self, refs: Sequence[SampleRef], packing: Packing, rank: int) -> list[Micro]:
+        index = [ref.index for ref in refs]
         tokens, costs, patches = (
             x[index].tolist() for x in (packing.sizes.tokens, packing.sizes.costs, packing.sizes.patches)
         )
         at_once = self.world * self.micro
         rows = share_rows(tokens, costs, packing.length, multiple=at_once, patches=patches, max_patches=packing.patches)
         turns = assign_rows_to_ranks([sum(costs[i] for i in row) for row in rows], self.world)
-        return micro_batches([tuple(addresses[i] for i in rows[number]) for number in turns[:, rank]], self.micro)
+        return micro_batches([tuple(refs[i] for i in rows[number]) for number in turns[:, rank]], self.micro)
 
 
 @lru_cache(maxsize=4)
-def _by_modality(plan: SamplePlan, window: int, steps: int) -> list[list[Address]]:
+def _by_modality(plan: SamplePlan, window: int, steps: int) -> list[list[SampleRef]]:
     """The steps of a window, each of one modality but for what is left over of both."""
     assert plan.media is not None
     first = window * steps * plan.batch
@@ -167,7 +167,7 @@ def _by_modality(plan: SamplePlan, window: int, steps: int) -> list[list[Address
     kinds = [[a for a in drawn if bool(plan.media[a.index]) is shown] for shown in (True, False)]
     whole = [len(kind) // plan.batch * plan.batch for kind in kinds]
     pure = [kind[c : c + plan.batch] for kind, end in zip(kinds, whole) for c in range(0, end, plan.batch)]
-    rest = [address for kind, end in zip(kinds, whole) for address in kind[end:]]
+    rest = [ref for kind, end in zip(kinds, whole) for ref in kind[end:]]
     order = np.random.default_rng(derive_seed(plan.mixture.seed, "modality", window)).permutation(len(pure))
     return [*(pure[i] for i in order), *(rest[c : c + plan.batch] for c in range(0, len(rest), plan.batch))]
 

@@ -16,16 +16,16 @@ from vlm_train.data.order.sample_plan import Micro, Packing, Row, check_tokens, 
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
 
-RUNG = 64
-"""Rows of like cost that are dealt to the ranks together: as many ranks wait for each other as little as they can."""
+COST_BUCKET = 64
+"""Rows of like cost that the ranks get together: as many ranks wait for each other as little as they can."""
 
 
 STEPS = 64
-"""Steps whose rows are packed and dealt together, at most."""
+"""Steps whose rows are packed and assigned together, at most."""
 
 
 @dataclass(frozen=True)
-class Place:
+class PackingCursor:
     """Where a window of packed rows starts in the order: the next position, and the earlier ones that still wait."""
 
     next: int
@@ -37,8 +37,8 @@ class TokenPlan:
     """Packed rows up to a token budget per optimizer step.
 
     The order is packed in windows of `STEPS` steps, or of a pass where that is less; the samples that still wait for a
-    row at a window's end open the next one. The rows of a window are sorted by cost and dealt to its steps in rungs of
-    like cost, in random order.
+    row at a window's end open the next one. The rows of a window are sorted by cost and assigned to its steps in
+    buckets of like cost, in random order.
 
     Attributes:
         tokens: budget of an optimizer step, over all ranks.
@@ -53,7 +53,9 @@ class TokenPlan:
     most: int | None = None
     world: int = 1
     micro: int = 1
-    _places: dict[int, Place] = field(default_factory=lambda: {0: Place(0, ())}, repr=False)  # where windows start
+    _cursors: dict[int, PackingCursor] = field(
+        default_factory=lambda: {0: PackingCursor(0, ())}, repr=False
+    )  # where windows start
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens, self.packing.length, self.world, self.micro)
@@ -67,7 +69,7 @@ class TokenPlan:
 
     @cached_property
     def steps_per_window(self) -> int:
-        """Steps that are packed and dealt together: passes over the samples should not mix."""
+        """Steps that are packed and assigned together: passes over the samples should not mix."""
         sizes, total = self.packing.sizes, self.mixture.samples
         one_pass = total * max(float(sizes.tokens.mean()), 1.0) / (self.rows * self.packing.length)
         return min(STEPS, max(1, int(one_pass)))
@@ -84,26 +86,26 @@ class TokenPlan:
     def _is_past_end(self, window: int) -> bool:
         if self.total is None:
             return False
-        place = self.find_cursor(window)
-        return place.next >= self.total and not place.waiting
+        cursor = self.find_cursor(window)
+        return cursor.next >= self.total and not cursor.waiting
 
-    def find_cursor(self, window: int) -> Place:
+    def find_cursor(self, window: int) -> PackingCursor:
         """Where a window starts: packs the ones before it, unless it was reached or remembered."""
-        last = max(known for known in self._places if known <= window)
+        last = max(known for known in self._cursors if known <= window)
         for before in range(last, window):
             _packed_window(self, before)
-        return self._places[window]
+        return self._cursors[window]
 
     @cached_property
     def identity(self) -> str:
-        """Hash of what the places of an endless plan follow from."""
+        """Hash of what the cursors of an endless plan follow from."""
         packing = self.packing
         arrays = (hashlib.sha256(x.tobytes()).hexdigest() for x in (packing.sizes.tokens, packing.sizes.patches))
         return hash_content(self.mixture, self.tokens, self.total, packing.length, packing.patches, *arrays)
 
-    def remember_cursor(self, window: int, place: Place) -> None:
-        """What `place` once found, so that a resumed run need not pack what lies before it."""
-        self._places[window] = place
+    def remember_cursor(self, window: int, cursor: PackingCursor) -> None:
+        """What `find_cursor` once found, so that a resumed run need not pack what lies before it."""
+        self._cursors[window] = cursor
 
     def step(self, step: int, rank: int = 0) -> list[Micro]:
         """The micro-batches of one rank."""
@@ -111,20 +113,20 @@ class TokenPlan:
         rows = _packed_window(self, window)[place]
         rows = [*rows, *[()] * (self.rows - len(rows))]
         costs = self.packing.sizes.costs
-        turns = assign_rows_to_ranks([sum(float(costs[address.index]) for address in row) for row in rows], self.world)
+        turns = assign_rows_to_ranks([sum(float(costs[ref.index]) for ref in row) for row in rows], self.world)
         return micro_batches([rows[number] for number in turns[:, rank]], self.micro)
 
 
 @lru_cache(maxsize=2)
 def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
     """The steps of a window, as rows. Notes where the next window starts."""
-    place, sizes, most = plan.find_cursor(window), plan.packing.sizes, plan.steps_per_window * plan.rows
+    cursor, sizes, most = plan.find_cursor(window), plan.packing.sizes, plan.steps_per_window * plan.rows
     enough = 1.05 * most * plan.packing.length / max(float(sizes.tokens.mean()), 1.0)
     while True:
-        stop = place.next + math.ceil(enough)
-        positions = [*place.waiting, *range(place.next, stop if plan.total is None else min(stop, plan.total))]
+        stop = cursor.next + math.ceil(enough)
+        positions = [*cursor.waiting, *range(cursor.next, stop if plan.total is None else min(stop, plan.total))]
         drawn = [plan.mixture.draw_sample(position) for position in positions]
-        index = [address.index for address in drawn]
+        index = [ref.index for ref in drawn]
         tokens, patches = sizes.tokens[index].tolist(), sizes.patches[index].tolist()
         rows = fill_rows(tokens, plan.packing.length, patches=patches, max_patches=plan.packing.patches, most=most)
         taken = {i for row in rows for i in row}
@@ -133,17 +135,17 @@ def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
             break
         enough *= 2  # these samples are shorter than the others
     waiting = tuple(position for i, position in enumerate(positions[:seen]) if i not in taken)
-    plan.remember_cursor(window + 1, Place(place.next + len(positions[:seen]) - len(place.waiting), waiting))
-    return _deal_rows(plan, window, [tuple(drawn[i] for i in row) for row in rows])
+    plan.remember_cursor(window + 1, PackingCursor(cursor.next + len(positions[:seen]) - len(cursor.waiting), waiting))
+    return _assign_rows_to_steps(plan, window, [tuple(drawn[i] for i in row) for row in rows])
 
 
-def _deal_rows(plan: TokenPlan, window: int, rows: list[Row]) -> list[list[Row]]:
-    """Rows as steps: rungs of like cost in random order. What is not a whole rung, at the end of a run, comes last."""
+def _assign_rows_to_steps(plan: TokenPlan, window: int, rows: list[Row]) -> list[list[Row]]:
+    """Rows as steps: buckets of like cost in random order. What is no whole bucket, at the end of a run, comes last."""
     costs = plan.packing.sizes.costs
-    rows = sorted(rows, key=lambda row: -sum(float(costs[address.index]) for address in row))
-    rung = max(size for size in range(1, min(plan.rows, RUNG) + 1) if plan.rows % size == 0)
-    rungs = [rows[first : first + rung] for first in range(0, len(rows), rung)]
-    whole = len(rows) // rung
+    rows = sorted(rows, key=lambda row: -sum(float(costs[ref.index]) for ref in row))
+    bucket = max(size for size in range(1, min(plan.rows, COST_BUCKET) + 1) if plan.rows % size == 0)
+    buckets = [rows[first : first + bucket] for first in range(0, len(rows), bucket)]
+    whole = len(rows) // bucket
     order = np.random.default_rng(derive_seed(plan.mixture.seed, "deal", window)).permutation(whole)
-    dealt = [row for number in [*order, *range(whole, len(rungs))] for row in rungs[number]]
-    return [dealt[first : first + plan.rows] for first in range(0, len(dealt), plan.rows)]
+    ordered = [row for number in [*order, *range(whole, len(buckets))] for row in buckets[number]]
+    return [ordered[first : first + plan.rows] for first in range(0, len(ordered), plan.rows)]
