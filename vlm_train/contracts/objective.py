@@ -70,8 +70,8 @@ class StepContext:
 
     Attributes:
         gather: collects tensors from all ranks.
-        reference: `with context.reference() as reference:` gives the frozen second model, without gradients; None where
-            the run has none.
+        reference: `with context.reference() as reference:` gives the frozen second model. Nothing inside the `with`
+            records gradients, so the trained model runs outside of it. None where the run has none.
     """
 
     gather: Gather = field(default_factory=OneRank)
