@@ -1,7 +1,11 @@
-"""The data half's command line: `key=value`, composed by Hydra from `data_pipelines/conf`, errors in plain words."""
+"""The data half's command line: `key=value`, composed by Hydra from `data_pipelines/conf`, errors in plain words.
+
+`--config-dir <folder>` adds a folder of one's own sources and filters: `<folder>/source/<name>.yaml`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 import sys
@@ -25,25 +29,39 @@ GROUPS = {"build": "source", "filter": "filter"}  # by command, the group of com
 
 def run_command(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] | None = None) -> int:
     """Compose `conf/<name>.yaml` with the overrides `argv` and run `task`. Returns the exit code: 2 for any error."""
-    overrides = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(overrides):
-        print(format_usage(name, doc))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config-dir")
+    flags, overrides = parser.parse_known_args(argv)
+    folders = [CONF, *([Path(flags.config_dir).absolute()] if flags.config_dir else [])]
+    if flags.help:
+        print(format_usage(name, doc, folders))
         return 0
     try:
-        return task(_compose_config(name, overrides))
+        if not folders[-1].is_dir():
+            raise DataError(f"--config-dir: {flags.config_dir} is no folder; expected one with source/<name>.yaml")
+        return task(_compose_config(name, overrides, folders))
     except (DataError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"{type(error).__name__}: {_format_error(name, error, overrides)}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_format_error(name, error, overrides, folders)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def format_usage(name: str, doc: str) -> str:
-    """What the command does, its options, and those of each source or filter."""
-    files = [CONF / f"{name}.yaml", *(sorted((CONF / GROUPS[name]).glob("*.yaml")) if name in GROUPS else ())]
-    options = [f"--- {file.relative_to(CONF).with_suffix('')}\n{file.read_text(encoding='utf-8')}" for file in files]
+def format_usage(name: str, doc: str, folders: Sequence[Path] = (CONF,)) -> str:
+    """What the command does, its options, and those of each source or filter in `folders`."""
+    group = GROUPS.get(name)
+    files = {name: CONF / f"{name}.yaml"}
+    files |= {f"{group}/{choice}": file for choice, file in _list_choices(name, folders).items()}
+    options = [f"--- {title}\n{file.read_text(encoding='utf-8')}" for title, file in files.items()]
     return "\n".join([doc, *options])
+
+
+def _list_choices(name: str, folders: Sequence[Path]) -> dict[str, Path]:
+    """The sources or filters that a command may take -> their files."""
+    group = GROUPS.get(name)
+    return {file.stem: file for folder in folders for file in sorted((folder / group).glob("*.yaml"))} if group else {}
 
 
 def make_component(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: str = "") -> Any:
@@ -86,9 +104,10 @@ def check_same(output: Path, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _compose_config(name: str, overrides: list[str]) -> DictConfig:
+def _compose_config(name: str, overrides: list[str], folders: Sequence[Path]) -> DictConfig:
+    searched = [f'hydra.searchpath=["file://{folder}"]' for folder in folders if folder != CONF]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose(config_name=name, overrides=overrides, return_hydra_config=True)
+        config = compose(config_name=name, overrides=[*overrides, *searched], return_hydra_config=True)
     with open_dict(config):
         choices = config.pop("hydra").runtime.choices
         if "source" in choices:
@@ -119,26 +138,26 @@ def _read_type_hints(component: Any) -> dict[str, Any]:
         return {}
 
 
-def _format_error(name: str, error: BaseException, overrides: Sequence[str]) -> str:
+def _format_error(name: str, error: BaseException, overrides: Sequence[str], folders: Sequence[Path]) -> str:
     """The message of `error`: in one line, with its cause where Hydra hides the reason there, and what is allowed."""
     first = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, OverrideParseException):
         return f"{str(error.override)!r} is not <option>=<value>, or its value needs quotes; see --help"
     if isinstance(error, MissingConfigException) or first.startswith("You must specify"):
-        choices = sorted(path.stem for path in (CONF / GROUPS.get(name, "")).glob("*.yaml"))
-        return f"{first.rstrip('.')}. Available: {', '.join(choices)}"
+        return f"{first.rstrip('.')}. Available: {', '.join(sorted(_list_choices(name, folders)))}"
     if found := re.match(r"Could not override '(.+)'", first):
-        return f"no option {found[1]!r}; options: {', '.join(_list_options(name, overrides))}"
+        return f"no option {found[1]!r}; options: {', '.join(_list_options(name, overrides, folders))}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()
 
 
-def _list_options(name: str, overrides: Sequence[str]) -> list[str]:
+def _list_options(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The options of a command and of the sources or filters that are chosen."""
     found = [str(option) for option in OmegaConf.load(CONF / f"{name}.yaml") if option != "defaults"]
-    group = GROUPS.get(name, "")
-    for choice in re.findall(r"\w+", next((text for text in overrides if text.startswith(f"{group}=")), "")):
-        if (file := CONF / group / f"{choice}.yaml").is_file():
+    known = _list_choices(name, folders)
+    chosen = next((text for text in overrides if text.startswith(f"{GROUPS.get(name)}=")), "")
+    for choice in re.findall(r"\w+", chosen):
+        if file := known.get(choice):
             within = f"filters.{choice}." if name == "filter" else ""
             found += [f"{within}{option!s}" for option in OmegaConf.load(file) if option != "_target_"]
     return sorted(found)

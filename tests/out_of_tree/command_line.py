@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ CONF = PACKAGE / "conf"
 
 if str(HERE) not in sys.path:  # the folder that a user starts the command in, or has installed from
     sys.path.insert(0, str(HERE))
+
+SEARCH = f'hydra.searchpath=["file://{CONF}"]'
+"""What `--config-dir` comes to, as an override: for runs on several ranks, which take no flags."""
 
 TRUST = "allow_targets=[my_vlm.,tests.]"
 NATIVE = ["vision=my_native_vit", "image=native", "image.max_pixels=6400", "~image.flip"]  # the recipe flips
@@ -50,3 +54,26 @@ def start(overrides: list[str]) -> int:
 def read_weights(run: Path, step: int = 2) -> dict[str, torch.Tensor]:
     """The weights that a run saved after a step."""
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
+
+
+STOP = "+callbacks.stop={_target_: tests.support.audit.Stop, after: 1}"
+
+
+def assert_resumes_exactly(job: Callable[[str], list[str]], runs: Path) -> None:
+    """Two steps are one step, an interruption, and another one. `job` gives the overrides of a run by its name."""
+    assert start(job("whole")) == 0
+    assert start([*job("cut"), STOP]) == 143
+    assert not (runs / "cut/checkpoints/step-00000002").exists()
+    assert start(job("cut")) == 0
+    whole, resumed = read_weights(runs / "whole"), read_weights(runs / "cut")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    before = read_weights(runs / "whole", step=1)
+    assert any(not torch.equal(whole[name], before[name]) for name in whole), "the second step changed nothing"
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    """The weights after the second step, to tolerance."""
+    weights, others = read_weights(one), read_weights(other)
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert (tensor - others[name]).abs().max() <= 1e-5 * tensor.abs().max() + 1e-8, name

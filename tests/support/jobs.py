@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,16 +19,18 @@ from vlm_train.runs.folder import RunFolder
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train_on_ranks(*jobs: list[str], ranks: int = 2, limit: float = 200.0, check: bool = True) -> list[int]:
+def train_on_ranks(
+    *jobs: list[str], ranks: int = 2, limit: float = 200.0, check: bool = True, packages: Sequence[Path] = ()
+) -> list[int]:
     """Train each job (overrides of one run) on `ranks` processes. Returns their exit codes; a hang raises.
 
-    When one process ends with an error, the others are killed.
+    `packages` are further folders to import from. When one process ends with an error, the others are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "jobs.json"
         path.write_text(json.dumps(jobs))
         port = free_port()
-        processes = [_start(path, rank, ranks, port) for rank in range(ranks)]
+        processes = [_start(path, rank, ranks, port, packages) for rank in range(ranks)]
         end = time.monotonic() + limit
         try:
             while any(process.poll() is None for process in processes):
@@ -45,11 +48,12 @@ def train_on_ranks(*jobs: list[str], ranks: int = 2, limit: float = 200.0, check
     return codes
 
 
-def _start(path: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
+def _start(path: Path, rank: int, ranks: int, port: int, packages: Sequence[Path]) -> subprocess.Popen[bytes]:
     """A process with the environment that torchrun gives its workers."""
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1}
     given["MASTER_PORT"] = port
-    own = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "test"}
+    own = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test"}
+    own["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, *packages)))
     environment = {**os.environ, **own, **{name: str(value) for name, value in given.items()}}
     return subprocess.Popen([sys.executable, __file__, str(path)], env=environment, cwd=ROOT, start_new_session=True)
 

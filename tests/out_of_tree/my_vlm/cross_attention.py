@@ -1,7 +1,7 @@
 """A family whose images stay out of the text: gated cross-attention blocks between the layers of the language model.
 
-Flamingo's wiring (Alayrac et al. 2022, arXiv 2204.14198, section 3.2). Legend: M media items, S features an item, R rows,
-Q queries, D width.
+Flamingo's wiring (Alayrac et al. 2022, arXiv 2204.14198, section 3.2). Legend: M media items, S features an item, R
+rows, Q queries, D width.
 """
 
 from __future__ import annotations

@@ -69,8 +69,10 @@ class ResamplerLayer(nn.Module):
         """Tokens `[N, Q, D]`, patches `[N, P, D]`, mask `[N, P]` (True where a patch is) -> `[N, Q, D]`."""
         asking = self.norm_queries(tokens)
         read = torch.cat([self.norm_patches(patches), asking], dim=1)
-        query, *keys_values = self.query(asking), *self.key_value(read).chunk(2, dim=-1)
-        query, key, value = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (query, *keys_values))
+        key, value = self.key_value(read).chunk(2, dim=-1)
+        query, key, value = (
+            one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.query(asking), key, value)
+        )
         if mask is not None:
             mask = F.pad(mask, (0, tokens.shape[1]), value=True)[:, None, None]
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
