@@ -38,7 +38,7 @@ PIECES = {
 
 def small_run(piece: str, data: Path, runs: Path, *more: str, name: str = "run") -> list[str]:
     """Overrides of two steps of four samples in micro-batches of two, a checkpoint each."""
-    steps = ["trainer.max_steps=2", "trainer.save_every=1", "optim.lr=0.01"]
+    steps = ["trainer.max_steps=2", "trainer.save_every=1", "optim.lr=0.01", "lr_schedule.warmup_ratio=0"]
     fixed = command(data, runs, TRUST, *steps, name=name)
     chosen = PIECES[piece]
     if any(one.startswith("recipe=") for one in chosen):

@@ -40,7 +40,9 @@ def test_it_learns_from_its_reference_which_is_never_saved(whole: Path) -> None:
         assert not any("reference" in name for name in file.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("cut", [["batch.micro=1"], ["batch.micro=4", "data.pack=256"]], ids=["micro", "packed"])
+@pytest.mark.parametrize(
+    "cut", [["batch.micro=1"], ["batch.micro=4", "data.pack=256", "data.max_length=256"]], ids=["micro", "packed"]
+)
 def test_a_step_is_the_same_however_it_is_cut(cut: list[str], data: Path, whole: Path, tmp_path: Path) -> None:
     cache = f"data.cache={tmp_path}/lengths"
     assert start(small_run("preference", data, tmp_path, *SGD, *cut, cache)) == 0

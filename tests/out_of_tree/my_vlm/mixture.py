@@ -109,8 +109,8 @@ class Mixture(Family):
 
 
 class Balance(Objective):
-    """E times the sum of the encoders' squared shares, for every image: 1 where all weigh the same, E where one takes it
-    all.
+    """E times the sum of the encoders' squared shares, for every image: 1 where all weigh the same, E where one takes
+    it all.
 
     Args:
         weight: factor in the total loss.
