@@ -12,12 +12,3 @@ def derive_seed(*address: int | str) -> int:
     """A 63-bit seed for an address such as `(seed, "sample", epoch, index)`; equal on every machine and process."""
     digest = hashlib.blake2b("/".join(map(str, address)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def seed_torch(seed: int, *, cuda: bool) -> None:
-    """Seed the generators that a device draws from: `torch.manual_seed` visits all backends, which takes 0.6 ms."""
-    import torch
-
-    torch.default_generator.manual_seed(seed)
-    if cuda:
-        torch.cuda.manual_seed(seed)

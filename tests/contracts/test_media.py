@@ -21,7 +21,6 @@ def test_a_rectangle_goes_there_and_back() -> None:
     features = Features.from_rectangular(values, Grid3(1, 2, 3))
     assert torch.equal(features.rectangular(), values) and features.padded()[1] is None
     assert features.rectangular().data_ptr() == values.data_ptr()  # nothing is copied
-    assert features.first(0).rectangular().shape == (0, 1, 3)
 
 
 def test_views_of_several_sizes_are_no_rectangle() -> None:
@@ -30,7 +29,7 @@ def test_views_of_several_sizes_are_no_rectangle() -> None:
 
 
 def test_more_values_than_the_grids_hold_are_refused() -> None:
-    for read in (Features.rectangular, Features.padded, lambda one: one.count_by_item((1,))):
+    for read in (Features.rectangular, Features.padded):
         with pytest.raises(BatchError, match="14 values, but their grids hold 15"):
             read(Features(ragged().values[1:], GRIDS))
 
@@ -41,11 +40,6 @@ def test_padding_is_masked() -> None:
     assert torch.equal(values[mask], ragged().values) and not values[~mask].any()
     expected = torch.stack([view.mean(dim=0) for view in ragged().values.split([4, 6, 4, 1])])
     assert_close(ragged().mean(), expected)
-
-
-def test_features_by_item_and_of_the_first_views() -> None:
-    assert ragged().count_by_item((2, 0, 1)) == [10, 0, 4]
-    assert ragged().first(2).grids == GRIDS[:2] and torch.equal(ragged().first(2).values, ragged().values[:10])
 
 
 def test_a_function_runs_once_a_grid_and_gives_what_it_gives_alone() -> None:

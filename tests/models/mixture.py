@@ -14,8 +14,8 @@ from vlm_train.contracts.family import Family
 from vlm_train.contracts.layout import MediaLayout, MediaSize, Piece, Slot
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.data.images.plan import ImagePlan
-from vlm_train.models.families.text_only import decode_stream
-from vlm_train.models.layers.merge import check_slots, merge_features
+from vlm_train.models.layers.decode import decode_stream
+from vlm_train.models.layers.merge import merge_features
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ class TokenMixture(Family):
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         media, text = batch.media, batch.text[stream]
         features, shown = self.features(batch), next(iter(media.inputs.values()))
-        check_slots(features.count_by_item(shown.view_counts), media.slot_counts, media.keys)
-        embeds = merge_features(
-            self.llm.embed(text.ids), features.first(shown.real).values, text.slots, media.slot_counts
-        )
+        embeds = merge_features(self.llm.embed(text.ids), features, shown.view_counts, text.slots, media)
         return decode_stream(self.llm, embeds, text)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from vlm_train.contracts.objective import StepContext
 from vlm_train.models.families.two_tower import TwoTower
 from vlm_train.objectives.contrastive import Contrastive
 from vlm_train.objectives.sigmoid import Sigmoid
-from vlm_train.training.gather import gather_for
+from vlm_train.training.gather import RankGather
 
 OBJECTIVES = {
     "contrastive": Contrastive(),
@@ -49,7 +49,7 @@ def rank(number: int, folder: Path) -> None:
     """Every case on this rank; the sums over ranks go to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
-    context = StepContext(gather_for(2, torch.device("cpu")))
+    context = StepContext(RankGather(torch.device("cpu")))
     found = {}
     for name in OBJECTIVES:
         for cut in CUTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from vlm_train.dryrun.report import without_assets
 from vlm_train.training import device, metrics
 from vlm_train.training.flops import count_flops
 from vlm_train.training.loss_sums import Sums
-from vlm_train.training.metrics import Meter, part_norms, segment_lengths
+from vlm_train.training.metrics import Meter, part_norms
 from vlm_train.training.module import VLMModule
 from vlm_train.training.step_flops import Work, work_of
 from vlm_train.training.trace import count_patches, trace_step
@@ -101,10 +102,17 @@ def test_sums_by_source_of_packed_rows() -> None:
 
 def test_padding_makes_no_pairs() -> None:
     batch = packed([2, 1], [3], [4], width=4)
-    assert list(segment_lengths(batch.text["llm"], [2, 1, 1])) == [2, 1, 3, 4]
     one = Meter(alone)
     one.add_batch(batch)
     assert (one.counts["pairs"], one.counts["patches"]) == (4 + 1 + 9 + 16, 0)
+
+
+def test_where_only_a_mask_tells_the_samples_of_a_row_they_count_as_equally_long() -> None:
+    batch = packed([2, 1], [3], [], width=4)
+    stream = replace(batch.text["llm"], sample_lengths=None)
+    one = Meter(alone)
+    one.add_batch(replace(batch, text={"llm": stream}, keys=(("a", "b"), ("c",), ())))
+    assert one.counts["pairs"] == 2**2 + 2**2 + 4**2
 
 
 def clocked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -115,7 +123,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def step(one: Meter, clock: Any, *, wait: float, work: float, samples: int = 4) -> None:
     clock.now += wait
-    one.on_batch_received()
+    one.add_batch(packed([1], width=1))
     sums = {"samples": {"a": samples - 1.0, "b": 1.0}}
     one.open_step(
         Window(step=0, micro=0, micro_count=1, sums=sums, samples=samples, tokens=60, places=80, supervised=15)

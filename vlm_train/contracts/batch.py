@@ -204,11 +204,6 @@ def count_pairs(batch: Batch, text: str = "llm") -> int:
     return pairs
 
 
-def ends_step(batch: Batch) -> bool:
-    """Whether this is the last micro-batch of an optimizer step."""
-    return batch.window is not None and batch.window.micro + 1 == batch.window.micro_count
-
-
 def map_tensors(value: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
     """Apply `function` to every tensor (or other `kind`) of a nested dataclass or mapping; leave the rest as it is."""
     if isinstance(value, kind):

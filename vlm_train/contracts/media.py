@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -62,7 +61,7 @@ class MediaInput:
     @property
     def patches(self) -> int:
         """Patches of the real views, as far as their grids are known."""
-        return sum(grid.size for grid in self.grids[: self.real])
+        return sum(grid.size for grid in self.grids[: sum(self.view_counts)])
 
     @property
     def is_flat(self) -> bool:
@@ -127,16 +126,6 @@ class Features(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> Features:
         """With `function`, which takes `[F, D]` and knows no neighbours, over all values at once."""
         return self._replace(values=function(self.values))
-
-    def first(self, views: int) -> Features:
-        """Those of the first views."""
-        grids = self.grids[:views]
-        return Features(self.values[: sum(grid.size for grid in grids)], grids)
-
-    def count_by_item(self, view_counts: Sequence[int]) -> list[int]:
-        """Features of every media item, of which each has so many views."""
-        lengths = iter(self.lengths)
-        return [sum(islice(lengths, count)) for count in view_counts]
 
 
 def map_grids(

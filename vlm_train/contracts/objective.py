@@ -100,8 +100,3 @@ class Objective(Protocol):
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """The losses of one micro-batch, by name."""
         ...
-
-
-def denominator_of(objective: Objective) -> str:
-    """The entry of `Window.sums` that the losses of `objective` are divided by."""
-    return "samples" if objective.normalized_by == "samples" else objective.streams[0]

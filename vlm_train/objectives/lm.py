@@ -5,6 +5,8 @@ Legend: B rows, T tokens, S supervised positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +69,11 @@ class LanguageModeling(Objective):
         pieces = self.chunks or max(1, -(-len(index) // self.chunk))
         total = correct = hidden.new_zeros((), dtype=torch.float32)
         losses = []
+        compute: Callable[..., tuple[Tensor, Tensor]] = _token_loss
+        if torch.is_grad_enabled():
+            compute = partial(checkpoint, _token_loss, use_reentrant=False, preserve_rng_state=False)
         for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
-            loss, hits = _chunk_loss(model, self.label_smoothing, *part)
+            loss, hits = compute(model, self.label_smoothing, *part)
             total, correct = total + loss.sum(), correct + hits
             losses.append(loss.detach())
         accuracy = correct / max(len(index), 1)
@@ -81,13 +86,6 @@ def supervised_positions(stream: TokenStream) -> Tensor:
     if stream.supervised is not None:
         return stream.supervised
     return (stream.labels.flatten() != IGNORE).nonzero().squeeze(1)
-
-
-def _chunk_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    given = (model, smoothing, hidden, labels, weights)
-    if not torch.is_grad_enabled():
-        return _token_loss(*given)
-    return checkpoint(_token_loss, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def _token_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlm_train.contracts.objective import Gather, OneRank
-
 
 def _gather_rows(tensor: Tensor) -> Tensor:
     """`[rows, ...]` of all ranks, one after the other."""
@@ -58,8 +56,3 @@ class RankGather:
         if min(sizes) == most:
             return whole
         return torch.cat([whole[r * most : r * most + size] for r, size in enumerate(sizes)])
-
-
-def gather_for(world: int, device: torch.device) -> Gather:
-    """The gather of `world` ranks."""
-    return RankGather(device) if world > 1 else OneRank()

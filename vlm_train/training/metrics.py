@@ -6,13 +6,13 @@ Sums of tensors stay on their device until a line is due: nothing here makes a s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vlm_train.contracts.batch import Batch, TokenStream, Window
+from vlm_train.contracts.batch import Batch, Window
 from vlm_train.distributed import process_rank
 from vlm_train.errors import TrainingError
 from vlm_train.training.device import peak_memory, peak_tflops
@@ -83,13 +83,6 @@ class Meter:
         self.train = self.marked
         self.add_count("skipped_steps")
 
-    def add_batch(self, batch: Batch) -> None:
-        """Count what a micro-batch makes the model compute."""
-        samples = [len(row) for row in batch.keys]
-        lengths = [length for stream in batch.text.values() for length in segment_lengths(stream, samples)]
-        self.add_count("pairs", float(sum(length**2 for length in lengths)))
-        self.add_count("patches", sum(one.patches for one in batch.media.inputs.values()))
-
     def start_clock(self) -> None:
         """Training begins, or goes on."""
         self.paused = self.left = time.perf_counter()
@@ -99,10 +92,19 @@ class Meter:
         """A step is done: the wait for data begins."""
         self.left = time.perf_counter()
 
-    def on_batch_received(self) -> None:
-        """The next micro-batch is there."""
-        self.add_count("wait", time.perf_counter() - self.left)
-        self.left = time.perf_counter()
+    def add_batch(self, batch: Batch) -> None:
+        """The next micro-batch is there: count the wait for it, and what it makes the model compute."""
+        now = time.perf_counter()
+        pairs = 0.0
+        for stream in batch.text.values():
+            rows: Sequence[Sequence[float]] | None = stream.sample_lengths
+            if rows is None:  # only a mask tells them: as if those of a row were equally long
+                rows = [[stream.ids.shape[1] / len(keys) for _ in keys] for keys in batch.keys]
+            pairs += sum(length**2 for lengths in rows for length in lengths)
+        patches = sum(one.patches for one in batch.media.inputs.values())
+        for name, number in (("wait", now - self.left), ("pairs", pairs), ("patches", patches)):
+            self.counts[name] = self.counts.get(name, 0.0) + number
+        self.left = now
 
     def make_line(self, device: torch.device) -> dict[str, float]:
         """Means, rates and shares since the last line, on every rank of `device`. Starts the next one.
@@ -178,17 +180,6 @@ class Meter:
         self.train.sources = {name: torch.tensor(pair, device=device) for name, pair in pairs.items()}
         self.counts, self.drawn = dict(state["counts"]), dict(state["drawn"])
         self.before = float(state["seconds"])
-
-
-def segment_lengths(stream: TokenStream, samples: Sequence[int]) -> Iterator[float]:
-    """Lengths of a stream's segments without padding, `samples` of every row; where only a mask tells them, as if those
-    of a row were equally long."""
-    if stream.sample_lengths is None:
-        width = stream.ids.shape[1]
-        yield from (width / count for count in samples for _ in range(count))
-        return
-    for lengths in stream.sample_lengths:
-        yield from lengths
 
 
 def part_norms(policy: Policy) -> dict[str, Tensor]:

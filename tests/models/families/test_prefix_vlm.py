@@ -66,6 +66,7 @@ def test_plain_rows_with_images_need_no_mask(attention):
     for plain in (False, True):
         model = tiny_vlm().train()
         model.llm.model.set_attn_implementation(attention)
+        model.llm.takes_packed = False
         one = replace(batch, text={"llm": replace(stream, plain_causal=plain)})
         hidden.append(model(one)[stream.segment_ids != 0])
         LanguageModeling()(model, one, StepContext())["lm"].sum.backward()

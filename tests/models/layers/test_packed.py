@@ -25,11 +25,12 @@ from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
-from vlm_train.models.families.text_only import TextOnly, decode_stream, generate_from
+from vlm_train.models.families.text_only import TextOnly
 from vlm_train.models.layers import attention as attention_module
 from vlm_train.models.layers import masks
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
 from vlm_train.models.layers.attention import decoding, layer_mask, packed_attention
+from vlm_train.models.layers.decode import decode_stream, generate_from
 
 ATTENTIONS = ["packed", "sdpa", "eager"]
 SMALL = llama_config(hidden_size=32, intermediate_size=48)  # 4 heads share 2 key heads

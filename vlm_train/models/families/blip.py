@@ -18,7 +18,7 @@ from vlm_train.contracts.batch import Batch, TokenStream, count_pairs
 from vlm_train.contracts.family import Family
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.generate import Sampling, generate_tokens
-from vlm_train.models.layers.masks import attention_mask, attention_of
+from vlm_train.models.layers.masks import attention_mask
 from vlm_train.models.layers.once import cached_on_batch
 from vlm_train.models.layers.padding import first_token_state, position_ids_from_mask, replace_first_token
 from vlm_train.models.layers.qformer import first_weights
@@ -94,7 +94,8 @@ class Blip(Family):
         ids = replace_first_token(text.ids, text.segment_ids != 0, self.llm.decoder_start)
         # A batch of padding still reads its blank view, so that every rank has the same gradients.
         context = self.own_context(batch) if len(batch.media.row) else self.context(self._encode_views(batch))
-        return self.llm.decode(self.llm.embed(ids), text.positions, attention_of(text, False), context)
+        mask = None if text.plain_causal else attention_mask(text.segment_ids, text.attention_group)
+        return self.llm.decode(self.llm.embed(ids), text.positions, mask, context)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> `[..., V]`."""

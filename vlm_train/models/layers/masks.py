@@ -1,4 +1,4 @@
-"""The one mask builder: sequences and attention groups -> who may attend to whom, in the form an attention takes.
+"""The one mask builder: sequences and attention groups -> who may attend to whom.
 
 Every attention pattern of the framework is this one rule over two integer tensors:
 
@@ -20,23 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlm_train.contracts.batch import PackedSequences, SequenceMask, TokenStream
-
-
-def attention_of(stream: TokenStream, takes_packed: bool) -> Tensor | SequenceMask | None:
-    """Who may attend to whom in `stream`, as cheap as it can be said.
-
-    None: plain causal rows. A `SequenceMask`, where the attention takes it. Otherwise the mask `[B, 1, T, T]`.
-    """
-    if stream.plain_causal:
-        return None
-    if takes_packed and (stream.causal or stream.masked):
-        groups = None
-        if stream.masked is not None:
-            groups = stream.attention_group.flatten()
-            groups = groups if stream.masked.index is None else groups[stream.masked.index]
-        return SequenceMask(causal=stream.causal, masked=stream.masked, groups=groups)
-    return attention_mask(stream.segment_ids, stream.attention_group)
+from vlm_train.contracts.batch import PackedSequences
 
 
 def may_attend(

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,13 +56,15 @@ class HFCausalLM(nn.Module):
         self.inserter = BlockInserter()
         register_packed()
         self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, *ATTENTION))
+        self.takes_packed = attention == PACKED
         if self.takes_packed and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
             other = "sdpa" if self.model._supports_sdpa else "eager"
             raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run packed; choose {other}")
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
-        self.unmasked_mixers = mixers_without_mask(self._find_layers() or (), self._layer_kinds())
+        self.layer_kinds = frozenset(getattr(self.model.config, "layer_types", None) or ())
+        self.unmasked_mixers = mixers_without_mask(self._find_layers() or (), self.layer_kinds)
         self._add_tokens()
 
     @property
@@ -76,11 +79,6 @@ class HFCausalLM(nn.Module):
         if layers is None:
             raise ConfigError(f"llm.config.model_type: {type(self.decoder).__name__} does not expose its layers")
         return layers
-
-    @property
-    def takes_packed(self) -> bool:
-        """Whether `decode` takes a `SequenceMask`."""
-        return self.model.config._attn_implementation == PACKED
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> embeddings `[B, T, D]`; negative ids (placeholders) give token 0's."""
@@ -108,11 +106,22 @@ class HFCausalLM(nn.Module):
         """
         if mask is not None:
             self._check_mask(mask)
-        with self.inserter.given(cross_states), decoding(mask if isinstance(mask, SequenceMask) else None):
-            output = self.decoder(
+        if len(positions) > 1:
+            self._check_position_axes(len(positions))
+        if self.takes_packed and not isinstance(mask, Tensor):
+            # Packed attention gets the sequences by itself. Given no mask at all, the library guesses from position ids
+            # what is packed, and asks the device: a mask of tokens, which nothing reads, keeps it from guessing.
+            library_mask: Any = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        else:
+            library_mask = self._make_library_mask(mask, embeds)
+        blocks = (
+            nullcontext() if cross_states is None and not self.inserter.groups else self.inserter.given(cross_states)
+        )
+        with blocks, decoding(mask if isinstance(mask, SequenceMask) else None):
+            output = self.model.get_decoder()(
                 inputs_embeds=embeds,
-                attention_mask=self._library_mask(mask, embeds),
-                position_ids=self._library_positions(positions),
+                attention_mask=library_mask,
+                position_ids=positions if len(positions) > 1 else positions[0],
                 use_cache=False,
             )
         return output.last_hidden_state
@@ -207,26 +216,17 @@ class HFCausalLM(nn.Module):
                 ExtendedHead(head, self.new_tokens, extended.new_embeddings if tied else None)
             )
 
-    def _library_positions(self, positions: Tensor) -> Tensor:
-        """Positions `[A, B, T]` in the form the library takes: `[B, T]`, or all axes where its rotations have as many.
-
-        Raises `ConfigError` for several axes and a model that has one.
-        """
-        if len(positions) == 1:
-            return positions[0]
+    def _check_position_axes(self, axes: int) -> None:
+        """Raise `ConfigError` unless the model's rotations have several axes."""
         rotary = getattr(self.model.config, "rope_parameters", None) or {}
         if "mrope_section" not in rotary:
             raise ConfigError(
                 f"llm.config.model_type: {self.numbers.get('model_type')!r} has 1 position axis, but the media layout "
-                f"gives {len(positions)}; choose a model with M-RoPE (rope_parameters.mrope_section) or another layout"
+                f"gives {axes}; choose a model with M-RoPE (rope_parameters.mrope_section) or another layout"
             )
-        return positions
 
     def _find_layers(self) -> nn.ModuleList | None:
         return next((getattr(self.decoder, name) for name in LAYER_LISTS if hasattr(self.decoder, name)), None)
-
-    def _layer_kinds(self) -> set[str]:
-        return set(getattr(self.model.config, "layer_types", None) or ())
 
     def _check_mask(self, mask: Tensor | SequenceMask) -> None:
         config, name = self.model.config, self.numbers["model_type"]
@@ -236,23 +236,18 @@ class HFCausalLM(nn.Module):
                 "samples of a packed row, or independent annotations, would see each other. Use data.pack=null and "
                 "data.annotations=dialogue, first or drawn, or another model."
             )
-        if unknown := self._layer_kinds() - MASKED_LAYERS:
+        if unknown := self.layer_kinds - MASKED_LAYERS:
             raise ConfigError(
                 f"llm.config.layer_types: {', '.join(sorted(unknown))} can take neither sequences nor an explicit mask"
             )
         if isinstance(mask, SequenceMask) and not self.takes_packed:
             raise ConfigError(f"llm.attention: {config._attn_implementation} takes no sequences; choose packed")
 
-    def _library_mask(self, mask: Tensor | SequenceMask | None, embeds: Tensor) -> Any:
-        """Our mask in the form the library takes as is: boolean for sdpa, additive for eager, one per kind of layer.
-
-        Given none, the library guesses from position ids what is packed, and asks the device. Packed attention gets it
-        by itself: a mask of tokens `[B, T]`, which nothing reads, keeps it from guessing.
-        """
-        rows, length = embeds.shape[:2]
-        config, kinds = self.model.config, self._layer_kinds()
-        if self.takes_packed and not isinstance(mask, Tensor):
-            return torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
+    def _make_library_mask(self, mask: Tensor | SequenceMask | None, embeds: Tensor) -> Any:
+        """An explicit mask `[B, 1, T, T]`, or plain causal rows, in the form the library takes as is: boolean for sdpa,
+        additive for eager, one per kind of layer."""
+        length = embeds.shape[1]
+        config, kinds = self.model.config, self.layer_kinds
         if kinds - MASKED_LAYERS:
             return None  # plain rows; only the library knows what these layers take
         eager, plain = config._attn_implementation == "eager", not isinstance(mask, Tensor)

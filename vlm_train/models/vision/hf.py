@@ -25,6 +25,9 @@ _NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projec
 # Towers that are published inside whole models only.
 _INSIDE = ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
 
+PRE_NORM = "pre_layrnorm"
+"""Of CLIP, before the first layer; spelled so in transformers."""
+
 
 def fixed_grid(size: MediaSize, grid: Grid3) -> Grid3:
     """The patch grid of an encoder with one input resolution: the same for every view."""
@@ -72,6 +75,9 @@ class HFVision(nn.Module):
         if init == "clip":
             init_vision(self.model)
         tower_config = self.model.config
+        self.tower_path = "vision_model" if hasattr(self.model, "vision_model") else ""  # some classes nest it once
+        blocks = "layers" if hasattr(self.tower.encoder, "layers") else "layer"
+        self.layers_path = f"{self.tower_path}.encoder.{blocks}".lstrip(".")
         self.depth = len(self.layers)
         # Some layers take a mask as their second argument, in some releases only.
         takes_mask = "attention_mask" in inspect.signature(type(self.layers[0]).forward).parameters
@@ -96,14 +102,13 @@ class HFVision(nn.Module):
 
     @property
     def tower(self) -> Any:
-        """The module that holds `embeddings` and `encoder` (some model classes nest it once)."""
-        return getattr(self.model, "vision_model", self.model)
+        """The module that holds `embeddings` and `encoder`."""
+        return self.model.get_submodule(self.tower_path)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The encoder blocks, for layer-wise learning rates and activation checkpointing."""
-        encoder = self.tower.encoder
-        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+        return self.model.get_submodule(self.layers_path)
 
     @property
     def pooling_head(self) -> Any:
@@ -112,20 +117,22 @@ class HFVision(nn.Module):
 
     def encode(self, media: MediaInput) -> Features:
         """Features `[N * P, D_v]` of uint8 views `[N, 3, H, W]`."""
-        dtype = next(self.tower.embeddings.parameters()).dtype
+        tower: Any = self.model.get_submodule(self.tower_path)
+        layers: Any = self.model.get_submodule(self.layers_path)
+        dtype = next(tower.embeddings.parameters()).dtype
         mean, std = self.get_buffer("mean").to(dtype), self.get_buffer("std").to(dtype)
-        hidden = self.tower.embeddings((media.values.to(dtype) / 255 - mean) / std)
-        if (norm := _pre_norm(self.tower)) is not None:
-            hidden = norm(hidden)
+        hidden = tower.embeddings((media.values.to(dtype) / 255 - mean) / std)
+        if hasattr(tower, PRE_NORM):
+            hidden = getattr(tower, PRE_NORM)(hidden)
         states = {0: hidden}
-        for index, block in enumerate(self.layers[: max(self.chosen)], start=1):
+        for index, block in enumerate(layers[: max(self.chosen)], start=1):
             hidden = block(hidden, *self._no_mask)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index in self.chosen:
                 states[index] = hidden
         features = [states[index] for index in self.chosen]
         if self.final_norm:
-            features = [_final_norm(self.tower)(features[0])]
+            features = [_final_norm(tower)(features[0])]
         if not self.keep_cls:
             features = [state[:, self.prefix_tokens :] for state in features]
         values = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
@@ -138,7 +145,8 @@ class HFVision(nn.Module):
     def unused_parameters(self) -> list[str]:
         """Names of parameters that `encode` never reads: later layers, final norm, pooling head. Kept for export."""
         used = [self.tower.embeddings, *self.layers[: max(self.chosen)]]
-        used += [norm for norm in (_pre_norm(self.tower), _final_norm(self.tower) if self.final_norm else None) if norm]
+        used += [getattr(self.tower, PRE_NORM)] if hasattr(self.tower, PRE_NORM) else []
+        used += [_final_norm(self.tower)] if self.final_norm else []
         read = {id(p) for module in used for name, p in module.named_parameters() if not name.endswith("mask_token")}
         return [name for name, parameter in self.named_parameters() if id(parameter) not in read]
 
@@ -193,10 +201,6 @@ def _resolve_layers(layer: int | Sequence[int], depth: int) -> tuple[int, ...]:
             f"vision.layer: {layer!r} does not exist; the tower has {depth} layers: {-depth - 1} ... {depth}"
         )
     return tuple(index % (depth + 1) for index in wanted)
-
-
-def _pre_norm(tower: Any) -> Any:
-    return getattr(tower, "pre_layrnorm", None)  # spelled so in transformers
 
 
 def _final_norm(tower: Any) -> Any:

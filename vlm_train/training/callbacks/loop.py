@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.run_state import restore_run
 from vlm_train.checkpoint.save import Writer
-from vlm_train.contracts.batch import Batch, ends_step
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.data.processor import Processor
 from vlm_train.errors import Interrupted
@@ -56,7 +56,8 @@ class AfterStep(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if not ends_step(batch):
+        window = batch.window
+        if window is None or window.micro + 1 < window.micro_count:
             return
         step, module = trainer.global_step, cast(Any, pl_module)
         if step == self.total or step % self.log_every == 0:

@@ -63,23 +63,23 @@ class Watchdog(pl.Callback):
             self.factor = float("inf")
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.begin_phase("forward and backward")
+        self.phase, self.stood = "forward and backward", 0.0
 
     def on_before_optimizer_step(self, *args: Any) -> None:
-        self.begin_phase("optimizer")
+        self.phase, self.stood = "optimizer", 0.0
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.factor = 1.0  # also after an evaluation: no rank gets here before all are back
-        self.begin_phase("data")
+        self.phase, self.stood = "data", 0.0
 
     def on_validation_batch_start(self, *args: Any) -> None:
-        self.begin_phase("validation")
+        self.phase, self.stood = "validation", 0.0
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        self.begin_phase("validation data")
+        self.phase, self.stood = "validation data", 0.0
 
     def on_validation_end(self, *args: Any) -> None:
-        self.begin_phase("after validation")
+        self.phase, self.stood = "after validation", 0.0
 
     def _watch_progress(self, ended: threading.Event) -> None:
         while not ended.wait(self.poll):

@@ -6,7 +6,7 @@ A checkpoint of such pieces can be read by any number of processes under any str
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,10 +40,8 @@ class OwnState:
         """The module's, neither wrapped nor in the run's precision: it sends only its forward pass through both."""
         self.lightning_module.training_step(batch, batch_idx)
 
-    @contextmanager
-    def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch, the `last` of its step or not: one device has no other rank."""
-        yield
+    gradients_cross_ranks: Callable[[bool], AbstractContextManager[Any]] = nullcontext
+    """Around forward and backward of a micro-batch, the `last` of its step or not: nothing, where no rank waits."""
 
     def unscale_gradients(self) -> None:
         """Make true gradients of those that fp16 has scaled."""
