@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from omegaconf import OmegaConf
 from vlm_train.check.check import check_config
 from vlm_train.config import moved_targets
 from vlm_train.config.compose import compose_tiny
+from vlm_train.config.renamed_keys import restore_first_names
 from vlm_train.config.run_file import load_config, save_config
+from vlm_train.config.run_identity import training_config, training_hash
 from vlm_train.errors import ConfigError
 
 OLD = "vlm_train.models.prefix.PrefixVLM"
@@ -22,7 +27,9 @@ def test_every_old_name_leads_to_a_module_that_is_there() -> None:
     table = yaml.safe_load(Path(moved_targets.__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     assert len(table) > 30
     for old, new in table.items():
-        assert importlib.util.find_spec(new) is not None, f"{old} -> {new}"
+        module, _, name = new.rpartition(".")
+        found = hasattr(importlib.import_module(module), name) or importlib.util.find_spec(new)
+        assert found, f"{old} -> {new}"
 
 
 def test_a_run_of_an_earlier_version_loads(tmp_path: Path) -> None:
@@ -44,6 +51,21 @@ def test_an_old_name_elsewhere_is_answered_with_the_new_one() -> None:
         check_config(cfg, need_assets=False)
     (line,) = [line for line in error.value.problems if OLD in line]
     assert line == f"model._target_: got {OLD}, which is now {compose_tiny('recipe=llava15_stage1').model._target_}."
+
+
+@pytest.mark.parametrize("old", ["vlm_train.models.med.Med", "vlm_train.models.llms.blip_text.Med"])
+def test_a_renamed_component_is_found_from_every_module_that_it_was_in(old: str) -> None:
+    assert moved_targets.moved_target(old) == "vlm_train.models.llms.blip_text.BlipTextModel"
+
+
+def test_a_run_keeps_the_id_that_it_had_before_a_component_was_renamed() -> None:
+    cfg = compose_tiny("recipe=easyvqa_blip")
+    plain = training_config(cfg)
+    restore_first_names(plain)
+    assert plain["llm"]["_target_"] == "vlm_train.models.llms.blip_text.BlipTextModel"
+    plain["llm"]["_target_"] = "vlm_train.models.llms.blip_text.Med"
+    text = json.dumps(plain, sort_keys=True)
+    assert training_hash(cfg) == hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def test_a_name_that_never_was_stays() -> None:

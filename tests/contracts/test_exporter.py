@@ -40,7 +40,7 @@ def test_problems_of_all_are_listed_where_none_fits() -> None:
     with pytest.raises(ConfigError) as caught:
         choose_exporter(linear.model, build_exporters(linear.cfg))
     assert caught.value.problems == [
-        "exporter.blip: model: PrefixVLM has no BLIP equivalent; only Blip with Med does",
+        "exporter.blip: model: PrefixVLM has no BLIP equivalent; only Blip with BlipTextModel does",
         "exporter.blip2: connector: Linear; BLIP-2 has a Q-Former",
         "exporter.llava: connector: Linear; LLaVA has only the two-layer MLP (mlp2x_gelu)",
     ]

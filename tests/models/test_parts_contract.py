@@ -16,7 +16,7 @@ from vlm_train.build import build_layout
 from vlm_train.contracts.layout import GridLayout, MediaSize
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.data.images.transform import ImageTransform
-from vlm_train.models.llms.blip_text import START_TOKENS, Med
+from vlm_train.models.llms.blip_text import START_TOKENS, BlipTextModel
 from vlm_train.models.llms.text_tower import HFTextTower
 from vlm_train.models.vision.example import blank_input
 
@@ -126,7 +126,7 @@ def test_text_tower(option):
 @pytest.mark.parametrize("option", sorted(set(options("llm")) - text_towers()))
 def test_llm(option):
     llm = part("llm", option)
-    encodes = isinstance(llm, Med)  # it has start tokens, and attention that decoding does not use
+    encodes = isinstance(llm, BlipTextModel)  # it has start tokens, and attention that decoding does not use
     pairs = hasattr(llm, "encode") and not encodes
     rows = 50 + START_TOKENS * encodes
     assert llm.vocab_size == rows and len(llm.layers) == (4 if pairs else 2)

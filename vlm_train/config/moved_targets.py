@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,27 @@ def moved_target(target: Any) -> str | None:
     """What the component of an old name is called now; None for every other name."""
     if not isinstance(target, str):
         return None
-    if target in _table():
-        return _table()[target]
     module, _, name = target.rpartition(".")
-    return f"{_table()[module]}.{name}" if module in _table() else None
+    moved = f"{_table()[module]}.{name}" if module in _table() else target
+    now = _table().get(moved, moved)  # a component may have moved with its module, and then got a name of its own
+    return None if now == target else now
+
+
+def restore_first_targets(value: Any) -> Any:
+    """Plain configuration with the names that renamed components first had: for hashes that outlive a renaming."""
+    first = {now: old for old, now in _table().items() if old.rpartition(".")[0] == now.rpartition(".")[0]}
+    return _replace_targets(value, first.get)
 
 
 def rename_targets(cfg: DictConfig | ListConfig) -> DictConfig | ListConfig:
     """The configuration with today's names of components; interpolations are kept."""
-    return OmegaConf.create(_renamed(OmegaConf.to_container(cfg, resolve=False)))
+    return OmegaConf.create(_replace_targets(OmegaConf.to_container(cfg, resolve=False), moved_target))
 
 
-def _renamed(value: Any) -> Any:
+def _replace_targets(value: Any, name_of: Callable[[Any], str | None]) -> Any:
     if isinstance(value, dict):
-        inner = {key: _renamed(one) for key, one in value.items()}
-        if now := moved_target(inner.get("_target_")):
-            inner["_target_"] = now
+        inner = {key: _replace_targets(one, name_of) for key, one in value.items()}
+        if name := name_of(inner.get("_target_")):
+            inner["_target_"] = name
         return inner
-    return [_renamed(one) for one in value] if isinstance(value, list) else value
+    return [_replace_targets(one, name_of) for one in value] if isinstance(value, list) else value

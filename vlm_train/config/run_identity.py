@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from vlm_train.config.moved_targets import restore_first_targets
 from vlm_train.config.renamed_keys import restore_first_names
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import MODEL_PARTS, Paths
@@ -49,8 +50,8 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
 def training_hash(cfg: DictConfig) -> str:
     """Eight hexadecimal digits that name the training-relevant configuration."""
     plain = training_config(cfg)
-    restore_first_names(plain)  # a renamed key makes no other run
-    text = json.dumps(plain, sort_keys=True, default=str)
+    restore_first_names(plain)  # a renamed key makes no other run, nor does a renamed component
+    text = json.dumps(restore_first_targets(plain), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

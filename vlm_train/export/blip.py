@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError
 from vlm_train.models.families.blip import Blip
-from vlm_train.models.llms.blip_text import Med
+from vlm_train.models.llms.blip_text import BlipTextModel
 from vlm_train.models.vision.hf import HFVision
 from vlm_train.models.weights.blip_names import CAPTIONING, RETRIEVAL, name_modules
 
@@ -73,8 +73,8 @@ class BlipExporter:
 
 def find_problems(model: Any) -> list[str]:
     """Every reason why BLIP cannot express `model`. Reads no weight."""
-    if not isinstance(model, Blip) or not isinstance(model.llm, Med):
-        return [f"model: {type(model).__name__} has no BLIP equivalent; only Blip with Med does"]
+    if not isinstance(model, Blip) or not isinstance(model.llm, BlipTextModel):
+        return [f"model: {type(model).__name__} has no BLIP equivalent; only Blip with BlipTextModel does"]
     vision = model.vision
     kind = vision.model.config.model_type if isinstance(vision, HFVision) else type(vision).__name__
     if kind != "blip_vision_model" or not vision.final_norm or not vision.keep_cls:

@@ -9,7 +9,7 @@ from tests.support.tiny_models import MEAN, STD, assert_close, batch_of, text_st
 from vlm_train.errors import AssetError, BatchError, ConfigError
 from vlm_train.export.blip import from_library, library_config, verify_blip, write_blip
 from vlm_train.models.families.blip import Blip
-from vlm_train.models.llms.blip_text import Med
+from vlm_train.models.llms.blip_text import BlipTextModel
 from vlm_train.models.vision.hf import HFVision
 from vlm_train.models.weights.blip_names import CAPTIONING, RETRIEVAL, bert_state
 
@@ -24,8 +24,8 @@ NUMBERS = {
 }
 
 
-def med(**changes) -> Med:
-    return Med(config={"vocab_size": 42, **NUMBERS} | changes)
+def med(**changes) -> BlipTextModel:
+    return BlipTextModel(config={"vocab_size": 42, **NUMBERS} | changes)
 
 
 def tower(**arguments) -> HFVision:
@@ -209,10 +209,10 @@ def test_temperature_is_bounded():
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="keep_cls"):
         Blip(vision=tower(keep_cls=False), llm=med())
-    with pytest.raises(ConfigError, match="hidden_dim: not a setting of Med"):
+    with pytest.raises(ConfigError, match="hidden_dim: not a setting of BlipTextModel"):
         med(hidden_dim=3)
     with pytest.raises(ConfigError, match="7 more"):
-        Med(config={"vocab_size": 42, **NUMBERS}, new_tokens=7)
+        BlipTextModel(config={"vocab_size": 42, **NUMBERS}, new_tokens=7)
 
 
 def test_both_self_attentions_start_from_bert(tmp_path):
@@ -220,7 +220,7 @@ def test_both_self_attentions_start_from_bert(tmp_path):
 
     torch.manual_seed(0)
     BertForMaskedLM(BertConfig(vocab_size=40, **NUMBERS)).save_pretrained(tmp_path)
-    model = Med(config={"vocab_size": 42, **NUMBERS}, weights=str(tmp_path))
+    model = BlipTextModel(config={"vocab_size": 42, **NUMBERS}, weights=str(tmp_path))
     starts = model.words.weight[40:].clone()
     model.load_weights()
     state = bert_state(str(tmp_path), 2)
@@ -231,7 +231,7 @@ def test_both_self_attentions_start_from_bert(tmp_path):
     assert torch.equal(layer.feed.down.weight, bert.bert.encoder.layer[1].output.dense.weight)
     with pytest.raises(AssetError, match="no BERT of this architecture"):
         other = {**NUMBERS, "num_hidden_layers": 3}
-        Med(config={"vocab_size": 42, **other}, weights=str(tmp_path)).load_weights()
+        BlipTextModel(config={"vocab_size": 42, **other}, weights=str(tmp_path)).load_weights()
 
 
 def test_config_names_the_start_token():

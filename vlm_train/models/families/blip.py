@@ -29,7 +29,7 @@ class Blip(Family):
 
     Args:
         vision: a `VisionEncoder` that keeps its class token in front.
-        llm: a `Med`, which is given cross-attention here.
+        llm: a `BlipTextModel`, which is given cross-attention here.
         embed_dim: E.
         init_temperature: similarities are divided by it at first; it is learned itself, not its logarithm as in CLIP.
         min_temperature, max_temperature: its bounds, kept by `clamp_` after every optimizer step.

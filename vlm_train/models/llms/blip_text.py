@@ -27,7 +27,7 @@ START_TOKENS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
+class BlipTextConfig:
     """The architecture, named as in `transformers`. `vocab_size` includes `START_TOKENS`."""
 
     vocab_size: int
@@ -40,10 +40,10 @@ class Numbers:
     dropout: float = 0.1
 
 
-class MedLayer(nn.Module):
+class BlipTextLayer(nn.Module):
     """Self-attention of the encoder or of the decoder, cross-attention if there is an image, FFN."""
 
-    def __init__(self, numbers: Numbers) -> None:
+    def __init__(self, numbers: BlipTextConfig) -> None:
         super().__init__()
         self.encoder_attention = _make_attention(numbers)
         self.decoder_attention = _make_attention(numbers)
@@ -62,11 +62,11 @@ class MedLayer(nn.Module):
         return self.feed(hidden)
 
 
-class Med(nn.Module):
+class BlipTextModel(nn.Module):
     """The text transformer. Alone it is a causal language model; `read_images` gives it cross-attention.
 
     Args:
-        config: the fields of `Numbers`; `vocab_size: null` takes the tokenizer's length and the start tokens.
+        config: the fields of `BlipTextConfig`; `vocab_size: null` takes the tokenizer's length and the start tokens.
         weights: hub name or local folder of a BERT, read by `load_weights` into both self-attentions; None: random.
         vocab_size: length of the tokenizer.
         new_tokens: how many tokens the tokenizer has beyond `config.vocab_size`; there must be none.
@@ -83,7 +83,7 @@ class Med(nn.Module):
         new_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.numbers = numbers = _read_numbers(config, vocab_size)
+        self.numbers = numbers = _read_config(config, vocab_size)
         if new_tokens:
             raise ConfigError(f"llm.config.vocab_size: {numbers.vocab_size}, but the tokenizer has {new_tokens} more")
         self.weights = weights
@@ -93,7 +93,7 @@ class Med(nn.Module):
         self.words = nn.Embedding(self.vocab_size, self.dim)
         self.positions = nn.Embedding(numbers.max_position_embeddings, self.dim)
         self.norm = nn.LayerNorm(self.dim, eps=numbers.layer_norm_eps)
-        self.layers = nn.ModuleList(MedLayer(numbers) for _ in range(numbers.num_hidden_layers))
+        self.layers = nn.ModuleList(BlipTextLayer(numbers) for _ in range(numbers.num_hidden_layers))
         self.transform = nn.Sequential(
             nn.Linear(self.dim, self.dim), nn.GELU(), nn.LayerNorm(self.dim, eps=numbers.layer_norm_eps)
         )
@@ -101,9 +101,9 @@ class Med(nn.Module):
         self.apply(first_weights)
 
     @property
-    def blocks(self) -> list[MedLayer]:
+    def blocks(self) -> list[BlipTextLayer]:
         """The layers by their type."""
-        return cast("list[MedLayer]", list(self.layers))
+        return cast("list[BlipTextLayer]", list(self.layers))
 
     def read_images(self, vision_dim: int) -> None:
         """Give every layer cross-attention to features of width D_v."""
@@ -182,7 +182,7 @@ class Med(nn.Module):
         return hidden
 
 
-def _make_attention(numbers: Numbers, source_dim: int | None = None) -> Attention:
+def _make_attention(numbers: BlipTextConfig, source_dim: int | None = None) -> Attention:
     return Attention(
         numbers.hidden_size,
         numbers.num_attention_heads,
@@ -192,11 +192,11 @@ def _make_attention(numbers: Numbers, source_dim: int | None = None) -> Attentio
     )
 
 
-def _read_numbers(config: Mapping[str, Any], vocab_size: int | None) -> Numbers:
-    known = [field.name for field in fields(Numbers)]
+def _read_config(config: Mapping[str, Any], vocab_size: int | None) -> BlipTextConfig:
+    known = [field.name for field in fields(BlipTextConfig)]
     if unknown := sorted(set(config) - set(known)):
-        raise ConfigError(f"llm.config.{unknown[0]}: not a setting of Med. Allowed: {', '.join(known)}.")
+        raise ConfigError(f"llm.config.{unknown[0]}: not a setting of BlipTextModel. Allowed: {', '.join(known)}.")
     try:
-        return Numbers(**with_vocabulary(config, None if vocab_size is None else vocab_size + START_TOKENS))
+        return BlipTextConfig(**with_vocabulary(config, None if vocab_size is None else vocab_size + START_TOKENS))
     except TypeError as error:
         raise ConfigError(f"llm.config: {error}") from error

@@ -47,7 +47,8 @@ def name_modules(kind: str, layers: int) -> dict[str, str]:
 
 
 def bert_state(source: str, layers: int) -> dict[str, Tensor]:
-    """The weights of a BERT under the names of `Med`, for both of its self-attentions; what Med lacks is left out.
+    """The weights of a BERT under the names of `BlipTextModel`, for both of its self-attentions; what
+    that lacks is left out.
 
     Raises:
         AssetError: they cannot be read.
