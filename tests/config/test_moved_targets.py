@@ -53,17 +53,38 @@ def test_an_old_name_elsewhere_is_answered_with_the_new_one() -> None:
     assert line == f"model._target_: got {OLD}, which is now {compose_tiny('recipe=llava15_stage1').model._target_}."
 
 
-@pytest.mark.parametrize("old", ["vlm_train.models.med.Med", "vlm_train.models.llms.blip_text.Med"])
-def test_a_renamed_component_is_found_from_every_module_that_it_was_in(old: str) -> None:
-    assert moved_targets.moved_target(old) == "vlm_train.models.llms.blip_text.BlipTextModel"
+TEXT = "vlm_train.models.llms.blip_text."
+STAGE_1 = "vlm_train.models.families.blip2_qformer."
 
 
-def test_a_run_keeps_the_id_that_it_had_before_a_component_was_renamed() -> None:
-    cfg = compose_tiny("recipe=easyvqa_blip")
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ("vlm_train.models.med.Med", f"{TEXT}BlipTextModel"),
+        (f"{TEXT}Med", f"{TEXT}BlipTextModel"),
+        ("vlm_train.models.align.Aligner", f"{STAGE_1}Blip2QFormerModel"),
+        (f"{STAGE_1}Aligner", f"{STAGE_1}Blip2QFormerModel"),
+    ],
+)
+def test_a_renamed_component_is_found_from_every_module_that_it_was_in(old: str, now: str) -> None:
+    assert moved_targets.moved_target(old) == now
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part", "old", "now"),
+    [
+        ("easyvqa_blip", "llm", f"{TEXT}Med", f"{TEXT}BlipTextModel"),
+        ("easyvqa_blip2_stage1", "model", f"{STAGE_1}Aligner", f"{STAGE_1}Blip2QFormerModel"),
+    ],
+)
+def test_a_run_keeps_the_id_that_it_had_before_a_component_was_renamed(
+    recipe: str, part: str, old: str, now: str
+) -> None:
+    cfg = compose_tiny(f"recipe={recipe}")
     plain = training_config(cfg)
     restore_first_names(plain)
-    assert plain["llm"]["_target_"] == "vlm_train.models.llms.blip_text.BlipTextModel"
-    plain["llm"]["_target_"] = "vlm_train.models.llms.blip_text.Med"
+    assert plain[part]["_target_"] == now
+    plain[part]["_target_"] = old
     text = json.dumps(plain, sort_keys=True)
     assert training_hash(cfg) == hashlib.sha256(text.encode()).hexdigest()[:8]
 

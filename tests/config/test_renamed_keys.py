@@ -45,6 +45,19 @@ def test_an_old_key_is_answered_with_the_new_one(tmp_path: Path) -> None:
     assert len(problems.value.problems) == 2
 
 
+def test_an_old_option_is_answered_with_the_new_one(tmp_path: Path) -> None:
+    said = "model=align: it is model=blip2_stage1 now."
+    with pytest.raises(Exception, match="align") as error:
+        compose_config(["recipe=easyvqa_blip2_stage1", "model=align"])
+    assert explain_errors(["recipe=easyvqa_blip2_stage1", "model=align"], [], error.value) == [said]
+    (tmp_path / "recipe").mkdir()
+    recipe = tmp_path / "recipe" / "mine.yaml"
+    recipe.write_text("# @package _global_\ndefaults:\n  - override /model: align\n")
+    with pytest.raises(Exception, match="align") as error:
+        compose_config(["recipe=mine"], [tmp_path])
+    assert explain_errors(["recipe=mine"], [tmp_path], error.value) == [f"{recipe}: {said}"]
+
+
 def test_an_old_key_of_a_named_component_is_answered_too() -> None:
     assert unknown_key("image.clip.draft", [], []) == "image.clip.draft: it is image.clip.jpeg_draft now."
 
@@ -79,6 +92,7 @@ def test_a_run_keeps_the_id_that_it_had_before_a_renaming() -> None:
     plain = training_config(cfg)
     plain["image"] |= {"area": plain["image"].pop("random_resized_crop"), "draft": plain["image"].pop("jpeg_draft")}
     plain["image"]["augment"] = list(plain["image"].pop("rand_augment").values())
+    plain["llm"]["_target_"] = "vlm_train.models.llms.blip_text.Med"
     text = json.dumps(plain, sort_keys=True)
     assert training_hash(cfg) == hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from tests.models.families.test_instructblip import model as instructed
 from tests.models.families.test_prefix_seq2seq import tiny_t5
-from tests.models.layers.test_qformer import QUERIES, tiny_aligner, tiny_connector, tiny_vision
+from tests.models.layers.test_qformer import QUERIES, tiny_blip2, tiny_connector, tiny_vision
 from tests.support.tiny_models import assert_close, batch_of, text_stream
 from tests.support.tiny_models import tiny_vision as clip_vision
 from vlm_train.contracts.layout import PLACEHOLDER_ID
@@ -91,7 +91,7 @@ def test_an_instruction_aware_q_former(tmp_path: Path) -> None:
 
 
 def test_an_aligned_q_former(tmp_path: Path) -> None:
-    model = tiny_aligner(cross_every=3, layers=4).eval()
+    model = tiny_blip2(cross_every=3, layers=4).eval()
     export_blip2(model, byte_level(), tmp_path)
     theirs = Blip2ForImageTextRetrieval.from_pretrained(tmp_path)
     assert theirs.config.qformer_config.cross_attention_frequency == 3

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.layers.test_qformer import QUERIES, pairs, tiny_aligner
+from tests.models.layers.test_qformer import QUERIES, pairs, tiny_blip2
 from tests.support.tiny_models import assert_close
 from tests.support.two_ranks import on_ranks
 from vlm_train.contracts.batch import Batch, Window
 from vlm_train.contracts.objective import Loss, StepContext
 from vlm_train.data.collate import collate_rows
 from vlm_train.data.images.transform import ImageTransform
-from vlm_train.models.families.blip2_qformer import Aligner
+from vlm_train.models.families.blip2_qformer import Blip2QFormerModel
 from vlm_train.objectives.itc import ITC
 from vlm_train.objectives.itm import ITM
 from vlm_train.objectives.lm import LanguageModeling
@@ -35,7 +35,9 @@ def part(first: int = 0, last: int = 5) -> Batch:
     return replace(batch, window=WINDOW, media=replace(batch.media, keys=whole.media.keys[first:last]))
 
 
-def losses(objectives: list[Any], model: Aligner, batch: Batch, context: StepContext | None = None) -> dict[str, Loss]:
+def losses(
+    objectives: list[Any], model: Blip2QFormerModel, batch: Batch, context: StepContext | None = None
+) -> dict[str, Loss]:
     return {name: loss for one in objectives for name, loss in one(model, batch, context or StepContext()).items()}
 
 
@@ -45,7 +47,7 @@ def all_three(**options: Any) -> list[Any]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_contrast_is_the_cross_entropy_of_the_nearest_query(smoothing: float) -> None:
-    model, batch = tiny_aligner().eval(), part()
+    model, batch = tiny_blip2().eval(), part()
     image, text = model.image_vectors(batch), model.text_vectors(batch)
     logits = torch.stack([(image @ one).amax(dim=1) for one in text], dim=1) / 0.07  # [images, texts]
     target = torch.arange(5)
@@ -57,7 +59,7 @@ def test_contrast_is_the_cross_entropy_of_the_nearest_query(smoothing: float) ->
 
 @pytest.mark.parametrize("cut", [2, 3])
 def test_two_ranks_equal_one(cut: int) -> None:
-    whole, split = tiny_aligner().eval(), tiny_aligner().eval()
+    whole, split = tiny_blip2().eval(), tiny_blip2().eval()
     expected = losses(all_three(), whole, part())
     sum(loss.sum for loss in expected.values()).backward()
     found = on_ranks(lambda b, g: losses(all_three(), split, b, g), [part(0, cut), part(cut, 5)])
@@ -71,10 +73,10 @@ def test_two_ranks_equal_one(cut: int) -> None:
 
 def test_as_published_no_gradients_cross_ranks() -> None:
     """The value is the same; a rank's texts learn from its own side of a comparison only."""
-    batches, expected = [part(0, 2), part(2, 5)], ITC()(tiny_aligner().eval(), part(), StepContext())["itc"].sum
+    batches, expected = [part(0, 2), part(2, 5)], ITC()(tiny_blip2().eval(), part(), StepContext())["itc"].sum
     gradients = []
     for grad in (True, False):
-        model = tiny_aligner().eval()
+        model = tiny_blip2().eval()
         objective = ITC(gather_grad=grad)
         found = on_ranks(lambda b, g, model=model, objective=objective: objective(model, b, g)["itc"].sum, batches)
         assert_close(found[0] + found[1], expected)
@@ -86,7 +88,7 @@ def test_as_published_no_gradients_cross_ranks() -> None:
 class Recorded:
     """Notes what is matched."""
 
-    def __init__(self, model: Aligner) -> None:
+    def __init__(self, model: Blip2QFormerModel) -> None:
         self.asked: list[tuple[Tensor, Tensor]] = []
         match = model.match
 
@@ -99,7 +101,7 @@ class Recorded:
 
 @pytest.mark.parametrize("cut", [2, 4])
 def test_local_negatives_are_those_of_a_rank_by_itself(cut: int) -> None:
-    model, parts = tiny_aligner().eval(), [(0, cut), (cut, 5)]  # cut 4 leaves one pair alone
+    model, parts = tiny_blip2().eval(), [(0, cut), (cut, 5)]  # cut 4 leaves one pair alone
     split = on_ranks(lambda b, g: ITM(local=True)(model, b, g)["itm"], [part(*one) for one in parts])
     for found, one in zip(split, parts, strict=True):
         alone = ITM()(model, part(*one), StepContext())["itm"]
@@ -109,7 +111,7 @@ def test_local_negatives_are_those_of_a_rank_by_itself(cut: int) -> None:
 
 def test_wrong_pairs_are_wrong_and_hard() -> None:
     """Never the pair itself nor, if asked, an equal caption; and drawn in proportion to the likeness."""
-    model = tiny_aligner().eval()
+    model = tiny_blip2().eval()
     with torch.no_grad():
         model.temperature.fill_(0.0025)  # so sharp that the nearest is drawn
     batch = part()
@@ -131,7 +133,7 @@ def test_wrong_pairs_are_wrong_and_hard() -> None:
 
 
 def test_draws_follow_the_softmax_and_the_step() -> None:
-    model, drawn = tiny_aligner().eval(), []
+    model, drawn = tiny_blip2().eval(), []
     batch = part()
     for step in range(300):
         recorded = Recorded(model)
@@ -147,7 +149,7 @@ def test_draws_follow_the_softmax_and_the_step() -> None:
 
 
 def test_no_pairs_and_no_negatives() -> None:
-    model = tiny_aligner().eval()
+    model = tiny_blip2().eval()
     empty = replace(collate_rows([], {"vision": ImageTransform(size=(32, 32))}), window=WINDOW)
     for name, loss in losses(all_three(), model, empty).items():
         assert loss.sum == 0 and loss.count == 0, name
@@ -163,7 +165,7 @@ def test_no_pairs_and_no_negatives() -> None:
 def test_no_pass_is_made_twice() -> None:
     """A pair costs one image in the tower and in the keys and values of cross-attention, and 4 Q + 5 T tokens in the
     Q-Former: Q for the queries alone, T for ITC, T for ITG, 3 (Q + T) for ITM."""
-    model = tiny_aligner().eval()
+    model = tiny_blip2().eval()
     batch = replace(pairs([[5, 6, 7, 40]] * 3), window=WINDOW)
     images, tokens, read = [], [], []
     model.vision.tower.embeddings.register_forward_hook(lambda m, args, out: images.append(len(args[0])))
@@ -178,7 +180,7 @@ def test_no_pass_is_made_twice() -> None:
 @torch.no_grad()
 def test_products_are_those_of_the_formula() -> None:
     """All products of a forward pass of the three objectives, counted, against 2 x inputs x weights."""
-    model = tiny_aligner().eval()
+    model = tiny_blip2().eval()
     b, length, dim, patches = 3, 4, 32, 5
     batch = replace(pairs([[5, 6, 7, 40]] * b), window=WINDOW)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted on a CPU

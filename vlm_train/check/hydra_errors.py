@@ -77,6 +77,8 @@ def _unknown_option(
     culprit = next((o for o in overrides if _key_of(o) == group and o.endswith(f"={option}")), None)
     recipe = next((find_recipe(o.partition("=")[2], dirs) for o in overrides if _key_of(o) == "recipe"), None)
     place = f"{recipe}: " if culprit is None and recipe else ""
+    if renamed := describe_renamed_key(f"{group}={option}"):
+        return f"{place}{renamed}", culprit
     listed = f" Available: {', '.join(options)}." if options else f" There is no group '{group}'."
     return f"{place}{group}={option}: no such option.{did_you_mean(option, options)}{listed}", culprit
 

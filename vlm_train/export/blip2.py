@@ -18,7 +18,7 @@ from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_
 from vlm_train.export.merged import merged_state
 from vlm_train.export.vocabulary import pad_rows, rows_with
 from vlm_train.models.connectors.qformer import QFormerConnector
-from vlm_train.models.families.blip2_qformer import Aligner
+from vlm_train.models.families.blip2_qformer import Blip2QFormerModel
 from vlm_train.models.families.instructblip import InstructVLM
 from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
 from vlm_train.models.families.prefix_vlm import PrefixVLM
@@ -65,8 +65,8 @@ def write_blip2(
 ) -> None:
     """Write `model` as a folder of `transformers`, with tokenizer and processor.
 
-    An `Aligner` becomes a `Blip2ForImageTextRetrieval`, an `InstructVLM` an `InstructBlipForConditionalGeneration`,
-    another prefix model a `Blip2ForConditionalGeneration`.
+    A `Blip2QFormerModel` becomes a `Blip2ForImageTextRetrieval`, an `InstructVLM` an
+    `InstructBlipForConditionalGeneration`, another prefix model a `Blip2ForConditionalGeneration`.
 
     Args:
         image_mode, eos_ids: as in `write_llava`.
@@ -128,8 +128,8 @@ def verify_blip2(model: Any, folder: str | Path) -> float:
 
 def find_problems(model: Any) -> list[str]:
     """Every reason why BLIP-2 cannot express `model`. Reads no weight."""
-    if not isinstance(model, PrefixVLM | Aligner):
-        return [f"model: {type(model).__name__} has no BLIP-2 equivalent; only prefix and align do"]
+    if not isinstance(model, PrefixVLM | Blip2QFormerModel):
+        return [f"model: {type(model).__name__} has no BLIP-2 equivalent; only prefix and blip2_stage1 do"]
     if not isinstance(model.connector, QFormerConnector):
         return [f"connector: {type(model.connector).__name__}; BLIP-2 has a Q-Former"]
     problems = []

@@ -15,15 +15,15 @@ from transformers import (
     Blip2Config,
     Blip2ForImageTextRetrieval,
     Blip2QFormerConfig,
-    Blip2QFormerModel,
     Blip2VisionConfig,
 )
+from transformers import Blip2QFormerModel as LibraryQFormer
 
 from tests.support.tiny_models import MEAN, STD, assert_close, batch_of, text_stream
 from vlm_train.contracts.batch import Batch
 from vlm_train.errors import AssetError
 from vlm_train.models.connectors.qformer import QFormerConnector
-from vlm_train.models.families.blip2_qformer import Aligner
+from vlm_train.models.families.blip2_qformer import Blip2QFormerModel
 from vlm_train.models.vision.hf import HFVision
 from vlm_train.models.weights.qformer_names import from_bert, from_library, to_library
 
@@ -43,9 +43,9 @@ def tiny_connector(out_dim: int | None = None, *, text: bool = True, **changes: 
     return QFormerConnector(in_dim=24, out_dim=out_dim, text=text, vocab_size=WORDS, **numbers)
 
 
-def tiny_aligner(seed: int = 0, **changes: Any) -> Aligner:
+def tiny_blip2(seed: int = 0, **changes: Any) -> Blip2QFormerModel:
     torch.manual_seed(seed)
-    model = Aligner(vision=tiny_vision(), connector=tiny_connector(**changes), embed_dim=12)
+    model = Blip2QFormerModel(vision=tiny_vision(), connector=tiny_connector(**changes), embed_dim=12)
     with torch.no_grad():  # large enough for images to matter
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -80,7 +80,7 @@ def library() -> Blip2ForImageTextRetrieval:
     return Blip2ForImageTextRetrieval(config).eval()
 
 
-def as_library(model: Aligner) -> Blip2ForImageTextRetrieval:
+def as_library(model: Blip2QFormerModel) -> Blip2ForImageTextRetrieval:
     theirs = library()
     state = to_library(model.connector.state_dict(), list(theirs.state_dict()))
     tower = {f"vision_model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
@@ -91,7 +91,7 @@ def as_library(model: Aligner) -> Blip2ForImageTextRetrieval:
     return theirs
 
 
-def inputs(model: Aligner, batch: Batch) -> dict[str, Tensor]:
+def inputs(model: Blip2QFormerModel, batch: Batch) -> dict[str, Tensor]:
     pixels = (batch.media.inputs["vision"].values.float() / 255 - model.vision.mean) / model.vision.std
     text = batch.text["llm"]
     return {"pixel_values": pixels, "input_ids": text.ids, "attention_mask": (text.segment_ids != 0).long()}
@@ -99,7 +99,7 @@ def inputs(model: Aligner, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def test_similarities_and_matching_are_those_of_the_library() -> None:
-    model, batch = tiny_aligner().eval(), pairs()
+    model, batch = tiny_blip2().eval(), pairs()
     theirs, given = as_library(model), inputs(model, batch)
     itc = theirs(**given, use_image_text_matching_head=False)
     assert_close(model.image_vectors(batch), itc.image_embeds)
@@ -114,10 +114,10 @@ def test_similarities_and_matching_are_those_of_the_library() -> None:
 
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_library_s_q_former() -> None:
-    """`Blip2QFormerModel` by itself: queries alone, and queries with text that all see each other."""
-    model = tiny_aligner().eval()
+    """The library's by itself: queries alone, and queries with text that all see each other."""
+    model = tiny_blip2().eval()
     former, branch = model.connector.qformer, model.connector.text
-    theirs: Blip2QFormerModel = as_library(model).qformer
+    theirs: LibraryQFormer = as_library(model).qformer
     patches, ids = torch.randn(2, 5, 24), torch.tensor([[5, 6, 7], [8, 9, 10]])
     queries = former.queries.expand(2, -1, -1)
     alone = theirs(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
@@ -130,7 +130,7 @@ def test_hidden_states_are_those_of_the_library_s_q_former() -> None:
 
 
 def test_gradients_are_those_of_the_library() -> None:
-    model, batch = tiny_aligner().eval(), pairs()
+    model, batch = tiny_blip2().eval(), pairs()
     theirs, given = as_library(model).eval(), inputs(model, batch)
     theirs(**given, use_image_text_matching_head=True).logits_per_image[:, 1].sum().backward()
     model.match(model.own_context(batch), given["input_ids"], given["attention_mask"].bool())[:, 1].sum().backward()
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_the_library() -> None:
 def test_generation_pass_is_a_step_by_step_one() -> None:
     """ITG with cached queries = for every position a whole pass over the queries and the text so far, which no query
     sees."""
-    model, batch = tiny_aligner().eval(), pairs()
+    model, batch = tiny_blip2().eval(), pairs()
     hidden, former, branch = model(batch), model.connector.qformer, model.connector.text
     context = model.own_context(batch)
     for row, ids in enumerate(ROWS):
@@ -166,7 +166,7 @@ def test_generation_pass_is_a_step_by_step_one() -> None:
 
 
 def test_text_never_leaks_into_queries_nor_the_future_into_the_past() -> None:
-    model, batch = tiny_aligner().eval(), pairs()
+    model, batch = tiny_blip2().eval(), pairs()
     other = pairs([[5, 6, 30, 40], [8, 31, 40], [10, 11, 12, 32, 40]])
     with torch.no_grad():
         assert torch.equal(model.image_vectors(batch), model.image_vectors(other))
@@ -185,7 +185,7 @@ def test_text_never_leaks_into_queries_nor_the_future_into_the_past() -> None:
 @pytest.mark.parametrize("left", [False, True])
 @torch.no_grad()
 def test_padding_changes_nothing(left: bool) -> None:
-    model, batch = tiny_aligner().eval(), pairs(left=left)
+    model, batch = tiny_blip2().eval(), pairs(left=left)
     real = batch.text["llm"].segment_ids != 0
     matched = model.match(model.own_context(batch), batch.text["llm"].ids, real)
     for row, ids in enumerate(ROWS):
@@ -198,7 +198,7 @@ def test_padding_changes_nothing(left: bool) -> None:
 
 
 def test_a_batch_without_images_reaches_every_parameter_that_learns() -> None:
-    model = tiny_aligner()
+    model = tiny_blip2()
     batch = batch_of(text_stream([[0]], segments=[[0]]), [], tokens=0)
     assert model.image_vectors(batch).shape == (0, QUERIES, 12) and model.text_vectors(batch).shape == (0, 12)
     assert model(batch).shape == (1, 1, 32)
@@ -221,7 +221,7 @@ def test_it_starts_from_bert() -> None:
 
 
 def test_a_tower_is_read_out_of_a_whole_blip2(tmp_path: Path) -> None:
-    whole = as_library(model := tiny_aligner())
+    whole = as_library(model := tiny_blip2())
     whole.save_pretrained(tmp_path)
     numbers = {"model_type": "blip_2_vision_model", **VISION}
     own = {"image_mean": MEAN, "image_std": STD, "layer": -1, "keep_cls": True, "final_norm": True}
@@ -238,7 +238,7 @@ def test_its_generating_head_starts_from_bert_s(tmp_path: Path) -> None:
     bert = tiny_bert()
     torch.nn.init.normal_(bert.cls.predictions.bias)
     bert.save_pretrained(tmp_path)
-    model = tiny_aligner(weights=str(tmp_path))
+    model = tiny_blip2(weights=str(tmp_path))
     model.connector.load_weights()
     model.load_weights()
     hidden = torch.randn(2, 3, 32)
@@ -249,7 +249,7 @@ def test_files_are_read_in_both_layouts(tmp_path: Path) -> None:
     """BERT's old names of norms, and a whole BLIP-2 of which only the Q-Former is taken."""
     bert = tiny_bert().state_dict()
     old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for name, t in bert.items()}
-    for name, state in (("bert", old), ("blip2", as_library(tiny_aligner()).state_dict())):
+    for name, state in (("bert", old), ("blip2", as_library(tiny_blip2()).state_dict())):
         (tmp_path / name).mkdir()
         save_file(
             {key: tensor.contiguous().clone() for key, tensor in state.items()}, tmp_path / name / "model.safetensors"
@@ -258,7 +258,7 @@ def test_files_are_read_in_both_layouts(tmp_path: Path) -> None:
     connector.load_weights()
     norm = bert["bert.encoder.layer.2.attention.output.LayerNorm.weight"]
     assert torch.equal(connector.qformer.blocks[2].attention.norm.weight, norm)
-    connector, aligner = tiny_connector(7, weights=str(tmp_path / "blip2")), tiny_aligner()
+    connector, aligner = tiny_connector(7, weights=str(tmp_path / "blip2")), tiny_blip2()
     connector.load_weights()
     for name, tensor in aligner.connector.state_dict().items():
         assert torch.equal(connector.state_dict()[name], tensor), name
@@ -276,5 +276,5 @@ def test_published_counts(text: bool, head: bool, expected: int) -> None:
     """ "188M" in the paper: with `ln_vision` (2,816), which is the tower's final norm here, 186,705,470."""
     with torch.device("meta"):
         connector = QFormerConnector(in_dim=1408, out_dim=None, text=text, vocab_size=30523)
-        model: nn.Module = Aligner(vision=nn.Identity(), connector=connector) if head else connector
+        model: nn.Module = Blip2QFormerModel(vision=nn.Identity(), connector=connector) if head else connector
     assert sum(p.numel() for p in model.parameters()) == expected

@@ -28,7 +28,7 @@ from vlm_train.models.weights.hub import read_state
 from vlm_train.models.weights.qformer_names import head_from_bert
 
 
-class Aligner(Family):
+class Blip2QFormerModel(Family):
     """vision -> Q-Former with its text branch -> a shared space, a matching head and a language-model head.
 
     Args:

@@ -96,7 +96,8 @@ def from_bert(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
 
 
 def head_from_bert(state: Mapping[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
-    """What the head of an `Aligner` that generates text, its `bias` longer by the added tokens, takes from BERT's."""
+    """What the head of a `Blip2QFormerModel` that generates text takes from BERT's; its `bias` is longer by the added
+    tokens."""
     taken: dict[str, Tensor] = {}
     for theirs, own in (("transform.dense", "lm_head.0"), ("transform.LayerNorm", "lm_head.2")):
         for kind, old in (("weight", "gamma"), ("bias", "beta")):
