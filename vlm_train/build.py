@@ -39,7 +39,7 @@ FAMILY = f"{Family.__module__}.{Family.__name__}"
 
 
 @dataclass
-class Built:
+class Assembly:
     """What a configuration comes to: the model, and the processor that makes what it reads."""
 
     cfg: DictConfig
@@ -61,7 +61,7 @@ def make_each(group: str, nodes: DictConfig | None, **given: Any) -> dict[str, A
     }
 
 
-def build_assembly(cfg: DictConfig, *, meta: bool = False) -> Built:
+def build_assembly(cfg: DictConfig, *, meta: bool = False) -> Assembly:
     """Build everything a run needs but its data; with `meta` the model has shapes, but no weights."""
     silence_libraries()
     if not sys.stderr.isatty():
@@ -73,7 +73,7 @@ def build_assembly(cfg: DictConfig, *, meta: bool = False) -> Built:
     if process_rank() == 0:
         for line in describe_adapters(model):
             print(line, flush=True)
-    return Built(cfg, model, build_processor(cfg, model, tokenizer, template))
+    return Assembly(cfg, model, build_processor(cfg, model, tokenizer, template))
 
 
 def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: Any) -> Processor:

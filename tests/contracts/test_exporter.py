@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.contracts.exchange import FILE
 from vlm_train import cli
-from vlm_train.build import Built, build_assembly, build_exporters, build_importers
+from vlm_train.build import Assembly, build_assembly, build_exporters, build_importers
 from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import config_dir
 from vlm_train.contracts.exporter import Exporter, Importer
@@ -22,7 +22,7 @@ OWN += ["+importer.plain._target_=tests.contracts.exchange.PlainImporter"]
 SMALL = ["recipe=easyvqa_stage2", "size=tiny", "init_from=[]"]
 
 
-def tiny(*more: str) -> Built:
+def tiny(*more: str) -> Assembly:
     return build_assembly(compose_config([*SMALL, *more]))
 
 

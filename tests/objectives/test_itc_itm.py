@@ -110,7 +110,7 @@ def test_local_negatives_are_those_of_a_rank_by_itself(cut: int) -> None:
 
 
 def test_wrong_pairs_are_wrong_and_hard() -> None:
-    """Never the pair itself nor, if asked, an equal caption; and drawn in proportion to the likeness."""
+    """Never the pair itself nor, if asked, an equal caption; and drawn in proportion to the similarity."""
     model = tiny_blip2().eval()
     with torch.no_grad():
         model.temperature.fill_(0.0025)  # so sharp that the nearest is drawn
@@ -118,7 +118,7 @@ def test_wrong_pairs_are_wrong_and_hard() -> None:
     recorded = Recorded(model)
     loss = ITM(mask_duplicates=True)(model, batch, StepContext())["itm"]
     (context, ids) = recorded.asked[0]
-    own = model.own_context(batch)[0]
+    own = model.image_keys_values(batch)[0]
     texts, images = batch.text["llm"].ids, own.flatten(1)
     assert torch.equal(ids[:5], texts) and torch.equal(ids[10:], texts)
     assert torch.equal(context[:10].flatten(1), torch.cat([images, images]))
@@ -157,7 +157,7 @@ def test_no_pairs_and_no_negatives() -> None:
     alone = losses(all_three(), model, replace(pairs(ROWS[:1]), window=WINDOW))
     assert all(torch.isfinite(loss.sum) for loss in alone.values())
     logits = model.match(
-        model.own_context(pairs(ROWS[:1])), torch.tensor([ROWS[0]]), torch.ones(1, 4, dtype=torch.bool)
+        model.image_keys_values(pairs(ROWS[:1])), torch.tensor([ROWS[0]]), torch.ones(1, 4, dtype=torch.bool)
     )
     assert_close(alone["itm"].sum, F.cross_entropy(logits, torch.tensor([1])))  # only its own pair is asked
 

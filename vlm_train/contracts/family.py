@@ -142,7 +142,7 @@ class MatchesPairs(Protocol):
         """What cross-attention reads of images `[m, P, D_v]`: tensors with m rows."""
         ...
 
-    def own_context(self, batch: Batch) -> tuple[Tensor, ...]:
+    def image_keys_values(self, batch: Batch) -> tuple[Tensor, ...]:
         """That of the batch's images."""
         ...
 

@@ -90,14 +90,14 @@ def configured_strategy(cfg: DictConfig) -> str | None:
     if cfg.strategy is None:
         return "ddp" if cfg.target.gpus > 1 else "single"
     own = _flatten(OmegaConf.to_container(cfg.strategy))
-    likeness: dict[str, int] = {}
+    similarity: dict[str, int] = {}
     for file in sorted((config_dir() / "strategy").glob("*.yaml")):
         loaded: Any = OmegaConf.to_container(OmegaConf.load(file))
         option = _flatten(loaded.get("strategy", loaded))
         if file.stem in STRATEGIES and option.get("_target_") == own.get("_target_"):
             same = sum(own.get(key) == value for key, value in option.items())
-            likeness[file.stem] = 2 * same - len(option)
-    return max(likeness, key=likeness.__getitem__) if likeness else None
+            similarity[file.stem] = 2 * same - len(option)
+    return max(similarity, key=similarity.__getitem__) if similarity else None
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _count_matched(model: Any, batch: Batch, captions: Sequence[str], seed: int)
     wrong = [int(draw.choice(others[row])) for row in rows]
     stream = batch.text["llm"]
     real = stream.segment_ids != 0
-    context = tuple(states[rows] for states in model.own_context(batch))
+    context = tuple(states[rows] for states in model.image_keys_values(batch))
     right = 0.0
     for texts, label in ((rows, 1), (wrong, 0)):
         right += float((model.match(context, stream.ids[texts], real[texts]).argmax(dim=1) == label).sum())

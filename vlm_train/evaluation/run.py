@@ -44,11 +44,11 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     skeleton = build_on_meta(cfg)
     if skeleton is not None and (problems := list(check_evaluators(evaluators, skeleton))):
         raise ConfigError(problems)
-    built = build_assembly(cfg)
-    load_run_weights(built.model, cfg.init_from, folder)
+    assembly = build_assembly(cfg)
+    load_run_weights(assembly.model, cfg.init_from, folder)
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
-        built.model.to("cuda")
-    metrics = run_evaluators(built.model, built.processor, evaluators, folder, labels)
+        assembly.model.to("cuda")
+    metrics = run_evaluators(assembly.model, assembly.processor, evaluators, folder, labels)
     if process_rank() == 0:
         print(results_table(folder))
     return metrics

@@ -27,7 +27,7 @@ from vlm_train.evaluation.run import require_own_weights
 from vlm_train.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from vlm_train.build import Built
+    from vlm_train.build import Assembly
     from vlm_train.contracts.batch import Batch
     from vlm_train.data.images.plan import MediaViews
     from vlm_train.data.processor import Processor
@@ -59,9 +59,9 @@ def write_captions(cfg: DictConfig) -> dict[str, Any]:
     def render_prompts(processor: Processor, sample: Sample) -> list[TokenizedSample]:
         return [processor.render(sample, annotations="first", generation=True)]
 
-    def caption_rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
-        model, processor = _require_methods(built, (Generates,), cfg.mode), built.processor
-        batch = _collate_items(built, [(one.texts[0], one.views) for one in shown])
+    def caption_rows(assembly: Assembly, shown: Sequence[Shown]) -> list[Row]:
+        model, processor = _require_methods(assembly, (Generates,), cfg.mode), assembly.processor
+        batch = _collate_items(assembly, [(one.texts[0], one.views) for one in shown])
         ids = model.generate(batch, eos_ids=processor.end_ids, **given)
         found = [processor.decode_answer(row) for row in ids.tolist()]
         return [{"key": one.key, "caption": text.strip()} for one, text in zip(shown, found, strict=True)]
@@ -78,13 +78,13 @@ def score_captions(cfg: DictConfig) -> dict[str, Any]:
         count = len(sample.annotations)
         return [processor.render(sample, annotations="first", annotation=n, **length) for n in range(count)]
 
-    def score_rows(built: Built, shown: Sequence[Shown]) -> list[Row]:
-        model = _require_methods(built, (AlignsPairs, MatchesPairs), cfg.mode)
+    def score_rows(assembly: Assembly, shown: Sequence[Shown]) -> list[Row]:
+        model = _require_methods(assembly, (AlignsPairs, MatchesPairs), cfg.mode)
         found: list[Row] = [{"key": one.key, "match": [], "similarity": []} for one in shown]
         pairs = [(row, text, one.views) for row, one in zip(found, shown, strict=True) for text in one.texts]
         for start in range(0, len(pairs), cfg.columns.batch):
             some = pairs[start : start + cfg.columns.batch]
-            scores = _score_pairs(model, _collate_items(built, [(text, views) for _, text, views in some]))
+            scores = _score_pairs(model, _collate_items(assembly, [(text, views) for _, text, views in some]))
             for (row, _, _), match, similarity in zip(some, *scores, strict=True):
                 row["match"].append(match)
                 row["similarity"].append(similarity)
@@ -98,7 +98,7 @@ def _score_pairs(model: Any, batch: Batch) -> tuple[list[float], list[float]]:
     import torch
 
     text = batch.text["llm"]
-    logits = model.match(model.own_context(batch), text.ids, text.segment_ids != 0)
+    logits = model.match(model.image_keys_values(batch), text.ids, text.segment_ids != 0)
     cosines = torch.einsum("bqe,be->bq", model.image_vectors(batch), model.text_vectors(batch)).amax(dim=1)
     return logits.float().softmax(dim=-1)[:, 1].tolist(), cosines.float().tolist()
 
@@ -108,7 +108,7 @@ def _write_columns(
     names: Sequence[str],
     about: dict[str, Any],
     texts: Callable[[Processor, Sample], list[TokenizedSample]],
-    rows: Callable[[Built, Sequence[Shown]], list[Row]],
+    rows: Callable[[Assembly, Sequence[Shown]], list[Row]],
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `texts` of every sample, and `rows` of some."""
     from vlm_train.build import build_assembly
@@ -127,18 +127,18 @@ def _write_columns(
     writer = ColumnWriter(output, shards, names, about)
     missing = [shard for shard in writer.missing_shards if shard % cfg.columns.parts == cfg.columns.part]
     if missing:
-        built = build_assembly(cfg)
-        load_run_weights(built.model, cfg.init_from, folder, cfg.columns.which)
-        _to_device(built, cfg)
+        assembly = build_assembly(cfg)
+        load_run_weights(assembly.model, cfg.init_from, folder, cfg.columns.which)
+        _to_device(assembly, cfg)
         unusable, step = Unusable(shards), progress_bar("samples", len(shards))
-        with evaluation_mode(built.model):
+        with evaluation_mode(assembly.model):
             for shard in missing:
                 _seed_generation(derive_seed(cfg.seed, "columns", shard))
                 found: list[Row] = []
                 for shown in _group_samples(
-                    built.processor, shards, shard, captions, texts, cfg.columns.batch, unusable
+                    assembly.processor, shards, shard, captions, texts, cfg.columns.batch, unusable
                 ):
-                    found += rows(built, shown)
+                    found += rows(assembly, shown)
                     step(len(shown))
                 writer.write_rows(shard, found)
         unusable.require_usable(len(shards))
@@ -175,21 +175,21 @@ def _describe_model(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _require_methods(built: Built, needs: tuple[type, ...], mode: str) -> Any:
+def _require_methods(assembly: Assembly, needs: tuple[type, ...], mode: str) -> Any:
     """The model, which offers all of `needs`."""
-    if missing := [name for protocol in needs for name in missing_members(built.model, protocol)]:
+    if missing := [name for protocol in needs for name in missing_members(assembly.model, protocol)]:
         raise ConfigError(
-            f"mode={mode}: needs model.{', model.'.join(missing)}, which {type(built.model).__name__} does not have. "
-            "Choose a run of another model, such as model=blip."
+            f"mode={mode}: needs model.{', model.'.join(missing)}, which {type(assembly.model).__name__} does not "
+            "have. Choose a run of another model, such as model=blip."
         )
-    return built.model
+    return assembly.model
 
 
-def _to_device(built: Built, cfg: DictConfig) -> None:
+def _to_device(assembly: Assembly, cfg: DictConfig) -> None:
     import torch
 
     if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
-        built.model.to("cuda")
+        assembly.model.to("cuda")
 
 
 def _seed_generation(seed: int) -> None:
@@ -225,7 +225,7 @@ def _group_samples(
         yield group
 
 
-def _collate_items(built: Built, items: Sequence[tuple[TokenizedSample, MediaViews]]) -> Batch:
+def _collate_items(assembly: Assembly, items: Sequence[tuple[TokenizedSample, MediaViews]]) -> Batch:
     from vlm_train.data.collate import collate_prompts
 
-    return collate_prompts(list(items), built.processor.images).to(next(built.model.parameters()).device)
+    return collate_prompts(list(items), assembly.processor.images).to(next(assembly.model.parameters()).device)

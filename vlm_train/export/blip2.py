@@ -119,7 +119,7 @@ def verify_blip2(model: Any, folder: str | Path) -> float:
         ours = model.logits(model(batch))
     else:
         theirs = loaded(input_ids=text.ids, use_image_text_matching_head=True, **given).logits_per_image
-        ours = model.match(model.own_context(batch), text.ids, text.segment_ids != 0)
+        ours = model.match(model.image_keys_values(batch), text.ids, text.segment_ids != 0)
     difference = ((theirs - ours).abs().max() / ours.abs().max()).item()
     if not difference <= (tolerance := _TOLERANCE.get(parameter.dtype, 1e-5)):
         raise AssetError(f"export: {folder} differs by {difference:.2e} of the maximum, allowed {tolerance:.0e}")

@@ -37,8 +37,8 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def unquantize_model(built: Any) -> Any:
-    """`built` with its adapters, and all else that is not quantised, over a freshly read base in full precision.
+def unquantize_model(assembly: Any) -> Any:
+    """`assembly` with its adapters, and all else that is not quantised, over a freshly read base in full precision.
 
     Merging into quantised weights would round the adapters away. The base is read a second time, so it has to be where
     it was, and both fit into memory.
@@ -46,14 +46,14 @@ def unquantize_model(built: Any) -> Any:
     from vlm_train.build import build_model
     from vlm_train.checkpoint.weights import load_init_from
 
-    cfg = built.cfg.copy()
+    cfg = assembly.cfg.copy()
     cfg.peft.bits = None
-    fresh = build_model(cfg, built.processor.tokenizer)
+    fresh = build_model(cfg, assembly.processor.tokenizer)
     load_init_from(fresh, cfg.init_from)
-    skip = {f"{name}.weight" for name, _ in quantised_layers(built.model)}
+    skip = {f"{name}.weight" for name, _ in quantised_layers(assembly.model)}
     own = dict(fresh.named_parameters())
     with torch.no_grad():
-        for name, parameter in built.model.named_parameters():
+        for name, parameter in assembly.model.named_parameters():
             if name not in skip:
                 own[name].copy_(parameter)
-    return replace(built, model=fresh.train(built.model.training))
+    return replace(assembly, model=fresh.train(assembly.model.training))

@@ -18,7 +18,7 @@ from vlm_train.evaluation.run import require_own_weights
 from vlm_train.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from vlm_train.build import Built
+    from vlm_train.build import Assembly
 
 
 def export_run(cfg: DictConfig) -> dict[str, Any]:
@@ -28,12 +28,12 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
 
     folder = run_dir(cfg)
     require_own_weights(cfg, folder)
-    built = build_assembly(cfg)
-    load_run_weights(built.model, cfg.init_from, folder)
-    return {"export": str(write_export(built, folder, build_exporters(cfg)))}
+    assembly = build_assembly(cfg)
+    load_run_weights(assembly.model, cfg.init_from, folder)
+    return {"export": str(write_export(assembly, folder, build_exporters(cfg)))}
 
 
-def write_export(built: Built, folder: Path, exporters: Mapping[str, Exporter]) -> Path:
+def write_export(assembly: Assembly, folder: Path, exporters: Mapping[str, Exporter]) -> Path:
     """Write `<folder>/export` from a trained model, once what it computes was compared. A failure keeps the old one.
 
     Raises:
@@ -41,14 +41,14 @@ def write_export(built: Built, folder: Path, exporters: Mapping[str, Exporter]) 
     """
     from vlm_train.export.merged import find_quantized, unquantize_model
 
-    if find_quantized(built.model):
+    if find_quantized(assembly.model):
         print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
-        built = unquantize_model(built)
-    model = built.model.eval()
+        assembly = unquantize_model(assembly)
+    model = assembly.model.eval()
     name = choose_exporter(model, exporters)
     out = RunFolder(folder).export
     with replace_folder(out) as partial:
-        has = exporters[name].write(model, built.processor, partial)
+        has = exporters[name].write(model, assembly.processor, partial)
         exporters[name].verify(model, partial)
     print(f"Exported to {out} ({name}); what it computes equals the run's; it has {has}.", flush=True)
     return out
@@ -109,13 +109,13 @@ def import_run(cfg: DictConfig) -> dict[str, Any]:
     importer.adapt(cfg, source)
     if RunFolder(folder).checkpoints.exists():
         raise ConfigError(f"run_name: {folder} already holds checkpoints. Choose another run_name, or delete it.")
-    built = build_assembly(cfg)
-    importer.read(built.model, source)
+    assembly = build_assembly(cfg)
+    importer.read(assembly.model, source)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, RunFolder(folder).config)
-    weights = {name: p.detach().contiguous() for name, p in built.model.named_parameters()}
+    weights = {name: p.detach().contiguous() for name, p in assembly.model.named_parameters()}
     save_weights(RunFolder(folder).checkpoints, weights, run_id=run_id(cfg), step=0)
-    built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
+    assembly.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     record.update_record(
         folder, run_id=run_id(cfg), recipe=cfg.recipe_name, status="imported", source=str(source.absolute())
     )

@@ -49,14 +49,14 @@ class ITM(Objective):
         pairs = pairs_of(batch, gather)
         vectors = model.image_vectors(batch).detach(), model.text_vectors(batch).detach()
         scale = 1 / model.temperature.detach()
-        likeness = [scale * one for one in compute_similarities(*vectors, pairs, gather, with_grad=False)]
-        wrong_text, wrong_image, usable = self._draw_negatives(likeness, batch, pairs, gather)
+        similarity = [scale * one for one in compute_similarities(*vectors, pairs, gather, with_grad=False)]
+        negative_text, negative_image, usable = self._draw_negatives(similarity, batch, pairs, gather)
         ids, real = _pad_texts(batch, gather)
         all_ids, all_real = (gather(one, pairs.sizes, with_grad=False) for one in (ids, real))
-        states = model.own_context(batch)
-        other = self._other_context(model, batch, states, wrong_image, pairs, gather)
+        states = model.image_keys_values(batch)
+        other = self._other_context(model, batch, states, negative_image, pairs, gather)
         both = tuple(torch.cat([own, own, far]) for own, far in zip(states, other, strict=True))
-        asked = torch.cat([ids, all_ids[wrong_text], ids]), torch.cat([real, all_real[wrong_text], real])
+        asked = torch.cat([ids, all_ids[negative_text], ids]), torch.cat([real, all_real[negative_text], real])
         logits = model.match(both, *asked).float()  # [3b, 2]
         count = len(ids)
         target = torch.cat([pairs.own.new_ones(count), pairs.own.new_zeros(2 * count)])
@@ -69,10 +69,10 @@ class ITM(Objective):
         return {"itm": Loss(total, each.new_tensor(float(count)), self.weight, {"accuracy": hits}, sources)}
 
     def _draw_negatives(
-        self, likeness: Sequence[Tensor], batch: Batch, pairs: Pairs, gather: Gather
+        self, similarity: Sequence[Tensor], batch: Batch, pairs: Pairs, gather: Gather
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The global numbers `[b]` of a wrong text for every local image and of a wrong image for every local text, and
-        whether there are any; `likeness` holds the logits `[b, G]` of both directions."""
+        whether there are any; `similarity` holds the logits `[b, G]` of both directions."""
         column = torch.arange(sum(pairs.sizes), device=pairs.own.device)
         closed = column[None] == pairs.own[:, None]
         if self.mask_duplicates:
@@ -82,7 +82,7 @@ class ITM(Objective):
             closed = closed | ((column < first) | (column >= first + len(pairs.own)))[None]
         drawn = [
             (one + noise).masked_fill(closed, float("-inf")).argmax(dim=1) if len(column) else pairs.own
-            for one, noise in zip(likeness, self._draw_noise(batch, pairs, gather), strict=True)
+            for one, noise in zip(similarity, self._draw_noise(batch, pairs, gather), strict=True)
         ]
         return drawn[0], drawn[1], ~closed.all(dim=1)
 

@@ -67,14 +67,14 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     world = count_processes(cfg)
     shares = world > 1 and shards_model(cfg) and process_rank() > 0  # rank 0 spreads its weights later
     models = prepare_models(cfg, resumed, shares)
-    built = models.built
-    policy = _make_policy(cfg, built.model)
-    data = build_data(cfg, built.processor)
-    data.plan = _make_plan(cfg, data, built.model, world)
+    assembly = models.assembly
+    policy = _make_policy(cfg, assembly.model)
+    data = build_data(cfg, assembly.processor)
+    data.plan = _make_plan(cfg, data, assembly.model, world)
     facts: dict[str, Any] = {
         "run_id": identity,
         "init_from": models.sources,
-        "vocabulary": hash_vocabulary(built.processor.tokenizer),
+        "vocabulary": hash_vocabulary(assembly.processor.tokenizer),
     }
     if cfg.reference.model is not None and not shares:
         facts["reference"] = models.digests
@@ -82,36 +82,36 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     if resumed and not shares:
         resumed.require_same_data(**facts)
     facts["rollbacks"] = len(read_rollbacks(folder))
-    facts["frozen"] = [name for name, p in built.model.named_parameters() if not p.requires_grad]
+    facts["frozen"] = [name for name, p in assembly.model.named_parameters() if not p.requires_grad]
     work = _count_work(cfg, models.skeleton) if process_rank() == 0 else None
-    module = _make_module(cfg, built.model, models.reference, policy, data.plan, folder, work)
+    module = _make_module(cfg, assembly.model, models.reference, policy, data.plan, folder, work)
     evaluators = models.evaluators
-    evaluation = Evaluation(built.processor, evaluators, folder)
+    evaluation = Evaluation(assembly.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
     trainer = make_trainer(cfg, data.plan, callbacks, folder)
     if trainer.is_global_zero:
-        _describe_run(cfg, built, policy, trainer, folder, identity, evaluators)
+        _describe_run(cfg, assembly, policy, trainer, folder, identity, evaluators)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # not our calls
         trainer.fit(module, datamodule=data)
         if trainer.global_step < data.plan.steps:
             raise TrainingError(f"training stopped at step {trainer.global_step} of {data.plan.steps}")
-    metrics = _finish_run(built, module, evaluators, folder, trainer)
+    metrics = _finish_run(assembly, module, evaluators, folder, trainer)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise its threads abort the process at exit
     return metrics
 
 
 def _describe_run(
-    cfg: DictConfig, built: Any, policy: Any, trainer: Any, folder: Path, identity: str, evaluators: dict[str, Any]
+    cfg: DictConfig, assembly: Any, policy: Any, trainer: Any, folder: Path, identity: str, evaluators: dict[str, Any]
 ) -> None:
     """Say and record what is about to be trained."""
     from vlm_train.evaluation.run import describe_evaluators
 
     print(policy.format_table(), flush=True)
     _write_parameters(folder, policy)
-    built.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
+    assembly.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
     names["evaluators"] = describe_evaluators(evaluators, {name: name for name in evaluators})
     _write_status(folder, **names, status="running", started=time.time(), exit_code=None)
@@ -209,7 +209,7 @@ def _make_guard(cfg: DictConfig, folder: Path) -> Any:
     return Guard(folder, **cfg.trainer.guard, scaled=scaled, skip=cfg.trainer.skip_steps)
 
 
-def _finish_run(built: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
+def _finish_run(assembly: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
     """Final evaluation, on all ranks where weights are in shards; run.json and report, on rank 0."""
     from vlm_train.evaluation.run import run_evaluators
     from vlm_train.training.callbacks.loop import results_folder
@@ -219,15 +219,15 @@ def _finish_run(built: Any, module: Any, evaluators: dict[str, Any], folder: Pat
     metrics: dict[str, float] = {}
     if evaluators:
         with results_folder(folder, trainer.is_global_zero) as results:
-            metrics = run_evaluators(built.model, built.processor, evaluators, results)  # and record the results
+            metrics = run_evaluators(assembly.model, assembly.processor, evaluators, results)  # and record the results
         module.write_metrics("test", metrics)
     if not trainer.is_global_zero:
         return {}
     for name, split in (("loss", "train"), ("val_loss", "val")):
         if last := record.last_loss(folder, split):
             metrics[name] = last["loss"]
-    if built.cfg.trainer.export:
-        _export_run(_rebuild_whole(built, folder) if trainer.strategy.shards_model else built, folder)
+    if assembly.cfg.trainer.export:
+        _export_run(_rebuild_whole(assembly, folder) if trainer.strategy.shards_model else assembly, folder)
     _write_status(folder, status="done", step=trainer.global_step, metrics=metrics, finished=time.time())
     from vlm_train.report import write_report
 
@@ -235,22 +235,22 @@ def _finish_run(built: Any, module: Any, evaluators: dict[str, Any], folder: Pat
     return metrics
 
 
-def _rebuild_whole(built: Any, folder: Path) -> Any:
+def _rebuild_whole(assembly: Any, folder: Path) -> Any:
     """The run as it is on the disk: in memory no process holds all of its weights."""
     from vlm_train.build import build_assembly
 
-    whole = build_assembly(built.cfg)
-    load_run_weights(whole.model, built.cfg.init_from, folder)
+    whole = build_assembly(assembly.cfg)
+    load_run_weights(whole.model, assembly.cfg.init_from, folder)
     return whole
 
 
-def _export_run(built: Any, folder: Path) -> None:
+def _export_run(assembly: Any, folder: Path) -> None:
     """Export at the end of training. No exporter may know a model of new parts; its training counts."""
     from vlm_train.build import build_exporters
     from vlm_train.export.run import write_export
 
     try:
-        write_export(built, folder, build_exporters(built.cfg))
+        write_export(assembly, folder, build_exporters(assembly.cfg))
     except AssetError as error:
         print(f"trainer.export: failed, an earlier export is kept: {error}", flush=True)
     except ConfigError as error:

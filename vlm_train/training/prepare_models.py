@@ -27,7 +27,7 @@ class PreparedModels:
         reference: the frozen second model, with the digests of its weights; None: the run has none.
     """
 
-    built: Any
+    assembly: Any
     skeleton: Any
     evaluators: dict[str, Any]
     sources: list[str]
@@ -41,17 +41,17 @@ def prepare_models(cfg: DictConfig, resumed: Resume | None, shares: bool) -> Pre
     if skeleton is not None:
         check_model(cfg, skeleton)
     evaluators, other = build_evaluators(cfg), reference_config(cfg)
-    built = build_assembly(cfg, meta=shares)
+    assembly = build_assembly(cfg, meta=shares)
     if skeleton is None:
-        check_model(cfg, built.model)
+        check_model(cfg, assembly.model)
     sources: list[str] = []
     if not shares:
-        sources = load_init_from(built.model, cfg.init_from)
+        sources = load_init_from(assembly.model, cfg.init_from)
         if resumed:
-            load_weights(built.model, resumed.folder / WEIGHTS)
-    reference, digests = build_reference(cfg, other, built.processor.tokenizer, meta=shares)
+            load_weights(assembly.model, resumed.folder / WEIGHTS)
+    reference, digests = build_reference(cfg, other, assembly.processor.tokenizer, meta=shares)
     if halves_weights(cfg):
-        cast_to_bf16(built.model)
+        cast_to_bf16(assembly.model)
         if reference is not None:
             cast_to_bf16(reference)
-    return PreparedModels(built, skeleton, evaluators, sources, reference, digests)
+    return PreparedModels(assembly, skeleton, evaluators, sources, reference, digests)

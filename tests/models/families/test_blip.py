@@ -82,7 +82,7 @@ def test_similarities_and_matching_are_those_of_transformers(tmp_path):
     expected = theirs(text.ids, pixels, use_itm_head=False, attention_mask=mask).itm_score
     assert_close(model.image_vectors(given)[:, 0] @ model.text_vectors(given).T, expected)
     expected = theirs(started(given, model.llm.encoder_start), pixels, attention_mask=mask).itm_score
-    found = model.match(model.own_context(given), text.ids, text.segment_ids != 0)
+    found = model.match(model.image_keys_values(given), text.ids, text.segment_ids != 0)
     assert_close(found, expected)
     assert (found.std(dim=0) > 1e-3).all(), "the images and texts matter"
 
@@ -108,7 +108,9 @@ def test_weights_come_back(tmp_path, kind):
     else:
         text = given.text["llm"]
         asked = text.ids, text.segment_ids != 0
-        assert_close(other.match(other.own_context(given), *asked), model.match(model.own_context(given), *asked))
+        assert_close(
+            other.match(other.image_keys_values(given), *asked), model.match(model.image_keys_values(given), *asked)
+        )
         assert_close(other.text_vectors(given), model.text_vectors(given))
     broken = {name: tensor for name, tensor in theirs.state_dict().items() if "layer.1.crossattention" not in name}
     with pytest.raises(AssetError, match="crossattention"):
@@ -119,12 +121,12 @@ def test_weights_come_back(tmp_path, kind):
 def test_a_row_does_not_depend_on_its_padding(left):
     model, given = blip(), batch(left=left)
     real = given.text["llm"].segment_ids != 0
-    vectors, found = model.text_vectors(given), model.match(model.own_context(given), given.text["llm"].ids, real)
+    vectors, found = model.text_vectors(given), model.match(model.image_keys_values(given), given.text["llm"].ids, real)
     for number, row in enumerate(ROWS):
         alone = with_views(batch([row]), given.media.inputs["vision"].values[number][None])
         assert_close(vectors[number], model.text_vectors(alone)[0])
         ids = alone.text["llm"].ids
-        assert_close(found[number], model.match(model.own_context(alone), ids, torch.ones_like(ids) > 0)[0])
+        assert_close(found[number], model.match(model.image_keys_values(alone), ids, torch.ones_like(ids) > 0)[0])
 
 
 def test_encoding_looks_both_ways_and_decoding_back_only():
@@ -147,7 +149,7 @@ def test_encoder_and_decoder_share_all_but_self_attention():
 
     text = given.text["llm"]
     lm = reached(model.logits(model(given)).sum())
-    itm = reached(model.match(model.own_context(batch()), text.ids, text.segment_ids != 0).sum())
+    itm = reached(model.match(model.image_keys_values(batch()), text.ids, text.segment_ids != 0).sum())
     itc = reached((model.image_vectors(batch())[:, 0] * model.text_vectors(batch()) * model.temperature).sum())
     assert not any("encoder_attention" in name for name in lm) and any("decoder_attention" in name for name in lm)
     assert not any("decoder_attention" in name for name in itm | itc)
@@ -161,7 +163,7 @@ def test_the_tower_runs_once_a_batch(monkeypatch):
     model, given, calls = blip(), batch(), []
     encode = model.vision.encode
     monkeypatch.setattr(model.vision, "encode", lambda media: calls.append(len(media)) or encode(media))
-    model(given), model.image_vectors(given), model.own_context(given)
+    model(given), model.image_vectors(given), model.image_keys_values(given)
     assert calls == [3]
 
 

@@ -107,7 +107,7 @@ def test_similarities_and_matching_are_those_of_the_library() -> None:
     ours = torch.einsum("bqe,ge->bgq", model.image_vectors(batch), model.text_vectors(batch)).amax(-1)
     assert_close(ours, itc.logits_per_image)
     itm = theirs(**given, use_image_text_matching_head=True).logits_per_image
-    logits = model.match(model.own_context(batch), given["input_ids"], given["attention_mask"].bool())
+    logits = model.match(model.image_keys_values(batch), given["input_ids"], given["attention_mask"].bool())
     assert_close(logits, itm)
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
@@ -133,7 +133,9 @@ def test_gradients_are_those_of_the_library() -> None:
     model, batch = tiny_blip2().eval(), pairs()
     theirs, given = as_library(model).eval(), inputs(model, batch)
     theirs(**given, use_image_text_matching_head=True).logits_per_image[:, 1].sum().backward()
-    model.match(model.own_context(batch), given["input_ids"], given["attention_mask"].bool())[:, 1].sum().backward()
+    model.match(model.image_keys_values(batch), given["input_ids"], given["attention_mask"].bool())[
+        :, 1
+    ].sum().backward()
     ours = dict(model.connector.named_parameters())
     expected = from_library({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
     assert len(expected) > 80
@@ -150,7 +152,7 @@ def test_generation_pass_is_a_step_by_step_one() -> None:
     sees."""
     model, batch = tiny_blip2().eval(), pairs()
     hidden, former, branch = model(batch), model.connector.qformer, model.connector.text
-    context = model.own_context(batch)
+    context = model.image_keys_values(batch)
     for row, ids in enumerate(ROWS):
         one = tuple(states[row : row + 1] for states in context)
         written = torch.tensor([[model.start_id, *ids[1:]]])
@@ -174,7 +176,7 @@ def test_text_never_leaks_into_queries_nor_the_future_into_the_past() -> None:
         for row, first in enumerate((2, 1, 3)):
             assert torch.equal(a[row, :first], b[row, :first]) and not torch.equal(a[row, first], b[row, first])
         real = batch.text["llm"].segment_ids != 0
-        matched = [model.match(model.own_context(batch), one.text["llm"].ids, real) for one in (batch, other)]
+        matched = [model.match(model.image_keys_values(batch), one.text["llm"].ids, real) for one in (batch, other)]
         assert not torch.allclose(*matched)  # there queries do see text
     image = pairs(seed=2)
     with torch.no_grad():
@@ -187,14 +189,14 @@ def test_text_never_leaks_into_queries_nor_the_future_into_the_past() -> None:
 def test_padding_changes_nothing(left: bool) -> None:
     model, batch = tiny_blip2().eval(), pairs(left=left)
     real = batch.text["llm"].segment_ids != 0
-    matched = model.match(model.own_context(batch), batch.text["llm"].ids, real)
+    matched = model.match(model.image_keys_values(batch), batch.text["llm"].ids, real)
     for row, ids in enumerate(ROWS):
         alone = pairs([ids])
         alone.media.inputs["vision"].values[:] = batch.media.inputs["vision"].values[row]
         assert_close(model.text_vectors(alone)[0], model.text_vectors(batch)[row])
         assert_close(model(alone)[0], model(batch)[row, real[row]])
         words = alone.text["llm"].ids
-        assert_close(model.match(model.own_context(alone), words, torch.ones_like(words) > 0)[0], matched[row])
+        assert_close(model.match(model.image_keys_values(alone), words, torch.ones_like(words) > 0)[0], matched[row])
 
 
 def test_a_batch_without_images_reaches_every_parameter_that_learns() -> None:

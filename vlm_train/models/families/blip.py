@@ -68,7 +68,7 @@ class Blip(Family):
         """What cross-attention reads of images `[m, P, D_v]`: tensors with m rows."""
         return self.llm.context(features)
 
-    def own_context(self, batch: Batch) -> tuple[Tensor, ...]:
+    def image_keys_values(self, batch: Batch) -> tuple[Tensor, ...]:
         """That of the batch's images."""
         return cached_on_batch(batch, self, "context", lambda: self.context(self.features(batch)))
 
@@ -93,7 +93,7 @@ class Blip(Family):
         text = batch.text[stream]
         ids = replace_first_token(text.ids, text.segment_ids != 0, self.llm.decoder_start)
         # A batch of padding still reads its blank view, so that every rank has the same gradients.
-        context = self.own_context(batch) if len(batch.media.row) else self.context(self._encode_views(batch))
+        context = self.image_keys_values(batch) if len(batch.media.row) else self.context(self._encode_views(batch))
         mask = None if text.plain_causal else attention_mask(text.segment_ids, text.attention_group)
         return self.llm.decode(self.llm.embed(ids), text.positions, mask, context)
 
@@ -115,7 +115,7 @@ class Blip(Family):
         repetition_penalty: float = 1.0,
     ) -> Tensor:
         """Texts `[B, up to max_new_tokens]` that continue the prompts in `batch`; see `Sampling`."""
-        text, context = batch.text[stream], self.own_context(batch)
+        text, context = batch.text[stream], self.image_keys_values(batch)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,

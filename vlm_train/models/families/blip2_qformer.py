@@ -23,7 +23,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.layers.masks import attention_mask, both_ways
 from vlm_train.models.layers.once import cached_on_batch
 from vlm_train.models.layers.padding import first_token_state, replace_first_token
-from vlm_train.models.layers.qformer import Passed, first_weights
+from vlm_train.models.layers.qformer import QFormerOutput, first_weights
 from vlm_train.models.weights.hub import read_state
 from vlm_train.models.weights.qformer_names import head_from_bert
 
@@ -80,7 +80,7 @@ class Blip2QFormerModel(Family):
         """What cross-attention reads of images `[m, P, D_v]`: tensors with m rows."""
         return self.connector.qformer.context(features)
 
-    def own_context(self, batch: Batch) -> tuple[Tensor, ...]:
+    def image_keys_values(self, batch: Batch) -> tuple[Tensor, ...]:
         """That of the batch's images."""
         return cached_on_batch(batch, self, "context", lambda: self.context(self.features(batch)))
 
@@ -130,11 +130,11 @@ class Blip2QFormerModel(Family):
     def _encode_images(self, batch: Batch) -> Tensor:
         return self.vision.encode(batch.media.inputs["vision"]).rectangular()[: count_pairs(batch)]
 
-    def _encode_batch_queries(self, batch: Batch) -> Passed:
+    def _encode_batch_queries(self, batch: Batch) -> QFormerOutput:
         """The pass of the queries alone."""
-        return cached_on_batch(batch, self, "queries", lambda: self._encode_queries(self.own_context(batch)))
+        return cached_on_batch(batch, self, "queries", lambda: self._encode_queries(self.image_keys_values(batch)))
 
-    def _encode_queries(self, context: tuple[Tensor, ...]) -> Passed:
+    def _encode_queries(self, context: tuple[Tensor, ...]) -> QFormerOutput:
         return self.connector.qformer(queries=self._expand_queries(len(context[0])), context=context)
 
     def _text_vectors(self, stream: TokenStream) -> Tensor:

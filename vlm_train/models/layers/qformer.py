@@ -4,7 +4,7 @@ Queries and text share self-attention; only queries read the image, in every sec
 Who sees whom is a mask of `vlm_train.models.layers.masks`: queries are a shared block (group -1), text is one too
 where both see all of each other (matching, instructions), or causal (group 0) where it is generated. Queries never see
 causal
-text, so their keys and values can be computed once, without it: `Passed.keys_values`.
+text, so their keys and values can be computed once, without it: `QFormerOutput.keys_values`.
 
 Legend: B rows, Q queries, T text tokens, L = Q + T, P image tokens, H heads, C channels a head, D width, D_v width of
 the image features.
@@ -144,7 +144,7 @@ class TextBranch(nn.Module):
 
 
 @dataclass(frozen=True)
-class Passed:
+class QFormerOutput:
     """What came out of a pass.
 
     Attributes:
@@ -225,14 +225,14 @@ class QFormer(nn.Module):
         context: Sequence[Tensor] = (),
         mask: Tensor | None = None,
         past: Sequence[KeysValues] = (),
-    ) -> Passed:
+    ) -> QFormerOutput:
         """One pass of queries, of text, or of both.
 
         Args:
             queries: `[B, Q, D]`; they need a `context`.
             text: embeddings `[B, T, D]` of `branch`.
             mask: `[B, 1, L, past + L]`, True where a row may attend to a column; None: everything to everything.
-            past: `Passed.keys_values` of tokens that stand before these.
+            past: `QFormerOutput.keys_values` of tokens that stand before these.
         """
         count = 0 if queries is None else queries.shape[1]
         hidden = torch.cat([part for part in (queries, text) if part is not None], dim=1)
@@ -250,7 +250,7 @@ class QFormer(nn.Module):
                 text=None if branch is None else branch.feeds[number],
             )
             keys_values.append(own)
-        return Passed(hidden, keys_values)
+        return QFormerOutput(hidden, keys_values)
 
 
 def first_weights(module: nn.Module) -> None:
