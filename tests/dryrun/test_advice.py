@@ -47,7 +47,7 @@ def test_gpus_that_are_not_here(full: Planned) -> None:
     assert given(full, gpus=8, memory_gib=48)[0].best == "zero2"
     assert given(full, gpus=8, memory_gib=40)[0].best == "zero3"
     assert given(full, gpus=64, memory_gib=320)[0].best == "ddp"
-    assert not found.levers and "What helps" not in printed
+    assert not found.suggestions and "What helps" not in printed
 
 
 def test_offload_needs_room_on_the_cpu(full: Planned) -> None:
@@ -62,8 +62,8 @@ def test_offload_needs_room_on_the_cpu(full: Planned) -> None:
 def test_smaller_micro_batches_come_before_offload(full: Planned) -> None:
     found, printed = given(full, gpus=8, memory_gib=24)
     assert found.best == "zero3_offload"
-    assert [(one.flag, one.strategy, one.fits) for one in found.levers] == [("batch.micro=4", "zero3", True)]
-    assert found.levers[0].peak.total <= 24 * GIB
+    assert [(one.flag, one.strategy, one.fits) for one in found.suggestions] == [("batch.micro=4", "zero3", True)]
+    assert found.suggestions[0].peak.total <= 24 * GIB
     assert "What avoids offloading" in printed and "fits with strategy=zero3" in printed
 
 
@@ -72,8 +72,8 @@ def test_checkpointing_comes_first(full: Planned) -> None:
     assert plan.needs.activations == 16 * plan.activations["none"]
     assert plan.activations == full[1].activations
     found, printed = given((cfg, plan), gpus=8, memory_gib=48)
-    assert [one.flag for one in found.levers] == ["trainer.activation_checkpointing=full"]
-    assert found.levers[0].strategy == "zero2" and found.best is None
+    assert [one.flag for one in found.suggestions] == ["trainer.activation_checkpointing=full"]
+    assert found.suggestions[0].strategy == "zero2" and found.best is None
     assert "trainer.activation_checkpointing=none: 183 GiB; selective 106 GiB, full 14.9 GiB." in printed
 
 
@@ -83,12 +83,12 @@ def test_adapters_come_last(full: Planned, monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "peft" / "lora.yaml").write_text("rank: 16")
     monkeypatch.setattr(advice, "config_dir", lambda: tmp_path)
     found, _ = given(full, gpus=1, memory_gib=18.5, cpu_gib=4)
-    assert [one.flag for one in found.levers] == ["batch.micro=1", "peft=lora"]
-    assert found.levers[-1].strategy == "zero1" and found.levers[-1].fits
+    assert [one.flag for one in found.suggestions] == ["batch.micro=1", "peft=lora"]
+    assert found.suggestions[-1].strategy == "zero1" and found.suggestions[-1].fits
     (tmp_path / "peft" / "qlora.yaml").write_text("rank: 16")
     found, printed = given(full, gpus=1, memory_gib=10, cpu_gib=1)
-    assert [one.flag for one in found.levers] == ["batch.micro=1", "peft=lora", "peft=qlora"]
-    assert found.levers[-1].fits and "not yet" in printed
+    assert [one.flag for one in found.suggestions] == ["batch.micro=1", "peft=lora", "peft=qlora"]
+    assert found.suggestions[-1].fits and "not yet" in printed
     learned = 16 * full[1].llm.per_rank
     assert learned == 39_976_960, "LoRA of rank 16 on all linear layers of a 7B Llama"
 
@@ -98,7 +98,7 @@ def test_a_contrast_of_samples_is_not_cut(full: Planned) -> None:
     with open_dict(cfg):
         cfg.objective = {"contrastive": {"_target_": "vlm_train.objectives.contrastive.Contrastive"}}
     cfg.target.gpus, cfg.target.memory_gib = 8, 24
-    assert not any("micro" in one.flag for one in advise_run(cfg, plan).levers)
+    assert not any("micro" in one.flag for one in advise_run(cfg, plan).suggestions)
 
 
 def test_the_configured_strategy_is_known_by_its_option(

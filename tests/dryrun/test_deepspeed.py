@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_train.dryrun.memory import Hardware, Needs, predict_peak
+from vlm_train.dryrun.memory import Hardware, MemoryNeeds, predict_peak
 
 SCRIPT = Path(__file__).with_name("count_states.py")
 LEARNED, FROZEN = 64 * 128 + 128 * 64, 64 * 64
@@ -43,7 +43,7 @@ def test_deepspeed_holds_what_is_predicted() -> None:
     (line,) = (line for line in printed[0].splitlines() if line.startswith("counted: "))
     for case, counted in json.loads(line.removeprefix("counted: ")).items():
         strategy, precision = case.split()
-        needs = Needs(
+        needs = MemoryNeeds(
             parameters=LEARNED + FROZEN,
             trainable=LEARNED,
             largest_layer=0,

@@ -21,7 +21,7 @@ from vlm_train.dryrun.memory import (
     RUNTIME_CPU,
     STRATEGIES,
     Hardware,
-    Needs,
+    MemoryNeeds,
     find_cheapest,
     list_runnable,
     list_sensible,
@@ -29,13 +29,13 @@ from vlm_train.dryrun.memory import (
 )
 from vlm_train.dryrun.report import dry_run
 
-NEEDS = Needs(
+NEEDS = MemoryNeeds(
     parameters=1000, trainable=1000, largest_layer=0, states=2, precision="bf16-mixed", activations=0, logits=0
 )
-OFFLOADING = [name for name, spread in STRATEGIES.items() if spread.offloads]
+OFFLOADING = [name for name, spec in STRATEGIES.items() if spec.offloads]
 
 
-def needs(**changes: Any) -> Needs:
+def needs(**changes: Any) -> MemoryNeeds:
     return replace(NEEDS, **changes)
 
 

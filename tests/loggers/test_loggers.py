@@ -20,15 +20,15 @@ from vlm_train.config.compose import compose_config
 from vlm_train.config.redact import without_credentials
 from vlm_train.contracts.batch import Batch, Problem
 from vlm_train.errors import ConfigError
-from vlm_train.loggers import mirror, servers
-from vlm_train.loggers.journal import Journal
-from vlm_train.loggers.mirror import Mirror, Picture
+from vlm_train.loggers import metrics_logger, servers
+from vlm_train.loggers.jsonl_writer import JsonlWriter
+from vlm_train.loggers.metrics_logger import ImageSample, MetricsLogger
 from vlm_train.training.bad_samples import BadSamples
 from vlm_train.training.module import VLMModule
 
 
 class Server:
-    """A tracker that can be away."""
+    """A backend that can be away."""
 
     def __init__(self) -> None:
         self.away = False
@@ -52,7 +52,7 @@ class Server:
         self.check()
         self.rows.append((step, dict(row)))
 
-    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+    def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         self.seen.append((step, list(pictures)))
 
     def pause(self, *, good: bool) -> None:
@@ -61,13 +61,13 @@ class Server:
 
 def test_what_a_lost_server_misses_is_sent_when_it_is_back(capsys: pytest.CaptureFixture[str]) -> None:
     server, clock = Server(), SimpleNamespace(now=0.0)
-    one = Mirror("wandb", server.connect, clock=lambda: clock.now)
+    one = MetricsLogger("wandb", server.connect, clock=lambda: clock.now)
     one.log_metrics({"train/loss": 3.0}, 1)
     server.away = True
     for step in (2, 3):
         one.log_metrics({"train/loss": 2.0}, step)
     assert server.tries == 3  # the second row did not wait for the server
-    clock.now = mirror.PAUSE + 1
+    clock.now = metrics_logger.PAUSE + 1
     one.log_metrics({"train/loss": 1.0}, 4)
     server.away = False
     clock.now *= 3
@@ -87,7 +87,7 @@ def test_a_slow_failure_is_not_repeated_often() -> None:
         clock.now += 100  # as a library waits for a server
         raise TimeoutError
 
-    one = Mirror("mlflow", connect, clock=lambda: clock.now)
+    one = MetricsLogger("mlflow", connect, clock=lambda: clock.now)
     for _ in range(100):
         clock.now += 20
         one.log_metrics({"train/loss": 1.0}, 1)
@@ -97,7 +97,7 @@ def test_a_slow_failure_is_not_repeated_often() -> None:
 def test_the_end_of_a_run_is_a_last_try() -> None:
     server = Server()
     server.away = True
-    one = Mirror("wandb", server.connect)
+    one = MetricsLogger("wandb", server.connect)
     one.log_metrics({"train/loss": 1.0}, 1)
     server.away = False
     one.finalize("failed")
@@ -115,9 +115,9 @@ def test_a_library_that_is_not_there_stops_the_run_before_it_trains(
 
 
 def test_other_ranks_mirror_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "process_rank", lambda: 1)
+    monkeypatch.setattr(metrics_logger, "process_rank", lambda: 1)
     server = Server()
-    one = Mirror("csv", server.connect)
+    one = MetricsLogger("csv", server.connect)
     one.log_metrics({"train/loss": 1.0}, 1)
     one.finalize("success")
     assert (server.tries, server.rows, server.seen) == (0, [], [])
@@ -137,19 +137,19 @@ def test_no_line_is_lost_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFi
     """A file size limit stands for a full disk: the system writes what fits and refuses the rest."""
     import resource
 
-    journal = Journal(tmp_path / "metrics.jsonl")
-    journal.write_line({"step": 1})
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.write_line({"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))
     try:
-        journal.write_line({"step": 2})
-        journal.write_line({"step": 3})
+        writer.write_line({"step": 2})
+        writer.write_line({"step": 3})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [row["step"] for row in rows_of(tmp_path)] == [1]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and all("cannot be written" in line for line in said) and '{"step": 3}' in said[1]
-    journal.write_line({"step": 4})
+    writer.write_line({"step": 4})
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -186,7 +186,7 @@ def crash(data: Path, runs: Path, *more: str, step: int = 3) -> None:
 
 
 def test_mirrors_go_on_where_they_were(data: Path, tmp_path: Path) -> None:
-    """Crashed after step 3, resumed from step 2: every mirror has each step of the record once, or once last."""
+    """Crashed after step 3, resumed from step 2: every logger has each step of the record once, or once last."""
     more = ["logger=[csv,tensorboard,mlflow]", "trainer.max_steps=4", "trainer.val_every=4"]
     crash(data, tmp_path, *more)
     run = tmp_path / "run"
@@ -278,7 +278,7 @@ def test_wandb_goes_on_by_its_own_steps(fake_wandb: FakeWandb, tmp_path: Path, m
     one = loggers.wandb(folder=tmp_path / "my-run")
     for step in (3, 2):  # a resumed run goes back
         one.log_metrics({"train/loss": 1.0}, step)
-    one.log_pictures(4, [Picture(tmp_path / "0.png", "a cat")])
+    one.log_images(4, [ImageSample(tmp_path / "0.png", "a cat")])
     wanted = {"id": "my-run", "name": "my-run", "resume": "allow", "mode": "offline"}
     assert fake_wandb.arguments.items() >= wanted.items()
     assert fake_wandb.metrics == [("trainer/step", None), ("*", "trainer/step")]
@@ -318,7 +318,7 @@ def test_trackio_goes_on_in_the_run_of_this_name(tmp_path: Path, monkeypatch: py
     one = loggers.trackio(folder=tmp_path / "my-run")
     one.log_hyperparams({"optim": {"lr": "${lr}"}})
     one.log_metrics({"train/loss": 1.0}, 7)
-    one.log_pictures(8, [Picture(tmp_path / "0.png", "a cat")])
+    one.log_images(8, [ImageSample(tmp_path / "0.png", "a cat")])
     settings = {"name": "my-run", "space_id": None, "resume": "allow", "embed": False}
     assert calls == [("vlm-train", settings), (7, {"train/loss": 1.0}), (8, {"predictions/0": "a cat"})]
     assert run.config == {"optim.lr": "${lr}"}
@@ -338,7 +338,7 @@ def test_addresses_lose_their_user() -> None:
 def test_no_password_in_what_is_shown_and_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     address = "https://me:secret@host/set"
     server = Server()
-    Mirror("wandb", server.connect).log_hyperparams({"data": {"train": [{"shards": address}]}})
+    MetricsLogger("wandb", server.connect).log_hyperparams({"data": {"train": [{"shards": address}]}})
     assert server.seen == [{"data": {"train": [{"shards": "https://host/set"}]}}]
     overrides = ["size=tiny", f"data.train=[{{shards: '{address}'}}]"]
     shown = origins.format_origins(compose_config(overrides), origins.find_origins(overrides))

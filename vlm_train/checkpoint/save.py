@@ -62,7 +62,7 @@ def _content_size(part: dict[str, Tensor] | bytes) -> int:
     return len(part) if isinstance(part, bytes) else sum(tensor.nbytes for tensor in part.values())
 
 
-class Writer:
+class CheckpointWriter:
     """Writes the checkpoints of a run. Every rank makes the same calls.
 
     A save that fails is said, and training goes on; a second one in a row, or a last one, raises.

@@ -212,7 +212,7 @@ class Root:
     sweep_metric: str | None = None  # multirun: the final metric that a sweeper such as Optuna optimises
     columns: Columns = field(default_factory=Columns)
     target: Target = field(default_factory=Target)
-    tiny: dict[str, Any] = field(default_factory=dict)  # dry_run only: the parts' `tiny:` blocks, for its small twin
+    tiny: dict[str, Any] = field(default_factory=dict)  # dry_run only: the parts' `tiny:` blocks, for its tiny copy
 
 
 MODEL_PARTS = tuple(one.name for one in fields(Root) if one.metadata == MODEL_PART)

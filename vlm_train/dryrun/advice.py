@@ -17,7 +17,7 @@ from vlm_train.dryrun.memory import (
     RUNTIME_CPU,
     STRATEGIES,
     Hardware,
-    Needs,
+    MemoryNeeds,
     Peak,
     find_cheapest,
     list_runnable,
@@ -28,7 +28,7 @@ from vlm_train.dryrun.plan import Plan, checkpointing_mode, rows_at_once
 
 
 @dataclass(frozen=True)
-class Lever:
+class Suggestion:
     """A change of settings, with those before it: what it comes to under `strategy`, the first that fits or, where none
     does, the one that needs the least of a GPU."""
 
@@ -46,7 +46,7 @@ class Advice:
         peaks: per strategy.
         best: the cheapest strategy that fits GPU and CPU, or None.
         configured: the run's own strategy, None where it is none of ours; `fits`: whether it does.
-        levers: changes by which something fits, in the order to try; where only offload fits, those that avoid it.
+        suggestions: changes by which something fits, in the order to try; where only offload fits, those that avoid it.
     """
 
     hardware: Hardware
@@ -54,7 +54,7 @@ class Advice:
     best: str | None
     configured: str | None
     fits: bool
-    levers: list[Lever]
+    suggestions: list[Suggestion]
 
 
 def advise_run(cfg: DictConfig, plan: Plan) -> Advice:
@@ -70,7 +70,7 @@ def advise_run(cfg: DictConfig, plan: Plan) -> Advice:
         best=best,
         configured=own,
         fits=own in peaks and peaks[own].fits_hardware(hardware),
-        levers=[] if best and not STRATEGIES[best].offloads else _find_suggestions(cfg, plan, hardware, best),
+        suggestions=[] if best and not STRATEGIES[best].offloads else _find_suggestions(cfg, plan, hardware, best),
     )
 
 
@@ -108,10 +108,10 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _find_suggestions(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str | None) -> list[Lever]:
+def _find_suggestions(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str | None) -> list[Suggestion]:
     """Changes up to the first with which something fits: by preference a strategy that does not offload, and a run that
     learns the same. Where an offloading one fits already, only such changes."""
-    found: list[Lever] = []
+    found: list[Suggestion] = []
     for offload in (False,) if best else (False, True):
         found = []
         for flag, needs, same_run in _possible_changes(cfg, plan, hardware, offload=offload):
@@ -120,13 +120,13 @@ def _find_suggestions(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str
             peaks = _peaks_of_strategies(cfg, needs, hardware, offload=offload)
             fitting = find_cheapest(peaks, hardware)
             strategy = fitting or min(peaks, key=lambda name: peaks[name].total)
-            found.append(Lever(flag, strategy, peaks[strategy], fitting is not None))
+            found.append(Suggestion(flag, strategy, peaks[strategy], fitting is not None))
             if fitting:
                 return found
     return [] if best else found
 
 
-def _peaks_of_strategies(cfg: DictConfig, needs: Needs, hardware: Hardware, *, offload: bool) -> dict[str, Peak]:
+def _peaks_of_strategies(cfg: DictConfig, needs: MemoryNeeds, hardware: Hardware, *, offload: bool) -> dict[str, Peak]:
     """Peaks of the strategies worth a try; there is nowhere to offload to from a CPU."""
     names = list_sensible(needs, hardware, offload=offload and cfg.trainer.accelerator != "cpu")
     return {name: predict_peak(name, needs, hardware) for name in names}
@@ -134,7 +134,7 @@ def _peaks_of_strategies(cfg: DictConfig, needs: Needs, hardware: Hardware, *, o
 
 def _possible_changes(
     cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool
-) -> Iterator[tuple[str, Needs, bool]]:
+) -> Iterator[tuple[str, MemoryNeeds, bool]]:
     """Settings, what they come to with those before, and whether the run learns the same, from the cheapest on."""
     needs, micro = plan.needs, cfg.batch.micro
     kept = plan.activations[checkpointing_mode(cfg)]

@@ -38,7 +38,7 @@ Place = Literal["gpu", "cpu", "nvme"]
 
 
 @dataclass(frozen=True)
-class Spread:
+class ShardingSpec:
     """What a strategy shares out.
 
     Attributes:
@@ -57,24 +57,24 @@ class Spread:
         return self.optimizer != "gpu"
 
 
-STRATEGIES: Mapping[str, Spread] = {
-    "single": Spread("replicated"),
-    "ddp": Spread("replicated"),
-    "zero1": Spread("zero", 1),
-    "zero2": Spread("zero", 2),
-    "zero3": Spread("zero", 3),
-    "fsdp2": Spread("fsdp", 3),
-    "zero1_offload": Spread("zero", 1, optimizer="cpu"),
-    "zero2_offload": Spread("zero", 2, optimizer="cpu"),
-    "zero3_offload": Spread("zero", 3, weights="cpu", optimizer="cpu"),
-    "fsdp2_offload": Spread("fsdp", 3, weights="cpu", optimizer="cpu"),
-    "zero3_nvme": Spread("zero", 3, weights="nvme", optimizer="cpu"),
+STRATEGIES: Mapping[str, ShardingSpec] = {
+    "single": ShardingSpec("replicated"),
+    "ddp": ShardingSpec("replicated"),
+    "zero1": ShardingSpec("zero", 1),
+    "zero2": ShardingSpec("zero", 2),
+    "zero3": ShardingSpec("zero", 3),
+    "fsdp2": ShardingSpec("fsdp", 3),
+    "zero1_offload": ShardingSpec("zero", 1, optimizer="cpu"),
+    "zero2_offload": ShardingSpec("zero", 2, optimizer="cpu"),
+    "zero3_offload": ShardingSpec("zero", 3, weights="cpu", optimizer="cpu"),
+    "fsdp2_offload": ShardingSpec("fsdp", 3, weights="cpu", optimizer="cpu"),
+    "zero3_nvme": ShardingSpec("zero", 3, weights="nvme", optimizer="cpu"),
 }
 """By name, from the least to the most communication: the first that fits is the cheapest."""
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryNeeds:
     """What has to be stored.
 
     Attributes:
@@ -183,21 +183,21 @@ class _Share:
     """Further bytes on the CPU, if the optimizer is there."""
 
 
-def predict_peak(strategy: str, needs: Needs, hardware: Hardware) -> Peak:
+def predict_peak(strategy: str, needs: MemoryNeeds, hardware: Hardware) -> Peak:
     """Peak bytes under one of `STRATEGIES`."""
-    spread = STRATEGIES[strategy]
-    share = {"replicated": _share_replicated, "zero": _share_zero, "fsdp": _share_fsdp}[spread.engine](
-        spread, needs, 1 if strategy == "single" else hardware.gpus
+    spec = STRATEGIES[strategy]
+    share = {"replicated": _share_replicated, "zero": _share_zero, "fsdp": _share_fsdp}[spec.engine](
+        spec, needs, 1 if strategy == "single" else hardware.gpus
     )
     at: dict[Place, float] = {"gpu": 0.0, "cpu": 0.0, "nvme": 0.0}
-    at[spread.weights] += share.weights
-    at[spread.optimizer] += share.optimizer
-    if spread.offloads:
+    at[spec.weights] += share.weights
+    at[spec.optimizer] += share.optimizer
+    if spec.offloads:
         at["cpu"] += share.host
     return Peak(
-        weights=share.weights if spread.weights == "gpu" else 0.0,
+        weights=share.weights if spec.weights == "gpu" else 0.0,
         gradients=share.gradients,
-        optimizer=0.0 if spread.offloads else share.optimizer,
+        optimizer=0.0 if spec.offloads else share.optimizer,
         buffers=max(share.backward, share.update - needs.activations - needs.logits),
         activations=needs.activations,
         logits=needs.logits,
@@ -207,7 +207,7 @@ def predict_peak(strategy: str, needs: Needs, hardware: Hardware) -> Peak:
     )
 
 
-def _share_replicated(spread: Spread, needs: Needs, gpus: int) -> _Share:
+def _share_replicated(spec: ShardingSpec, needs: MemoryNeeds, gpus: int) -> _Share:
     """Everything on every GPU. Mixed precision keeps fp32 weights, and autocast a 16-bit copy of those that learn."""
     size, learned = needs.size, needs.size * needs.trainable
     copies = 2 * (needs.trainable + needs.largest_layer) if needs.precision.endswith("-mixed") else 0
@@ -220,56 +220,56 @@ def _share_replicated(spread: Spread, needs: Needs, gpus: int) -> _Share:
     )
 
 
-def _share_zero(spread: Spread, needs: Needs, gpus: int) -> _Share:
+def _share_zero(spec: ShardingSpec, needs: MemoryNeeds, gpus: int) -> _Share:
     """DeepSpeed: 16-bit weights and gradients (fp32 ones with 32-true), and an fp32 master copy of what learns."""
     size, shard = needs.compute, needs.trainable / gpus
     weights, backward = needs.stored_bytes(size), 2 * size * REDUCE_BUCKET
-    gradients: float = size * (shard if spread.stage > 1 else needs.trainable)
-    if spread.stage == 3:
+    gradients: float = size * (shard if spec.stage > 1 else needs.trainable)
+    if spec.stage == 3:
         weights /= gpus
         backward = size * (REDUCE_BUCKET + min(max(LIVE_PARAMETERS, needs.largest_layer), needs.parameters))
     optimizer = (4 + 4 * needs.states) * shard  # fp32 weights have a master copy, too
-    if not spread.offloads:
+    if not spec.offloads:
         update = 4 * shard + _update_temporaries(4 * shard, needs) + size * ALLGATHER_BUCKET  # gradients, in fp32
         return _Share(weights, gradients, optimizer, backward, update)
-    if spread.stage == 1:
+    if spec.stage == 1:
         return _Share(weights, gradients, optimizer + 4 * shard, backward, 0)
     # The shard of the gradients leaves the GPU as it is made; ZeRO-2 accumulates whole ones on the CPU.
-    kept = size * (shard if spread.stage == 3 else needs.trainable) if needs.accumulates else 0.0
-    if spread.weights == "nvme":
+    kept = size * (shard if spec.stage == 3 else needs.trainable) if needs.accumulates else 0.0
+    if spec.weights == "nvme":
         kept += SWAP_BUFFERS
     return _Share(weights, 0, optimizer + 4 * shard, backward, 0, kept)
 
 
-def _share_fsdp(spread: Spread, needs: Needs, gpus: int) -> _Share:
+def _share_fsdp(spec: ShardingSpec, needs: MemoryNeeds, gpus: int) -> _Share:
     """FSDP2: fp32 shards of everything (16-bit ones with bf16-true), gathered layer by layer as they are computed."""
     shard = needs.size * needs.trainable / gpus
     gathered = needs.compute * (2 * needs.largest_layer + needs.outside)  # the running layer and the prefetched one
     return _Share(
         weights=needs.stored_bytes(needs.size) / gpus,
-        gradients=0 if spread.offloads else shard,
-        optimizer=needs.states * shard + (shard if spread.offloads else 0),
+        gradients=0 if spec.offloads else shard,
+        optimizer=needs.states * shard + (shard if spec.offloads else 0),
         backward=gathered + (needs.compute + needs.size) * min(needs.largest_layer, needs.trainable),  # whole gradients
-        update=0 if spread.offloads else _update_temporaries(shard, needs),
+        update=0 if spec.offloads else _update_temporaries(shard, needs),
     )
 
 
-def _update_temporaries(learned: float, needs: Needs) -> float:
+def _update_temporaries(learned: float, needs: MemoryNeeds) -> float:
     """What an update that takes all parameters at once (torch's default on GPUs) holds beside them."""
     return learned if needs.states else 0.0
 
 
-def list_runnable(needs: Needs, hardware: Hardware) -> list[str]:
+def list_runnable(needs: MemoryNeeds, hardware: Hardware) -> list[str]:
     """Strategies that could run: several GPUs need a strategy, and quantised weights are not sharded."""
     return [
         name
-        for name, spread in STRATEGIES.items()
+        for name, spec in STRATEGIES.items()
         if not (name == "single" and hardware.gpus > 1)
-        and not (needs.quantised and (spread.stage == 3 or spread.engine == "fsdp"))
+        and not (needs.quantised and (spec.stage == 3 or spec.engine == "fsdp"))
     ]
 
 
-def list_sensible(needs: Needs, hardware: Hardware, *, offload: bool) -> list[str]:
+def list_sensible(needs: MemoryNeeds, hardware: Hardware, *, offload: bool) -> list[str]:
     """Those of them worth a try: without `offload` only on GPUs; one GPU has nobody to share with (but ZeRO-1 keeps
     weights in 16 bits)."""
     alone = ("ddp", "zero2", "zero3", "fsdp2") if hardware.gpus == 1 else ()

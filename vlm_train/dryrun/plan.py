@@ -14,8 +14,8 @@ from torch import nn
 from vlm_train.build import build_model, build_objectives, build_optimizer
 from vlm_train.contracts.model_parts import find_layers
 from vlm_train.dryrun.length import Disk, Length, predict_disk, predict_length
-from vlm_train.dryrun.memory import Needs
-from vlm_train.dryrun.twin import round_trip
+from vlm_train.dryrun.memory import MemoryNeeds
+from vlm_train.dryrun.round_trip import round_trip
 from vlm_train.models.adapters.quantize import quantised_layers
 from vlm_train.training.flops import Flops, count_flops
 from vlm_train.training.params import Policy, apply_policy
@@ -38,7 +38,7 @@ class Plan:
     policy: Policy
     visual_tokens: int
     flops: dict[str, Flops]
-    needs: Needs
+    needs: MemoryNeeds
     activations: dict[str, int]
     llm: Linears
     length: Length
@@ -118,11 +118,11 @@ def optimizer_states(cfg: DictConfig) -> int:
     return sum(value.numel() for value in optimizer.state[parameter].values() if value.numel() == 64) // 64
 
 
-def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> Needs:
+def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> MemoryNeeds:
     layers = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(model).values()]
     quantised = [how for _, how in quantised_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
-    return Needs(
+    return MemoryNeeds(
         parameters=policy.total + _reference_parameters(cfg, policy),
         trainable=policy.trainable,
         largest_layer=max([*layers, *_parameters_outside_blocks(model)]),

@@ -12,7 +12,7 @@ from vlm_train.build import build_model, build_tokenizer
 from vlm_train.check.model import check_model
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.trust import iterate_components
-from vlm_train.dryrun.advice import Advice, Lever, advise_run
+from vlm_train.dryrun.advice import Advice, Suggestion, advise_run
 from vlm_train.dryrun.memory import GIB, Peak
 from vlm_train.dryrun.plan import Plan, checkpointing_mode, make_plan, rows_at_once
 
@@ -88,7 +88,7 @@ def as_dict(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
         "cheapest": advice.best,
         "configured": advice.configured,
         "configured_fits": advice.fits,
-        "levers": [{"flag": one.flag, "strategy": one.strategy, "fits": one.fits} for one in advice.levers],
+        "suggestions": [{"flag": one.flag, "strategy": one.strategy, "fits": one.fits} for one in advice.suggestions],
         **asdict(plan.length),
         "checkpoint_bytes": plan.disk.checkpoint,
         "disk_bytes": plan.disk.kept,
@@ -106,7 +106,7 @@ def format_plan(cfg: DictConfig, plan: Plan, *, assumed_vocabulary: bool = False
         _format_flops(plan),
         _format_memory(cfg, plan),
         _format_length(cfg, plan),
-        f"Round trip  a small twin was saved and loaded: {plan.round_trip} tensors equal",
+        f"Round trip  a tiny copy was saved and loaded: {plan.round_trip} tensors equal",
     ]
 
 
@@ -161,11 +161,11 @@ def _format_verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) ->
         lines.append(
             f"The run's own strategy={name} does not fit: {_describe_shortage(advice.peaks.get(own), target, device)}."
         )
-    if advice.levers:
+    if advice.suggestions:
         what = "What helps" if advice.best is None else "What avoids offloading"
         lines += [
             f"{what}, each with those before it:",
-            format_table([_format_suggestion(lever) for lever in advice.levers]),
+            format_table([_format_suggestion(suggestion) for suggestion in advice.suggestions]),
         ]
     now = checkpointing_mode(cfg)
     change = ", ".join(
@@ -178,9 +178,9 @@ def _format_verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) ->
     ]
 
 
-def _format_suggestion(lever: Lever) -> tuple[str, str, str]:
-    verdict = f"fits with strategy={lever.strategy}" if lever.fits else "not yet"
-    return f"  {lever.flag}", f"{_format_gib(lever.peak.total)} GiB", verdict
+def _format_suggestion(suggestion: Suggestion) -> tuple[str, str, str]:
+    verdict = f"fits with strategy={suggestion.strategy}" if suggestion.fits else "not yet"
+    return f"  {suggestion.flag}", f"{_format_gib(suggestion.peak.total)} GiB", verdict
 
 
 def _describe_shortage(one: Peak | None, target: DictConfig, device: str) -> str:

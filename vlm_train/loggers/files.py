@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipelines.atomic_write import atomic_write
 from vlm_train.errors import ConfigError
-from vlm_train.loggers.mirror import Picture
+from vlm_train.loggers.metrics_logger import ImageSample
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 
@@ -54,7 +54,7 @@ class Csv:
     def config(self, content: Mapping[str, Any]) -> None:
         """Is in config.yaml."""
 
-    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+    def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         """Are in the run folder."""
 
     def pause(self, *, good: bool) -> None:
@@ -84,7 +84,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+    def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         """Every picture, and a text with all answers."""
         import numpy as np
         from PIL import Image

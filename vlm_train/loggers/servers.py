@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from vlm_train.config.redact import without_credentials
 from vlm_train.errors import ConfigError
-from vlm_train.loggers.mirror import Picture
+from vlm_train.loggers.metrics_logger import ImageSample
 from vlm_train.runs import record
 
 STEP = "trainer/step"
@@ -70,7 +70,7 @@ class Wandb:
         """Over `STEP`."""
         self.run.log({**row, STEP: step})
 
-    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+    def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         """With their captions."""
         images = [self.module.Image(str(picture.path), caption=picture.caption) for picture in pictures]
         self.run.log({"predictions": images, STEP: step})
@@ -154,7 +154,7 @@ class MLflow:
         now = get_current_time_millis()
         self.client.log_batch(self.id, metrics=[Metric(_mlflow_name(name), row[name], now, step) for name in row])
 
-    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+    def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         """As artifacts, with a text of the answers."""
         folder = f"predictions/step-{step:08d}"
         for picture in pictures:
@@ -197,7 +197,7 @@ class Trackio:
         """At its step, which may go back."""
         self.run.log(dict(row), step=step)
 
-    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+    def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         """With their captions."""
         images = {f"predictions/{n}": self.module.Image(str(p.path), caption=p.caption) for n, p in enumerate(pictures)}
         self.run.log(images, step=step)

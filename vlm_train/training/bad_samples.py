@@ -12,7 +12,7 @@ from typing import Any
 from vlm_train.config.redact import without_credentials
 from vlm_train.contracts.batch import Problem
 from vlm_train.errors import TrainingError
-from vlm_train.loggers.journal import Journal
+from vlm_train.loggers.jsonl_writer import JsonlWriter
 
 MIN_DRAWN = 1000
 """Samples that a run draws before the share of bad ones among them is judged."""
@@ -82,10 +82,10 @@ class BadSamples:
         if new and not recorded:
             print(f"{split}: left out: {new[0]} (all such samples: {path})", flush=True)
         recorded.update(map(_identify_problem, new))
-        journal = Journal(path)
+        writer = JsonlWriter(path)
         for one in new:
             line = {"step": step, "split": split, "kind": one.kind, "shard": one.shard, "key": one.key}
-            journal.write_line(line | {"problem": one.reason})
+            writer.write_line(line | {"problem": one.reason})
 
     def _known_problems(self) -> set[tuple[str, ...]]:
         if self._recorded is None:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from vlm_train.errors import TrainingError
-from vlm_train.loggers.journal import Journal
+from vlm_train.loggers.jsonl_writer import JsonlWriter
 from vlm_train.runs.rollback import go_back, read_rollbacks
 
 ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
@@ -76,7 +76,7 @@ class Guard:
             return
         self.in_a_row += 1
         line = {"step": step, "reason": reason, "samples": keys}
-        Journal(self.path / f"skipped-steps-{rank}.jsonl").write_line(line)
+        JsonlWriter(self.path / f"skipped-steps-{rank}.jsonl").write_line(line)
         if rank == 0:
             print(f"step {step:>6}  no update: {reason}", flush=True)
         if self.in_a_row > self.max_in_a_row:

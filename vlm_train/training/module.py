@@ -20,7 +20,7 @@ from vlm_train.contracts.objective import Objective, OneRank, StepContext
 from vlm_train.data.source_weights import source_factors, weigh_sources
 from vlm_train.distributed import of_all_ranks
 from vlm_train.errors import TrainingError
-from vlm_train.loggers.journal import Journal, format_row
+from vlm_train.loggers.jsonl_writer import JsonlWriter, format_row
 from vlm_train.runs.folder import RunFolder
 from vlm_train.seeds import derive_seed
 from vlm_train.training.bad_samples import BadSamples
@@ -78,7 +78,7 @@ class VLMModule(pl.LightningModule):
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         least = min_supervised_ratio if "lm" in objectives else 0.0
         self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
-        self.journal = Journal(RunFolder(folder).metrics)
+        self.metrics_file = JsonlWriter(RunFolder(folder).metrics)
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
@@ -293,7 +293,7 @@ class VLMModule(pl.LightningModule):
         """Append a line to metrics.jsonl (the record of truth) and pass it to the loggers."""
         if self.global_rank:
             return
-        self.journal.write_line({"step": self.global_step, "time": time.time(), "split": split, **row})
+        self.metrics_file.write_line({"step": self.global_step, "time": time.time(), "split": split, **row})
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
         print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {format_row(row)}", flush=True)

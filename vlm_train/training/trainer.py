@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_callbacks, build_loggers, build_strategy
 from vlm_train.checkpoint.resume import Resume
-from vlm_train.checkpoint.save import Keep, Writer
+from vlm_train.checkpoint.save import CheckpointWriter, Keep
 from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
@@ -138,7 +138,9 @@ def loop_callbacks(
     higher_is_better = {"loss": False, **validation_metrics(evaluation.evaluators)}
     lower = not higher_is_better[settings.best]
     keep = Keep(settings.keep_last, settings.keep_best, settings.keep_every, lower=lower)
-    writer = Writer(RunFolder(module.folder).checkpoints, keep, background=settings.async_save, agree=module.over_ranks)
+    writer = CheckpointWriter(
+        RunFolder(module.folder).checkpoints, keep, background=settings.async_save, agree=module.over_ranks
+    )
     checkpoints = Checkpoints(writer, facts, metric=settings.best, total=plan.steps, resumed=resumed)
     after_step = AfterStep(
         evaluation,

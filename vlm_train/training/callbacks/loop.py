@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.run_state import restore_run
-from vlm_train.checkpoint.save import Writer
+from vlm_train.checkpoint.save import CheckpointWriter
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.data.processor import Processor
@@ -127,7 +127,7 @@ class Checkpoints(pl.Callback):
     """
 
     def __init__(
-        self, writer: Writer, facts: dict[str, Any], *, metric: str, total: int, resumed: Resume | None = None
+        self, writer: CheckpointWriter, facts: dict[str, Any], *, metric: str, total: int, resumed: Resume | None = None
     ) -> None:
         self.writer, self.facts, self.metric, self.total, self.resumed = writer, facts, metric, total, resumed
         self.best: float | None = None

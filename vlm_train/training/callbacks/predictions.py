@@ -23,7 +23,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import evaluation_mode
 from vlm_train.evaluation.generate import question_text
 from vlm_train.evaluation.predictions import spread
-from vlm_train.loggers.mirror import Mirror, Picture
+from vlm_train.loggers.metrics_logger import ImageSample, MetricsLogger
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 
@@ -113,13 +113,13 @@ class Predictions(pl.Callback):
         rows = [asdict(one) | {"prediction": text} for one, text in zip(self.asked, answers, strict=True)]
         record.write_json(folder / f"step-{step:08d}.json", rows)
         pictures = [
-            Picture(folder / one.image, f"{one.question}\nanswer: {text}\nreference: {one.reference}")
+            ImageSample(folder / one.image, f"{one.question}\nanswer: {text}\nreference: {one.reference}")
             for one, text in zip(self.asked, answers, strict=True)
             if one.image
         ]
         for logger in trainer.loggers:
-            if isinstance(logger, Mirror):
-                logger.log_pictures(step, pictures)
+            if isinstance(logger, MetricsLogger):
+                logger.log_images(step, pictures)
 
 
 def _predictions_folder(trainer: pl.Trainer) -> Path:

@@ -1,4 +1,4 @@
-"""A save and load round trip of a small twin: the same parts and wiring, a few thousand parameters."""
+"""A save and load round trip of a tiny copy: the same parts and wiring, a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tiny_copy(cfg: DictConfig) -> DictConfig:
 
 
 def round_trip(cfg: DictConfig) -> int:
-    """Save the twin's weights, load them into another one, and return how many tensors came back equal.
+    """Save the copy's weights, load them into another one, and return how many tensors came back equal.
 
     Raises:
         CheckpointError: keys or values differ, before days of training end in a failing save.
@@ -45,11 +45,9 @@ def round_trip(cfg: DictConfig) -> int:
         save_model(first, path)
         missing, unexpected = load_model(second, path, strict=False)
     if missing or unexpected:
-        raise CheckpointError(f"round trip of a small twin: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+        raise CheckpointError(f"round trip of a tiny copy: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
     loaded = second.state_dict()
     differing = [name for name, tensor in first.state_dict().items() if not torch.equal(tensor, loaded[name])]
     if differing:
-        raise CheckpointError(
-            f"round trip of a small twin: {len(differing)} tensors differ, for example {differing[0]}"
-        )
+        raise CheckpointError(f"round trip of a tiny copy: {len(differing)} tensors differ, for example {differing[0]}")
     return len(loaded)

@@ -1,4 +1,4 @@
-"""The save and load round trip of a small twin."""
+"""The save and load round trip of a tiny copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import safetensors.torch
 
 from vlm_train.config.compose import compose_config
 from vlm_train.dryrun.report import without_assets
-from vlm_train.dryrun.twin import round_trip, tiny_copy
+from vlm_train.dryrun.round_trip import round_trip, tiny_copy
 from vlm_train.errors import CheckpointError
 
 
@@ -31,9 +31,9 @@ def test_every_tensor_of_an_encoder_decoder_comes_back() -> None:
 
 def test_the_twin_is_small_and_of_the_same_parts() -> None:
     cfg = recipe("llava15_stage1")
-    twin = tiny_copy(cfg)
-    assert (twin.vision.config.hidden_size, twin.llm.weights) == (32, None)
-    assert (cfg.vision.config.hidden_size, twin.connector) == (1024, cfg.connector)
+    copy = tiny_copy(cfg)
+    assert (copy.vision.config.hidden_size, copy.llm.weights) == (32, None)
+    assert (cfg.vision.config.hidden_size, copy.connector) == (1024, cfg.connector)
     assert tiny_copy(recipe("blip2_stage1")).connector.queries == 4
 
 

@@ -16,23 +16,23 @@ from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 
 MOST = 10_000
-"""Rows that wait for a mirror that cannot be reached; older ones are only in metrics.jsonl."""
+"""Rows that wait for a logger that cannot be reached; older ones are only in metrics.jsonl."""
 
 PAUSE, PATIENCE = 60.0, 20
-"""A mirror that failed is left alone for a minute, or so many times as long as its failing took: however long its
+"""A logger that failed is left alone for a minute, or so many times as long as its failing took: however long its
 library waits for a server, a run loses no more than a twentieth of its time to it."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageSample:
     """A sample prediction: a PNG of the run folder and the words below it."""
 
     path: Path
     caption: str
 
 
-class Tracker(Protocol):
-    """Where a mirror's rows go. Any method may raise anything."""
+class Backend(Protocol):
+    """Where a logger's rows go. Any method may raise anything."""
 
     def config(self, content: Mapping[str, Any]) -> None:
         """The configuration of the run: nested, plain, without secrets."""
@@ -42,7 +42,7 @@ class Tracker(Protocol):
         """Values of one split after an optimizer step; a name is `<split>/<metric>`."""
         ...
 
-    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+    def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         """Sample predictions."""
         ...
 
@@ -51,20 +51,20 @@ class Tracker(Protocol):
         ...
 
 
-class Mirror(Logger):
-    """Passes rows on to a tracker, on rank 0. What fails is said once, waits, and is tried again later.
+class MetricsLogger(Logger):
+    """Passes rows on to a backend, on rank 0. What fails is said once, waits, and is tried again later.
 
     Args:
         label: its name in the configuration.
-        connect: opens the tracker. ConfigError (not installed, not logged in) stops the run before it trains; any other
-            error, such as a server that is away, only leaves the mirror behind.
+        connect: opens the backend. ConfigError (not installed, not logged in) stops the run before it trains; any other
+            error, such as a server that is away, only leaves the logger behind.
     """
 
-    def __init__(self, label: str, connect: Callable[[], Tracker], *, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, label: str, connect: Callable[[], Backend], *, clock: Callable[[], float] = time.monotonic):
         super().__init__()
         self.label, self._connect, self._clock = label, connect, clock
-        self._tracker: Tracker | None = None
-        self._waiting: deque[Callable[[Tracker], None]] = deque(maxlen=MOST)
+        self._backend: Backend | None = None
+        self._waiting: deque[Callable[[Backend], None]] = deque(maxlen=MOST)
         self._behind, self._next = False, float("-inf")
         if process_rank() == 0:
             self._send_waiting()
@@ -81,22 +81,22 @@ class Mirror(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The configuration, as a plain mapping with its interpolations kept."""
-        self._queue_action(lambda tracker: tracker.config(without_credentials(params)))
+        self._queue_action(lambda backend: backend.config(without_credentials(params)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """A row, see `Tracker.row`."""
-        self._queue_action(lambda tracker: tracker.row(step or 0, metrics))
+        """A row, see `Backend.row`."""
+        self._queue_action(lambda backend: backend.row(step or 0, metrics))
 
-    def log_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        """Sample predictions, see `Tracker.pictures`."""
-        self._queue_action(lambda tracker: tracker.pictures(step, pictures))
+    def log_images(self, step: int, pictures: Sequence[ImageSample]) -> None:
+        """Sample predictions, see `Backend.pictures`."""
+        self._queue_action(lambda backend: backend.pictures(step, pictures))
 
     def finalize(self, status: str) -> None:
         """Called by Lightning at the end of a loop: the last chance of what waits."""
         self._next = float("-inf")
-        self._queue_action(lambda tracker: tracker.pause(good=status in ("success", "finished")))
+        self._queue_action(lambda backend: backend.pause(good=status in ("success", "finished")))
 
-    def _queue_action(self, action: Callable[[Tracker], None]) -> None:
+    def _queue_action(self, action: Callable[[Backend], None]) -> None:
         if process_rank() == 0:
             self._waiting.append(action)
             self._send_waiting()
@@ -106,9 +106,9 @@ class Mirror(Logger):
         if start < self._next:
             return
         try:
-            self._tracker = self._tracker or self._connect()
+            self._backend = self._backend or self._connect()
             while self._waiting:
-                self._waiting[0](self._tracker)
+                self._waiting[0](self._backend)
                 self._waiting.popleft()
         except ConfigError:
             raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Journal:
+class JsonlWriter:
     """Appends lines to a file. One that cannot be written is printed, and waits for the next to be written."""
 
     def __init__(self, path: Path) -> None:
