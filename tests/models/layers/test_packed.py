@@ -436,7 +436,7 @@ def test_models_that_need_more_are_refused():
     with pytest.raises(ConfigError, match=r"packed is causal, but this model wants another mask"):
         tiny_llm(SMALL | both_ways).decode(embeds, positions, segments)
     chunked = tiny_llm(SMALL)
-    chunked.model.config.layer_types = ["chunked_attention"] * 2
+    chunked.layer_kinds = frozenset({"chunked_attention"})
     with pytest.raises(ConfigError, match=r"chunked_attention can take neither sequences nor an explicit mask"):
         chunked.decode(embeds, positions, segments)
     states, spans = [torch.zeros(1, 2, 5, 8)] * 3, layer_mask(segments, None)
