@@ -20,8 +20,8 @@ from vlm_train.contracts.media import Features, Grid3
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.errors import BatchError
-from vlm_train.models.families.text_only import decode_stream, generate_from
-from vlm_train.models.layers.merge import check_slots, merge_features
+from vlm_train.models.layers.decode import decode_stream, generate_from
+from vlm_train.models.layers.merge import merge_features
 from vlm_train.models.layers.once import outputs_of
 
 ROUTER_LOGITS = "router_logits"
@@ -85,15 +85,13 @@ class Mixture(Family):
             BatchError: image plans cut an item into different numbers of views, or the text expects other tokens.
         """
         media, text = batch.media, batch.text[stream]
-        view_counts = {one.view_counts for one in media.inputs.values()}
-        if len(view_counts) > 1:
+        view_counts, *others = {one.view_counts for one in media.inputs.values()}
+        if others:
             raise BatchError(f"image: the plans of {', '.join(media.inputs)} cut an image into different views")
         features, logits = self.mix(media.inputs)
-        check_slots(features.count_by_item(*view_counts), media.slot_counts, media.keys)
+        embeds = merge_features(self.llm.embed(text.ids), features, view_counts, text.slots, media)
         # Without images the slice is empty, but the blank view stays in the graph: every rank runs every part.
-        real = sum(*view_counts)
-        embeds = merge_features(self.llm.embed(text.ids), features.first(real).values, text.slots, media.slot_counts)
-        return embeds, logits[:real]
+        return embeds, logits[: sum(view_counts)]
 
     def mix(self, inputs: Mapping[str, Any]) -> tuple[Features, Tensor]:
         """The tokens of all encoders, view by view, and the router's logits `[N, E]`."""
