@@ -99,7 +99,7 @@ def test_all_problems_are_raised_together() -> None:
         assert any(problem.startswith(key) for problem in found), (key, found)
 
 
-@pytest.mark.parametrize("more", ["data.pack=512", "data.group=length", "data.over_length=split"])
+@pytest.mark.parametrize("more", ["data.pack=512", "data.group_by=length", "data.over_length=split"])
 def test_what_needs_one_length_of_a_sample_takes_no_drawn_annotation(more: str) -> None:
     assert any(found.startswith("data.annotations: drawn") for found in problems("data.annotations=drawn", more))
 
@@ -284,14 +284,14 @@ def test_settings_of_the_order_that_would_be_ignored_are_refused() -> None:
     assert found("data.pack=1024").startswith(
         "data.pack: rows of 1024 tokens must hold samples of data.max_length=2048"
     )
-    assert found("data.pack=4096", "data.group=length").startswith("data.group: packed rows are evened out")
+    assert found("data.pack=4096", "data.group_by=length").startswith("data.group_by: packed rows are evened out")
     both = found("data.mixture=weights", "data.train=[{shards: a, share: 0.5, weight: 2.0}, {shards: b}]")
     assert both.startswith("data.train: an entry has a share of all draws or a weight")
     assert found("data.rejected=true", "data.over_length=split").startswith("data.over_length: pairs of answers")
-    budget = ["batch.samples=null", "batch.tokens=65536", "data.pack=4096", "data.group=null"]
+    budget = ["batch.samples=null", "batch.tokens=65536", "data.pack=4096", "data.group_by=null"]
     assert problems(*budget, "batch.micro=1") == []
-    assert found(*budget[:3], "data.group=modality", "batch.micro=1").startswith(
-        "data.group: groups steps of batch.samples"
+    assert found(*budget[:3], "data.group_by=modality", "batch.micro=1").startswith(
+        "data.group_by: groups steps of batch.samples"
     )
     assert "multiples of 65536" in found(*budget[:1], "batch.tokens=8192", *budget[2:], "batch.micro=16")
     assert found("data.train=[{shards: a, shards2: b}]").startswith("data.train.0.shards2: unknown key")

@@ -93,6 +93,8 @@ def test_a_run_keeps_the_id_that_it_had_before_a_renaming() -> None:
     plain["image"] |= {"area": plain["image"].pop("random_resized_crop"), "draft": plain["image"].pop("jpeg_draft")}
     plain["image"]["augment"] = list(plain["image"].pop("rand_augment").values())
     plain["llm"]["_target_"] = "vlm_train.models.llms.blip_text.Med"
+    for old, new in {"group": "group_by", "pool": "shuffle_buffer_shards", "window": "block_samples"}.items():
+        plain["data"][old] = plain["data"].pop(new)
     text = json.dumps(plain, sort_keys=True)
     assert training_hash(cfg) == hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -62,8 +62,8 @@ def test_packed_training_is_unpacked_training(normalise: str, data: Path, tmp_pa
         PACKED,
         BUDGET,
         [*BUDGET, "trainer.max_steps=null", "trainer.epochs=3"],
-        ["data.mixture=sqrt", "data.window=8", "trainer.log_every=4"],
-        ["data.shuffle=shards", "data.pool=2", "data.workers=2"],
+        ["data.mixture=sqrt", "data.block_samples=8", "trainer.log_every=4"],
+        ["data.shuffle=shards", "data.shuffle_buffer_shards=2", "data.workers=2"],
     ],
     ids=["packed", "budget", "budget-epochs", "mixture", "by-shards"],
 )
@@ -91,7 +91,9 @@ def test_a_run_does_not_go_on_in_another_order(data: Path, tmp_path: Path) -> No
 
 
 def test_realised_shares_are_logged(data: Path, tmp_path: Path) -> None:
-    run = train(command(data, tmp_path, "data.mixture=sqrt", "data.window=8", "trainer.log_every=2", two_sources(data)))
+    run = train(
+        command(data, tmp_path, "data.mixture=sqrt", "data.block_samples=8", "trainer.log_every=2", two_sources(data))
+    )
     for row in metrics(run):  # a block of 8: 5 of the 12 samples, 3 of the 4
         assert (row["share/a"], row["share/b"]) == (5 / 8, 3 / 8)
 

@@ -95,11 +95,12 @@ def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
     pack, longest = data.get("pack"), data.get("max_length")
     if data.get("pack_patches") is not None and pack is None:
         yield "data.pack_patches: bounds packed rows, but data.pack is null."
-    if data.get("group") == "length" and pack is not None:
-        yield "data.group: packed rows are evened out by themselves; use null, modality or modality_length, got length."
+    if data.get("group_by") == "length" and pack is not None:
+        allowed = "null, modality or modality_length"
+        yield f"data.group_by: packed rows are evened out by themselves; use {allowed}, got length."
     if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):
         yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; lower data.max_length."
-    by_length = pack is not None or data.get("group") in ("length", "modality_length")
+    by_length = pack is not None or data.get("group_by") in ("length", "modality_length")
     if data.get("annotations") == "drawn" and (by_length or data.get("over_length") == "split"):
         yield (
             "data.annotations: drawn gives a sample another length in every pass, and data.pack, groups by length and "
@@ -131,8 +132,8 @@ def check_batch(cfg: DictConfig) -> Iterator[str]:
         yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
     elif given == ["tokens"] and not packed_row_length(cfg):
         yield "batch.tokens: a token budget fills packed rows; set data.pack to their length, or give batch.samples."
-    if given == ["tokens"] and (group := (resolve_key(cfg, "data") or {}).get("group")):
-        yield f"data.group: groups steps of batch.samples; with batch.tokens use null, got {group!r}."
+    if given == ["tokens"] and (group := (resolve_key(cfg, "data") or {}).get("group_by")):
+        yield f"data.group_by: groups steps of batch.samples; with batch.tokens use null, got {group!r}."
     try:
         _check_dealing(cfg)
     except ConfigError as error:

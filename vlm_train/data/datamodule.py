@@ -38,9 +38,9 @@ class VLMData(pl.LightningDataModule):
         train, val: shard sets, `{shards: folder, name, limit, loss_weight}` and, for train, how each takes part in the
             mixture: `repeat`, `weight`, `share` (`vlm_train.data.order.mixture.Share`), and `samples`, its published
             size, which only a dry run reads.
-        mixture, temperature, shuffle, window, pool: the order, see `vlm_train.data.order.mixture.Mixture` (its blocks
-            are `window` draws).
-        group: modality | length | modality_length | null, see `vlm_train.data.order.sample_plan.SamplePlan`.
+        mixture, temperature, shuffle: the order, see `vlm_train.data.order.mixture.Mixture`.
+        block_samples: its `block`; shuffle_buffer_shards: its `pool`.
+        group_by: modality | length | modality_length | null, see `vlm_train.data.order.sample_plan.SamplePlan`.
         pack: tokens of a packed row; null: one sample a row. pack_patches: patches of images of one at most.
         cache: folder of measured lengths, which packing and grouping by length need.
         shard_cache, shard_cache_bytes: where remote shards (s3, gs, https) are kept, and how much of them; null:
@@ -65,9 +65,9 @@ class VLMData(pl.LightningDataModule):
         mixture: Literal["concat", "weights", "sqrt", "temperature"] = "concat",
         temperature: float = 1.0,
         shuffle: Literal["full", "shards", "none"] = "full",
-        window: int = 8192,
-        pool: int = 16,
-        group: Literal["modality", "length", "modality_length"] | None = None,
+        block_samples: int = 8192,
+        shuffle_buffer_shards: int = 16,
+        group_by: Literal["modality", "length", "modality_length"] | None = None,
         pack: int | None = None,
         pack_patches: int | None = None,
         cache: str = "data/.lengths",
@@ -106,11 +106,11 @@ class VLMData(pl.LightningDataModule):
             rule=mixture,
             temperature=temperature,
             shuffle=shuffle,
-            block=window,
-            pool=pool,
+            block=block_samples,
+            pool=shuffle_buffer_shards,
         )
         self.max_length, self.over_length = max_length, over_length
-        self.pack, self.pack_patches, self.group, self.window = pack, pack_patches, group, window
+        self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
         self.cache = Path(cache)
         self.micro, self.normalise, self.batch = batch.micro, batch.normalise, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
@@ -122,7 +122,7 @@ class VLMData(pl.LightningDataModule):
 
     def hash_order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
-        how = (self.batch, self.pack, self.pack_patches, self.group, self.window, self.train.options)
+        how = (self.batch, self.pack, self.pack_patches, self.group_by, self.block_samples, self.train.options)
         return hash_content(self.mixture, *how)
 
     def make_plan(
@@ -148,7 +148,7 @@ class VLMData(pl.LightningDataModule):
                 micro=self.micro,
             )
         assert batch is not None
-        by_length = self.group in ("length", "modality_length") and packing is None
+        by_length = self.group_by in ("length", "modality_length") and packing is None
         return SamplePlan(
             mixture=self.mixture,
             batch=batch,
@@ -156,10 +156,10 @@ class VLMData(pl.LightningDataModule):
             world=world,
             micro=self.micro,
             packing=packing,
-            media=self.train.has_media() if self.group in ("modality", "modality_length") else None,
+            media=self.train.has_media() if self.group_by in ("modality", "modality_length") else None,
             lengths=self.train.measure_lengths(self.cache).tokens if by_length else None,
-            group=self.group,
-            window=self.window,
+            group_by=self.group_by,
+            block_samples=self.block_samples,
         )
 
     def _make_packing(self, cost: Cost) -> Packing | None:

@@ -141,7 +141,11 @@ def test_apportioning():
         ([5, Share(size=5, weight=2.0)], {}, r"a weight counts only with data\.mixture=weights, got 'concat'"),
         ([5, Share(size=5, share=1.0)], {}, r"the fixed shares add up to 1, which leaves nothing"),
         ([5, 5], {"temperature": 2.0}, r"data\.temperature: counts only with data\.mixture=temperature"),
-        ([5, Share(size=5, share=0.001)], {"block": 64}, r"a share of 0\.001 of data\.window=64 is less than a sample"),
+        (
+            [5, Share(size=5, share=0.001)],
+            {"block": 64},
+            r"a share of 0\.001 of data\.block_samples=64 is less than a sample",
+        ),
         ([Share(size=5, share=0.5), Share(size=5, share=0.4)], {}, r"they add up to 0\.9, not 1"),
     ],
 )

@@ -194,7 +194,7 @@ def test_budgets_that_do_not_go_up_are_errors():
 
 def test_steps_are_of_one_modality_as_far_as_they_go_round():
     media = np.arange(400) % 10 != 0  # a tenth is text
-    which = plan(samples=400, batch=16, total=800, media=media, group="modality", window=160)
+    which = plan(samples=400, batch=16, total=800, media=media, group_by="modality", block_samples=160)
     kinds = [{bool(media[a.index]) for a in which.samples_of_step(step)} for step in range(which.steps)]
     assert sum(len(kind) == 2 for kind in kinds) <= which.steps / 10 and {True} in kinds and {False} in kinds
     drawn = [a for step in range(which.steps) for a in which.samples_of_step(step)]
@@ -204,7 +204,7 @@ def test_steps_are_of_one_modality_as_far_as_they_go_round():
 
 def test_like_lengths_share_a_micro_batch():
     lengths = np.random.default_rng(0).integers(10, 500, 100).astype(np.int32)
-    which = plan(samples=100, batch=20, total=100, world=2, micro=5, lengths=lengths, group="length")
+    which = plan(samples=100, batch=20, total=100, world=2, micro=5, lengths=lengths, group_by="length")
     for step in range(which.steps):
         assert sorted(step_of(which, step)) == sorted(which.samples_of_step(step))
         micros = [[lengths[a.index] for (a,) in micro] for micro in which.step(step, 1)]
@@ -212,5 +212,5 @@ def test_like_lengths_share_a_micro_batch():
 
 
 def test_unknown_groups_are_errors():
-    with pytest.raises(ConfigError, match=r"data\.group: 'size'; allowed: null, modality, length, modality_length"):
-        plan(group="size")
+    with pytest.raises(ConfigError, match=r"data\.group_by: 'size'; allowed: null, modality, length, modality_length"):
+        plan(group_by="size")

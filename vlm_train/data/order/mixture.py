@@ -260,7 +260,7 @@ def _check_mixture(mixture: Mixture) -> None:
     for source in mixture.sources:
         if source.share is not None and source.share * mixture.block < 1:
             problems.append(
-                f"data.train: a share of {source.share:g} of data.window={mixture.block} is less than a sample"
+                f"data.train: a share of {source.share:g} of data.block_samples={mixture.block} is less than a sample"
             )
     if problems:
         raise ConfigError(problems)

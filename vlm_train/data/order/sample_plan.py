@@ -94,9 +94,9 @@ class SamplePlan:
         packing: several samples share a row; None: one sample a row.
         media: whether each sample has media `[N]`; needed to group by modality.
         lengths: tokens of each sample `[N]`; needed to group unpacked rows by length.
-        group: modality (every step is all with or all without media, as far as they go round: LLaVA's
+        group_by: modality (every step is all with or all without media, as far as they go round: LLaVA's
             `group_by_modality_length`) | length (rows of like length in a micro-batch) | modality_length | None.
-        window: samples among which steps are grouped by modality.
+        block_samples: samples among which steps are grouped by modality.
     """
 
     mixture: Mixture
@@ -107,13 +107,13 @@ class SamplePlan:
     packing: Packing | None = None
     media: NDArray[np.bool_] | None = None
     lengths: NDArray[np.int32] | None = None
-    group: Group | None = None
-    window: int = 8192
+    group_by: Group | None = None
+    block_samples: int = 8192
 
     def __post_init__(self) -> None:
         check_batch(self.batch, self.world)
-        if self.group is not None and self.group not in get_args(Group):
-            raise ConfigError(f"data.group: {self.group!r}; allowed: null, {', '.join(get_args(Group))}")
+        if self.group_by is not None and self.group_by not in get_args(Group):
+            raise ConfigError(f"data.group_by: {self.group_by!r}; allowed: null, {', '.join(get_args(Group))}")
 
     @property
     def steps(self) -> int:
@@ -131,7 +131,7 @@ class SamplePlan:
         refs = self.samples_of_step(step)
         if self.packing is not None:
             return self._pack_step(refs, self.packing, rank)
-        if self.group in ("length", "modality_length"):
+        if self.group_by in ("length", "modality_length"):
             assert self.lengths is not None
             lengths = self.lengths
             refs = sorted(refs, key=lambda ref: -int(lengths[ref.index]))
@@ -140,10 +140,10 @@ class SamplePlan:
 
     def samples_of_step(self, step: int) -> list[SampleRef]:
         """All samples of one optimizer step."""
-        if self.group in ("modality", "modality_length"):
-            per_window = max(1, self.window // self.batch)
-            window, place = divmod(step, per_window)
-            return _by_modality(self, window, per_window)[place]
+        if self.group_by in ("modality", "modality_length"):
+            per_block = max(1, self.block_samples // self.batch)
+            block, place = divmod(step, per_block)
+            return _by_modality(self, block, per_block)[place]
         first = step * self.batch
         return [self.mixture.draw_sample(position) for position in range(first, min(first + self.batch, self.total))]
 
@@ -159,16 +159,16 @@ class SamplePlan:
 
 
 @lru_cache(maxsize=4)
-def _by_modality(plan: SamplePlan, window: int, steps: int) -> list[list[SampleRef]]:
-    """The steps of a window, each of one modality but for what is left over of both."""
+def _by_modality(plan: SamplePlan, block: int, steps: int) -> list[list[SampleRef]]:
+    """The steps of a block, each of one modality but for what is left over of both."""
     assert plan.media is not None
-    first = window * steps * plan.batch
+    first = block * steps * plan.batch
     drawn = [plan.mixture.draw_sample(p) for p in range(first, min(first + steps * plan.batch, plan.total))]
     kinds = [[a for a in drawn if bool(plan.media[a.index]) is shown] for shown in (True, False)]
     whole = [len(kind) // plan.batch * plan.batch for kind in kinds]
     pure = [kind[c : c + plan.batch] for kind, end in zip(kinds, whole) for c in range(0, end, plan.batch)]
     rest = [ref for kind, end in zip(kinds, whole) for ref in kind[end:]]
-    order = np.random.default_rng(derive_seed(plan.mixture.seed, "modality", window)).permutation(len(pure))
+    order = np.random.default_rng(derive_seed(plan.mixture.seed, "modality", block)).permutation(len(pure))
     return [*(pure[i] for i in order), *(rest[c : c + plan.batch] for c in range(0, len(rest), plan.batch))]
 
 
