@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import vlm_train
+from vlm_train.build import build_layout
+from vlm_train.contracts.family import Family
 
 PACKAGE = Path(vlm_train.__file__).parent
 
@@ -37,3 +41,11 @@ def test_the_data_half_does_not_know_how_a_run_is_built() -> None:
         if any(name.startswith("vlm_train.build") for name in imported_names(path))
     ]
     assert knowing == []
+
+
+def test_a_family_may_lay_out_its_media_itself() -> None:
+    class Own(Family):
+        def media_layout(self, images: Mapping[str, Any]) -> Any:
+            return ("its own", images)
+
+    assert build_layout(Own(), {}) == ("its own", {})

@@ -53,6 +53,8 @@ class Connector(Protocol):
 class LanguageModel(Protocol):
     """A causal language model taken apart so that families can feed it embeddings and insert blocks.
 
+    One that also encodes lists what only its `encode` reads in `encoder_parameters()`.
+
     Attributes:
         dim: width D_t of embeddings and hidden states.
         vocab_size: rows of the output head.

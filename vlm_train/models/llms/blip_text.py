@@ -145,6 +145,10 @@ class BlipTextModel(nn.Module):
         """Hidden states `[..., D]` -> logits `[..., V]`; the weights are those of the embeddings."""
         return F.linear(self.transform(hidden), self.words.weight, self.head_bias)
 
+    def encoder_parameters(self) -> list[str]:
+        """Names of the parameters that only `encode` reads."""
+        return [name for name, _ in self.named_parameters() if ".encoder_attention." in name]
+
     def load_weights(self) -> None:
         """Read the BERT `weights`, but its token types and pooler; the start tokens stay random.
 

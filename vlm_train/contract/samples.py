@@ -1,0 +1,66 @@
+"""A few samples, as a run would make them, for families, objectives and evaluators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipelines.build import write_shards
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.sources.tiny import Tiny
+from vlm_train.contracts.batch import Batch
+from vlm_train.data.collate import Item, collate_prompts, collate_rows
+from vlm_train.data.processor import Processor
+
+COUNT = 4
+REJECTED = Turn(role="assistant", parts=(Text(text="nothing"),))
+"""The worse answer of every sample."""
+
+
+def make_items(processor: Processor, *, rejected: bool = False, media: bool = True) -> list[Item]:
+    """Made pictures with a question each, or questions alone."""
+    items = []
+    for sample, blobs in _read_samples(media):
+        rendered = processor.render(sample, annotations="first", rejected=rejected)
+        items.append(Item(rendered, processor.make_views(blobs, shown=rendered.media), source=sample.source))
+    return items
+
+
+def make_batch(processor: Processor, items: Sequence[Item], streams: Sequence[str]) -> Batch:
+    """One sample a row; without items a row of padding."""
+    return collate_rows([[item] for item in items], processor.images, streams=streams)
+
+
+def make_prompts(processor: Processor) -> Batch:
+    """The questions of made pictures, for generation."""
+    rendered = [
+        (processor.render(sample, annotations="first", generation=True), processor.make_views(blobs))
+        for sample, blobs in _read_samples(media=True)
+    ]
+    return collate_prompts(rendered, processor.images)
+
+
+def write_samples(folder: Path) -> Path:
+    """A shard set of the made pictures."""
+    write_shards(Tiny(count=COUNT), folder)
+    return folder
+
+
+def _read_samples(media: bool) -> list[tuple[Sample, list[bytes]]]:
+    found = []
+    for record in Tiny(count=COUNT):
+        assert isinstance(record, tuple)
+        sample, blobs = record
+        annotation = replace(sample.annotations[0], rejected=REJECTED)
+        if media:
+            found.append((replace(sample, annotations=(annotation,)), blobs))
+        else:
+            turns = tuple(_drop_media(turn) for turn in annotation.turns)
+            text = Annotation(turns=turns, rejected=REJECTED)
+            found.append((replace(sample, annotations=(text,), media=()), []))
+    return found
+
+
+def _drop_media(turn: Turn) -> Turn:
+    return replace(turn, parts=tuple(part for part in turn.parts if not isinstance(part, Media)))
