@@ -10,7 +10,7 @@ from data_pipelines.build import write_shards
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.sources.tiny import Tiny
 from vlm_train.contracts.batch import Batch
-from vlm_train.data.collate import Item, collate_prompts, collate_rows
+from vlm_train.data.collate import Example, collate_prompts, collate_rows
 from vlm_train.data.processor import Processor
 
 COUNT = 4
@@ -18,16 +18,16 @@ REJECTED = Turn(role="assistant", parts=(Text(text="nothing"),))
 """The worse answer of every sample."""
 
 
-def make_items(processor: Processor, *, rejected: bool = False, media: bool = True) -> list[Item]:
+def make_items(processor: Processor, *, rejected: bool = False, media: bool = True) -> list[Example]:
     """Made pictures with a question each, or questions alone."""
     items = []
     for sample, blobs in _read_samples(media):
         rendered = processor.render(sample, annotations="first", rejected=rejected)
-        items.append(Item(rendered, processor.make_views(blobs, shown=rendered.media), source=sample.source))
+        items.append(Example(rendered, processor.make_views(blobs, shown=rendered.media), source=sample.source))
     return items
 
 
-def make_batch(processor: Processor, items: Sequence[Item], streams: Sequence[str]) -> Batch:
+def make_batch(processor: Processor, items: Sequence[Example], streams: Sequence[str]) -> Batch:
     """One sample a row; without items a row of padding."""
     return collate_rows([[item] for item in items], processor.images, streams=streams)
 
