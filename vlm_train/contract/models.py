@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from vlm_train.build import Built, build_assembly, build_model, build_objectives, build_tokenizer
+from vlm_train.build import Assembly, build_assembly, build_model, build_objectives, build_tokenizer
 from vlm_train.check.model import REJECTED, check_model, check_objective
 from vlm_train.contract.component import Component
 from vlm_train.contract.finding import (
@@ -71,7 +71,7 @@ def check_family(component: Component) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def _check_tokens(model: Any, built: Built, batch: Batch) -> Iterator[Finding]:
+def _check_tokens(model: Any, built: Assembly, batch: Batch) -> Iterator[Finding]:
     """Hidden states and logits of a stream that is learned, and samples by themselves."""
     name = next(stream for stream, alignment in model.streams.items() if alignment != "none")
     stream, hidden = batch.text[name], outputs_of(model, batch, name).hidden
@@ -85,7 +85,7 @@ def _check_tokens(model: Any, built: Built, batch: Batch) -> Iterator[Finding]:
     yield compare_tensors("a sample gives what it gives alone, without padding", hidden[-1, :length], expected)
 
 
-def _check_reach(built: Built, objectives: Mapping[str, Objective], batch: Batch) -> Iterator[Finding]:
+def _check_reach(built: Assembly, objectives: Mapping[str, Objective], batch: Batch) -> Iterator[Finding]:
     """Every rank makes the same collective calls: whatever its batch holds, the same parameters get a gradient."""
     model, processor = built.model, built.processor
     idle = _list_idle(model)
@@ -118,7 +118,7 @@ def check_objective_group(component: Component) -> Iterator[Finding]:
             yield from _check_losses(name, objective, built)
 
 
-def _check_losses(name: str, objective: Objective, built: Built) -> Iterator[Finding]:
+def _check_losses(name: str, objective: Objective, built: Assembly) -> Iterator[Finding]:
     """What an objective returns for a batch, for its parts, and for padding."""
     context = StepContext(reference=partial(frozen, copy.deepcopy(built.model).requires_grad_(False)))
     whole, halves, empty = _make_batches(built, {name: objective})
@@ -160,7 +160,7 @@ def _find_problems(cfg: DictConfig, model: Family) -> list[str]:
     return []
 
 
-def _make_batches(built: Built, objectives: Mapping[str, Objective]) -> tuple[Batch, tuple[Batch, Batch], Batch]:
+def _make_batches(built: Assembly, objectives: Mapping[str, Objective]) -> tuple[Batch, tuple[Batch, Batch], Batch]:
     """Four samples, two halves of them, and no samples."""
     rejected = any(REJECTED in objective.streams for objective in objectives.values())
     items = make_items(built.processor, rejected=rejected)

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import (
-    Built,
+    Assembly,
     build_assembly,
     build_evaluators,
     build_exporters,
@@ -97,7 +97,7 @@ def check_exporter(component: Component) -> Iterator[Finding]:
         yield from _check_export(able[0], exporters[able[0]], build_assembly(cfg))
 
 
-def _check_export(name: str, exporter: Exporter, built: Built) -> Iterator[Finding]:
+def _check_export(name: str, exporter: Exporter, built: Assembly) -> Iterator[Finding]:
     model = built.model.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as place:
