@@ -228,7 +228,7 @@ def _too_many(rows: list[dict[str, Any]], parts: Mapping[int, Part], max_bad: in
 
 
 def _bad_records_path(output: Path) -> Path:
-    """Where the bad records of a build that they stopped are listed."""
+    """The path of the list of bad records that stopped a build."""
     return output.with_name(f"{output.name}.{QUARANTINE}")
 
 

@@ -228,7 +228,7 @@ def _print_result(output: Path, tally: Tally, truth: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     return run_command(filter_captions, "capfilt", __doc__ or "", None if argv is None else list(argv))
 
 

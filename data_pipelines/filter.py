@@ -221,7 +221,7 @@ def _judge_sample(filters: Mapping[str, Filter], key: str, looked: Looked) -> tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     return run_command(filter_set, "filter", __doc__ or "", argv)
 
 

@@ -60,7 +60,7 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     from data_pipelines.cli import run_command
 
     def task(config: Any) -> int:

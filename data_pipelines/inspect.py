@@ -108,7 +108,7 @@ def inspect_set(config: DictConfig) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     return run_command(inspect_set, "inspect", __doc__ or "", argv)
 
 

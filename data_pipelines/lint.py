@@ -195,7 +195,7 @@ def lint_set(config: DictConfig) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     return run_command(lint_set, "lint", __doc__ or "", argv)
 
 

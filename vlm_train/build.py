@@ -245,7 +245,7 @@ def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
 
 
 def build_objectives(cfg: DictConfig) -> dict[str, Objective]:
-    """Name -> loss."""
+    """The configured losses by name."""
     return make_each("objective", cfg.objective)
 
 

@@ -24,7 +24,7 @@ MAX_KINDS = 50  # of bad records, that the manifest tells apart
 
 
 def find_duplicates(folder: Path, parts: int) -> dict[int, frozenset[str]]:
-    """By part number, the keys that an earlier part has."""
+    """The duplicate keys by part number: keys that an earlier part has."""
     seen: set[str] = set()
     found = {}
     for number in range(parts):
@@ -65,7 +65,7 @@ def bad_rows(parts: Mapping[int, Part]) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
+    """Write rows as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -36,7 +36,7 @@ class Part:
 
     @property
     def records(self) -> int:
-        """Records read."""
+        """Number of records that were read."""
         return self.samples + len(self.bad)
 
     @classmethod

@@ -40,7 +40,7 @@ class Duplicates(Filter):
         return hashlib.sha256(json.dumps([content, words]).encode()).digest()
 
     def verdict(self, key: str, measured: bytes | None) -> Drop | None:
-        """Remembers kept samples."""
+        """Drop a sample that equals an earlier one, and remember the others."""
         if measured in self._seen:
             what = [name for name, used in (("media", self.media), ("text", self.text)) if used]
             return Drop(f"same {' and '.join(what)} as an earlier sample")
@@ -72,7 +72,7 @@ class Scores(Filter):
         self._table: dict[str, dict[str, Any]] | None = None  # read where verdicts are given, not in every process
 
     def measure(self, sample: Sample, blobs: Sequence[bytes]) -> dict[str, Any]:
-        """The sample's own numbers."""
+        """The numbers of the sample's `meta`."""
         return {name: sample.meta.get(name) for name in self.ranges} if self.file is None else {}
 
     def verdict(self, key: str, measured: dict[str, Any]) -> Drop | None:

@@ -54,7 +54,7 @@ class Corrupt(Filter):
     """Drops samples with a picture that does not decode to its end."""
 
     def measure(self, sample: Sample, blobs: Sequence[bytes]) -> Drop | None:
-        """Decodes every picture."""
+        """Decode every picture; drop the sample if one does not decode."""
         for item, blob in zip(sample.media, blobs, strict=True):
             if item.kind == "image":
                 try:

@@ -61,7 +61,7 @@ class JsonLines(Records):
         return self._lines[i]
 
     def get(self, i: int) -> Any:
-        """Value i."""
+        """Record i: the value of line i."""
         start, end = self._starts[i], self._ends[i]
         if end - start > MAX_LINE:
             raise BadSample(f"line of {end - start} bytes; at most {MAX_LINE} are read")
@@ -87,7 +87,7 @@ class ParquetRows(Records):
         return {**self.__dict__, "_held": (-1, [])}
 
     def get(self, i: int) -> Any:
-        """Row i."""
+        """Record i: row i of the table."""
         group = bisect_right(self._ends, i)
         if self._held[0] != group:
             self._held = (group, list(parquet_rows(self.path, groups=[group])))

@@ -67,7 +67,7 @@ class Index:
         return key.decode("ascii")
 
     def keys(self) -> list[str]:
-        """All keys in order."""
+        """The keys of all samples in order."""
         return [self.key(i) for i in range(len(self))]
 
     def read_members(self, i: int) -> list[Member]:

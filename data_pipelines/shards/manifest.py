@@ -56,7 +56,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Size of all shards in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
     @property

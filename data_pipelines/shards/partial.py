@@ -61,7 +61,7 @@ class Partial:
         self.release_lock()
 
     def release_lock(self) -> None:
-        """Unlock it."""
+        """Unlock the folder."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -78,7 +78,7 @@ class Partial:
 
 
 def partial_path(folder: Path) -> Path:
-    """Where the set `folder` is made."""
+    """The hidden folder in which the set `folder` is made."""
     return folder.parent / f".{folder.name}.partial"
 
 

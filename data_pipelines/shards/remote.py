@@ -245,7 +245,7 @@ def _open_whole(path: Path, size: int) -> FileIO | None:
 
 @contextmanager
 def _hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on `path`, a file that its holder may rename or remove. A process that ends lets go of it."""
+    """Hold the lock on `path`, a file that its holder may rename or remove. It is released when the process ends."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -93,7 +93,7 @@ class ShardSet:
         return self.index.key(i)
 
     def keys(self) -> list[str]:
-        """All keys in order."""
+        """The keys of all samples in order."""
         return [self.index.key(i) for i in range(len(self))]
 
     def shard_name(self, i: int) -> str:

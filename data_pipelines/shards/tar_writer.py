@@ -77,7 +77,7 @@ class ShardWriter:
         return manifest
 
     def remove_written(self) -> None:
-        """Remove what was written."""
+        """Remove the hidden folder with all that was written."""
         self._shards.close_unfinished()
         self._hidden.remove_folder()
 

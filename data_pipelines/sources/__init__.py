@@ -39,7 +39,7 @@ class Source(Protocol):
 
     @property
     def parts(self) -> int:
-        """Number of parts."""
+        """Number of parts that are written separately."""
         ...
 
     def read(self, part: int) -> Iterator[Record]:

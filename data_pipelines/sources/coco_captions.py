@@ -40,7 +40,7 @@ class _Captions(ListSource):
         return len(self._found)
 
     def name_record(self, i: int) -> str:
-        """The image's path."""
+        """The name of record i in messages: the path of the image."""
         return f"image {self._found[i].path!r}"
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:

@@ -52,7 +52,7 @@ class DocVQA(ListSource):
         return len(self._pages)
 
     def name_record(self, i: int) -> str:
-        """The page."""
+        """The name of record i in messages: its page."""
         return f"page {self._pages[i][0].get('image')!r}"
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:

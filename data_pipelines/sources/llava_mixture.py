@@ -77,7 +77,7 @@ class LlavaMixture(ListSource):
         return f"dataset {self._of_file[i]}, {describe_record(self._files[self._of_file[i]], self._of_record[i])}"
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
-        """Chosen record i."""
+        """Read record i of those that the mixture takes."""
         number, position = self._of_file[i], self._of_record[i]
         record = self._files[number][position]
         return self._format.parse_record(record, f"{number:03d}-{position:07d}-{record.get('id', '')}", self)
@@ -123,7 +123,7 @@ def _read_datasets(file: Path, json_folder: str | None) -> Iterator[tuple[Path, 
 
 
 def _expand_braces(path: str) -> list[str]:
-    """`a{b,c}d` -> `abd`, `acd`."""
+    """The paths that a pattern with braces means: `a{b,c}d` gives `abd` and `acd`."""
     found = BRACES.fullmatch(path)
     if not found:
         return [path]

@@ -67,7 +67,7 @@ class MMC4:
 
     @property
     def parts(self) -> int:
-        """Number of files."""
+        """Number of parts: one for each file."""
         return len(self._files)
 
     def read(self, part: int) -> Iterator[Record]:

@@ -55,7 +55,7 @@ class Obelics:
 
     @property
     def parts(self) -> int:
-        """Number of files."""
+        """Number of parts: one for each file."""
         return len(self._files)
 
     def read(self, part: int) -> Iterator[Record]:

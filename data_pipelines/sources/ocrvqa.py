@@ -50,7 +50,7 @@ class OCRVQA(ListSource):
         return len(self._books)
 
     def name_record(self, i: int) -> str:
-        """The book."""
+        """The name of record i in messages: its book."""
         return f"book {self._books[i]['id']!r}"
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:

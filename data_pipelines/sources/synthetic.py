@@ -83,7 +83,7 @@ class Synthetic(ListSource):
         return self.count
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
-        """Sample i."""
+        """Make sample i."""
         task, make = self._tasks[i % len(self._tasks)]
         blobs, annotations = make(Dice("synthetic", self.seed, self.split, task, i))
         key, meta = f"{self.split}-{i:06d}-{task}", {"task": task}

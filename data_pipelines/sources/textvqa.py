@@ -62,7 +62,7 @@ class TextVQA(ListSource):
         return len(self._images)
 
     def name_record(self, i: int) -> str:
-        """The image."""
+        """The name of record i in messages: its image."""
         return f"image {self._images[i][0].get('image_id')!r}"
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:

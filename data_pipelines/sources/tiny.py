@@ -33,7 +33,7 @@ class Tiny(ListSource):
         return self.count
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
-        """Picture i."""
+        """Make picture i and its caption."""
         # A hash chooses, so that the pictures depend on no random generator and no version of one.
         draw = hashlib.sha256(f"tiny-{self.split}-{i}".encode()).digest()
         colour, shape = COLOURS[draw[0] % len(COLOURS)], SHAPES[draw[1] % len(SHAPES)]

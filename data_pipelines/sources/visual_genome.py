@@ -72,7 +72,7 @@ class VisualGenome(ListSource):
         return len(self._images)
 
     def name_record(self, i: int) -> str:
-        """The image."""
+        """The name of record i in messages: its image."""
         return f"image {_record_id(self._images[i]) if isinstance(self._images[i], dict) else f'at {i}'}"
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:

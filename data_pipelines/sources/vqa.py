@@ -60,7 +60,7 @@ class VQA(ListSource):
         return len(self._images)
 
     def name_record(self, i: int) -> str:
-        """The image."""
+        """The name of record i in messages: its image."""
         first = self._images[i][0]
         return f"image {first.get('image_id') if isinstance(first, dict) else i!r}"
 

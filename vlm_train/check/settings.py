@@ -168,7 +168,7 @@ def _check_dealing(cfg: DictConfig) -> None:
 
 
 def check_length(cfg: DictConfig) -> Iterator[str]:
-    """Training ends."""
+    """The length of the training is given, as epochs or as steps."""
     if cfg.trainer.epochs is None and cfg.trainer.max_steps is None:
         yield "trainer: give trainer.epochs or trainer.max_steps, got neither."
 

@@ -29,7 +29,7 @@ from vlm_train.errors import CheckpointError
 STATE, WEIGHTS, MANIFEST = "state.ckpt", "weights.safetensors", "manifest.json"
 
 FORMAT = 2
-"""Of the manifest and the files it names."""
+"""Version of the manifest and of the files that it names."""
 
 _CHUNK = 16 * 2**20
 _TYPES = {
@@ -90,7 +90,7 @@ def begin_checkpoint(final: Path) -> None:
 
 
 def commit_checkpoint(final: Path, files: Mapping[str, Any], step: int, facts: Mapping[str, Any]) -> None:
-    """Add the manifest of `files`, then give the folder its name; an old folder of that name gives way."""
+    """Add the manifest of `files`, then give the folder its name; an old folder of that name is removed."""
     manifest = {"format": FORMAT, "step": step, **facts, "files": files, "torch": torch.__version__}
     write_bytes(partial_folder(final) / MANIFEST, json.dumps(manifest, indent=1).encode())
     old = final.with_name(f".{final.name}.old")
@@ -175,6 +175,6 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def hash_file(path: Path) -> str:
-    """Of a file's content."""
+    """SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

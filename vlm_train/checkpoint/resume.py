@@ -1,4 +1,4 @@
-"""What a run goes on from."""
+"""Finds the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class CheckpointWriter:
                 job.error = error
 
     def _write_parts(self, job: _Job) -> None:
-        """Files, then a list of them that says that they are whole."""
+        """Write the files of this rank, then a list of them, which shows that they are complete."""
         folder = files.partial_folder(job.final)
         try:
             need = sum(map(_content_size, job.parts.values()))
@@ -202,7 +202,7 @@ class CheckpointWriter:
         return dict(sorted(found.items()))
 
     def _agree_on_result(self, job: _Job) -> str | None:
-        """What went wrong on any rank, after which rank 0 gives the folder its name."""
+        """The error of any rank. Without one, rank 0 gives the folder its name."""
         bad = self.agree({"failed": float(job.error is not None)})["failed"]
         if bad:
             job.others_failed.set()
@@ -230,7 +230,7 @@ class CheckpointWriter:
         )
 
     def _raise_failure(self, final: Path, error: str | None, must: bool) -> None:
-        """Raise CheckpointError, on every rank, for a failure that is not borne."""
+        """Raise CheckpointError on every rank, unless it is the first failure in a row and may be retried."""
         if error is None:
             self.failures = 0
             return

@@ -25,7 +25,7 @@ def piece_key(piece: Piece) -> str:
 
 
 def collect_owned(pieces: Iterator[Piece]) -> dict[str, Tensor]:
-    """What this process writes."""
+    """The tensors that this process writes, by the key of their piece."""
     return {piece_key(one): one.tensor[0] if one.single else one.tensor for one in pieces if one.owned}
 
 
@@ -54,7 +54,7 @@ class _Stored:
 
 
 class _Reader:
-    """All pieces of a checkpoint, of which only what is asked for is read."""
+    """All pieces of a checkpoint. Only the requested ones are read."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder

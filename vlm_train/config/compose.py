@@ -77,7 +77,7 @@ def compose_config(overrides: Iterable[str] = (), config_dirs: Iterable[str | Pa
 
 
 def check_recipe(name: str, cfg: DictConfig, config_dirs: Iterable[str | Path]) -> None:
-    """Raises ConfigError for what a recipe says in vain: Hydra would ignore it silently."""
+    """Raises ConfigError for settings of a recipe that have no effect: Hydra would ignore them silently."""
     path = find_recipe(name, config_dirs)
     if path is None:
         return

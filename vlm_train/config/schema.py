@@ -64,7 +64,7 @@ class Guard:
 
     spike: float | None = None  # nor one whose norm is so many median deviations above the usual one; null: any
     window: int = 100  # steps that say what is usual
-    max_in_a_row: int = 10  # steps without update that are borne; one more stops the run
+    max_in_a_row: int = 10  # allowed steps without update in a row; one more stops the run
     rollback: int = 0  # or so often takes it back to the checkpoint before them, leaving out the data since
 
 
@@ -88,20 +88,20 @@ class Trainer:
     compile: bool = False
     accelerator: str = "auto"  # auto | cpu | gpu
     min_supervised_ratio: float = 0.001  # stop when a window of steps supervises fewer of its text tokens than this
-    max_bad_samples: int = 100  # bad samples in a row that are borne; one more stops the run
+    max_bad_samples: int = 100  # allowed bad samples in a row; one more stops the run
     max_bad_share: float = 0.05  # share of bad ones among all drawn samples, from the 1000th on, that is borne
     strict: bool = False  # the first bad sample stops the run
     guard: Guard = field(default_factory=Guard)
     skip_steps: list[list[int]] = field(default_factory=list)  # [[first, last]]: steps whose data makes no update
     export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
     peak_tflops: float | None = None  # of one device, for the logged MFU; null: known for common GPUs
-    watchdog_minutes: float | None = 20.0  # end a run that stands still this long, less than launch.timeout_minutes
+    watchdog_minutes: float | None = 20.0  # end a run without progress for this long, less than launch.timeout_minutes
     threads: int | None = None  # CPU threads; null: torch's choice
 
 
 @dataclass
 class Launch:
-    """How processes come to be. `local` starts them itself; torchrun and srun find them started."""
+    """How processes are started. `local` starts them itself; torchrun and srun find them started."""
 
     kind: str = "local"  # local | torchrun | srun
     devices: int = 1  # processes per node that train; every other mode, eval too, runs in one process

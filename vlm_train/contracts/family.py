@@ -85,7 +85,7 @@ class PredictsTokens(Protocol):
 
 @runtime_checkable
 class Generates(Protocol):
-    """Continues prompts."""
+    """A family that generates answers to prompts."""
 
     def generate(
         self, batch: Batch, *, max_new_tokens: int, eos_ids: list[int], stream: str = "llm", **sampling: Any

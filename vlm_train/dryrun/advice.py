@@ -40,7 +40,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do.
+    """The strategies that fit, and the changes that help if none does.
 
     Attributes:
         peaks: per strategy.

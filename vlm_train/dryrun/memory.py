@@ -162,7 +162,7 @@ class Peak:
 
     @property
     def total(self) -> float:
-        """Everything on the GPU."""
+        """Bytes of one GPU at the peak."""
         return self.states + self.buffers + self.activations + self.logits + self.runtime
 
     def fits_hardware(self, hardware: Hardware) -> bool:

@@ -31,7 +31,7 @@ class Plan:
         needs: what has to be stored.
         activations: bytes kept for backward by one row: without activation checkpointing (`none`), with (`full`), and
             where products and attention are kept (`selective`).
-        llm: what adapters of the language model would come to.
+        llm: parameters of adapters of the language model.
     """
 
     recipe: str
@@ -138,7 +138,7 @@ def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations
 
 
 def _reference_parameters(cfg: DictConfig, policy: Policy) -> int:
-    """Of the reference's own model."""
+    """Number of parameters of a reference that has a model of its own."""
     other = reference_config(cfg)
     if other is None or cfg.reference.model == START:
         return 0 if other is None else policy.total

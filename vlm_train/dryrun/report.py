@@ -63,7 +63,7 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
 def _vocabulary_size(cfg: DictConfig) -> tuple[int, bool]:
     try:
         return len(build_tokenizer(cfg)), True
-    except Exception:  # whatever the tokenizer lacks, the plan goes on with a guess and says so
+    except Exception:  # whatever the tokenizer lacks, the plan uses a guess and says so
         return ASSUMED_VOCABULARY, False
 
 
@@ -148,7 +148,7 @@ def _format_memory(cfg: DictConfig, plan: Plan) -> str:
 
 
 def _format_verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) -> list[str]:
-    """What the table comes to: the cheapest that fits, whether the run's own does, and what to change if none does."""
+    """The verdict of the table: the cheapest that fits, whether the run's own does, and what to change if none does."""
     target, own = cfg.target, advice.configured
     lines = [
         f"Predicted for {rows_at_once(cfg)} rows of the longest kind on {target.gpus} x {target.memory_gib:g} GiB.",
@@ -184,7 +184,7 @@ def _format_suggestion(suggestion: Suggestion) -> tuple[str, str, str]:
 
 
 def _describe_shortage(one: Peak | None, target: DictConfig, device: str) -> str:
-    """What is too much."""
+    """Which memory is too small, and what the strategy needs."""
     if one is None:
         return "it cannot run so"
     if one.total > target.memory_gib * GIB:

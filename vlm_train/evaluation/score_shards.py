@@ -163,7 +163,7 @@ def output_of(cfg: DictConfig) -> Path:
 
 
 def _describe_model(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """What else the values depend on."""
+    """The other settings that the values depend on."""
     from vlm_train.checkpoint.files import hash_file
     from vlm_train.checkpoint.weights import weights_file
 

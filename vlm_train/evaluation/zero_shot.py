@@ -89,7 +89,7 @@ class ZeroShot:
         return Findings({self.primary: value}, self.primary, self.higher_is_better, rows)
 
     def class_vectors(self, model: nn.Module, processor: Processor) -> Tensor:
-        """Unit vectors `[K, E]`."""
+        """Unit vectors `[K, E]` of the classes: the mean over the prompts of each class."""
         from torch.nn import functional as F
 
         prompts = [template.replace(PLACE, name) for name in self.classes for template in self.templates]

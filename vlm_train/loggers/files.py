@@ -27,7 +27,7 @@ class Csv:
         self.read = path.stat().st_size if path.is_file() else 0
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
-        """What metrics.jsonl has gained."""
+        """Append the lines that metrics.jsonl has gained."""
         new = [json.loads(line) for line in self._read_new_lines()]
         if any(name not in self.columns for one in new for name in one):
             self._write_rows(record.read_metrics(self.folder))
@@ -52,13 +52,13 @@ class Csv:
         self.columns = list(names)
 
     def config(self, content: Mapping[str, Any]) -> None:
-        """Is in config.yaml."""
+        """Do nothing: the configuration is in config.yaml."""
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
         """Are in the run folder."""
 
     def pause(self, *, good: bool) -> None:
-        """Every row is already written."""
+        """Do nothing: every row is already written."""
 
 
 class TensorBoard:
@@ -75,11 +75,11 @@ class TensorBoard:
         self.writer: Any = SummaryWriter(str(events), purge_step=first if again else None)
 
     def config(self, content: Mapping[str, Any]) -> None:
-        """As a text, which TensorBoard shows as Markdown."""
+        """Write the configuration as a text, which TensorBoard shows as Markdown."""
         self.writer.add_text("config", f"```json\n{json.dumps(content, indent=2, default=str)}\n```")
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
-        """A point a value."""
+        """Write each value as a point of its curve."""
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -98,4 +98,4 @@ class TensorBoard:
         self.writer.flush()
 
     def pause(self, *, good: bool) -> None:
-        """Every row is already written."""
+        """Do nothing: every row is already written."""

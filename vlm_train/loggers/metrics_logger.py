@@ -71,12 +71,12 @@ class MetricsLogger(Logger):
 
     @property
     def name(self) -> str:
-        """For Lightning."""
+        """The name of the logger, which Lightning asks for."""
         return self.label
 
     @property
     def version(self) -> str:
-        """For Lightning."""
+        """An empty version, which Lightning asks for."""
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -63,11 +63,11 @@ class Wandb:
         self.run.define_metric("*", step_metric=STEP)
 
     def config(self, content: Mapping[str, Any]) -> None:
-        """As the run's config."""
+        """Send the configuration as the run's config."""
         self.run.config.update(dict(content), allow_val_change=True)
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
-        """Over `STEP`."""
+        """Send a row; `STEP` is the axis of all curves."""
         self.run.log({**row, STEP: step})
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
@@ -137,7 +137,7 @@ class MLflow:
         return True
 
     def config(self, content: Mapping[str, Any]) -> None:
-        """As parameters with dotted names; MLflow lets none be changed, so a resumed run adds the new ones."""
+        """Send the configuration as parameters. MLflow lets none be changed, so a resumed run adds the new ones."""
         from mlflow.entities import Param
 
         known = self.client.get_run(self.id).data.params
@@ -147,7 +147,7 @@ class MLflow:
             self.client.log_batch(self.id, params=new[start : start + PARAMETERS])
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
-        """In one call."""
+        """Send all metrics of a row in one call."""
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
@@ -190,7 +190,7 @@ class Trackio:
         self.run: Any = self.module.init(project, name=folder.name, space_id=space, resume="allow", embed=False)
 
     def config(self, content: Mapping[str, Any]) -> None:
-        """As the run's config, which Trackio sends with the first row."""
+        """Keep the configuration as the run's config, which Trackio sends with the first row."""
         self.run.config.update({name: str(value) for name, value in _flatten_leaves("", content)})
 
     def row(self, step: int, row: Mapping[str, float]) -> None:

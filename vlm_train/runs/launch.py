@@ -1,4 +1,4 @@
-"""How processes come to be: `run_child` is the one way a process tree starts.
+"""How processes are started: `run_child` is the one way a process tree starts.
 
 Several devices, every stage of a schedule and every job of a multirun go through it. Lightning never spawns processes.
 What a child runs is `process.py`.

@@ -1,4 +1,4 @@
-"""What a process of ours does: one mode of a checked configuration, with errors that speak to the user.
+"""One process: it runs one mode of a checked configuration and prints errors that speak to the user.
 
 `python -m vlm_train.runs.process <config.yaml>` is the child's side of `launch`: it reads the composed configuration as
 data and runs it."""

@@ -1,4 +1,4 @@
-"""What a run says of itself, `run.json` and `metrics.jsonl`: read with tolerance, written whole or not at all."""
+"""`run.json` and `metrics.jsonl` of a run: damaged files are tolerated, and writing is atomic."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def keep_metrics(folder: Path, step: int) -> None:
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Holds a run folder, so that the same command, started twice, does not write to it twice. A process that ends, or
-    is killed, lets go of it; its loader processes, which may outlive it for seconds, do not hold it.
+    is killed, releases it; its loader processes, which may outlive it for seconds, do not hold it.
 
     Raises:
         ConfigError: another process holds it.

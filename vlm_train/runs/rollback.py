@@ -20,7 +20,7 @@ class Rollback:
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
-    """Those of a run, oldest first."""
+    """The rollbacks of a run, oldest first."""
     held = record.read_json(RunFolder(folder).rollbacks)
     return [Rollback(int(one["to"]), int(one["last"])) for one in held.get("made", [])]
 

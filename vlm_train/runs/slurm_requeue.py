@@ -17,7 +17,7 @@ from vlm_train.errors import exit_code
 from vlm_train.runs import record
 
 FRUITLESS = 2
-"""Restarts in a row without a new checkpoint that are borne."""
+"""Allowed restarts in a row without a new checkpoint."""
 
 RECORD = "restarts.json"
 

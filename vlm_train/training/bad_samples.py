@@ -23,8 +23,8 @@ class BadSamples:
 
     Args:
         folder: the run's; bad samples go to `quarantine-<rank>.jsonl` in it.
-        max_in_a_row: bad samples without a good one between them that are borne.
-        max_share: bad samples among all drawn ones that are borne, from `MIN_DRAWN` drawn samples on.
+        max_in_a_row: allowed bad samples in a row.
+        max_share: allowed share of bad samples among all drawn ones, checked from `MIN_DRAWN` drawn samples on.
         strict: bear none.
     """
 

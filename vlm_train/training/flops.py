@@ -23,7 +23,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All three."""
+        """FLOPs of the forward and the whole backward pass."""
         return self.forward + self.input_grad + self.weight_grad
 
 

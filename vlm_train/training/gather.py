@@ -45,11 +45,11 @@ class RankGather:
         self.rank, self.device = dist.get_rank(), device
 
     def sizes(self, rows: int) -> list[int]:
-        """Rows of every rank."""
+        """The number of rows on every rank."""
         return [int(size) for size in _gather_rows(torch.tensor([rows], device=self.device)).tolist()]
 
     def __call__(self, tensor: Tensor, sizes: list[int], *, with_grad: bool) -> Tensor:
-        """See `Gather`."""
+        """The rows of `tensor` of all ranks, one rank after the other."""
         most = max(sizes)
         padded = torch.cat([tensor, tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
         whole = _WithGrad.apply(padded) if with_grad else _gather_rows(padded)

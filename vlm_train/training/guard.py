@@ -29,7 +29,7 @@ class Guard:
         spike: how many median absolute deviations above the median of the last `window` norms are too many; None: any
             finite norm is fine.
         window: norms remembered; no spike is called before it is full.
-        max_in_a_row: steps left out one after the other that are borne; one more stops the run.
+        max_in_a_row: allowed skipped steps in a row; one more stops the run.
         rollback: how often the run is prepared for going on from the checkpoint before such steps.
         scaled: a loss scaler looks for its scale by letting gradients overflow, which is no fault.
         skip: [first, last] of steps that are left out whatever their norm.
@@ -103,10 +103,10 @@ class Guard:
         )
 
     def export_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The recent norms and the count of skipped steps, for a checkpoint."""
         return {"norms": list(self.norms), "in_a_row": self.in_a_row}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on with `state()`."""
+        """Restore what `export_state` returned."""
         self.norms.extend(state["norms"])
         self.in_a_row = state["in_a_row"]

@@ -1,4 +1,4 @@
-"""What is counted between two log lines, and the line it comes to.
+"""The counts between two log lines, and the line that they give.
 
 Sums of tensors stay on their device until a line is due: nothing here makes a step wait for the GPU.
 """
@@ -158,7 +158,7 @@ class Meter:
         self.paused = time.perf_counter()
 
     def go_on(self) -> None:
-        """Start it again."""
+        """Start the clock again after a pause."""
         self.since += time.perf_counter() - self.paused
         self.on_step_end()
 

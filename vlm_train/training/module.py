@@ -276,12 +276,12 @@ class VLMModule(pl.LightningModule):
         self.meter.on_step_end()
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums."""
+        """Start the sums of the held-out loss."""
         self.meter.hold_out()
         self.held_out, self.held_out_bad = 0, 0
 
     def on_validation_epoch_end(self) -> None:
-        """Log the held-out loss."""
+        """Compute and log the held-out loss."""
         seen = self.over_ranks({"good": float(self.held_out), "bad": float(self.held_out_bad)})
         self.bad.require_held_out(good=round(seen["good"]), bad=round(seen["bad"]))
         self.validation_metrics = self.meter.held_out.compute_means(self.over_ranks)

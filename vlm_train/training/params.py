@@ -82,7 +82,7 @@ class Policy:
 
     @property
     def total(self) -> int:
-        """Number of parameters."""
+        """Number of all parameters."""
         return sum(row.parameters for row in self.rows)
 
     def format_table(self) -> str:

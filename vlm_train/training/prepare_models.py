@@ -19,7 +19,7 @@ from vlm_train.training.trainer import halves_weights
 
 @dataclass(frozen=True)
 class PreparedModels:
-    """What is trained and what it is compared with, weights in place.
+    """The models of a run, with their weights loaded.
 
     Attributes:
         skeleton: the model on the meta device; None where it cannot be built there.

@@ -66,7 +66,7 @@ class Trace:
 
     @property
     def activations(self) -> int:
-        """Bytes that backward needs."""
+        """Bytes that the backward pass needs."""
         return self.outside + sum(kept for _, kept in self.layers.values())
 
     @property

@@ -128,7 +128,7 @@ def loop_callbacks(
     *,
     held_out: bool,
 ) -> list[Any]:
-    """What looks at a run, and what happens at intervals.
+    """The callbacks that watch a run and act at intervals.
 
     Args:
         facts: go into every checkpoint's manifest.

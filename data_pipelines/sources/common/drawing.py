@@ -36,7 +36,7 @@ class Dice:
         return int.from_bytes(digest[:8], "big") % limit
 
     def pick_one(self, choices: Sequence[T]) -> T:
-        """One of `choices`."""
+        """Draw one of `choices`."""
         return choices[self.draw_below(len(choices))]
 
     def pick_some(self, choices: Sequence[T], count: int) -> list[T]:
@@ -57,12 +57,12 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """For example "red circle"."""
+        """Color and shape, for example "red circle"."""
         return f"{self.colour} {self.shape}"
 
     @property
     def xyxy(self) -> tuple[float, float, float, float]:
-        """Its box as fractions of a picture of `SIDE` pixels."""
+        """The box of the thing as fractions of a picture of `SIDE` pixels."""
         edges = (self.left, self.top, self.left + self.side, self.top + self.side)
         x1, y1, x2, y2 = (round(edge / SIDE, 4) for edge in edges)
         return x1, y1, x2, y2

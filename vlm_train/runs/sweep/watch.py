@@ -1,4 +1,4 @@
-"""What the sweep's own process does while its jobs run in others: say how they end, and end them when it is told to."""
+"""The sweep's own process, while its jobs run in others: it prints how they end, and ends them on a signal."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What happens at intervals of a training, and when it is stopped."""
+"""Callbacks: actions at intervals of a training, and when it is stopped."""

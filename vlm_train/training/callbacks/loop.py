@@ -117,7 +117,7 @@ def run_validation_loop(trainer: pl.Trainer) -> None:
 
 
 class Checkpoints(pl.Callback):
-    """The checkpoints of a run: restored when it starts, written when `AfterStep` says so; BEST follows `metric`.
+    """The checkpoints of a run: restored when it starts, written when `AfterStep` asks for it; BEST follows `metric`.
 
     Args:
         facts: what the manifest says about the run besides the step.
@@ -168,7 +168,7 @@ class Checkpoints(pl.Callback):
         self.writer.wait_for_save(must=True)
         if trainer.is_global_zero:
             record.update_record(self.writer.root.parent, status="interrupted")
-        trainer.strategy.barrier()  # the first that leaves is the end of the others where `srun` or torchrun look on
+        trainer.strategy.barrier()  # `srun` and torchrun end all ranks when the first one exits
         raise Interrupted(cast(Any, trainer.lightning_module).interrupt or signal.SIGTERM, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

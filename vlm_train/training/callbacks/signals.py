@@ -41,7 +41,7 @@ class StopSignals(pl.Callback):
         self._set_handlers(self.usual)
 
     def _end_by_signal(self, number: int) -> None:
-        """As if the signal came unhandled; whichever preempts counts as SIGTERM, whose exit code says so."""
+        """End the process as an unhandled signal does; every preempting signal counts as SIGTERM, for its exit code."""
         number = number if number == signal.SIGINT else signal.SIGTERM
         signal.signal(number, self.usual[signal.SIGINT] if number == signal.SIGINT else signal.SIG_DFL)
         os.kill(os.getpid(), number)

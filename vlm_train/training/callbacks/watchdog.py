@@ -1,4 +1,4 @@
-"""Ends a run that stands still, and says where: a hang that nobody looks at costs as much as training."""
+"""Ends a run that makes no progress, and writes where it hangs: a hang costs as much as training."""
 
 from __future__ import annotations
 

@@ -74,18 +74,18 @@ class FSDP2(OwnState, DDPStrategy):
                 register_fsdp_forward_method(model, name)
 
     def configure_ddp(self) -> None:
-        """Nothing: the model's own hooks gather and reduce."""
+        """Do nothing: the model's own hooks gather and reduce."""
 
     def model_to_device(self) -> None:
-        """Nothing: shards are where they belong."""
+        """Do nothing: the shards are already on their devices."""
 
     @contextmanager
     def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
-        """In every micro-batch, so that no rank holds more than its shard of them."""
+        """Reduce gradients in every micro-batch, so that no rank holds more than its shard of them."""
         yield
 
     def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:
-        """See `OwnState`."""
+        """Pieces of the optimizer's states: the rows of this rank's shards."""
         states = self.optimizers[0].state
         for name, parameter in named.items():
             start = self._first_row(parameter)
@@ -98,12 +98,12 @@ class FSDP2(OwnState, DDPStrategy):
                     yield Piece(name, kind, start, _to_local(state).view(-1), owned=True)
 
     def _first_row(self, parameter: Any) -> int:
-        """Of this rank's rows, which `torch.chunk` deals."""
+        """Offset of this rank's first row in the flat parameter; `torch.chunk` distributes the rows."""
         rows = -(-parameter.shape[0] // self.world_size) * self.global_rank
         return min(rows, parameter.shape[0]) * (parameter.numel() // parameter.shape[0])
 
     def whole(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        """See `OwnState`."""
+        """Every parameter gathered from its shards. A collective."""
         return ((name, parameter.detach().full_tensor()) for name, parameter in named.items())  # type: ignore[attr-defined]
 
 

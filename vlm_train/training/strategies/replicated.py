@@ -14,16 +14,16 @@ from vlm_train.training.strategies.state import OwnState, torch_pieces
 
 
 class Replicated(OwnState):
-    """What both have in common: rank 0 holds everything, so it writes everything."""
+    """Single and DDP: rank 0 holds everything, so it writes everything."""
 
     shards_model = False
 
     def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:
-        """See `OwnState`."""
+        """Pieces of the optimizer's states, which rank 0 writes."""
         return torch_pieces(self.optimizers[0], named, owned=self.is_global_zero)
 
     def whole(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        """See `OwnState`."""
+        """Every parameter as it is."""
         return ((name, parameter.detach()) for name, parameter in named.items())
 
 
@@ -51,7 +51,7 @@ class DDP(Replicated, DDPStrategy):
 
     @contextmanager
     def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
-        """Once a step: those of the last micro-batch, on top of what the others have added up."""
+        """Average gradients once a step: the last micro-batch's, added to those of the micro-batches before it."""
         if last:
             yield
         else:

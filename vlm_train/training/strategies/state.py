@@ -58,7 +58,7 @@ class OwnState:
 
     @property
     def _scaler(self) -> Any:
-        """Of fp16; else None."""
+        """The loss scaler of fp16; None in other precisions."""
         return getattr(self.precision_plugin, "scaler", None)
 
     def made_update(self) -> bool:
@@ -66,18 +66,18 @@ class OwnState:
         return True
 
     def scaler_state(self) -> dict[str, Any]:
-        """Where the loss scale of fp16 stands, if the strategy keeps it, not the precision plugin."""
+        """State of the loss scale of fp16, if the strategy keeps it and not the precision plugin."""
         return {}
 
     def load_scaler_state(self, held: Mapping[str, Any]) -> None:
-        """Go on with `scaler_state()`."""
+        """Restore what `scaler_state` returned."""
 
     def allocate_state(self, kinds: Mapping[str, bool]) -> None:
-        """See `HasState`."""
+        """Make zero optimizer states, into which a checkpoint is read."""
         allocate_states(self.optimizers[0], kinds)
 
     def teardown(self) -> None:
-        """Only the accelerator's: the model is evaluated afterwards."""
+        """Tear down the accelerator only: the model is evaluated afterwards."""
         self.precision_plugin.teardown()
         self.accelerator.teardown()  # type: ignore[attr-defined]
 

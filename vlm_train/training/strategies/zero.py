@@ -89,18 +89,18 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
     @property
     def engine(self) -> Any:
-        """DeepSpeed's engine."""
+        """The engine of DeepSpeed, which wraps the model."""
         return self.model
 
     # CPUs: Lightning wants CUDA in three places.
 
     def setup_environment(self) -> None:
-        """Without the question whether the device is CUDA."""
+        """Skip Lightning's check that the device is CUDA."""
         ParallelStrategy.setup_environment(self)
         self.setup_distributed()
 
     def setup_distributed(self) -> None:
-        """Without a check of CUDA's device numbers where there are none."""
+        """Skip the check of CUDA device numbers on a CPU."""
         if self.root_device.type == "cuda":
             super().setup_distributed()
             return
@@ -108,7 +108,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
-        """Without a CUDA device number, and with float buffers as they are: rotary ones lose positions in 16 bits."""
+        """Pass no CUDA device number, and keep float buffers: rotary frequencies lose positions in 16 bits."""
         import deepspeed
 
         assert isinstance(self.config, dict)
@@ -176,7 +176,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
     @contextmanager
     def gradients_cross_ranks(self, last: bool) -> Iterator[None]:
-        """As the stage does it; the last micro-batch completes it, and is followed by the engine's step."""
+        """Tell the engine which micro-batch is the last: it completes the gradients, and the engine's step follows."""
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
@@ -184,7 +184,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Nothing: `shard` spreads a model that is built."""
+        """Do nothing: `shard_model` shards a model that is already built."""
         yield
 
     def shard_model(self, model: nn.Module) -> None:
@@ -208,15 +208,15 @@ class ZeRO(OwnState, DeepSpeedStrategy):
     # Checkpoints: ours, not DeepSpeed's pickles.
 
     def scaler_state(self) -> dict[str, Any]:
-        """See `OwnState`."""
+        """State of DeepSpeed's loss scaler."""
         return {k: v for k, v in vars(self.engine.optimizer.loss_scaler).items() if isinstance(v, int | float)}
 
     def load_scaler_state(self, held: Mapping[str, Any]) -> None:
-        """See `OwnState`."""
+        """Restore what `scaler_state` returned."""
         vars(self.engine.optimizer.loss_scaler).update(held)
 
     def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:
-        """See `OwnState`: the fp32 weights as well, which in 16 bits are more exact than the model's."""
+        """Pieces of the optimizer's states and of the fp32 weights, which are more exact than 16-bit ones."""
         parts = self._parts_3(named) if self.stage == 3 else self._parts_12(named)
         states = self.engine.optimizer.optimizer.state
         for name, start, flat, first, size in parts:
@@ -251,7 +251,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
                 first += share
 
     def whole(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        """See `OwnState`."""
+        """Every parameter as a whole in fp32. A collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in named.items():
@@ -259,7 +259,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             yield name, (parameter.detach() if exact else safe_get_full_fp32_param(parameter))
 
     def allocate_state(self, kinds: Mapping[str, bool]) -> None:
-        """See `OwnState`. Stage 3 takes its parameters out of the groups between two steps."""
+        """Make zero optimizer states. Stage 3 takes its parameters out of the groups between two steps."""
         optimizer = self.engine.optimizer
         flats = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
         if flats is None:
@@ -282,9 +282,9 @@ class ZeROPrecision(DeepSpeedPrecision):
     """DeepSpeed's precision, with the loss and the batch left as they are."""
 
     def convert_input(self, data: Any) -> Any:
-        """As it is: parts cast what they compute with, and the weights of targets stay exact."""
+        """Keep the batch as it is: parts cast what they compute with, and the weights of targets stay exact."""
         return data
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Without a second division by the number of micro-batches."""
+        """Skip DeepSpeed's own division by the number of micro-batches."""
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
