@@ -44,8 +44,8 @@ class CrossStates:
     def attention_mask(self, hidden: Tensor) -> Tensor:
         """Boolean mask `[R, 1, Q, M * S]` over the features of all items, True where a query may attend.
 
-        A query that sees no item attends to the first: no row is empty, and kernels give no NaN. Multiply what it gets
-        by `sees_media`.
+        A query that sees no item attends to the first: no row is empty, and kernels give no NaN. Multiply the
+        output by `sees_media`.
         """
         items, size = self.features.shape[:2]
         item_of_key = torch.arange(items, device=hidden.device).repeat_interleave(size, output_size=items * size)
@@ -56,5 +56,5 @@ class CrossStates:
         return (self.media_of_query(hidden) >= 0)[..., None].to(hidden.dtype)
 
     def reorder_tokens(self, order: Tensor) -> CrossStates:
-        """The same for a text whose tokens are taken in `order` `[B, T]`."""
+        """The states for a text whose tokens are reordered by `order` `[B, T]`."""
         return replace(self, media_of_token=self.media_of_token.gather(1, order))

@@ -84,12 +84,12 @@ class Evaluator(Protocol):
 
     @property
     def primary(self) -> str:
-        """As its findings will have it."""
+        """Name of the primary metric in its findings."""
 
     @property
     def higher_is_better(self) -> Mapping[str, bool]:
-        """As its findings will have it: known before anything is measured, so that `trainer.best` can follow any of the
-        metrics."""
+        """Metric -> whether higher is better. It is known before anything is measured, so that `trainer.best` can follow
+        any of the metrics."""
 
     def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> Findings:
         """Measure the model.

@@ -96,14 +96,14 @@ class Generates(Protocol):
 
 @runtime_checkable
 class EmbedsImagesAndTexts(Protocol):
-    """Two towers: images and texts by themselves, as unit vectors of one space."""
+    """Two towers: each embeds images or texts alone, as unit vectors of one space."""
 
     def encode_image(self, media: MediaBatch) -> Tensor:
-        """`[N, E]`."""
+        """Unit vectors `[N, E]` of the images."""
         ...
 
     def encode_text(self, stream: TokenStream) -> Tensor:
-        """`[B, E]`."""
+        """Unit vectors `[B, E]` of the texts."""
         ...
 
 
@@ -122,11 +122,11 @@ class AlignsPairs(Protocol):
     temperature: Tensor
 
     def image_vectors(self, batch: Batch) -> Tensor:
-        """`[b, Q, E]`."""
+        """Unit vectors `[b, Q, E]` of the images, Q of each."""
         ...
 
     def text_vectors(self, batch: Batch) -> Tensor:
-        """`[b, E]`."""
+        """Unit vectors `[b, E]` of the texts."""
         ...
 
 
@@ -135,11 +135,11 @@ class MatchesPairs(Protocol):
     """Tells whether a text belongs to an image, by cross-attention."""
 
     def features(self, batch: Batch) -> Tensor:
-        """`[b, P, D_v]` of the batch's images, one a text."""
+        """Image features `[b, P, D_v]`, one image for each text of the batch."""
         ...
 
     def context(self, features: Tensor) -> tuple[Tensor, ...]:
-        """What cross-attention reads of images `[m, P, D_v]`: tensors with m rows."""
+        """The states that cross-attention reads, from image features `[m, P, D_v]`: tensors with m rows."""
         ...
 
     def image_keys_values(self, batch: Batch) -> tuple[Tensor, ...]:

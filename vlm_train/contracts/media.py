@@ -124,7 +124,7 @@ class Features(NamedTuple):
         return values.sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Features:
-        """With `function`, which takes `[F, D]` and knows no neighbours, over all values at once."""
+        """Apply `function`, which maps `[F, D]` row by row, to all values at once."""
         return self._replace(values=function(self.values))
 
 

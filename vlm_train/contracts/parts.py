@@ -126,7 +126,7 @@ class EncoderDecoder(Protocol):
     start_id: int
 
     def embed(self, ids: Tensor) -> Tensor:
-        """As of `LanguageModel`, for either side."""
+        """Token ids `[B, T]` -> embeddings `[B, T, D_t]`, for the encoder or the decoder."""
         ...
 
     def encode(self, embeds: Tensor, mask: Tensor) -> Encoded:
@@ -134,7 +134,7 @@ class EncoderDecoder(Protocol):
         ...
 
     def decode(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, *, encoded: Encoded) -> Tensor:
-        """As of `LanguageModel`; the decoder attends to `encoded`."""
+        """Hidden states `[B, T, D_t]` of the decoder, as in `LanguageModel`; it also attends to `encoded`."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -71,13 +71,13 @@ class Trace:
 
     @property
     def checkpointed(self) -> int:
-        """The same with activation checkpointing: each layer's input, and the inside of one layer at a time."""
+        """Bytes that backward needs with activation checkpointing: each layer's input, and the inside of one layer at a time."""
         kept = [(given, inside) for given, inside in self.layers.values() if inside]
         return self.outside + sum(given for given, _ in kept) + max((inside for _, inside in kept), default=0)
 
     @property
     def selective(self) -> int:
-        """The same where checkpointing also keeps what is costly to compute again: products and attention."""
+        """Bytes that backward needs if checkpointing also keeps the costly outputs: products and attention."""
         kept = sum(self.outputs.get(name, 0) for name, (_, inside) in self.layers.items() if inside)
         return min(self.checkpointed + kept, self.activations)
 
