@@ -26,7 +26,7 @@ from benchmarks.work import CLIP, LOG_EVERY, Clock, Work
 from vlm_train.contracts.batch import Batch
 from vlm_train.training.callbacks.loop import Checkpoints, Evaluation
 from vlm_train.training.module import VLMModule
-from vlm_train.training.trainer import loop_callbacks, make_trainer
+from vlm_train.training.trainer import loop_callbacks, make_strategy, make_trainer
 
 NEVER = 10**9
 """A step that is never reached."""
@@ -93,7 +93,7 @@ def ours(work: Work, steps: int, saves: list[float] | None = None, look: Callabl
         callbacks = loop_callbacks(work.cfg, last, module, evaluation, facts, None, held_out=False)
         if saves is not None:
             _time_saves(callbacks, saves)
-        trainer = make_trainer(work.cfg, plan, [_Marks(clock), *callbacks], folder)
+        trainer = make_trainer(work.cfg, plan, make_strategy(work.cfg, plan.world), [_Marks(clock), *callbacks], folder)
         trainer.fit(module, _Made(work.batches(steps)))
         if look:
             look(folder)

@@ -88,8 +88,7 @@ class Evaluator(Protocol):
 
     @property
     def higher_is_better(self) -> Mapping[str, bool]:
-        """Metric -> whether higher is better. It is known before anything is measured, so that `trainer.best` can follow
-        any of the metrics."""
+        """Metric -> whether higher is better. Known before any run, so that `trainer.best` can follow every metric."""
 
     def run(self, model: nn.Module, processor: Processor, folder: Path, *, final: bool) -> Findings:
         """Measure the model.

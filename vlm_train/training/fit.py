@@ -60,13 +60,14 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.data.text.tokenizer import hash_vocabulary
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.prepare_models import prepare_models
-    from vlm_train.training.trainer import count_processes, loop_callbacks, make_trainer, shards_model
+    from vlm_train.training.trainer import count_processes, halves_weights, loop_callbacks, make_strategy, make_trainer
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     world = count_processes(cfg)
-    shares = world > 1 and shards_model(cfg) and process_rank() > 0  # rank 0 spreads its weights later
-    models = prepare_models(cfg, resumed, shares)
+    strategy = make_strategy(cfg, world)
+    shares = world > 1 and strategy.shards_model and process_rank() > 0  # rank 0 spreads its weights later
+    models = prepare_models(cfg, resumed, shares=shares, to_bf16=halves_weights(cfg, strategy))
     assembly = models.assembly
     policy = _make_policy(cfg, assembly.model)
     data = build_data(cfg, assembly.processor)
@@ -88,7 +89,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     evaluators = models.evaluators
     evaluation = Evaluation(assembly.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
-    trainer = make_trainer(cfg, data.plan, callbacks, folder)
+    trainer = make_trainer(cfg, data.plan, strategy, callbacks, folder)
     if trainer.is_global_zero:
         _describe_run(cfg, assembly, policy, trainer, folder, identity, evaluators)
     with warnings.catch_warnings():

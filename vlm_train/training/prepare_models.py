@@ -14,7 +14,6 @@ from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.weights import load_init_from, load_weights
 from vlm_train.models.precision import cast_to_bf16
 from vlm_train.training.reference import build_reference, reference_config
-from vlm_train.training.trainer import halves_weights
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,13 @@ class PreparedModels:
     digests: Any
 
 
-def prepare_models(cfg: DictConfig, resumed: Resume | None, shares: bool) -> PreparedModels:
-    """Check on the meta device, build, read weights; with `shares` without weights, which rank 0 spreads later."""
+def prepare_models(cfg: DictConfig, resumed: Resume | None, *, shares: bool, to_bf16: bool) -> PreparedModels:
+    """Check on the meta device, build, read weights.
+
+    Args:
+        shares: build without weights, which rank 0 spreads later.
+        to_bf16: cast all weights to bf16.
+    """
     skeleton = build_on_meta(cfg)
     if skeleton is not None:
         check_model(cfg, skeleton)
@@ -50,7 +54,7 @@ def prepare_models(cfg: DictConfig, resumed: Resume | None, shares: bool) -> Pre
         if resumed:
             load_weights(assembly.model, resumed.folder / WEIGHTS)
     reference, digests = build_reference(cfg, other, assembly.processor.tokenizer, meta=shares)
-    if halves_weights(cfg):
+    if to_bf16:
         cast_to_bf16(assembly.model)
         if reference is not None:
             cast_to_bf16(reference)

@@ -71,7 +71,7 @@ class Trace:
 
     @property
     def checkpointed(self) -> int:
-        """Bytes that backward needs with activation checkpointing: each layer's input, and the inside of one layer at a time."""
+        """Bytes that backward needs with activation checkpointing: the inputs of all layers and the inside of one."""
         kept = [(given, inside) for given, inside in self.layers.values() if inside]
         return self.outside + sum(given for given, _ in kept) + max((inside for _, inside in kept), default=0)
 

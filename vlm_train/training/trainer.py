@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -14,11 +15,13 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_callbacks, build_loggers, build_strategy
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.save import CheckpointWriter, Keep
+from vlm_train.config.signatures import import_target
 from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
@@ -29,17 +32,14 @@ from vlm_train.training.device import keep_freed_memory
 
 SINGLE = "vlm_train.training.strategies.replicated.Single"
 DDP = "vlm_train.training.strategies.replicated.DDP"
-FSDP2 = "vlm_train.training.strategies.fsdp.FSDP2"
-ZERO = "vlm_train.training.strategies.zero.ZeRO"
 
 
-def make_trainer(cfg: DictConfig, plan: Any, callbacks: list[Any], folder: Path) -> pl.Trainer:
+def make_trainer(cfg: DictConfig, plan: Any, strategy: Any, callbacks: list[Any], folder: Path) -> pl.Trainer:
     """The Lightning trainer of a planned run, with the configured callbacks before `callbacks`."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not on_gpu(cfg):
         keep_freed_memory()
-    strategy = make_strategy(cfg, plan.world)
     try:
         return pl.Trainer(
             accelerator=cfg.trainer.accelerator,
@@ -72,17 +72,17 @@ def _cluster_environment(cfg: DictConfig) -> Any:
 
 def make_strategy(cfg: DictConfig, world: int) -> Any:
     """The configured strategy; by default one device for one process and DDP for several."""
-    target = cfg.strategy._target_ if cfg.strategy is not None else (DDP if world > 1 else SINGLE)
-    options: dict[str, Any] = {"_target_": target} | dict(cfg.strategy or {})
-    if target == SINGLE:
-        if world > 1:
-            raise ConfigError(f"strategy: single trains on one device, but {world} processes are started. Use ddp.")
-        options["device"] = "cuda:0" if on_gpu(cfg) else "cpu"
-    else:
-        options["timeout_minutes"] = cfg.launch.timeout_minutes
-    if target == FSDP2:
-        options["compute_dtype"] = {"bf16-mixed": "bf16"}.get(cfg.trainer.precision)
-    return build_strategy(OmegaConf.create(options))
+    options = dict(cfg.strategy or {"_target_": DDP if world > 1 else SINGLE})
+    given = {
+        "device": "cuda:0" if on_gpu(cfg) else "cpu",
+        "timeout_minutes": cfg.launch.timeout_minutes,
+        "compute_dtype": {"bf16-mixed": "bf16"}.get(cfg.trainer.precision),
+    }
+    known = inspect.signature(import_target(options["_target_"])).parameters
+    strategy = build_strategy(OmegaConf.create(options | {name: given[name] for name in given if name in known}))
+    if world > 1 and isinstance(strategy, SingleDeviceStrategy):
+        raise ConfigError(f"strategy: single trains on one device, but {world} processes are started. Use ddp.")
+    return strategy
 
 
 def count_processes(cfg: DictConfig) -> int:
@@ -90,32 +90,23 @@ def count_processes(cfg: DictConfig) -> int:
     return int(os.environ.get("SLURM_NTASKS" if cfg.launch.kind == "srun" else "WORLD_SIZE", 1))
 
 
-def shards_model(cfg: DictConfig) -> bool:
-    """Whether ranks hold parts of the weights only."""
-    if cfg.strategy is None:
-        return False
-    return bool(cfg.strategy._target_ == FSDP2 or cfg.strategy.get("stage") == 3)
-
-
 def on_gpu(cfg: DictConfig) -> bool:
     """Whether training runs on CUDA devices."""
     return cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def halves_weights(cfg: DictConfig) -> bool:
-    """Whether weights and optimizer are kept in 16 bits. ZeRO keeps its own fp32 weights behind 16-bit ones."""
-    return cfg.trainer.precision == "bf16-true" and (cfg.strategy is None or cfg.strategy._target_ != ZERO)
+def halves_weights(cfg: DictConfig, strategy: Any) -> bool:
+    """Whether weights and optimizer are kept in 16 bits."""
+    return cfg.trainer.precision == "bf16-true" and not strategy.keeps_fp32_copy
 
 
 def _precision_plugin(cfg: DictConfig, strategy: Any) -> dict[str, Any]:
-    """Lightning's part of the precision: a plugin for ZeRO, nothing where weights or shards have their type."""
-    precision, plugins = cfg.trainer.precision, [_cluster_environment(cfg)]
-    if hasattr(strategy, "engine"):
-        from vlm_train.training.strategies.zero import ZeROPrecision
-
-        return {"plugins": [*plugins, ZeROPrecision(precision.replace("bf16-true", "bf16-mixed"))]}
-    own = halves_weights(cfg) or getattr(strategy, "compute_dtype", None) is not None
-    return {"plugins": plugins, "precision": "32-true" if own else precision}
+    """The precision for Lightning: the strategy's own plugin, or 32-true if the weights already have their type."""
+    precision, environment = cfg.trainer.precision, _cluster_environment(cfg)
+    if (own := strategy.make_precision(precision)) is not None:
+        return {"plugins": [environment, own]}
+    has_type = halves_weights(cfg, strategy) or strategy.compute_dtype is not None
+    return {"plugins": [environment], "precision": "32-true" if has_type else precision}
 
 
 def loop_callbacks(

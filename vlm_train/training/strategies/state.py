@@ -25,8 +25,14 @@ class OwnState:
     stays where it is.
     """
 
-    shards_model: bool
-    """Whether a forward pass is a collective, so that all ranks evaluate together."""
+    shards_model = False
+    """Whether ranks hold parts of the weights only: a forward pass is a collective, so all ranks evaluate together."""
+
+    keeps_fp32_copy = False
+    """Whether the optimizer keeps fp32 weights behind a 16-bit model."""
+
+    compute_dtype: torch.dtype | None = None
+    """Type to which the strategy itself casts weights for a forward pass, without Lightning's precision plugin."""
 
     clips_gradients = False
     """Whether the optimizer's step clips, and asks the module's `objects_to` itself."""
@@ -35,6 +41,10 @@ class OwnState:
     is_global_zero: bool
     lightning_module: Any
     precision_plugin: Any
+
+    def make_precision(self, precision: str) -> Any:
+        """A precision plugin of the strategy's own; None for Lightning's."""
+        return None
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """The module's, neither wrapped nor in the run's precision: it sends only its forward pass through both."""

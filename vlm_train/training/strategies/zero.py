@@ -85,7 +85,11 @@ class ZeRO(OwnState, DeepSpeedStrategy):
             raise ConfigError("strategy: DeepSpeed is not installed: pip install 'vlm-train[deepspeed]'.") from error
         self.stage = stage
         self.shards_model = stage == 3
-        self.clips_gradients = True
+        self.clips_gradients = self.keeps_fp32_copy = True
+
+    def make_precision(self, precision: str) -> Any:
+        """DeepSpeed's precision. It has no bf16-true: the model is in 16 bits anyway."""
+        return ZeROPrecision(cast(Any, precision.replace("bf16-true", "bf16-mixed")))
 
     @property
     def engine(self) -> Any:
