@@ -128,8 +128,10 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
         )
         command = [sys.executable, "-m", *several, CHILD, str(path)]
         start = partial(_supervise_child, command, folder if cfg.mode == "fit" else None)
-        made, ended = 0 if cfg.resume == "restart" else len(read_rollbacks(folder)), start()
-        while not ended.signal and made < (made := len(read_rollbacks(folder))):  # it has prepared to go back
+        rollbacks = 0 if cfg.resume == "restart" else len(read_rollbacks(folder))
+        ended = start()
+        while not ended.signal and len(read_rollbacks(folder)) > rollbacks:  # the child has prepared to go back
+            rollbacks = len(read_rollbacks(folder))
             again = cfg.copy()
             again.resume = "auto"
             save_config(again, path)

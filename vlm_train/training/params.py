@@ -44,7 +44,7 @@ class Group:
         return {"params": self.parameters, "lr": self.lr, "weight_decay": self.weight_decay, "name": self.name}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One line of the table: a part under one rule."""
 
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Policy:
-    """What the rules came to: groups for the optimizer and rows for the table."""
+    """The result of the rules: groups for the optimizer and rows for the table."""
 
     groups: list[Group]
     rows: list[Row]
@@ -126,7 +126,7 @@ def apply_policy(
     parts = find_parts(model)
     depth = _count_layers((name for name in decided if name not in unused), parts)
     groups: dict[tuple[Any, ...], Group] = {}
-    rows: dict[tuple[str, str, str], list[Any]] = {}
+    rows: dict[tuple[str, str, str], Row] = {}
     for name, (parameter, rule) in decided.items():
         part = name_part(name, parts)
         lr = None if name in unused else rule.lr
@@ -141,12 +141,12 @@ def apply_policy(
             group.parameters.append(parameter)
             group.names.append(name)
         note = "not used by the chosen layers" if name in unused else ""
-        row = rows.setdefault((part, rule.match, note), [0, 0, lr, None])
-        row[0] += 1
-        row[1] += stored[name].weights if name in stored else parameter.numel()
-        row[3] = decay if row[3] is None or (decay or 0) > row[3] else row[3]
-    table = [Row(part, rule, n, size, lr, decay, note) for (part, rule, note), (n, size, lr, decay) in rows.items()]
-    return Policy(groups=list(groups.values()), rows=table)
+        row = rows.setdefault((part, rule.match, note), Row(part, rule.match, 0, 0, lr, decay, note))
+        row.tensors += 1
+        row.parameters += stored[name].weights if name in stored else parameter.numel()
+        if decay is not None:
+            row.weight_decay = max(decay, row.weight_decay or 0.0)  # norms and biases have none
+    return Policy(groups=list(groups.values()), rows=list(rows.values()))
 
 
 def _decide_rules(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
