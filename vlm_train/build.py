@@ -40,7 +40,7 @@ FAMILY = f"{Family.__module__}.{Family.__name__}"
 
 @dataclass
 class Assembly:
-    """What a configuration comes to: the model, and the processor that makes what it reads."""
+    """What a configuration builds: the model, and the processor that makes its input."""
 
     cfg: DictConfig
     model: Family

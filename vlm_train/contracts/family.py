@@ -143,7 +143,7 @@ class MatchesPairs(Protocol):
         ...
 
     def image_keys_values(self, batch: Batch) -> tuple[Tensor, ...]:
-        """That of the batch's images."""
+        """The same for the images of the batch."""
         ...
 
     def match(self, context: tuple[Tensor, ...], ids: Tensor, real: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from vlm_train.dryrun.plan import Plan, checkpointing_mode, rows_at_once
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change of settings, with those before it: what it comes to under `strategy`, the first that fits or, where none
+    """A change of settings, with those before it: the memory under `strategy`, the first that fits or, where none
     does, the one that needs the least of a GPU."""
 
     flag: str
@@ -45,7 +45,7 @@ class Advice:
     Attributes:
         peaks: per strategy.
         best: the cheapest strategy that fits GPU and CPU, or None.
-        configured: the run's own strategy, None where it is none of ours; `fits`: whether it does.
+        configured: the run's own strategy, None if it is not one of ours; `fits`: whether it fits.
         suggestions: changes by which something fits, in the order to try; where only offload fits, those that avoid it.
     """
 
@@ -135,7 +135,7 @@ def _peaks_of_strategies(cfg: DictConfig, needs: MemoryNeeds, hardware: Hardware
 def _possible_changes(
     cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool
 ) -> Iterator[tuple[str, MemoryNeeds, bool]]:
-    """Settings, what they come to with those before, and whether the run learns the same, from the cheapest on."""
+    """Settings, cheapest first: the plan together with the settings before, and whether the run learns the same."""
     needs, micro = plan.needs, cfg.batch.micro
     kept = plan.activations[checkpointing_mode(cfg)]
     if plan.activations["full"] < kept:

@@ -39,7 +39,7 @@ Place = Literal["gpu", "cpu", "nvme"]
 
 @dataclass(frozen=True)
 class ShardingSpec:
-    """What a strategy shares out.
+    """What a strategy shards.
 
     Attributes:
         engine: `replicated`: nothing; `zero`: DeepSpeed; `fsdp`: FSDP2.
@@ -75,7 +75,7 @@ STRATEGIES: Mapping[str, ShardingSpec] = {
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """What has to be stored.
+    """The memory that a training needs.
 
     Attributes:
         parameters, trainable: counts.
@@ -255,7 +255,7 @@ def _share_fsdp(spec: ShardingSpec, needs: MemoryNeeds, gpus: int) -> _Share:
 
 
 def _update_temporaries(learned: float, needs: MemoryNeeds) -> float:
-    """What an update that takes all parameters at once (torch's default on GPUs) holds beside them."""
+    """Temporary memory of an update that takes all parameters at once, torch's default on GPUs."""
     return learned if needs.states else 0.0
 
 
@@ -270,8 +270,8 @@ def list_runnable(needs: MemoryNeeds, hardware: Hardware) -> list[str]:
 
 
 def list_sensible(needs: MemoryNeeds, hardware: Hardware, *, offload: bool) -> list[str]:
-    """Those of them worth a try: without `offload` only on GPUs; one GPU has nobody to share with (but ZeRO-1 keeps
-    weights in 16 bits)."""
+    """The runnable strategies worth a try: without `offload`, only those that keep all on GPUs. One GPU has no other to
+    share with, but ZeRO-1 keeps weights in 16 bits."""
     alone = ("ddp", "zero2", "zero3", "fsdp2") if hardware.gpus == 1 else ()
     found = [name for name in list_runnable(needs, hardware) if name not in alone]
     return [name for name in found if offload or not STRATEGIES[name].offloads]

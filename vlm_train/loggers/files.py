@@ -55,7 +55,7 @@ class Csv:
         """Do nothing: the configuration is in config.yaml."""
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
-        """Are in the run folder."""
+        """Do nothing: the pictures are in the run folder."""
 
     def pause(self, *, good: bool) -> None:
         """Do nothing: every row is already written."""
@@ -85,7 +85,7 @@ class TensorBoard:
         self.writer.flush()
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
-        """Every picture, and a text with all answers."""
+        """Write every picture, and a text with all answers."""
         import numpy as np
         from PIL import Image
 

@@ -43,7 +43,7 @@ class Backend(Protocol):
         ...
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
-        """Sample predictions."""
+        """Send sample predictions."""
         ...
 
     def pause(self, *, good: bool) -> None:
@@ -84,7 +84,7 @@ class MetricsLogger(Logger):
         self._queue_action(lambda backend: backend.config(without_credentials(params)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """A row, see `Backend.row`."""
+        """Queue a row for `Backend.row`."""
         self._queue_action(lambda backend: backend.row(step or 0, metrics))
 
     def log_images(self, step: int, pictures: Sequence[ImageSample]) -> None:

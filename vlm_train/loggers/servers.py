@@ -71,7 +71,7 @@ class Wandb:
         self.run.log({**row, STEP: step})
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
-        """With their captions."""
+        """Send the pictures with their captions."""
         images = [self.module.Image(str(picture.path), caption=picture.caption) for picture in pictures]
         self.run.log({"predictions": images, STEP: step})
 
@@ -155,7 +155,7 @@ class MLflow:
         self.client.log_batch(self.id, metrics=[Metric(_mlflow_name(name), row[name], now, step) for name in row])
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
-        """As artifacts, with a text of the answers."""
+        """Send the pictures as artifacts, with a text of the answers."""
         folder = f"predictions/step-{step:08d}"
         for picture in pictures:
             self.client.log_artifact(self.id, str(picture.path), folder)
@@ -198,7 +198,7 @@ class Trackio:
         self.run.log(dict(row), step=step)
 
     def pictures(self, step: int, pictures: Sequence[ImageSample]) -> None:
-        """With their captions."""
+        """Send the pictures with their captions."""
         images = {f"predictions/{n}": self.module.Image(str(p.path), caption=p.caption) for n, p in enumerate(pictures)}
         self.run.log(images, step=step)
 

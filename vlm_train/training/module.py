@@ -266,7 +266,7 @@ class VLMModule(pl.LightningModule):
                 self.meter.held_out.add_loss(name, replace(loss, metrics={}))
 
     def on_train_start(self) -> None:
-        """Start the clocks, now that ranks and devices are known."""
+        """Start the clock of the metrics."""
         gather = RankGather(self.device) if self.trainer.world_size > 1 else OneRank()
         self.context = StepContext(gather, self.lend_reference)
         self.meter.start_clock()
