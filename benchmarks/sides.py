@@ -86,7 +86,7 @@ def ours(work: Work, steps: int, saves: list[float] | None = None, look: Callabl
             partial(work.make_schedule, steps=steps),
             seed=0,
             total_steps=steps,
-            clip_norm=work.cfg.trainer.clip_norm,
+            max_grad_norm=work.cfg.trainer.max_grad_norm,
             folder=folder,
         )
         evaluation, facts = Evaluation(None, {}, folder), {"run_id": "benchmark", "frozen": []}

@@ -131,7 +131,7 @@ def toy(width: int, *overrides: str) -> Work:
 
 
 def _config(*overrides: str) -> DictConfig:
-    fixed = ["init_from=[]", "eval=none", f"trainer.log_every={LOG_EVERY}", f"trainer.clip_norm={CLIP}"]
+    fixed = ["init_from=[]", "eval=none", f"trainer.log_every={LOG_EVERY}", f"trainer.max_grad_norm={CLIP}"]
     fixed += ["trainer.val_every=null", "trainer.save_every=null", "trainer.accelerator=cpu"]
     return compose_config([*fixed, *overrides])
 

@@ -175,7 +175,7 @@ def test_origins_name_the_layer(mine: Path) -> None:
     assert found["vision.config.hidden_size"] == "size: tiny"
     assert found["batch.samples"] == "size: tiny"
     assert found["vision.layer"] == "default: vision/clip_vit_l14_336.yaml"
-    assert found["trainer.clip_norm"] == "default: vlm_train/config/schema.py"
+    assert found["trainer.max_grad_norm"] == "default: vlm_train/config/schema.py"
 
 
 def test_origins_cover_every_leaf(mine: Path) -> None:

@@ -31,6 +31,10 @@ def test_every_new_name_is_a_key_of_today() -> None:
 def test_an_old_key_is_answered_with_the_new_one(tmp_path: Path) -> None:
     said = "image.draft: it is image.jpeg_draft now."
     assert unknown_key("image.draft", [], []) == said
+    clip = "trainer.clip_norm: it is trainer.max_grad_norm now."
+    with pytest.raises(Exception, match="clip_norm") as error:
+        compose_config(["recipe=llava15_stage1", "trainer.clip_norm=1"])
+    assert explain_errors(["recipe=llava15_stage1", "trainer.clip_norm=1"], [], error.value) == [clip]
     with pytest.raises(Exception, match="Could not override 'image.draft'") as error:
         compose_config(["recipe=llava15_stage1", "image.draft=true"])
     assert explain_errors(["recipe=llava15_stage1", "image.draft=true"], [], error.value) == [said]
@@ -70,6 +74,7 @@ def test_a_run_of_an_earlier_version_loads_and_keeps_its_id(tmp_path: Path) -> N
     image["area"] = image.pop("random_resized_crop")
     image["draft"] = image.pop("jpeg_draft")
     image["augment"] = list(image.pop("rand_augment").values())
+    old["trainer"]["clip_norm"] = old["trainer"].pop("max_grad_norm")
     assert image["augment"] == [2, 5]
     OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
     loaded = load_config(tmp_path / "config.yaml")
@@ -92,6 +97,7 @@ def test_a_run_keeps_the_id_that_it_had_before_a_renaming() -> None:
     plain = training_config(cfg)
     plain["image"] |= {"area": plain["image"].pop("random_resized_crop"), "draft": plain["image"].pop("jpeg_draft")}
     plain["image"]["augment"] = list(plain["image"].pop("rand_augment").values())
+    plain["trainer"]["clip_norm"] = plain["trainer"].pop("max_grad_norm")
     plain["llm"]["_target_"] = "vlm_train.models.llms.blip_text.Med"
     for old, new in {"group": "group_by", "pool": "shuffle_buffer_shards", "window": "block_samples"}.items():
         plain["data"][old] = plain["data"].pop(new)

@@ -29,5 +29,5 @@ def test_its_dry_run_plans_it(
     fixed = [one for one in small_run(piece, data, tmp_path, "dry_run=true") if one != "size=tiny"]
     assert start([*fixed, *size]) == 0
     printed = capsys.readouterr().out
-    assert "Round trip  a small twin was saved and loaded" in printed
+    assert "Round trip  a tiny copy was saved and loaded" in printed
     assert not (tmp_path / "run").exists()

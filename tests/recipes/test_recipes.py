@@ -107,7 +107,7 @@ def test_says_what_was_published(name: str) -> None:
     assert (list(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == ([0.9, 0.999], 1e-8, decay)
     assert cfg.lr_schedule._target_ == "vlm_train.training.optim.cosine"
     assert (cfg.lr_schedule.warmup_ratio, cfg.lr_schedule.min_ratio) == (warmup, 0.0)
-    assert cfg.trainer.clip_norm is None, "LLaVA's DeepSpeed JSON names no clipping, so none happened"
+    assert cfg.trainer.max_grad_norm is None, "LLaVA's DeepSpeed JSON names no clipping, so none happened"
     assert cfg.trainer.precision == "bf16-mixed"
     assert cfg.data.max_length == length
     assert cfg.batch.samples == 8 * cfg.batch.micro, "the scripts run on 8 GPUs without accumulation"
@@ -142,7 +142,10 @@ def test_the_qformer_line_says_what_was_published(name: str) -> None:
     assert cfg.lr_schedule._target_ == "vlm_train.training.optim.cosine"
     assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.warmup_ratio) == (warmup, 0.0)
     assert cfg.lr_schedule.min_ratio * lr == pytest.approx(least)
-    assert cfg.trainer.precision == ("bf16-mixed" if "flant5" in name else "16-mixed") and cfg.trainer.clip_norm is None
+    assert (
+        cfg.trainer.precision == ("bf16-mixed" if "flant5" in name else "16-mixed")
+        and cfg.trainer.max_grad_norm is None
+    )
     assert cfg.template == OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
 
 
@@ -157,7 +160,7 @@ def test_blip_says_what_was_published(name: str) -> None:
         True,
     )
     assert (list(cfg.image.random_resized_crop), cfg.image.flip) == ([least, 1.0], True)
-    assert cfg.trainer.precision == "32-true" and cfg.trainer.clip_norm is None
+    assert cfg.trainer.precision == "32-true" and cfg.trainer.max_grad_norm is None
     assert (cfg.objective.lm.label_smoothing if "lm" in cfg.objective else None) == smoothing
 
 

@@ -17,7 +17,7 @@ from data_pipelines.sources.easy_vqa import EasyVQA
 OVERRIDES = [
     "size=tiny", "run_name=ddp", "init_from=[]", "resume=never", "params=all", "optim=sgd",
     "~optim.betas", "optim.lr=0.1", "trainer.max_steps=3", "trainer.val_every=2", "batch.samples=4",
-    "trainer.clip_norm=null",  # clipping would hide a wrong scale of the loss
+    "trainer.max_grad_norm=null",  # clipping would hide a wrong scale of the loss
 ]  # fmt: skip
 
 

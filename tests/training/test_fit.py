@@ -377,7 +377,7 @@ def test_clipping_bounds_the_update(data: Path, tmp_path: Path) -> None:
     still, moved = (
         load_file(checkpoint_of(train(command(data, tmp_path, *more, f"optim.lr={lr}", *clip, name=f"lr{lr}")), 1)
                   / "weights.safetensors")
-        for lr, clip in ((0, []), (1, ["trainer.clip_norm=0.01"]))
+        for lr, clip in ((0, []), (1, ["trainer.max_grad_norm=0.01"]))
     )  # fmt: skip
     change = torch.cat([(moved[name] - still[name]).flatten() for name in still]).norm()
     assert float(change) == pytest.approx(0.01, rel=1e-3)
@@ -429,7 +429,7 @@ def test_resume_never_keeps_checkpoints(stopped: Path, data: Path) -> None:
 
 
 def test_accumulation_changes_no_gradient(data: Path, tmp_path: Path) -> None:
-    more = ["optim=sgd", "~optim.betas", "optim.lr=0.1", "optim.weight_decay=0", "trainer.clip_norm=null"]
+    more = ["optim=sgd", "~optim.betas", "optim.lr=0.1", "optim.weight_decay=0", "trainer.max_grad_norm=null"]
     more += ["trainer.max_steps=2", "batch.samples=8", "lr_schedule.warmup_ratio=0"]
     runs = [train(command(data, tmp_path, *more, f"batch.micro={n}", name=f"micro{n}")) for n in (8, 2)]
     one, other = (load_file(checkpoint_of(run, 2) / "weights.safetensors") for run in runs)

@@ -17,7 +17,7 @@ from tests.support.small_run import command, make_data, train
 from tests.training.test_fit import assert_same_weights, checkpoint_of, metrics, stop_after
 from vlm_train.errors import CheckpointError
 
-SGD = ["optim=sgd", "~optim.betas", "optim.lr=0.1", "optim.weight_decay=0", "trainer.clip_norm=null"]
+SGD = ["optim=sgd", "~optim.betas", "optim.lr=0.1", "optim.weight_decay=0", "trainer.max_grad_norm=null"]
 PACKED = ["data.pack=160", "data.max_length=120", "batch.micro=1"]
 BUDGET = ["batch.samples=null", "batch.tokens=320", *PACKED]
 

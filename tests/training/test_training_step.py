@@ -47,7 +47,7 @@ def test_a_step_happens_in_the_order_in_which_it_is_told(
     tell(VLMModule, "log_training", "log")
     tell(VLMModule, "validation_step", "validate")
     tell(Checkpoints, "save", "save")
-    train(command(data, tmp_path, "trainer.max_steps=1", "trainer.clip_norm=0.1", "trainer.val_every=1"))
+    train(command(data, tmp_path, "trainer.max_steps=1", "trainer.max_grad_norm=0.1", "trainer.val_every=1"))
     told = told[told.index("schedule") + 1 :]  # a schedule makes a step when it is built
     step = [
         "batch",

@@ -19,7 +19,7 @@ LITERALS: dict[str, tuple[Any, ...]] = {
 
 POSITIVE = (
     "batch.samples", "batch.tokens", "batch.micro", "trainer.epochs", "trainer.max_steps", "trainer.val_every",
-    "trainer.save_every", "trainer.log_every", "trainer.clip_norm", "launch.devices", "launch.nodes",
+    "trainer.save_every", "trainer.log_every", "trainer.max_grad_norm", "launch.devices", "launch.nodes",
 )  # fmt: skip
 
 RANGES: dict[str, str] = {

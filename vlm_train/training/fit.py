@@ -174,7 +174,7 @@ def _make_module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan:
         lend_reference=lend(cfg, model, reference),
         seed=cfg.seed,
         total_steps=plan.steps,
-        clip_norm=cfg.trainer.clip_norm,
+        max_grad_norm=cfg.trainer.max_grad_norm,
         normalise=cfg.batch.normalise,
         max_bad_samples=cfg.trainer.max_bad_samples,
         max_bad_share=cfg.trainer.max_bad_share,

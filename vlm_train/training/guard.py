@@ -85,7 +85,7 @@ class Guard:
                 self._go_back(first, step)
             raise TrainingError(
                 f"training: {self.in_a_row} steps in a row without an update, the last, {step}, for its {reason}; "
-                f"{self.path}/skipped-steps-*.jsonl names their samples. Lower optim.lr, set trainer.clip_norm, or "
+                f"{self.path}/skipped-steps-*.jsonl names their samples. Lower optim.lr, set trainer.max_grad_norm, or "
                 f"leave the steps out: trainer.skip_steps=[[{first},{step}]]."
             )
 

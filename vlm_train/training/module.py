@@ -52,7 +52,7 @@ class VLMModule(pl.LightningModule):
         lend_reference: Callable[[], AbstractContextManager[Any]] | None = None,
         seed: int,
         total_steps: int,
-        clip_norm: float | None = None,
+        max_grad_norm: float | None = None,
         normalise: str = "token",
         max_bad_samples: int = 100,
         max_bad_share: float = 0.05,
@@ -64,16 +64,14 @@ class VLMModule(pl.LightningModule):
         peak_tflops: float | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.reference, self.lend_reference = reference, lend_reference
-        self.objectives = dict(objectives)
+        self.model, self.reference, self.lend_reference = model, reference, lend_reference
+        self.policy, self.objectives = policy, dict(objectives)
         self.normalizers = {  # objective -> the entry of `Window.sums` that its losses are divided by
             name: "samples" if objective.normalized_by == "samples" else objective.streams[0]
             for name, objective in objectives.items()
         }
-        self.policy = policy
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
-        self.seed, self.total_steps, self.clip_norm, self.normalise = seed, total_steps, clip_norm, normalise
+        self.seed, self.total_steps, self.max_grad_norm, self.normalise = seed, total_steps, max_grad_norm, normalise
         self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         least = min_supervised_ratio if "lm" in objectives else 0.0
@@ -87,8 +85,7 @@ class VLMModule(pl.LightningModule):
         self.keys: list[str] = []  # of the samples of the step
         self.left_out: str | None = None  # why the last step made no update
         self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
-        self.interrupt, self.stopping = 0, False
-        self.spread = False
+        self.interrupt, self.stopping, self.spread = 0, False, False
         self.train()  # Lightning keeps the modes it finds, so they are set here
 
     def configure_model(self) -> None:
@@ -205,9 +202,9 @@ class VLMModule(pl.LightningModule):
         total = nn.utils.get_total_norm(norms.values())
         if self.objects_to(total, norms):
             self.zero_grad(set_to_none=True)
-        elif self.clip_norm is not None:
+        elif self.max_grad_norm is not None:
             parameters = [p for group in self.policy.groups for p in group.parameters]
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, total)
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total)
 
     def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
         """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
@@ -246,7 +243,7 @@ class VLMModule(pl.LightningModule):
         if self.over_ranks({"sick": float(not all_finite([*learned, *self.meter.train.totals.values()]))})["sick"]:
             raise TrainingError(
                 f"training: weights or loss are not finite at step {self.global_step}, so no checkpoint is written. "
-                "The newest checkpoint is from before: lower optim.lr, or set trainer.clip_norm."
+                "The newest checkpoint is from before: lower optim.lr, or set trainer.max_grad_norm."
             )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -258,9 +255,8 @@ class VLMModule(pl.LightningModule):
         together = cast(Any, self.trainer.strategy).shards_model  # a forward pass needs all ranks
         if not batch.references and not together:
             return
-        context = StepContext(
-            reference=self.lend_reference
-        )  # no gather: ranks may hold unequal numbers of held-out samples
+        # No gather: ranks may hold unequal numbers of held-out samples.
+        context = StepContext(reference=self.lend_reference)
         for objective in self.objectives.values():
             for name, loss in objective(self.model, batch, context).items():
                 self.meter.held_out.add_loss(name, replace(loss, metrics={}))

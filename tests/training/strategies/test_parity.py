@@ -25,10 +25,10 @@ SGD = ["optim=sgd", "~optim.betas", "optim.lr=0.05"]
 ADAMW = ["optim.eps=1e-4"]  # a usual one blows up differences of the last bit
 
 CASES = {
-    "sgd": [*SGD, "batch.micro=2", "trainer.clip_norm=null"],
-    "sgd-accumulated-clipped": [*SGD, "batch.micro=1", "trainer.clip_norm=0.5"],
-    "adamw-accumulated": [*ADAMW, "batch.micro=1", "trainer.clip_norm=null"],
-    "adamw-clipped": [*ADAMW, "batch.micro=2", "trainer.clip_norm=0.5"],
+    "sgd": [*SGD, "batch.micro=2", "trainer.max_grad_norm=null"],
+    "sgd-accumulated-clipped": [*SGD, "batch.micro=1", "trainer.max_grad_norm=0.5"],
+    "adamw-accumulated": [*ADAMW, "batch.micro=1", "trainer.max_grad_norm=null"],
+    "adamw-clipped": [*ADAMW, "batch.micro=2", "trainer.max_grad_norm=0.5"],
 }
 
 

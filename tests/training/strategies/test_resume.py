@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(strategy: str, data: Path, runs: Path, way: str, name: str, *more: str) -> list[str]:
     """Six steps of four samples, a checkpoint every two; two micro-batches a rank and step."""
     own = [*STRATEGIES[strategy], *ADAMW, *WAYS[way], "batch.micro=1", "params=all", "trainer.export=false"]
-    own += ["allow_targets=[tests.]", f"paths.data={data}", "trainer.clip_norm=0.5", f"data.cache={runs}/lengths"]
+    own += ["allow_targets=[tests.]", f"paths.data={data}", "trainer.max_grad_norm=0.5", f"data.cache={runs}/lengths"]
     return command(data, runs, *own, *more, name=name)
 
 

@@ -119,7 +119,7 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         with keep_buffers(model):
             engine, optimizer, *_ = deepspeed.initialize(
                 args=argparse.Namespace(device_rank=self.local_rank),
-                config=self.config | {"gradient_clipping": cast(Any, model).clip_norm or 0.0},
+                config=self.config | {"gradient_clipping": cast(Any, model).max_grad_norm or 0.0},
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=optimizer,
