@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -119,6 +120,40 @@ def test_an_option_that_still_has_the_name_of_an_old_key_stays(monkeypatch: pyte
     ours = {"image": {"_target_": "vlm_train.data.images.transform.ImageTransform", "flip": True}}
     rename_keys(ours)
     assert "flip" in ours["image"]
-    theirs = {"image": {"_target_": "somewhere.Else", "flip": True}}
+    gone = {"image": {"_target_": "vlm_train.data.images.transform.ImageTransform", "flop": True}}
+    monkeypatch.setattr(renamed_keys, "_table", lambda: {"image.flop": RenamedKey("image.mirror")})
+    rename_keys(gone)
+    assert "mirror" in gone["image"] and "flop" not in gone["image"]
+
+
+def test_options_of_another_package_were_never_renamed() -> None:
+    theirs: dict[str, Any] = {"connector": {"_target_": "somewhere.Else", "dim": 8, "inner": {"layers": 2}}}
+    kept = copy.deepcopy(theirs)
     rename_keys(theirs)
-    assert theirs == {"image": {"_target_": "somewhere.Else", "mirror": True}}
+    assert theirs == kept
+    theirs["connector"] |= {"hidden_size": 4, "inner": {"num_hidden_layers": 2}}
+    kept = copy.deepcopy(theirs)
+    restore_first_names(theirs)
+    assert theirs == kept
+
+
+def test_a_run_with_a_q_former_of_before_loads_and_keeps_its_id(tmp_path: Path) -> None:
+    cfg = compose_config(["recipe=easyvqa_blip2_stage1"])
+    old = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(old, dict)
+    for now, before in (
+        ("num_query_tokens", "queries"),
+        ("hidden_size", "dim"),
+        ("num_hidden_layers", "layers"),
+        ("num_attention_heads", "heads"),
+        ("intermediate_size", "ffn"),
+        ("cross_attention_frequency", "cross_every"),
+    ):
+        old["connector"][before] = old["connector"].pop(now)
+        assert unknown_key(f"connector.{before}", [], []) == f"connector.{before}: it is connector.{now} now."
+    OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
+    loaded = load_config(tmp_path / "config.yaml")
+    assert loaded == cfg and training_hash(loaded) == training_hash(cfg)
+    plain = training_config(cfg)
+    restore_first_names(plain)
+    assert plain["connector"]["queries"] == 8 and "hidden_size" not in plain["connector"]

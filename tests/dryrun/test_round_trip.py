@@ -34,7 +34,7 @@ def test_the_twin_is_small_and_of_the_same_parts() -> None:
     copy = tiny_copy(cfg)
     assert (copy.vision.config.hidden_size, copy.llm.weights) == (32, None)
     assert (cfg.vision.config.hidden_size, copy.connector) == (1024, cfg.connector)
-    assert tiny_copy(recipe("blip2_stage1")).connector.queries == 4
+    assert tiny_copy(recipe("blip2_stage1")).connector.num_query_tokens == 4
 
 
 def test_a_save_that_loses_values_is_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_an_instruction_aware_q_former(tmp_path: Path) -> None:
 
 
 def test_an_aligned_q_former(tmp_path: Path) -> None:
-    model = tiny_blip2(cross_every=3, layers=4).eval()
+    model = tiny_blip2(cross_attention_frequency=3, num_hidden_layers=4).eval()
     export_blip2(model, byte_level(), tmp_path)
     theirs = Blip2ForImageTextRetrieval.from_pretrained(tmp_path)
     assert theirs.config.qformer_config.cross_attention_frequency == 3

@@ -33,14 +33,16 @@ from vlm_train.objectives.lm import LanguageModeling
 from vlm_train.training.trace import meta_batch, visual_tokens
 
 SIZES = [(64, 32), (32, 32), (40, 84), (64, 32)]
+QFORMER: dict[str, Any] = {
+    "num_query_tokens": 3, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 32, "dropout": 0.0,
+}  # fmt: skip
 CONNECTORS = {
     "mlp": MLP,
     "concat": ConcatLinear,
     "pool": PooledMLP,
-    "qformer": lambda **widths: QFormerConnector(**widths, queries=3, dim=16, layers=2, heads=2, ffn=32, dropout=0.0),
-    "selection": lambda **widths: QFormerConnector(
-        **widths, queries=3, dim=16, layers=2, heads=2, ffn=32, dropout=0.0, budget=0.5, score_hidden=8
-    ),
+    "qformer": lambda **widths: QFormerConnector(**widths, **QFORMER),
+    "selection": lambda **widths: QFormerConnector(**widths, **QFORMER, budget=0.5, score_hidden=8),
 }
 
 

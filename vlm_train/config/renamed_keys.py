@@ -67,7 +67,8 @@ def describe_renamed_key(key: str) -> str | None:
 
 
 def rename_keys(cfg: dict[Any, Any]) -> None:
-    """Gives the old keys of a saved configuration their new names, in place; an option that still has that name stays.
+    """Gives the old keys of a saved configuration their new names, in place; an option that still has that name stays,
+    and so does every option of a component of another package.
 
     Raises ConfigError for a key whose value means something else now.
     """
@@ -90,7 +91,7 @@ def restore_first_names(cfg: dict[str, Any]) -> None:
         name, exact = "", _first_names().get(".".join(path))
         if exact is None and len(rest) > 1:
             name, exact = rest[0], _first_names().get(".".join([group, *rest[1:]]))
-        if exact is None:
+        if exact is None or not is_ours(_target_around(cfg, path) or "vlm_train"):  # other packages renamed nothing
             continue
         old, key = exact
         value = _pop(cfg, path)
@@ -113,14 +114,21 @@ def _list_paths(cfg: dict[Any, Any], parents: tuple[str, ...] = ()) -> Iterator[
 
 
 def _is_option(cfg: dict[Any, Any], path: tuple[str, ...]) -> bool:
-    """Whether the component that holds the key takes it under this name."""
-    for key in path[:-1]:
-        cfg = cfg[key]
-    target = cfg.get("_target_")
+    """Whether the component that holds the key takes it under this name, as those of other packages do."""
+    target = _target_around(cfg, path)
     try:
-        return isinstance(target, str) and is_ours(target) and path[-1] in read_signature(target).parameters
+        return target is not None and (not is_ours(target) or path[-1] in read_signature(target).parameters)
     except UnknownTarget:
         return False
+
+
+def _target_around(cfg: dict[Any, Any], path: tuple[str, ...]) -> str | None:
+    """The `_target_` of the innermost component that holds the key; None outside of components."""
+    found = None
+    for key in path[:-1]:
+        cfg = cfg[key]
+        found = cfg.get("_target_", found)
+    return found if isinstance(found, str) else None
 
 
 def _pop(cfg: dict[Any, Any], path: tuple[str, ...]) -> Any:

@@ -14,7 +14,10 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.qformer import QFormerConnector
 from vlm_train.models.layers.patch_selection import PatchSelection
 
-SMALL = {"queries": 3, "dim": 16, "layers": 4, "heads": 2, "ffn": 32, "dropout": 0.0, "score_hidden": 8}
+SMALL = {
+    "num_query_tokens": 3, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "intermediate_size": 32, "dropout": 0.0, "score_hidden": 8,
+}  # fmt: skip
 
 
 def connector(seed: int = 0, **changes: Any) -> QFormerConnector:
@@ -92,7 +95,7 @@ def test_the_scores_have_a_gradient_although_features_enter_unscaled() -> None:
 
 def test_the_head_learns_to_keep_the_patches_that_tell() -> None:
     """2 of 12 patches carry a mark and the answer; with room for 3, the head finds them."""
-    model = connector(out_dim=1, budget=3, layers=2, queries=1)
+    model = connector(out_dim=1, budget=3, num_hidden_layers=2, num_query_tokens=1)
     torch.manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
 

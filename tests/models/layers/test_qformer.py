@@ -39,7 +39,8 @@ def tiny_vision() -> HFVision:
 
 
 def tiny_connector(out_dim: int | None = None, *, text: bool = True, **changes: Any) -> QFormerConnector:
-    numbers = {"queries": QUERIES, "dim": 32, "layers": 3, "heads": 4, "ffn": 64, "max_positions": 20} | changes
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    numbers = {"num_query_tokens": QUERIES, "max_positions": 20, **sizes} | changes
     return QFormerConnector(in_dim=24, out_dim=out_dim, text=text, vocab_size=WORDS, **numbers)
 
 
@@ -265,7 +266,7 @@ def test_files_are_read_in_both_layouts(tmp_path: Path) -> None:
     for name, tensor in aligner.connector.state_dict().items():
         assert torch.equal(connector.state_dict()[name], tensor), name
     with pytest.raises(AssetError, match="connector.weights: .*missing qformer.layers.3"):
-        tiny_connector(weights=str(tmp_path / "blip2"), layers=4).load_weights()
+        tiny_connector(weights=str(tmp_path / "blip2"), num_hidden_layers=4).load_weights()
     with pytest.raises(AssetError, match="no safetensors could be read"):
         tiny_connector(weights=str(tmp_path)).load_weights()
 

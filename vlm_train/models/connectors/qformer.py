@@ -35,8 +35,9 @@ class QFormerConnector(nn.Module):
             taken by `load_weights`, never the projection; None: random.
         text: with a text branch, for stages in which the Q-Former reads text.
         vocab_size: of the text branch; null: the tokenizer's.
-        queries, dim, layers, heads, ffn, cross_every, levels, dropout, eps: see `QFormer`. Several levels need as many
-            entries in vision.layer.
+        num_query_tokens, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size,
+            cross_attention_frequency, levels, dropout, eps: see `QFormer`. Several levels need as many entries in
+            vision.layer.
         max_positions: most tokens of a text.
         budget, mass: how many patches the queries read, see `PatchSelection`; null: all.
         score_hidden: width of the head that scores them.
@@ -51,12 +52,12 @@ class QFormerConnector(nn.Module):
         text: bool = False,
         vocab_size: int | None = None,
         max_positions: int = 512,
-        queries: int = 32,
-        dim: int = 768,
-        layers: int = 12,
-        heads: int = 12,
-        ffn: int = 3072,
-        cross_every: int = 2,
+        num_query_tokens: int = 32,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        cross_attention_frequency: int = 2,
         levels: int = 1,
         budget: float | None = None,
         mass: float | None = None,
@@ -68,18 +69,31 @@ class QFormerConnector(nn.Module):
         self.weights = weights
         if levels < 1 or in_dim % levels:
             raise ConfigError(f"connector.levels: {levels} levels do not fit features of width {in_dim} (vision.layer)")
-        if levels > (readers := -(-layers // cross_every)):
+        if levels > (readers := -(-num_hidden_layers // cross_attention_frequency)):
             raise ConfigError(f"connector.levels: {levels}, but only {readers} blocks read the image")
         if mass is not None and budget is None:
             raise ConfigError(f"connector.mass: {mass}, but nothing is selected; set connector.budget")
         patches = None if budget is None else PatchSelection(dim=in_dim, budget=budget, mass=mass, hidden=score_hidden)
-        shared: dict[str, Any] = {"dim": dim, "layers": layers, "ffn": ffn, "dropout": dropout, "eps": eps}
-        reading: dict[str, Any] = {"cross_every": cross_every, "levels": levels, "select": patches}
-        self.qformer = QFormer(vision_dim=in_dim // levels, queries=queries, heads=heads, **reading, **shared)
+        shared: dict[str, Any] = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "intermediate_size": intermediate_size,
+            "dropout": dropout,
+            "eps": eps,
+        }
+        self.qformer = QFormer(
+            vision_dim=in_dim // levels,
+            num_query_tokens=num_query_tokens,
+            num_attention_heads=num_attention_heads,
+            cross_attention_frequency=cross_attention_frequency,
+            levels=levels,
+            select=patches,
+            **shared,
+        )
         words = {"vocab_size": vocab_size or 0, "max_positions": max_positions}
         self.text = TextBranch(**words, **shared) if text else None
-        self.projection = nn.Identity() if out_dim is None else nn.Linear(dim, out_dim)
-        self.token_grid = partial(query_grid, count=queries)
+        self.projection = nn.Identity() if out_dim is None else nn.Linear(hidden_size, out_dim)
+        self.token_grid = partial(query_grid, count=num_query_tokens)
 
     @property
     def layers(self) -> nn.ModuleList:

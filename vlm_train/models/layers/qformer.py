@@ -120,12 +120,22 @@ class TextBranch(nn.Module):
     """What only text has: embeddings, and an FFN in every layer."""
 
     def __init__(
-        self, *, vocab_size: int, max_positions: int, dim: int, layers: int, ffn: int, dropout: float, eps: float
+        self,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        hidden_size: int,
+        num_hidden_layers: int,
+        intermediate_size: int,
+        dropout: float,
+        eps: float,
     ) -> None:
         super().__init__()
-        self.words = nn.Embedding(vocab_size, dim)
-        self.positions = nn.Embedding(max_positions, dim)
-        self.feeds = nn.ModuleList(FeedForward(dim, ffn, dropout=dropout, eps=eps) for _ in range(layers))
+        self.words = nn.Embedding(vocab_size, hidden_size)
+        self.positions = nn.Embedding(max_positions, hidden_size)
+        self.feeds = nn.ModuleList(
+            FeedForward(hidden_size, intermediate_size, dropout=dropout, eps=eps) for _ in range(num_hidden_layers)
+        )
         self.apply(first_weights)
 
     def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
@@ -161,8 +171,9 @@ class QFormer(nn.Module):
 
     Args:
         vision_dim: D_v.
-        queries: learned queries; 0: the caller brings others.
-        cross_every: one layer in so many reads the image, the first included.
+        num_query_tokens: learned queries; 0: the caller brings others.
+        hidden_size, intermediate_size: D, and the width within an FFN.
+        cross_attention_frequency: one layer in so many reads the image, the first included.
         levels: the features are those of so many encoder layers beside each other, each D_v wide; cross-attentions
             read them in turn, early ones the first level, each behind a LayerNorm of its own.
         select: which patches are read: `[B, P, levels D_v]` and a mask `[B, P]` or None -> some of them and, if not all
@@ -174,25 +185,29 @@ class QFormer(nn.Module):
         self,
         *,
         vision_dim: int,
-        queries: int = 32,
-        dim: int = 768,
-        layers: int = 12,
-        heads: int = 12,
-        ffn: int = 3072,
-        cross_every: int = 2,
+        num_query_tokens: int = 32,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        cross_attention_frequency: int = 2,
         levels: int = 1,
         select: nn.Module | None = None,
         dropout: float = 0.1,
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
-        self.dim, self.dropout = dim, dropout
+        self.dim, self.dropout = hidden_size, dropout
         self.select = select
         self.level_norms = nn.ModuleList(nn.LayerNorm(vision_dim) for _ in range(levels if levels > 1 else 0))
-        self.queries = nn.Parameter(torch.empty(queries, dim).normal_(std=STD))
-        self.norm = nn.LayerNorm(dim, eps=eps)
-        reads = [vision_dim if number % cross_every == 0 else None for number in range(layers)]
-        self.layers = nn.ModuleList(QFormerLayer(dim, heads, ffn, one, dropout=dropout, eps=eps) for one in reads)
+        self.queries = nn.Parameter(torch.empty(num_query_tokens, hidden_size).normal_(std=STD))
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        every = cross_attention_frequency
+        reads = [vision_dim if number % every == 0 else None for number in range(num_hidden_layers)]
+        self.layers = nn.ModuleList(
+            QFormerLayer(hidden_size, num_attention_heads, intermediate_size, one, dropout=dropout, eps=eps)
+            for one in reads
+        )
         self.apply(first_weights)
 
     def context(self, features: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ...]:
