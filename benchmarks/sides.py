@@ -1,7 +1,7 @@
 """The same training in four hands: ours as `fit` drives it, a plain loop, bare Lightning, and the HF Trainer.
 
 Same model object, batches, objectives, optimizer with its groups, schedule, gradient clipping, fp32. Ours does more: it
-normalises over the whole step, logs means of every loss, rates and the gradient norm, watches for bad samples, losses
+normalizes over the whole step, logs means of every loss, rates and the gradient norm, watches for bad samples, losses
 that are not finite and signals.
 """
 

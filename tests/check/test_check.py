@@ -44,7 +44,7 @@ def test_recipe_passes() -> None:
         ("batch.tokens=9", "batch: give exactly one of batch.samples and batch.tokens, got both."),
         ("batch.samples=null", "got neither."),
         ("batch.micro=0", "batch.micro: expected a positive number or null, got 0."),
-        ("batch.normalise=tokens", "batch.normalise: got 'tokens'. Did you mean token?"),
+        ("batch.normalize=tokens", "batch.normalize: got 'tokens'. Did you mean token?"),
         ("trainer.precision=bf16", "trainer.precision: got 'bf16'."),
         ("mode=fitt", "mode: got 'fitt'. Did you mean fit?"),
         ("trainer.epochs=null", "trainer: give trainer.epochs or trainer.max_steps, got neither."),

@@ -63,6 +63,14 @@ def test_an_old_option_is_answered_with_the_new_one(tmp_path: Path) -> None:
     assert explain_errors(["recipe=mine"], [tmp_path], error.value) == [f"{recipe}: {said}"]
 
 
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [("batch.normalise", "batch.normalize"), ("peft.quantise_match", "peft.quantize_match")],
+)
+def test_british_spellings_are_answered_with_the_american_ones(old: str, now: str) -> None:
+    assert unknown_key(old, ["peft=qlora"], []) == f"{old}: it is {now} now."
+
+
 def test_an_old_key_of_a_named_component_is_answered_too() -> None:
     assert unknown_key("image.clip.draft", [], []) == "image.clip.draft: it is image.clip.jpeg_draft now."
 
@@ -76,6 +84,7 @@ def test_a_run_of_an_earlier_version_loads_and_keeps_its_id(tmp_path: Path) -> N
     image["draft"] = image.pop("jpeg_draft")
     image["augment"] = list(image.pop("rand_augment").values())
     old["trainer"]["clip_norm"] = old["trainer"].pop("max_grad_norm")
+    old["batch"]["normalise"] = old["batch"].pop("normalize")
     assert image["augment"] == [2, 5]
     OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
     loaded = load_config(tmp_path / "config.yaml")
@@ -99,6 +108,7 @@ def test_a_run_keeps_the_id_that_it_had_before_a_renaming() -> None:
     plain["image"] |= {"area": plain["image"].pop("random_resized_crop"), "draft": plain["image"].pop("jpeg_draft")}
     plain["image"]["augment"] = list(plain["image"].pop("rand_augment").values())
     plain["trainer"]["clip_norm"] = plain["trainer"].pop("max_grad_norm")
+    plain["batch"]["normalise"] = plain["batch"].pop("normalize")
     plain["llm"]["_target_"] = "vlm_train.models.llms.blip_text.Med"
     for old, new in {"group": "group_by", "pool": "shuffle_buffer_shards", "window": "block_samples"}.items():
         plain["data"][old] = plain["data"].pop(new)

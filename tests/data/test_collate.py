@@ -1,4 +1,4 @@
-"""Collation: padding sides, where features and supervised targets go, what is refused, the normalisation rules."""
+"""Collation: padding sides, where features and supervised targets go, what is refused, the normalization rules."""
 
 from __future__ import annotations
 
@@ -201,14 +201,14 @@ def test_supervised_is_where_the_labels_are():
     ("rule", "each"),
     [("token", 2.0), ("source", 2.0), ("sample", 2.0 / 4), ("sqrt_length", 2.0 / 4**0.5)],
 )
-def test_normalisation_rules(rule, each):
-    text = collate([item(stream(7, 4), weight=2.0)], PLANS, normalise=rule).text["llm"]
+def test_normalization_rules(rule, each):
+    text = collate([item(stream(7, 4), weight=2.0)], PLANS, normalize=rule).text["llm"]
     torch.testing.assert_close(text.weights[0], torch.tensor([0.0] * 3 + [each] * 4))
 
 
 def test_each_sample_weighs_the_same_whatever_its_length_and_target_weights():
     items = [item(stream(9, 7, weight=0.5)), item(stream(3, 1)), item(stream(3, 0))]
-    weights = collate(items, PLANS, normalise="sample").text["llm"].weights.sum(1)
+    weights = collate(items, PLANS, normalize="sample").text["llm"].weights.sum(1)
     torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 0.0]))
 
 

@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data")) / "tiny"
 
 
-def data(*train: Any, val: list[Any] | None = None, normalise: str = "token", **options: Any) -> VLMData:
+def data(*train: Any, val: list[Any] | None = None, normalize: str = "token", **options: Any) -> VLMData:
     """A data module over `train`, as `fit` makes it, on a pretended device."""
     processor = Processor(
         template=load("qa"),
@@ -42,7 +42,7 @@ def data(*train: Any, val: list[Any] | None = None, normalise: str = "token", **
         layout=layout,
         images={"vision": ImageTransform(mode="resize", size=(8, 8))},
     )
-    batch = BatchSize(micro=2, normalise=normalise, samples=4)
+    batch = BatchSize(micro=2, normalize=normalize, samples=4)
     entries = [one if isinstance(one, dict) else {"shards": str(one)} for one in train]
     options = {"shuffle": "none", "workers": 0, "cache": "/nonexistent"} | options
     made = VLMData(train=entries, val=val or [], processor=processor, batch=batch, **options)
@@ -209,7 +209,7 @@ def test_validation_weighs_as_training_does(root: Path) -> None:
     val = [{"shards": str(root / "val")}]
     found = {}
     for rule in ("token", "source", "sample"):
-        (batch, *_) = data(root / "train", val=val, normalise=rule).val_dataloader()
+        (batch, *_) = data(root / "train", val=val, normalize=rule).val_dataloader()
         found[rule] = batch.text["llm"].weights.sum(1)
     assert torch.equal(found["token"], found["source"]) and not torch.allclose(found["token"], found["sample"])
     assert torch.allclose(found["sample"], torch.ones(2))

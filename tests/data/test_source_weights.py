@@ -1,4 +1,4 @@
-"""`batch.normalise=source`: the mean over sources, however much of a step each has, and however a step is cut."""
+"""`batch.normalize=source`: the mean over sources, however much of a step each has, and however a step is cut."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_loss_of_a_step_is_the_mean_over_its_sources() -> None:
     by_source: dict[str, list[tuple[float, float]]] = {"big": [], "small": []}
     total = torch.zeros(())
     for first in (0, 2):  # two micro-batches: neither knows the other's sources
-        batch = collate(items[first : first + 2], PLANS, normalise="source")
+        batch = collate(items[first : first + 2], PLANS, normalize="source")
         weighed = weigh_sources(batch, {"llm": source_factors(sums), "samples": {}})
         total = total + (weighed.text["llm"].weights * nll[first : first + 2]).sum() / sum(sums.values())
         for row, one in enumerate(items[first : first + 2]):
@@ -48,7 +48,7 @@ def test_loss_of_a_step_is_the_mean_over_its_sources() -> None:
 
 
 def test_segments_of_a_row_have_their_own_sources_and_padding_none() -> None:
-    batch = collate([made(8, "a"), made(8, "b")], PLANS, normalise="source")
+    batch = collate([made(8, "a"), made(8, "b")], PLANS, normalize="source")
     text = batch.text["llm"]
     segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.int32)
     packed = replace(batch, text={"llm": replace(text, segment_ids=segments)}, sources=(("a", "b"), ("b",)))

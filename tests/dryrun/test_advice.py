@@ -132,8 +132,8 @@ def test_the_configured_strategy_is_known_by_its_option(
     assert configured_strategy(cfg) is None
 
 
-def test_a_quantised_base_is_stored_small() -> None:
+def test_a_quantized_base_is_stored_small() -> None:
     _, plan = planned("recipe=llava15_qlora")
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # all of Vicuna-7B's but the head
-    assert plan.needs.quantised == linears
-    assert plan.needs.quantised_bytes == pytest.approx(linears * NF4, rel=1e-3)
+    assert plan.needs.quantized == linears
+    assert plan.needs.quantized_bytes == pytest.approx(linears * NF4, rel=1e-3)

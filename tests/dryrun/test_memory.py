@@ -122,8 +122,8 @@ def test_accumulated_gradients_are_kept_whole_by_zero2_on_the_cpu() -> None:
     assert several.cpu - once.cpu == 1.5 * 8 * 2 * 1000
 
 
-def test_quantised_weights_are_smaller_and_not_sharded() -> None:
-    some = needs(trainable=0, quantised=800, quantised_bytes=800 * NF4, precision="bf16-true")
+def test_quantized_weights_are_smaller_and_not_sharded() -> None:
+    some = needs(trainable=0, quantized=800, quantized_bytes=800 * NF4, precision="bf16-true")
     assert pytest.approx(0.516, abs=1e-3) == NF4
     assert predict_peak("ddp", some, on(8)).weights == pytest.approx(2 * 200 + 800 * NF4)
     assert list_runnable(some, on(8)) == ["ddp", "zero1", "zero2", "zero1_offload", "zero2_offload"]

@@ -146,7 +146,7 @@ def test_what_cannot_be_exported_is_known_before_any_weight():
     assert find_problems(model) == []
     quantize_layers(model, ["llm.model.model.layers.0.mlp.up_proj"], bits=8)
     (problem,) = find_problems(model)
-    assert "up_proj: is quantised" in problem
+    assert "up_proj: is quantized" in problem
 
 
 def test_imports_that_do_not_fit_are_refused(tmp_path):

@@ -44,9 +44,9 @@ def test_orthogonal_embeddings_at_the_published_start():
 def test_loss_is_that_of_transformers():
     model, reference = siglip()
     batch = batch_of(text_stream(ROWS), [0, 1, 2])
-    normalised = (batch.media.inputs["vision"].values / 255 - model.vision.mean) / model.vision.std
+    normalized = (batch.media.inputs["vision"].values / 255 - model.vision.mean) / model.vision.std
     ids = torch.tensor([row + [1] * (7 - len(row)) for row in ROWS])
-    expected = reference(input_ids=ids, pixel_values=normalised, return_loss=True).loss
+    expected = reference(input_ids=ids, pixel_values=normalized, return_loss=True).loss
     loss = Sigmoid()(model, batch, StepContext())["sigmoid"]
     assert_close(loss.sum / loss.count, expected)
     assert_close(loss.metrics["logit_bias"], torch.tensor(-10.0))

@@ -24,7 +24,7 @@ SEARCH = f'hydra.searchpath=["file://{CONF}"]'
 
 TRUST = "allow_targets=[my_vlm.,tests.]"
 NATIVE = ["vision=my_native_vit", "image=native", "image.max_pixels=6400", "~image.flip"]  # the recipe flips
-PREFERENCE = ["objective=my_preference", "data.rejected=true", "reference.model=start", "batch.normalise=token"]
+PREFERENCE = ["objective=my_preference", "data.rejected=true", "reference.model=start", "batch.normalize=token"]
 MIXTURE = ["recipe=my_mixture", "params.rules.1.lr=1e-3"]
 PIECES = {
     "connector": ["connector=my_resampler"],

@@ -32,14 +32,14 @@ def two_sources(data: Path) -> str:
     return f"data.train=[{{shards: {train_set}, name: a}}, {{shards: {other}, name: b}}]"
 
 
-@pytest.mark.parametrize("normalise", ["token", "sample"])
-def test_packed_training_is_unpacked_training(normalise: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalize", ["token", "sample"])
+def test_packed_training_is_unpacked_training(normalize: str, data: Path, tmp_path: Path) -> None:
     more = [
         *SGD,
         "trainer.max_steps=2",
         "batch.samples=8",
         "lr_schedule.warmup_ratio=0",
-        f"batch.normalise={normalise}",
+        f"batch.normalize={normalize}",
     ]
     runs = [
         train(command(data, tmp_path, *more, "data.max_length=120", name="single")),

@@ -6,7 +6,7 @@ from typing import Any
 
 LITERALS: dict[str, tuple[Any, ...]] = {
     "mode": ("fit", "eval", "caption", "score", "export", "show", "lengths", "import", "config"),
-    "batch.normalise": ("token", "sample", "source", "sqrt_length"),
+    "batch.normalize": ("token", "sample", "source", "sqrt_length"),
     "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.activation_checkpointing": ("none", "full", "selective"),

@@ -19,7 +19,7 @@ NAME = re.compile(r"[A-Za-z]\w*")
 TAKEN = ("keys", "values", "items", "pop", "clear", "update", "type", "forward", "training")
 """What a component cannot be called: modules have such members."""
 
-QUANTISED_BITS = (4, 8)
+QUANTIZED_BITS = (4, 8)
 """Widths of `peft.bits`."""
 
 
@@ -110,13 +110,13 @@ def check_columns(cfg: DictConfig) -> Iterator[str]:
 
 
 def check_peft(cfg: DictConfig) -> Iterator[str]:
-    """Quantised weights have a known width and are not sharded."""
+    """Quantized weights have a known width and are not sharded."""
     peft, strategy = resolve_key(cfg, "peft"), resolve_key(cfg, "strategy")
     bits = peft.get("bits") if isinstance(peft, dict) else None
     if bits is None:
         return
-    if bits not in QUANTISED_BITS:
-        yield f"peft.bits: got {bits!r}. Allowed: {', '.join(map(str, QUANTISED_BITS))}, or null for none."
+    if bits not in QUANTIZED_BITS:
+        yield f"peft.bits: got {bits!r}. Allowed: {', '.join(map(str, QUANTIZED_BITS))}, or null for none."
     if bits == 8 and peft.get("dora"):
         yield "peft.dora: peft 0.21 loses the scales of 8-bit weights in DoRA. Use peft.bits=4 or peft.dora=false."
     node = strategy if isinstance(strategy, dict) else {}
@@ -125,7 +125,7 @@ def check_peft(cfg: DictConfig) -> Iterator[str]:
         yield (
             f"strategy: {name} cuts every weight into slices, but {bits}-bit weights have to stay with their scales, "
             "which slices do not. Use strategy=ddp, zero1 or zero2, where each GPU holds the whole "
-            "quantised model, or peft=lora."
+            "quantized model, or peft=lora."
         )
 
 

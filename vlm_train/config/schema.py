@@ -55,7 +55,7 @@ class BatchSize:
     samples: int | None = None  # samples per optimizer step over all ranks, as papers count
     tokens: int | None = None  # token budget per optimizer step over all ranks
     micro: int = 1  # rows per rank and forward pass; accumulation follows from it
-    normalise: str = "token"  # token | sample | source | sqrt_length: what every target weighs in the mean
+    normalize: str = "token"  # token | sample | source | sqrt_length: what every target weighs in the mean
 
 
 @dataclass

@@ -72,7 +72,7 @@ class TokenStream:
     Attributes:
         ids: `[B, T]` int64 token ids; placeholder positions hold `PLACEHOLDER_ID`, padding 0.
         labels: `[B, T]` int64 targets, `IGNORE` where nothing is learned.
-        weights: `[B, T]` float32 loss weight per target (0 where ignored), normalisation rule included.
+        weights: `[B, T]` float32 loss weight per target (0 where ignored), normalization rule included.
         positions: `[A, B, T]` int64 position ids. They say nothing about who sees whom.
         segment_ids: `[B, T]` int32; 0 is padding, 1, 2, ... the samples packed into the row.
         attention_group: `[B, T]` int32, see `vlm_train.models.layers.masks`: 0 shared by its segment, n > 0 a private

@@ -18,7 +18,7 @@ from vlm_train.contracts.batch import Batch
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss as a sum, so that it can be normalised over the whole global batch.
+    """A loss as a sum, so that it can be normalized over the whole global batch.
 
     Attributes:
         sum: scalar, the weighted sum over this micro-batch.

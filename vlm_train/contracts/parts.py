@@ -23,7 +23,7 @@ class VisionEncoder(Protocol):
     Attributes:
         out_dim: width D_v of the features (the sum over layers when several are chosen).
         image_size: (height, width) in pixels of every view, or None for native resolution, whose input is flat patches.
-        image_mean, image_std: per-channel statistics in [0, 1] that `encode` normalises with.
+        image_mean, image_std: per-channel statistics in [0, 1] that `encode` normalizes with.
         patch_grid: module-level function or partial: `MediaSize` of a view -> its grid of features.
     """
 
@@ -154,7 +154,7 @@ class TextTower(Protocol):
     layers: nn.ModuleList
 
     def pooled(self, stream: TokenStream) -> Tensor:
-        """Captions, one a row and padded on any side -> vectors `[B, D]`, before projection and normalisation."""
+        """Captions, one a row and padded on any side -> vectors `[B, D]`, before projection and normalization."""
         ...
 
     def head_parameters(self) -> list[str]:

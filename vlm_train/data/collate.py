@@ -1,6 +1,6 @@
 """Tokenized samples -> `Batch`. Padding to the right for training, to the left for generation.
 
-Normalisation (`batch.normalise`) becomes per-target weights here: the loss is always sum(weight x nll) / sum(weight).
+Normalization (`batch.normalize`) becomes per-target weights here: the loss is always sum(weight x nll) / sum(weight).
 `source` needs the sums of all ranks, so `vlm_train.data.source_weights` multiplies its weights later.
 """
 
@@ -51,7 +51,7 @@ def collate_rows(
     plans: Mapping[str, ImagePlan],
     *,
     streams: Sequence[str] = ("llm",),
-    normalise: str = "token",
+    normalize: str = "token",
     window: Window | None = None,
     left: bool = False,
 ) -> Batch:
@@ -73,7 +73,7 @@ def collate_rows(
             )
     index = _index_media(items)
     return Batch(
-        text={name: _collate_stream(rows, name, index, normalise, left) for name in names},
+        text={name: _collate_stream(rows, name, index, normalize, left) for name in names},
         media=_collate_media(rows, items, index, plans),
         window=window,
         sources=tuple(tuple(item.source for item in row) for row in rows) or ((),),
@@ -87,13 +87,13 @@ def collate_prompts(items: Sequence[tuple[TokenizedSample, MediaViews]], plans: 
     return collate_rows([[Example(rendered, views)] for rendered, views in items], plans, left=True)
 
 
-def target_weights(stream: Stream, normalise: str, weight: float) -> np.ndarray:
-    """Weight of every target `[T]` under a normalisation rule: each target alike (token; source, inside a source), each
+def target_weights(stream: Stream, normalize: str, weight: float) -> np.ndarray:
+    """Weight of every target `[T]` under a normalization rule: each target alike (token; source, inside a source), each
     sample alike (sample), or in between (sqrt_length: InternVL 2.5, 1 / sqrt(targets))."""
     raw = stream.weights * np.float32(weight)
-    if normalise == "sample":
+    if normalize == "sample":
         return raw / max(float(stream.weights.sum()), 1e-8)
-    if normalise == "sqrt_length":
+    if normalize == "sqrt_length":
         return raw / max(float(stream.supervised), 1.0) ** 0.5
     return raw
 
@@ -157,7 +157,7 @@ def _place_streams(rows: Sequence[Sequence[Example]], name: str, left: bool) -> 
 
 
 def _collate_stream(
-    rows: Sequence[Sequence[Example]], name: str, index: MediaIndex, normalise: str, left: bool
+    rows: Sequence[Sequence[Example]], name: str, index: MediaIndex, normalize: str, left: bool
 ) -> TokenStream:
     placed, width = _place_streams(rows, name, left)
     count, axes = max(len(rows), 1), max((len(one.stream.positions) for one in placed), default=1)
@@ -170,7 +170,7 @@ def _collate_stream(
     for sample, row, segment, start, stream, item in placed:
         where = slice(start, start + len(stream))
         ids[row, where], labels[row, where] = stream.ids, stream.labels
-        weights[row, where] = target_weights(stream, normalise, item.weight)
+        weights[row, where] = target_weights(stream, normalize, item.weight)
         positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
         segments[row, where] = segment
         for slot in sorted(stream.slots, key=lambda slot: slot.start):  # tokens behind it that may see it

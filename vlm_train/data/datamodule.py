@@ -112,7 +112,7 @@ class VLMData(pl.LightningDataModule):
         self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
         self.cache = Path(cache)
-        self.micro, self.normalise, self.batch = batch.micro, batch.normalise, (batch.samples, batch.tokens)
+        self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None
 
@@ -205,7 +205,7 @@ class VLMData(pl.LightningDataModule):
     def train_dataloader(self) -> MicroBatches:
         """Micro-batches from the trainer's current optimizer step on."""
         assert self.plan is not None and self.trainer is not None
-        stream = WindowStream(self.train, self.plan, self.trainer.global_step, self.trainer.global_rank, self.normalise)
+        stream = WindowStream(self.train, self.plan, self.trainer.global_step, self.trainer.global_rank, self.normalize)
         return MicroBatches(self._make_loader(stream, self.workers))
 
     def val_dataloader(self) -> Any:
@@ -213,7 +213,7 @@ class VLMData(pl.LightningDataModule):
         if not len(self.val) or self.trainer is None:
             return []
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        stream = ValidationStream(self.val, self.micro, rank, world, self.normalise)
+        stream = ValidationStream(self.val, self.micro, rank, world, self.normalize)
         return self._make_loader(stream, min(self.workers, stream.batches))
 
     def _make_loader(self, stream: IterableDataset, workers: int) -> DataLoader[Any]:

@@ -41,7 +41,7 @@ class Source:
 
     Attributes:
         first, size: its samples, in the numbers of the shard set.
-        name: what the log, and `batch.normalise=source`, call it; empty: what each sample says.
+        name: what the log, and `batch.normalize=source`, call it; empty: what each sample says.
         loss_weight: factor on the weight of its targets.
         share: its part in the mixture.
         pieces: `[size, 2]`, sample and piece of each number, where over-long samples are split.

@@ -30,7 +30,7 @@ class WindowStream(IterableDataset):
     plan: Plan
     first: int
     rank: int
-    normalise: str
+    normalize: str
 
     def __iter__(self) -> Iterator[list[Batch] | WorkerMessage]:
         worker = get_worker_info()
@@ -46,7 +46,7 @@ class WindowStream(IterableDataset):
         for rows in self.plan.step(step, self.rank):
             loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
             micros.append([row for row in loaded if row])
-        how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
+        how: dict[str, Any] = {"streams": self.samples.streams, "normalize": self.normalize}
         batches = [collate_rows(rows, self.samples.processor.images, **how) for rows in micros]
         window = self._describe_window(step, micros, batches, tuple(problems))
         return [replace(batch, window=replace(window, micro=m)) for m, batch in enumerate(batches)]
@@ -116,7 +116,7 @@ class MicroBatches:
 class ValidationStream(IterableDataset):
     """The held-out samples in order, each once, dealt to ranks and workers; bad ones are named in `Batch.problems`.
 
-    `normalise` is that of training, so that the best checkpoint is best by what is trained. `source` is `token` here:
+    `normalize` is that of training, so that the best checkpoint is best by what is trained. `source` is `token` here:
     its factors depend on what else is in a training step.
     """
 
@@ -124,7 +124,7 @@ class ValidationStream(IterableDataset):
     rows: int
     rank: int
     world: int
-    normalise: str = "token"
+    normalize: str = "token"
 
     @property
     def batches(self) -> int:
@@ -139,7 +139,7 @@ class ValidationStream(IterableDataset):
             problems: list[Problem] = []
             row = [SampleRef(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
             items = load_row(self.samples, row, problems, training=False)
-            how: dict[str, Any] = {"streams": self.samples.streams, "normalise": self.normalise}
+            how: dict[str, Any] = {"streams": self.samples.streams, "normalize": self.normalize}
             yield replace(
                 collate_rows([[i] for i in items], self.samples.processor.images, **how), problems=tuple(problems)
             )

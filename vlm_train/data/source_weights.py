@@ -1,4 +1,4 @@
-"""`batch.normalise=source`: every data source weighs the same in the loss, however much of it a step holds.
+"""`batch.normalize=source`: every data source weighs the same in the loss, however much of it a step holds.
 
 With w the weight of a target, n the number of sources in the optimizer step (on all ranks) and W(s), W the sums of w
 over source s and over all, the loss is

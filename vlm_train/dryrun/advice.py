@@ -155,6 +155,6 @@ def _possible_changes(
         learned = needs.trainable - plan.llm.learned + added
         needs = replace(needs, parameters=needs.parameters + added, trainable=learned)
         yield "peft=lora", needs, False
-    if (cfg.peft is not None or plan.llm.learned) and not needs.quantised and "qlora" in options:
+    if (cfg.peft is not None or plan.llm.learned) and not needs.quantized and "qlora" in options:
         count = plan.llm.parameters
-        yield "peft=qlora", replace(needs, quantised=count, quantised_bytes=count * NF4), False
+        yield "peft=qlora", replace(needs, quantized=count, quantized_bytes=count * NF4), False

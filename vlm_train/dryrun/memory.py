@@ -32,7 +32,7 @@ HOST_SLACK = 1.5
 """What offload takes over its tensors' bytes: page-locked memory is dealt in powers of two. DeepSpeed's own factor."""
 
 NF4 = 0.5 + 0.127 / 8
-"""Bytes a parameter in 4-bit NormalFloat with doubly quantised constants (Dettmers et al. 2023, section 3)."""
+"""Bytes a parameter in 4-bit NormalFloat with doubly quantized constants (Dettmers et al. 2023, section 3)."""
 
 Place = Literal["gpu", "cpu", "nvme"]
 
@@ -85,7 +85,7 @@ class MemoryNeeds:
         precision: as `trainer.precision`.
         activations: bytes kept for backward by one micro-batch.
         logits: bytes of the loss head at its peak.
-        quantised, quantised_bytes: how many of the frozen parameters are stored quantised, and their bytes in all.
+        quantized, quantized_bytes: how many of the frozen parameters are stored quantized, and their bytes in all.
         accumulates: whether an optimizer step has several micro-batches.
     """
 
@@ -97,8 +97,8 @@ class MemoryNeeds:
     activations: int
     logits: int
     outside: int = 0
-    quantised: int = 0
-    quantised_bytes: float = 0.0
+    quantized: int = 0
+    quantized_bytes: float = 0.0
     accumulates: bool = False
 
     @property
@@ -116,8 +116,8 @@ class MemoryNeeds:
         return self.precision.startswith("32")
 
     def stored_bytes(self, size: int) -> float:
-        """Bytes of all weights, those that are not quantised at `size` each."""
-        return size * (self.parameters - self.quantised) + self.quantised_bytes
+        """Bytes of all weights, those that are not quantized at `size` each."""
+        return size * (self.parameters - self.quantized) + self.quantized_bytes
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,12 @@ def _update_temporaries(learned: float, needs: MemoryNeeds) -> float:
 
 
 def list_runnable(needs: MemoryNeeds, hardware: Hardware) -> list[str]:
-    """Strategies that could run: several GPUs need a strategy, and quantised weights are not sharded."""
+    """Strategies that could run: several GPUs need a strategy, and quantized weights are not sharded."""
     return [
         name
         for name, spec in STRATEGIES.items()
         if not (name == "single" and hardware.gpus > 1)
-        and not (needs.quantised and (spec.stage == 3 or spec.engine == "fsdp"))
+        and not (needs.quantized and (spec.stage == 3 or spec.engine == "fsdp"))
     ]
 
 

@@ -16,7 +16,7 @@ from vlm_train.contracts.model_parts import find_layers
 from vlm_train.dryrun.length import Disk, Length, predict_disk, predict_length
 from vlm_train.dryrun.memory import MemoryNeeds
 from vlm_train.dryrun.round_trip import round_trip
-from vlm_train.models.adapters.quantize import quantised_layers
+from vlm_train.models.adapters.quantize import quantized_layers
 from vlm_train.training.flops import Flops, count_flops
 from vlm_train.training.params import Policy, apply_policy
 from vlm_train.training.reference import START, reference_config
@@ -120,7 +120,7 @@ def optimizer_states(cfg: DictConfig) -> int:
 
 def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations: int, states: int) -> MemoryNeeds:
     layers = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(model).values()]
-    quantised = [how for _, how in quantised_layers(model)]
+    quantized = [how for _, how in quantized_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
     return MemoryNeeds(
         parameters=policy.total + _reference_parameters(cfg, policy),
@@ -131,8 +131,8 @@ def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations
         precision=cfg.trainer.precision,
         activations=activations * rows_at_once(cfg),
         logits=_logits_bytes(cfg, model),
-        quantised=sum(how.weights for how in quantised),
-        quantised_bytes=sum(how.stored for how in quantised),
+        quantized=sum(how.weights for how in quantized),
+        quantized_bytes=sum(how.stored for how in quantized),
         accumulates=cfg.batch.samples is None or cfg.batch.samples > rows,
     )
 

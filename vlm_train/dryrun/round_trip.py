@@ -15,7 +15,7 @@ VOCABULARY = 300
 
 
 def tiny_copy(cfg: DictConfig) -> DictConfig:
-    """`cfg` with its parts as small as size=tiny makes them, a small vocabulary, and nothing quantised."""
+    """`cfg` with its parts as small as size=tiny makes them, a small vocabulary, and nothing quantized."""
     cfg = cfg.copy()
     if cfg.peft is not None and "bits" in cfg.peft:
         cfg.peft.bits = None

@@ -126,7 +126,7 @@ def find_problems(model: Any) -> list[str]:
         if getattr(head, "bias", None) is not None:
             problems.append("llm: LLaVA's head has no bias")
     if layer := find_quantized(model):
-        problems.append(f"{layer}: is quantised; its adapter can only be merged into an unquantised base model")
+        problems.append(f"{layer}: is quantized; its adapter can only be merged into an unquantized base model")
     return problems
 
 

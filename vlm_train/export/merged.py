@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_train.models.adapters.quantize import quantised_layers
+from vlm_train.models.adapters.quantize import quantized_layers
 
 
 def find_quantized(module: nn.Module) -> str | None:
-    """The name of a quantised layer, if there is one."""
-    return next((name for name, _ in quantised_layers(module)), None)
+    """The name of a quantized layer, if there is one."""
+    return next((name for name, _ in quantized_layers(module)), None)
 
 
 @torch.no_grad()
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
     """`module.state_dict()` under the names it had before adapters, each adapted weight with its adapters folded in.
 
-    No layer may be quantised, see `unquantize_model`.
+    No layer may be quantized, see `unquantize_model`.
     """
     adapted: dict[str, Any] = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     inside = tuple(f"{name}." for name in adapted)
@@ -38,9 +38,9 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def unquantize_model(assembly: Any) -> Any:
-    """`assembly` with its adapters, and all else that is not quantised, over a freshly read base in full precision.
+    """`assembly` with its adapters, and all else that is not quantized, over a freshly read base in full precision.
 
-    Merging into quantised weights would round the adapters away. The base is read a second time, so it has to be where
+    Merging into quantized weights would round the adapters away. The base is read a second time, so it has to be where
     it was, and both fit into memory.
     """
     from vlm_train.build import build_model
@@ -50,7 +50,7 @@ def unquantize_model(assembly: Any) -> Any:
     cfg.peft.bits = None
     fresh = build_model(cfg, assembly.processor.tokenizer)
     load_init_from(fresh, cfg.init_from)
-    skip = {f"{name}.weight" for name, _ in quantised_layers(assembly.model)}
+    skip = {f"{name}.weight" for name, _ in quantized_layers(assembly.model)}
     own = dict(fresh.named_parameters())
     with torch.no_grad():
         for name, parameter in assembly.model.named_parameters():

@@ -42,7 +42,7 @@ def write_export(assembly: Assembly, folder: Path, exporters: Mapping[str, Expor
     from vlm_train.export.merged import find_quantized, unquantize_model
 
     if find_quantized(assembly.model):
-        print("export: adapters are merged into a fresh copy of the base, not into its quantised weights", flush=True)
+        print("export: adapters are merged into a fresh copy of the base, not into its quantized weights", flush=True)
         assembly = unquantize_model(assembly)
     model = assembly.model.eval()
     name = choose_exporter(model, exporters)

@@ -29,7 +29,7 @@ class LanguageModeling(Objective):
 
     Args:
         weight: factor in the total loss.
-        stream: the token stream that is learned and that normalises the loss.
+        stream: the token stream that is learned and that normalizes the loss.
         chunk: positions per head call.
         chunks: a fixed number of head calls instead. ZeRO-3 gathers the head at every call, so ranks must agree on it.
         label_smoothing: share of every target that is spread evenly over the whole vocabulary, as torch's

@@ -175,7 +175,7 @@ def _make_module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan:
         seed=cfg.seed,
         total_steps=plan.steps,
         max_grad_norm=cfg.trainer.max_grad_norm,
-        normalise=cfg.batch.normalise,
+        normalize=cfg.batch.normalize,
         max_bad_samples=cfg.trainer.max_bad_samples,
         max_bad_share=cfg.trainer.max_bad_share,
         strict=cfg.trainer.strict,

@@ -1,4 +1,4 @@
-"""The Lightning side: sums the objectives, normalises over the global batch, logs. Plain nn.Modules do the work."""
+"""The Lightning side: sums the objectives, normalizes over the global batch, logs. Plain nn.Modules do the work."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class VLMModule(pl.LightningModule):
         seed: int,
         total_steps: int,
         max_grad_norm: float | None = None,
-        normalise: str = "token",
+        normalize: str = "token",
         max_bad_samples: int = 100,
         max_bad_share: float = 0.05,
         strict: bool = False,
@@ -71,7 +71,7 @@ class VLMModule(pl.LightningModule):
             for name, objective in objectives.items()
         }
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
-        self.seed, self.total_steps, self.max_grad_norm, self.normalise = seed, total_steps, max_grad_norm, normalise
+        self.seed, self.total_steps, self.max_grad_norm, self.normalize = seed, total_steps, max_grad_norm, normalize
         self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         least = min_supervised_ratio if "lm" in objectives else 0.0
@@ -80,7 +80,7 @@ class VLMModule(pl.LightningModule):
         self.held_out, self.held_out_bad = 0, 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
-        self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalise=source
+        self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalize=source
         self.guard = guard or Guard(folder)
         self.keys: list[str] = []  # of the samples of the step
         self.left_out: str | None = None  # why the last step made no update
@@ -183,7 +183,7 @@ class VLMModule(pl.LightningModule):
         *sums, asked, good, bad = sums
         self.stopping = asked > 0
         self.denominators = dict(zip(names, sums, strict=True))
-        if self.normalise == "source":  # ranks may hold other sources; "samples" weighs no targets
+        if self.normalize == "source":  # ranks may hold other sources; "samples" weighs no targets
             streams = [name for name in names if name != "samples"]
             self.factors = {name: source_factors(self.over_ranks(dict(window.sums.get(name, {})))) for name in streams}
         self.meter.open_step(window)

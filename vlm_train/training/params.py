@@ -15,7 +15,7 @@ from torch import nn
 
 from vlm_train.contracts.model_parts import find_parts, name_part
 from vlm_train.errors import ConfigError
-from vlm_train.models.adapters.quantize import quantised_weights
+from vlm_train.models.adapters.quantize import quantized_weights
 
 _LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")
 
@@ -121,7 +121,7 @@ def apply_policy(
     """
     unused = set(unused)
     decided = _decide_rules(model, rules)
-    stored = quantised_weights(model)
+    stored = quantized_weights(model)
     _require_frozen(decided, stored)
     parts = find_parts(model)
     depth = _count_layers((name for name in decided if name not in unused), parts)
@@ -183,11 +183,11 @@ def _decide_rules(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tupl
 
 
 def _require_frozen(decided: dict[str, tuple[nn.Parameter, RuleLike]], stored: Iterable[str]) -> None:
-    """Raises ConfigError for rules that let a quantised weight learn."""
+    """Raises ConfigError for rules that let a quantized weight learn."""
     asked = [name for name in stored if name in decided and decided[name][1].lr is not None]
     if asked:
         raise ConfigError(
-            f"params.rules: '{decided[asked[0]][1].match}' lets {len(asked)} quantised weights learn, for example "
+            f"params.rules: '{decided[asked[0]][1].match}' lets {len(asked)} quantized weights learn, for example "
             f"{asked[0]}. They cannot: put {{match: '.*\\.base_layer\\..*', lr: null}} before it, or match only the "
             "adapters, '.*\\.lora_.*'."
         )

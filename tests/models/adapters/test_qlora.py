@@ -30,8 +30,8 @@ from vlm_train.models.adapters.quantize import (
     assign_values,
     dequantize_weight,
     full_shape,
-    quantised_layers,
-    quantised_weights,
+    quantized_layers,
+    quantized_weights,
 )
 from vlm_train.models.precision import cast_to_bf16
 from vlm_train.runs.folder import RunFolder
@@ -57,10 +57,10 @@ def adapted(bits: int | None = 4, **options: Any) -> Any:
 
 
 def stored(built: Any) -> dict[str, torch.Tensor]:
-    """Everything that the quantised layers hold, scales included."""
+    """Everything that the quantized layers hold, scales included."""
     return {
         f"{name}.{key}": value.clone()
-        for name, _ in quantised_layers(built)
+        for name, _ in quantized_layers(built)
         for key, value in built.get_submodule(name).state_dict().items()
     }
 
@@ -72,22 +72,22 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @BITS
-def test_only_the_asked_layers_are_quantised(bits: int) -> None:
+def test_only_the_asked_layers_are_quantized(bits: int) -> None:
     built = adapted(bits)
-    assert sorted(name for name, _ in quantised_layers(built)) == sorted(f"{name}.base_layer" for name in EXPECTED)
+    assert sorted(name for name, _ in quantized_layers(built)) == sorted(f"{name}.base_layer" for name in EXPECTED)
     packed = {name for name, p in built.named_parameters() if not p.is_floating_point()}
-    assert packed == set(quantised_weights(built)) == {f"{name}.base_layer.weight" for name in EXPECTED}
+    assert packed == set(quantized_weights(built)) == {f"{name}.base_layer.weight" for name in EXPECTED}
     assert describe_adapters(built)[1].startswith(
         f"peft: 14 linear layers in {bits} bits: llm.model.model.layers.{{0-1}}."
     )
-    some = adapted(bits, quantise_match=r"llm\..*\.mlp\..*", match=r"llm\..*\.q_proj")
-    assert {name.rsplit(".", 1)[1] for name, _ in quantised_layers(some)} == {"gate_proj", "up_proj", "down_proj"}
-    with pytest.raises(ConfigError, match=r"peft.quantise_match: '.\*' also matches .* outside llm"):
-        adapted(bits, quantise_match=".*")
+    some = adapted(bits, quantize_match=r"llm\..*\.mlp\..*", match=r"llm\..*\.q_proj")
+    assert {name.rsplit(".", 1)[1] for name, _ in quantized_layers(some)} == {"gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(ConfigError, match=r"peft.quantize_match: '.\*' also matches .* outside llm"):
+        adapted(bits, quantize_match=".*")
 
 
 @BITS
-def test_quantising_is_a_function_of_the_weights(bits: int) -> None:
+def test_quantizing_is_a_function_of_the_weights(bits: int) -> None:
     one, two = adapted(bits), adapted(bits)
     assert same(stored(one), stored(two)) and stored(one)
     plain = adapted(None)
@@ -106,7 +106,7 @@ def test_the_stored_numbers_are_near_the_weights_and_their_bytes_are_known(bits:
     assert (
         0 < error < (0.16 if bits == 4 else 0.004)
     )  # half of NF4's widest gap is 0.152 of a block's largest; int8: 1 / 254
-    mark = layer.quantised
+    mark = layer.quantized
     state = layer.weight.quant_state if bits == 4 else None
     held = layer.weight.data.nbytes + (layer.weight.SCB.nbytes if state is None else scale_bytes(state))
     assert (mark.bits, mark.weights, mark.stored) == (bits, exact.numel(), held)
@@ -148,8 +148,8 @@ def test_int8_numbers_follow_a_weight_that_moved(before: str) -> None:
 
 
 @BITS
-def test_other_base_weights_are_quantised_like_the_first(bits: int) -> None:
-    """Weights that a run takes over from an earlier one arrive after the layers were quantised."""
+def test_other_base_weights_are_quantized_like_the_first(bits: int) -> None:
+    """Weights that a run takes over from an earlier one arrive after the layers were quantized."""
     built, expected = adapted(bits), model()
     logits(built)  # int8 layers move their scales when they first run
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_other_base_weights_are_quantised_like_the_first(bits: int) -> None:
     torch.manual_seed(1)
     qlora(model=expected, bits=bits, rank=4, alpha=8)
     now = base_names(built)
-    assert set(now.values()) == set(quantised_weights(built)) and set(now) < set(weights)
+    assert set(now.values()) == set(quantized_weights(built)) and set(now) < set(weights)
     for name, weight in weights.items():
         assert full_shape(built, now.get(name, name)) == weight.shape
         assign_values(built, now.get(name, name), weight)
@@ -186,19 +186,19 @@ def test_a_run_without_adapters_hands_its_weights_to_one_with(bits: int, tmp_pat
 
 @pytest.mark.parametrize("meta", [False, True], ids=["tiny", "meta"])
 @BITS
-def test_counts_are_those_of_the_unquantised_model(bits: int, meta: bool) -> None:
+def test_counts_are_those_of_the_unquantized_model(bits: int, meta: bool) -> None:
     with torch.device("meta" if meta else "cpu"):
-        quantised, plain = adapted(bits), adapted(None)
-    counts = [apply_policy(one, RULES, weight_decay=0.0) for one in (quantised, plain)]
+        quantized, plain = adapted(bits), adapted(None)
+    counts = [apply_policy(one, RULES, weight_decay=0.0) for one in (quantized, plain)]
     assert (counts[0].total, counts[0].trainable) == (counts[1].total, counts[1].trainable)
     greedy = OmegaConf.create([{**RULES[0], "match": r"llm\..*"}, RULES[1]])
     with pytest.raises(
-        ConfigError, match=r"params.rules: 'llm\\..\*' lets 14 quantised weights learn, for example llm"
+        ConfigError, match=r"params.rules: 'llm\\..\*' lets 14 quantized weights learn, for example llm"
     ):
-        apply_policy(quantised, greedy, weight_decay=0.0)
+        apply_policy(quantized, greedy, weight_decay=0.0)
 
 
-def test_16_bit_weights_leave_quantised_ones_alone() -> None:
+def test_16_bit_weights_leave_quantized_ones_alone() -> None:
     built = adapted()
     before = stored(built)
     cast_to_bf16(built)
@@ -208,7 +208,7 @@ def test_16_bit_weights_leave_quantised_ones_alone() -> None:
 
 @pytest.mark.parametrize(("bits", "dora"), [(4, False), (4, True), (8, False)])
 def test_adapters_merge_into_the_base_as_it_was(bits: int, dora: bool) -> None:
-    """The same adapters over the exact base merge exactly; the quantised model differs by its rounding only."""
+    """The same adapters over the exact base merge exactly; the quantized model differs by its rounding only."""
     built, fresh, plain = adapted(bits, dora=dora), adapted(None, dora=dora), model()
     start = logits(built)
     learn(built)
@@ -231,7 +231,7 @@ def test_adapters_merge_into_the_base_as_it_was(bits: int, dora: bool) -> None:
         (None, None),
     ],
 )
-def test_sharding_of_quantised_weights_is_refused(strategy: str | None, named: str | None) -> None:
+def test_sharding_of_quantized_weights_is_refused(strategy: str | None, named: str | None) -> None:
     from vlm_train.check.parts import check_peft
 
     more = [] if strategy is None else [f"++strategy={strategy}"]
@@ -260,7 +260,7 @@ def test_unknown_widths_and_a_missing_package_are_said_before_the_weights(monkey
 
 def test_a_7b_is_predicted_at_half_a_byte_a_weight() -> None:
     cfg = compose_config(["recipe=llava15_qlora"])
-    marks = dict(quantised_layers(build_model(cfg, meta=True)))
+    marks = dict(quantized_layers(build_model(cfg, meta=True)))
     assert len(marks) == 32 * 7
     weights, bytes_ = sum(m.weights for m in marks.values()), sum(m.stored for m in marks.values())
     assert weights == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -276,7 +276,7 @@ ADAPTERS = ["peft=qlora", r"params.rules=[{match: '(llm.*\.lora_|connector).*', 
 
 
 @pytest.mark.slow
-def test_runs_resume_exactly_and_save_no_quantised_weight(data: Path, tmp_path: Path) -> None:
+def test_runs_resume_exactly_and_save_no_quantized_weight(data: Path, tmp_path: Path) -> None:
     one, two = (command(data, tmp_path / name, *ADAPTERS) for name in ("one", "two"))
     whole = train(one)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
@@ -308,13 +308,13 @@ def test_export_merges_into_a_fresh_base(data: Path, tmp_path: Path, capsys: pyt
     assert torch.equal(exported[name], merged["llm.model.model.layers.0.mlp.up_proj.weight"])
 
 
-def test_unquantised_keeps_what_was_learned() -> None:
+def test_unquantized_keeps_what_was_learned() -> None:
     built = build_assembly(compose_config(["recipe=llava15_qlora", "size=tiny", "init_from=[]", "peft.rank=2"]))
     learn(built.model)
     fresh = unquantize_model(built).model
-    assert not list(quantised_layers(fresh))
+    assert not list(quantized_layers(fresh))
     for name, parameter in built.model.named_parameters():
-        if name not in quantised_weights(built.model):
+        if name not in quantized_weights(built.model):
             assert torch.equal(parameter, fresh.get_parameter(name)), name
 
 

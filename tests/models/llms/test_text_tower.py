@@ -92,8 +92,8 @@ def test_embeddings_and_logits_are_those_of_transformers(kind, rows, left):
     model, reference = kind()
     stream = text_stream(rows, left=left)
     batch = batch_of(stream, list(range(len(rows))))
-    normalised = (batch.media.inputs["vision"].values / 255 - model.vision.mean) / model.vision.std
-    expected = reference(input_ids=padded(rows, 1), pixel_values=normalised)
+    normalized = (batch.media.inputs["vision"].values / 255 - model.vision.mean) / model.vision.std
+    expected = reference(input_ids=padded(rows, 1), pixel_values=normalized)
     image, text = model.encode_image(batch.media), model.encode_text(stream)
     assert_close(image, expected.image_embeds, "image embeddings")
     assert_close(text, expected.text_embeds, "text embeddings")

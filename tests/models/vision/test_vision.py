@@ -28,7 +28,7 @@ def pixels(count: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
@@ -38,7 +38,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 def test_features_are_the_reference_hidden_states(tower, layer, keep_cls):
     torch.manual_seed(0)
     vision = tiny_vision(TOWERS[tower], layer=layer, keep_cls=keep_cls).eval()
-    reference = vision.model(normalised(pixels()), output_hidden_states=True).hidden_states[layer]
+    reference = vision.model(normalized(pixels()), output_hidden_states=True).hidden_states[layer]
     dropped = 0 if keep_cls or tower == "siglip" else 1
     features = vision.encode(MediaInput(pixels())).rectangular()
     assert_close(features, reference[:, dropped:])
@@ -48,7 +48,7 @@ def test_features_are_the_reference_hidden_states(tower, layer, keep_cls):
 
 def test_several_layers_are_concatenated_in_the_order_given():
     vision = tiny_vision(layer=[-1, 1])
-    states = vision.model(normalised(pixels()), output_hidden_states=True).hidden_states
+    states = vision.model(normalized(pixels()), output_hidden_states=True).hidden_states
     assert_close(
         vision.encode(MediaInput(pixels())).rectangular(), torch.cat([states[-1][:, 1:], states[1][:, 1:]], dim=-1)
     )
@@ -58,7 +58,7 @@ def test_several_layers_are_concatenated_in_the_order_given():
 def test_final_norm_gives_the_towers_own_embedding():
     vision = tiny_vision(layer=-1, keep_cls=True, final_norm=True)
     assert_close(
-        vision.encode(MediaInput(pixels())).rectangular()[:, 0], vision.model(normalised(pixels())).pooler_output
+        vision.encode(MediaInput(pixels())).rectangular()[:, 0], vision.model(normalized(pixels())).pooler_output
     )
     with pytest.raises(ConfigError, match="vision.final_norm"):
         tiny_vision(layer=-2, final_norm=True)
@@ -126,7 +126,7 @@ def test_weights_of_a_whole_clip_checkpoint(tmp_path):
     whole.save_pretrained(tmp_path)
     vision = tiny_vision(weights=str(tmp_path), layer=-1)
     vision.load_weights()
-    expected = whole.vision_model(normalised(pixels())).last_hidden_state[:, 1:]
+    expected = whole.vision_model(normalized(pixels())).last_hidden_state[:, 1:]
     assert_close(vision.encode(MediaInput(pixels())).rectangular(), expected)
 
 

@@ -23,7 +23,7 @@ from vlm_train.objectives.per_sample import sum_by_segment
 class Preference(Objective):
     """`-log sigmoid(beta * margin)` a sample; the margin is that of the log-likelihoods over the reference's.
 
-    A token counts with its loss weight: batch.normalise=token gives DPO's sums, and segments that the data weighs more
+    A token counts with its loss weight: batch.normalize=token gives DPO's sums, and segments that the data weighs more
     (dense DPO) count more.
 
     Args:

@@ -1,4 +1,4 @@
-"""Adapters on a quantised base train under every strategy that keeps the base whole, as they do on one rank."""
+"""Adapters on a quantized base train under every strategy that keeps the base whole, as they do on one rank."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from vlm_train.errors import ConfigError
 
 PREFERENCE = [
     "~objective.lm", "+objective.preference._target_=tests.contracts.preference.Preference", "allow_targets=[tests.]",
-    "data.rejected=true", "reference.model=start", "trainer.export=false", "batch.normalise=token",
+    "data.rejected=true", "reference.model=start", "trainer.export=false", "batch.normalize=token",
 ]  # fmt: skip
 
 

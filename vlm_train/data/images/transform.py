@@ -1,4 +1,4 @@
-"""Image and video bytes -> the uint8 views that a vision tower sees. Normalisation happens on the device, in the tower.
+"""Image and video bytes -> the uint8 views that a vision tower sees. Normalization happens on the device, in the tower.
 
 Decoding is bounded (`Image.MAX_IMAGE_PIXELS`, no truncated files), and any random choice comes from the given
 generator, so that it depends on the sample's address only.

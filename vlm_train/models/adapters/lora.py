@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlm_train.errors import ConfigError
-from vlm_train.models.adapters.quantize import quantised_layers, quantize_layers
+from vlm_train.models.adapters.quantize import quantize_layers, quantized_layers
 
 Compute = Literal["bfloat16", "float16", "float32"]
 
@@ -51,7 +51,7 @@ def lora(
         # One full name each: a list of last names, the library's usual form, also hits layers of other parts.
         target_modules="|".join(re.escape(name) for name in names),
     )
-    for bits in {mark.bits for _, mark in quantised_layers(model)}:
+    for bits in {mark.bits for _, mark in quantized_layers(model)}:
         setattr(model, f"is_loaded_in_{bits}bit", True)  # how the library learns of it
     inject_adapter_in_model(config, model)
     if sorted(adapted_layers(model)) != sorted(names):
@@ -65,7 +65,7 @@ def qlora(
     *,
     model: Any,
     match: str = r"llm\..*",
-    quantise_match: str = r"llm\..*",
+    quantize_match: str = r"llm\..*",
     bits: int | None = 4,
     double_quant: bool = True,
     compute: Compute | None = None,
@@ -79,7 +79,7 @@ def qlora(
 
     Args:
         match, rank, alpha, dropout, dora, rslora: as in `lora`.
-        quantise_match: which linear layers are quantised, by the same rules.
+        quantize_match: which linear layers are quantized, by the same rules.
         bits: 4 | 8; null: the same adapters over the base as it is, which is what an export merges into.
         double_quant: the scales of NF4 in 8 bits, too.
         compute: dtype of NF4 products; null: that of the inputs.
@@ -91,7 +91,7 @@ def qlora(
         ConfigError: as `lora` and `quantize_layers`. AssetError: `bitsandbytes` is not installed.
     """
     if bits is not None:
-        names = find_linear_layers(model, quantise_match, "peft.quantise_match")
+        names = find_linear_layers(model, quantize_match, "peft.quantize_match")
         dtype = None if compute is None else getattr(torch, compute)
         quantize_layers(model, names, bits=bits, double_quant=double_quant, compute=dtype)
     return lora(model=model, match=match, rank=rank, alpha=alpha, dropout=dropout, dora=dora, rslora=rslora)
@@ -143,11 +143,11 @@ def find_linear_layers(model: Any, match: str, setting: str) -> list[str]:
 
 
 def describe_adapters(model: nn.Module) -> list[str]:
-    """Lines that say which layers carry adapters and which are quantised; none for a plain model."""
+    """Lines that say which layers carry adapters and which are quantized; none for a plain model."""
     lines = []
     if names := adapted_layers(model):
         lines.append(f"peft: {len(names)} linear layers adapted: {compact_names(names)}")
-    stored = [(name.removesuffix(".base_layer"), mark) for name, mark in quantised_layers(model)]
+    stored = [(name.removesuffix(".base_layer"), mark) for name, mark in quantized_layers(model)]
     for bits in sorted({mark.bits for _, mark in stored}):
         names = [name for name, mark in stored if mark.bits == bits]
         lines.append(f"peft: {len(names)} linear layers in {bits} bits: {compact_names(names)}")

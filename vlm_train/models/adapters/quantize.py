@@ -1,6 +1,6 @@
 """Frozen linear layers in 4 or 8 bits (`bitsandbytes`), so that a large base model fits beside its adapters.
 
-Quantising is a function of the weights alone, so a run that resumes from the same base holds the same numbers. On the
+Quantizing is a function of the weights alone, so a run that resumes from the same base holds the same numbers. On the
 meta device a layer keeps its shape and is only marked.
 """
 
@@ -23,8 +23,8 @@ OUTLIER = 6.0
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """How a layer's weight is stored; kept on the layer as `quantised`.
+class Quantized:
+    """How a layer's weight is stored; kept on the layer as `quantized`.
 
     Attributes:
         weights: how many there are: a packed tensor has fewer elements.
@@ -52,24 +52,24 @@ def quantize_layers(
         layer: Any = model.get_submodule(name)
         if bits == 4 and layer.in_features % BLOCK:  # bitsandbytes 0.50.2 reads such a layer with wrong scales on a CPU
             raise ConfigError(
-                f"peft.quantise_match: {name} has {layer.in_features} inputs, and NF4 needs a multiple of {BLOCK}. "
+                f"peft.quantize_match: {name} has {layer.in_features} inputs, and NF4 needs a multiple of {BLOCK}. "
                 "Leave it out, or use peft.bits=8."
             )
         mark = _describe_quantized(layer, bits, double_quant)
         if not layer.weight.is_meta:
             layer = _make_nf4(layer, double_quant, compute) if bits == 4 else _make_int8(layer)
             model.set_submodule(name, layer)
-        layer.quantised = mark
+        layer.quantized = mark
         layer.requires_grad_(False)
 
 
-def _describe_quantized(layer: Any, bits: int, double_quant: bool) -> Quantised:
+def _describe_quantized(layer: Any, bits: int, double_quant: bool) -> Quantized:
     count = layer.weight.numel()
     if bits == 8:
-        return Quantised(bits, count, count + 4 * layer.out_features)
+        return Quantized(bits, count, count + 4 * layer.out_features)
     blocks = -(-count // BLOCK)
     scales = blocks + 4 * -(-blocks // OUTER_BLOCK) if double_quant else 4 * blocks
-    return Quantised(bits, count, -(-count // 2) + scales)
+    return Quantized(bits, count, -(-count // 2) + scales)
 
 
 def _make_nf4(layer: Any, double_quant: bool, compute: torch.dtype | None) -> nn.Module:
@@ -111,7 +111,7 @@ def _move_scales(layer: Any, _: Any) -> None:
 
 
 def _fill_layer(layer: Any, weight: Tensor) -> nn.Module:
-    """Quantise `weight` `[out, in]` into a layer of the library."""
+    """Quantize `weight` `[out, in]` into a layer of the library."""
     modules, exact = _import_bitsandbytes().nn, weight.detach()
     if isinstance(layer, modules.Linear4bit):
         held = modules.Params4bit(
@@ -129,13 +129,13 @@ def _fill_layer(layer: Any, weight: Tensor) -> nn.Module:
 
 
 def full_shape(model: nn.Module, name: str) -> torch.Size:
-    """The shape of a parameter, `[out, in]` for quantised weights however they are packed."""
+    """The shape of a parameter, `[out, in]` for quantized weights however they are packed."""
     own, (layer, marked) = model.get_parameter(name), _layer_of(model, name)
     return torch.Size((layer.out_features, layer.in_features)) if marked else own.shape
 
 
 def assign_values(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Give the parameter of this name other values, of `full_shape`; a quantised one quantises them."""
+    """Give the parameter of this name other values, of `full_shape`; a quantized one quantizes them."""
     own, (layer, marked) = model.get_parameter(name), _layer_of(model, name)
     if marked and not own.is_meta:
         _fill_layer(layer, weight.to(own.device))
@@ -145,35 +145,35 @@ def assign_values(model: nn.Module, name: str, weight: Tensor) -> None:
 
 
 def _layer_of(model: nn.Module, name: str) -> tuple[Any, bool]:
-    """The module that holds a parameter, and whether the parameter is its quantised weight."""
+    """The module that holds a parameter, and whether the parameter is its quantized weight."""
     where, _, last = name.rpartition(".")
     layer = model.get_submodule(where)
-    return layer, last == "weight" and hasattr(layer, "quantised")
+    return layer, last == "weight" and hasattr(layer, "quantized")
 
 
 def _import_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise AssetError("peft: quantised weights need bitsandbytes: pip install 'vlm-train[qlora]'") from error
+        raise AssetError("peft: quantized weights need bitsandbytes: pip install 'vlm-train[qlora]'") from error
     return bitsandbytes
 
 
-def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Quantised]]:
-    """Name and storage of every quantised layer."""
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
+    """Name and storage of every quantized layer."""
     for name, module in model.named_modules():
-        if isinstance(mark := getattr(module, "quantised", None), Quantised):
+        if isinstance(mark := getattr(module, "quantized", None), Quantized):
             yield name, mark
 
 
-def quantised_weights(model: nn.Module) -> dict[str, Quantised]:
-    """Full names of quantised parameters, and how they are stored."""
-    return {f"{name}.weight": mark for name, mark in quantised_layers(model)}
+def quantized_weights(model: nn.Module) -> dict[str, Quantized]:
+    """Full names of quantized parameters, and how they are stored."""
+    return {f"{name}.weight": mark for name, mark in quantized_layers(model)}
 
 
 def dequantize_weight(layer: Any) -> Tensor:
     """The weight `[out, in]` that a layer computes with, in floating point."""
-    mark = getattr(layer, "quantised", None)
+    mark = getattr(layer, "quantized", None)
     if mark is None:
         return layer.weight.detach()
     functional = _import_bitsandbytes().functional

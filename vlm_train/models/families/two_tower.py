@@ -124,7 +124,7 @@ def _check_parts(vision: Any, llm: Any, embed_dim: int | None, pooling: str, cac
     if pooling == "head" and getattr(vision, "pooling_head", None) is None:
         raise ConfigError("model.pooling: the vision tower has no head; allowed: cls, mean")
     if pooling == "head" and not vision.final_norm:
-        raise ConfigError("model.pooling: head reads normalised features: vision.layer=-1 vision.final_norm=true")
+        raise ConfigError("model.pooling: head reads normalized features: vision.layer=-1 vision.final_norm=true")
     if embed_dim is None and vision.out_dim != llm.dim:
         raise ConfigError(
             f"model.embed_dim: null needs towers of one width, got {vision.out_dim} (vision) and {llm.dim} (llm)"

@@ -77,7 +77,7 @@ class HFTextTower(nn.Module):
         return getattr(self.model, "text_model", self.model)
 
     def pooled(self, stream: TokenStream) -> Tensor:
-        """Captions, one a row -> vectors `[B, D]`, before any projection and normalisation."""
+        """Captions, one a row -> vectors `[B, D]`, before any projection and normalization."""
         ids, last = self._pad_right(stream)
         output = self.model(input_ids=ids)
         if not self.causal:

@@ -112,7 +112,7 @@ class HFVision(nn.Module):
 
     @property
     def pooling_head(self) -> Any:
-        """The tower's own attention pooling, normalised features `[N, P, D]` -> `[N, D]` (SigLIP); None without."""
+        """The tower's own attention pooling, normalized features `[N, P, D]` -> `[N, D]` (SigLIP); None without."""
         return getattr(self.tower, "head", None)
 
     def encode(self, media: MediaInput) -> Features:
