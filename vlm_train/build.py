@@ -35,8 +35,6 @@ from vlm_train.seeds import derive_seed
 if TYPE_CHECKING:
     from vlm_train.data.datamodule import VLMData
 
-FAMILY = f"{Family.__module__}.{Family.__name__}"
-
 
 @dataclass
 class Assembly:
@@ -48,17 +46,15 @@ class Assembly:
 
 
 def instantiate_part(group: str, node: DictConfig, **given: Any) -> Any:
-    """Call a node's `_target_` with its options and what `GIVEN` says that components of its group are given: live
-    objects, which Hydra must not copy into a configuration."""
-    assert given.keys() <= GIVEN.get(group, frozenset()), (group, sorted(given))
+    """Call a node's `_target_` with its options and what its group is given (see `GIVEN`): live objects, not copied."""
+    assert group == "model" or given.keys() <= GIVEN.get(group, frozenset()), (group, sorted(given))
     return instantiate(node, _partial_=True, _convert_="all")(**given)
 
 
 def make_each(group: str, nodes: DictConfig | None, **given: Any) -> dict[str, Any]:
     """Name -> component of a group of named ones; a null entry removes one."""
-    return {
-        str(name): instantiate_part(group, node, **given) for name, node in (nodes or {}).items() if node is not None
-    }
+    named = (nodes or {}).items()
+    return {str(name): instantiate_part(group, node, **given) for name, node in named if node is not None}
 
 
 def build_assembly(cfg: DictConfig, *, meta: bool = False) -> Assembly:
@@ -103,10 +99,13 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
     with torch.device("meta" if meta else "cpu"):
         for name in sorted(wanted, key="connector".__eq__):  # it is given the widths of the others
             parts[name] = _build_part(name, parts, cfg, tokenizer, meta)
+        parts |= dict(cast(nn.ModuleDict, _build_part("parts", parts, cfg, tokenizer, meta)).items())
         torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
         model = instantiate_part("model", cfg.model, **parts)
         if not isinstance(model, Family):
-            raise ConfigError(f"model: {cfg.model._target_} is no family: it does not inherit from {FAMILY}.")
+            raise ConfigError(
+                f"model: {cfg.model._target_} is no family: it does not inherit from {Family.__module__}.Family."
+            )
         check_ownership(model)
         if not meta:
             model.load_weights()
@@ -156,14 +155,15 @@ def _give(
         in_dim = _width_of(parts["vision"], "out_dim")
         if isinstance(in_dim, dict) and not member:
             _require_several(node, in_dim)
-        widths = {
-            "in_dim": in_dim[member[0]] if member else in_dim,
-            "out_dim": _width_of(parts["llm"], "dim") if "llm" in parts else None,
-        }
-        return widths | ({"vocab_size": len(tokenizer)} if reads else {})
+        in_dim = in_dim[member[0]] if member else in_dim
+        out_dim = _width_of(parts["llm"], "dim") if "llm" in parts else None
+        return {"in_dim": in_dim, "out_dim": out_dim} | ({"vocab_size": len(tokenizer)} if reads else {})
+    if name == "parts":
+        taken = inspect.signature(get_class(node._target_)).parameters
+        widths = [("in_dim", "vision", "out_dim"), ("out_dim", "llm", "dim")]
+        return {key: _width_of(parts[one], of) for key, one, of in widths if one in parts and key in taken}
     if name == "llm" and tokenizer is not None:
-        size = node.config.get("vocab_size")
-        if size is None:
+        if (size := node.config.get("vocab_size")) is None:
             return {"vocab_size": len(tokenizer)}
         if "new_tokens" in node:
             return {}

@@ -103,7 +103,7 @@ def test_size_tiny_lays_a_components_own_block_over_it() -> None:
     assert compose_tiny(RECIPE, "llm.tiny.config.hidden_size=32").llm.config.hidden_size == 32
 
 
-@pytest.mark.parametrize("group", SIZED_GROUPS)
+@pytest.mark.parametrize("group", [group for group in SIZED_GROUPS if group != "parts"])
 def test_every_component_says_how_it_becomes_small(group: str) -> None:
     for option in options(group):
         full, small = (compose_config([f"{group}={option}", *more]) for more in ([], ["size=tiny"]))
@@ -130,6 +130,16 @@ def test_blocks_of_components_inside_a_component_count_too(tmp_path: Path) -> No
     assert [small[name].config.hidden_size for name in ("first", "second")] == [32, 32]
     assert small.second.layer == 3 and small.first.weights is None and TINY not in small.second
     assert compose_config([RECIPE, "vision=two"], [tmp_path]).vision.second.config.hidden_size == 1152
+
+
+def test_every_member_of_a_part_needs_a_block(tmp_path: Path) -> None:
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision" / "own.yaml").write_text("_target_: x\n")
+    two = [RECIPE, "+vision@vision.a=vit_small", "+vision@vision.b=own", "~vision"]
+    with pytest.raises(ConfigError, match=r"size=tiny: vision\.b has no `tiny:` block"):
+        compose_config([*two, "size=tiny"], [tmp_path])
+    (tmp_path / "vision" / "own.yaml").write_text("_target_: x\ntiny: {}\n")
+    assert list(compose_config([*two, "size=tiny"], [tmp_path]).vision) == ["a", "b"]
 
 
 def test_size_tiny_gives_an_instruction_only_where_there_is_one() -> None:

@@ -45,7 +45,7 @@ def _missing_weights(cfg: DictConfig) -> Iterator[str]:
     named = [
         (f"{path}.weights", node.get("weights"), "config.json")
         for path, group, node in iterate_components(cfg)
-        if group in ("model", *MODEL_PARTS)
+        if group in ("model", *MODEL_PARTS, "parts")
     ]
     for group, key in (("tokenizer", "name"), ("tokenizer", "file"), ("instruction", "tokenizer")):
         named.append((f"{group}.{key}", (resolve_key(cfg, group) or {}).get(key), "tokenizer_config.json"))

@@ -103,7 +103,7 @@ def check_targets(cfg: DictConfig) -> Iterator[str]:
         elif reason := reason_not_trusted(target, list(cfg.allow_targets)):
             yield f"{path}._target_: {reason}"
         elif is_ours(target):
-            yield from _check_component(path, group, node, read_signature)
+            yield from _check_component(path, group, node, read_signature, list(cfg.parts))
 
 
 def check_foreign_targets(cfg: DictConfig) -> Iterator[str]:
@@ -119,7 +119,7 @@ def check_foreign_targets(cfg: DictConfig) -> Iterator[str]:
         if reason:
             yield f"{path}._target_: {reason}"
         else:
-            yield from _check_component(path, group, node, import_signature)
+            yield from _check_component(path, group, node, import_signature, list(cfg.parts))
 
 
 def check_best(cfg: DictConfig) -> Iterator[str]:
@@ -136,7 +136,7 @@ def check_best(cfg: DictConfig) -> Iterator[str]:
 
 
 def _check_component(
-    path: str, group: str, node: dict[str, Any], signature_of: Callable[[str], Signature]
+    path: str, group: str, node: dict[str, Any], signature_of: Callable[[str], Signature], parts: list[str]
 ) -> Iterator[str]:
     target = node["_target_"]
     try:
@@ -145,7 +145,8 @@ def _check_component(
         yield f"{path}._target_: {target} does not exist. {error}"
         return
     known = signature.parameters
-    given = GIVEN.get(group, frozenset())
+    further = set(parts) if path == "model" else set()
+    given = GIVEN.get(group, frozenset()) | further
     for key, value in node.items():
         if key in INSTANTIATE_KEYS:
             continue
@@ -158,7 +159,10 @@ def _check_component(
         return
     for name, parameter in known.items():
         if parameter.required and name not in node and name not in given:
-            yield f"{path}.{name} is missing: {target} requires it."
+            part = f" Where it is a part, choose parts.{name}." if path == "model" else ""
+            yield f"{path}.{name} is missing: {target} requires it.{part}"
+    for name in sorted(further - known.keys()):
+        yield f"parts.{name}: {target} takes no such part.{did_you_mean(name, known)} Arguments: {', '.join(known)}."
 
 
 def _unknown_argument(path: str, key: str, target: str, known: list[str]) -> str:

@@ -41,6 +41,10 @@ def check_groups(cfg: DictConfig) -> Iterator[str]:
         for name, inner in node.items():
             if inner is not None and not _is_component(inner):
                 yield f"{group}.{name} has no _target_: expected a component or null, got {shorten_value(inner)}."
+            if group == "parts" and name in ("model", *MODEL_PARTS):
+                yield f"parts.{name}: has a place of its own, {name}=<option>."
+            elif group == "parts" and (not NAME.fullmatch(name) or name in TAKEN):
+                yield _describe_wrong_name(f"parts.{name}", name)
     objectives = resolve_key(cfg, "objective") or {}
     if isinstance(objectives, dict) and not any(node is not None for node in objectives.values()):
         yield "objective is empty: there is no loss. Choose an option, objective=<option> (--help lists them)."
@@ -62,9 +66,16 @@ def _check_several(group: str, node: Any) -> Iterator[str]:
             continue
         if not _is_component(inner):
             got = shorten_value(inner)
-            yield f"{group}.{name} has no _target_: {group} names several components, and this is none: {got}."
+            yield (
+                f"{group}.{name} has no _target_: {group} names several components, and this is none: {got}. "
+                f"If a recipe sets it for a single one, {group}.{name}=null leaves it out."
+            )
         elif group in MODEL_PARTS and (not NAME.fullmatch(name) or name in TAKEN):
-            yield f"{group}.{name}: a component cannot be called {name!r}. Allowed: letters, digits and _."
+            yield _describe_wrong_name(f"{group}.{name}", name)
+
+
+def _describe_wrong_name(path: str, name: str) -> str:
+    return f"{path}: a component cannot be called {name!r}. Allowed: letters, digits and _."
 
 
 def names_of(node: Any) -> list[str]:

@@ -15,7 +15,7 @@ from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import MODEL_PARTS, Paths
 
 TRAINING_KEYS = (
-    "seed", "init_from", "model", *MODEL_PARTS, "tokenizer", "image", "template", "instruction", "objective",
+    "seed", "init_from", "model", *MODEL_PARTS, "parts", "tokenizer", "image", "template", "instruction", "objective",
     "reference", "params", "peft", "data", "batch", "optim", "lr_schedule", "trainer",
 )  # fmt: skip
 """What decides the trained weights, hence the run id."""
@@ -39,6 +39,8 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
     plain = {key: resolve_key(cfg, key) for key in TRAINING_KEYS}
     if plain["reference"]["model"] is None:  # runs of before this key keep their ids
         del plain["reference"]
+    if not plain["parts"]:  # so do those
+        del plain["parts"]
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
         plain["batch"].pop("micro")
     for group, keys in COSMETIC_KEYS.items():

@@ -186,6 +186,7 @@ class Root:
     vision: Any = field(default=None, metadata=MODEL_PART)
     connector: Any = field(default=None, metadata=MODEL_PART)
     llm: Any = field(default=None, metadata=MODEL_PART)
+    parts: dict[str, Any] = field(default_factory=dict)  # further arguments of the family: {router: {_target_: ...}}
     tokenizer: Any = None
     image: Any = None
     template: Any = None
@@ -236,5 +237,5 @@ PART_GROUPS = (
 SEVERAL = (*MODEL_PARTS, "image")
 """Groups that may map names to components. Image plans bear the names of the vision encoders that they are for."""
 
-DICT_GROUPS = ("objective", "callbacks", "logger", "eval", "exporter", "importer")
+DICT_GROUPS = ("parts", "objective", "callbacks", "logger", "eval", "exporter", "importer")
 """Groups that hold named components: `{name: {_target_: ...}}`; null removes one."""

@@ -21,13 +21,28 @@ from vlm_train.errors import ConfigError
 TINY = "tiny"
 """Name of the block, and of the option of the group `size`."""
 
-SIZED_GROUPS = (*MODEL_PARTS, "tokenizer", "instruction", "data")
+SIZED_GROUPS = (*MODEL_PARTS, "parts", "tokenizer", "instruction", "data")
 """Groups whose components need a block; `tiny: {}` says that nothing of a component is large."""
+
+
+def list_unsized(cfg: DictConfig, blocks: Mapping[str, Any], groups: Iterable[str] = SIZED_GROUPS) -> list[str]:
+    """The components of `groups` that have no block, nor any inside them, as dotted paths."""
+    found = []
+    for group in groups:
+        node = cfg._get_node(group)
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+            continue
+        single = "_target_" in node
+        members = {group: node} if single else {f"{group}.{name!s}": node._get_node(name) for name in node}
+        found += [path for path, one in members.items() if isinstance(one, DictConfig) and "_target_" in one]
+    return [path for path in found if not any(f"{block}.".startswith(f"{path}.") for block in blocks)]
 
 
 def take_blocks(cfg: DictConfig) -> dict[str, Any]:
     """Remove the `tiny:` blocks of all components, nested ones too -> dotted path of the component: its block."""
-    return {path: block for group in PART_GROUPS for path, block in _take_blocks(cfg._get_node(group), group)}
+    return {
+        path: block for group in (*PART_GROUPS, "parts") for path, block in _take_blocks(cfg._get_node(group), group)
+    }
 
 
 def _take_blocks(node: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -59,17 +74,16 @@ def apply_tiny(
     Raises:
         ConfigError: a component without a block, or a value for an option that a replaced component does not have.
     """
-    groups = {path.partition(".")[0] for path in blocks}
-    if missing := [group for group in SIZED_GROUPS if OmegaConf.is_dict(cfg[group]) and group not in groups]:
+    if missing := list_unsized(cfg, blocks):
         raise ConfigError(
             [
-                f"size=tiny: {group}={choices.get(group)} has no `tiny:` block. Add one to its file: the values that "
-                "make it small, or `tiny: {}` if nothing of it is large."
-                for group in missing
+                f"size=tiny: {f'{path}={choices[path]}' if path in choices else path} has no `tiny:` block. Add one to "
+                "its file: the values that make it small, or `tiny: {}` if nothing of it is large."
+                for path in missing
             ]
         )
     shrink(cfg, blocks)
-    for group in groups:
+    for group in {path.partition(".")[0] for path in blocks}:
         for override in values_below(group, overrides):
             _put_back(cfg, group, override)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from vlm_train.config.schema import MODEL_PARTS
 
 GIVEN: dict[str, frozenset[str]] = {
-    "model": frozenset(MODEL_PARTS),
+    "model": frozenset(MODEL_PARTS),  # and those of `parts`
+    "parts": frozenset({"in_dim", "out_dim"}),
     "connector": frozenset({"in_dim", "out_dim", "vocab_size"}),
     "llm": frozenset({"vocab_size", "new_tokens"}),  # one of them: does the configuration fix the vocabulary?
     "image": frozenset({"size", "mean", "patch_grid", "patch_size"}),

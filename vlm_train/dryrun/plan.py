@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vlm_train.build import build_model, build_objectives, build_optimizer
+from vlm_train.config.schema import MODEL_PARTS
+from vlm_train.config.size import list_unsized
 from vlm_train.contracts.model_parts import find_layers
 from vlm_train.dryrun.length import Disk, Length, predict_disk, predict_length
 from vlm_train.dryrun.memory import MemoryNeeds
@@ -32,6 +34,8 @@ class Plan:
         activations: bytes kept for backward by one row: without activation checkpointing (`none`), with (`full`), and
             where products and attention are kept (`selective`).
         llm: parameters of adapters of the language model.
+        round_trip: tensors of a tiny copy that came back equal from a file; None: there is no tiny copy, because the
+            components `unsized` have no `tiny:` block.
     """
 
     recipe: str
@@ -43,7 +47,8 @@ class Plan:
     llm: Linears
     length: Length
     disk: Disk
-    round_trip: int
+    round_trip: int | None
+    unsized: list[str]
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
     biggest = trace_step(cfg, model, text_tokens=max(longest - visual, 1), supervised=max(longest - visual, 1))
     activations = {"none": biggest.activations, "selective": biggest.selective, "full": biggest.checkpointed}
     states = optimizer_states(cfg)
+    unsized = list_unsized(cfg, cfg.tiny, (*MODEL_PARTS, "parts"))
     return Plan(
         recipe=cfg.recipe_name,
         policy=policy,
@@ -88,7 +94,8 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
         llm=_count_linears(model),
         length=predict_length(cfg, visual + cfg.target.text_tokens),
         disk=predict_disk(cfg, policy.trainable, states),
-        round_trip=round_trip(cfg),
+        round_trip=None if unsized else round_trip(cfg),
+        unsized=unsized,
     )
 
 

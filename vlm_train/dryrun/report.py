@@ -46,7 +46,7 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
             notes.append(f"Note        init_from[{index}].run is still open: a run needs it")
     cfg.init_from = []
     for path, group, node in iterate_components(cfg):
-        if group in MODEL_PARTS and node.get("weights") == "???":
+        if group in (*MODEL_PARTS, "parts") and node.get("weights") == "???":
             notes.append(f"Note        {path}.weights is still open: a run needs it")
             OmegaConf.update(cfg, f"{path}.weights", None)
     reading = [] if cfg.llm is None else [cfg.llm.config]
@@ -106,8 +106,14 @@ def format_plan(cfg: DictConfig, plan: Plan, *, assumed_vocabulary: bool = False
         _format_flops(plan),
         _format_memory(cfg, plan),
         _format_length(cfg, plan),
-        f"Round trip  a tiny copy was saved and loaded: {plan.round_trip} tensors equal",
+        _format_round_trip(plan),
     ]
+
+
+def _format_round_trip(plan: Plan) -> str:
+    if plan.round_trip is None:
+        return f"Round trip  left out: no `tiny:` block says how {', '.join(plan.unsized)} becomes small"
+    return f"Round trip  a tiny copy was saved and loaded: {plan.round_trip} tensors equal"
 
 
 def _format_tokens(cfg: DictConfig, plan: Plan) -> str:

@@ -108,7 +108,7 @@ def run_evaluators(
     return metrics
 
 
-DECIDE_WEIGHTS = ("seed", "init_from", "model", *MODEL_PARTS, "peft")
+DECIDE_WEIGHTS = ("seed", "init_from", "model", *MODEL_PARTS, "parts", "peft")
 """Keys that decide the weights that a run's checkpoint lacks: those of its frozen parts."""
 
 SEEN = ("tokenizer", "template", "image")
