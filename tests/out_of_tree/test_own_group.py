@@ -69,6 +69,8 @@ def test_it_trains_resumes_and_is_planned(folder: Path, capsys: pytest.CaptureFi
     assert "Round trip  a tiny copy was saved" in (printed := capsys.readouterr().out)
     assert any(line.split()[:1] == ["neck"] for line in printed.splitlines())
     assert start(["mode=show", f"run={folder / 'whole'}", TRUST]) == 0
+    assert start(["mode=export", f"run={folder / 'whole'}", TRUST]) == 2
+    assert "exporter.llava: model: Narrowed has no LLaVA equivalent" in capsys.readouterr().err
 
 
 def test_a_part_without_a_block_has_no_tiny_copy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

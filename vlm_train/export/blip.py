@@ -73,7 +73,7 @@ class BlipExporter:
 
 def find_problems(model: Any) -> list[str]:
     """Every reason why BLIP cannot express `model`. Reads no weight."""
-    if not isinstance(model, Blip) or not isinstance(model.llm, BlipTextModel):
+    if type(model) is not Blip or not isinstance(model.llm, BlipTextModel):
         return [f"model: {type(model).__name__} has no BLIP equivalent; only Blip with BlipTextModel does"]
     vision = model.vision
     kind = vision.model.config.model_type if isinstance(vision, HFVision) else type(vision).__name__

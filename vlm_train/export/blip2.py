@@ -19,7 +19,7 @@ from vlm_train.export.merged import merged_state
 from vlm_train.export.vocabulary import pad_rows, rows_with
 from vlm_train.models.connectors.qformer import QFormerConnector
 from vlm_train.models.families.blip2_qformer import Blip2QFormerModel
-from vlm_train.models.families.instructblip import InstructVLM
+from vlm_train.models.families.instructblip import InstructSeq2Seq, InstructVLM
 from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
@@ -29,6 +29,7 @@ from vlm_train.models.vision.hf import HFVision
 from vlm_train.models.weights.qformer_names import to_library
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+_FAMILIES = (PrefixVLM, PrefixSeq2Seq, InstructVLM, InstructSeq2Seq, Blip2QFormerModel)
 _TOWERS = ("blip_2_vision_model", "instructblip_vision_model")  # one architecture
 _HEADS = {"vision_projection": "image_projection", "text_projection": "text_projection", "itm_head": "match_head"}
 
@@ -128,7 +129,7 @@ def verify_blip2(model: Any, folder: str | Path) -> float:
 
 def find_problems(model: Any) -> list[str]:
     """Every reason why BLIP-2 cannot express `model`. Reads no weight."""
-    if not isinstance(model, PrefixVLM | Blip2QFormerModel):
+    if type(model) not in _FAMILIES:  # one that derives from them computes something else
         return [f"model: {type(model).__name__} has no BLIP-2 equivalent; only prefix and blip2_stage1 do"]
     if not isinstance(model.connector, QFormerConnector):
         return [f"connector: {type(model.connector).__name__}; BLIP-2 has a Q-Former"]
