@@ -24,7 +24,11 @@ from data_pipelines.shards.manifest import Manifest
 from data_pipelines.value_types import fits_type
 
 CONF = Path(__file__).resolve().parent / "conf"
-GROUPS = {"build": "source", "filter": "filter"}  # by command, the group of components that it takes
+GROUPS = {
+    "build": "source",
+    "contract": "source",
+    "filter": "filter",
+}  # by command, the group of components that it takes
 
 
 def run_command(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] | None = None) -> int:

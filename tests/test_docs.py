@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 
+from data_pipelines.build import main as build_shards
 from tests.support import small_run
+from vlm_train import cli
 from vlm_train.build import build_evaluators
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import compose_config
@@ -72,7 +71,8 @@ def test_named_settings_exist(page: Path) -> None:
     known = {"peft": options("peft"), "strategy": options("strategy")}
     typed: Any = OmegaConf.to_container(OmegaConf.structured(Root))
     groups = {key: leaves(typed[key]) for key in ("trainer", "batch", "launch", "paths", "target")} | known
-    named = re.findall(rf"(?<![\w./-])({'|'.join(groups)})\.(?!py\b)(\w+(?:\.\w+)*)", page.read_text(encoding="utf-8"))
+    text = re.sub(r"```python\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)  # `batch` is a variable
+    named = re.findall(rf"(?<![\w./-])({'|'.join(groups)})\.(?!py\b)(\w+(?:\.\w+)*)", text)
     assert {f"{group}.{key}" for group, key in named if key not in groups[group]} == set()
 
 
@@ -133,32 +133,30 @@ def test_tree_in_the_readme_is_the_tree() -> None:
     assert {f"{folder}/" for folder in FOLDERS} <= names
 
 
-@pytest.mark.timeout(280)
-def test_readme_steps_add_a_connector(tmp_path: Path) -> None:
-    """The section's own files and commands, in a copy of the checkout; training is cut to one step a stage."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Add a connector")[1].split("\n## ")[0]
-    (module, code), (options, yaml) = [
-        (path, textwrap.dedent(block))
-        for path, block in re.findall(r"^\d\. `([\w/]+\.(?:py|yaml))`.*?```\w+\n(.*?)```", section, re.DOTALL | re.M)
-    ]
-    (check,) = re.findall(r"^\d\. `python (-m vlm_train\.contract [^`]+)`", section, re.M)
-    (train,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    copy = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("vlm_train", "data_pipelines", "conf", "recipes", "tests"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / module).write_text(code, encoding="utf-8")
-    (copy / options).write_text(yaml, encoding="utf-8")
+def test_readme_trains_on_a_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The section's line and commands; then the same with small parts, without dry_run."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Train your own")[1].split("\n## ")[0]
+    (line,) = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    shards, plan = (shlex.split(command)[3:] for command in commands.splitlines())
+    (tmp_path / "mine" / "cats").mkdir(parents=True)
+    (tmp_path / "mine" / "cats" / "1.jpg").write_bytes(small_run.picture(1))
+    (tmp_path / "mine" / "train.jsonl").write_text(line * 8)
+    monkeypatch.chdir(tmp_path)
+    assert build_shards(shards) == 0
+    assert cli.main(plan) == 0
+    assert "Cheapest that fits" in capsys.readouterr().out
+    small = ["size=tiny", "trainer.max_steps=1", "run_name=own", "trainer.threads=1"]
+    assert cli.main([*(word for word in plan if word != "dry_run=true"), *small]) == 0
+    assert (tmp_path / "runs" / "own" / "checkpoints" / "LATEST").is_file()
 
-    assert f"connector={Path(options).stem}: keeps its contract" in run(check.split(), copy)
 
-    small_run.make_data(copy / "data")
-    words = [word for word in shlex.split(train) if word != "\n"]
-    small = ["size=tiny", "trainer.max_steps=1", "trainer.save_every=null", "trainer.threads=1"]
-    run([*words[1:], *small], copy)
-    (weights,) = (copy / "runs").glob("easyvqa_stage2-*/checkpoints/step-00000001/weights.safetensors")
-    assert {"connector.norm.weight", "connector.proj.weight"} <= load_file(weights).keys()
+def test_readme_names_every_schedule() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0]
+    schedules = {path.stem for path in OWN_OPTIONS["schedule"].glob("*.yaml")}
+    assert schedules <= set(re.findall(r"`schedule=(\w+)`", section))
 
 
 @pytest.mark.timeout(200)
@@ -178,11 +176,3 @@ def test_data_page_shows_what_its_commands_print(tmp_path: Path) -> None:
         said = done.stdout.replace(f"{tmp_path}/", "")
         seconds = re.compile(r"\d+\.\d s$", re.MULTILINE)
         assert seconds.sub("s", said).strip() == seconds.sub("s", expected).strip()
-
-
-def run(arguments: list[str], folder: Path) -> str:
-    """Run Python in a copy of the checkout, which shadows the installed package."""
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
