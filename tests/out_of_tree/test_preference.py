@@ -58,6 +58,19 @@ def test_two_ranks_compute_what_one_process_does(strategy: str, data: Path, whol
     assert_equal_weights(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("mode", [[], ["dry_run=true"]], ids=["fit", "dry run"])
+def test_a_teacher_of_another_image_size_is_refused_before_weights_are_read(
+    mode: list[str], data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taught = small_run("preference", data, tmp_path, *SGD, *mode, f"reference.model={whole}", name="taught")
+    assert start([*taught, "vision.config.image_size=48"]) == 2
+    said = "reference.model: its encoder 'vision' takes images of (32, 32) pixels; the run's encoders are given"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "taught/checkpoints").exists()
+    if mode:
+        assert start(taught) == 0
+
+
 def test_a_value_out_of_range_is_one_clear_error() -> None:
     from my_vlm.preference import Preference  # type: ignore[import-not-found]
 

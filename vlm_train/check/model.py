@@ -17,6 +17,7 @@ from vlm_train.config.resolve import resolve_key
 from vlm_train.config.signatures import did_you_mean
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
+from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.contracts.objective import Objective
 from vlm_train.contracts.parts import EncoderDecoder
 from vlm_train.contracts.streams import QFORMER
@@ -72,6 +73,24 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
         yield f"{path}: compares with a reference model. Use reference.model=start, or a run folder."
     if objective.needs_whole_step:
         yield from _check_whole_step(path, cfg)
+
+
+def check_reference(cfg: DictConfig, model: Family, reference: Family) -> None:
+    """Raises one ConfigError that lists why the model of another run cannot read the batches of this one."""
+    problems: list[str] = []
+    for objective in build_objectives(cfg).values():
+        if objective.needs_reference:
+            problems += check_offer("reference.model", objective.needs, reference)
+    own, others = dict(model.streams), dict(reference.streams)
+    if own != others:
+        problems.append(f"reference.model: {type(reference).__name__} reads the streams {others}; allowed: {own}.")
+    sizes = {name: encoder.image_size for name, encoder in find_encoders(model).items()}
+    for name, encoder in find_encoders(reference).items():
+        if name not in sizes or encoder.image_size != sizes[name]:
+            got = f"its encoder {name!r} takes images of {encoder.image_size} pixels"
+            problems.append(f"reference.model: {got}; the run's encoders are given {sizes}.")
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def check_offer(path: str, needs: tuple[type, ...], model: object) -> Iterator[str]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vlm_train.build import build_model, build_objectives, build_optimizer
+from vlm_train.check.model import check_reference
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.size import list_unsized
 from vlm_train.contracts.model_parts import find_layers
@@ -130,7 +131,7 @@ def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations
     quantized = [how for _, how in quantized_layers(model)]
     rows = cfg.batch.micro * cfg.target.gpus
     return MemoryNeeds(
-        parameters=policy.total + _reference_parameters(cfg, policy),
+        parameters=policy.total + _reference_parameters(cfg, model, policy),
         trainable=policy.trainable,
         largest_layer=max([*layers, *_parameters_outside_blocks(model)]),
         outside=policy.total - sum(layers),
@@ -144,12 +145,16 @@ def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations
     )
 
 
-def _reference_parameters(cfg: DictConfig, policy: Policy) -> int:
+def _reference_parameters(cfg: DictConfig, model: Any, policy: Policy) -> int:
     """Number of parameters of a reference that has a model of its own."""
     other = reference_config(cfg)
     if other is None or cfg.reference.model == START:
         return 0 if other is None else policy.total
-    return sum(parameter.numel() for parameter in build_model(other, meta=True).parameters())
+    if other.llm is not None and other.llm.config.get("vocab_size") is None:
+        other.llm.config.vocab_size = cfg.llm.config.vocab_size  # it reads the token ids of this run
+    reference = build_model(other, meta=True)
+    check_reference(cfg, model, reference)
+    return sum(parameter.numel() for parameter in reference.parameters())
 
 
 def _parameters_outside_blocks(model: nn.Module) -> Iterator[int]:

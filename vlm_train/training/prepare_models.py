@@ -8,12 +8,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train.build import build_assembly, build_evaluators, build_on_meta
-from vlm_train.check.model import check_model
+from vlm_train.check.model import check_model, check_reference
 from vlm_train.checkpoint.files import WEIGHTS
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.weights import load_init_from, load_weights
 from vlm_train.models.precision import cast_to_bf16
-from vlm_train.training.reference import build_reference, reference_config
+from vlm_train.training.reference import START, build_reference, reference_config
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ def prepare_models(cfg: DictConfig, resumed: Resume | None, *, shares: bool, to_
     if skeleton is not None:
         check_model(cfg, skeleton)
     evaluators, other = build_evaluators(cfg), reference_config(cfg)
+    teacher = build_on_meta(other) if other is not None and cfg.reference.model != START else None
+    if skeleton is not None and teacher is not None:
+        check_reference(cfg, skeleton, teacher)
     assembly = build_assembly(cfg, meta=shares)
     if skeleton is None:
         check_model(cfg, assembly.model)
