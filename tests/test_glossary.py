@@ -29,11 +29,14 @@ def words_of(name: str) -> set[str]:
 
 
 def public_names() -> Iterator[tuple[str, str]]:
-    """Public classes, functions and arguments, and keys of YAML: where, name."""
+    """Public classes, their fields, functions and arguments, and keys of YAML: where, name."""
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 yield str(path.relative_to(ROOT)), node.name
+                if isinstance(node, ast.ClassDef):
+                    fields = (one.target for one in node.body if isinstance(one, ast.AnnAssign))
+                    yield from ((str(path.relative_to(ROOT)), one.id) for one in fields if isinstance(one, ast.Name))
                 if isinstance(node, ast.FunctionDef):
                     for argument in (*node.args.args, *node.args.kwonlyargs):
                         yield str(path.relative_to(ROOT)), argument.arg
