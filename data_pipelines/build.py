@@ -165,7 +165,7 @@ def _open_hidden_folder(hidden: Partial, plan: dict[str, Any], numbers: Sequence
     if found is not None and shared:
         raise DataError(f"{hidden.path} holds parts of a build with other arguments; finish that one or remove it")
     if found is not None:
-        print(f"{hidden.path}: finished parts of a build with other arguments are thrown away", file=sys.stderr)
+        print(f"{hidden.path}: finished parts of a build with other arguments are deleted", file=sys.stderr)
     if not shared:
         hidden.remove_matching()
     with atomic_write(path) as file:
@@ -243,7 +243,7 @@ def _keep_finished(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> 
     kept = sum(part_folder(hidden.path, number).is_dir() for number in numbers)
     if kept:
         where = f"{kept} of {len(numbers)} parts are finished and kept in {hidden.path}"
-        print(f"{where}; the same command goes on with them", file=sys.stderr)
+        print(f"{where}; the same command continues with them", file=sys.stderr)
     elif not shared and not (hidden.path / MANIFEST).is_file():
         hidden.remove_folder()
 

@@ -43,7 +43,7 @@ def run_command(task: Callable[[DictConfig], int], name: str, doc: str, argv: li
         return 0
     try:
         if not folders[-1].is_dir():
-            raise DataError(f"--config-dir: {flags.config_dir} is no folder; expected one with source/<name>.yaml")
+            raise DataError(f"--config-dir: {flags.config_dir} is not a folder; expected one with source/<name>.yaml")
         return task(_compose_config(name, overrides, folders))
     except (DataError, HydraException, OmegaConfBaseException, OSError) as error:
         print(f"{type(error).__name__}: {_format_error(name, error, overrides, folders)}", file=sys.stderr)
@@ -104,7 +104,8 @@ def check_same(output: Path, arguments: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise DataError(
-            f"{output} holds a shard set built otherwise ({'; '.join(differing)}); choose another output or force=true"
+            f"{output} holds a shard set built with other arguments ({'; '.join(differing)}); choose another output or "
+            "force=true"
         )
 
 

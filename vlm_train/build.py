@@ -104,7 +104,7 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
         model = instantiate_part("model", cfg.model, **parts)
         if not isinstance(model, Family):
             raise ConfigError(
-                f"model: {cfg.model._target_} is no family: it does not inherit from {Family.__module__}.Family."
+                f"model: {cfg.model._target_} is not a family: it does not inherit from {Family.__module__}.Family."
             )
         check_ownership(model)
         if not meta:

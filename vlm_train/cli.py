@@ -43,7 +43,7 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
             flag = "--" + name.replace("_", "-")
             problems.append(f"{flag}: there is one root configuration. Choose with recipe=<name> and --config-dir.")
     if args.config_dir and not Path(args.config_dir).is_dir():
-        problems.append(f"--config-dir: {args.config_dir} is no folder. Expected one with recipe/<name>.yaml.")
+        problems.append(f"--config-dir: {args.config_dir} is not a folder. Expected one with recipe/<name>.yaml.")
     return problems
 
 

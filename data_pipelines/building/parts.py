@@ -48,7 +48,7 @@ class Part:
             data["bad"] = tuple((number, reason) for number, reason in data["bad"])
             return cls(**data)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: a damaged part ({error}); remove it, and the same command goes on") from error
+            raise DataError(f"{folder}: a damaged part ({error}); remove it, and the same command continues") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

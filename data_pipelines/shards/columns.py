@@ -80,7 +80,7 @@ class ColumnWriter:
             text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
             _write_file(self.folder / file_name(shard), text.encode())
         except ValueError as error:
-            raise DataError(f"{self.folder}: shard {shard} has a value that is no JSON in UTF-8: {error}") from error
+            raise DataError(f"{self.folder}: shard {shard} has a value that is not JSON in UTF-8: {error}") from error
 
     def write_manifest(self) -> None:
         """Hash all files and write `columns.json`."""
@@ -109,7 +109,7 @@ class ColumnWriter:
         if found is None and seen:
             raise DataError(f"{self.folder} exists and holds no columns; choose another output or remove it")
         if found is not None:
-            print(f"{self.folder}: what was begun with other arguments is thrown away", file=sys.stderr)
+            print(f"{self.folder}: unfinished columns with other arguments are deleted", file=sys.stderr)
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_file(plan, json.dumps(self._plan).encode())
@@ -120,8 +120,8 @@ class ColumnWriter:
                      if now.get(n) != there.get(n)]  # fmt: skip
         if differing:
             raise DataError(
-                f"{self.folder} holds columns made otherwise ({'; '.join(differing)}); choose another output or remove "
-                "it"
+                f"{self.folder} holds columns made with other arguments ({'; '.join(differing)}); choose another output "
+                "or remove it"
             )
 
 
@@ -180,7 +180,7 @@ def read_manifest(folder: Path, option: str = "columns") -> ColumnsManifest:
     """`columns.json` of a folder. Raises `DataError` if it is not there or malformed."""
     path = folder / COLUMNS
     if not path.is_file():
-        begun = " (it was begun: the command that made it finishes it)" if (folder / PLAN).is_file() else ""
+        begun = " (it is unfinished: the command that started it finishes it)" if (folder / PLAN).is_file() else ""
         raise DataError(f"{option}: {folder} has no {COLUMNS}{begun}; expected what mode=caption or mode=score writes")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

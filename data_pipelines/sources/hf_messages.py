@@ -101,7 +101,7 @@ def _row_groups(folder: Path, pattern: str) -> list[Part]:
             parts.append((path, number, start, group))
             start += file.metadata.row_group(group).num_rows
     if not parts:
-        raise DataError(f"folder: {folder} holds no rows in {pattern}, and is no folder of datasets' save_to_disk")
+        raise DataError(f"folder: {folder} holds no rows in {pattern}, and is not a folder of datasets' save_to_disk")
     return parts
 
 

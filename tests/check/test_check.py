@@ -49,8 +49,11 @@ def test_recipe_passes() -> None:
         ("mode=fitt", "mode: got 'fitt'. Did you mean fit?"),
         ("trainer.epochs=null", "trainer: give trainer.epochs or trainer.max_steps, got neither."),
         ("launch.nodes=2", "launch.nodes: launch=local starts one node, got 2."),
-        ("+eval.mine._target_=torch.nn.functional.torch.load", "torch.nn.functional.torch is no module of its own"),
-        ("+eval.mine._target_=transformers.utils.hub.os.system", "transformers.utils.hub.os is no module of its own"),
+        ("+eval.mine._target_=torch.nn.functional.torch.load", "torch.nn.functional.torch is not a module of its own"),
+        (
+            "+eval.mine._target_=transformers.utils.hub.os.system",
+            "transformers.utils.hub.os is not a module of its own",
+        ),
         ("+eval.mine._target_=transformers.dynamic_module_utils.get_class_from_dynamic_module", "only classes are"),
         ("+eval.mine._target_=torch.nn.modules.module.OrderedDict", "it is really from collections"),
         ("+eval.mine._target_=lightning.pytorch.cli.LightningCLI", "is not trusted"),

@@ -100,7 +100,7 @@ def test_a_disk_that_stays_full_stops_the_run(
     background: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "write_tensors", FullDisk(*range(3, 99)))
-    with pytest.raises(CheckpointError, match="No space left.*make room, then the same command goes on"):
+    with pytest.raises(CheckpointError, match="No space left.*make room, then the same command resumes"):
         train(command(data, tmp_path, f"trainer.async_save={background}"))
     assert steps(tmp_path / "run") == [2]
     monkeypatch.undo()
@@ -173,7 +173,7 @@ def test_states_of_a_parameter_without_dimensions_do_not_stand_for_others(tmp_pa
 
 def test_a_foreign_piece_is_named(tmp_path: Path) -> None:
     files.write_tensors(tmp_path / files.optimizer_file(0, 1), {"a|exp_avg|here": torch.ones(4)})
-    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"'a\|exp_avg\|here' is no piece of ours"):
+    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"'a\|exp_avg\|here' is not a piece of ours"):
         _Reader(tmp_path, stack)
 
 

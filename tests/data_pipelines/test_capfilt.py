@@ -135,7 +135,7 @@ def test_columns_go_on_after_a_kill(made, tmp_path, capsys):
     assert writer.missing_shards == [0, 1, 2]
     writer.write_rows(1, [{"key": "k4", "match": [0.1]}])
     (folder / f".{file_name(2)}.1.partial").write_text("{half")  # killed while it wrote
-    with pytest.raises(DataError, match="it was begun"):
+    with pytest.raises(DataError, match="it is unfinished"):
         Columns(folder, shards, option="scores")
 
     again = ColumnWriter(folder, shards, ["match"], {"run": "a"})
@@ -145,7 +145,7 @@ def test_columns_go_on_after_a_kill(made, tmp_path, capsys):
     again.write_manifest()
     assert Columns(folder, shards, ["match"], option="scores").read_row(4) == {"key": "k4", "match": [0.1]}
     assert ColumnWriter(folder, shards, ["match"], {"run": "a"}).complete
-    with pytest.raises(DataError, match="made otherwise .about.run: 'a' there, 'b' now"):
+    with pytest.raises(DataError, match="made with other arguments .about.run: 'a' there, 'b' now"):
         ColumnWriter(folder, shards, ["match"], {"run": "b"})
 
     ColumnWriter(tmp_path / "other", shards, ["match"], {"run": "a"}).write_rows(0, [])

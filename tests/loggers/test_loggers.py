@@ -75,7 +75,7 @@ def test_what_a_lost_server_misses_is_sent_when_it_is_back(capsys: pytest.Captur
     assert [step for step, _ in server.rows] == [1, 2, 3, 4, 5]
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "logger.wandb: ConnectionError: https://host refused; metrics.jsonl goes on",
+        "logger.wandb: ConnectionError: https://host refused; metrics.jsonl continues",
         "logger.wandb: works again",
     ]
 

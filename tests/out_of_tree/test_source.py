@@ -60,4 +60,4 @@ def test_help_and_errors_know_the_folder(notes: Path, tmp_path: Path, capsys: py
         if "Available" in message:
             assert "my_notes" in said and "tiny" in said
     assert build.main(["--config-dir", str(tmp_path / "none"), "source=my_notes", output]) == 2
-    assert f"--config-dir: {tmp_path / 'none'} is no folder" in capsys.readouterr().err
+    assert f"--config-dir: {tmp_path / 'none'} is not a folder" in capsys.readouterr().err

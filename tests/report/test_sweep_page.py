@@ -121,5 +121,5 @@ def test_what_cannot_be_read_is_left_out(folder: Path, tmp_path: Path) -> None:
     for index, text in enumerate(broken):
         (folder / "jobs" / f"broken{index}.json").write_text(text)
     assert len(records.read_sweep(folder).jobs) == 12
-    with pytest.raises(ConfigError, match="is no sweep"):
+    with pytest.raises(ConfigError, match="is not a sweep"):
         records.read_sweep(tmp_path)

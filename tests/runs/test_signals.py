@@ -1,4 +1,4 @@
-"""Signals on any rank of two: all save the step they are in, leave with one code, and the same command goes on."""
+"""Signals on any rank of two: all save the step they are in, leave with one code, and the same command continues."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_run_goes_back_and_leaves_out_what_led_to_the_failure(data: Path, tmp_
     went_back = job(data, tmp_path, *poison, "trainer.guard.rollback=1", "trainer.save_every=2", name="back")
     assert cli.main(went_back) == 0
     assert record.read_json(tmp_path / "back/rollbacks.json") == {"made": [{"to": 2, "last": 6}]}
-    assert "rollback 1 of 1: goes on from step 2, without the data of steps 3 to 6" in (
+    assert "rollback 1 of 1: continues from step 2, without the data of steps 3 to 6" in (
         tmp_path / "back/output.log"
     ).read_text(encoding="utf-8")
     by_hand = train(job(data, tmp_path, "trainer.max_steps=8", "trainer.skip_steps=[[3,6]]", name="by_hand"))

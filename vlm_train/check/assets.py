@@ -70,11 +70,13 @@ def _describe_missing(name: str, probe: str) -> str | None:
     if isinstance(huggingface_hub.try_to_load_from_cache(name, probe), str):
         return None
     if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
-        return "is no local path and not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE)."
+        return "is not a local path and not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE)."
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except Exception as error:  # any failure to reach or find it means that the run cannot have it
-        return f"is no local path, not in the hub's cache and not to be had from the hub ({type(error).__name__})."
+        return (
+            f"is not a local path, not in the hub's cache and cannot be loaded from the hub ({type(error).__name__})."
+        )
     return None
 
 
@@ -132,6 +134,6 @@ def _missing_runs(cfg: DictConfig, expected: Collection[Path]) -> Iterator[str]:
         elif Path(run).absolute() not in expected and not Path(run).exists():
             yield f"{key}: {run} does not exist. Expected a run folder, a checkpoint or .safetensors."
     if (teacher := reference.get("model")) not in (None, "start") and not Path(teacher, "config.yaml").is_file():
-        yield f"reference.model: {teacher} is no run folder. Expected start, or a folder with config.yaml."
+        yield f"reference.model: {teacher} is not a run folder. Expected start, or a folder with config.yaml."
     if cfg.resume not in ("auto", "never", "restart") and not Path(cfg.resume).exists():
         yield f"resume: {cfg.resume} does not exist. Allowed: auto, never, restart, or the path of a checkpoint."

@@ -238,5 +238,5 @@ class CheckpointWriter:
         shutil.rmtree(files.partial_folder(final), ignore_errors=True)
         said = f"{final}: cannot be written: {error}. Earlier checkpoints are intact"
         if must or self.failures > 1:
-            raise CheckpointError(f"{said}: make room, then the same command goes on from the newest.")
-        print(f"WARNING: {said}; training goes on and tries again at the next checkpoint.", flush=True)
+            raise CheckpointError(f"{said}: make room, then the same command resumes from the newest.")
+        print(f"WARNING: {said}; training continues and tries again at the next checkpoint.", flush=True)

@@ -64,7 +64,9 @@ class _Reader:
             file = stack.enter_context(safe_open(path, "pt"))
             for name in file.keys():  # noqa: SIM118
                 if (found := _KEY.fullmatch(name)) is None:
-                    raise CheckpointError(f"{path}: {name!r} is no piece of ours: <parameter>|<kind>|<first element>")
+                    raise CheckpointError(
+                        f"{path}: {name!r} is not a piece of ours: <parameter>|<kind>|<first element>"
+                    )
                 parameter, kind, start = found.groups()
                 self._add_stored(file, name, (parameter, kind), int(start))
                 single = not file.get_slice(name).get_shape()  # so is every state of a parameter without dimensions

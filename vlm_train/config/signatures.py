@@ -181,7 +181,7 @@ def import_target(target: str) -> Any:
         except (ImportError, AttributeError, ValueError) as error:
             raise UnknownTarget(f"{target} cannot be imported: {error}") from error
         if inspect.ismodule(outer):
-            raise UnknownTarget(f"{path} is no module of its own: name {outer.__name__}.{name}.") from None
+            raise UnknownTarget(f"{path} is not a module of its own: name {outer.__name__}.{name}.") from None
     if not hasattr(outer, name):
         raise UnknownTarget(f"{path} has no '{name}'.{did_you_mean(name, dir(outer), path + '.')}")
     found = getattr(outer, name)

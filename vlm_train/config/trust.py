@@ -63,7 +63,7 @@ def reason_not_trusted(target: Any, allow_targets: list[str]) -> str | None:
             "extend them with allow_targets=[<prefix>] if you trust this code."
         )
     if is_ours(target) and any(name.startswith("_") for name in target.split(".")):
-        return f"{target!r} is private, so it is no component."
+        return f"{target!r} is private, so it is not a component."
     return None
 
 

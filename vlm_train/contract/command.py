@@ -65,7 +65,7 @@ def _print_findings(overrides: Sequence[str], dirs: Sequence[str]) -> Iterator[s
     if not chosen:
         raise ConfigError(f"contract: nothing to check. Allowed: <group>=<name> of {', '.join(CONTRACTS)}.")
     if missing := [folder for folder in dirs if not Path(folder).is_dir()]:
-        raise ConfigError(f"--config-dir: {missing[0]} is no folder. Expected one with <group>/<name>.yaml.")
+        raise ConfigError(f"--config-dir: {missing[0]} is not a folder. Expected one with <group>/<name>.yaml.")
     for one in chosen:
         group, _, name = one.partition("=")
         around = [other for other in overrides if other.partition("=")[0] not in (group, "metric")]

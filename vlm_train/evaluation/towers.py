@@ -80,7 +80,7 @@ def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tup
     sample, blobs = shards.load_sample(number)
     caption = reference_answer(sample.annotations[0])
     if not caption:
-        raise BadSample(f"sample {sample.key!r}: its first annotation is no caption")
+        raise BadSample(f"sample {sample.key!r}: its first annotation is not a caption")
     made = processor.make_views(blobs[:1])
     views = {name: one for name, items in made.items() for one in items if one is not None and len(one) == 1}
     if not views or len(views) < len(made):

@@ -116,7 +116,7 @@ class MetricsLogger(Logger):
             now = self._clock()
             self._next = now + max(PAUSE, PATIENCE * (now - start))
             if not self._behind:
-                print(f"logger.{self.label}: {_describe_error(error)}; metrics.jsonl goes on", flush=True)
+                print(f"logger.{self.label}: {_describe_error(error)}; metrics.jsonl continues", flush=True)
             self._behind = True
         else:
             if self._behind:

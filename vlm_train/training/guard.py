@@ -97,7 +97,7 @@ class Guard:
             print(f"rollback: there is no checkpoint from before step {first}", flush=True)
             return
         print(
-            f"rollback {self.rolled_back + 1} of {self.rollback}: goes on from step {made.to}, without the data of "
+            f"rollback {self.rolled_back + 1} of {self.rollback}: continues from step {made.to}, without the data of "
             f"steps {made.to + 1} to {made.last}",
             flush=True,
         )

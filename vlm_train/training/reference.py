@@ -109,7 +109,7 @@ def _require_frozen_base(model: nn.Module) -> None:
     learned = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     if learned:
         raise ConfigError(
-            f"reference.model: the model with its adapters off is no reference, because {len(learned)} parameters "
+            f"reference.model: the model with its adapters off is not a reference, because {len(learned)} parameters "
             f"beside them learn, for example {learned[0]}. Give it weights of its own, reference.init_from=[...] "
             "([]: as the run starts)."
         )

@@ -106,7 +106,7 @@ def test_saved_datasets_are_read_without_decoding(tmp_path, picture, monkeypatch
 
 
 def test_wrong_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no rows in .*parquet, and is no folder of datasets' save_to_disk"):
+    with pytest.raises(DataError, match="holds no rows in .*parquet, and is not a folder of datasets' save_to_disk"):
         HFMessages(folder=str(tmp_path))
     _write(tmp_path / "x.parquet", [{"text": "x"}])
     with pytest.raises(DataError, match="no column messages, conversations or chosen; it has text"):

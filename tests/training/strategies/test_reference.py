@@ -57,7 +57,7 @@ def test_adapters_are_their_own_reference(data: Path, tmp_path: Path) -> None:
     assert losses(off)[0] == pytest.approx(0.6931, abs=1e-4) and losses(off)[-1] < losses(off)[0]
     copied = train(command(data, tmp_path, *common, adapters, "reference.init_from=[]", name="copied"))
     assert_equal_runs(off, copied)
-    with pytest.raises(ConfigError, match="reference.model: the model with its adapters off is no reference"):
+    with pytest.raises(ConfigError, match="reference.model: the model with its adapters off is not a reference"):
         train(command(data, tmp_path, *common, "params=all", name="refused"))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
 
 VERSION = 2
@@ -120,14 +120,11 @@ def _read_file(path: Path, count: int) -> Lengths | None:
 
 
 def _write_file(path: Path, lengths: Lengths) -> None:
-    partial_path = path.with_suffix(f".{os.getpid()}.partial.npz")
     try:
-        np.savez(partial_path, allow_pickle=False, **{f.name: getattr(lengths, f.name) for f in fields(lengths)})
-        partial_path.rename(path)
+        with atomic_write(path, "wb") as file:
+            np.savez(file, allow_pickle=False, **{f.name: getattr(lengths, f.name) for f in fields(lengths)})
     except OSError as error:
         raise _cache_error(path, error) from error
-    finally:
-        partial_path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def read_sweep(folder: Path) -> Sweep:
     """The sweep in a folder; files that cannot be read are left out. Raises ConfigError without a `sweep.json`."""
     content = _read_json(folder / SWEEP)
     if content is None:
-        raise ConfigError(f"'{folder}' is no sweep: it holds no {SWEEP}")
+        raise ConfigError(f"'{folder}' is not a sweep: it holds no {SWEEP}")
     found = [job for path in (folder / JOBS).glob("*.json") if (job := _parse_job(_read_json(path)))]
     for job in found:
         if job.status == "running" and _is_gone(job):
