@@ -83,8 +83,8 @@ def write_view(shards: ShardSet, output: Path, verdicts: Verdicts, about: Mappin
     beside = Path(os.path.abspath(output)).parent == folder.parent
     if not beside or not all(SHARED.fullmatch(name) for name in names):
         raise DataError(
-            f"output {output} is not a view of {shards.address}: it has to lie beside the set, and the names of the set "
-            "and its shards hold only A-Z a-z 0-9 _ - . ; copy=true writes the samples anywhere"
+            f"output {output} is not a view of {shards.address}: it has to lie beside the set, and the names of the "
+            "set and its shards hold only A-Z a-z 0-9 _ - . ; copy=true writes the samples anywhere"
         )
     used, counts = np.unique(shards.index.shard[verdicts.kept], return_counts=True)
     numbers = np.full(len(names), -1)

@@ -47,7 +47,7 @@ class ColumnWriter:
         about: what the values depend on, besides the set.
 
     Raises:
-        DataError: the folder holds complete columns that were made otherwise, or something else.
+        DataError: the folder holds complete columns that were made with other arguments, or something else.
     """
 
     def __init__(self, folder: Path | str, shards: ShardSet, names: Sequence[str], about: Mapping[str, Any]) -> None:
@@ -120,8 +120,8 @@ class ColumnWriter:
                      if now.get(n) != there.get(n)]  # fmt: skip
         if differing:
             raise DataError(
-                f"{self.folder} holds columns made with other arguments ({'; '.join(differing)}); choose another output "
-                "or remove it"
+                f"{self.folder} holds columns made with other arguments ({'; '.join(differing)}); choose another "
+                "output or remove it"
             )
 
 

@@ -91,7 +91,7 @@ def test_noise_is_filtered_and_the_verdicts_are_told(made, tmp_path, capsys):
 
     assert main(arguments) == 0 and "already made" in capsys.readouterr().out
     assert main([*arguments, "ranges.match=[0.6,null]"]) == 2
-    assert "built otherwise (ranges" in capsys.readouterr().err
+    assert "built with other arguments (ranges" in capsys.readouterr().err
 
 
 def test_captions_are_exchanged_and_filtered_by_their_own_scores(made, tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_columns_go_on_after_a_kill(made, tmp_path, capsys):
 
     ColumnWriter(tmp_path / "other", shards, ["match"], {"run": "a"}).write_rows(0, [])
     assert ColumnWriter(tmp_path / "other", shards, ["match"], {"run": "b"}).missing_shards == [0, 1, 2]
-    assert "thrown away" in capsys.readouterr().err
+    assert "with other arguments are deleted" in capsys.readouterr().err
     with pytest.raises(DataError, match="holds no columns"):
         ColumnWriter(shards.folder, shards, ["match"], {})
 
@@ -166,7 +166,7 @@ def test_columns_that_do_not_fit_are_named(made, tmp_path):
         Columns(shards.folder, shards, option="scores")
     with pytest.raises(DataError, match=r"a row has \['key'\]; expected \['key', 'match'\]"):
         ColumnWriter(tmp_path / "new", shards, ["match"], {}).write_rows(0, [{"key": "k0"}])
-    with pytest.raises(DataError, match="no JSON"):
+    with pytest.raises(DataError, match="not JSON"):
         ColumnWriter(tmp_path / "new", shards, ["match"], {}).write_rows(0, [{"key": "k0", "match": [float("nan")]}])
     (folder / file_name(0)).write_text("{}\n")
     with pytest.raises(DataError, match="shard-000000.jsonl: sha256"):

@@ -41,7 +41,7 @@ def test_build_twice_does_nothing_the_second_time(tmp_path, records, capsys):
     assert build([*arguments, "max_bad=5"]) == 0  # does not change the set
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
     assert build([*arguments, "limit=2"]) == 2
-    assert "built otherwise (limit: None there, 2 now)" in capsys.readouterr().err
+    assert "built with other arguments (limit: None there, 2 now)" in capsys.readouterr().err
     assert build([*arguments, "limit=2", "force=true"]) == 0 and len(ShardSet(tmp_path / "out")) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "records.json"]
 

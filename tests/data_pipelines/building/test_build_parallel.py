@@ -102,7 +102,7 @@ def test_parts_of_other_arguments_are_thrown_away(tmp_path, capsys):
             write_shards(source, tmp_path / "set", samples_per_shard=shard)
         except ZeroDivisionError:
             assert (tmp_path / ".set.partial" / "part-000000").is_dir()
-    assert "other arguments are thrown away" in capsys.readouterr().err
+    assert "other arguments are deleted" in capsys.readouterr().err
     assert [info.samples for info in Manifest.read(tmp_path / "set").shards] == [1, 1, 1, 1]
 
 

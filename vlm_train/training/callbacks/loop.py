@@ -200,7 +200,7 @@ class Evaluation:
 
 @contextmanager
 def results_folder(folder: Path, real: bool) -> Iterator[Path]:
-    """`folder`, or one that is thrown away: where weights are in shards all ranks evaluate, and one keeps results."""
+    """`folder`, or a temporary one: where weights are in shards all ranks evaluate, and one keeps results."""
     if real:
         yield folder
         return
