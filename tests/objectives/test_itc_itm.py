@@ -92,9 +92,9 @@ class Recorded:
         self.asked: list[tuple[Tensor, Tensor]] = []
         match = model.match
 
-        def noted(context: Any, ids: Tensor, real: Tensor) -> Tensor:
+        def noted(context: Any, ids: Tensor, token_mask: Tensor) -> Tensor:
             self.asked.append((context[0], ids))
-            return match(context, ids, real)
+            return match(context, ids, token_mask)
 
         model.match = noted  # type: ignore[method-assign]
 

@@ -51,12 +51,15 @@ class ITM(Objective):
         scale = 1 / model.temperature.detach()
         similarity = [scale * one for one in compute_similarities(*vectors, pairs, gather, with_grad=False)]
         negative_text, negative_image, usable = self._draw_negatives(similarity, batch, pairs, gather)
-        ids, real = _pad_texts(batch, gather)
-        all_ids, all_real = (gather(one, pairs.sizes, with_grad=False) for one in (ids, real))
+        ids, token_mask = _pad_texts(batch, gather)
+        all_ids, all_masks = (gather(one, pairs.sizes, with_grad=False) for one in (ids, token_mask))
         states = model.image_keys_values(batch)
         other = self._other_context(model, batch, states, negative_image, pairs, gather)
         both = tuple(torch.cat([own, own, far]) for own, far in zip(states, other, strict=True))
-        asked = torch.cat([ids, all_ids[negative_text], ids]), torch.cat([real, all_real[negative_text], real])
+        asked = (
+            torch.cat([ids, all_ids[negative_text], ids]),
+            torch.cat([token_mask, all_masks[negative_text], token_mask]),
+        )
         logits = model.match(both, *asked).float()  # [3b, 2]
         count = len(ids)
         target = torch.cat([pairs.own.new_ones(count), pairs.own.new_zeros(2 * count)])
@@ -124,5 +127,5 @@ def _pad_texts(batch: Batch, gather: Gather) -> tuple[Tensor, Tensor]:
     stream = batch.text["llm"]
     rows = batch.media.row
     longest = max(gather.sizes(stream.ids.shape[1]))
-    ids, real = stream.ids[rows], (stream.segment_ids != 0)[rows]
-    return tuple(F.pad(one, (0, longest - one.shape[1])) for one in (ids, real))  # type: ignore[return-value]
+    ids, token_mask = stream.ids[rows], (stream.segment_ids != 0)[rows]
+    return tuple(F.pad(one, (0, longest - one.shape[1])) for one in (ids, token_mask))  # type: ignore[return-value]

@@ -58,8 +58,8 @@ def pairs_of(batch: Batch, gather: Gather, text: str = "llm") -> Pairs:
 
 def caption_hashes(stream: TokenStream) -> Tensor:
     """`[B]` int64 fingerprint of each row's real tokens; the same for any padding, so it compares across ranks."""
-    real = stream.segment_ids != 0
-    place = real.long().cumsum(dim=1)
+    token_mask = stream.segment_ids != 0
+    place = token_mask.long().cumsum(dim=1)
     mixed = (stream.ids + 1) * (2 * place + 1) * _HASH_BASE
     mixed = (mixed ^ (mixed >> 29)) * _HASH_BASE  # so that swapped tokens do not cancel
-    return (mixed * real).sum(dim=1)
+    return (mixed * token_mask).sum(dim=1)

@@ -90,10 +90,10 @@ def test_similarities_and_matching_are_those_of_transformers(tmp_path):
 def test_logits_are_those_of_transformers(tmp_path):
     model, given = blip(), batch()
     theirs = library(model, CAPTIONING, tmp_path)
-    real = given.text["llm"].segment_ids != 0
+    token_mask = given.text["llm"].segment_ids != 0
     ids = started(given, model.llm.decoder_start)
-    expected = theirs(pixels_of(model, given), ids, attention_mask=real.long()).logits
-    assert_close(model.logits(model(given))[real], expected[real])
+    expected = theirs(pixels_of(model, given), ids, attention_mask=token_mask.long()).logits
+    assert_close(model.logits(model(given))[token_mask], expected[token_mask])
 
 
 @pytest.mark.parametrize("kind", [RETRIEVAL, CAPTIONING])
@@ -120,8 +120,11 @@ def test_weights_come_back(tmp_path, kind):
 @pytest.mark.parametrize("left", [False, True])
 def test_a_row_does_not_depend_on_its_padding(left):
     model, given = blip(), batch(left=left)
-    real = given.text["llm"].segment_ids != 0
-    vectors, found = model.text_vectors(given), model.match(model.image_keys_values(given), given.text["llm"].ids, real)
+    token_mask = given.text["llm"].segment_ids != 0
+    vectors, found = (
+        model.text_vectors(given),
+        model.match(model.image_keys_values(given), given.text["llm"].ids, token_mask),
+    )
     for number, row in enumerate(ROWS):
         alone = with_views(batch([row]), given.media.inputs["vision"].values[number][None])
         assert_close(vectors[number], model.text_vectors(alone)[0])

@@ -54,10 +54,10 @@ def test_logits_loss_and_gradients_equal_llava(name):
     model = tiny_vlm()
     reference = reference_of(model)
     batch = batch_of(text_stream(rows, learn_from=1), items)
-    stream, real = batch.text["llm"], batch.text["llm"].segment_ids != 0
+    stream, token_mask = batch.text["llm"], batch.text["llm"].segment_ids != 0
 
     output = reference(**reference_inputs(batch))
-    assert_close(model.logits(model(batch))[real], output.logits[real], "logits")
+    assert_close(model.logits(model(batch))[token_mask], output.logits[token_mask], "logits")
 
     labels, weights = stream.labels.flatten(), stream.weights.sum()
     expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels, ignore_index=-100)

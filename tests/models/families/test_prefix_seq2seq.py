@@ -107,11 +107,11 @@ def test_logits_and_loss_are_the_library_s(tied: bool, attention: str) -> None:
         nn.init.normal_(llm.model.lm_head.weight, std=0.3)
     assert bool(llm.head_parameters()) == (not tied)
     embeds, labels = torch.randn(2, 6, llm.dim), torch.tensor(([5, 6, 1], [7, 1, IGNORE]))
-    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    token_mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     ids = torch.tensor([[0, 5, 6], [0, 7, 1]])
-    encoded = llm.encode(embeds, real[:, None, None])
+    encoded = llm.encode(embeds, token_mask[:, None, None])
     logits = llm.head(llm.decode(llm.embed(ids), torch.arange(3).expand(1, 2, 3), None, encoded=encoded))
-    expected = library(llm)(inputs_embeds=embeds, attention_mask=real.long(), labels=labels)
+    expected = library(llm)(inputs_embeds=embeds, attention_mask=token_mask.long(), labels=labels)
     assert_close(logits[0], expected.logits[0], "logits")
     assert_close(logits[1, :2], expected.logits[1, :2], "logits of the shorter row")
     assert_close(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), expected.loss, "loss")
@@ -127,10 +127,10 @@ def test_another_architecture_fits_the_contract() -> None:
     torch.manual_seed(0)
     llm = HFSeq2Seq(config={"model_type": "bart", "decoder_start_token_id": 2} | numbers).eval()
     ids, answer = torch.randint(3, 50, (2, 6)), torch.tensor([[2, 7, 8], [2, 9, 3]])
-    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    encoded = llm.encode(llm.embed(ids), real[:, None, None])
+    token_mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    encoded = llm.encode(llm.embed(ids), token_mask[:, None, None])
     logits = llm.head(llm.decode(llm.embed(answer), torch.arange(3)[None, None], None, encoded=encoded))
-    expected = llm.model(input_ids=ids, attention_mask=real.long(), decoder_input_ids=answer).logits
+    expected = llm.model(input_ids=ids, attention_mask=token_mask.long(), decoder_input_ids=answer).logits
     assert_close(logits, expected)
     assert (len(llm.layers), llm.start_id) == (4, 2)
 

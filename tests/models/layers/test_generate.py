@@ -13,7 +13,7 @@ def drawn(logits: torch.Tensor = LOGITS, rows: int = 4000, eos_ids=(), **samplin
     torch.manual_seed(0)
     ids = torch.zeros(rows, 1, dtype=torch.long)
     options = Sampling(**{"max_new_tokens": 1} | sampling)
-    return generate_tokens(lambda ids, real: logits.expand(len(ids), -1).clone(), ids, ids == 0, options, eos_ids)
+    return generate_tokens(lambda ids, token_mask: logits.expand(len(ids), -1).clone(), ids, ids == 0, options, eos_ids)
 
 
 def test_nucleus_holds_the_fewest_likely_tokens() -> None:
@@ -37,14 +37,14 @@ def test_tokens_that_are_there_become_less_likely() -> None:
 
 
 def test_padding_is_not_repeated() -> None:
-    ids, real = torch.tensor([[5, 0, 0], [0, 5, 6]]), torch.tensor([[True, False, False], [False, True, True]])
+    ids, token_mask = torch.tensor([[5, 0, 0], [0, 5, 6]]), torch.tensor([[True, False, False], [False, True, True]])
     logits = torch.tensor([1.0, 0.95, 0.0, 0.0, 0.0, 0.0, 0.0])
     options = Sampling(max_new_tokens=1, repetition_penalty=1.1)
-    assert generate_tokens(lambda *_: logits.expand(2, -1).clone(), ids, real, options, ()).tolist() == [[0], [0]]
+    assert generate_tokens(lambda *_: logits.expand(2, -1).clone(), ids, token_mask, options, ()).tolist() == [[0], [0]]
 
 
 def test_rows_end_but_not_too_early() -> None:
-    def following(ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def following(ids: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(2, 4)
         logits[0, 3], logits[1, 3 if ids.shape[1] > 3 else 2] = 1.0, 1.0
         return logits

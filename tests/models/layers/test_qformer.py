@@ -176,8 +176,10 @@ def test_text_never_leaks_into_queries_nor_the_future_into_the_past() -> None:
         a, b = model(batch), model(other)
         for row, first in enumerate((2, 1, 3)):
             assert torch.equal(a[row, :first], b[row, :first]) and not torch.equal(a[row, first], b[row, first])
-        real = batch.text["llm"].segment_ids != 0
-        matched = [model.match(model.image_keys_values(batch), one.text["llm"].ids, real) for one in (batch, other)]
+        token_mask = batch.text["llm"].segment_ids != 0
+        matched = [
+            model.match(model.image_keys_values(batch), one.text["llm"].ids, token_mask) for one in (batch, other)
+        ]
         assert not torch.allclose(*matched)  # there queries do see text
     image = pairs(seed=2)
     with torch.no_grad():
@@ -189,13 +191,13 @@ def test_text_never_leaks_into_queries_nor_the_future_into_the_past() -> None:
 @torch.no_grad()
 def test_padding_changes_nothing(left: bool) -> None:
     model, batch = tiny_blip2().eval(), pairs(left=left)
-    real = batch.text["llm"].segment_ids != 0
-    matched = model.match(model.image_keys_values(batch), batch.text["llm"].ids, real)
+    token_mask = batch.text["llm"].segment_ids != 0
+    matched = model.match(model.image_keys_values(batch), batch.text["llm"].ids, token_mask)
     for row, ids in enumerate(ROWS):
         alone = pairs([ids])
         alone.media.inputs["vision"].values[:] = batch.media.inputs["vision"].values[row]
         assert_close(model.text_vectors(alone)[0], model.text_vectors(batch)[row])
-        assert_close(model(alone)[0], model(batch)[row, real[row]])
+        assert_close(model(alone)[0], model(batch)[row, token_mask[row]])
         words = alone.text["llm"].ids
         assert_close(model.match(model.image_keys_values(alone), words, torch.ones_like(words) > 0)[0], matched[row])
 

@@ -52,10 +52,10 @@ def test_logits_equal_the_library_for_padded_rows(family, attention):
             if parameter.ndim > 1:
                 parameter.mul_(4)
     stream = text_stream(ROWS)
-    real = stream.segment_ids != 0
-    expected = llm.model(input_ids=stream.ids, attention_mask=real.long()).logits
+    token_mask = stream.segment_ids != 0
+    expected = llm.model(input_ids=stream.ids, attention_mask=token_mask.long()).logits
     logits = llm.head(decode_stream(llm, llm.embed(stream.ids), stream))
-    assert_close(logits[real], expected[real], family)
+    assert_close(logits[token_mask], expected[token_mask], family)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -72,12 +72,12 @@ def test_plain_causal_rows_need_no_mask(family, attention):
             if parameter.ndim > 1:
                 parameter.mul_(4)
     stream = text_stream(ROWS)
-    real = stream.segment_ids != 0
-    wave = torch.randn(int(real.sum()), llm.vocab_size)
+    token_mask = stream.segment_ids != 0
+    wave = torch.randn(int(token_mask.sum()), llm.vocab_size)
     results = []
-    for one in (stream, replace(stream, plain_causal=True, ids=stream.ids + 9 * ~real)):
+    for one in (stream, replace(stream, plain_causal=True, ids=stream.ids + 9 * ~token_mask)):
         llm.zero_grad()
-        logits = llm.head(decode_stream(llm, llm.embed(one.ids), one))[real]
+        logits = llm.head(decode_stream(llm, llm.embed(one.ids), one))[token_mask]
         (logits * wave).sum().backward()
         results.append((logits, {n: p.grad.clone() for n, p in llm.named_parameters()}))
     (masked, masked_grads), (plain, plain_grads) = results

@@ -100,14 +100,14 @@ class QFormerConnector(nn.Module):
         """For layer-wise learning rates and activation checkpointing."""
         return self.qformer.layers
 
-    def read_with_instruction(self, features: Features, ids: Tensor, real: Tensor) -> Features:
-        """With instructions `[N, T]`, whose tokens `real` marks: queries and instruction see all of each other."""
+    def read_with_instruction(self, features: Features, ids: Tensor, token_mask: Tensor) -> Features:
+        """With instructions `[N, T]`, whose tokens `token_mask` marks. Queries and instruction see each other."""
         assert self.text is not None
         queries = self._queries(features)
-        seen = torch.cat([real.new_ones(queries.shape[:2]), real], dim=1)
+        seen = torch.cat([token_mask.new_ones(queries.shape[:2]), token_mask], dim=1)
         passed = self.qformer(
             queries=queries,
-            text=self.text(ids, real),
+            text=self.text(ids, token_mask),
             branch=self.text,
             context=self.qformer.context(*features.padded()),
             mask=both_ways(seen),

@@ -69,7 +69,7 @@ class Blip(Family):
         return self.llm.context(features)
 
     def image_keys_values(self, batch: Batch) -> tuple[Tensor, ...]:
-        """That of the batch's images."""
+        """`context` of the batch's images, made once a batch."""
         return cached_on_batch(batch, self, "context", lambda: self.context(self.features(batch)))
 
     def image_vectors(self, batch: Batch) -> Tensor:
@@ -83,10 +83,12 @@ class Blip(Family):
             : len(batch.media.row)
         ]
 
-    def match(self, context: tuple[Tensor, ...], ids: Tensor, real: Tensor) -> Tensor:
-        """Whether images and texts `[m, T]` belong together: logits `[m, 2]`, the second says yes; `real` marks tokens
-        that are no padding."""
-        return self.match_head(self._encode_text(replace_first_token(ids, real, self.llm.encoder_start), real, context))
+    def match(self, context: tuple[Tensor, ...], ids: Tensor, token_mask: Tensor) -> Tensor:
+        """Whether images and texts `[m, T]` belong together: logits `[m, 2]`, the second says yes. `token_mask`
+        `[m, T]` marks tokens that are no padding."""
+        return self.match_head(
+            self._encode_text(replace_first_token(ids, token_mask, self.llm.encoder_start), token_mask, context)
+        )
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
         """Final hidden states `[B, T, D]` of text that is generated from the image (LM)."""
@@ -124,16 +126,20 @@ class Blip(Family):
             repetition_penalty=repetition_penalty,
         )
 
-        def next_logits(ids: Tensor, real: Tensor) -> Tensor:
-            mask = attention_mask(real.int(), torch.zeros_like(ids))
-            hidden = self.llm.decode(self.llm.embed(ids), position_ids_from_mask(real)[None], mask, context)
+        def next_logits(ids: Tensor, token_mask: Tensor) -> Tensor:
+            mask = attention_mask(token_mask.int(), torch.zeros_like(ids))
+            hidden = self.llm.decode(self.llm.embed(ids), position_ids_from_mask(token_mask)[None], mask, context)
             logits = self.llm.head(hidden[:, -1])
             logits[:, [self.llm.decoder_start, self.llm.encoder_start]] = float("-inf")  # they are no text
             return logits
 
-        real = text.segment_ids != 0
+        token_mask = text.segment_ids != 0
         return generate_tokens(
-            next_logits, replace_first_token(text.ids, real, self.llm.decoder_start), real, sampling, eos_ids
+            next_logits,
+            replace_first_token(text.ids, token_mask, self.llm.decoder_start),
+            token_mask,
+            sampling,
+            eos_ids,
         )
 
     @torch.no_grad()
@@ -153,8 +159,8 @@ class Blip(Family):
     def _text_vectors(self, stream: TokenStream) -> Tensor:
         return F.normalize(self.text_projection(self._encode_text(stream.ids, stream.segment_ids != 0)), dim=-1)
 
-    def _encode_text(self, ids: Tensor, real: Tensor, context: tuple[Tensor, ...] = ()) -> Tensor:
+    def _encode_text(self, ids: Tensor, token_mask: Tensor, context: tuple[Tensor, ...] = ()) -> Tensor:
         """Texts `[m, T]`, all of whose tokens see each other -> the hidden state `[m, D]` of their first token."""
-        mask = attention_mask(real.int(), torch.full_like(ids, -1))
-        hidden = self.llm.encode(self.llm.embed(ids), position_ids_from_mask(real)[None], mask, context)
-        return first_token_state(hidden, real)
+        mask = attention_mask(token_mask.int(), torch.full_like(ids, -1))
+        hidden = self.llm.encode(self.llm.embed(ids), position_ids_from_mask(token_mask)[None], mask, context)
+        return first_token_state(hidden, token_mask)

@@ -81,7 +81,7 @@ class Blip2QFormerModel(Family):
         return self.connector.qformer.context(features)
 
     def image_keys_values(self, batch: Batch) -> tuple[Tensor, ...]:
-        """That of the batch's images."""
+        """`context` of the batch's images, made once a batch."""
         return cached_on_batch(batch, self, "context", lambda: self.context(self.features(batch)))
 
     def image_vectors(self, batch: Batch) -> Tensor:
@@ -99,13 +99,13 @@ class Blip2QFormerModel(Family):
             : len(batch.media.row)
         ]
 
-    def match(self, context: tuple[Tensor, ...], ids: Tensor, real: Tensor) -> Tensor:
-        """Whether images and texts `[m, T]` belong together: logits `[m, 2]`, the second says yes; `real` marks tokens
-        that are no padding."""
+    def match(self, context: tuple[Tensor, ...], ids: Tensor, token_mask: Tensor) -> Tensor:
+        """Whether images and texts `[m, T]` belong together: logits `[m, 2]`, the second says yes. `token_mask`
+        `[m, T]` marks tokens that are no padding."""
         queries = self._expand_queries(len(ids))
-        seen = torch.cat([real.new_ones(len(ids), queries.shape[1]), real], dim=1)
+        seen = torch.cat([token_mask.new_ones(len(ids), queries.shape[1]), token_mask], dim=1)
         text, former = self.connector.text, self.connector.qformer
-        passed = former(queries=queries, text=text(ids, real), branch=text, context=context, mask=both_ways(seen))
+        passed = former(queries=queries, text=text(ids, token_mask), branch=text, context=context, mask=both_ways(seen))
         return self.match_head(passed.hidden[:, : queries.shape[1]]).mean(dim=1)
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
@@ -114,14 +114,16 @@ class Blip2QFormerModel(Family):
         asked = self._encode_batch_queries(batch)
         if not len(asked.hidden):  # a batch of padding: no image, one row of text
             return self._encode_text(text.ids, text.segment_ids != 0)
-        real = text.segment_ids != 0
-        ids = replace_first_token(text.ids, real, self.start_id)
+        token_mask = text.segment_ids != 0
+        ids = replace_first_token(text.ids, token_mask, self.start_id)
         count = asked.hidden.shape[1]
         segments = F.pad(text.segment_ids, (count, 0), value=1)
         groups = F.pad(torch.zeros_like(text.attention_group), (count, 0), value=-1)  # queries are a shared block
         mask = attention_mask(segments, groups)[:, :, count:]
         branch = self.connector.text
-        return self.connector.qformer(text=branch(ids, real), branch=branch, mask=mask, past=asked.keys_values).hidden
+        return self.connector.qformer(
+            text=branch(ids, token_mask), branch=branch, mask=mask, past=asked.keys_values
+        ).hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> `[..., V]`; the weights are those of the embeddings."""
@@ -138,13 +140,15 @@ class Blip2QFormerModel(Family):
         return self.connector.qformer(queries=self._expand_queries(len(context[0])), context=context)
 
     def _text_vectors(self, stream: TokenStream) -> Tensor:
-        real = stream.segment_ids != 0
-        return F.normalize(self.text_projection(first_token_state(self._encode_text(stream.ids, real), real)), dim=-1)
+        token_mask = stream.segment_ids != 0
+        return F.normalize(
+            self.text_projection(first_token_state(self._encode_text(stream.ids, token_mask), token_mask)), dim=-1
+        )
 
     def _expand_queries(self, rows: int) -> Tensor:
         return self.connector.qformer.queries.expand(rows, -1, -1)
 
-    def _encode_text(self, ids: Tensor, real: Tensor) -> Tensor:
+    def _encode_text(self, ids: Tensor, token_mask: Tensor) -> Tensor:
         """Text `[B, T]` by itself, in both directions -> `[B, T, D]`."""
         branch = self.connector.text
-        return self.connector.qformer(text=branch(ids, real), branch=branch, mask=both_ways(real)).hidden
+        return self.connector.qformer(text=branch(ids, token_mask), branch=branch, mask=both_ways(token_mask)).hidden

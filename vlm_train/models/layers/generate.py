@@ -32,23 +32,27 @@ class Sampling:
 
 
 def generate_tokens(
-    following: Callable[[Tensor, Tensor], Tensor], ids: Tensor, real: Tensor, sampling: Sampling, eos_ids: Sequence[int]
+    following: Callable[[Tensor, Tensor], Tensor],
+    ids: Tensor,
+    token_mask: Tensor,
+    sampling: Sampling,
+    eos_ids: Sequence[int],
 ) -> Tensor:
     """Continue prompts with what torch's generator draws.
 
     Args:
-        following: `ids [B, T], real [B, T]`, padded on the left -> logits `[B, V]` of the next token.
-        ids, real: prompts `[B, T]`, padded on any side, and which tokens are no padding.
+        following: `ids [B, T], token_mask [B, T]`, padded on the left -> logits `[B, V]` of the next token.
+        ids, token_mask: prompts `[B, T]`, padded on any side, and which tokens are no padding.
 
     Returns:
         `[B, up to max_new_tokens]`; a row that ended is filled up with its ending token.
     """
-    order = real.int().argsort(dim=1, stable=True)  # padding to the left, real tokens in their order
-    ids, real = ids.gather(1, order), real.gather(1, order)
+    order = token_mask.int().argsort(dim=1, stable=True)  # padding to the left, real tokens in their order
+    ids, token_mask = ids.gather(1, order), token_mask.gather(1, order)
     prompt, ended = ids.shape[1], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=ids.device)
     for count in range(sampling.max_new_tokens):
-        logits = _penalize_repeats(following(ids, real).float(), ids, real, sampling.repetition_penalty)
+        logits = _penalize_repeats(following(ids, token_mask).float(), ids, token_mask, sampling.repetition_penalty)
         if count < sampling.min_new_tokens:
             logits[:, ends] = float("-inf")
         chosen = _choose_token(logits, sampling)
@@ -56,16 +60,18 @@ def generate_tokens(
             chosen = torch.where(ended, ends[0], chosen)
             ended |= torch.isin(chosen, ends)
         ids = torch.cat([ids, chosen[:, None]], dim=1)
-        real = torch.cat([real, real.new_ones(len(ids), 1)], dim=1)
+        token_mask = torch.cat([token_mask, token_mask.new_ones(len(ids), 1)], dim=1)
         if bool(ended.all()):
             break
     return ids[:, prompt:]
 
 
-def _penalize_repeats(logits: Tensor, ids: Tensor, real: Tensor, penalty: float) -> Tensor:
+def _penalize_repeats(logits: Tensor, ids: Tensor, token_mask: Tensor, penalty: float) -> Tensor:
     if penalty == 1.0:
         return logits
-    seen = torch.zeros_like(logits).scatter_reduce(1, ids, real.float(), reduce="amax") > 0  # padding does not count
+    seen = (
+        torch.zeros_like(logits).scatter_reduce(1, ids, token_mask.float(), reduce="amax") > 0
+    )  # padding does not count
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 

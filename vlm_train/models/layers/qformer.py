@@ -138,17 +138,19 @@ class TextBranch(nn.Module):
         )
         self.apply(first_weights)
 
-    def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Token ids `[B, T]` -> embeddings `[B, T, D]`. Raises `BatchError` for too many.
 
-        Positions count from the first token that `real` `[B, T]` marks as no padding; None: from the first.
+        Positions count from the first token that `token_mask` `[B, T]` marks as no padding; None: from the first.
         """
         if ids.shape[1] > (most := len(self.positions.weight)):
             raise BatchError(
                 f"connector: a text of {ids.shape[1]} tokens, but max_positions={most}; set data.max_length"
             )
         positions = (
-            self.positions.weight[: ids.shape[1]] if real is None else self.positions(position_ids_from_mask(real))
+            self.positions.weight[: ids.shape[1]]
+            if token_mask is None
+            else self.positions(position_ids_from_mask(token_mask))
         )
         return self.words(ids) + positions
 

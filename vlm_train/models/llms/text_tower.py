@@ -100,14 +100,14 @@ class HFTextTower(nn.Module):
 
     def _pad_right(self, stream: TokenStream) -> tuple[Tensor, Tensor]:
         """Ids with the padding on the right, `[B, min(T, L)]` (SigLIP: `[B, L]`), and the place of the last token."""
-        real = stream.segment_ids != 0
-        count = real.sum(dim=1, keepdim=True)
-        place = real.long().cumsum(dim=1) - 1
+        token_mask = stream.segment_ids != 0
+        count = token_mask.sum(dim=1, keepdim=True)
+        place = token_mask.long().cumsum(dim=1) - 1
         # Places from `width` on are cut off, but the last token of a row always has one.
         width = min(stream.ids.shape[1], self.max_length) if self.causal else self.max_length
-        final = (place + 1 == count).logical_and(real)
+        final = (place + 1 == count).logical_and(token_mask)
         place = torch.where(final, place.clamp(max=width - 1), torch.where(place < width - 1, place, width))
-        place = torch.where(real, place, width)
+        place = torch.where(token_mask, place, width)
         fill = self.model.config.pad_token_id
         ids = torch.full((len(place), width + 1), fill, dtype=stream.ids.dtype, device=place.device)
         ids = ids.scatter(1, place, stream.ids)[:, :width]
