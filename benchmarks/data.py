@@ -72,7 +72,7 @@ def _against_webdataset(
     def ours() -> float:
         return rate(
             our_loader(folder, steps, workers=workers, draft=draft),
-            lambda batch: batch.media.inputs["vision"].real,
+            lambda batch: batch.media.inputs["vision"].views_total,
             skip,
         )
 
@@ -124,7 +124,7 @@ def position(settings: Settings) -> Iterator[Line]:
                     state = json.dumps({"step": step, **data.state_dict()}).encode()
                 yield batch
 
-        return rate(batches(), lambda batch: batch.media.inputs["vision"].real)
+        return rate(batches(), lambda batch: batch.media.inputs["vision"].views_total)
 
     both = lambda keep: lambda: run(keep)  # noqa: E731
     about: dict[str, Any] = {"must": 0.99, "aim": 0.995, "unit": "samples/s"}

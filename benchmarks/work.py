@@ -89,7 +89,7 @@ class Work:
                     sums={name: {"made": count} for name in self.batch.text} | {"samples": {"made": float(rows)}},
                     samples=rows,
                     tokens=text.ids.numel(),
-                    places=text.ids.numel(),
+                    positions_total=text.ids.numel(),
                     supervised=int(count),
                 ),
             )

@@ -88,7 +88,7 @@ def test_slots_are_where_the_placeholders_are(left):
     assert text.slots.placeholders == 9 and text.slots.feature_index is None
     assert batch.media.slot_counts == (3, 2, 4) and batch.media.inputs["vision"].view_counts == (1, 2, 1)
     assert batch.media.row.tolist() == [0, 0, 2] and batch.media.keys == ("a", "a", "c")
-    assert batch.media.inputs["vision"].real == len(batch.media.inputs["vision"].values) == 4
+    assert batch.media.inputs["vision"].views_total == len(batch.media.inputs["vision"].values) == 4
     assert batch.media.inputs["vision"].values[:, 0, 0, 0].tolist() == [9, 10, 10, 6]
 
 
@@ -146,7 +146,7 @@ def test_every_encoder_is_given_views_of_its_own():
     assert patches.values[:, 0].tolist() == [0] * 4 + [1] * 5 and patches.patches == 9
     assert media.slot_counts == (2, 1) and media.row.tolist() == [0, 0]
     blank = collate([text], plans).media.inputs
-    assert [one.real for one in blank.values()] == [0, 0] and len(blank["native"]) == 1
+    assert [one.views_total for one in blank.values()] == [0, 0] and len(blank["native"]) == 1
 
 
 def test_a_placeholder_that_nothing_fills_is_refused():
@@ -218,7 +218,7 @@ def test_an_empty_list_gives_one_padding_row():
     text = batch.text["llm"]
     assert text.ids.tolist() == [[0]] and text.labels.tolist() == [[IGNORE]] and text.segment_ids.tolist() == [[0]]
     assert text.weights.sum() == 0 and text.supervised.tolist() == []
-    assert batch.media.inputs["vision"].values.shape == (1, 3, *SIZE) and batch.media.inputs["vision"].real == 0
+    assert batch.media.inputs["vision"].values.shape == (1, 3, *SIZE) and batch.media.inputs["vision"].views_total == 0
     assert text.slots.index.tolist() == [] and batch.media.row.tolist() == []
     assert text.supervised.dtype == text.slots.index.dtype == batch.media.row.dtype == torch.int64
     assert batch.keys == batch.sources == ((),)

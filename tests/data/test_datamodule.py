@@ -191,7 +191,7 @@ def test_a_rank_without_samples_names_the_same_sums(root: Path) -> None:
 def test_images_that_nothing_shows_and_images_shown_twice(tmp_path: Path) -> None:
     turns = (user("A", 1), assistant("a"), user("B", 1), assistant("b"))
     (batch, *_) = data(write(tmp_path / "set", [turns], [(user("C"), assistant("c"))])).train_dataloader()
-    assert batch.media.inputs["vision"].real == 1 and batch.media.slot_counts == (4,)
+    assert batch.media.inputs["vision"].views_total == 1 and batch.media.slot_counts == (4,)
     assert batch.text["llm"].slots.feature_index.tolist() == [0, 1, 2, 3] * 2
     assert batch.text["llm"].plain_causal
 

@@ -31,7 +31,7 @@ class Towers(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def encode_image(self, media) -> torch.Tensor:
-        return torch.eye(COUNT)[: media.inputs["vision"].real]
+        return torch.eye(COUNT)[: media.inputs["vision"].views_total]
 
     def encode_text(self, stream) -> torch.Tensor:
         return torch.eye(COUNT)[stream.segment_ids.sum(dim=1) - 3]  # bos, at least one letter, eos

@@ -126,7 +126,7 @@ def step(one: Meter, clock: Any, *, wait: float, work: float, samples: int = 4) 
     one.add_batch(packed([1], width=1))
     sums = {"samples": {"a": samples - 1.0, "b": 1.0}}
     one.open_step(
-        Window(step=0, micro=0, micro_count=1, sums=sums, samples=samples, tokens=60, places=80, supervised=15)
+        Window(step=0, micro=0, micro_count=1, sums=sums, samples=samples, tokens=60, positions_total=80, supervised=15)
     )
     one.train.add_loss("lm", loss(6.0, 3.0))
     clock.now += work

@@ -152,7 +152,7 @@ class Window:
 
     `sums[stream][source]` is the total loss weight of this rank's whole window (the stream "samples" counts samples);
     one all-reduce of it before the first backward gives the global denominator. The other counts are for the log
-    (`places`: tokens and padding); `problems` says which samples were left out, and why.
+    (`positions_total`: tokens and padding); `problems` says which samples were left out, and why.
     """
 
     step: int
@@ -161,7 +161,7 @@ class Window:
     sums: Mapping[str, Mapping[str, float]]
     samples: int = 0
     tokens: int = 0
-    places: int = 0
+    positions_total: int = 0
     supervised: int = 0
     problems: tuple[Problem, ...] = ()
 
@@ -198,7 +198,7 @@ class Batch:
 
 def count_pairs(batch: Batch, text: str = "llm") -> int:
     """Number of image-text pairs. Raises `BatchError` unless every text of the stream `text` has one image view."""
-    texts, pairs, views = len(batch.text[text].ids), len(batch.media.row), batch.media.inputs["vision"].real
+    texts, pairs, views = len(batch.text[text].ids), len(batch.media.row), batch.media.inputs["vision"].views_total
     if views != pairs or (pairs and pairs != texts):  # without pairs, a row of padding
         raise BatchError(f"batch: needs one image view a text, got {views} views of {pairs} images for {texts} texts")
     return pairs

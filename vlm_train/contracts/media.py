@@ -42,7 +42,7 @@ class MediaInput:
             `[sum of P, C * p * p]`, whose `grids` say where a view ends; or a family's own values with grids. Never
             empty: a batch without images carries one blank view, so that every rank makes the same tower calls.
         grids: patch grid of every view, the blank one included. Empty: `values` are views, and the encoder knows.
-        view_counts: views of each media item, in order; their sum is the number of real views, which come first.
+        view_counts: views of each media item, in order; their sum is `views_total`. These views come first.
     """
 
     values: Tensor
@@ -54,14 +54,14 @@ class MediaInput:
         return len(self.grids) or len(self.values)
 
     @property
-    def real(self) -> int:
-        """Views that are no blank dummy."""
+    def views_total(self) -> int:
+        """Views of all media items; without items 0, for the blank view is of none."""
         return sum(self.view_counts)
 
     @property
     def patches(self) -> int:
-        """Patches of the real views, as far as their grids are known."""
-        return sum(grid.size for grid in self.grids[: sum(self.view_counts)])
+        """Patches of the items' views, as far as their grids are known."""
+        return sum(grid.size for grid in self.grids[: self.views_total])
 
     @property
     def is_flat(self) -> bool:

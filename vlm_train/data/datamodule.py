@@ -92,29 +92,26 @@ class VLMData(pl.LightningDataModule):
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
-        self.seed = seed
+        self.seed, self.cache = seed, Path(cache)
         self.train = Samples(train, processor, options, seed=seed, limit=limit, remote=remote)
         self.val = Samples(val, processor, options, seed=seed, limit=val_limit, remote=remote)
-        if val_share and not val:
-            self.val = self.train.split_off(val_share, val_limit)
-        if over_length == "split":  # after the held-out samples are taken: pieces of one sample stay together
-            self.train.split_long(Path(cache))
-            self.val.split_long(Path(cache))
-        self.mixture = Mixture(
-            sources=self.train.list_shares(),
-            seed=seed,
-            rule=mixture,
-            temperature=temperature,
-            shuffle=shuffle,
-            block=block_samples,
-            pool=shuffle_buffer_shards,
-        )
+        self._divide_samples(0.0 if val else val_share, val_limit)
+        order: dict[str, Any] = {"rule": mixture, "temperature": temperature, "shuffle": shuffle}
+        order |= {"block": block_samples, "pool": shuffle_buffer_shards}
+        self.mixture = Mixture(sources=self.train.list_shares(), seed=seed, **order)
         self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
-        self.cache = Path(cache)
         self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None
+
+    def _divide_samples(self, val_share: float, val_limit: int | None) -> None:
+        """Hold out `val_share` of the training samples, if any, and cut long samples of both sets into pieces."""
+        if val_share:
+            self.val = self.train.split_off(val_share, val_limit)
+        if self.train.options["over_length"] == "split":  # after it: pieces of one sample stay together
+            self.train.split_long(self.cache)
+            self.val.split_long(self.cache)
 
     def hash_samples(self) -> str:
         """Hash of the training samples and their order, from the manifests: other shards have another one."""

@@ -84,7 +84,7 @@ class WindowStream(IterableDataset):
             sums=sums,
             samples=sum(len(row) for rows in micros for row in rows),
             tokens=tokens,
-            places=positions,
+            positions_total=positions,
             supervised=supervised,
             problems=problems,
         )

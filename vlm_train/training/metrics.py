@@ -72,8 +72,9 @@ class Meter:
         self.marked = self.train.copy_sums()
         for source, number in window.sums.get("samples", {}).items():
             self.drawn[source] = self.drawn.get(source, 0.0) + number
-        for name in ("samples", "tokens", "places", "supervised"):
+        for name in ("samples", "tokens", "supervised"):
             self.add_count(name, getattr(window, name))
+        self.add_count("places", window.positions_total)
         for problem in window.problems:
             self.add_count("skipped")
             self.add_count(f"skipped/{problem.kind}")

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil
 
 from data_pipelines.errors import BadSample
 from tests.data.arrays import ImageTransform
-from vlm_train.data.images.transform import decode_rgb, random_part
+from vlm_train.data.images.transform import decode_image, random_part
 from vlm_train.errors import ConfigError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -96,7 +96,7 @@ def test_corrupt_bytes_decode_or_are_a_bad_sample(form):
         for at in generator.integers(0, min(len(data), 200), 3):
             damaged[at] = generator.integers(0, 256)
         try:
-            decode_rgb(bytes(damaged), "here")
+            decode_image(bytes(damaged), "here")
         except BadSample as error:
             assert str(error).startswith("here: ")
 
@@ -104,7 +104,7 @@ def test_corrupt_bytes_decode_or_are_a_bad_sample(form):
 def test_other_formats_are_bad_samples():
     for data in (b"", b"not an image", encode(picture(8, 8), "BMP"), encode(picture(8, 8), "GIF")):
         with pytest.raises(BadSample, match="^here: "):
-            decode_rgb(data, "here")
+            decode_image(data, "here")
 
 
 @pytest.mark.parametrize("limit", [30, 40, 63])  # above twice the limit Pillow raises, above the limit it warns
@@ -192,16 +192,19 @@ def test_scaled_decoding_changes_pixels_little(mode):
 )
 def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded, resized, monkeypatch):
     seen: list[tuple[int, int]] = []
-    load, resize = Image.Image.load, Image.Image.resize
+    resize = Image.Image.resize
 
     def spy(image, target, *more):
         seen.append(target)
         return resize(image, target, *more)
 
+    def spy_decode(*arguments):
+        image, size = decode_image(*arguments)
+        seen.append(image.size)
+        return image, size
+
     monkeypatch.setattr(Image.Image, "resize", spy)
-    monkeypatch.setattr(
-        "vlm_train.data.images.transform._to_rgb", lambda file: (load(file), seen.append(file.size), file)[-1]
-    )
+    monkeypatch.setattr("vlm_train.data.images.transform.decode_image", spy_decode)
     view = ImageTransform(mode=mode, size=(32, 32), jpeg_draft=True)(encode(picture(*size), "JPEG"))
     assert seen[:2] == [decoded, resized] and view.shape == (1, 3, 32, 32)
 

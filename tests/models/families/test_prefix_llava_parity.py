@@ -44,7 +44,11 @@ def reference_inputs(batch) -> dict:
         STD
     ).view(1, 3, 1, 1)
     ids = torch.where(stream.ids == PLACEHOLDER_ID, IMAGE_TOKEN, stream.ids)
-    images = {"pixel_values": pixels[: batch.media.inputs["vision"].real]} if batch.media.inputs["vision"].real else {}
+    images = (
+        {"pixel_values": pixels[: batch.media.inputs["vision"].views_total]}
+        if batch.media.inputs["vision"].views_total
+        else {}
+    )
     return {"input_ids": ids, "attention_mask": (stream.segment_ids != 0).long(), **images}
 
 

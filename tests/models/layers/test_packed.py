@@ -118,7 +118,7 @@ def losses_and_gradients(model: PrefixVLM | TextOnly, batches: list[Batch]) -> d
         loss = token_losses(model, with_views(batch, pixels))
         loss.sum().backward()
         losses.append(loss.detach())
-        if batch.media.inputs["vision"].real:
+        if batch.media.inputs["vision"].views_total:
             images.append(pixels.grad)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return found | {"losses": torch.cat(losses)} | ({"images": torch.cat(images)} if images else {})

@@ -13,7 +13,7 @@ from data_pipelines.media.video import video_extension
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
-from vlm_train.data.images.transform import decode_rgb
+from vlm_train.data.images.transform import decode_image
 from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
@@ -79,7 +79,7 @@ class NativeResolution:
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The flat patches `[P, 3 * p * p]` of an image or a video, see `ImagePlan`. Nothing is random."""
         if video_extension(data) is None:
-            pictures = [decode_rgb(data, where)]
+            pictures = [decode_image(data, where)[0]]
         else:
             pictures = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
         return self._cut([self._resize(picture, where) for picture in pictures])

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -119,11 +118,9 @@ class ImageTransform:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         crop = self.random_resized_crop if generator is not None else None
         if video_extension(data) is None:
-            with _open_image(data, where) as file:
-                resized = self._resized_size(*file.size)
-                if self.jpeg_draft and crop is None:  # a random part is cut from all pixels
-                    file.draft("RGB", resized)  # does nothing to other formats than JPEG
-                pictures = [(_to_rgb(file), resized)]
+            draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
+            image, size = decode_image(data, where, draft)
+            pictures = [(image, self._resized_size(*size))]
         else:
             frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
             pictures = [(frame, self._resized_size(*frame.size)) for frame in frames]
@@ -189,26 +186,28 @@ def random_part(size: tuple[int, int], area: Sequence[float], generator: np.rand
     return left, top, left + width, top + height
 
 
-def decode_rgb(data: bytes, where: str = "image") -> Image.Image:
-    """Decode an image file to RGB. Raises `BadSample` if it is corrupt, truncated, too large or of another format."""
-    with _open_image(data, where) as file:
-        return _to_rgb(file)
+def decode_image(
+    data: bytes, where: str = "image", draft: Callable[[int, int], tuple[int, int]] | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An image file as RGB, and the width and height that its header names.
 
+    `draft` maps these to the least width and height that are needed: the JPEG decoder may scale down to no less.
 
-@contextmanager
-def _open_image(data: bytes, where: str) -> Iterator[Image.Image]:
-    """The image file, its pixels still encoded. What goes wrong inside the block is a `BadSample`."""
+    Raises:
+        BadSample: the file is corrupt, truncated, too large or of another format.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+            file = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+            size = file.size
+            if draft is not None:
+                file.draft("RGB", draft(*size))  # does nothing to other formats than JPEG
+            file.load()
+            # `convert` copies even what is RGB already.
+            return file if file.mode == "RGB" else file.convert("RGB"), size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
-
-
-def _to_rgb(file: Image.Image) -> Image.Image:
-    file.load()
-    return file if file.mode == "RGB" else file.convert("RGB")  # `convert` copies even what is RGB already
 
 
 def _expand_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:

@@ -1,20 +1,19 @@
 """Rendering: sample + template + tokenizer + media layout -> the token streams that a model reads, with aligned labels.
 
-The way of the text: choose annotations (`choose`, `split`), write them as spans (`template`, `spans`), tokenize the
+The way of the text: choose annotations (here and in `split`), write them as spans (`template`, `spans`), tokenize the
 spans (`tokenize`), lay the tokens as streams, cut what is too long (`streams`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from data_pipelines.errors import BadSample
-from data_pipelines.sample import Annotation, Sample, Turn
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from vlm_train.contracts.layout import MediaLayout, MediaSize
 from vlm_train.contracts.streams import CAUSAL, QFORMER, Alignment
-from vlm_train.data.text.choose import Annotations, choose_annotations, swap_rejected, turns_until_answer
 from vlm_train.data.text.prefix_lm import with_prefix
 from vlm_train.data.text.spans import TextSpan
 from vlm_train.data.text.split import NoPiece, take_piece
@@ -30,6 +29,7 @@ from vlm_train.data.text.template import Template
 from vlm_train.data.text.tokenize import ConversationTokenizer
 from vlm_train.errors import ConfigError
 
+Annotations = Literal["independent", "dialogue", "first", "drawn"]
 OverLength = Literal["drop", "truncate", "split", "error"]
 
 
@@ -174,6 +174,63 @@ def _make_streams(
         questions = [_text_of_turn(turn, conversation.template) for turn in chosen[0].turns if turn.role == "user"]
         found[QFORMER] = instruction(" ".join(questions).strip())
     return found, reference
+
+
+def choose_annotations(
+    all_annotations: Sequence[Annotation], mode: Annotations, number: int | None
+) -> list[Annotation]:
+    """Annotation `number`, or those that `mode` names. Raises `BadSample` if there is none of that number."""
+    if number is not None and not 0 <= number < len(all_annotations):
+        raise BadSample(f"no annotation {number}; it has {len(all_annotations)}", kind="malformed")
+    if number is not None or mode in ("first", "drawn"):
+        return [all_annotations[number or 0]]
+    return [join_annotations(all_annotations)] if mode == "dialogue" else list(all_annotations)
+
+
+def join_annotations(annotations: Sequence[Annotation]) -> Annotation:
+    """All annotations as one conversation: media that an earlier one showed and later system turns are left out."""
+    turns: list[Turn] = []
+    shown: set[int] = set()
+    for annotation in annotations:
+        new: set[int] = set()
+        for turn in annotation.turns:
+            if turn.role == "system" and turns:
+                continue
+            repeats = any(isinstance(part, Media) and part.item in shown for part in turn.parts)
+            if repeats:
+                kept = tuple(p for p in turn.parts if not (isinstance(p, Media) and p.item in shown))
+                turn = _strip_turn(replace(turn, parts=kept))
+            new |= {part.item for part in turn.parts if isinstance(part, Media)}
+            turns.append(replace(turn, weight=turn.weight * annotation.weight))
+        shown |= new
+    return Annotation(turns=tuple(turns))
+
+
+def swap_rejected(annotation: Annotation) -> Annotation:
+    """The annotation with its rejected answer. Raises `BadSample` without one."""
+    if annotation.rejected is None:
+        raise BadSample("no rejected answer, but the objective compares two", kind="no_rejected")
+    return replace(annotation, turns=(*annotation.turns[:-1], annotation.rejected))
+
+
+def turns_until_answer(annotation: Annotation) -> tuple[Turn, ...]:
+    """The turns up to the last answer: nothing after it is learned."""
+    turns = annotation.turns
+    while turns and turns[-1].role != "assistant":
+        turns = turns[:-1]
+    return turns
+
+
+def _strip_turn(turn: Turn) -> Turn:
+    """`turn` without white space at both ends of its text; weighted stretches move along."""
+    parts = list(turn.parts)
+    for index, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if parts and isinstance(part := parts[index], Text):
+            text = strip(part.text)
+            moved = len(part.text) - len(text) if index == 0 else 0
+            weights = tuple((max(a - moved, 0), max(b - moved, 0), w) for a, b, w in part.weights)
+            parts[index] = Text(text=text, weights=weights)
+    return replace(turn, parts=tuple(parts))
 
 
 def _joint_stream(conversation: ConversationTokenizer, annotations: Sequence[Annotation]) -> Stream:

@@ -39,8 +39,8 @@ class InstructVLM(PrefixVLM):
         text, media = batch.text["qformer"], batch.media
         shown = media.inputs["vision"]
         counts = torch.tensor(shown.view_counts, dtype=torch.int64).to(media.row.device, non_blocking=True)
-        rows = torch.repeat_interleave(media.row, counts, output_size=shown.real)
-        if not shown.real:  # the blank view
+        rows = torch.repeat_interleave(media.row, counts, output_size=shown.views_total)
+        if not shown.views_total:  # the blank view
             rows = rows.new_zeros(len(patches.grids))
         return self.connector.read_with_instruction(patches, text.ids[rows], (text.segment_ids != 0)[rows])
 
