@@ -90,8 +90,7 @@ class QFormerConnector(nn.Module):
             select=patches,
             **shared,
         )
-        words = {"vocab_size": vocab_size or 0, "max_positions": max_positions}
-        self.text = TextBranch(**words, **shared) if text else None
+        self.text = TextBranch(vocab_size=vocab_size or 0, max_positions=max_positions, **shared) if text else None
         self.projection = nn.Identity() if out_dim is None else nn.Linear(hidden_size, out_dim)
         self.token_grid = partial(query_grid, count=num_query_tokens)
 

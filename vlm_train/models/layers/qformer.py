@@ -3,8 +3,7 @@
 Queries and text share self-attention; only queries read the image, in every second layer; each has FFNs of its own.
 Who sees whom is a mask of `vlm_train.models.layers.masks`: queries are a shared block (group -1), text is one too
 where both see all of each other (matching, instructions), or causal (group 0) where it is generated. Queries never see
-causal
-text, so their keys and values can be computed once, without it: `QFormerOutput.keys_values`.
+causal text, so their keys and values can be computed once, without it: `QFormerOutput.keys_values`.
 
 Legend: B rows, Q queries, T text tokens, L = Q + T, P image tokens, H heads, C channels a head, D width, D_v width of
 the image features.
