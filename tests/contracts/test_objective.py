@@ -13,6 +13,7 @@ from data_pipelines.sample import Annotation, Sample
 from tests.contracts.preference import Balance, Preference, Routed
 from tests.data.text.rendering import assistant, sample, user
 from tests.models.layers.test_packed import PLANS, QA, TOKENIZER, tiny_model
+from tests.support.render import render_sample
 from tests.support.tiny_models import assert_close, llama_config, tiny_llm
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import GridLayout, NoMedia
@@ -20,7 +21,6 @@ from vlm_train.contracts.media import Grid3
 from vlm_train.contracts.objective import Objective, StepContext
 from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.images.plan import Views
-from vlm_train.data.text.render import render_sample
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
 from vlm_train.models.layers.once import outputs_of
 from vlm_train.objectives.lm import LanguageModeling

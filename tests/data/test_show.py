@@ -8,11 +8,11 @@ from PIL import Image
 
 from data_pipelines.shards.shard_set import ShardSet
 from tests.data.text.rendering import assistant, layout, load, sample, user
+from tests.support.render import render_sample
 from tests.support.small_run import make_data
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.processor import Processor
 from vlm_train.data.show import format_tokens, learned_tokens, save_views, show_sample
-from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.tokenizer import byte_level
 
 

@@ -13,11 +13,11 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.text.rendering import NAMES, assistant, load, sample, user
+from tests.support.render import render_sample
 from tests.support.tiny_models import tiny_vision
 from vlm_train.contracts.layout import PLACEHOLDER_ID, GridLayout, MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.template import ChatTemplate
 from vlm_train.data.text.tokenizer import byte_level, word_tokenizer
 from vlm_train.errors import ConfigError

@@ -12,6 +12,7 @@ from data_pipelines.sources.tiny import Tiny
 from vlm_train.contracts.batch import Batch
 from vlm_train.data.collate import Example, collate_prompts, collate_rows
 from vlm_train.data.processor import Processor
+from vlm_train.data.text.render import RenderOptions
 
 COUNT = 4
 REJECTED = Turn(role="assistant", parts=(Text(text="nothing"),))
@@ -22,7 +23,7 @@ def make_items(processor: Processor, *, rejected: bool = False, media: bool = Tr
     """Made pictures with a question each, or questions alone."""
     items = []
     for sample, blobs in _read_samples(media):
-        rendered = processor.render(sample, annotations="first", rejected=rejected)
+        rendered = processor.render(sample, RenderOptions(annotations="first", rejected=rejected))
         items.append(Example(rendered, processor.make_views(blobs, shown=rendered.media), source=sample.source))
     return items
 
@@ -35,7 +36,7 @@ def make_batch(processor: Processor, items: Sequence[Example], streams: Sequence
 def make_prompts(processor: Processor) -> Batch:
     """The questions of made pictures, for generation."""
     rendered = [
-        (processor.render(sample, annotations="first", generation=True), processor.make_views(blobs))
+        (processor.render(sample, RenderOptions(annotations="first", generation=True)), processor.make_views(blobs))
         for sample, blobs in _read_samples(media=True)
     ]
     return collate_prompts(rendered, processor.images)

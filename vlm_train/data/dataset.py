@@ -24,7 +24,7 @@ from vlm_train.data.collate import Example
 from vlm_train.data.order.lengths import Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import SampleRef, Share
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.render import TokenizedSample
+from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.data.text.split import NoPiece
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
@@ -107,6 +107,7 @@ class Samples:
         self.sources = [Source.open_source(entry, limit, **remote) for entry in entries]
         self.processor = processor
         self.options = options
+        self.render_options = RenderOptions(**options)
         self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
         self.seed = seed
         self.lengths: Lengths | None = None
@@ -135,10 +136,11 @@ class Samples:
         shards = source.shards
         try:
             sample, blobs = shards.load_sample(number)
-            drawn = None
-            if training and self.options.get("annotations") == "drawn" and sample.annotations:
+            options = replace(self.render_options, piece=piece) if piece else self.render_options
+            if training and options.annotations == "drawn":
                 drawn = derive_seed(self.seed, "annotation", ref.epoch, ref.index) % len(sample.annotations)
-            rendered = self.processor.render(sample, piece=piece, annotation=drawn, **self.options)
+                options = replace(options, annotation=drawn)
+            rendered = self.processor.render(sample, options)
             if training and self.lengths is not None:
                 self._require_planned(ref.index, rendered, source, number)
             views = self.processor.make_views(
@@ -207,11 +209,11 @@ class Samples:
 
     def _measure_pieces(self, sample: Sample) -> list[tuple[int, int]]:
         """Tokens and patches of a sample's pieces."""
-        sizes = [self._measure_piece(self.processor.render(sample, **self.options), sample)]
-        if self.options["over_length"] == "split":
+        sizes = [self._measure_piece(self.processor.render(sample, self.render_options), sample)]
+        if self.render_options.over_length == "split":
             with suppress(NoPiece):
                 for piece in count(1):
-                    rendered = self.processor.render(sample, piece=piece, **self.options)
+                    rendered = self.processor.render(sample, replace(self.render_options, piece=piece))
                     sizes.append(self._measure_piece(rendered, sample))
         return sizes
 

@@ -18,7 +18,7 @@ from vlm_train.contracts.layout import MediaLayout
 from vlm_train.contracts.streams import CAUSAL, Alignment
 from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
 from vlm_train.data.text.instruction import Instruction
-from vlm_train.data.text.render import TokenizedSample, render_sample
+from vlm_train.data.text.render import DEFAULT_OPTIONS, RenderOptions, TokenizedSample, render_sample
 from vlm_train.data.text.template import Template
 
 
@@ -42,17 +42,16 @@ class Processor:
     streams: Mapping[str, Alignment] = field(default_factory=lambda: dict(CAUSAL))
     max_length: int | None = None
 
-    def render(self, sample: Sample, **options: Any) -> TokenizedSample:
-        """The token streams of a sample; `options` are those of `RenderOptions`, and `render_sample` says what is
-        raised."""
+    def render(self, sample: Sample, options: RenderOptions = DEFAULT_OPTIONS) -> TokenizedSample:
+        """The token streams of a sample; `render_sample` says what is raised."""
         return render_sample(
             sample,
             self.template,
             self.tokenizer,
             self.layout,
+            options,
             streams=self.streams,
             instruction=self.instruction,
-            **options,
         )
 
     def make_views(

@@ -17,7 +17,7 @@ from vlm_train.contracts.streams import QFORMER
 from vlm_train.data.dataset import draws_of
 from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.render import TokenizedSample
+from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.data.text.streams import IGNORE, Stream
 
 PASSES = 3
@@ -35,7 +35,7 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
         seed: the run's.
     """
     sample, blobs = shards.load_sample(0)
-    rendered = processor.render(sample, **options)
+    rendered = processor.render(sample, RenderOptions(**options))
     source = f", source {sample.source}" if sample.source else ""
     print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")
     others = {} if processor.instruction is None else {QFORMER: processor.instruction.tokenizer}

@@ -19,6 +19,7 @@ from vlm_train.contracts.evaluator import Findings, ResultRow
 from vlm_train.contracts.family import AlignsPairs, MatchesPairs
 from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.processor import Processor
+from vlm_train.data.text.render import RenderOptions
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.generate import reference_answer
@@ -89,11 +90,11 @@ class Alignment:
     ) -> tuple[list[str], Batch]:
         """Captions, and the batch, of the numbered samples that can be used."""
         captions, items = list[str](), list[Sequence[Example]]()
+        options = RenderOptions(annotations="first", max_length=processor.max_length, over_length="truncate")
         for number in numbers:
             with unusable.catch_bad_sample(number):
                 sample, blobs = shards.load_sample(number)
-                length = {"max_length": processor.max_length, "over_length": "truncate"}
-                rendered = processor.render(sample, annotations="first", **length)
+                rendered = processor.render(sample, options)
                 items.append([Example(rendered, processor.make_views(blobs[:1]))])
                 captions.append(normalize_text(reference_answer(sample.annotations[0])))
         return captions, collate_rows(items, processor.images)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from data_pipelines.sample import Annotation, Sample
 from data_pipelines.shards.shard_set import ShardSet
-from vlm_train.data.text.render import TokenizedSample
+from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.metrics.exact_match import matches
 
@@ -90,7 +90,7 @@ class Generator:
                 sample, blobs = load(number)
                 views = self.processor.make_views(blobs)
                 prompts = [
-                    self.processor.render(sample, annotations="first", annotation=k, generation=True)
+                    self.processor.render(sample, RenderOptions(annotations="first", annotation=k, generation=True))
                     for k in range(len(sample.annotations))
                 ]
             if number not in self.unusable:

@@ -6,7 +6,7 @@ A shard is the unit of work: after an interruption the same command goes on with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.run_identity import run_dir
 from vlm_train.contracts.family import AlignsPairs, Generates, MatchesPairs, missing_members
-from vlm_train.data.text.render import TokenizedSample
+from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.run import require_own_weights
@@ -57,7 +57,7 @@ def write_captions(cfg: DictConfig) -> dict[str, Any]:
     given["max_new_tokens"] = cfg.columns.max_new_tokens
 
     def render_prompts(processor: Processor, sample: Sample) -> list[TokenizedSample]:
-        return [processor.render(sample, annotations="first", generation=True)]
+        return [processor.render(sample, RenderOptions(annotations="first", generation=True))]
 
     def caption_rows(assembly: Assembly, shown: Sequence[Shown]) -> list[Row]:
         model, processor = _require_methods(assembly, (Generates,), cfg.mode), assembly.processor
@@ -74,9 +74,8 @@ def score_captions(cfg: DictConfig) -> dict[str, Any]:
     the probability that its ITM head gives a match, and `similarity`, the cosine that ITC learns."""
 
     def render_captions(processor: Processor, sample: Sample) -> list[TokenizedSample]:
-        length: Any = {"max_length": processor.max_length, "over_length": "truncate"}
-        count = len(sample.annotations)
-        return [processor.render(sample, annotations="first", annotation=n, **length) for n in range(count)]
+        first = RenderOptions(annotations="first", max_length=processor.max_length, over_length="truncate")
+        return [processor.render(sample, replace(first, annotation=n)) for n in range(len(sample.annotations))]
 
     def score_rows(assembly: Assembly, shown: Sequence[Shown]) -> list[Row]:
         model = _require_methods(assembly, (AlignsPairs, MatchesPairs), cfg.mode)

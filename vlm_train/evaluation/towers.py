@@ -12,6 +12,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
 from data_pipelines.shards.members import caption_annotation
 from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.data.text.render import RenderOptions
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable, evaluation_mode, progress_bar
 from vlm_train.evaluation.generate import reference_answer
@@ -69,7 +70,7 @@ def text_vectors(model: nn.Module, processor: Processor, texts: Sequence[str], b
                 Sample(key=f"text-{number}", media=(), annotations=(caption_annotation(text, images=0),), source="eval")
                 for number, text in enumerate(texts[start : start + batch])
             ]
-            rendered = [processor.render(sample, annotations="first") for sample in samples]
+            rendered = [processor.render(sample, RenderOptions(annotations="first")) for sample in samples]
             prompts: list[tuple[TokenizedSample, MediaViews]] = [(one, {}) for one in rendered]
             vectors.append(encode(collate_prompts(prompts, processor.images).to(device).text["llm"]))
     return torch.cat(vectors)

@@ -15,6 +15,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
 from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.data.processor import Processor
+from vlm_train.data.text.render import RenderOptions
 from vlm_train.data.text.spans import ContentStyle
 from vlm_train.data.text.template import ChatTemplate, TokenizerTemplate
 
@@ -61,7 +62,7 @@ def find_difference(processor: Any, ours: Processor, image_size: MediaSize) -> s
         media = tuple(MediaItem(name=f"{item}.png", width=width, height=height) for item in range(count))
         sample = Sample(key="chat", media=media, annotations=(Annotation(turns=turns),))
         try:
-            prompt = ours.render(sample, annotations="first", generation=True).llm.ids.tolist()
+            prompt = ours.render(sample, RenderOptions(annotations="first", generation=True)).llm.ids.tolist()
         except BadSample:  # a conversation that the template does not allow
             continue
         expected = [processor.image_token_id if token == PLACEHOLDER_ID else token for token in prompt]

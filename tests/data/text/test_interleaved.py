@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.text.rendering import layout, load, sample
+from tests.support.render import render_sample
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.data.show import learned_tokens
-from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.tokenizer import byte_level
 
 PARTS = (Text(text="One. "), Media(item=0), Text(text="Two."), Media(item=1), Text(text="Three."))

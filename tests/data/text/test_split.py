@@ -11,8 +11,8 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Media, Text, Turn
 from tests.data.test_datamodule import data, write
 from tests.data.text.rendering import assistant, layout, load, sample, user
+from tests.support.render import render_sample
 from vlm_train.data.order.mixture import SampleRef
-from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.split import NoPiece, split_annotations
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.data.text.tokenizer import byte_level

@@ -8,8 +8,8 @@ import pytest
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Box, Media, Text, Turn
 from tests.data.text.rendering import NAMES, assistant, layout, load, sample, user
+from tests.support.render import render_sample
 from vlm_train.contracts.layout import PLACEHOLDER_ID
-from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from tests.data.text.rendering import assistant, load, sample, user
+from tests.support.render import render_sample
 from vlm_train.contracts.layout import NoMedia
-from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.data.text.template import Template
 from vlm_train.data.text.tokenizer import gguf

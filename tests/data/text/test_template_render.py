@@ -11,8 +11,8 @@ import pytest
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.text.rendering import assistant, bounded, layout, load, sample, user
+from tests.support.render import render_sample
 from vlm_train.contracts.layout import PLACEHOLDER_ID, NoMedia, Piece, Slot
-from vlm_train.data.text.render import render_sample
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.data.text.tokenizer import byte_level, word_tokenizer
 from vlm_train.errors import ConfigError

@@ -11,6 +11,7 @@ import pytest
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.text.rendering import assistant, layout, load, sample, user
+from tests.support.render import render_sample
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.collate import Example, collate_prompts, collate_rows
@@ -19,7 +20,7 @@ from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.show import format_tokens
 from vlm_train.data.text.instruction import Instruction
-from vlm_train.data.text.render import TokenizedSample, render_sample
+from vlm_train.data.text.render import TokenizedSample
 from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import AssetError, ConfigError

@@ -91,32 +91,33 @@ class RenderOptions:
                 raise ConfigError(f"data.{name}: {value!r}; allowed: {', '.join(words)}")
 
 
+DEFAULT_OPTIONS = RenderOptions()
+
+
 def render_sample(
     sample: Sample,
     template: Template,
     tokenizer: Any,
     layout: MediaLayout,
+    options: RenderOptions = DEFAULT_OPTIONS,
     *,
     streams: Mapping[str, Alignment] = CAUSAL,
     instruction: Callable[[str], Stream] | None = None,
-    **options: Any,
 ) -> TokenizedSample:
     """Render a sample for training, or (with `generation`) the prompt of one annotation up to its last answer.
 
     Args:
         streams: what the model reads. One aligned `seq2seq` takes the last answer, and "llm" all that precedes it.
         instruction: writes the stream "qformer" from the text of the user turns.
-        options: those of `RenderOptions`.
 
     Raises:
         BadSample: nothing to learn, too long, or annotations that cannot share a prefix. Names the sample.
         ConfigError: the layout, the template and the tokenizer do not fit each other; or too long with `error`.
     """
-    how = RenderOptions(**options)
     pieces = layout([MediaSize(m.width, m.height, m.frames, m.seconds) for m in sample.media])
     conversation = ConversationTokenizer(template, tokenizer, pieces, getattr(layout, "positions", None))
     try:
-        found, reference = _make_streams(sample, conversation, streams, instruction, how)
+        found, reference = _make_streams(sample, conversation, streams, instruction, options)
     except NoPiece:
         raise
     except BadSample as error:

@@ -18,7 +18,7 @@ from vlm_train.data.dataset import Samples
 from vlm_train.data.images.plan import MediaViews, collect_pictures
 from vlm_train.data.processor import Processor
 from vlm_train.data.show import save_views
-from vlm_train.data.text.render import TokenizedSample
+from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import evaluation_mode
 from vlm_train.evaluation.generate import question_text
@@ -88,7 +88,7 @@ class Predictions(pl.Callback):
             source, number, _ = held_out.locate_sample(index)
             try:
                 sample, blobs = source.shards.load_sample(number)
-                prompt = processor.render(sample, annotations="first", annotation=0, generation=True)
+                prompt = processor.render(sample, RenderOptions(annotations="first", annotation=0, generation=True))
                 views = processor.make_views(blobs)
             except BadSample:
                 continue
