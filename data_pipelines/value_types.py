@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 
@@ -20,4 +21,23 @@ def fits_type(value: Any, hint: Any) -> bool:
 
 @cache
 def _type_adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    return TypeAdapter(_make_literals_exact(hint), config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def _make_literals_exact(hint: Any) -> Any:
+    """The same type, with literals that take only values of their own type: pydantic alone takes `true` for 1."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        allowed = {(type(value), value) for value in args}
+
+        def check_type(value: Any) -> Any:
+            if not isinstance(value, bool | int | float | str | None) or (type(value), value) not in allowed:
+                raise ValueError(f"{value!r} is not of the type of a literal")
+            return value
+
+        return Annotated[hint, BeforeValidator(check_type)]
+    if origin is Union or origin is UnionType:
+        return Union[tuple(_make_literals_exact(arg) for arg in args)]  # noqa: UP007 (the number of types varies)
+    if origin in (list, dict, tuple, set, frozenset):
+        return origin[tuple(_make_literals_exact(arg) for arg in args)]
+    return hint
