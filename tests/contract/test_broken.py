@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vlm_train.config.folders import config_dir
-from vlm_train.contract.command import find_problems, main
+from vlm_train.contract.command import check_component, find_problems, main
 
 BROKEN = [  # group, shipped option that it is like ("": of its own), class, what is said
     ("connector", "linear", "Missing", "tests.contract.broken has no 'Missing'"),
@@ -72,6 +72,13 @@ def test_a_component_without_small_values(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("tiny: {}\n", ""))
     (problem,) = find_problems("connector", "broken", ["allow_targets=[tests.]"], [folder])
     assert "has a `tiny:` block for size=tiny: its YAML has none. Add the values that make it small" in problem
+
+
+def test_a_missing_docstring_ends_no_other_checks(tmp_path: Path) -> None:
+    folder = write_option(tmp_path, "connector", "linear", "tests.contract.broken.Silent")
+    findings = list(check_component("connector", "broken", ["allow_targets=[tests.]"], [folder]))
+    assert [one.checked for one in findings if one.problem] == ["has a docstring"]
+    assert findings[-1].checked == "a copy that loads its state_dict computes the same"
 
 
 def test_the_command_prints_a_line_a_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,9 @@ from vlm_train.config.signatures import import_target
 from vlm_train.config.size import SIZED_GROUPS
 from vlm_train.contract.finding import Finding
 
+DOCSTRING = "has a docstring"
+"""The check of files that ends no others: it says nothing of what a component computes."""
+
 METRICS = "eval"
 """Where a component of the group `metric` is composed: that group has no place of its own."""
 
@@ -86,7 +89,7 @@ def _check_files(cfg: DictConfig, group: str, path: str) -> Iterator[Finding]:
     nodes = node.values() if group in DICT_GROUPS else [node]
     targets = [one._target_ for one in nodes if one is not None]
     silent = [target for target in targets if not inspect.isfunction(import_target(target)) and not _says_what(target)]
-    yield Finding("has a docstring", f"{', '.join(silent)} has none: say in a sentence what it does" if silent else "")
+    yield Finding(DOCSTRING, f"{', '.join(silent)} has none: say in a sentence what it does" if silent else "")
     if group in SIZED_GROUPS:
         lacks = not any(place.partition(".")[0] == group for place in blocks)
         advice = "its YAML has none. Add the values that make it small, or `tiny: {}` if nothing of it is large"
