@@ -152,6 +152,16 @@ def test_old_checkpoints_go_but_the_best_and_every_nth_stay(tmp_path: Path) -> N
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [7]
 
 
+def test_a_metric_that_is_nan_costs_no_better_checkpoint(tmp_path: Path) -> None:
+    for step, loss in {1: 0.5, 2: float("nan"), 3: 0.2, 4: 0.9}.items():
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        manifest = {"run_id": "r", "step": step, "frozen": [], "files": {}, "metric": loss}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    files.prune_checkpoints(tmp_path, "step-00000004", keep_last=1, keep_best=1, keep_every=None, lower=True)
+    assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [3, 4]
+
+
 def test_a_checkpoint_holds_what_learns_and_no_more(data: Path, tmp_path: Path) -> None:
     """Weights and two moments in fp32 of every learning parameter; names and counters are the rest."""
     run = train(command(data, tmp_path))

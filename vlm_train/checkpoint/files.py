@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -141,11 +142,12 @@ def prune_checkpoints(
 
 
 def _metric_of(folder: Path) -> float | None:
+    """The metric of a checkpoint; None where it has none, or NaN, which is neither better nor worse than a number."""
     try:
         value = manifest_of(folder).get("metric")
     except CheckpointError:
         return None
-    return None if value is None else float(value)
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
