@@ -18,8 +18,6 @@ from vlm_train.runs import process
 from vlm_train.runs.process import report_error, run_guarded
 from vlm_train.runs.single import run
 
-"""Where a run keeps its tokenizer."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_train.build import build_model
 from vlm_train.check.check import check_config
-from vlm_train.check.model import check_model, check_packing
+from vlm_train.check.model import check_model, check_packing, check_parts
 from vlm_train.config.compose import compose_config
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.objective import Loss, Objective, StepContext
@@ -109,6 +109,15 @@ class Measures:
 def test_what_a_model_does_not_offer_is_said(overrides: list[str], expected: str) -> None:
     found = problems(*overrides)
     assert any(problem.startswith(expected) for problem in found), found
+
+
+def test_a_part_that_lacks_what_its_kind_needs_is_said() -> None:
+    cfg, _ = without_assets(compose_config(["recipe=llava15_stage1"]))
+    model = build_model(cfg, meta=True)
+    assert list(check_parts(model)) == []
+    del model.connector.token_grid  # type: ignore[attr-defined,union-attr]
+    (problem,) = check_parts(model)
+    assert problem.startswith("connector: MLP has no token_grid, which a Connector needs.")
 
 
 def test_a_model_that_is_no_family_is_refused() -> None:

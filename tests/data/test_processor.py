@@ -19,6 +19,7 @@ from vlm_train.data.datamodule import VLMData
 from vlm_train.data.loader import WindowStream
 from vlm_train.data.order.cost import Cost
 from vlm_train.data.processor import Processor
+from vlm_train.data.text.template import TokenizerTemplate
 from vlm_train.data.text.tokenizer import byte_level
 
 RECORDED = {
@@ -115,3 +116,15 @@ def test_an_answer_ends_where_the_template_ends_it(template: str, written: str, 
     processor = Processor(tokenizer=tokenizer, template=load(template), layout=NoMedia())
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     assert processor.decode_answer(ids).strip() == answer
+
+
+def test_the_tokenizers_own_template_ends_answers_with_its_token() -> None:
+    """It is not the tokenizer's end of text, and generation stops at it too."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|turn_end|>\n{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<|turn_end|>")
+    processor = Processor(tokenizer=tokenizer, template=TokenizerTemplate(), layout=NoMedia())
+    assert processor.end_ids == [tokenizer.eos_token_id, end]
+    ids = tokenizer("a cat", add_special_tokens=False)["input_ids"]
+    assert processor.decode_answer([*ids, end, *ids]) == "a cat"

@@ -487,9 +487,11 @@ def test_hand_over_accepts_what_was_frozen(whole: Path, data: Path, tmp_path: Pa
     train(command(data, tmp_path, "trainer.max_steps=1", f"init_from=[{{run: {whole}}}]"))
 
 
-def test_too_few_supervised_tokens(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lm", "caption"])
+def test_too_few_supervised_tokens(name: str, data: Path, tmp_path: Path) -> None:
+    loss = ["~objective.lm", "+objective.caption={_target_: vlm_train.objectives.lm.LanguageModeling}"]
     with pytest.raises(TrainingError, match="supervised"):
-        train(command(data, tmp_path, "trainer.min_supervised_ratio=0.99"))
+        train(command(data, tmp_path, "trainer.min_supervised_ratio=0.99", *(loss if name != "lm" else ())))
 
 
 def test_bad_sample_is_left_out_and_recorded(tmp_path: Path) -> None:

@@ -17,14 +17,17 @@ from vlm_train.config.resolve import resolve_key
 from vlm_train.config.signatures import did_you_mean
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
-from vlm_train.contracts.model_parts import find_encoders
+from vlm_train.contracts.model_parts import find_encoders, find_parts
 from vlm_train.contracts.objective import Objective
-from vlm_train.contracts.parts import EncoderDecoder
+from vlm_train.contracts.parts import Connector, EncoderDecoder, VisionEncoder
 from vlm_train.contracts.streams import QFORMER
 from vlm_train.errors import ConfigError
 
 DECLARED = ("streams", "normalized_by", "needs_whole_step", "needs_reference", "needs")
 """What an objective says of itself."""
+
+PART_KINDS: dict[str, type] = {"vision": VisionEncoder, "connector": Connector}
+"""What every family needs of its parts. Language models differ: some only encode, see `check_offer`."""
 
 REJECTED = "rejected"
 """The stream that `data.rejected` adds."""
@@ -35,7 +38,8 @@ def check_model(cfg: DictConfig, model: Family) -> None:
     objectives = build_objectives(cfg)
     open_ = cfg.eval is None or OmegaConf.missing_keys(cfg.eval)  # a dry run needs no shards
     evaluators = {} if open_ else build_evaluators(cfg)
-    problems = [*check_kind(model), *check_streams(cfg, model), *check_evaluators(evaluators, model)]
+    problems = [*check_parts(model), *check_kind(model), *check_streams(cfg, model)]
+    problems += check_evaluators(evaluators, model)
     for name, objective in objectives.items():
         problems += check_objective(f"objective.{name}", cfg, model, objective)
     problems += check_single_numbers(cfg, model)
@@ -44,6 +48,17 @@ def check_model(cfg: DictConfig, model: Family) -> None:
         problems.append("reference.model: no objective reads it. Leave it out, or choose one that does.")
     if problems:
         raise ConfigError(problems)
+
+
+def check_parts(model: Family) -> Iterator[str]:
+    """Every part has what `vlm_train.contracts.parts` asks of its kind."""
+    for name, part in find_parts(model).items():
+        kind = PART_KINDS.get(name.partition(".")[0])
+        if kind is not None and (missing := missing_members(part, kind)):
+            yield (
+                f"{name}: {type(part).__name__} has no {', '.join(missing)}, which a {kind.__name__} needs. "
+                f"python -m vlm_train.contract {name.partition('.')[0]}=<option> checks all of it."
+            )
 
 
 def check_packing(cfg: DictConfig, model: Family) -> Iterator[str]:

@@ -83,7 +83,7 @@ class Trainer:
     keep_last: int = 2  # newest checkpoints kept, besides BEST
     keep_best: int = 1  # best checkpoints kept, by `best`
     keep_every: int | None = None  # checkpoints of every n-th step are kept for good
-    best: str = "loss"  # what BEST follows: loss, or an evaluator's metric such as answers/accuracy
+    best: str = "loss"  # what BEST follows: loss, or an evaluator's metric such as answers/exact_match
     activation_checkpointing: str = "none"  # none | full | selective: keep products and attention, recompute the rest
     compile: bool = False
     accelerator: str = "auto"  # auto | cpu | gpu

@@ -76,7 +76,7 @@ def _draw_picture(width: int, height: int) -> bytes:
 def check_template(component: Component) -> Iterator[Finding]:
     """A template, with a tokenizer of one token a byte: `Template`."""
     template = component.make()
-    yield (found := require_members(template, ("bos", "style", "make_spans", "check_tokenizer")))
+    yield (found := require_members(template, ("bos", "style", "make_spans", "answer_end", "check_tokenizer")))
     if found.problem:
         return
     yield check_pickle("can be sent to data workers", template)

@@ -85,8 +85,7 @@ class Processor:
         with."""
         eos = self.tokenizer.eos_token_id
         found = [] if eos is None else [eos]
-        suffix = getattr(self.template, "assistant_suffix", "")
-        end = None if "{eos}" in suffix else _find_token(self.tokenizer, suffix)
+        end = _find_token(self.tokenizer, self.template.answer_end(self.tokenizer))
         return found if end is None or end in found else [*found, end]
 
     def decode_answer(self, ids: Sequence[int]) -> str:
@@ -94,8 +93,8 @@ class Processor:
         (`###`)."""
         stop = next((position for position, token in enumerate(ids) if token in self.end_ids), len(ids))
         text = str(self.tokenizer.decode(list(ids[:stop]), skip_special_tokens=True))
-        suffix = getattr(self.template, "assistant_suffix", "").strip()
-        return text.partition(suffix)[0] if suffix and "{" not in suffix else text
+        suffix = self.template.answer_end(self.tokenizer).strip()
+        return text.partition(suffix)[0] if suffix else text
 
 
 def _find_token(tokenizer: Any, suffix: str) -> int | None:

@@ -21,7 +21,7 @@ from vlm_train.dryrun.memory import MemoryNeeds
 from vlm_train.dryrun.round_trip import round_trip
 from vlm_train.models.adapters.quantize import quantized_layers
 from vlm_train.training.flops import Flops, count_flops
-from vlm_train.training.params import Policy, apply_policy
+from vlm_train.training.params import Policy, make_policy
 from vlm_train.training.reference import START, reference_config
 from vlm_train.training.trace import trace_step, visual_tokens
 
@@ -69,13 +69,7 @@ class Linears:
 
 def make_plan(cfg: DictConfig, model: Any) -> Plan:
     """The plan of a model on the meta device."""
-    policy = apply_policy(
-        model,
-        cfg.params.rules,
-        weight_decay=cfg.optim.weight_decay,
-        decay_norms_and_biases=cfg.params.decay_norms_and_biases,
-        unused=model.unused_parameters(),
-    )
+    policy = make_policy(cfg, model)
     visual = visual_tokens(model)
     typical = trace_step(cfg, model, text_tokens=cfg.target.text_tokens, supervised=cfg.target.supervised_tokens)
     longest = cfg.data.get("pack") or cfg.data.get("max_length") or visual + cfg.target.text_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 
@@ -13,6 +14,9 @@ class RunFolder:
     metrics.jsonl                       every log line
     checkpoints/                        see `vlm_train.checkpoint.files`
     rollbacks.json                      returns to an earlier checkpoint
+    quarantine-*.jsonl                  bad samples, one file a rank
+    skipped-steps-*.jsonl               steps without an update, one file a rank
+    stacks-*.txt                        where each rank stood when the watchdog ended it
     tokenizer/                          the tokenizer of the run
     predictions/                        answers of a validation, step-*.json
     output.log                          what its process printed where there is no terminal
@@ -30,3 +34,25 @@ class RunFolder:
         self.evaluation, self.export, self.report = self.path / "eval", self.path / "export", self.path / "report.html"
         self.predictions, self.output = self.path / "predictions", self.path / "output.log"
         self.schedule, self.lock = self.path / "schedule.json", self.path / ".lock"
+
+    def quarantine(self, rank: int | str = "*") -> Path:
+        """The file of a rank's bad samples; without a rank, the pattern of all of them. So are the next two."""
+        return self.path / f"quarantine-{rank}.jsonl"
+
+    def skipped_steps(self, rank: int | str = "*") -> Path:
+        """The file of a rank's steps without an update."""
+        return self.path / f"skipped-steps-{rank}.jsonl"
+
+    def stacks(self, rank: int | str = "*") -> Path:
+        """The file of a rank's stacks."""
+        return self.path / f"stacks-{rank}.txt"
+
+    def remove_training(self) -> None:
+        """Remove what an earlier training of the run has left and a new one would take for its own. The exported model
+        stays until the new one replaces it."""
+        for folder in (self.checkpoints, self.evaluation, self.predictions):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.rollbacks.unlink(missing_ok=True)
+        for pattern in (self.quarantine(), self.skipped_steps(), self.stacks()):
+            for file in self.path.glob(pattern.name):
+                file.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from vlm_train.config.redact import without_credentials
 from vlm_train.contracts.batch import Problem
 from vlm_train.errors import TrainingError
 from vlm_train.loggers.jsonl_writer import JsonlWriter
+from vlm_train.runs.folder import RunFolder
 
 MIN_DRAWN = 1000
 """Samples that a run draws before the share of bad ones among them is judged."""
@@ -65,17 +66,17 @@ class BadSamples:
         if not good:
             reason = f"none of the {bad} held-out samples is usable"
         if bad and reason:
-            raise TrainingError(f"data.val: {reason}; {self.folder}/quarantine-*.jsonl says why.")
+            raise TrainingError(f"data.val: {reason}; {RunFolder(self.folder).quarantine()} says why.")
 
     def summarize_kinds(self, kinds: Mapping[str, float]) -> str:
         """The bad samples by kind, for a message; `kinds` counts them on all ranks."""
         counts = ", ".join(f"{kind} {count:.0f}" for kind, count in sorted(kinds.items()))
         last = f" Last here: {self.last}" if self.last else ""
-        return f"So far: {counts}. All of them: {self.folder}/quarantine-*.jsonl.{last}"
+        return f"So far: {counts}. All of them: {RunFolder(self.folder).quarantine()}.{last}"
 
     def record_problems(self, split: str, step: int, problems: Iterable[Problem], rank: int) -> None:
         """Write each bad sample once, also if the run was interrupted, and say the first one aloud."""
-        path = self.folder / f"quarantine-{rank}.jsonl"
+        path = RunFolder(self.folder).quarantine(rank)
         problems = [Problem(*without_credentials(astuple(problem))) for problem in problems]
         recorded = self._known_problems()
         new = [problem for problem in dict.fromkeys(problems) if _identify_problem(problem) not in recorded]
@@ -90,7 +91,7 @@ class BadSamples:
     def _known_problems(self) -> set[tuple[str, ...]]:
         if self._recorded is None:
             self._recorded = set()
-            for path in self.folder.glob("quarantine-*.jsonl"):
+            for path in self.folder.glob(RunFolder(self.folder).quarantine().name):
                 for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                     try:
                         held = json.loads(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from contextlib import nullcontext
@@ -32,11 +31,7 @@ def fit_run(cfg: DictConfig) -> dict[str, Any]:
         return dict(status.get("metrics") or {})
     with record.lock_folder(folder) if process_rank() == 0 else nullcontext():
         if cfg.resume == "restart" and process_rank() == 0:
-            run = RunFolder(folder)
-            for leftover in (run.checkpoints, run.evaluation):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in (*folder.glob("quarantine-*.jsonl"), run.rollbacks):
-                leftover.unlink(missing_ok=True)
+            RunFolder(folder).remove_training()
         resumed = find_resume(cfg.resume, folder, identity)
         if process_rank() == 0:  # before any other rank can log
             record.keep_metrics(folder, resumed.step if resumed else -1)
@@ -59,6 +54,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.build import build_data
     from vlm_train.data.text.tokenizer import hash_vocabulary
     from vlm_train.training.callbacks.loop import Evaluation
+    from vlm_train.training.params import make_policy
     from vlm_train.training.prepare_models import prepare_models
     from vlm_train.training.trainer import count_processes, halves_weights, loop_callbacks, make_strategy, make_trainer
 
@@ -69,7 +65,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     shares = world > 1 and strategy.shards_model and process_rank() > 0  # rank 0 spreads its weights later
     models = prepare_models(cfg, resumed, shares=shares, to_bf16=halves_weights(cfg, strategy))
     assembly = models.assembly
-    policy = _make_policy(cfg, assembly.model)
+    policy = make_policy(cfg, assembly.model)
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world)
     facts: dict[str, Any] = {
@@ -118,18 +114,6 @@ def _describe_run(
     _write_status(folder, **names, status="running", started=time.time(), exit_code=None)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
-
-
-def _make_policy(cfg: DictConfig, model: Any) -> Any:
-    from vlm_train.training.params import apply_policy
-
-    return apply_policy(
-        model,
-        cfg.params.rules,
-        weight_decay=cfg.optim.weight_decay,
-        decay_norms_and_biases=cfg.params.decay_norms_and_biases,
-        unused=model.unused_parameters(),
-    )
 
 
 def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:

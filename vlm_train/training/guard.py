@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_train.errors import TrainingError
 from vlm_train.loggers.jsonl_writer import JsonlWriter
+from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.rollback import go_back, read_rollbacks
 
 ON_DEMAND, SCALE = "trainer.skip_steps", "overflow, for which the loss scale changes"
@@ -76,7 +77,7 @@ class Guard:
             return
         self.in_a_row += 1
         line = {"step": step, "reason": reason, "samples": keys}
-        JsonlWriter(self.path / f"skipped-steps-{rank}.jsonl").write_line(line)
+        JsonlWriter(RunFolder(self.path).skipped_steps(rank)).write_line(line)
         if rank == 0:
             print(f"step {step:>6}  no update: {reason}", flush=True)
         if self.in_a_row > self.max_in_a_row:
@@ -85,8 +86,8 @@ class Guard:
                 self._go_back(first, step)
             raise TrainingError(
                 f"training: {self.in_a_row} steps in a row without an update, the last, {step}, for its {reason}; "
-                f"{self.path}/skipped-steps-*.jsonl names their samples. Lower optim.lr, set trainer.max_grad_norm, or "
-                f"leave the steps out: trainer.skip_steps=[[{first},{step}]]."
+                f"{RunFolder(self.path).skipped_steps()} names them. Lower optim.lr, set trainer.max_grad_norm, "
+                f"or leave the steps out: trainer.skip_steps=[[{first},{step}]]."
             )
 
     def _go_back(self, first: int, last: int) -> None:

@@ -174,7 +174,7 @@ class Meter:
         }
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on with `state()`: for one rank, which takes the sums of all."""
+        """Go on with `export_state()`: for one rank, which takes the sums of all."""
         self.train.totals = {name: torch.tensor(value, device=device) for name, value in state["totals"].items()}
         sources, both = state["sources"], {name.rpartition("/")[0] for name in state["sources"]}
         pairs = {name: [sources[f"{name}/{kind}"] for kind in PAIR] for name in both}

@@ -74,7 +74,7 @@ class VLMModule(pl.LightningModule):
         self.seed, self.total_steps, self.max_grad_norm, self.normalize = seed, total_steps, max_grad_norm, normalize
         self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
-        least = min_supervised_ratio if "lm" in objectives else 0.0
+        least = min_supervised_ratio if any(o.normalized_by == "tokens" for o in objectives.values()) else 0.0
         self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
         self.metrics_file = JsonlWriter(RunFolder(folder).metrics)
         self.held_out, self.held_out_bad = 0, 0

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from omegaconf import DictConfig
 from torch import nn
 
 from vlm_train.contracts.model_parts import find_parts, name_part
@@ -98,6 +99,17 @@ class Policy:
         return "\n".join(
             f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}" for a, b, c, d, e in lines
         )
+
+
+def make_policy(cfg: DictConfig, model: Any) -> Policy:
+    """`apply_policy` as a configuration says: `params`, `optim.weight_decay`, and what the model never uses."""
+    return apply_policy(
+        model,
+        cfg.params.rules,
+        weight_decay=cfg.optim.weight_decay,
+        decay_norms_and_biases=cfg.params.decay_norms_and_biases,
+        unused=model.unused_parameters(),
+    )
 
 
 def apply_policy(

@@ -13,7 +13,14 @@ from vlm_train.checkpoint.files import WEIGHTS
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.weights import load_init_from, load_weights
 from vlm_train.models.precision import cast_to_bf16
-from vlm_train.training.reference import START, build_reference, reference_config
+from vlm_train.training.params import make_policy
+from vlm_train.training.reference import (
+    START,
+    build_reference,
+    is_model_without_adapters,
+    reference_config,
+    require_frozen_base,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,9 @@ def prepare_models(cfg: DictConfig, resumed: Resume | None, *, shares: bool, to_
     skeleton = build_on_meta(cfg)
     if skeleton is not None:
         check_model(cfg, skeleton)
+        make_policy(cfg, skeleton)
+        if is_model_without_adapters(cfg):
+            require_frozen_base(skeleton)
     evaluators, other = build_evaluators(cfg), reference_config(cfg)
     teacher = build_on_meta(other) if other is not None and cfg.reference.model != START else None
     if skeleton is not None and teacher is not None:

@@ -101,11 +101,12 @@ def lend(cfg: DictConfig, model: Family, reference: Family | None) -> Callable[[
         return partial(frozen, reference)
     if cfg.reference.model is None:
         return None
-    _require_frozen_base(model)
+    require_frozen_base(model)
     return partial(without_adapters, model)
 
 
-def _require_frozen_base(model: nn.Module) -> None:
+def require_frozen_base(model: nn.Module) -> None:
+    """Raises ConfigError if the model with its adapters off would change while it is trained."""
     learned = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     if learned:
         raise ConfigError(

@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from vlm_train.training.flops import count_flops
-from vlm_train.training.params import apply_policy
+from vlm_train.training.params import make_policy
 from vlm_train.training.trace import count_patches, trace_step, visual_tokens
 
 TEXTS = (32, 64, 128)
@@ -36,8 +36,7 @@ class Work:
 
 def work_of(cfg: DictConfig, model: Any) -> Work:
     """The coefficients of a configuration, whose `model` lies on the meta device. Sets `requires_grad` on it."""
-    decay, unused = cfg.optim.weight_decay, model.unused_parameters()
-    apply_policy(model, cfg.params.rules, weight_decay=decay, unused=unused)
+    make_policy(cfg, model)
 
     def flops_of_batch(text: int, supervised: int) -> float:
         products = trace_step(cfg, model, text_tokens=text, supervised=supervised).products

@@ -47,3 +47,11 @@ def test_other_numbers_are_refused(
 ) -> None:
     with pytest.raises(BatchError, match=said):
         merge(view_counts, slot_counts, values)
+
+
+def test_a_connector_of_another_width_is_named() -> None:
+    media = MediaBatch(slot_counts=(2,), row=torch.zeros(1).long(), keys=("a",))
+    slots = Slots(index=PLACES[:2], placeholders=2)
+    features = Features(torch.zeros(2, 5), GRIDS[:1])
+    with pytest.raises(BatchError, match="the connector gave features of width 5, the language model has width 1"):
+        merge_features(torch.zeros(2, 4, 1), features, (1,), slots, media)

@@ -28,6 +28,10 @@ class Template(Protocol):
         """The conversation as spans; with `generation`, `turns` ends before an answer, whose prompt follows."""
         ...
 
+    def answer_end(self, tokenizer: Any) -> str:
+        """The learned text after an answer: a model that writes it has ended its answer. Empty: there is none."""
+        ...
+
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise `ConfigError` if the tokenizer lacks what the template writes."""
         ...
@@ -115,9 +119,12 @@ class ChatTemplate:
             spans += [TextSpan(self.assistant_prefix), *([TextSpan(self.answer_lead)] if self.lead_given else [])]
         for number, span in enumerate(spans):
             if isinstance(span, TextSpan) and not span.content and "{" in span.text:
-                text = span.text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
-                spans[number] = TextSpan(text, span.weight)
+                spans[number] = TextSpan(_fill_tokens(span.text, tokenizer), span.weight)
         return spans
+
+    def answer_end(self, tokenizer: Any) -> str:
+        """See `Template`."""
+        return _fill_tokens(self.assistant_suffix, tokenizer)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """See `Template`."""
@@ -133,6 +140,10 @@ class ChatTemplate:
             problems.append("template: writes {eos}, but the tokenizer has no eos token")
         if problems:
             raise ConfigError(problems)
+
+
+def _fill_tokens(text: str, tokenizer: Any) -> str:
+    return text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
 
 
 class TokenizerTemplate:
@@ -189,13 +200,19 @@ class TokenizerTemplate:
                 spans += [TextSpan(literal[: end.end()], weight), TextSpan(literal[end.end() :])]
         return spans
 
+    def answer_end(self, tokenizer: Any) -> str:
+        """See `Template`: up to and including the first special token behind an answer."""
+        ask = Turn(role="user", parts=(Text(text="a"),))
+        answer = Turn(role="assistant", parts=(Text(text="b"),))
+        after = self._find_literals([ask, answer], tokenizer, False)[-1]
+        end = special_pattern(tokenizer).search(after)
+        return after[: end.end()] if end else ""
+
     def check_tokenizer(self, tokenizer: Any) -> None:
         """See `Template`."""
         if not tokenizer.chat_template:
             raise ConfigError("template: the tokenizer has no chat template of its own; choose a named template")
-        ask = Turn(role="user", parts=(Text(text="a"),))
-        answer = Turn(role="assistant", parts=(Text(text="b"),))
-        if not special_pattern(tokenizer).search(self._find_literals([ask, answer], tokenizer, False)[-1]):
+        if not self.answer_end(tokenizer):
             raise ConfigError(
                 "template: the tokenizer's chat template closes an answer with no special token, so a model could "
                 "never learn to stop; choose a named template"

@@ -83,8 +83,9 @@ class TwoTower(Family):
     def unused_parameters(self) -> list[str]:
         """Names of parameters that no loss reaches: those of the tower, and an output head of its own."""
         pooled = set(map(id, self.vision.pooling_head.parameters())) if self.pooling == "head" else set()
-        unused = [name for name in self.vision.unused_parameters() if id(self.vision.get_parameter(name)) not in pooled]
-        return [f"vision.{name}" for name in unused] + [f"llm.{name}" for name in self.llm.head_parameters()]
+        unused = [name for name in super().unused_parameters() if id(self.get_parameter(name)) not in pooled]
+        heads = self.llm.head_parameters() if hasattr(self.llm, "head_parameters") else ()
+        return unused + [f"llm.{name}" for name in heads]
 
     def _image_vectors(self, media: MediaInput) -> Tensor:
         features = self.vision.encode(media)

@@ -31,8 +31,9 @@ def merge_features(
         `[B, T, D]`, a new tensor.
 
     Raises:
-        BatchError: an item has another number of features than the text expects, or a placeholder gets none. Every item
-            is checked, so that errors that cancel in the total are found. Numbers only: nothing here asks the device.
+        BatchError: features of another width than the embeddings, an item with another number of features than the text
+            expects, or a placeholder that gets none. Every item is checked, so that errors that cancel in the total are
+            found. Numbers only: nothing here asks the device.
     """
     if len(view_counts) != len(media.slot_counts):
         raise BatchError(
@@ -46,6 +47,10 @@ def merge_features(
                 f"merge: media item {index} (sample {key!r}) has {got} image features but {expected} placeholders; "
                 "the media layout and the connector disagree"
             )
+    if (width := features.values.shape[-1]) != embeds.shape[-1]:
+        raise BatchError(
+            f"merge: the connector gave features of width {width}, the language model has width {embeds.shape[-1]}"
+        )
     values = features.values[: sum(media.slot_counts)]
     if slots.feature_index is not None:
         values = values.index_select(0, slots.feature_index)
