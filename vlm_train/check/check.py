@@ -8,6 +8,7 @@ the earlier ones found nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,6 +29,7 @@ from vlm_train.check.settings import (
 )
 from vlm_train.config.moved_targets import moved_target
 from vlm_train.config.renamed_keys import describe_renamed_key
+from vlm_train.config.schema import Paths
 from vlm_train.config.signatures import (
     Parameter,
     Signature,
@@ -87,11 +89,21 @@ def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
         yield f"{where}: {str(error).splitlines()[0]}"
         return
     if isinstance(node, DictConfig):
+        section = OmegaConf.get_type(node)
+        known = [one.name for one in fields(section)] if is_dataclass(section) and section is not Paths else None
         for inner in map(str, node):
+            if known is not None and inner not in known:  # `+trainer.<key>` gets past Hydra
+                yield _unknown_setting(where, inner, known)
             yield from _check_value(node, inner, f"{where}.{inner}")
     elif isinstance(node, ListConfig):
         for index in range(len(node)):
             yield from _check_value(node, index, f"{where}.{index}")
+
+
+def _unknown_setting(section: str, key: str, known: list[str]) -> str:
+    if renamed := describe_renamed_key(f"{section}.{key}"):
+        return renamed
+    return f"{section}.{key}: no such setting.{did_you_mean(key, known)} Settings: {', '.join(known)}."
 
 
 def check_targets(cfg: DictConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -70,7 +71,7 @@ def _is_number(value: Any) -> bool:
 
 def _meets_condition(value: float, condition: str) -> bool:
     parts = [part.split() for part in condition.split(", ")]
-    return all(COMPARISONS[sign](value, float(bound)) for sign, bound in parts)
+    return math.isfinite(value) and all(COMPARISONS[sign](value, float(bound)) for sign, bound in parts)
 
 
 def check_data(cfg: DictConfig) -> Iterator[str]:

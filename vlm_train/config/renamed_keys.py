@@ -95,7 +95,7 @@ def restore_first_names(cfg: dict[str, Any]) -> None:
             continue
         old, key = exact
         value = _pop(cfg, path)
-        if isinstance(value, dict) and key.fields:
+        if isinstance(value, dict) and value.keys() == set(key.fields):  # its component refuses other fields
             value = [value[field] for field in key.fields]
         _put(cfg, (_below_name(old, name) if name else old).split("."), value)
 
