@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.out_of_tree.my_vlm.mixture import JoinedTokens
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Family
-from vlm_train.contracts.layout import MediaLayout, MediaSize, Piece, Slot
+from vlm_train.contracts.layout import MediaLayout
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.models.layers.decode import decode_stream
 from vlm_train.models.layers.merge import merge_features
-
-
-@dataclass(frozen=True)
-class JoinedTokens:
-    """The tokens of every encoder, one encoder after the other in every view."""
-
-    images: Mapping[str, ImagePlan]
-    token_grids: Mapping[str, Any]
-
-    def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
-        counts = [
-            sum(self.token_grids[name](grid).size for name, plan in self.images.items() for grid in plan.grids(size))
-            for size in sizes
-        ]
-        return [[Slot(item, count)] for item, count in enumerate(counts)]
 
 
 class TokenMixture(Family):

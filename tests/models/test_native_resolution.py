@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
 from tests.data.text.rendering import load
-from tests.support.native import NativeViT
+from tests.out_of_tree.my_vlm.native_vit import NativeViT
 from tests.support.tiny_models import assert_close, llama_config, tiny_llm
 from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch
@@ -48,7 +48,7 @@ CONNECTORS = {
 
 def make(connector: str = "mlp") -> tuple[PrefixVLM, Processor]:
     torch.manual_seed(0)
-    tokenizer, vision = byte_level(), NativeViT()
+    tokenizer, vision = byte_level(), NativeViT(dim=16, depth=2, heads=2, patch_size=8)
     llm = tiny_llm(llama_config(vocab_size=len(tokenizer)))
     joined: Any = CONNECTORS[connector](in_dim=vision.out_dim, out_dim=llm.dim)
     model = PrefixVLM(vision=vision, connector=joined, llm=llm)

@@ -13,7 +13,11 @@ def test_a_new_training_finds_nothing_of_the_old_one(tmp_path: Path) -> None:
         folder.mkdir()
     kept = [run.config, run.output, run.export / "config.json"]
     gone = [run.predictions / "step-2.json", run.rollbacks]
-    gone += [file for rank in (0, 1) for file in (run.quarantine(rank), run.skipped_steps(rank), run.stacks(rank))]
+    gone += [
+        file
+        for rank in (0, 1)
+        for file in (run.quarantine_file(rank), run.skipped_steps_file(rank), run.stacks_file(rank))
+    ]
     for file in (*kept, *gone):
         file.write_text("{}", encoding="utf-8")
     run.remove_training()

@@ -76,12 +76,12 @@ def rename_keys(cfg: dict[Any, Any]) -> None:
         key = find_renamed_key(".".join(path))
         if key is None or _is_option(cfg, path):
             continue
-        value = _pop(cfg, path)
+        value = _pop_value(cfg, path)
         if value is not None and key.note:
             raise ConfigError(f"{describe_renamed_key('.'.join(path))} Write it so in this file.")
         if isinstance(value, list) and key.fields:
             value = dict(zip(key.fields, value, strict=True))
-        _put(cfg, key.now.split("."), value)
+        _put_value(cfg, key.now.split("."), value)
 
 
 def restore_first_names(cfg: dict[str, Any]) -> None:
@@ -94,10 +94,10 @@ def restore_first_names(cfg: dict[str, Any]) -> None:
         if exact is None or not is_ours(_target_around(cfg, path) or "vlm_train"):  # other packages renamed nothing
             continue
         old, key = exact
-        value = _pop(cfg, path)
+        value = _pop_value(cfg, path)
         if isinstance(value, dict) and value.keys() == set(key.fields):  # its component refuses other fields
             value = [value[field] for field in key.fields]
-        _put(cfg, (_below_name(old, name) if name else old).split("."), value)
+        _put_value(cfg, (_below_name(old, name) if name else old).split("."), value)
 
 
 def _below_name(key: str, name: str) -> str:
@@ -131,13 +131,13 @@ def _target_around(cfg: dict[Any, Any], path: tuple[str, ...]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _pop(cfg: dict[Any, Any], path: tuple[str, ...]) -> Any:
+def _pop_value(cfg: dict[Any, Any], path: tuple[str, ...]) -> Any:
     for key in path[:-1]:
         cfg = cfg[key]
     return cfg.pop(path[-1])
 
 
-def _put(cfg: dict[Any, Any], path: list[str], value: Any) -> None:
+def _put_value(cfg: dict[Any, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         cfg = cfg.setdefault(key, {})
     cfg[path[-1]] = value

@@ -40,21 +40,21 @@ class Component:
     written: DictConfig
     small: DictConfig
 
-    def node(self, *, written: bool = False) -> Any:
+    def copy_options(self, *, written: bool = False) -> Any:
         """The options of a group that holds one component; weights that a user has to give are null."""
         node = (self.written if written else self.small)[self.group].copy()
         if OmegaConf.is_missing(node, "weights"):
             node.weights = None
         return node
 
-    def make(self, **given: Any) -> Any:
+    def make_small(self, **given: Any) -> Any:
         """A new small object of it, without the weights of files."""
-        return instantiate_part(self.group, self.node(), **given)
+        return instantiate_part(self.group, self.copy_options(), **given)
 
     def make_on_meta(self, **given: Any) -> Any:
         """One as its file has it, on the meta device."""
         with torch.device("meta"):
-            return instantiate_part(self.group, self.node(written=True), **given)
+            return instantiate_part(self.group, self.copy_options(written=True), **given)
 
 
 def compose_component(

@@ -29,7 +29,7 @@ class Finding:
         return f"  FAIL  {self.checked}: {self.problem}" if self.problem else f"  ok    {self.checked}"
 
 
-def compare(checked: str, got: Any, wanted: Any) -> Finding:
+def compare_values(checked: str, got: Any, wanted: Any) -> Finding:
     """Both are equal."""
     return Finding(checked, "" if got == wanted else f"got {got}, wanted {wanted}")
 
@@ -86,7 +86,7 @@ def check_gradients(module: nn.Module, loss: Tensor, unused: Collection[str] = (
             problems.append(f"{name} gets one that is not finite")
     unknown = sorted(set(unused) - {name for name, _ in module.named_parameters()})
     problems += [f"{name} is declared unused, but is no parameter" for name in unknown]
-    return Finding("every parameter gets a gradient, but those declared unused", _join(problems))
+    return Finding("every parameter gets a gradient, but those declared unused", _join_problems(problems))
 
 
 def check_state(module: nn.Module, other: nn.Module, compute: Callable[[Any], Tensor]) -> Finding:
@@ -106,6 +106,6 @@ def weigh_values(values: Tensor) -> Tensor:
     return (values * torch.randn(values.shape, generator=generator)).sum()
 
 
-def _join(problems: list[str]) -> str:
+def _join_problems(problems: list[str]) -> str:
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return "; ".join(problems[:3]) + more

@@ -16,7 +16,7 @@ from data_pipelines.sample import Annotation, Sample, Text, Turn
 from vlm_train.build import build_image_plan, build_tokenizer
 from vlm_train.config.signatures import import_target
 from vlm_train.contract.component import Component
-from vlm_train.contract.finding import Finding, check_pickle, compare, require_members
+from vlm_train.contract.finding import Finding, check_pickle, compare_values, require_members
 from vlm_train.contracts.layout import MediaSize, NoMedia
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.text.render import RenderOptions, render_sample
@@ -28,7 +28,7 @@ ANSWER = "A cat sits here."
 
 def check_image(component: Component) -> Iterator[Finding]:
     """An image plan, in front of an encoder with patches of 8 pixels: `ImagePlan`."""
-    node = component.node(written=True)
+    node = component.copy_options(written=True)
     sized = "size" in inspect.signature(import_target(node._target_)).parameters
     encoder = SimpleNamespace(
         image_size=(SIDE, SIDE) if sized else None,
@@ -44,15 +44,17 @@ def check_image(component: Component) -> Iterator[Finding]:
     for width, height in PICTURES:
         views = plan(_draw_picture(width, height))
         known = plan.grids(MediaSize(width, height))
-        yield compare(f"{width} x {height} pixels: views have the grids that were known before", views.grids, known)
-        yield compare("values are uint8, as many as the grids say", _describe(views), (np.uint8, True))
+        yield compare_values(
+            f"{width} x {height} pixels: views have the grids that were known before", views.grids, known
+        )
+        yield compare_values("values are uint8, as many as the grids say", _describe_views(views), (np.uint8, True))
         again = plan(_draw_picture(width, height))
-        yield compare("without a generator nothing is random", np.array_equal(views.values, again.values), True)
+        yield compare_values("without a generator nothing is random", np.array_equal(views.values, again.values), True)
         drawn = [plan(_draw_picture(width, height), np.random.default_rng(7)).values for _ in range(2)]
-        yield compare("the same generator draws the same", np.array_equal(*drawn), True)
+        yield compare_values("the same generator draws the same", np.array_equal(*drawn), True)
     blank = plan.blank()
-    found_blank = (len(blank), bool(blank.values.any()), *_describe(blank))
-    yield compare("the blank input is one view of zeros", found_blank, (1, False, np.uint8, True))
+    found_blank = (len(blank), bool(blank.values.any()), *_describe_views(blank))
+    yield compare_values("the blank input is one view of zeros", found_blank, (1, False, np.uint8, True))
 
 
 def count_patches(size: MediaSize, patch_size: int) -> Grid3:
@@ -60,7 +62,7 @@ def count_patches(size: MediaSize, patch_size: int) -> Grid3:
     return Grid3(1, size.height // patch_size, size.width // patch_size)
 
 
-def _describe(views: Any) -> tuple[Any, bool]:
+def _describe_views(views: Any) -> tuple[Any, bool]:
     """The kind of the numbers, and whether there are as many as the grids say."""
     flat = views.values.ndim == 2
     rows = sum(grid.size for grid in views.grids) if flat else len(views.grids)
@@ -75,7 +77,7 @@ def _draw_picture(width: int, height: int) -> bytes:
 
 def check_template(component: Component) -> Iterator[Finding]:
     """A template, with a tokenizer of one token a byte: `Template`."""
-    template = component.make()
+    template = component.make_small()
     yield (found := require_members(template, ("bos", "style", "make_spans", "answer_end", "check_tokenizer")))
     if found.problem:
         return
@@ -92,4 +94,4 @@ def check_template(component: Component) -> Iterator[Finding]:
     yield Finding("the question is not", f"learned is {learned!r}" if "What?" in learned else "")
     start = tokenizer.decode(stream.ids[: len(prompt)].tolist())
     given = tokenizer.decode(prompt.ids.tolist())
-    yield compare("a prompt is how the text for training begins", given, start)
+    yield compare_values("a prompt is how the text for training begins", given, start)

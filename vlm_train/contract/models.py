@@ -23,8 +23,8 @@ from vlm_train.contract.finding import (
     check_on_meta,
     check_pickle,
     check_state,
-    compare,
     compare_tensors,
+    compare_values,
 )
 from vlm_train.contract.samples import COUNT, make_batch, make_items, make_prompts
 from vlm_train.contracts.batch import Batch
@@ -76,8 +76,8 @@ def _check_tokens(model: Any, built: Assembly, batch: Batch) -> Iterator[Finding
     name = next(stream for stream, alignment in model.streams.items() if alignment != "none")
     stream, hidden = batch.text[name], outputs_of(model, batch, name).hidden
     shape = list(stream.ids.shape)
-    yield compare(f"hidden states of {name!r} are [B, T, D]", list(hidden.shape[:2]), shape)
-    yield compare("logits are [..., V]", list(model.logits(hidden).shape[:2]), shape)
+    yield compare_values(f"hidden states of {name!r} are [B, T, D]", list(hidden.shape[:2]), shape)
+    yield compare_values("logits are [..., V]", list(model.logits(hidden).shape[:2]), shape)
     items = make_items(built.processor)
     alone = make_batch(built.processor, items[-1:], [*batch.text])
     length = alone.text[name].ids.shape[1]
@@ -124,17 +124,17 @@ def _check_losses(name: str, objective: Objective, built: Assembly) -> Iterator[
     whole, halves, empty = _make_batches(built, {name: objective})
     losses = objective(built.model, whole, context)
     wrong = {key: value for key, value in losses.items() if not isinstance(value, Loss)}
-    yield compare(f"{name}: returns losses by name", (wrong, bool(losses)), ({}, True))
+    yield compare_values(f"{name}: returns losses by name", (wrong, bool(losses)), ({}, True))
     for key, loss in losses.items():
         good = loss.sum.ndim == 0 and bool(torch.isfinite(loss.sum)) and loss.sum.requires_grad
         yield Finding(f"{key}: the sum is a finite number to learn from", "" if good else f"got {loss.sum}")
         yield Finding(f"{key}: the count is above 0", "" if float(loss.count) > 0 else f"got {loss.count}")
         attached = [metric for metric, value in loss.metrics.items() if value.requires_grad]
-        yield compare(f"{key}: metrics are detached", attached, [])
+        yield compare_values(f"{key}: metrics are detached", attached, [])
     nothing = objective(built.model, empty, context)
     for key, loss in nothing.items():
         found = (float(loss.sum.detach()), float(loss.count))
-        yield compare(f"{key}: a batch of padding adds nothing to sum and count", found, (0.0, 0.0))
+        yield compare_values(f"{key}: a batch of padding adds nothing to sum and count", found, (0.0, 0.0))
     if not objective.needs_whole_step:
         parts = [objective(built.model, half, context) for half in halves]
         for key, loss in losses.items():

@@ -23,7 +23,7 @@ from vlm_train.build import (
 )
 from vlm_train.check.model import check_evaluators
 from vlm_train.contract.component import METRICS, Component
-from vlm_train.contract.finding import Finding, compare, require_members
+from vlm_train.contract.finding import Finding, compare_values, require_members
 from vlm_train.contract.samples import write_samples
 from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.contracts.exporter import Exporter
@@ -42,10 +42,12 @@ def check_metric(component: Component) -> Iterator[Finding]:
         return
     right, again, wrong = (metric(list(texts), REFERENCES) for texts in (RIGHT, RIGHT, WRONG))
     declared = list(metric.higher_is_better)
-    yield compare("returns the values that higher_is_better declares", (list(right), list(wrong)), (declared, declared))
+    yield compare_values(
+        "returns the values that higher_is_better declares", (list(right), list(wrong)), (declared, declared)
+    )
     numbers = all(isinstance(value, float) and math.isfinite(value) for value in (*right.values(), *wrong.values()))
     yield Finding("every value is a finite float", "" if numbers else f"got {right} and {wrong}")
-    yield compare("the same texts give the same values", again, right)
+    yield compare_values("the same texts give the same values", again, right)
     for name, higher in metric.higher_is_better.items():
         best, worst = right.get(name, 0.0), wrong.get(name, 0.0)
         problem = (
@@ -109,7 +111,7 @@ def _check_export(name: str, exporter: Exporter, built: Assembly) -> Iterator[Fi
     small = isinstance(difference, float) and 0 <= difference <= 1e-3
     yield Finding(f"{name}: reads them back and computes the same", "" if small else f"differs by {difference}")
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
-    yield compare(f"{name}: leaves the model as it is (weights that changed)", changed[:3], [])
+    yield compare_values(f"{name}: leaves the model as it is (weights that changed)", changed[:3], [])
 
 
 def check_importer(component: Component) -> Iterator[Finding]:
@@ -124,7 +126,7 @@ def check_importer(component: Component) -> Iterator[Finding]:
 def _put_shards(nodes: Any, folder: Path) -> dict[str, Any]:
     """The evaluators, with the made shard set in place of all that they name."""
 
-    def replaced(key: str, value: Any) -> Any:
+    def replace_shards(key: str, value: Any) -> Any:
         if not key.endswith("shards") or value is None:
             return value
         return [str(folder)] if isinstance(value, list) else str(folder)
@@ -132,7 +134,7 @@ def _put_shards(nodes: Any, folder: Path) -> dict[str, Any]:
     plain = OmegaConf.to_container(nodes, resolve=True, throw_on_missing=False)
     assert isinstance(plain, dict)
     return {
-        str(name): {str(key): replaced(str(key), value) for key, value in node.items()}
+        str(name): {str(key): replace_shards(str(key), value) for key, value in node.items()}
         for name, node in plain.items()
         if node is not None
     }

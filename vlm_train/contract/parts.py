@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlm_train.config.signatures import import_target
 from vlm_train.contract.component import Component
@@ -21,8 +20,8 @@ from vlm_train.contract.finding import (
     check_on_meta,
     check_pickle,
     check_state,
-    compare,
     compare_tensors,
+    compare_values,
     require_members,
     weigh_values,
 )
@@ -47,7 +46,7 @@ GRIDS = (
 def check_vision(component: Component) -> Iterator[Finding]:
     """A vision encoder: views to features, `VisionEncoder`."""
     yield check_on_meta(component.make_on_meta())
-    vision = component.make()
+    vision = component.make_small()
     members = ("out_dim", "image_size", "image_mean", "image_std", "patch_grid", "encode")
     yield (found := require_members(vision, members))
     if found.problem:
@@ -62,9 +61,9 @@ def check_vision(component: Component) -> Iterator[Finding]:
     media = blank_input(vision, 3, sizes=NATIVE if vision.image_size is None else ())
     media.values.random_(0, 256)
     features = vision.encode(media)
-    yield compare("features of a view have the grid that patch_grid says", features.grids, media.grids)
+    yield compare_values("features of a view have the grid that patch_grid says", features.grids, media.grids)
     rows = sum(grid.size for grid in media.grids)
-    yield compare("features are [F, out_dim]", list(features.values.shape), [rows, vision.out_dim])
+    yield compare_values("features are [F, out_dim]", list(features.values.shape), [rows, vision.out_dim])
     yield check_gradients(vision, weigh_values(features.values), _list_unused(vision))
 
     vision.eval()
@@ -72,27 +71,27 @@ def check_vision(component: Component) -> Iterator[Finding]:
         together = vision.encode(media).values
         alone = [vision.encode(MediaInput(one.values, one.grids, (1,))).values for one in media.split(1)]
     yield compare_tensors("a view gives what it gives alone, whatever else is in the batch", together, torch.cat(alone))
-    yield check_state(vision, component.make(), lambda one: one.encode(media).values)
+    yield check_state(vision, component.make_small(), lambda one: one.encode(media).values)
 
 
 def check_connector(component: Component) -> Iterator[Finding]:
     """A connector: features to the language model's width, `Connector`."""
-    taken = inspect.signature(import_target(component.node()._target_)).parameters
+    taken = inspect.signature(import_target(component.copy_options()._target_)).parameters
     several = "in_dim" in taken and "Mapping" in str(taken["in_dim"].annotation)
     if several:
         yield Finding("takes several encoders: model=<its family> checks it, with vision=<them>")
         return
     yield check_on_meta(component.make_on_meta(**WIDTHS))
-    connector = component.make(**WIDTHS)
+    connector = component.make_small(**WIDTHS)
     yield (found := require_members(connector, ("token_grid",)))
     if found.problem:
         return
     yield check_pickle("token_grid can be sent to data workers", connector.token_grid)
     for grids in GRIDS:
-        yield from _check_tokens(component.make(**WIDTHS), grids)
+        yield from _check_tokens(component.make_small(**WIDTHS), grids)
     yield _check_layout(connector)
     features = _make_features(GRIDS[-1])
-    yield check_state(connector, component.make(**WIDTHS), lambda one: one(features).values)
+    yield check_state(connector, component.make_small(**WIDTHS), lambda one: one(features).values)
 
 
 def _check_tokens(connector: Any, grids: tuple[Grid3, ...]) -> Iterator[Finding]:
@@ -101,9 +100,9 @@ def _check_tokens(connector: Any, grids: tuple[Grid3, ...]) -> Iterator[Finding]
     features = _make_features(grids)
     tokens = connector(features)
     wanted = tuple(connector.token_grid(grid) for grid in grids)
-    yield compare(f"tokens have the grid that token_grid says (patches {views})", tokens.grids, wanted)
+    yield compare_values(f"tokens have the grid that token_grid says (patches {views})", tokens.grids, wanted)
     rows = sum(grid.size for grid in wanted)
-    yield compare("tokens are [F, out_dim]", list(tokens.values.shape), [rows, WIDTHS["out_dim"]])
+    yield compare_values("tokens are [F, out_dim]", list(tokens.values.shape), [rows, WIDTHS["out_dim"]])
     yield check_gradients(connector, weigh_values(tokens.values), _list_unused(connector))
 
     connector.eval()
@@ -113,7 +112,7 @@ def _check_tokens(connector: Any, grids: tuple[Grid3, ...]) -> Iterator[Finding]
         [connector(Features(view, (grid,))).values for view, grid in zip(views_alone, grids, strict=True)]
     )
     yield compare_tensors("a view gives what it gives alone, whatever else is in the batch", together, alone)
-    ours, expected = (_grad(weigh_values(values), features.values) for values in (together, alone))
+    ours, expected = (torch.autograd.grad(weigh_values(values), features.values)[0] for values in (together, alone))
     yield compare_tensors("so does its gradient", ours, expected)
 
 
@@ -123,7 +122,7 @@ def _check_layout(connector: Any) -> Finding:
     layout = pickle.loads(pickle.dumps(GridLayout(plan, connector.token_grid)))  # noqa: S301 - our own bytes
     (pieces,) = layout([MediaSize(640, 480)])
     tokens = connector(_make_features(GRIDS[0][:1]))
-    return compare("the text has a placeholder for every token of an image", pieces[0].count, tokens.lengths[0])
+    return compare_values("the text has a placeholder for every token of an image", pieces[0].count, tokens.lengths[0])
 
 
 class _OneGrid:
@@ -140,10 +139,6 @@ def _make_features(grids: tuple[Grid3, ...]) -> Features:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(sum(grid.size for grid in grids), WIDTHS["in_dim"], generator=generator)
     return Features(values.requires_grad_(), grids)
-
-
-def _grad(loss: Tensor, values: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, values)[0]
 
 
 def _list_unused(part: Any) -> list[str]:

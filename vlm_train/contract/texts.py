@@ -19,8 +19,8 @@ from vlm_train.contract.finding import (
     check_gradients,
     check_on_meta,
     check_state,
-    compare,
     compare_tensors,
+    compare_values,
     require_members,
     weigh_values,
 )
@@ -38,7 +38,7 @@ CAPTIONS = ((5, 6, 7), (8,), (9, 10, 11, 12))
 def check_llm(component: Component) -> Iterator[Finding]:
     """A language model, an encoder-decoder (it has a `start_id`) or a text tower (it has `pooled`)."""
     yield check_on_meta(component.make_on_meta(**GIVEN))
-    llm = component.make(**GIVEN)
+    llm = component.make_small(**GIVEN)
     if hasattr(llm, "pooled"):
         yield from _check_text_tower(component, llm)
         return
@@ -59,7 +59,7 @@ def _check_text_model(component: Component, llm: Any, seq2seq: bool) -> Iterator
     marked = ids.clone()
     marked[:, 1] = PLACEHOLDER_ID
     embeds = llm.embed(marked)
-    yield compare("embeddings are [B, T, dim]", list(embeds.shape), [ROWS, LENGTH, llm.dim])
+    yield compare_values("embeddings are [B, T, dim]", list(embeds.shape), [ROWS, LENGTH, llm.dim])
     finite = bool(torch.isfinite(embeds).all())
     yield Finding("a placeholder has a finite embedding", "" if finite else "embed(PLACEHOLDER_ID) is not finite")
 
@@ -68,17 +68,17 @@ def _check_text_model(component: Component, llm: Any, seq2seq: bool) -> Iterator
         hidden = run(llm)
     layers = isinstance(llm.layers, nn.ModuleList) and len(llm.layers)
     idle = [number for number, _ in enumerate(llm.layers) if calls[number] != 1] if layers else "no nn.ModuleList"
-    yield compare("every one of its layers runs once in a pass", idle, [])
+    yield compare_values("every one of its layers runs once in a pass", idle, [])
     logits = llm.head(hidden)
-    yield compare("hidden states are [B, T, dim]", list(hidden.shape), [ROWS, LENGTH, llm.dim])
-    yield compare("logits are [B, T, vocab_size]", list(logits.shape), [ROWS, LENGTH, llm.vocab_size])
+    yield compare_values("hidden states are [B, T, dim]", list(hidden.shape), [ROWS, LENGTH, llm.dim])
+    yield compare_values("logits are [B, T, vocab_size]", list(logits.shape), [ROWS, LENGTH, llm.vocab_size])
     unused = [
         name
         for method in ("unused_parameters", "encoder_parameters")
         for name in (getattr(llm, method)() if hasattr(llm, method) else ())
     ]
     yield check_gradients(llm, weigh_values(logits), unused)
-    yield check_state(llm, component.make(**GIVEN), lambda one: one.head(run(one)))
+    yield check_state(llm, component.make_small(**GIVEN), lambda one: one.head(run(one)))
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def _check_masks(llm: Any) -> Iterator[Finding]:
 @torch.no_grad()
 def _check_inserted_blocks(component: Component) -> Iterator[Finding]:
     """`insert` is an offer: families with cross-attention between the layers need it."""
-    llm = component.make(**GIVEN).eval()
+    llm = component.make_small(**GIVEN).eval()
     if not hasattr(llm, "insert"):
         yield Finding("offers no insert: families with blocks between the layers refuse it")
         return
@@ -125,11 +125,13 @@ def _check_inserted_blocks(component: Component) -> Iterator[Finding]:
     blocks = llm.insert(lambda: _Shift(llm.dim), every=1)
     states = CrossStates(features=torch.zeros(1, 1, llm.dim), media_of_token=torch.full((ROWS, LENGTH), -1))
     after = llm.decode(embeds, positions, None, cross_states=states)
-    yield compare("inserted blocks run once before every layer", [one.calls for one in blocks], [1] * len(llm.layers))
+    yield compare_values(
+        "inserted blocks run once before every layer", [one.calls for one in blocks], [1] * len(llm.layers)
+    )
     same = torch.equal(before, after)
     yield Finding("what an inserted block returns is used", "the hidden states are as without blocks" if same else "")
     inside = [name for name, _ in llm.named_parameters() if name.endswith("contract_shift")]
-    yield compare("inserted blocks are no part of the language model's own parameters", inside, [])
+    yield compare_values("inserted blocks are no part of the language model's own parameters", inside, [])
 
 
 def _check_text_tower(component: Component, tower: Any) -> Iterator[Finding]:
@@ -139,7 +141,7 @@ def _check_text_tower(component: Component, tower: Any) -> Iterator[Finding]:
         return
     stream = _make_captions(CAPTIONS)
     vectors = tower.pooled(stream)
-    yield compare("vectors are [B, dim]", list(vectors.shape), [len(CAPTIONS), tower.dim])
+    yield compare_values("vectors are [B, dim]", list(vectors.shape), [len(CAPTIONS), tower.dim])
     yield check_gradients(tower, weigh_values(vectors), tower.head_parameters())
     tower.eval()
     with torch.no_grad():
@@ -148,7 +150,7 @@ def _check_text_tower(component: Component, tower: Any) -> Iterator[Finding]:
         left = tower.pooled(_make_captions(CAPTIONS, left=True))
     yield compare_tensors("a caption gives what it gives alone, without padding", together, alone)
     yield compare_tensors("padding on the left changes nothing", left, together)
-    yield check_state(tower, component.make(**GIVEN), lambda one: one.pooled(stream))
+    yield check_state(tower, component.make_small(**GIVEN), lambda one: one.pooled(stream))
 
 
 def _run_causal(llm: Any, ids: Tensor) -> Tensor:
@@ -176,19 +178,19 @@ def _make_captions(rows: Any, *, left: bool = False) -> TokenStream:
     """Captions, one a row, padded on the right or on the left."""
     length = max(map(len, rows))
 
-    def pad(fill: Callable[[tuple[int, ...]], list[int]]) -> Tensor:
+    def pad_rows(fill: Callable[[tuple[int, ...]], list[int]]) -> Tensor:
         padded = [
             [0] * (length - len(row)) + fill(row) if left else fill(row) + [0] * (length - len(row)) for row in rows
         ]
         return torch.tensor(padded)
 
-    ids = pad(list)
+    ids = pad_rows(list)
     return TokenStream(
         ids=ids,
         labels=torch.full_like(ids, IGNORE),
         weights=torch.zeros(ids.shape),
-        positions=pad(lambda row: list(range(len(row))))[None],
-        segment_ids=pad(lambda row: [1] * len(row)).int(),
+        positions=pad_rows(lambda row: list(range(len(row))))[None],
+        segment_ids=pad_rows(lambda row: [1] * len(row)).int(),
         attention_group=torch.zeros_like(ids).int(),
         slots=Slots(index=torch.zeros(0, dtype=torch.long), placeholders=0),
         plain_causal=not left,
@@ -202,10 +204,10 @@ class _CountedLayers:
         self.layers, self.calls = layers, Counter[int]()
 
     def __enter__(self) -> Counter[int]:
-        def count(number: int) -> Callable[..., None]:
+        def count_call(number: int) -> Callable[..., None]:
             return lambda *_: self.calls.update([number])
 
-        self.hooks = [layer.register_forward_hook(count(number)) for number, layer in enumerate(self.layers)]
+        self.hooks = [layer.register_forward_hook(count_call(number)) for number, layer in enumerate(self.layers)]
         return self.calls
 
     def __exit__(self, *_: object) -> None:

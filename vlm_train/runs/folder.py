@@ -35,15 +35,15 @@ class RunFolder:
         self.predictions, self.output = self.path / "predictions", self.path / "output.log"
         self.schedule, self.lock = self.path / "schedule.json", self.path / ".lock"
 
-    def quarantine(self, rank: int | str = "*") -> Path:
+    def quarantine_file(self, rank: int | str = "*") -> Path:
         """The file of a rank's bad samples; without a rank, the pattern of all of them. So are the next two."""
         return self.path / f"quarantine-{rank}.jsonl"
 
-    def skipped_steps(self, rank: int | str = "*") -> Path:
+    def skipped_steps_file(self, rank: int | str = "*") -> Path:
         """The file of a rank's steps without an update."""
         return self.path / f"skipped-steps-{rank}.jsonl"
 
-    def stacks(self, rank: int | str = "*") -> Path:
+    def stacks_file(self, rank: int | str = "*") -> Path:
         """The file of a rank's stacks."""
         return self.path / f"stacks-{rank}.txt"
 
@@ -53,6 +53,6 @@ class RunFolder:
         for folder in (self.checkpoints, self.evaluation, self.predictions):
             shutil.rmtree(folder, ignore_errors=True)
         self.rollbacks.unlink(missing_ok=True)
-        for pattern in (self.quarantine(), self.skipped_steps(), self.stacks()):
+        for pattern in (self.quarantine_file(), self.skipped_steps_file(), self.stacks_file()):
             for file in self.path.glob(pattern.name):
                 file.unlink(missing_ok=True)

@@ -66,17 +66,17 @@ class BadSamples:
         if not good:
             reason = f"none of the {bad} held-out samples is usable"
         if bad and reason:
-            raise TrainingError(f"data.val: {reason}; {RunFolder(self.folder).quarantine()} says why.")
+            raise TrainingError(f"data.val: {reason}; {RunFolder(self.folder).quarantine_file()} says why.")
 
     def summarize_kinds(self, kinds: Mapping[str, float]) -> str:
         """The bad samples by kind, for a message; `kinds` counts them on all ranks."""
         counts = ", ".join(f"{kind} {count:.0f}" for kind, count in sorted(kinds.items()))
         last = f" Last here: {self.last}" if self.last else ""
-        return f"So far: {counts}. All of them: {RunFolder(self.folder).quarantine()}.{last}"
+        return f"So far: {counts}. All of them: {RunFolder(self.folder).quarantine_file()}.{last}"
 
     def record_problems(self, split: str, step: int, problems: Iterable[Problem], rank: int) -> None:
         """Write each bad sample once, also if the run was interrupted, and say the first one aloud."""
-        path = RunFolder(self.folder).quarantine(rank)
+        path = RunFolder(self.folder).quarantine_file(rank)
         problems = [Problem(*without_credentials(astuple(problem))) for problem in problems]
         recorded = self._known_problems()
         new = [problem for problem in dict.fromkeys(problems) if _identify_problem(problem) not in recorded]
@@ -91,7 +91,7 @@ class BadSamples:
     def _known_problems(self) -> set[tuple[str, ...]]:
         if self._recorded is None:
             self._recorded = set()
-            for path in self.folder.glob(RunFolder(self.folder).quarantine().name):
+            for path in self.folder.glob(RunFolder(self.folder).quarantine_file().name):
                 for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                     try:
                         held = json.loads(line)

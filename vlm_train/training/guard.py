@@ -77,7 +77,7 @@ class Guard:
             return
         self.in_a_row += 1
         line = {"step": step, "reason": reason, "samples": keys}
-        JsonlWriter(RunFolder(self.path).skipped_steps(rank)).write_line(line)
+        JsonlWriter(RunFolder(self.path).skipped_steps_file(rank)).write_line(line)
         if rank == 0:
             print(f"step {step:>6}  no update: {reason}", flush=True)
         if self.in_a_row > self.max_in_a_row:
@@ -86,7 +86,7 @@ class Guard:
                 self._go_back(first, step)
             raise TrainingError(
                 f"training: {self.in_a_row} steps in a row without an update, the last, {step}, for its {reason}; "
-                f"{RunFolder(self.path).skipped_steps()} names them. Lower optim.lr, set trainer.max_grad_norm, "
+                f"{RunFolder(self.path).skipped_steps_file()} names them. Lower optim.lr, set trainer.max_grad_norm, "
                 f"or leave the steps out: trainer.skip_steps=[[{first},{step}]]."
             )
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from data_pipelines.errors import BadSample
-from tests.support.native import count_patches
+from tests.out_of_tree.my_vlm.native_vit import count_patches
 from tests.support.videos import video
 from vlm_train.build import build_image_plan
 from vlm_train.contracts.layout import MediaSize

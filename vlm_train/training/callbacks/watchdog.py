@@ -91,7 +91,7 @@ class Watchdog(pl.Callback):
 
     def _end_process(self, ended: threading.Event) -> None:
         assert self.trainer is not None
-        rank, path = self.trainer.global_rank, RunFolder(self.folder).stacks(self.trainer.global_rank)
+        rank, path = self.trainer.global_rank, RunFolder(self.folder).stacks_file(self.trainer.global_rank)
         said = (
             f"Rank {rank} has stood still for {self.stood / 60:.3g} minutes (trainer.watchdog_minutes) after step "
             f"{self.trainer.global_step}, phase: {self.phase}. Its stacks: {path}. The same command resumes.\n"
