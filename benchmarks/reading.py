@@ -197,6 +197,28 @@ def one_word_names(package: str) -> tuple[list[str], int]:
     return found, asked
 
 
+def leave_out_short(called: Sequence[str]) -> list[str]:
+    """Those of `called` (`file:name`) that take a reader somewhere.
+
+    The rule: properties, dunder methods but `__call__`, and functions of one statement are short; docstring, imports
+    and `del` of an argument are no statements. On the commit once counted by hand it gives the 93 functions counted then.
+    """
+    nodes = {f"{_relative_path(path)}:{name}": node for path, name, node, _ in iterate_functions()}
+    return [name for name in called if not _is_short(nodes[name.replace(".<locals>", "")])]
+
+
+def _is_short(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    if any("property" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return True
+    if re.fullmatch(r"__\w+__", node.name) and node.name != "__call__":
+        return True
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    body = [one for one in body if not isinstance(one, ast.Delete | ast.Import | ast.ImportFrom)]
+    return len(body) <= 1 and not any(
+        isinstance(one, ast.For | ast.While | ast.If | ast.With | ast.Try) for one in body
+    )
+
+
 def loose_files() -> list[str]:
     """The .py files directly in `vlm_train/`; `__init__.py` is none."""
     return [path.name for path in sorted((ROOT / "vlm_train").glob("*.py")) if path.name != "__init__.py"]
@@ -226,8 +248,10 @@ def format_report(trace: bool = True, detail: bool = False) -> str:
         add(f"one-word function names in {package}", f"{len(names) / asked:.0%} ({len(names)} of {asked})", names)
     if trace:
         called = trace_step(ROOT, PACKAGES)
-        files = {name.partition(":")[0] for name in called}
-        add("from a shard's Sample to the loss", f"{len(called)} functions in {len(files)} files", called)
+        read = leave_out_short(called)
+        for title, names in (("from a shard's Sample to the loss", read), ("    with the short ones", called)):
+            files = {name.partition(":")[0] for name in names}
+            add(title, f"{len(names)} functions in {len(files)} files", names)
     for title, lengths in (
         (f"files over {LONG_FILE} lines", long_files()),
         (f"functions over {LONG_FUNCTION} lines", long_functions()),

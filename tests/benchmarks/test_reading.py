@@ -57,3 +57,20 @@ def test_a_one_word_name_is_one_without_an_underscore(tmp_path: Path, monkeypatc
     monkeypatch.setattr(reading, "tree_of", lambda _: ast.parse(text))
     found, asked = reading.one_word_names("p")
     assert found == ["p/a.py:A._fit", "p/a.py:encode", "p/a.py:load_row.inner"] and asked == 4
+
+
+def test_short_functions_take_a_reader_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "class A:\n    @property\n    def size(self):\n        a = 1\n        return a\n"
+        "    def __len__(self):\n        a = 1\n        return a\n"
+        "    def __call__(self):\n        a = 1\n        return a\n"
+        "def forward_only(x):\n    'Says so.'\n    import os\n    del x\n    return os\n"
+        "def loop(x):\n    for _ in x:\n        pass\n"
+        "def outer():\n    def inner():\n        a = 1\n        return a\n    return inner\n"
+    )
+    monkeypatch.setattr(reading, "ROOT", tmp_path)
+    monkeypatch.setattr(reading, "python_files", lambda: {"p.a": tmp_path / "p" / "a.py"})
+    monkeypatch.setattr(reading, "tree_of", lambda _: ast.parse(text))
+    names = ["A.size", "A.__len__", "A.__call__", "forward_only", "loop", "outer", "outer.<locals>.inner"]
+    found = reading.leave_out_short([f"p/a.py:{name}" for name in names])
+    assert found == [f"p/a.py:{name}" for name in ("A.__call__", "loop", "outer", "outer.<locals>.inner")]
