@@ -52,7 +52,7 @@ def shard_set(root: Path, size: str, samples: int) -> Path:
     blobs = [photograph(*SIZES[size], seed) for seed in range(min(PICTURES, samples))]
     ask = Turn(role="user", parts=(Media(item=0), Text(text=QUESTION)))
     answer = Turn(role="assistant", parts=(Text(text=ANSWER),))
-    with ShardWriter(folder, source="benchmark", licence="CC0-1.0", samples_per_shard=-(-samples // SHARDS)) as writer:
+    with ShardWriter(folder, source="benchmark", license="CC0-1.0", samples_per_shard=-(-samples // SHARDS)) as writer:
         for number in range(samples):
             blob = blobs[number % len(blobs)]
             sample = Sample(
@@ -60,7 +60,7 @@ def shard_set(root: Path, size: str, samples: int) -> Path:
                 media=(image_item(0, blob),),
                 annotations=(Annotation(turns=(ask, answer)),),
                 source="benchmark",
-                licence="CC0-1.0",
+                license="CC0-1.0",
             )
             writer.write_sample(sample, [blob])
     return folder

@@ -201,7 +201,7 @@ def leave_out_short(called: Sequence[str]) -> list[str]:
     """Those of `called` (`file:name`) that take a reader somewhere.
 
     The rule: properties, dunder methods but `__call__`, and functions of one statement are short; docstring, imports
-    and `del` of an argument are no statements. On the commit once counted by hand it gives the 93 functions counted then.
+    and `del` of an argument are no statements. On the commit once counted by hand it gives the same 93 functions.
     """
     nodes = {f"{_relative_path(path)}:{name}": node for path, name, node, _ in iterate_functions()}
     return [name for name in called if not _is_short(nodes[name.replace(".<locals>", "")])]

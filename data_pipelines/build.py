@@ -105,6 +105,8 @@ def write_shards(
     """
     if not 0 <= node < nodes:
         raise DataError(f"node: got {node} with nodes={nodes}; allowed: 0 to nodes - 1")
+    if lacking := [name for name in ("name", "license", "split", "parts", "read") if not hasattr(source, name)]:
+        raise DataError(f"{type(source).__name__} has no {', '.join(lacking)}; see `data_pipelines.sources.Source`")
     with Partial(output, overwrite=overwrite, shared=nodes > 1) as hidden:
         writer = PartWriter(
             source=source,
@@ -115,7 +117,7 @@ def write_shards(
         )
         numbers = range(node, source.parts, nodes)
         _open_hidden_folder(hidden, _describe_plan(writer, build), numbers, shared=nodes > 1)
-        about = {"source": source.name, "licence": source.licence, "split": source.split, "build": dict(build or {})}
+        about = {"source": source.name, "license": source.license, "split": source.split, "build": dict(build or {})}
         try:
             if not (hidden.path / MANIFEST).is_file():  # else only the last renaming was missing
                 parts = _write_missing(writer, numbers, output, workers, engine)
@@ -145,7 +147,7 @@ def _describe_plan(writer: PartWriter, build: Mapping[str, Any] | None) -> dict[
     source = writer.source
     plan = {
         "build": dict(build or {}),
-        "source": [source.name, source.licence, source.split, source.parts],
+        "source": [source.name, source.license, source.split, source.parts],
         "shards": [writer.samples_per_shard, writer.max_shard_bytes],
         "sample_version": SCHEMA_VERSION,
     }

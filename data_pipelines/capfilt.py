@@ -207,7 +207,7 @@ def _manifest_fields(
     }
     if tally.truth:
         made_from["truth"] = tally.compute_precision_recall()
-    about = {name: getattr(origin, name) for name in ("source", "licence", "split", "bad")}
+    about = {name: getattr(origin, name) for name in ("source", "license", "split", "bad")}
     return about | {
         "command": "capfilt",
         "build": dict(arguments),

@@ -29,6 +29,8 @@ GROUPS = {
     "contract": "source",
     "filter": "filter",
 }  # by command, the group of components that it takes
+RENAMED = {"licence": "license"}
+"""Options that had another name -> what they are called now."""
 
 
 def run_command(task: Callable[[DictConfig], int], name: str, doc: str, argv: list[str] | None = None) -> int:
@@ -83,7 +85,8 @@ def make_component(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: 
     options = {name: value for name, value in options.items() if name != "_target_"}
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise DataError(f"{target} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
+        now = "".join(f"; {name} is called {RENAMED[name]} now" for name in unknown if name in RENAMED)
+        raise DataError(f"{target} has no option {', '.join(unknown)}{now}; its options: {', '.join(known)}")
     hints = _read_type_hints(component)
     for name, value in options.items():
         if not fits_type(value, hints.get(name, Any)):
@@ -151,6 +154,8 @@ def _format_error(name: str, error: BaseException, overrides: Sequence[str], fol
     if isinstance(error, MissingConfigException) or first.startswith("You must specify"):
         return f"{first.rstrip('.')}. Available: {', '.join(sorted(_list_choices(name, folders)))}"
     if found := re.match(r"Could not override '(.+)'", first):
+        if now := RENAMED.get(found[1]):
+            return f"no option {found[1]!r}: it is called {now} now"
         return f"no option {found[1]!r}; options: {', '.join(_list_options(name, overrides, folders))}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()

@@ -32,9 +32,9 @@ def check_source(source: Source, records: int = 200) -> Iterator[tuple[str, str]
     """What was checked, and what is wrong with it; "" if nothing is."""
     said = "" if (type(source).__doc__ or "").strip() else "say in a sentence what it reads"
     yield "has a docstring", said
-    texts = {name: getattr(source, name, None) for name in ("name", "licence", "split")}
+    texts = {name: getattr(source, name, None) for name in ("name", "license", "split")}
     wrong = [f"{name} is {value!r}" for name, value in texts.items() if not isinstance(value, str)]
-    yield "name, licence and split are texts", ", ".join(wrong)
+    yield "name, license and split are texts", ", ".join(wrong)
     parts = source.parts
     yield "has one part or more", "" if isinstance(parts, int) and parts > 0 else f"parts is {parts!r}"
     pickle.loads(pickle.dumps(source))  # noqa: S301 - our own bytes

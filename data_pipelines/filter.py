@@ -150,7 +150,7 @@ def filter_set(config: DictConfig) -> int:
     if not len(verdicts.kept):
         raise DataError(f"{config.folder}: no sample is left: {verdicts.count_dropped()}")
     origin = shards.manifest
-    about: dict[str, Any] = {name: getattr(origin, name) for name in ("source", "licence", "split", "bad")}
+    about: dict[str, Any] = {name: getattr(origin, name) for name in ("source", "license", "split", "bad")}
     about |= {"command": "filter", "build": arguments, "dropped": verdicts.count_dropped()}
     if config["copy"]:
         limits = (config.samples_per_shard, config.max_shard_bytes)

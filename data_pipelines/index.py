@@ -20,7 +20,7 @@ from data_pipelines.shards.members import scan_tar, to_sample
 from data_pipelines.shards.stats import Stats, measure_lengths
 
 
-def index_folder(folder: Path, *, source: str = "", licence: str = "", split: str = "") -> Manifest:
+def index_folder(folder: Path, *, source: str = "", license: str = "", split: str = "") -> Manifest:
     """Read every `*.tar` of `folder` once, check it, and write index and manifest beside them.
 
     Raises `DataError` naming the shard (and key) of the first truncated tar, refused or unusable member, interleaved
@@ -50,7 +50,7 @@ def index_folder(folder: Path, *, source: str = "", licence: str = "", split: st
         shards=tuple(shards),
         index=builder.write_file(folder / INDEX),
         source=source,
-        licence=licence,
+        license=license,
         split=split,
         command="index",
         stats=stats.to_json(),
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         if (folder / MANIFEST).exists() and not config.force:
             print(f"{folder}: already has {MANIFEST}; force=true indexes again")
             return 0
-        manifest = index_folder(folder, source=config.name, licence=config.licence, split=config.split)
+        manifest = index_folder(folder, source=config.name, license=config.license, split=config.split)
         print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes")
         return 0
 

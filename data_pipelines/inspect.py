@@ -23,7 +23,7 @@ from data_pipelines.shards.shard_set import ShardSet
 
 def format_statistics(manifest: Manifest) -> str:
     """The set's statistics for the terminal."""
-    lines = [f"{manifest.source or 'source unknown'}, {manifest.licence or 'licence unknown'}, {manifest.bytes} bytes"]
+    lines = [f"{manifest.source or 'source unknown'}, {manifest.license or 'license unknown'}, {manifest.bytes} bytes"]
     for name, stat in manifest.stats.items():
         rest = " ".join(f"{key}={stat[key]}" for key in ("min", "p5", "p50", "p95", "max") if key in stat)
         lines.append(f"  {name:<12}{stat['count']:>10}  {rest}")
@@ -34,7 +34,7 @@ def format_statistics(manifest: Manifest) -> str:
 
 def as_text(sample: Sample, blobs: list[bytes], where: str) -> str:
     """One sample for the terminal."""
-    lines = [f"{sample.key}  ({where}; {sample.source}, {sample.licence or 'licence unknown'})"]
+    lines = [f"{sample.key}  ({where}; {sample.source}, {sample.license or 'license unknown'})"]
     for number, (item, blob) in enumerate(zip(sample.media, blobs, strict=True)):
         lines.append(
             f"  media {number}: {item.name}, {item.width} x {item.height}{_format_length(item)}, {len(blob)} bytes"
@@ -96,7 +96,7 @@ def inspect_set(config: DictConfig) -> int:
         sample = replace(
             sample,
             source=sample.source or shards.manifest.source,
-            licence=sample.licence or shards.manifest.licence,
+            license=sample.license or shards.manifest.license,
         )
         print("\n" + as_text(sample, blobs, shards.shard_name(i)))
         if config.html:

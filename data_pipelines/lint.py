@@ -2,7 +2,7 @@
 
 Reports, with shard and key: damaged, truncated or missing files, duplicate keys, samples that cannot be read, images or
 videos that do not decode, placeholders that do not fit the media, empty questions and answers, boxes outside their
-picture, negative weights; as a warning, samples of unknown source or licence. Ends with the counts by kind.
+picture, negative weights; as a warning, samples of unknown source or license. Ends with the counts by kind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data_pipelines.shards.shard_set import ShardSet
 
 TAG = "<image>"
 CHUNK = 64  # samples that a process checks before it answers
-WARNINGS = ("unknown source", "unknown licence")
+WARNINGS = ("unknown source", "unknown license")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _check_samples(shards: ShardSet, chunk: int) -> list[Problem]:
             found.append(Problem("unreadable sample", str(error)))
             continue
         found += [Problem(problem.kind, f"{where}: {problem.text}") for problem in sample_problems(sample, blobs)]
-        for warning, known in zip(WARNINGS, (sample.source or about.source, sample.licence or about.licence)):
+        for warning, known in zip(WARNINGS, (sample.source or about.source, sample.license or about.license)):
             if not known:
                 found.append(Problem(warning, f"{where}: {warning}"))
     return found

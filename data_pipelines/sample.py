@@ -92,7 +92,7 @@ class Sample:
     media: tuple[MediaItem, ...] = ()
     annotations: tuple[Annotation, ...]
     source: str = ""
-    licence: str = ""
+    license: str = ""
     weight: float = 1.0
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,7 +119,7 @@ class Sample:
         data = {
             "version": SCHEMA_VERSION,
             "source": self.source,
-            "licence": self.licence,
+            "license": self.license,
             "weight": self.weight,
             "meta": dict(self.meta),
             "media": [
@@ -158,7 +158,7 @@ class Sample:
             return cls(
                 key=key,
                 source=str(data["source"]),
-                licence=str(data["licence"]),
+                license=str(data["license"] if "license" in data else data["licence"]),  # as it was spelled before
                 weight=float(data["weight"]),
                 meta=dict(data["meta"]),
                 media=tuple(MediaItem(**item) for item in data["media"]),

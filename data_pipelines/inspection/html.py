@@ -16,7 +16,7 @@ from data_pipelines.sample import Box, Media, MediaItem, Part, Sample, Text, Tur
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.members import member_extension
 
-COLOURS = ("#e6194b", "#1d7fe0", "#2e9e44", "#b8860b", "#8e44ad", "#d35400", "#16a085", "#7f4f24")
+COLORS = ("#e6194b", "#1d7fe0", "#2e9e44", "#b8860b", "#8e44ad", "#d35400", "#16a085", "#7f4f24")
 SHOWN = {"chars": "characters", "turns": "turns", "media": "media items", "width": "width", "height": "height"}
 SHOWN |= {"media_bytes": "bytes of a file", "seconds": "seconds of a video"}
 MAX_SIDE = 800  # pixels of a picture on the page
@@ -65,12 +65,12 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="v
 <div class="media">{% for m in s.media %}<figure><div class="frame">
 {%- if m.image %}<img alt="{{ m.name }}" src="{{ m.image }}">
 {%- elif m.video %}<video controls src="{{ m.video }}"></video>{% endif %}
-{%- for b in m.boxes %}<div class="box" style="{{ b.place }};border-color:{{ b.colour }}">
-<span style="background:{{ b.colour }}">{{ b.number }}</span></div>{% endfor %}</div>
+{%- for b in m.boxes %}<div class="box" style="{{ b.place }};border-color:{{ b.color }}">
+<span style="background:{{ b.color }}">{{ b.number }}</span></div>{% endfor %}</div>
 <figcaption class="dim">{{ m.caption }}</figcaption></figure>{% endfor %}</div>
 {% for turns in s.annotations %}<div class="talk">{% for turn in turns %}<div class="turn {{ turn.name }}">
 <div class="role">{{ turn.name }}</div><div class="say">{% for p in turn.parts %}
-{%- if p.colour %}<span class="chip" style="background:{{ p.colour }}" title="{{ p.title }}">{{ p.text }}</span>
+{%- if p.color %}<span class="chip" style="background:{{ p.color }}" title="{{ p.title }}">{{ p.text }}</span>
 {%- else %}{{ p.text }}{% endif %}{% endfor %}</div></div>{% endfor %}</div>{% endfor %}
 {% if s.meta %}<details><summary>meta</summary><pre>{{ s.meta }}</pre></details>{% endif %}</section>{% endfor %}
 </main></html>
@@ -79,7 +79,7 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="v
 
 def render_page(title: str, manifest: Manifest, samples: Sequence[dict[str, Any]]) -> str:
     """The page of a set: its statistics, then the samples as `shown` and `unusable` give them."""
-    about = [manifest.source or "source unknown", manifest.licence or "licence unknown", manifest.split]
+    about = [manifest.source or "source unknown", manifest.license or "license unknown", manifest.split]
     megabytes = f"{manifest.bytes / 1e6:,.1f} MB"
     tiles = [
         ("samples", f"{manifest.samples:,}"),
@@ -118,7 +118,7 @@ def sample_fields(sample: Sample, blobs: Sequence[bytes], where: str) -> dict[st
             turns + ([_turn_fields("rejected", annotation.rejected, boxes)] if annotation.rejected else [])
         )
     media = [_media_fields(i, *pair, boxes.get(i, [])) for i, pair in enumerate(zip(sample.media, blobs, strict=True))]
-    origin = f"{where} · {sample.source or 'source unknown'} · {sample.licence or 'licence unknown'}"
+    origin = f"{where} · {sample.source or 'source unknown'} · {sample.license or 'license unknown'}"
     meta = "\n".join(f"{name}: {value}" for name, value in sample.meta.items())
     return {"key": sample.key, "where": origin, "media": media, "annotations": annotations, "meta": meta}
 
@@ -146,16 +146,16 @@ def _part_fields(part: Part, boxes: dict[int, list[dict[str, Any]]]) -> dict[str
         case Text():
             return {"text": part.text}
         case Media():
-            return {"text": f"media {part.item}", "colour": "#5b6672", "title": ""}
+            return {"text": f"media {part.item}", "color": "#5b6672", "title": ""}
         case Box():
             number = sum(map(len, boxes.values()))
-            colour = COLOURS[number % len(COLOURS)]
+            color = COLORS[number % len(COLORS)]
             left, top, right, bottom = (100 * value for value in part.xyxy)
             place = f"left:{left:.3f}%;top:{top:.3f}%;width:{right - left:.3f}%;height:{bottom - top:.3f}%"
-            box = {"place": place, "colour": colour, "number": number}
+            box = {"place": place, "color": color, "number": number}
             boxes.setdefault(part.item, []).append(box)
             title = f"{part.xyxy} of media {part.item}"
-            return {"text": f"box {number}", "colour": colour, "title": title}
+            return {"text": f"box {number}", "color": color, "title": title}
 
 
 def _media_fields(number: int, item: MediaItem, blob: bytes, boxes: list[dict[str, Any]]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Manifest:
     shards: tuple[FileInfo, ...]
     index: FileInfo
     source: str = ""
-    licence: str = ""
+    license: str = ""
     split: str = ""
     build: Mapping[str, Any] = field(default_factory=dict)
     command: str = "build"
@@ -90,6 +90,9 @@ class Manifest:
                 raise DataError(f"{path}: version {data['version']!r}, this program reads {VERSION}; rebuild the set")
             for derived in ("bytes", "fingerprint"):
                 data.pop(derived, None)
+            for named in (data, data.get("build", {})):  # as it was spelled before
+                if "licence" in named:
+                    named["license"] = named.pop("licence")
             shards = tuple(_file_info(shard, shared=True) for shard in data.pop("shards"))
             return cls(shards=shards, index=_file_info(data.pop("index")), **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -39,14 +39,14 @@ class ShardWriter:
         folder: Path | str,
         *,
         source: str = "",
-        licence: str = "",
+        license: str = "",
         split: str = "",
         build: Mapping[str, Any] | None = None,
         samples_per_shard: int = SAMPLES_PER_SHARD,
         max_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
     ) -> None:
-        self.about: dict[str, Any] = {"source": source, "licence": licence, "split": split, "build": dict(build or {})}
+        self.about: dict[str, Any] = {"source": source, "license": license, "split": split, "build": dict(build or {})}
         self._hidden = Partial(folder, overwrite=overwrite)
         self.folder, self.partial = self._hidden.folder, self._hidden.path
         try:

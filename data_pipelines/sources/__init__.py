@@ -1,6 +1,6 @@
 """Sources: one file each, raw data -> records.
 
-A source is a class with explicit keyword arguments whose instances have `name`, `licence` and `split` and give their
+A source is a class with explicit keyword arguments whose instances have `name`, `license` and `split` and give their
 records in `parts`. Parts are read alone, in any order and in any process, and every part gives the same records every
 time: so a build can be spread, resumed, and still write the same shards. A source over a list of raw records derives
 from `ListSource`, or from `FileSource` if they are those of one file; one over several files (tars, parquet) makes each
@@ -34,7 +34,7 @@ class Source(Protocol):
     """What `build` asks of a source. It is pickled once per process, so open files belong into `read`."""
 
     name: str
-    licence: str
+    license: str
     split: str
 
     @property
@@ -51,7 +51,7 @@ class ListSource(ABC):
     """A source whose raw records are a list in memory (its index; images stay on disk until `record` reads them)."""
 
     name: str
-    licence: str
+    license: str
     split: str
 
     @abstractmethod

@@ -36,11 +36,11 @@ class Alpaca(FileSource):
         file: str,
         prompt: str = "stanford",
         name: str = "alpaca",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         self.prompt = check_choice("prompt", prompt, PROMPTS)
         super().__init__(file, limit)
 

@@ -64,10 +64,10 @@ class CocoCaptions(_Captions):
         images: str,
         captions: str = "all",
         name: str = "coco_captions",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         super().__init__(found=_read_official(Path(file)), images=images, captions=captions)
 
 
@@ -86,9 +86,9 @@ class KarpathyCaptions(_Captions):
         restval: bool = True,
         captions: str = "all",
         name: str = "coco_karpathy",
-        licence: str = "",
+        license: str = "",
     ) -> None:
-        self.name, self.licence, self.split = name, licence, check_choice("split", split, KARPATHY_SPLITS)
+        self.name, self.license, self.split = name, license, check_choice("split", split, KARPATHY_SPLITS)
         splits = ("train", "restval") if split == "train" and restval else (split,)
         super().__init__(found=_read_karpathy(Path(file), splits), images=images, captions=captions)
 

@@ -40,10 +40,10 @@ class DocVQA(ListSource):
         images: str,
         split: str = "train",
         prompt: str = "{question}",
-        licence: str = "",
+        license: str = "",
         limit: int | None = None,
     ) -> None:
-        self.split, self.licence = split, licence
+        self.split, self.license = split, license
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
         self._folder = MediaFolder(images)
         self._pages = group_records(of_split(read_list(file, "file", "data"), "data_split", split), "image")[:limit]

@@ -16,7 +16,7 @@ from data_pipelines.sources.common.samples import check_choice, make_exchange, m
 
 SPLITS = ("train", "val", "trainval", "test")
 SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 class Question(NamedTuple):
@@ -38,7 +38,7 @@ class EasyVQA(ListSource):
     """
 
     name = "easy_vqa"
-    licence = "MIT"
+    license = "MIT"
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class EasyVQA(ListSource):
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """All questions about one image, or its caption."""
         image = self._ids[i]
-        colour, shape = describe_thing(self._questions[image])
+        color, shape = describe_thing(self._questions[image])
         blobs = [self._read_image(image)] if self.images else []
         items = range(len(blobs))
         words, right = self._caption_of(i)
@@ -90,7 +90,7 @@ class EasyVQA(ListSource):
                 make_exchange((*lead, Text(text=question.text)), question.answer, items=items)
                 for question in self._questions[image]
             ]
-        meta = {"image": image, "colour": colour, "shape": shape} | ({"right": right} if self.wrong else {})
+        meta = {"image": image, "color": color, "shape": shape} | ({"right": right} if self.wrong else {})
         return make_sample(self, f"{self._official}-{image:05d}", blobs, annotations, meta)
 
     def _caption_of(self, i: int) -> tuple[str, bool]:
@@ -111,19 +111,19 @@ class EasyVQA(ListSource):
 
 def describe_thing(questions: list[Question]) -> tuple[str | None, str | None]:
     """Colour and shape of the one thing in the image, as far as the answers settle them; `None` where they do not."""
-    colours, shapes = set(COLOURS), set(SHAPES)
+    colors, shapes = set(COLORS), set(SHAPES)
     for question in questions:
         words = question.text.rstrip("?").split()
-        _narrow_candidates(colours, words, question.answer)
+        _narrow_candidates(colors, words, question.answer)
         _narrow_candidates(shapes, words, question.answer)
-    return _only_candidate(colours), _only_candidate(shapes)
+    return _only_candidate(colors), _only_candidate(shapes)
 
 
-def make_caption(colour: str | None, shape: str | None) -> str:
+def make_caption(color: str | None, shape: str | None) -> str:
     """ "a teal triangle", "a teal shape" or "a triangle"; empty if nothing is known."""
-    if not colour and not shape:
+    if not color and not shape:
         return ""
-    return " ".join(word for word in ("a", colour, shape or "shape") if word)
+    return " ".join(word for word in ("a", color, shape or "shape") if word)
 
 
 def _narrow_candidates(candidates: set[str], words: list[str], answer: str) -> None:

@@ -35,10 +35,10 @@ class GQA(ListSource):
         split: str = "train",
         answer: str = "short",
         prompt: str = "{question}",
-        licence: str = "",
+        license: str = "",
         limit: int | None = None,
     ) -> None:
-        self.split, self.licence = split, licence
+        self.split, self.license = split, license
         self._answer = FIELDS[check_choice("answer", answer, tuple(FIELDS))]
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
         self._folder = MediaFolder(images)

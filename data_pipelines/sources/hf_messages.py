@@ -37,10 +37,10 @@ class HFMessages:
         subset: str | None = None,
         media: str | None = None,
         name: str = "hf_messages",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         self._media = MediaFolder(media, "media")
         self._folder = Path(folder)
         if not self._folder.is_dir():

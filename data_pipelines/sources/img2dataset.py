@@ -56,10 +56,10 @@ class Img2Dataset:
         columns: Sequence[str] = ("url",),
         failed: str = "bad",
         name: str = "img2dataset",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         self._format, self._columns = check_choice("format", format, FORMATS), tuple(columns)
         self._drop = check_choice("failed", failed, FAILED) == "drop"
         self._parts = _find_files(Path(folder), format)

@@ -39,13 +39,13 @@ class InternVL(ListSource):
         folder: str = ".",
         names: Sequence[str] | None = None,
         repeat: bool = True,
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split = "internvl", licence, split
+        self.name, self.license, self.split = "internvl", license, split
         sets = _read_meta(Path(meta), names)
-        self._sets = [_DataSet(name, licence, entry, Path(folder), repeat) for name, entry in sets.items()]
+        self._sets = [_DataSet(name, license, entry, Path(folder), repeat) for name, entry in sets.items()]
         self._ends = list(accumulate(len(one) for one in self._sets))
         self._size = self._ends[-1] if limit is None else min(limit, self._ends[-1])
 
@@ -70,8 +70,8 @@ class InternVL(ListSource):
 class _DataSet:
     """One entry of the meta file. The name is the `source` of its samples."""
 
-    def __init__(self, name: str, licence: str, entry: Mapping[str, Any], folder: Path, repeat: bool) -> None:
-        self.name, self.licence = name, licence
+    def __init__(self, name: str, license: str, entry: Mapping[str, Any], folder: Path, repeat: bool) -> None:
+        self.name, self.license = name, license
         try:
             annotation, root = _path_inside(folder, entry["annotation"]), _path_inside(folder, entry["root"])
             times = entry.get("repeat_time", 1) if repeat else 1

@@ -79,13 +79,13 @@ class LlavaJSON(FileSource):
         file: str,
         images: str | None = None,
         name: str = "llava_json",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         image_first: bool = True,
         untagged: str = "bad",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         self._format = LlavaFormat(images=MediaFolder(images), image_first=image_first, untagged=untagged)
         super().__init__(file, limit)
 

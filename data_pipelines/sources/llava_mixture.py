@@ -46,13 +46,13 @@ class LlavaMixture(ListSource):
         seed: int = 0,
         missing: str = "error",
         name: str = "llava_mixture",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         image_first: bool = True,
         untagged: str = "bad",
     ) -> None:
         check_choice("missing", missing, ("error", "skip"))
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         self._format = LlavaFormat(images=MediaFolder(images), image_first=image_first, untagged=untagged)
         self._files: list[Sequence[Any]] = []
         self._of_file, self._of_record = array("l"), array("l")

@@ -38,11 +38,11 @@ class Messages(FileSource):
         file: str,
         media: str | None = None,
         name: str = "messages",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         super().__init__(file, limit)
         self._media = MediaFolder(Path(file).parent if media is None else media, "media")
 

@@ -54,12 +54,12 @@ class MMC4:
         min_bytes: int = 11_000,
         max_images: int = 6,
         min_images: int = 1,
-        licence: str = "ODC-BY-1.0",
+        license: str = "ODC-BY-1.0",
         split: str = "train",
     ) -> None:
         if not 1 <= min_images <= max_images:
             raise DataError(f"min_images {min_images}, max_images {max_images}; allowed: 1 <= min_images <= max_images")
-        self.licence, self.split = licence, split
+        self.license, self.split = license, split
         self.min_similarity, self.min_bytes = min_similarity, min_bytes
         self.max_images, self.min_images = max_images, min_images
         self._images = MediaFolder(images, "images")

@@ -42,13 +42,13 @@ class Obelics:
         naming: str = "sha256",
         max_images: int | None = None,
         min_images: int = 1,
-        licence: str = "CC-BY-4.0",
+        license: str = "CC-BY-4.0",
         split: str = "train",
     ) -> None:
         check_choice("naming", naming, NAMING)
         if min_images < 0 or (max_images is not None and max_images < max(min_images, 1)):
             raise DataError(f"min_images {min_images}, max_images {max_images}; allowed: 0 <= min_images <= max_images")
-        self.licence, self.split, self.naming = licence, split, naming
+        self.license, self.split, self.naming = license, split, naming
         self.max_images, self.min_images = max_images, min_images
         self._images = MediaFolder(images, "images")
         self._files = find_files(folder, ".parquet")

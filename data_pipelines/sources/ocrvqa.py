@@ -34,10 +34,10 @@ class OCRVQA(ListSource):
         images: str,
         split: str = "train",
         prompt: str = "{question}",
-        licence: str = "",
+        license: str = "",
         limit: int | None = None,
     ) -> None:
-        self.split, self.licence = check_choice("split", split, tuple(SPLITS)), licence
+        self.split, self.license = check_choice("split", split, tuple(SPLITS)), license
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
         self._folder = MediaFolder(images)
         books = read_json(file, "file")

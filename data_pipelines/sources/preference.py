@@ -38,13 +38,13 @@ class PreferencePairs(FileSource):
         images: str | None = None,
         changed_weight: float = 1.0,
         name: str = "preference_pairs",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
         if not changed_weight > 0:
             raise DataError(f"changed_weight: got {changed_weight}; allowed: above 0")
-        self.name, self.licence, self.split, self.changed_weight = name, licence, split, changed_weight
+        self.name, self.license, self.split, self.changed_weight = name, license, split, changed_weight
         self._images = MediaFolder(images)
         super().__init__(file, limit)
 
@@ -92,11 +92,11 @@ class RLHFV(PreferencePairs):
         file: str,
         changed_weight: float = 5.0,
         name: str = "rlhf_v",
-        licence: str = "CC-BY-NC-4.0",
+        license: str = "CC-BY-NC-4.0",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        super().__init__(file=file, changed_weight=changed_weight, name=name, licence=licence, split=split, limit=limit)
+        super().__init__(file=file, changed_weight=changed_weight, name=name, license=license, split=split, limit=limit)
 
 
 def find_changed_spans(first: str, second: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -36,11 +36,11 @@ class QwenVL(FileSource):
         images: str | None = None,
         keep_refs: bool = False,
         name: str = "qwen_vl",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split, self.keep_refs = name, licence, split, keep_refs
+        self.name, self.license, self.split, self.keep_refs = name, license, split, keep_refs
         self._images = MediaFolder(images)
         super().__init__(file, limit)
 

@@ -63,10 +63,10 @@ class RefCOCO(ListSource):
         task: str = "mixed",
         grounding_prompt: str = GROUNDING_PROMPT,
         referring_prompt: str = REFERRING_PROMPT,
-        licence: str = "",
+        license: str = "",
         limit: int | None = None,
     ) -> None:
-        self.name, self.split, self.licence = name, split, licence
+        self.name, self.split, self.license = name, split, license
         self._task = RegionTask(task, grounding_prompt, referring_prompt)
         self._folder = MediaFolder(images)
         self._images = list(_read_images(file, instances, split).values())[:limit]

@@ -33,11 +33,11 @@ class ShareGPT(FileSource):
         *,
         file: str,
         name: str = "sharegpt",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         super().__init__(file, limit)
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:

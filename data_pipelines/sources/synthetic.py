@@ -12,7 +12,7 @@ from data_pipelines.shards.members import caption_annotation
 from data_pipelines.sources import ListSource
 from data_pipelines.sources.common.documents import make_document
 from data_pipelines.sources.common.drawing import (
-    COLOURS,
+    COLORS,
     SHAPES,
     Dice,
     draw_motion,
@@ -57,7 +57,7 @@ class Synthetic(ListSource):
     """
 
     name = "synthetic"
-    licence = "CC0-1.0"
+    license = "CC0-1.0"
 
     def __init__(
         self,
@@ -98,12 +98,12 @@ def _make_caption(dice: Dice) -> Made:
 
 def _make_vqa(dice: Dice) -> Made:
     (thing,) = draw_scene(dice, 1)
-    other = dice.pick_one([colour for colour in COLOURS if colour != thing.colour])
-    asked = dice.pick_one([thing.colour, other])
+    other = dice.pick_one([color for color in COLORS if color != thing.color])
+    asked = dice.pick_one([thing.color, other])
     return [encode_png(draw_picture([thing]))], [
-        make_exchange(f"Which colour is the {thing.shape}?", thing.colour),
-        make_exchange(f"Which shape is {thing.colour}?", thing.shape),
-        make_exchange(f"Is there a {asked} shape?", "yes" if asked == thing.colour else "no"),
+        make_exchange(f"Which colour is the {thing.shape}?", thing.color),
+        make_exchange(f"Which shape is {thing.color}?", thing.shape),
+        make_exchange(f"Is there a {asked} shape?", "yes" if asked == thing.color else "no"),
     ]
 
 
@@ -151,15 +151,15 @@ def _make_video(frames: int, as_images: bool, dice: Dice) -> Made:
 
 def _make_preference(dice: Dice) -> Made:
     (thing,) = draw_scene(dice, 1)
-    wrong = dice.pick_one([colour for colour in COLOURS if colour != thing.colour])
-    chosen, rejected = (_answer_turn(colour, thing.shape) for colour in (thing.colour, wrong))
+    wrong = dice.pick_one([color for color in COLORS if color != thing.color])
+    chosen, rejected = (_answer_turn(color, thing.shape) for color in (thing.color, wrong))
     ask = Turn(role="user", parts=(Media(item=0), Text(text="What is in the picture?")))
     return [encode_png(draw_picture([thing]))], [Annotation(turns=(ask, chosen), rejected=rejected)]
 
 
-def _answer_turn(colour: str, shape: str) -> Turn:
-    weights = ((len("a "), len(f"a {colour}"), CHANGED),)
-    return Turn(role="assistant", parts=(Text(text=f"a {colour} {shape}", weights=weights),))
+def _answer_turn(color: str, shape: str) -> Turn:
+    weights = ((len("a "), len(f"a {color}"), CHANGED),)
+    return Turn(role="assistant", parts=(Text(text=f"a {color} {shape}", weights=weights),))
 
 
 def _make_interleaved(dice: Dice) -> Made:

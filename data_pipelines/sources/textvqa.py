@@ -45,10 +45,10 @@ class TextVQA(ListSource):
         split: str = "train",
         answers: str = "majority",
         prompt: str = "{question}",
-        licence: str = "CC-BY-4.0",
+        license: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
-        self.split, self.licence = split, licence
+        self.split, self.license = split, license
         self._answers = check_choice("answers", answers, ANSWERS)
         self._prompt = Prompt(prompt, "prompt", needs=["question"], may=["ocr"])
         if ("ocr" in self._prompt.fields) != (ocr is not None):

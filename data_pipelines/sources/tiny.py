@@ -7,7 +7,7 @@ import hashlib
 from data_pipelines.errors import DataError
 from data_pipelines.sample import Sample
 from data_pipelines.sources import ListSource
-from data_pipelines.sources.common.drawing import COLOURS, Thing, draw_picture, encode_png
+from data_pipelines.sources.common.drawing import COLORS, Thing, draw_picture, encode_png
 from data_pipelines.sources.common.samples import check_choice, make_exchange, make_sample
 
 SPLITS = ("train", "val", "test")
@@ -22,7 +22,7 @@ class Tiny(ListSource):
     """
 
     name = "tiny"
-    licence = "CC0-1.0"
+    license = "CC0-1.0"
 
     def __init__(self, *, split: str = "train", count: int = 64) -> None:
         if count < 1:
@@ -36,11 +36,11 @@ class Tiny(ListSource):
         """Make picture i and its caption."""
         # A hash chooses, so that the pictures depend on no random generator and no version of one.
         draw = hashlib.sha256(f"tiny-{self.split}-{i}".encode()).digest()
-        colour, shape = COLOURS[draw[0] % len(COLOURS)], SHAPES[draw[1] % len(SHAPES)]
-        thing = Thing(colour=colour, shape=shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
+        color, shape = COLORS[draw[0] % len(COLORS)], SHAPES[draw[1] % len(SHAPES)]
+        thing = Thing(color=color, shape=shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
         blob = encode_png(draw_picture([thing], SIZE))
         annotations = [
-            make_exchange("What is in the picture?", f"a {colour} {shape}"),
-            make_exchange(f"Which colour is the {shape}?", colour),
+            make_exchange("What is in the picture?", f"a {color} {shape}"),
+            make_exchange(f"Which colour is the {shape}?", color),
         ]
-        return make_sample(self, f"{self.split}-{i:05d}", [blob], annotations, {"colour": colour, "shape": shape})
+        return make_sample(self, f"{self.split}-{i:05d}", [blob], annotations, {"color": color, "shape": shape})

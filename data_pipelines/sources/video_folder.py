@@ -36,11 +36,11 @@ class VideoFolder(ListSource):
         videos: str,
         column: str = "video",
         name: str = "video_folder",
-        licence: str = "",
+        license: str = "",
         split: str = "train",
         limit: int | None = None,
     ) -> None:
-        self.name, self.licence, self.split = name, licence, split
+        self.name, self.license, self.split = name, license, split
         self._videos = MediaFolder(videos, "videos")
         self._column, self._records = column, read_records(file)
         groups: dict[str, list[int]] = {}

@@ -54,10 +54,10 @@ class VisualGenome(ListSource):
         prompt: str = "{question}",
         per_image: int | None = None,
         split: str = "train",
-        licence: str = "CC-BY-4.0",
+        license: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
-        self.split, self.licence = split, licence
+        self.split, self.license = split, license
         self._task = check_choice("task", task, (*TASKS, QA))
         if per_image is not None and per_image < 1:
             raise DataError(f"per_image: got {per_image}; allowed: null, or 1 or more")

@@ -45,10 +45,10 @@ class VQA(ListSource):
         split: str = "train",
         answers: str = "majority",
         prompt: str = "{question}",
-        licence: str = "CC-BY-4.0",
+        license: str = "CC-BY-4.0",
         limit: int | None = None,
     ) -> None:
-        self.name, self.split, self.licence = name, split, licence
+        self.name, self.split, self.license = name, split, license
         self._answers = check_choice("answers", answers, ANSWERS)
         self._prompt = Prompt(prompt, "prompt", needs=["question"])
         self._folder = MediaFolder(images)

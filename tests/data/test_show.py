@@ -19,7 +19,7 @@ from vlm_train.data.text.tokenizer import byte_level
 def test_marks_show_what_is_learned() -> None:
     tokenizer = byte_level()
     item = sample((user("A?", 0), assistant("é")), (user("B?", 0), assistant("no")), media=1)
-    shown = format_tokens(render_sample(item, load("qa"), tokenizer, layout), tokenizer, colour=False)
+    shown = format_tokens(render_sample(item, load("qa"), tokenizer, layout), tokenizer, color=False)
     assert shown.splitlines() == [
         "stream llm: 16 tokens, 8 learned, 1 media",
         "",
@@ -38,13 +38,13 @@ def test_an_image_without_placeholders_is_marked() -> None:
     tokenizer = byte_level(add=["<image>"])
     item = sample((user("A?", 0), assistant("no")), media=1)
     rendered = render_sample(item, load("qa"), tokenizer, lambda sizes: [["<image>"] for _ in sizes])
-    assert format_tokens(rendered, tokenizer, colour=False).endswith("<bos>[image 0]<image>A?« no<eos>»")
+    assert format_tokens(rendered, tokenizer, color=False).endswith("<bos>[image 0]<image>A?« no<eos>»")
 
 
-def test_colours_carry_the_same_text() -> None:
+def test_colors_carry_the_same_text() -> None:
     tokenizer = byte_level()
     rendered = render_sample(sample((user("A?"), assistant("yes"))), load("qa"), tokenizer, layout)
-    assert "\033[32m yes<eos>\033[0m" in format_tokens(rendered, tokenizer, colour=True)
+    assert "\033[32m yes<eos>\033[0m" in format_tokens(rendered, tokenizer, color=True)
     assert learned_tokens(rendered.llm).sum() == rendered.llm.supervised == 5
 
 

@@ -31,7 +31,7 @@ def _sample(number: int, media: int = 1, key: str | None = None) -> tuple[Sample
         media=tuple(image_item(i, blob) for i, blob in enumerate(blobs)),
         annotations=(Annotation(turns=(ask, answer)),),
         source="test",
-        licence="CC0",
+        license="CC0",
         meta={"number": number},
     ), blobs
 
@@ -61,7 +61,7 @@ def shard_set(tmp_path: Path) -> Callable[..., Path]:
     """`shard_set(name, count)`: the folder of a set with 4 samples a shard and 0, 1 or 2 images a sample."""
 
     def make(name: str = "set", count: int = 10) -> Path:
-        with ShardWriter(tmp_path / name, source="test", licence="CC0", split="train", samples_per_shard=4) as writer:
+        with ShardWriter(tmp_path / name, source="test", license="CC0", split="train", samples_per_shard=4) as writer:
             for number in range(count):
                 writer.write_sample(*_sample(number, media=number % 3))
         return tmp_path / name

@@ -19,7 +19,7 @@ class MadeSource:
     noted in `log`.
     """
 
-    name, licence, split = "made", "CC0-1.0", "train"
+    name, license, split = "made", "CC0-1.0", "train"
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ def made(tmp_path, picture):
     """Ten pairs in three shards, of which those with odd numbers have another one's caption."""
 
     def make(name: str = "set", count: int = 10) -> ShardSet:
-        with ShardWriter(tmp_path / name, source="web", licence="CC0", samples_per_shard=4) as writer:
+        with ShardWriter(tmp_path / name, source="web", license="CC0", samples_per_shard=4) as writer:
             for i in range(count):
                 source = "web" if i < 6 else "alt"
                 right = i % 2 == 0

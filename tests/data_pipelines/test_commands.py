@@ -90,6 +90,8 @@ def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys)
         (["source=sharegpt", "file=x", "output=x", "limit=all"], "limit: got 'all'; expected int | None"),
         (["source=sharegpt", "file=x", "output=x", "name=7"], "name: got 7; expected str; as text: \"name='7'\""),
         (["source=easy_vqa", "output=x", "+splitt=val"], "has no option splitt; its options: split"),
+        (["source=sharegpt", "file=x", "output=x", "licence=MIT"], "no option 'licence': it is called license now"),
+        (["source=sharegpt", "file=x", "output=x", "+licence=MIT"], "has no option licence; licence is called license"),
         (["source=easy_vqa", "output=x", "split=dev"], "allowed: train, val, trainval, test"),
         (["source=easy_vqa", "output=x", "_target_=os.system"], "'os.system' is not trusted"),
         (["source=llava_json", "output=x", "file=none.json"], "none.json: No such file"),
@@ -114,7 +116,7 @@ def test_index_command(tmp_path, tar, picture, capsys):
     assert index([f"folder={tmp_path}", "name=mine"]) == 0
     assert index([f"folder={tmp_path}"]) == 0 and "force=true" in capsys.readouterr().out
     assert ShardSet(tmp_path).manifest.source == "mine"
-    assert inspect([f"folder={tmp_path}"]) == 0 and "(0.tar; mine, licence unknown)" in capsys.readouterr().out
+    assert inspect([f"folder={tmp_path}"]) == 0 and "(0.tar; mine, license unknown)" in capsys.readouterr().out
     assert ShardSet(tmp_path).load_sample(0)[0].annotations[0].turns[1].text == "x"
     assert index([f"folder={tmp_path / 'none'}"]) == 2
 

@@ -60,7 +60,7 @@ class Silent(Tiny):
         (NoBytes, "every media item comes with its bytes: not so: train-00000"),
         (Changing, "a part gives the same records in any order: part 0 differs"),
         (Failing, "gives usable samples: none of 4; the first of 4 bad ones: record 0: malformed: KeyError: 'image'"),
-        (Nameless, "name, licence and split are texts: name is None"),
+        (Nameless, "name, license and split are texts: name is None"),
         (Silent, "has a docstring: say in a sentence what it reads"),
     ],
 )

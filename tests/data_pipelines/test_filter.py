@@ -47,7 +47,7 @@ def _sample(key: str, text: str = "yes", blobs: tuple[bytes, ...] = (), **meta) 
 @pytest.fixture
 def made(tmp_path):
     def make(*records, name="set", per_shard=2) -> ShardSet:
-        with ShardWriter(tmp_path / name, source="s", licence="MIT", samples_per_shard=per_shard) as writer:
+        with ShardWriter(tmp_path / name, source="s", license="MIT", samples_per_shard=per_shard) as writer:
             for record in records:
                 writer.write_sample(*record)
         return ShardSet(tmp_path / name)
@@ -205,7 +205,7 @@ def test_view_and_copy_hold_the_same_samples(made, tmp_path, capsys):
     assert view.keys() == copy.keys() == [f"k{i}" for i in range(3, 8)]
     assert list(view) == list(copy) == [shards.load_sample(i) for i in range(3, 8)]
     assert [view.media_items(i) for i in range(5)] == [copy.media_items(i) for i in range(5)]
-    assert view.manifest.stats == copy.manifest.stats and view.manifest.licence == "MIT"
+    assert view.manifest.stats == copy.manifest.stats and view.manifest.license == "MIT"
     assert sorted(path.name for path in view.folder.iterdir()) == ["dropped.jsonl", "index.npz", "manifest.json"]
     assert [info.name for info in view.manifest.shards] == [f"../set/shard-00000{i}.tar" for i in (1, 2, 3)]
     assert [info.samples for info in view.manifest.shards] == [1, 2, 2]

@@ -64,23 +64,23 @@ def test_questions_and_answers(sample):
     )  # fmt: skip
 
 
-def test_source_and_licence_are_warnings(tmp_path, sample, capsys):
+def test_source_and_license_are_warnings(tmp_path, sample, capsys):
     record, blobs = sample(0)
-    for name, about in (("none", {}), ("known", {"source": "s", "licence": "MIT"})):
+    for name, about in (("none", {}), ("known", {"source": "s", "license": "MIT"})):
         with ShardWriter(tmp_path / name, **about) as writer:
             for key in ("sample-000", "sample-001"):
-                writer.write_sample(replace(record, key=key, source="", licence=""), blobs)
+                writer.write_sample(replace(record, key=key, source="", license=""), blobs)
         assert lint([f"folder={tmp_path / name}"]) == 0
     out = capsys.readouterr().out
-    assert "warning: " in out and "shard-000000.tar, key 'sample-000': unknown licence" in out
-    assert "sample-001" not in out and "2  unknown licence (warning)" in out
+    assert "warning: " in out and "shard-000000.tar, key 'sample-000': unknown license" in out
+    assert "sample-001" not in out and "2  unknown license (warning)" in out
     assert out.count("unknown source (warning)") == 1 and out.count("no problems") == 2
 
 
 def test_duplicate_members_and_truncation_name_the_shard(tmp_path, tar, picture):
     tar(tmp_path / "0.tar", [("a.png", picture()), ("a.txt", b"x")])
     tar(tmp_path / "1.tar", [("b.png", picture()), ("b.txt", b"x")])
-    index_folder(tmp_path, source="s", licence="MIT")
+    index_folder(tmp_path, source="s", license="MIT")
     assert list(find_problems(tmp_path)) == []
     tar(tmp_path / "1.tar", [("b.png", picture()), ("b.png", picture())])
     found = [problem.text for problem in find_problems(tmp_path)]

@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 
 from data_pipelines.build import QUARANTINE, write_shards
-from data_pipelines.errors import BadSample
-from data_pipelines.sample import Annotation, Text, Turn
+from data_pipelines.cli import check_same
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.sample import Annotation, Sample, Text, Turn
+from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.shard_set import ShardSet
+from data_pipelines.shards.tar_writer import ShardWriter
 from data_pipelines.sources.messages import Messages
 
 LONE = json.loads('"\\ud800"')
@@ -21,7 +24,7 @@ LONE = json.loads('"\\ud800"')
     [
         ({"annotations": (Annotation(turns=(Turn(role="user", parts=(Text(text=LONE),)),)),)}, "surrogates"),
         ({"meta": {"url": LONE}}, "surrogates"),
-        ({"licence": LONE}, "surrogates"),
+        ({"license": LONE}, "surrogates"),
         ({"meta": {"score": float("nan")}}, "Out of range float"),
         ({"meta": {"image": b"x"}}, "bytes is not JSON serializable"),
     ],
@@ -39,3 +42,31 @@ def test_lone_surrogates_of_a_source_are_bad_samples(tmp_path):
     write_shards(Messages(file=str(tmp_path / "x.jsonl")), tmp_path / "out")
     assert len(ShardSet(tmp_path / "out")) == 1
     assert "surrogates not allowed" in (tmp_path / "out" / QUARANTINE).read_text()
+
+
+def test_the_older_spelling_of_license_is_read(sample, tmp_path):
+    record, blobs = sample(0)
+    data = record.to_json()
+    data["licence"] = data.pop("license")
+    assert Sample.from_json(record.key, data) == record
+
+    about = {"source": "s", "split": "train", "build": {"license": "MIT"}}
+    with ShardWriter(tmp_path / "set", license="MIT", **about) as writer:
+        writer.write_sample(record, blobs)
+    written = Manifest.read(tmp_path / "set")
+    file = tmp_path / "set" / "manifest.json"
+    file.write_text(file.read_text().replace('"license"', '"licence"'))
+    assert '"licence"' in file.read_text() and Manifest.read(tmp_path / "set") == written
+    check_same(tmp_path / "set", {"license": "MIT"})
+
+
+def test_a_source_that_lacks_something_is_told(tmp_path):
+    class Mine:
+        name, licence, split, parts = "mine", "MIT", "train", 1
+
+        def read(self, part):
+            return iter(())
+
+    with pytest.raises(DataError, match="^Mine has no license; see "):
+        write_shards(Mine(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

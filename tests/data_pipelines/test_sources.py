@@ -47,7 +47,7 @@ def test_easy_vqa_sample():
     sample, blobs = next(iter(EasyVQA(split="test")))
     texts, answers, images = easy_vqa.get_test_questions()
     pairs = [(text, answer) for text, answer, image in zip(texts, answers, images, strict=True) if image == 0]
-    assert sample.key == "test-00000" and (sample.source, sample.licence) == ("easy_vqa", "MIT")
+    assert sample.key == "test-00000" and (sample.source, sample.license) == ("easy_vqa", "MIT")
     assert [tuple(turn.text for turn in annotation.turns) for annotation in sample.annotations] == pairs
     assert all(annotation.turns[0].parts[0] == Media(item=0) for annotation in sample.annotations)
     assert blobs == [Path(easy_vqa.get_test_image_paths()[0]).read_bytes()] and sample.media[0].width == 64
@@ -66,16 +66,16 @@ def test_easy_vqa_captions_agree_with_the_pixels():
     corners = {4: "rectangle", 2: "triangle", 0: "circle"}
     words: Counter[tuple[int, bool]] = Counter()
     for sample, (blob,) in EasyVQA(split="trainval", captions=True):
-        colour, shape = sample.meta["colour"], sample.meta["shape"]
+        color, shape = sample.meta["color"], sample.meta["shape"]
         shown, turn = sample.annotations[0].turns
         assert shown == Turn(role="user", parts=(Media(item=0),)), "a place for models that read it as text"
-        assert turn.role == "assistant" and turn.parts == (Text(text=make_caption(colour, shape)),)
+        assert turn.role == "assistant" and turn.parts == (Text(text=make_caption(color, shape)),)
         words[len(turn.text.split()), shape is None] += 1
         pixels = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) @ (65536, 256, 1)
         values, counts = np.unique(pixels, return_counts=True)
         value = values[np.argsort(counts)[-2]]  # the commonest is the background
-        if colour:
-            assert value == RGB[colour], sample.key
+        if color:
+            assert value == RGB[color], sample.key
         if shape:
             inside = pixels == value
             rows, columns = np.flatnonzero(inside.any(1))[[0, -1]], np.flatnonzero(inside.any(0))[[0, -1]]
@@ -208,12 +208,12 @@ def test_tiny_is_the_same_every_time_and_differs_between_splits():
 
 def test_tiny_answers_agree_with_the_pixels():
     for sample, (blob,) in Tiny(count=20):
-        colour, shape = sample.meta["colour"], sample.meta["shape"]
-        assert [annotation.turns[1].text for annotation in sample.annotations] == [f"a {colour} {shape}", colour]
+        color, shape = sample.meta["color"], sample.meta["shape"]
+        assert [annotation.turns[1].text for annotation in sample.annotations] == [f"a {color} {shape}", color]
         image = Image.open(io.BytesIO(blob))
         assert image.size == (sample.media[0].width, sample.media[0].height)
         seen = {count_and_value[1] for count_and_value in image.getcolors()}
-        assert seen == {(255, 255, 255), ImageColor.getrgb(colour)}
+        assert seen == {(255, 255, 255), ImageColor.getrgb(color)}
 
 
 def test_tiny_refuses_what_it_does_not_know():

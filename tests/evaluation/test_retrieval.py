@@ -38,7 +38,7 @@ class Towers(torch.nn.Module):
 
 
 def shards(folder: Path, bad: tuple[int, ...]) -> str:
-    with ShardWriter(folder, source="test", licence="CC0", split="val", samples_per_shard=5) as writer:
+    with ShardWriter(folder, source="test", license="CC0", split="val", samples_per_shard=5) as writer:
         for number in range(COUNT):
             blob = picture(number)
             if number in bad:

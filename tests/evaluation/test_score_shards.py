@@ -39,7 +39,7 @@ def captioned(number: int, captions: int = 1, images: int = 1) -> tuple[Sample, 
 
 def make_set(folder: Path, count: int = 7) -> Path:
     """Shards of 3; sample 2 has three captions, sample 4 two images."""
-    with ShardWriter(folder, source="web", licence="CC0", samples_per_shard=3) as writer:
+    with ShardWriter(folder, source="web", license="CC0", samples_per_shard=3) as writer:
         for number in range(count):
             captions, images = (3 if number == 2 else 1), (2 if number == 4 else 1)
             writer.write_sample(*captioned(number, captions, images))

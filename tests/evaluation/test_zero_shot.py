@@ -23,7 +23,7 @@ from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.zero_shot import ZeroShot, class_of
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 TOKENIZER = byte_level()
 
 
@@ -44,7 +44,7 @@ class Towers(torch.nn.Module):
             for row, real in zip(stream.ids, stream.segment_ids, strict=True)
         ]
         self.asked += texts
-        vectors = torch.tensor([[float(name in text) for name in COLOURS] for text in texts])
+        vectors = torch.tensor([[float(name in text) for name in COLORS] for text in texts])
         vectors += torch.tensor([[0.0, 0.0, 1.5 * text.startswith("dark")] for text in texts])
         return torch.nn.functional.normalize(vectors, dim=-1)
 
@@ -58,10 +58,10 @@ def built() -> SimpleNamespace:
 
 def shards(folder: Path, captions: list[tuple[str, str]]) -> str:
     """Pictures of a colour, each with a caption."""
-    with ShardWriter(folder, source="test", licence="CC0", split="val", samples_per_shard=9) as writer:
-        for number, (colour, caption) in enumerate(captions):
+    with ShardWriter(folder, source="test", license="CC0", split="val", samples_per_shard=9) as writer:
+        for number, (color, caption) in enumerate(captions):
             file = io.BytesIO()
-            Image.new("RGB", (9, 9), COLOURS[colour]).save(file, "PNG")
+            Image.new("RGB", (9, 9), COLORS[color]).save(file, "PNG")
             blob = file.getvalue()
             media = (image_item(0, blob),)
             writer.write_sample(
@@ -79,12 +79,12 @@ def test_images_are_given_the_nearest_class(built: SimpleNamespace, tmp_path: Pa
         ("red", "what"),
     ]
     folder = shards(tmp_path / "set", pairs)
-    evaluator = ZeroShot(shards=folder, classes=list(COLOURS), templates=["a {}", "the {} one"], batch=2, name="colour")
+    evaluator = ZeroShot(shards=folder, classes=list(COLORS), templates=["a {}", "the {} one"], batch=2, name="color")
     found = evaluator.run(built.model, built.processor, tmp_path, final=True)
     assert found.metrics == {"accuracy": pytest.approx(2 / 3)}
-    assert built.model.asked == [text for name in COLOURS for text in (f"a {name}", f"the {name} one")]
+    assert built.model.asked == [text for name in COLORS for text in (f"a {name}", f"the {name} one")]
     (row,) = found.rows
-    assert (row.name, row.value, row.n) == ("colour", found.metrics["accuracy"], 3)
+    assert (row.name, row.value, row.n) == ("color", found.metrics["accuracy"], 3)
     assert row.note == ("nearest of 3 classes, 2 prompts each (chance 0.333, most frequent class 0.667), 2 left out")
     assert evaluator.run(built.model, built.processor, tmp_path, final=False).rows == ()
 

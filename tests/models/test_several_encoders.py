@@ -81,7 +81,7 @@ def test_every_encoder_has_its_own_size_mean_and_width(folder: Path) -> None:
     assert [piece.count for item in pieces for piece in item] == [16 + 36]  # 4 x 4 and 6 x 6 patches
 
 
-def test_an_encoder_does_not_change_with_its_neighbours(folder: Path) -> None:
+def test_an_encoder_does_not_change_with_its_neighbors(folder: Path) -> None:
     """Random weights come from the seed and the encoder's name."""
     one, two = (
         build_assembly(compose(folder)).model,

@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, count in (("train", 12), ("val", 4)):
             folder = root / kind / "tiny" / split
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with ShardWriter(folder, source=kind, licence="CC0", split=split, samples_per_shard=8) as writer:
+            with ShardWriter(folder, source=kind, license="CC0", split=split, samples_per_shard=8) as writer:
                 for number in range(count):
                     writer.write_sample(*sample(number, kind))
     return root

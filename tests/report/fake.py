@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 START = 1_760_000_000.0
-COLOURS = {"red": "#e33", "blue": "#36c", "green": "#2a2", "yellow": "#ec3", "teal": "#2aa", "gray": "#999"}
+COLORS = {"red": "#e33", "blue": "#36c", "green": "#2a2", "yellow": "#ec3", "teal": "#2aa", "gray": "#999"}
 SHAPES = ("circle", "rectangle", "triangle")
 STAGES = {  # steps, seconds, first loss, last loss, loss names, first and last accuracy
     "easyvqa_clip": (300, 95, 4.6, 0.05, ("loss",), None),
@@ -89,8 +89,8 @@ def write_tried(folder: Path) -> None:
     """Two samples asked at three validations; one has no picture."""
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (64, 64), "#e33").save(folder / "images" / "0.png")
-    for step, colour in ((200, "blue-ish"), (400, "blue-ish"), (800, "red-ish")):
-        rows = [{"key": "a", "question": "what color?", "reference": "red", "prediction": colour}]
+    for step, color in ((200, "blue-ish"), (400, "blue-ish"), (800, "red-ish")):
+        rows = [{"key": "a", "question": "what color?", "reference": "red", "prediction": color}]
         rows += [{"key": "b", "question": "what shape?", "reference": "circle", "prediction": "circle"}]
         rows[0]["image"] = "images/0.png"
         (folder / f"step-{step:08d}.json").write_text(json.dumps(rows))
@@ -111,21 +111,21 @@ def write_predictions(folder: Path, rng: random.Random, count: int = 120) -> Non
     (folder / "images").mkdir(parents=True)
     rows = []
     for index in range(count):
-        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
         image = Image.new("RGB", (64, 64), "#fdfdfb" if index % 2 else "#e8e4da")
         x, y, size = rng.randint(4, 24), rng.randint(4, 24), rng.randint(16, 34)
         draw, box = ImageDraw.Draw(image), (x, y, x + size, y + size)
         if shape == "triangle":
-            draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=COLOURS[colour])
+            draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=COLORS[color])
         else:
-            (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=COLOURS[colour])
+            (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=COLORS[color])
         image.save(folder / "images" / f"{index}.png")
         question, reference = rng.choice(
             [("what shape is in the image?", shape), (f"does the image contain a {shape}?", "yes"),
-             (f"what color is the {shape}?", colour)]
+             (f"what color is the {shape}?", color)]
         )  # fmt: skip
         correct = rng.random() > 0.07
-        wrong = {"yes": "no"}.get(reference, "gray" if reference in COLOURS else "triangle")
+        wrong = {"yes": "no"}.get(reference, "gray" if reference in COLORS else "triangle")
         prediction = reference if correct else wrong
         row = {"key": f"test-{index}", "question": question, "reference": reference, "prediction": prediction}
         rows.append(row | {"correct": prediction == reference, "image": f"images/{index}.png"})

@@ -105,9 +105,9 @@ def test_page(folder: Path) -> None:
     assert list(axes) == ["optim.lr", "batch.samples", "connector", "training time (s)", "val_loss"]
     assert axes["connector"]["ticktext"] == ["linear", "mlp2x_gelu"]
     assert axes["optim.lr"]["tickvals"] == [-4, -3, -2] and axes["optim.lr"]["ticktext"][0] == "0.0001"
-    colours = trace["line"]["color"]
+    colors = trace["line"]["color"]
     losses = axes["val_loss"]["values"]
-    assert len(losses) == 10 and losses[colours.index(max(colours))] == min(losses)
+    assert len(losses) == 10 and losses[colors.index(max(colors))] == min(losses)
 
 
 def test_the_report_command_knows_sweeps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

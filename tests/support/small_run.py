@@ -32,7 +32,7 @@ def make_data(root: Path, bad: int | None = None, text_only: bool = False, rejec
     for split, count in (("train", 12), ("val", 4)):
         (root / "tiny").mkdir(parents=True, exist_ok=True)
         with ShardWriter(
-            root / "tiny" / split, source="test", licence="CC0", split=split, samples_per_shard=5
+            root / "tiny" / split, source="test", license="CC0", split=split, samples_per_shard=5
         ) as writer:
             for number in range(count):
                 blob = picture(number)

@@ -7,7 +7,7 @@ import io
 import av
 import numpy as np
 
-GREY = 8  # step between frames; codecs change values by less than half of it
+GRAY = 8  # step between frames; codecs change values by less than half of it
 
 
 def video(
@@ -29,7 +29,7 @@ def video(
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size, stream.codec_context.thread_count = gop, 1
         for number in range(frames):
-            pixels = np.full((size[1], size[0], 3), GREY * number, np.uint8)
+            pixels = np.full((size[1], size[0], 3), GRAY * number, np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         output.mux(stream.encode())
     return file.getvalue()
@@ -37,4 +37,4 @@ def video(
 
 def numbers(frames: np.ndarray) -> list[int]:
     """Which frames these are, told by the grey of each `[..., H, W]` or `[..., H, W, 3]` picture's middle."""
-    return [round(float(frame.mean()) / GREY) for frame in frames]
+    return [round(float(frame.mean()) / GRAY) for frame in frames]

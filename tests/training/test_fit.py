@@ -248,7 +248,7 @@ def test_added_tokens_get_rows_of_their_own(data: Path, tmp_path: Path) -> None:
     assert [len(t) for n, t in weights.items() if n.endswith("new_embeddings")] == [1]
 
 
-def test_logged_loss_is_the_one_that_is_minimised(data: Path, tmp_path: Path) -> None:
+def test_logged_loss_is_the_one_that_is_minimized(data: Path, tmp_path: Path) -> None:
     weights = ["objective.lm.weight=0.5", "objective.lm.weight=1.0"]
     more = ["trainer.max_steps=1", "lr_schedule.warmup_ratio=0"]
     half, full = [metrics(train(command(data, tmp_path, *more, w, name=w[-3:])))[0] for w in weights]

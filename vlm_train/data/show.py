@@ -50,7 +50,7 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
 
 
 def format_tokens(
-    rendered: TokenizedSample, tokenizer: Any, colour: bool, others: Mapping[str, Any] = MappingProxyType({})
+    rendered: TokenizedSample, tokenizer: Any, color: bool, others: Mapping[str, Any] = MappingProxyType({})
 ) -> str:
     """A sample's streams as text: learned tokens green (or between «»), media as `[image 0 x576]`, a line per group.
 
@@ -58,18 +58,18 @@ def format_tokens(
     that have their own.
     """
     streams = rendered.streams.items()
-    return "\n\n".join(_format_stream(name, stream, others.get(name, tokenizer), colour) for name, stream in streams)
+    return "\n\n".join(_format_stream(name, stream, others.get(name, tokenizer), color) for name, stream in streams)
 
 
-def _format_stream(name: str, stream: Stream, tokenizer: Any, colour: bool) -> str:
+def _format_stream(name: str, stream: Stream, tokenizer: Any, color: bool) -> str:
     lines = [f"stream {name}: {len(stream)} tokens, {stream.supervised} learned, {len(stream.slots)} media"]
     learned = learned_tokens(stream)
     for group, start, end in _group_runs(stream):
         first, last = (",".join(map(str, stream.positions[:, t])) for t in (start, end - 1))
         part = "shared" if group == 0 else f"branch {group}" if group > 0 else "both directions"
         title = f"{part}: tokens {start}-{end - 1}, positions {first}-{last}"
-        lines += ["", f"{BOLD}{title}{RESET}" if colour else title]
-        lines.append("".join(_decode_pieces(stream, learned, tokenizer, start, end, colour)))
+        lines += ["", f"{BOLD}{title}{RESET}" if color else title]
+        lines.append("".join(_decode_pieces(stream, learned, tokenizer, start, end, color)))
     return "\n".join(lines)
 
 
@@ -88,7 +88,7 @@ def _group_runs(stream: Stream) -> Iterator[tuple[int, int, int]]:
 
 
 def _decode_pieces(
-    stream: Stream, learned: NDArray[np.bool_], tokenizer: Any, start: int, end: int, colour: bool
+    stream: Stream, learned: NDArray[np.bool_], tokenizer: Any, start: int, end: int, color: bool
 ) -> Iterator[str]:
     """Decoded stretches of equal state between `start` and `end`, so that multi-token characters stay whole."""
     slots = {placed.start: placed for placed in stream.slots}
@@ -97,7 +97,7 @@ def _decode_pieces(
         if position in slots:
             slot = slots[position].slot
             size = f" x{slot.count}" if slot.count else ""  # without placeholders it stands before the next token
-            yield _paint_text(f"[image {slot.item}{size}]", DIM, colour)
+            yield _paint_text(f"[image {slot.item}{size}]", DIM, color)
             position += slot.count
             if slot.count:
                 continue
@@ -106,14 +106,14 @@ def _decode_pieces(
             stop += 1
         text = tokenizer.decode(stream.ids[position:stop].tolist(), skip_special_tokens=False)
         if learned[position]:
-            yield _paint_text(text, GREEN, colour) if colour else f"«{text}»"
+            yield _paint_text(text, GREEN, color) if color else f"«{text}»"
         else:
             yield text
         position = stop
 
 
-def _paint_text(text: str, code: str, colour: bool) -> str:
-    return f"{code}{text}{RESET}" if colour else text
+def _paint_text(text: str, code: str, color: bool) -> str:
+    return f"{code}{text}{RESET}" if color else text
 
 
 def save_views(pictures: Sequence[NDArray[np.uint8]], path: str | Path) -> Path:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from vlm_train.report.read import Point, Report, Stage
 from vlm_train.report.results import Metric, Result
 
-COLOURS = ("#3b82c4", "#e0793a", "#3f9f6b", "#a767c4", "#c9a227", "#d4567a")  # readable on white and on near-black
+COLORS = ("#3b82c4", "#e0793a", "#3f9f6b", "#a767c4", "#c9a227", "#d4567a")  # readable on white and on near-black
 MUTED = "#8a8f98"
 GRID = "rgba(138, 143, 152, 0.22)"
 MAX_POINTS = 1500  # per curve: more cannot be told apart on a screen
@@ -49,7 +49,7 @@ def training_charts(stage: Stage, name: str) -> list[tuple[str, str]]:
             continue
         figure = go.Figure()
         for index, (metric, points) in enumerate(curves.items()):
-            line = {"color": COLOURS[index % len(COLOURS)], "width": 1.6}
+            line = {"color": COLORS[index % len(COLORS)], "width": 1.6}
             mode = "lines" if len(points) > 1 else "markers"
             _draw_curve(figure, [(point.step, point.value) for point in points], metric, mode=mode, line=line)
         figure.update_xaxes(title_text="step")
@@ -69,9 +69,9 @@ def loss_chart(stage: Stage, name: str) -> str:
         for split in sorted({split for split, other in curves if other == metric}, key=lambda split: split != "train"):
             points = curves[split, metric]
             label = split if metric == "loss" else f"{split} {metric}"
-            colour = COLOURS[(2 * index + (split != "train")) % len(COLOURS)]
+            color = COLORS[(2 * index + (split != "train")) % len(COLORS)]
             mode = "lines" if split == "train" and len(points) > 1 else "lines+markers"
-            line = {"color": colour, "width": 1.6 if split == "train" else 2.2}
+            line = {"color": color, "width": 1.6 if split == "train" else 2.2}
             _draw_curve(figure, [(point.step, point.value) for point in points], label, mode=mode, line=line)
     values = [point.value for points in curves.values() for point in points]
     if not values:
@@ -102,7 +102,7 @@ def metric_charts(stage: Stage, name: str) -> list[tuple[str, str]]:
             continue
         figure = go.Figure()
         for index, (split, points) in enumerate(sorted(curves.items(), key=lambda one: one[0] != "val")):
-            line = {"color": COLOURS[index % len(COLOURS)], "width": 1.6}
+            line = {"color": COLORS[index % len(COLORS)], "width": 1.6}
             _draw_curve(figure, [(point.step, point.value) for point in points], split, mode="lines+markers", line=line)
         figure.update_xaxes(title_text="step")
         figure.update_yaxes(range=_axis_range([point.value for points in curves.values() for point in points]))
@@ -124,7 +124,7 @@ def score_chart(report: Report, axis: str, name: str) -> str:
             values += [point.value for point in points]
             places = [(start + (point.seconds if axis == "seconds" else point.step), point.value) for point in points]
             label = f"{names[index]}: {split} {score}"
-            line = {"color": COLOURS[index % len(COLOURS)], "dash": "dot" if split == "train" else "solid"}
+            line = {"color": COLORS[index % len(COLORS)], "dash": "dot" if split == "train" else "solid"}
             _draw_curve(figure, places, label, mode="lines+markers", line=line)
         length = stage.seconds if axis == "seconds" else _last_step(stage)
         ends.append(start := start + length)

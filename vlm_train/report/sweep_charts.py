@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
-from vlm_train.report.charts import COLOURS, GRID, MUTED
+from vlm_train.report.charts import COLORS, GRID, MUTED
 from vlm_train.runs.sweep.records import Job, Sweep
 from vlm_train.runs.sweep.summary import shorten_value
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FEW = 9  # so many different swept values get a tick each
 WIDE = 15  # values that differ by more than this factor are drawn on a logarithmic axis
-WORST_TO_BEST = [[0.0, "#a3adb8"], [0.5, COLOURS[0]], [0.85, COLOURS[3]], [1.0, COLOURS[1]]]
+WORST_TO_BEST = [[0.0, "#a3adb8"], [0.5, COLORS[0]], [0.85, COLORS[3]], [1.0, COLORS[1]]]
 
 
 def draw_coordinates(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
@@ -51,7 +51,7 @@ def cost_chart(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
     figure.add_scatter(
         x=[row.cost for row in front], y=[row.score for row in front], mode="lines", line=corner, hoverinfo="skip"
     )
-    for chosen, colour in ((rows[:1], COLOURS[1]), (rows[1:], COLOURS[0])):
+    for chosen, color in ((rows[:1], COLORS[1]), (rows[1:], COLORS[0])):
         figure.add_scatter(
             x=[row.cost for row in chosen],
             y=[row.score for row in chosen],
@@ -60,7 +60,7 @@ def cost_chart(sweep: Sweep, rows: Sequence[Row], name: str) -> str:
             mode="markers+text",
             textposition="top center",
             textfont={"color": MUTED},
-            marker={"size": 10, "color": colour},
+            marker={"size": 10, "color": color},
             cliponaxis=False,
         )
     costs = [row.cost for row in rows]

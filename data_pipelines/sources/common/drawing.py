@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipelines.inputs.files import require_module
 
 SHAPES = ("circle", "square", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIDE = 96  # pixels of a picture
 CELL = 32  # pixels of a cell of its grid
 FONT = 20  # size of written words
@@ -49,7 +49,7 @@ class Dice:
 class Thing:
     """A circle, a triangle on its base, or a filled square of `side` pixels."""
 
-    colour: str
+    color: str
     shape: str
     left: int
     top: int
@@ -58,7 +58,7 @@ class Thing:
     @property
     def name(self) -> str:
         """Color and shape, for example "red circle"."""
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
     @property
     def xyxy(self) -> tuple[float, float, float, float]:
@@ -71,13 +71,13 @@ class Thing:
 def draw_scene(dice: Dice, count: int) -> list[Thing]:
     """`count` things (at most 9) of different names in cells of their own, in reading order."""
     cells = sorted(dice.pick_some(range((SIDE // CELL) ** 2), count))
-    names = dice.pick_some([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+    names = dice.pick_some([(color, shape) for color in COLORS for shape in SHAPES], count)
     things = []
-    for cell, (colour, shape) in zip(cells, names, strict=True):
+    for cell, (color, shape) in zip(cells, names, strict=True):
         side = 14 + dice.draw_below(14)
         row, column = divmod(cell, SIDE // CELL)
         left, top = (CELL * at + 1 + dice.draw_below(CELL - side - 2) for at in (column, row))
-        things.append(Thing(colour=colour, shape=shape, left=left, top=top, side=side))
+        things.append(Thing(color=color, shape=shape, left=left, top=top, side=side))
     return things
 
 
@@ -88,10 +88,10 @@ def draw_picture(things: Sequence[Thing], size: tuple[int, int] = (SIDE, SIDE)) 
     for thing in things:
         right, bottom = thing.left + thing.side, thing.top + thing.side
         if thing.shape == "triangle":
-            draw.polygon([(thing.left, bottom), (right, bottom), ((thing.left + right) // 2, thing.top)], thing.colour)
+            draw.polygon([(thing.left, bottom), (right, bottom), ((thing.left + right) // 2, thing.top)], thing.color)
         else:
             paint = draw.ellipse if thing.shape == "circle" else draw.rectangle
-            paint((thing.left, thing.top, right, bottom), fill=thing.colour)
+            paint((thing.left, thing.top, right, bottom), fill=thing.color)
     return image
 
 

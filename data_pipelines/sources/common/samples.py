@@ -21,7 +21,7 @@ class Origin(Protocol):
     """What a sample says of where it comes from: a source, mostly."""
 
     name: str
-    licence: str
+    license: str
 
 
 def make_sample(
@@ -37,7 +37,7 @@ def make_sample(
         media=tuple(media_item(number, blob) for number, blob in enumerate(blobs)),
         annotations=tuple(annotations),
         source=origin.name,
-        licence=origin.licence,
+        license=origin.license,
         meta=dict(meta or {}),
     )
     return sample, list(blobs)

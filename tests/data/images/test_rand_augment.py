@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from tests.data.arrays import ImageTransform
 from tests.data.images.test_transform import encode
-from vlm_train.data.images.rand_augment import DISTORTIONS, GREY, distort_image, draw_distortions
+from vlm_train.data.images.rand_augment import DISTORTIONS, GRAY, distort_image, draw_distortions
 from vlm_train.errors import ConfigError
 
 
@@ -42,12 +42,12 @@ def test_what_is_drawn() -> None:
     assert abs(signs[True] - signs[False]) < 100
 
 
-def test_shifts_are_exact_and_leave_grey() -> None:
+def test_shifts_are_exact_and_leave_gray() -> None:
     image = pixels()
     right = after("translate_x", -5, image)
-    assert np.array_equal(right[:, 5:], image[:, :-5]) and (right[:, :5] == GREY).all()
+    assert np.array_equal(right[:, 5:], image[:, :-5]) and (right[:, :5] == GRAY).all()
     up = after("translate_y", 5, image)
-    assert np.array_equal(up[:-5], image[5:]) and (up[-5:] == GREY).all()
+    assert np.array_equal(up[:-5], image[5:]) and (up[-5:] == GRAY).all()
 
 
 def test_shears_move_rows_and_columns() -> None:

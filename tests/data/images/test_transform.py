@@ -217,9 +217,9 @@ def test_scaled_decoding_is_of_large_jpegs_only(mode, form, size):
     assert np.array_equal(plain, scaled)
 
 
-def test_scaled_decoding_takes_any_colours_and_no_truncated_file():
-    for colours in ("L", "CMYK"):
-        data = encode(picture(128, 128).convert(colours), "JPEG")
+def test_scaled_decoding_takes_any_colors_and_no_truncated_file():
+    for colors in ("L", "CMYK"):
+        data = encode(picture(128, 128).convert(colors), "JPEG")
         assert ImageTransform(size=(32, 32), jpeg_draft=True)(data).shape == (1, 3, 32, 32)
     with pytest.raises(BadSample, match="^here: cannot decode image"):
         ImageTransform(size=(32, 32), jpeg_draft=True)(data[:-400], where="here")

@@ -61,7 +61,7 @@ def test_tokens_equal_those_of_the_whole_text() -> None:
     assert learned == [":Ġy", "es", "<eos>"], "a token is learned as soon as one of its characters is"
 
 
-def test_text_between_media_is_tokenised_as_a_whole() -> None:
+def test_text_between_media_is_tokenized_as_a_whole() -> None:
     tokenizer = merging_tokenizer()
     item = sample((user("y? ", 0), assistant("yes")), media=1)
     stream = render_sample(item, load("vicuna_v1"), tokenizer, layout).llm

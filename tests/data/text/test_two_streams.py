@@ -113,7 +113,7 @@ def test_a_prompt_is_cut_on_its_left_and_an_answer_on_its_right(tokenizer) -> No
         paired(item, tokenizer, max_length=6)
 
 
-def test_prefix_language_modelling_cuts_up_to_the_middle(tokenizer) -> None:
+def test_prefix_language_modeling_cuts_up_to_the_middle(tokenizer) -> None:
     seen = set()
     for number in range(40):
         item = replace(sample((user("", 0), assistant("one two three four five")), media=1), key=f"key {number}")
@@ -219,7 +219,7 @@ def test_lengths_depend_on_the_instruction(tmp_path: Path) -> None:
 
 
 def test_show_names_every_stream(tokenizer) -> None:
-    text = format_tokens(paired(sample(DIALOGUE, media=1), tokenizer), tokenizer, colour=False)
+    text = format_tokens(paired(sample(DIALOGUE, media=1), tokenizer), tokenizer, color=False)
     assert "stream llm: " in text and "both directions: tokens 0-" in text
     assert "stream decoder: 3 tokens, 3 learned" in text and "«so»" in text
 

@@ -48,7 +48,7 @@ def _page(tmp_path, capsys, *arguments: str) -> tuple[str, str]:
 
 
 def test_boxes_are_drawn_where_they_are(tmp_path, boxed, capsys):
-    with ShardWriter(tmp_path / "set", source=EVIL, licence=EVIL) as writer:
+    with ShardWriter(tmp_path / "set", source=EVIL, license=EVIL) as writer:
         writer.write_sample(*boxed)
     page, out = _page(tmp_path, capsys)
     places = re.findall(r'class="box" style="([^;]+);([^;]+);([^;]+);([^;"]+)', page)
@@ -61,7 +61,7 @@ def test_boxes_are_drawn_where_they_are(tmp_path, boxed, capsys):
 
 
 def test_texts_of_a_set_are_escaped(tmp_path, boxed, capsys):
-    with ShardWriter(tmp_path / "set", source=EVIL, licence=EVIL) as writer:
+    with ShardWriter(tmp_path / "set", source=EVIL, license=EVIL) as writer:
         writer.write_sample(*boxed)
     page, _ = _page(tmp_path, capsys)
     assert "script" not in _Tags(page).tags and "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page

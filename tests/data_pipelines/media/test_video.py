@@ -178,7 +178,7 @@ def test_lint_and_inspect(tmp_path, clip, capsys):
     broken = bytearray(video(20, gop=20))
     middle = broken.index(b"mdat") + (len(broken) - broken.index(b"mdat")) // 3
     broken[middle : middle + 30] = bytes(30)
-    with ShardWriter(tmp_path / "set", source="s", licence="CC0") as writer:
+    with ShardWriter(tmp_path / "set", source="s", license="CC0") as writer:
         writer.write_sample(_sample(clip), [clip])
         writer.write_sample(replace(_sample(bytes(broken)), key="b"), [bytes(broken)])
     assert lint([f"folder={tmp_path / 'set'}"]) == 1

@@ -68,7 +68,7 @@ def test_shards_are_cut_at_max_bytes(tmp_path, sample):
 
 def test_manifest_says_what_is_there(shard_set):
     manifest = ShardSet(shard_set(count=9)).manifest
-    assert (manifest.samples, manifest.source, manifest.licence, manifest.split) == (9, "test", "CC0", "train")
+    assert (manifest.samples, manifest.source, manifest.license, manifest.split) == (9, "test", "CC0", "train")
     assert [shard.samples for shard in manifest.shards] == [4, 4, 1]
     assert manifest.stats["media"] == {
         "count": 9,

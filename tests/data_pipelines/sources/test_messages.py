@@ -31,7 +31,7 @@ def read(tmp_path, picture):
     def make(*records):
         text = "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
         (tmp_path / "x.jsonl").write_text(text)
-        return list(Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path), name="mine", licence="CC0"))
+        return list(Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path), name="mine", license="CC0"))
 
     return make
 
@@ -47,14 +47,14 @@ def test_tags_mark_the_places_of_images(read, picture):
     assert user.parts == (Text(text="A:"), Media(item=0), Text(text="B:"), Media(item=1), Text(text="?"))
     assert assistant.parts == (Text(text="<image>"),)  # in an answer it is text
     assert blobs == [picture(1), picture(2)] and [item.name for item in sample.media] == ["0.png", "1.png"]
-    assert (sample.key, sample.source, sample.licence) == ("0000000-x", "mine", "CC0")
+    assert (sample.key, sample.source, sample.license) == ("0000000-x", "mine", "CC0")
 
 
 def test_paths_start_from_the_file_s_own_folder(read, tmp_path):
     expected = read({"images": ["1.png"], "messages": _talk("<image>", "y")})
-    assert list(Messages(file=str(tmp_path / "x.jsonl"), name="mine", licence="CC0")) == expected
+    assert list(Messages(file=str(tmp_path / "x.jsonl"), name="mine", license="CC0")) == expected
     (tmp_path / "x.json").write_text(f"[{(tmp_path / 'x.jsonl').read_text()}]")
-    assert list(Messages(file=str(tmp_path / "x.json"), name="mine", licence="CC0")) == expected
+    assert list(Messages(file=str(tmp_path / "x.json"), name="mine", license="CC0")) == expected
     with pytest.raises(DataError, match="file: .*nowhere/x.jsonl: No such file"):
         Messages(file=str(tmp_path / "nowhere" / "x.jsonl"))
     (tmp_path / "none").mkdir()

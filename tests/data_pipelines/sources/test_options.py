@@ -11,7 +11,7 @@ from hydra.utils import get_class
 from data_pipelines.cli import CONF
 
 FILES = sorted((CONF / "source").glob("*.yaml"))
-SHARED = {"okvqa": {"name", "licence"}}
+SHARED = {"okvqa": {"name", "license"}}
 """What an option file says of its own where another file of the same class has the constructor's defaults."""
 
 

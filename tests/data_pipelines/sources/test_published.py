@@ -32,7 +32,7 @@ def test_published_sets_build_lint_and_show(name, options, published, tmp_path, 
     output = tmp_path / "set"
     arguments = [f"{key}={value}" for key, value in {**published(name), **options}.items()]
     assert main([f"source={name}", f"output={output}", *arguments]) == 0, capsys.readouterr().err
-    assert {problem.kind for problem in find_problems(output)} <= {"unknown licence"} and not (
+    assert {problem.kind for problem in find_problems(output)} <= {"unknown license"} and not (
         output / QUARANTINE
     ).exists()
     shards = ShardSet(output)

@@ -16,7 +16,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.lint import sample_problems
 from data_pipelines.media.video import read_frames
 from data_pipelines.sample import Box, Media
-from data_pipelines.sources.common.drawing import COLOURS, SHAPES, Dice
+from data_pipelines.sources.common.drawing import COLORS, SHAPES, Dice
 from data_pipelines.sources.synthetic import TASKS, Synthetic
 
 
@@ -27,10 +27,10 @@ def pixels(blob):
 def found(image):
     """The colours of a picture besides white, each with the box of its pixels (left, top, right, bottom)."""
     boxes = {}
-    for colour in COLOURS:
-        rows, columns = np.nonzero((image == ImageColor.getrgb(colour)).all(-1))
+    for color in COLORS:
+        rows, columns = np.nonzero((image == ImageColor.getrgb(color)).all(-1))
         if len(rows):
-            boxes[colour] = (columns.min(), rows.min(), columns.max(), rows.max())
+            boxes[color] = (columns.min(), rows.min(), columns.max(), rows.max())
     return boxes
 
 
@@ -62,10 +62,10 @@ def test_captions_and_questions_agree_with_the_picture():
         named = [words.split()[1] for words in answers(sample)[0].split(" and ")]
         assert set(named) == set(found(pixels(blob)))
     for sample, (blob,) in of("vqa"):
-        (colour,) = found(pixels(blob))
+        (color,) = found(pixels(blob))
         asked = sample.annotations[2].turns[0].text.split()[3]
-        assert answers(sample)[0] == colour and answers(sample)[1] in SHAPES
-        assert answers(sample)[2] == ("yes" if asked == colour else "no")
+        assert answers(sample)[0] == color and answers(sample)[1] in SHAPES
+        assert answers(sample)[2] == ("yes" if asked == color else "no")
 
 
 def test_counts_agree_with_the_picture():
@@ -83,8 +83,8 @@ def test_boxes_agree_with_the_picture():
         region = sample.annotations[0].turns[1].parts[0]
         assert isinstance(region, Box) and region == sample.annotations[1].turns[0].parts[2]
         left, top, right, bottom = (round(96 * edge) for edge in region.xyxy)
-        colour = answers(sample)[1].split()[1]
-        assert (pixels(blob)[(top + bottom) // 2, (left + right) // 2] == ImageColor.getrgb(colour)).all()
+        color = answers(sample)[1].split()[1]
+        assert (pixels(blob)[(top + bottom) // 2, (left + right) // 2] == ImageColor.getrgb(color)).all()
 
 
 def test_the_named_picture_of_several():
@@ -100,8 +100,8 @@ def test_videos_move_as_their_answer_says(as_images):
     for sample, blobs in of("video", 6, frames=5, video_as_images=as_images):
         assert [item.frames for item in sample.media] == ([1] * 5 if as_images else [5])
         images = [pixels(blob) for blob in blobs] if as_images else list(read_frames(blobs[0], range(5)))
-        centres = [np.argwhere(image.astype(int).sum(-1) < 560).mean(0) for image in (images[0], images[-1])]
-        down, right = centres[1] - centres[0]
+        centers = [np.argwhere(image.astype(int).sum(-1) < 560).mean(0) for image in (images[0], images[-1])]
+        down, right = centers[1] - centers[0]
         way = ("down" if down > 0 else "up") if abs(down) > abs(right) else ("right" if right > 0 else "left")
         assert answers(sample) == [way]
     assert of("video", 2) == of("video", 2)
@@ -117,10 +117,10 @@ def test_written_words_differ_and_are_black():
 def test_preferences_weigh_the_wrong_word():
     for sample, (blob,) in of("preference"):
         (annotation,) = sample.annotations
-        (colour,) = found(pixels(blob))
+        (color,) = found(pixels(blob))
         for turn, right in ((annotation.turns[1], True), (annotation.rejected, False)):
             ((start, end, weight),) = turn.parts[0].weights
-            assert (turn.text[start:end] == colour) == right and weight == 5.0
+            assert (turn.text[start:end] == color) == right and weight == 5.0
 
 
 def test_documents_and_dialogues():

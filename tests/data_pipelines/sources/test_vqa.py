@@ -14,10 +14,10 @@ from data_pipelines.sources.vqa import VQA
 
 def test_questions_of_an_image_are_annotations_of_one_sample(published):
     options = published("vqav2")
-    (first, blobs), (second, _) = VQA(**options, licence="CC-BY-4.0")
+    (first, blobs), (second, _) = VQA(**options, license="CC-BY-4.0")
     assert (first.key, second.key) == ("train2014-000000458752", "train2014-000000262146")
     assert blobs == [(Path(options["images"]) / "COCO_train2014_000000458752.jpg").read_bytes()]
-    assert (first.source, first.licence, first.meta["image_id"]) == ("vqav2", "CC-BY-4.0", 458752)
+    assert (first.source, first.license, first.meta["image_id"]) == ("vqav2", "CC-BY-4.0", 458752)
     looking, hat = first.annotations
     assert looking.turns[0].parts == (Media(item=0), Text(text="What is this photo taken looking through?"))
     assert [one.turns[1].text for one in (looking, hat, *second.annotations)] == ["net", "yes", "white"]

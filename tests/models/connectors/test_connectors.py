@@ -34,7 +34,7 @@ def test_linear_is_one_projection():
     assert connector.token_grid(Grid3(1, 3, 5)) == (1, 3, 5)
 
 
-def test_pooling_averages_neighbours_of_the_grid():
+def test_pooling_averages_neighbors_of_the_grid():
     connector = PooledMLP(in_dim=1, out_dim=1, pool=2, depth=1)
     torch.nn.init.ones_(connector.layers[0].weight)
     torch.nn.init.zeros_(connector.layers[0].bias)

@@ -22,14 +22,14 @@ class FieldNotes(ListSource):
 
     Args:
         folder: of the pictures and texts.
-        name, licence, split: what the manifest says of the set.
+        name, license, split: what the manifest says of the set.
 
     Raises:
         DataError: there is no text in the folder.
     """
 
-    def __init__(self, *, folder: str, name: str = "my_notes", licence: str = "", split: str = "train") -> None:
-        self.name, self.licence, self.split = name, licence, split
+    def __init__(self, *, folder: str, name: str = "my_notes", license: str = "", split: str = "train") -> None:
+        self.name, self.license, self.split = name, license, split
         self.texts = sorted(Path(folder).glob("*.txt"))
         if not self.texts:
             raise DataError(f"folder: {folder} holds no notes; expected <name>.txt beside <name>.png")

@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 LEVELS = 10
 """The strongest level."""
 
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 """What fills the places where a distorted image has no pixel."""
 
 BILINEAR = Image.Resampling.BILINEAR
@@ -24,7 +24,7 @@ Distort = Callable[[Image.Image, float], Image.Image]
 
 def _warp_image(image: Image.Image, x: Sequence[float], y: Sequence[float]) -> Image.Image:
     """Every pixel from the place that x = `(a, b, c)`, a column + b row + c, and y give."""
-    return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), BILINEAR, fillcolor=GREY)
+    return image.transform(image.size, Image.Transform.AFFINE, (*x, *y), BILINEAR, fillcolor=GRAY)
 
 
 DISTORTIONS: dict[str, tuple[Distort, float, bool]] = {
@@ -37,7 +37,7 @@ DISTORTIONS: dict[str, tuple[Distort, float, bool]] = {
     "shear_y": (lambda image, by: _warp_image(image, (1, 0, 0), (by, 1, 0)), 0.3, True),
     "translate_x": (lambda image, by: _warp_image(image, (1, 0, by), (0, 1, 0)), 10, True),
     "translate_y": (lambda image, by: _warp_image(image, (1, 0, 0), (0, 1, by)), 10, True),
-    "rotate": (lambda image, by: image.rotate(by, BILINEAR, fillcolor=GREY), 30, True),
+    "rotate": (lambda image, by: image.rotate(by, BILINEAR, fillcolor=GRAY), 30, True),
 }
 """Name -> how, its amount at the strongest level (factors; shares; pixels; degrees), and whether that has a sign."""
 

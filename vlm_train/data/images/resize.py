@@ -53,9 +53,9 @@ def _source_span(source: int, target: int, start: int, count: int) -> tuple[floa
         return None
     scale = source / target
     reach = max(scale, 1.0)
-    centres = (np.arange(start, start + count) + 0.5)[:, None] * scale
-    taps = np.floor(centres - 2 * reach) + np.arange(int(4 * reach) + 3)
-    weights = np.where((taps >= 0) & (taps < source), _bicubic_weight((taps + 0.5 - centres) / reach), 0.0)
+    centers = (np.arange(start, start + count) + 0.5)[:, None] * scale
+    taps = np.floor(centers - 2 * reach) + np.arange(int(4 * reach) + 3)
+    weights = np.where((taps >= 0) & (taps < source), _bicubic_weight((taps + 0.5 - centers) / reach), 0.0)
     exact = weights / weights.sum(axis=1, keepdims=True) * 2**BITS
     return span if np.abs(exact - np.floor(exact) - 0.5).min() > NOISE else None
 

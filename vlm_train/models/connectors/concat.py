@@ -35,9 +35,9 @@ class ConcatLinear(nn.Module):
 
     def forward(self, features: Features) -> Features:
         """Neighbours are joined grid by grid, and projected all at once."""
-        return map_grids(features, self._join_neighbours, self.token_grid).map(self.proj)
+        return map_grids(features, self._join_neighbors, self.token_grid).map(self.proj)
 
-    def _join_neighbours(self, values: Tensor, grid: Grid3) -> Tensor:
+    def _join_neighbors(self, values: Tensor, grid: Grid3) -> Tensor:
         """`[n, P, D]` -> `[n, Q, patches * D]`."""
         groups = self.token_grid(grid).w
         rows = values.unflatten(1, (grid.t * grid.h, grid.w))
