@@ -14,7 +14,6 @@ from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.source_weights import sums_by_source
 from vlm_train.models.families.text_only import TextOnly
 from vlm_train.models.layers.once import outputs_of
-from vlm_train.objectives.lm import supervised_positions
 from vlm_train.objectives.per_sample import sum_by_segment
 
 
@@ -44,7 +43,7 @@ class Preference(Objective):
 def log_likelihoods(model: Any, batch: Batch, name: str) -> Tensor:
     """`[M]`: of the answers in the stream `name`."""
     stream = batch.text[name]
-    index = supervised_positions(stream)
+    index = stream.supervised
     logits = model.logits(outputs_of(model, batch, name).hidden.flatten(0, 1)[index]).float()
     labels = stream.labels.flatten()[index]
     return sum_by_segment(batch, stream, index, -F.cross_entropy(logits, labels, reduction="none"))
@@ -80,7 +79,7 @@ class Balance(Objective):
         stream = batch.text["llm"]
         scores = outputs_of(model, batch, "llm").aux["router_logits"]
         shares = scores.softmax(dim=-1).square().sum(dim=-1)  # [B, T], least where both weigh the same
-        index = supervised_positions(stream)
+        index = stream.supervised
         values, weights = shares.flatten()[index], stream.weights.flatten()[index]
         each = torch.stack([(values * weights).detach(), weights], dim=1)
         sources = sums_by_source(batch, stream, index, each)

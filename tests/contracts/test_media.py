@@ -67,7 +67,7 @@ def test_grids_that_follow_each_other() -> None:
 
 def test_input_is_cut_between_views() -> None:
     flat = MediaInput(torch.arange(15)[:, None], GRIDS, (1, 2))
-    assert (len(flat), flat.views_total, flat.patches) == (4, 3, 14)
+    assert (len(flat), flat.views_total) == (4, 3)
     parts = flat.split(3)
     assert [part.grids for part in parts] == [GRIDS[:3], GRIDS[3:]]
     assert [part.values.flatten().tolist() for part in parts] == [list(range(14)), [14]]

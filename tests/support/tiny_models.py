@@ -101,6 +101,7 @@ def text_stream(
         segment_ids=torch.tensor([pad(s, 0) for s in segments], dtype=torch.int32),
         attention_group=torch.tensor([pad(g, 0) for g in groups], dtype=torch.int32),
         slots=Slots(index=index, placeholders=len(index)),
+        supervised=(label.flatten() != IGNORE).nonzero().squeeze(1),
     )
 
 

@@ -17,6 +17,7 @@ from tests.support.small_run import command, make_data, train
 from vlm_train.build import build_model
 from vlm_train.config.compose import compose_config
 from vlm_train.contracts.batch import Batch, MediaBatch, Slots, TokenStream, Window
+from vlm_train.contracts.media import Grid3, MediaInput
 from vlm_train.contracts.objective import Loss
 from vlm_train.data.source_weights import sums_by_source
 from vlm_train.dryrun.report import without_assets
@@ -85,7 +86,7 @@ def packed(*rows: list[int], width: int, sources: tuple[tuple[str, ...], ...] = 
     stream = TokenStream(
         ids=zeros, labels=zeros, weights=zeros.float(), positions=zeros[None], segment_ids=segments,
         attention_group=zeros.int(), slots=Slots(index=zeros[0, :0], placeholders=0),
-        sample_lengths=tuple(map(tuple, rows)),
+        supervised=zeros[0, :0],        sample_lengths=tuple(map(tuple, rows)),
     )  # fmt: skip
     media = MediaBatch(row=zeros[0, :0])
     keys = tuple(tuple(map(str, lengths)) for lengths in rows)
@@ -105,6 +106,15 @@ def test_padding_makes_no_pairs() -> None:
     one = Meter(alone)
     one.add_batch(batch)
     assert (one.counts["pairs"], one.counts["patches"]) == (4 + 1 + 9 + 16, 0)
+
+
+def test_patches_of_media_items_count_and_those_of_a_blank_view_do_not() -> None:
+    grids = (Grid3(1, 2, 3), Grid3(2, 2, 1), Grid3(1, 1, 5))
+    for view_counts, patches in (((1, 2), 15), ((1, 1), 10), ((), 0)):
+        shown = {"vision": MediaInput(torch.zeros(15, 4), grids, view_counts)}
+        batch, one = packed([2], width=2), Meter(alone)
+        one.add_batch(replace(batch, media=replace(batch.media, inputs=shown)))
+        assert one.counts["patches"] == patches
 
 
 def test_where_only_a_mask_tells_the_samples_of_a_row_they_count_as_equally_long() -> None:

@@ -193,6 +193,7 @@ def _make_captions(rows: Any, *, left: bool = False) -> TokenStream:
         segment_ids=pad_rows(lambda row: [1] * len(row)).int(),
         attention_group=torch.zeros_like(ids).int(),
         slots=Slots(index=torch.zeros(0, dtype=torch.long), placeholders=0),
+        supervised=torch.zeros(0, dtype=torch.long),
         plain_causal=not left,
     )
 

@@ -80,8 +80,8 @@ class TokenStream:
         slots: where media features go.
         alignment: how labels relate to inputs: causal (the next token), seq2seq (the token that the input was shifted
             by), or none (a text that is only read).
-        supervised: `[S]` int64, flat positions `b * T + t` that have a label. Made by collate, so that the loss need
-            not ask the device for them; None: the loss finds them.
+        supervised: `[S]` int64, flat positions `b * T + t` that have a label. Found by collate: a loss would have to
+            ask the device.
         plain_causal: every row is one sample of group 0, padded on the right. Then causal attention needs no mask, and
             fast kernels run. Like the fields below decided by collate: a device would have to be asked.
         causal: the samples of group 0, and the padding of every row as a sequence of its own; None: there are none, or
@@ -100,8 +100,8 @@ class TokenStream:
     segment_ids: Tensor
     attention_group: Tensor
     slots: Slots
+    supervised: Tensor
     alignment: Alignment = "causal"
-    supervised: Tensor | None = None
     plain_causal: bool = False
     causal: PackedSequences | None = None
     masked: PackedSequences | None = None
@@ -186,7 +186,7 @@ class Batch:
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The batch with every tensor on `device`."""
+        """The batch with every tensor on `device` (called by Lightning)."""
         if torch.device(device) == self.media.row.device:
             return self
         return map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))

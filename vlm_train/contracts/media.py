@@ -59,11 +59,6 @@ class MediaInput:
         return sum(self.view_counts)
 
     @property
-    def patches(self) -> int:
-        """Patches of the items' views, as far as their grids are known."""
-        return sum(grid.size for grid in self.grids[: self.views_total])
-
-    @property
     def is_flat(self) -> bool:
         """Whether `values` are patches rather than views."""
         return self.values.ndim != 4

@@ -249,5 +249,6 @@ def _make_stream(ids: Tensor, places: int) -> TokenStream:
         segment_ids=torch.ones_like(ids, dtype=torch.int32),
         attention_group=torch.zeros_like(ids, dtype=torch.int32),
         slots=Slots(index=torch.arange(places), placeholders=places),
+        supervised=torch.zeros(0, dtype=torch.int64),
         plain_causal=True,
     )

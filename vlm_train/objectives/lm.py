@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vlm_train.contracts.batch import IGNORE, Batch, TokenStream
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.source_weights import sums_by_source
@@ -62,7 +62,7 @@ class LanguageModeling(Objective):
         """`{name: Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
         del context  # tokens of other ranks play no part
         stream = batch.text[self.stream]
-        index = supervised_positions(stream)
+        index = stream.supervised
         hidden = outputs_of(model, batch, self.stream).hidden.flatten(0, 1)[index]  # [S, D]
         labels, weights = stream.labels.flatten()[index], stream.weights.flatten()[index]
         # A batch without supervised tokens still runs the head once: its loss is 0, attached to the graph.
@@ -79,13 +79,6 @@ class LanguageModeling(Objective):
         accuracy = correct / max(len(index), 1)
         sources = sums_by_source(batch, stream, index, torch.stack([torch.cat(losses), weights], dim=1))
         return {self.name: Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()}, sources)}
-
-
-def supervised_positions(stream: TokenStream) -> Tensor:
-    """`[S]` flat positions `b * T + t` with a label: the stream's own index, or found here (a host sync on a GPU)."""
-    if stream.supervised is not None:
-        return stream.supervised
-    return (stream.labels.flatten() != IGNORE).nonzero().squeeze(1)
 
 
 def _token_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

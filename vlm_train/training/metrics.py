@@ -102,7 +102,8 @@ class Meter:
             if rows is None:  # only a mask tells them: as if those of a row were equally long
                 rows = [[stream.ids.shape[1] / len(keys) for _ in keys] for keys in batch.keys]
             pairs += sum(length**2 for lengths in rows for length in lengths)
-        patches = sum(one.patches for one in batch.media.inputs.values())
+        inputs = batch.media.inputs.values()  # the views of media items come first, the blank view is of none
+        patches = sum(grid.size for one in inputs for grid in one.grids[: sum(one.view_counts)])
         for name, number in (("wait", now - self.left), ("pairs", pairs), ("patches", patches)):
             self.counts[name] = self.counts.get(name, 0.0) + number
         self.left = now

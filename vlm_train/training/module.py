@@ -109,7 +109,7 @@ class VLMModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One micro-batch. The last one of a step also makes the update.
 
-        1. The batch is there: Lightning has called `transfer_batch_to_device`.
+        1. The batch is there: Lightning has moved it (`Batch.to`). The meter counts the wait for it.
         2. Randomness (dropout) gets its address: run, step, micro-batch, rank.
         3. The first micro-batch opens the step: denominators over all micro-batches and ranks, bad samples, a stop.
         4. `forward` gives the micro-batch's part of the loss, in the precision of the run.
@@ -121,6 +121,7 @@ class VLMModule(pl.LightningModule):
         """
         window, strategy = batch.window, cast(Any, self.trainer.strategy)
         assert window is not None
+        self.meter.add_batch(batch)
         seed = derive_seed(self.seed, "step", window.step, window.micro, self.global_rank)
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` visits all backends, which takes 0.6 ms
         if self.device.type == "cuda":
@@ -150,13 +151,6 @@ class VLMModule(pl.LightningModule):
             self.meter.leave_out()
             self.guard.leave_out(self.global_step, self.left_out, self.keys, self.global_rank)
         self.model.clamp_()
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch (a dataclass, which Lightning would rebuild field by field)."""
-        del dataloader_idx
-        if self.trainer.training:
-            self.meter.add_batch(batch)
-        return batch.to(device)
 
     def forward(self, batch: Batch) -> Tensor:
         """A micro-batch's part of the loss, `[]`: the sums of all objectives over the denominators of the whole step on

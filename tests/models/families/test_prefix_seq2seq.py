@@ -77,7 +77,10 @@ def decoder_stream(answers: list[list[int]]) -> TokenStream:
     labels = torch.full_like(stream.ids, IGNORE)
     for row, answer in enumerate(answers):
         labels[row, : len(answer)] = torch.tensor(answer)
-    return replace(stream, labels=labels, weights=(labels != IGNORE).float(), alignment="seq2seq", plain_causal=True)
+    weights, supervised = (labels != IGNORE).float(), (labels.flatten() != IGNORE).nonzero().squeeze(1)
+    return replace(
+        stream, labels=labels, weights=weights, supervised=supervised, alignment="seq2seq", plain_causal=True
+    )
 
 
 def tiny_batch() -> Batch:

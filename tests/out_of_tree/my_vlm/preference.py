@@ -16,7 +16,6 @@ from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.once import outputs_of
-from vlm_train.objectives.lm import supervised_positions
 from vlm_train.objectives.per_sample import sum_by_segment
 
 
@@ -69,7 +68,7 @@ def compare_answers(model: Any, batch: Batch) -> Tensor:
 def sum_log_likelihoods(model: Any, batch: Batch, stream: str) -> Tensor:
     """`[M]`: of the answers in a stream."""
     text = batch.text[stream]
-    index = supervised_positions(text)
+    index = text.supervised
     logits = model.logits(outputs_of(model, batch, stream).hidden.flatten(0, 1)[index]).float()
     losses = F.cross_entropy(logits, text.labels.flatten()[index], reduction="none")
     return sum_by_segment(batch, text, index, -losses * text.weights.flatten()[index])

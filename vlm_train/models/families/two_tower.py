@@ -143,10 +143,10 @@ def _make_projection(width: int, embed_dim: int | None) -> nn.Module:
 
 
 def _rows_of(stream: TokenStream, rows: Tensor) -> TokenStream:
-    """Some rows of captions, one a row."""
+    """Some rows of captions, one a row, which are only read."""
     if len(rows) == len(stream.ids):
         return stream
     names = ("ids", "labels", "weights", "segment_ids", "attention_group")
     cut = {name: getattr(stream, name)[rows] for name in names}
     cut["positions"] = stream.positions[:, rows]
-    return replace(stream, **cut, supervised=None, causal=None, masked=None, sample_lengths=None)
+    return replace(stream, **cut, supervised=stream.supervised[:0], causal=None, masked=None, sample_lengths=None)
