@@ -182,6 +182,36 @@ def test_contrasts_need_a_whole_step() -> None:
     assert "packed rows do not tell them apart" in refused
 
 
+@pytest.mark.parametrize(
+    ("objective", "recipe"),
+    [
+        ("contrastive", "easyvqa_clip"),
+        ("sigmoid", "siglip_so400m"),
+        ("itc", "easyvqa_blip2_stage1"),
+        ("itm", "easyvqa_blip2_stage1"),
+    ],
+)
+def test_pairs_are_not_weighed(objective: str, recipe: str) -> None:
+    for rule in ("source", "sqrt_length"):
+        expected = f"batch.normalize: {rule} has no effect on objective.{objective}, which counts every pair once."
+        found = problems(f"batch.normalize={rule}", recipe=recipe)
+        assert f"{expected} Allowed: token or sample." in found
+        assert not any("objective.lm" in one for one in found)
+    heavy = "[{shards: a, loss_weight: 1.0}, {shards: b, loss_weight: 0}]"
+    for split in ("train", "val"):
+        expected = (
+            f"data.{split}.1.loss_weight: 0 has no effect on objective.{objective}, which counts every pair once."
+        )
+        found = problems(f"data.{split}={heavy}", recipe=recipe)
+        assert f"{expected} Allowed: 1, or leave it out." in found and not any(".0.loss_weight" in one for one in found)
+    assert problems("batch.normalize=sample", recipe=recipe) == []
+
+
+def test_an_objective_of_samples_may_read_weights() -> None:
+    weighed = ["batch.normalize=sqrt_length", "data.train=[{shards: a, loss_weight: 2}]"]
+    assert problems(*MINE, mine("PerSample"), *weighed) == []
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp2"])
 def test_a_temperature_stays_whole(strategy: str) -> None:
     (found,) = problems(f"strategy={strategy}", recipe="easyvqa_clip")

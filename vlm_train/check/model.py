@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_evaluators, build_objectives
-from vlm_train.check.settings import count_processes, packed_row_length
+from vlm_train.check.settings import count_processes, packed_row_length, select_settings
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.signatures import did_you_mean
 from vlm_train.contracts.evaluator import Evaluator
@@ -88,6 +88,8 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
         yield f"{path}: compares with a reference model. Use reference.model=start, or a run folder."
     if objective.needs_whole_step:
         yield from _check_whole_step(path, cfg)
+    if objective.needs_whole_step and objective.normalized_by == "samples":
+        yield from _check_weights(path, cfg)
 
 
 def check_reference(cfg: DictConfig, model: Family, reference: Family) -> None:
@@ -147,6 +149,17 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
             f"{path}: contrasts all samples of a step with each other, so batch.micro={micro} cannot cut the "
             f"{samples // world} samples of a process; allowed: batch.micro={samples // world}. {advice}"
         )
+
+
+def _check_weights(path: str, cfg: DictConfig) -> Iterator[str]:
+    """A loss over pairs counts every pair once: it reads no weights of targets, which these settings are about."""
+    counts = f"has no effect on {path}, which counts every pair once. Allowed:"
+    if cfg.batch.normalize in ("source", "sqrt_length"):
+        yield f"batch.normalize: {cfg.batch.normalize} {counts} token or sample."
+    for split in ("train", "val"):
+        for key, weight in select_settings(cfg, f"data.{split}.*.loss_weight"):
+            if weight not in (None, 1):
+                yield f"{key}: {weight} {counts} 1, or leave it out."
 
 
 def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:
