@@ -69,10 +69,10 @@ def _choose_samples(shards: ShardSet, config: DictConfig) -> list[int]:
     """The numbers of the samples to show."""
     if config.key is not None:
         key = str(config.key)
-        found = next((i for i in range(len(shards)) if shards.key(i) == key), None)
-        if found is None:
-            raise DataError(f"{config.folder}: no sample {key!r}; the first keys: {', '.join(shards.keys()[:3])}")
-        return [found]
+        keys = shards.keys()
+        if key not in keys:
+            raise DataError(f"{config.folder}: no sample {key!r}; the first keys: {', '.join(keys[:3])}")
+        return [keys.index(key)]
     if config.random is not None:
         if not isinstance(config.random, int):
             raise DataError(f"random: got {config.random!r}; expected a number of samples")

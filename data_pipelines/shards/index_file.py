@@ -7,8 +7,9 @@ import json
 import struct
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -36,15 +37,26 @@ PER_MEMBER = {"name": "i", "offset": "q", "size": "q", "crc": "q"}
 PER_MEDIA = {"width": "i", "height": "i", "frames": "i", "seconds": "d"}
 
 
+class IndexEntry(NamedTuple):
+    """One sample of an index: its key, its shard's number, its members in file order, and where its media items are in
+    width, height, frames and seconds."""
+
+    key: str
+    shard: int
+    members: list[Member]
+    media: slice
+
+
 class Index:
     """N samples with M members and K media items, as flat arrays.
 
     shard, annotations [N]; member_start, media_start, key_start [N + 1]; name, offset, size, crc [M];
     width, height, frames, seconds [K]. `names` are the distinct member names. What the numbers say is not believed:
-    those that lead outside the arrays raise `DataError`, those that lead outside a shard are its reader's to check.
+    those that lead outside the arrays, or to no shard of `shards` (None: not known), raise `DataError`; those that lead
+    outside a shard are its reader's to check.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, arrays: dict[str, np.ndarray], shards: int | None = None) -> None:
         self.shard = arrays["shard"]
         self.annotations = arrays["annotations"]
         self.member_start = arrays["member_start"]
@@ -54,45 +66,45 @@ class Index:
         self.names: list[str] = json.loads(arrays["names"].tobytes())
         self._members = [arrays[name] for name in PER_MEMBER]
         self._key_start, self._keys = arrays["key_start"], arrays["keys"]
+        self._shards = shards
         self._check_arrays()
 
     def __len__(self) -> int:
         return len(self.shard)
 
-    def key(self, i: int) -> str:
-        """The key of sample i."""
-        key = self._keys[self._slice_of(self._key_start, i, len(self._keys))].tobytes()
-        if not key or len(key) > MAX_KEY or not key.isascii():
-            raise DataError(f"the index is damaged: the key of sample {i} has {len(key)} bytes")
-        return key.decode("ascii")
-
     def keys(self) -> list[str]:
         """The keys of all samples in order."""
-        return [self.key(i) for i in range(len(self))]
+        lengths, text = np.diff(self._key_start), self._keys.tobytes()
+        if (self._key_start < 0).any() or not ((lengths > 0) & (lengths <= MAX_KEY)).all() or not text.isascii():
+            raise DataError(f"the index is damaged: its keys are not all of 1 to {MAX_KEY} ASCII characters")
+        return [text[start:stop].decode("ascii") for start, stop in pairwise(self._key_start.tolist())]
 
-    def read_members(self, i: int) -> list[Member]:
-        """The members of sample i in file order."""
-        return [Member(*row) for row in self.read_rows(i)]
-
-    def read_rows(self, i: int) -> list[tuple[str, int, int, int]]:
-        """The members of sample i in file order as plain (name, offset, size, crc)."""
-        span = self._slice_of(self.member_start, i, len(self._members[0]))
-        names, *columns = (column[span].tolist() for column in self._members)
-        if names and not 0 <= min(names) <= max(names) < len(self.names):
-            raise DataError(f"the index is damaged: member names {names} of sample {i}, it has {len(self.names)}")
-        return list(zip([self.names[name] for name in names], *columns))
-
-    def media_slice(self, i: int) -> slice:
-        """Where the media items of sample i are in width, height, frames and seconds."""
-        return self._slice_of(self.media_start, i, len(self.width))
-
-    def _slice_of(self, starts: np.ndarray, i: int, end: int) -> slice:
+    def locate_sample(self, i: int) -> IndexEntry:
+        """All that the index says of sample i. Raises `IndexError` if there is none."""
         if not 0 <= i < len(self.shard):
             raise IndexError(f"sample {i} of {len(self.shard)}")
-        start, stop = starts[i : i + 2].tolist()
-        if not 0 <= start <= stop <= end:
-            raise DataError(f"the index is damaged: sample {i} is at {start} to {stop} of {end}")
-        return slice(start, stop)
+        spans = []
+        for starts, values in (
+            (self.media_start, self.width),
+            (self._key_start, self._keys),
+            (self.member_start, self._members[0]),
+        ):
+            start, stop = starts[i : i + 2].tolist()
+            if not 0 <= start <= stop <= len(values):
+                raise DataError(f"the index is damaged: sample {i} is at {start} to {stop} of {len(values)}")
+            spans.append(slice(start, stop))
+        media, letters, rows = spans
+        key = self._keys[letters].tobytes()
+        if not key or len(key) > MAX_KEY or not key.isascii():
+            raise DataError(f"the index is damaged: the key of sample {i} has {len(key)} bytes")
+        shard = int(self.shard[i])
+        if shard < 0 or (self._shards is not None and shard >= self._shards):
+            raise DataError(f"the index is damaged: it puts sample {i} into shard {shard} of {self._shards}")
+        names, *columns = (column[rows].tolist() for column in self._members)
+        if names and not 0 <= min(names) <= max(names) < len(self.names):
+            raise DataError(f"the index is damaged: member names {names} of sample {i}, it has {len(self.names)}")
+        members = [Member(self.names[name], *row) for name, *row in zip(names, *columns)]
+        return IndexEntry(key.decode("ascii"), shard, members, media)
 
     def _check_arrays(self) -> None:
         """The arrays fit together: lengths, and the ends of what they point to."""
@@ -113,10 +125,10 @@ class Index:
         return self._members
 
     @classmethod
-    def load(cls, path: Path) -> Index:
-        """Map the file into memory. Raises `DataError` if it is missing or damaged."""
+    def load(cls, path: Path, shards: int | None = None) -> Index:
+        """Map the file of a set of so many `shards` into memory. Raises `DataError` if it is missing or damaged."""
         try:
-            return cls(map_arrays(path))
+            return cls(map_arrays(path), shards)
         except UNREADABLE as error:
             raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
 
@@ -157,8 +169,9 @@ class IndexBuilder:
     def add_index(self, index: Index, shards: Sequence[int], rows: np.ndarray | None = None) -> None:
         """Append the samples `rows` of another index, or all; its shard number s is number `shards[s]` here."""
         rows = np.arange(len(index)) if rows is None else rows
+        keys = index.keys()
         for i in rows.tolist():
-            if (key := index.key(i)) in self._keys:
+            if (key := keys[i]) in self._keys:
                 raise DataError(f"duplicate key {key!r}; keys must be unique in a shard set")
             self._keys[key] = None
         names = [self._names.setdefault(name, len(self._names)) for name in index.names]

@@ -9,9 +9,8 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media.limits import media_item
@@ -28,8 +27,7 @@ MAX_MEMBER = 2**30
 """Bytes of one file of a sample."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """Where one file of a sample lies in its shard: `name` without the key, byte `offset` and `size`, CRC-32."""
 
     name: str
@@ -114,7 +112,7 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
     videos and an assistant turn with the `txt` member; their JSON becomes `meta`.
     """
     by_name = dict(parts)
-    sample = _parse_json(key, by_name[JSON]) if JSON in by_name else {}
+    sample = parse_json(key, by_name[JSON]) if JSON in by_name else {}
     if not isinstance(sample, Sample):
         return _caption_sample(key, parts, sample)
     expected, got = [JSON, *(item.name for item in sample.media)], list(by_name)
@@ -123,14 +121,8 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
     return sample, [by_name[item.name] for item in sample.media]
 
 
-def text_sample(key: str, data: bytes) -> Sample | None:
-    """The sample that our own JSON tells without its media; None if it is another program's. Raises `BadSample`."""
-    found = _parse_json(key, data)
-    return found if isinstance(found, Sample) else None
-
-
-def _parse_json(key: str, data: bytes) -> Sample | dict[str, Any]:
-    """Our own sample, without its media, or what another program's JSON holds."""
+def parse_json(key: str, data: bytes) -> Sample | dict[str, Any]:
+    """Our own sample, without its media, or what another program's JSON holds. Raises `BadSample`."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -20,9 +20,9 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media.limits import MAX_BYTES, MAX_PIXELS
 from data_pipelines.sample import MediaItem, Sample
 from data_pipelines.shards.checksum import crc32
-from data_pipelines.shards.index_file import Index
+from data_pipelines.shards.index_file import Index, IndexEntry
 from data_pipelines.shards.manifest import FileInfo, Manifest
-from data_pipelines.shards.members import JSON, MAX_MEMBER, text_sample, to_sample
+from data_pipelines.shards.members import JSON, MAX_MEMBER, parse_json, to_sample
 from data_pipelines.shards.remote import (
     CACHE_BYTES,
     Cache,
@@ -90,23 +90,23 @@ class ShardSet:
 
     def key(self, i: int) -> str:
         """The key of sample i, without reading a shard."""
-        return self.index.key(i)
+        return self.index.locate_sample(i).key
 
     def keys(self) -> list[str]:
         """The keys of all samples in order."""
-        return [self.index.key(i) for i in range(len(self))]
+        return self.index.keys()
 
     def shard_name(self, i: int) -> str:
         """The file name of the shard that holds sample i."""
-        return self.manifest.shards[self._shard_number(i)].name
+        return self.manifest.shards[self.index.locate_sample(i).shard].name
 
     def shard_path(self, i: int) -> str:
         """Path or address of the shard that holds sample i."""
-        return self._path_of_shard(self.manifest.shards[self._shard_number(i)])
+        return self._path_of_shard(self.manifest.shards[self.index.locate_sample(i).shard])
 
     def describe_sample(self, i: int) -> str:
         """Shard and key of sample i as messages name them."""
-        return f"{self.shard_path(i)}, key {self.index.key(i)!r}"
+        return f"{self.shard_path(i)}, key {self.key(i)!r}"
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
@@ -123,7 +123,7 @@ class ShardSet:
 
     def media_items(self, i: int) -> list[MediaItem]:
         """Sizes of sample i's media, without reading a shard. Their names are their numbers."""
-        index, span = self.index, self.index.media_slice(i)
+        index, span = self.index, self.index.locate_sample(i).media
         columns = (index.width[span], index.height[span], index.frames[span], index.seconds[span])
         return [
             MediaItem(
@@ -146,10 +146,10 @@ class ShardSet:
 
         Raises `BadSample` naming shard and key, and `DataError` if the shard cannot be had.
         """
-        span = self.index.media_slice(i)
-        sizes = zip(self.index.width[span].tolist(), self.index.height[span].tolist(), strict=True)
+        entry = self.index.locate_sample(i)
+        sizes = zip(self.index.width[entry.media].tolist(), self.index.height[entry.media].tolist(), strict=True)
         try:
-            sample, blobs = to_sample(self.index.key(i), self._read_members(i))
+            sample, blobs = to_sample(entry.key, self._read_members(entry))
             # The index has the true sizes, and the bytes are those that were indexed: no header needs another look.
             for item, blob, (width, height) in zip(sample.media, blobs, sizes, strict=True):
                 if (width, height) != (item.width, item.height):
@@ -162,45 +162,46 @@ class ShardSet:
             raise self._locate_error(error, i) from error
         return sample, blobs
 
-    def read_files(self, i: int) -> dict[str, bytes]:
-        """The files of sample i by their names, as they were when they were indexed; `load` parses them.
-
-        Raises as `load`.
-        """
-        try:
-            return dict(self._read_members(i))
-        except BadSample as error:
-            raise self._locate_error(error, i) from error
-
     def read_sample(self, i: int) -> Sample:
         """Sample i without its media, which are not read where our own JSON says what they are. Raises as `load`."""
+        entry = self.index.locate_sample(i)
         try:
-            own = [text_sample(self.index.key(i), data) for _, data in self._read_members(i, only=JSON)]
+            for _, data in self._read_members(entry, only=JSON):
+                if isinstance(sample := parse_json(entry.key, data), Sample):
+                    return sample
         except BadSample as error:
             raise self._locate_error(error, i) from error
-        return next((sample for sample in own if sample is not None), None) or self.load_sample(i)[0]
+        return self.load_sample(i)[0]
 
     def _locate_error(self, error: BadSample, i: int) -> BadSample:
         kind = "malformed" if error.kind == "other" else error.kind
-        return BadSample(
-            f"{self.describe_sample(i)}: {error}", kind=kind, shard=self.shard_path(i), key=self.index.key(i)
-        )
+        return BadSample(f"{self.describe_sample(i)}: {error}", kind=kind, shard=self.shard_path(i), key=self.key(i))
 
-    def _read_members(self, i: int, only: str | None = None) -> list[tuple[str, bytes]]:
-        """The files of sample i, checked against the index; `only`: the one of this name."""
-        number = self._shard_number(i)
-        parts, end = [], self.manifest.shards[number].bytes
-        file = self._open_shard(number).fileno()
-        for name, offset, size, crc in self.index.read_rows(i):
+    def _read_members(self, entry: IndexEntry, only: str | None = None) -> list[tuple[str, bytes]]:
+        """The files of a sample, checked against the index; `only`: the one of this name.
+
+        Each thread keeps its own few shards open, so that none closes another's.
+        """
+        files: OrderedDict[int, FileIO] = self._local.__dict__.setdefault("files", OrderedDict())
+        info = self.manifest.shards[entry.shard]
+        if entry.shard not in files:
+            if len(files) >= (MAX_OPEN_COPIES if self._cache else MAX_OPEN_FILES):
+                files.popitem(last=False)[1].close()
+            files[entry.shard] = self._open_file(info)
+        files.move_to_end(entry.shard)
+        file, found = files[entry.shard].fileno(), []
+        for name, offset, size, crc in entry.members:
             if only is not None and name != only:
                 continue
-            if offset < 0 or not 0 <= size <= MAX_MEMBER or offset + size > end:
-                raise BadSample(f"member {name}: {size} bytes at {offset} of {end}, says the index", kind="corrupt")
+            if offset < 0 or not 0 <= size <= MAX_MEMBER or offset + size > info.bytes:
+                raise BadSample(
+                    f"member {name}: {size} bytes at {offset} of {info.bytes}, says the index", kind="corrupt"
+                )
             data = os.pread(file, size, offset)
             if len(data) != size or crc32(data) != crc:
                 raise BadSample(f"member {name} is corrupt (checksum differs from the index)", kind="corrupt")
-            parts.append((name, data))
-        return parts
+            found.append((name, data))
+        return found
 
     def __iter__(self) -> Iterator[tuple[Sample, list[bytes]]]:
         return (self.load_sample(i) for i in range(len(self)))
@@ -220,12 +221,12 @@ class ShardSet:
         )
 
     def _load_index(self) -> Index:
-        info = self.manifest.index
+        info, shards = self.manifest.index, len(self.manifest.shards)
         if self._cache:
-            return Index.load(self._cache.cached_path(join_address(self.address, info.name), info))
+            return Index.load(self._cache.cached_path(join_address(self.address, info.name), info), shards)
         if info.bytes <= HASHED_INDEX and (problem := self._check_hash(info)):
             raise DataError(f"{problem}: not a readable index. {self._rebuild_command()}")
-        return Index.load(self.folder / info.name)
+        return Index.load(self.folder / info.name, shards)
 
     def _check_files(self) -> None:
         problems = [p for info in (self.manifest.index, *self.manifest.shards) if (p := self._check_file(info))]
@@ -254,24 +255,6 @@ class ShardSet:
 
     def _path_of_shard(self, info: FileInfo) -> str:
         return join_address(self.address, info.name) if self._cache else str(self.folder / info.name)
-
-    def _shard_number(self, i: int) -> int:
-        number = int(self.index.shard[i])
-        if not 0 <= number < len(self.manifest.shards):
-            raise DataError(
-                f"{self.address}: the index puts sample {i} into shard {number} of {len(self.manifest.shards)}"
-            )
-        return number
-
-    def _open_shard(self, number: int) -> FileIO:
-        """Shard `number`, opened lazily; each thread keeps its own few files, so that none closes another's."""
-        files: OrderedDict[int, FileIO] = self._local.__dict__.setdefault("files", OrderedDict())
-        if number not in files:
-            if len(files) >= (MAX_OPEN_COPIES if self._cache else MAX_OPEN_FILES):
-                files.popitem(last=False)[1].close()
-            files[number] = self._open_file(self.manifest.shards[number])
-        files.move_to_end(number)
-        return files[number]
 
     def _open_file(self, info: FileInfo) -> FileIO:
         if self._cache:

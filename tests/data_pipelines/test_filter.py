@@ -80,7 +80,7 @@ def test_pictures_that_do_not_decode(made):
 
 def test_members_that_cannot_be_read_are_dropped(made):
     shards = made(*(_sample(key, blobs=(_png(shift=i),)) for i, key in enumerate("abc")))
-    place = shards.index.read_members(1)[1]
+    place = shards.index.locate_sample(1).members[1]
     with open(shards.folder / "shard-000000.tar", "r+b") as file:
         file.seek(place.offset + 50)
         file.write(b"damage")

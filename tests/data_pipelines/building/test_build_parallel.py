@@ -361,9 +361,9 @@ def test_indexes_with_other_member_names_are_joined(tmp_path, sample):
         joined.add_index(Index.load(tmp_path / "part.npz"), [number])
     joined.write_file(tmp_path / "all.npz")
     index = Index.load(tmp_path / "all.npz")
-    names = [[member.name for member in index.read_members(i)] for i in range(3)]
+    names = [[member.name for member in index.locate_sample(i).members] for i in range(3)]
     assert names == [["0.png", "json"], ["0.jpg", "json"], ["0.png", "json"]]
-    assert index.shard.tolist() == [0, 1, 2] and [index.read_members(i)[1].size for i in range(3)] == [0, 1, 2]
+    assert index.shard.tolist() == [0, 1, 2] and [index.locate_sample(i).members[1].size for i in range(3)] == [0, 1, 2]
     assert index.width.tolist() == [12, 13, 14]
 
 

@@ -75,7 +75,7 @@ def test_index_never_unpickles(tmp_path):
 @pytest.mark.parametrize("member", [0, 1])
 def test_one_corrupt_byte_is_found_and_named(shard_set, member):
     folder = shard_set()
-    place = ShardSet(folder).index.read_members(5)[member]
+    place = ShardSet(folder).index.locate_sample(5).members[member]
     path = folder / "shard-000001.tar"
     data = bytearray(path.read_bytes())
     data[place.offset + place.size // 2] ^= 1
@@ -120,7 +120,9 @@ def test_our_own_shards_index_to_the_same_set(shard_set):
     after = ShardSet(folder)
     assert after.fingerprint == before.fingerprint
     assert [after.load_sample(i) for i in range(10)] == [before.load_sample(i) for i in range(10)]
-    assert [after.index.read_members(i) for i in range(10)] == [before.index.read_members(i) for i in range(10)]
+    assert [after.index.locate_sample(i).members for i in range(10)] == [
+        before.index.locate_sample(i).members for i in range(10)
+    ]
 
 
 def _members(picture, *keys):

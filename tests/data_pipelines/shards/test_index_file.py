@@ -53,7 +53,8 @@ def test_index_is_mapped_not_read(tmp_path, shard_set):
     np.savez(folder / "index.npz", names=np.frombuffer(b'["json"]', np.uint8), **arrays)
     before = _pages()
     index = Index.load(folder / "index.npz")
-    assert len(index) == count and index.key(count - 1) == "k" and index.read_members(7)[0].name == "json"
+    assert len(index) == count and index.locate_sample(count - 1).key == "k"
+    assert index.locate_sample(7).members[0].name == "json"
     assert _pages() - before < 4096  # KiB, of a file of 30 MiB
 
 
@@ -67,7 +68,7 @@ def test_index_outlives_its_file(shard_set):
 @pytest.mark.parametrize("i", [-1, 10])
 def test_numbers_that_do_not_exist(shard_set, i):
     shards = ShardSet(shard_set())
-    for ask in (shards.key, shards.load_sample, shards.media_items, shards.index.read_members):
+    for ask in (shards.key, shards.load_sample, shards.media_items, shards.shard_name):
         with pytest.raises(IndexError):
             ask(i)
 
@@ -121,6 +122,14 @@ def test_numbers_that_lead_elsewhere(shard_set, name, at, value, message):
     with pytest.raises(DataError, match=message):
         [shards.load_sample(i) for i in (4, 5)]
     assert shards.load_sample(9)[0].key == "sample-009"
+
+
+@pytest.mark.parametrize("at, value", [(4, 90), (0, -3), (3, 20)])  # keys of 10 letters each
+def test_keys_that_lead_elsewhere(shard_set, at, value):
+    folder = shard_set()
+    _edit(folder, key_start=_column(folder, "key_start", at, value))
+    with pytest.raises(DataError, match="damaged: its keys are not all"):
+        ShardSet(folder).keys()
 
 
 @pytest.mark.parametrize(
