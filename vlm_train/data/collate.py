@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -71,10 +72,10 @@ def collate_rows(
                 f"collate: sample {item.rendered.key!r} has the streams {', '.join(item.rendered.streams)}, but "
                 f"{items[0].rendered.key!r} has {', '.join(names)}; all samples of a batch need the same"
             )
-    index = _index_media(items)
+    media, numbers = _collate_media(rows, plans)
     return Batch(
-        text={name: _collate_stream(rows, name, index, normalize, left) for name in names},
-        media=_collate_media(rows, items, index, plans),
+        text={name: _collate_stream(rows, name, numbers, media.slot_counts, normalize, left) for name in names},
+        media=media,
         window=window,
         sources=tuple(tuple(item.source for item in row) for row in rows) or ((),),
         keys=tuple(tuple(item.rendered.key for item in row) for row in rows) or ((),),
@@ -87,34 +88,13 @@ def collate_prompts(items: Sequence[tuple[TokenizedSample, MediaViews]], plans: 
     return collate_rows([[Example(rendered, views)] for rendered, views in items], plans, left=True)
 
 
-def target_weights(stream: Stream, normalize: str, weight: float) -> np.ndarray:
-    """Weight of every target `[T]` under a normalization rule: each target alike (token; source, inside a source), each
-    sample alike (sample), or in between (sqrt_length: InternVL 2.5, 1 / sqrt(targets))."""
-    raw = stream.weights * np.float32(weight)
-    if normalize == "sample":
-        return raw / max(float(stream.weights.sum()), 1e-8)
-    if normalize == "sqrt_length":
-        return raw / max(float(stream.supervised), 1.0) ** 0.5
-    return raw
-
-
-@dataclass(frozen=True)
-class MediaIndex:
-    """The media of a batch.
-
-    Attributes:
-        numbers: `(sample, item) -> number in the batch`.
-        counts: features of each, as the slots of all streams want them.
-        starts: the first feature of each, joined in this order; and their sum.
-    """
-
-    numbers: dict[tuple[int, int], int]
-    counts: tuple[int, ...]
-    starts: np.ndarray
-
-
-def _index_media(items: Sequence[Example]) -> MediaIndex:
-    """Number the media that the model is given, those of which every encoder has views, and count their features."""
+def _collate_media(
+    rows: Sequence[Sequence[Example]], plans: Mapping[str, ImagePlan]
+) -> tuple[MediaBatch, dict[tuple[int, int], int]]:
+    """The media that the model is given, those of which every encoder has views; and the number of each,
+    `(sample, item) -> number`. An item has as many features as the slots of all streams want."""
+    items = [item for row in rows for item in row]
+    row_of = [number for number, row in enumerate(rows) for _ in row]
     given = [min(map(len, item.views.values()), default=0) for item in items]
     shown = [(sample, n) for sample, item in enumerate(items) for n in item.rendered.media if n < given[sample]]
     numbers = {one: number for number, one in enumerate(shown)}
@@ -128,121 +108,17 @@ def _index_media(items: Sequence[Example]) -> MediaIndex:
                         f"{placed.slot.count} placeholders, but 0 views ({given[sample]} media items were given)"
                     )
                 counts[at] = max(counts[at], placed.offset + placed.slot.count)
-    return MediaIndex(numbers, tuple(counts), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
-
-
-class _PlacedStream(NamedTuple):
-    """A sample's stream in its row: `sample` and `row` are numbers in the batch, `segment` counts from 1 in the row."""
-
-    sample: int
-    row: int
-    segment: int
-    start: int
-    stream: Stream
-    item: Example
-
-
-def _place_streams(rows: Sequence[Sequence[Example]], name: str, left: bool) -> tuple[list[_PlacedStream], int]:
-    """Where every sample's stream `name` begins in its row, and how wide the rows are."""
-    lengths = [sum(len(item.rendered.streams[name]) for item in row) for row in rows]
-    width = max(lengths, default=1)
-    placed: list[_PlacedStream] = []
-    for number, row in enumerate(rows):
-        start = width - lengths[number] if left else 0
-        for segment, item in enumerate(row, start=1):
-            stream = item.rendered.streams[name]
-            placed.append(_PlacedStream(len(placed), number, segment, start, stream, item))
-            start += len(stream)
-    return placed, width
-
-
-def _collate_stream(
-    rows: Sequence[Sequence[Example]], name: str, index: MediaIndex, normalize: str, left: bool
-) -> TokenStream:
-    placed, width = _place_streams(rows, name, left)
-    count, axes = max(len(rows), 1), max((len(one.stream.positions) for one in placed), default=1)
-    ids = np.zeros((count, width), np.int64)
-    labels = np.full((count, width), IGNORE, np.int64)
-    weights = np.zeros((count, width), np.float32)
-    positions = np.zeros((axes, count, width), np.int64)
-    segments, groups = np.zeros((count, width), np.int32), np.zeros((count, width), np.int32)
-    media = np.full((count, width), -1, np.int64)
-    for sample, row, segment, start, stream, item in placed:
-        where = slice(start, start + len(stream))
-        ids[row, where], labels[row, where] = stream.ids, stream.labels
-        weights[row, where] = target_weights(stream, normalize, item.weight)
-        positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
-        segments[row, where] = segment
-        for slot in sorted(stream.slots, key=lambda slot: slot.start):  # tokens behind it that may see it
-            group, later = stream.attention_group[slot.start : slot.start + 1], np.arange(len(stream)) >= slot.start
-            sees = later & ((group <= 0) | (stream.attention_group == group))
-            media[row, where][sees] = index.numbers[sample, slot.slot.item]
-    causal, masked = _attention_sequences(rows, name, width, left)
-    lengths = [[len(item.rendered.streams[name]) for item in row] for row in rows]
-    padded_left = left and any(sum(one) < width for one in lengths)
-    return TokenStream(
-        ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        weights=torch.from_numpy(weights),
-        positions=torch.from_numpy(positions),
-        segment_ids=torch.from_numpy(segments),
-        attention_group=torch.from_numpy(groups),
-        slots=_collate_slots(placed, name, index, ids),
-        alignment=placed[0].stream.alignment if placed else "causal",
-        supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
-        plain_causal=masked is None and all(len(row) == 1 for row in rows) and not padded_left,
-        causal=causal,
-        masked=masked,
-        sample_lengths=tuple(map(tuple, lengths)),
-        media_of_token=torch.from_numpy(media),
+    inputs = {}
+    for name, plan in plans.items():
+        found = (items[sample].views[name][n] for sample, n in numbers)
+        inputs[name] = join_views([views for views in found if views is not None], plan)
+    media = MediaBatch(
+        inputs=inputs,
+        slot_counts=tuple(counts),
+        row=torch.tensor([row_of[sample] for sample, _ in numbers], dtype=torch.int64),
+        keys=tuple(items[sample].rendered.key for sample, _ in numbers),
     )
-
-
-def _attention_sequences(
-    rows: Sequence[Sequence[Example]], name: str, width: int, left: bool
-) -> tuple[PackedSequences | None, PackedSequences | None]:
-    """Where attention is causal (samples of group 0, and padding), and where attention groups need a mask."""
-    causal: list[tuple[int, int]] = []
-    masked: list[tuple[int, int]] = []
-    for number, row in enumerate(rows or [[]]):
-        streams = [item.rendered.streams[name] for item in row]
-        lengths = [len(stream) for stream in streams]
-        grouped = [bool(stream.attention_group.any()) for stream in streams]
-        end = 0 if left else len(row)  # the padding's place among the samples
-        lengths.insert(end, width - sum(lengths))
-        grouped.insert(end, False)
-        start = number * width
-        for length, group in zip(lengths, grouped, strict=True):
-            if length:
-                (masked if group else causal).append((start, length))
-            start += length
-    total = max(len(rows), 1) * width
-    return pack_sequences(causal, total) if causal else None, pack_sequences(masked, total) if masked else None
-
-
-def _collate_slots(placed: Sequence[_PlacedStream], name: str, index: MediaIndex, ids: np.ndarray) -> Slots:
-    """Which feature goes to which position of the rows `ids` [B, T], laid flat."""
-    none = np.zeros(0, np.int64)
-    places, features = [none], [none]
-    for sample, row, _, start, stream, item in placed:
-        runs = np.concatenate([none, *(np.arange(slot.start, slot.end) for slot in stream.slots)])
-        expected = np.flatnonzero(stream.ids == PLACEHOLDER_ID)
-        if not np.array_equal(np.sort(runs), expected):
-            raise BatchError(
-                f"collate: sample {item.rendered.key!r}, stream {name!r}: the text has {len(expected)} "
-                f"placeholders, but not where its slots say that {len(runs)} are"
-            )
-        places.append(row * ids.shape[1] + start + runs)
-        for slot in stream.slots:
-            first = index.starts[index.numbers[sample, slot.slot.item]] + slot.offset
-            features.append(np.arange(first, first + slot.slot.count))
-    wanted = np.concatenate(features)
-    in_order = np.array_equal(wanted, np.arange(index.starts[-1]))
-    return Slots(
-        index=torch.from_numpy(np.concatenate(places)),
-        feature_index=None if in_order else torch.from_numpy(wanted),
-        placeholders=int((ids == PLACEHOLDER_ID).sum()),
-    )
+    return media, numbers
 
 
 def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
@@ -261,21 +137,126 @@ def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
     return MediaInput(
         values=joined,
         grids=tuple(grid for views in parts for grid in views.grids),
-        view_counts=tuple(map(len, items)),
+        view_counts=tuple(len(views.grids) for views in items),
     )
 
 
-def _collate_media(
-    rows: Sequence[Sequence[Example]], items: Sequence[Example], index: MediaIndex, plans: Mapping[str, ImagePlan]
-) -> MediaBatch:
-    row_of = [number for number, row in enumerate(rows) for _ in row]
-    inputs = {}
-    for name, plan in plans.items():
-        shown = (items[sample].views[name][number] for sample, number in index.numbers)
-        inputs[name] = join_views([views for views in shown if views is not None], plan)
-    return MediaBatch(
-        inputs=inputs,
-        slot_counts=index.counts,
-        row=torch.tensor([row_of[sample] for sample, _ in index.numbers], dtype=torch.int64),
-        keys=tuple(items[sample].rendered.key for sample, _ in index.numbers),
+def target_weights(stream: Stream, normalize: str, weight: float) -> np.ndarray:
+    """Weight of every target `[T]` under a normalization rule: each target alike (token; source, inside a source), each
+    sample alike (sample), or in between (sqrt_length: InternVL 2.5, 1 / sqrt(targets))."""
+    raw = stream.weights * np.float32(weight)
+    if normalize == "sample":
+        return raw / max(float(stream.weights.sum()), 1e-8)
+    if normalize == "sqrt_length":
+        return raw / max(float(stream.supervised), 1.0) ** 0.5
+    return raw
+
+
+class _PlacedStream(NamedTuple):
+    """A sample's stream in its row: `sample` and `row` are numbers in the batch, `segment` counts from 1 in the row."""
+
+    sample: int
+    row: int
+    segment: int
+    start: int
+    stream: Stream
+    item: Example
+
+
+def _place_streams(
+    rows: Sequence[Sequence[Example]], name: str, left: bool
+) -> tuple[list[_PlacedStream], int, PackedSequences | None, PackedSequences | None]:
+    """Where every sample's stream `name` begins in its row, and how wide the rows are; where attention is causal
+    (samples of group 0, and padding), and where attention groups need a mask."""
+    width = max((sum(len(item.rendered.streams[name]) for item in row) for row in rows), default=1)
+    placed, causal, masked = list[_PlacedStream](), list[tuple[int, int]](), list[tuple[int, int]]()
+    for number, row in enumerate(rows or [[]]):
+        start, first = 0, number * width
+        if left and (start := width - sum(len(item.rendered.streams[name]) for item in row)):
+            causal.append((first, start))
+        for segment, item in enumerate(row, start=1):
+            stream = item.rendered.streams[name]
+            placed.append(_PlacedStream(len(placed), number, segment, start, stream, item))
+            if len(stream):
+                (masked if stream.attention_group.any() else causal).append((first + start, len(stream)))
+            start += len(stream)
+        if start < width:
+            causal.append((first + start, width - start))
+    total = max(len(rows), 1) * width
+    alone, grouped = (pack_sequences(spans, total) if spans else None for spans in (causal, masked))
+    return placed, width, alone, grouped
+
+
+def _collate_stream(
+    rows: Sequence[Sequence[Example]],
+    name: str,
+    numbers: Mapping[tuple[int, int], int],
+    slot_counts: Sequence[int],
+    normalize: str,
+    left: bool,
+) -> TokenStream:
+    placed, width, causal, masked = _place_streams(rows, name, left)
+    count, axes = max(len(rows), 1), max((len(one.stream.positions) for one in placed), default=1)
+    ids = np.zeros((count, width), np.int64)
+    labels = np.full((count, width), IGNORE, np.int64)
+    weights = np.zeros((count, width), np.float32)
+    positions = np.zeros((axes, count, width), np.int64)
+    segments, groups = np.zeros((count, width), np.int32), np.zeros((count, width), np.int32)
+    media = np.full((count, width), -1, np.int64)
+    for sample, row, segment, start, stream, item in placed:
+        where = slice(start, start + len(stream))
+        ids[row, where], labels[row, where] = stream.ids, stream.labels
+        weights[row, where] = target_weights(stream, normalize, item.weight)
+        positions[:, row, where], groups[row, where] = stream.positions, stream.attention_group
+        segments[row, where] = segment
+        for slot in sorted(stream.slots, key=lambda slot: slot.start):  # tokens behind it that may see it
+            group, later = stream.attention_group[slot.start : slot.start + 1], np.arange(len(stream)) >= slot.start
+            sees = later & ((group <= 0) | (stream.attention_group == group))
+            media[row, where][sees] = numbers[sample, slot.slot.item]
+    return TokenStream(
+        ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        weights=torch.from_numpy(weights),
+        positions=torch.from_numpy(positions),
+        segment_ids=torch.from_numpy(segments),
+        attention_group=torch.from_numpy(groups),
+        slots=_collate_slots(placed, name, numbers, slot_counts, ids),
+        alignment=placed[0].stream.alignment if placed else "causal",
+        supervised=torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE)),
+        plain_causal=masked is None and all(len(row) == 1 for row in rows) and not any(one.start for one in placed),
+        causal=causal,
+        masked=masked,
+        sample_lengths=tuple(tuple(len(item.rendered.streams[name]) for item in row) for row in rows),
+        media_of_token=torch.from_numpy(media),
+    )
+
+
+def _collate_slots(
+    placed: Sequence[_PlacedStream],
+    name: str,
+    numbers: Mapping[tuple[int, int], int],
+    slot_counts: Sequence[int],
+    ids: np.ndarray,
+) -> Slots:
+    """Which feature goes to which position of the rows `ids` [B, T], laid flat."""
+    none, starts = np.zeros(0, np.int64), [*accumulate(slot_counts, initial=0)]
+    places, features = [none], [none]
+    for sample, row, _, start, stream, item in placed:
+        runs = np.concatenate([none, *(np.arange(slot.start, slot.end) for slot in stream.slots)])
+        expected = np.flatnonzero(stream.ids == PLACEHOLDER_ID)
+        if not np.array_equal(np.sort(runs), expected):
+            raise BatchError(
+                f"collate: sample {item.rendered.key!r}, stream {name!r}: the text has {len(expected)} "
+                f"placeholders, but not where its slots say that {len(runs)} are"
+            )
+        places.append(row * ids.shape[1] + start + runs)
+        for slot in stream.slots:
+            first = starts[numbers[sample, slot.slot.item]] + slot.offset
+            features.append(np.arange(first, first + slot.slot.count))
+    wanted = np.concatenate(features)
+    in_order = np.array_equal(wanted, np.arange(starts[-1]))
+    return Slots(
+        index=torch.from_numpy(np.concatenate(places)),
+        feature_index=None if in_order else torch.from_numpy(wanted),
+        placeholders=int((ids == PLACEHOLDER_ID).sum()),
     )

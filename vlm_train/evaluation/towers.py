@@ -83,7 +83,7 @@ def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tup
     if not caption:
         raise BadSample(f"sample {sample.key!r}: its first annotation is not a caption")
     made = processor.make_views(blobs[:1])
-    views = {name: one for name, items in made.items() for one in items if one is not None and len(one) == 1}
+    views = {name: one for name, items in made.items() for one in items if one is not None and len(one.grids) == 1}
     if not views or len(views) < len(made):
         raise ConfigError(f"eval: needs one image a sample, but {sample.key!r} of {shards.address} has not")
     return caption, views

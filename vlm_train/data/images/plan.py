@@ -27,9 +27,6 @@ class Views:
     values: np.ndarray
     grids: tuple[Grid3, ...]
 
-    def __len__(self) -> int:
-        return len(self.grids)
-
     def pictures(self) -> list[np.ndarray]:
         """Every view as uint8 `[3, H, W]`, put together from its patches where they are flat."""
         if self.values.ndim == 4:
