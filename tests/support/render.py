@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.sample import Sample
 from vlm_train.contracts.layout import MediaLayout
 from vlm_train.contracts.streams import CAUSAL, Alignment
-from vlm_train.data.text import render
-from vlm_train.data.text.streams import Stream
+from vlm_train.data.processor import Processor
+from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.data.text.template import Template
 
 
@@ -20,9 +20,11 @@ def render_sample(
     layout: MediaLayout,
     *,
     streams: Mapping[str, Alignment] = CAUSAL,
-    instruction: Callable[[str], Stream] | None = None,
+    instruction: Any = None,
     **options: Any,
-) -> render.TokenizedSample:
+) -> TokenizedSample:
     """The sample under the options that are named, the others as `RenderOptions` has them."""
-    how = render.RenderOptions(**options)
-    return render.render_sample(sample, template, tokenizer, layout, how, streams=streams, instruction=instruction)
+    processor = Processor(
+        tokenizer=tokenizer, template=template, layout=layout, streams=streams, instruction=instruction
+    )
+    return processor.render(sample, RenderOptions(**options))

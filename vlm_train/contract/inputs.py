@@ -19,7 +19,8 @@ from vlm_train.contract.component import Component
 from vlm_train.contract.finding import Finding, check_pickle, compare_values, require_members
 from vlm_train.contracts.layout import MediaSize, NoMedia
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.text.render import RenderOptions, render_sample
+from vlm_train.data.processor import Processor
+from vlm_train.data.text.render import RenderOptions
 
 PATCH, SIDE = 8, 32
 PICTURES = ((90, 60), (40, 120), (64, 64))
@@ -87,8 +88,9 @@ def check_template(component: Component) -> Iterator[Finding]:
     ask = Turn(role="user", parts=(Text(text="What?"),))
     answer = Turn(role="assistant", parts=(Text(text=ANSWER),))
     sample = Sample(key="contract", annotations=(Annotation(turns=(ask, answer)),))
-    stream = render_sample(sample, template, tokenizer, NoMedia()).llm
-    prompt = render_sample(sample, template, tokenizer, NoMedia(), RenderOptions(generation=True)).llm
+    processor = Processor(tokenizer=tokenizer, template=template, layout=NoMedia())
+    stream = processor.render(sample).llm
+    prompt = processor.render(sample, RenderOptions(generation=True)).llm
     learned = tokenizer.decode(stream.labels[stream.labels >= 0].tolist())
     yield Finding("the answer is learned", "" if ANSWER in learned else f"learned is {learned!r}")
     yield Finding("the question is not", f"learned is {learned!r}" if "What?" in learned else "")

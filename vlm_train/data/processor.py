@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
-from vlm_train.contracts.layout import MediaLayout
+from vlm_train.contracts.layout import MediaLayout, MediaSize
 from vlm_train.contracts.streams import CAUSAL, Alignment
 from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
 from vlm_train.data.text.instruction import Instruction
-from vlm_train.data.text.render import DEFAULT_OPTIONS, RenderOptions, TokenizedSample, render_sample
+from vlm_train.data.text.render import DEFAULT_OPTIONS, RenderOptions, TokenizedSample, make_streams
+from vlm_train.data.text.split import NoPiece
 from vlm_train.data.text.template import Template
+from vlm_train.data.text.tokenize import ConversationTokenizer
+from vlm_train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,9 @@ class Processor:
     Args:
         layout: how many placeholder tokens a sample's media take, and how they stand.
         images: name of a vision encoder -> its image plan; empty: the model has none.
-        instruction: writes the stream "qformer", where the model reads one.
-        streams: the token streams that the model reads, and how their labels are aligned.
+        instruction: writes the stream "qformer" from the text of the user turns, where the model reads one.
+        streams: the token streams that the model reads, and how their labels are aligned. One aligned `seq2seq` takes
+            the last answer, and "llm" all that precedes it.
         max_length: most tokens of a stream in training; None: no limit.
     """
 
@@ -43,16 +48,27 @@ class Processor:
     max_length: int | None = None
 
     def render(self, sample: Sample, options: RenderOptions = DEFAULT_OPTIONS) -> TokenizedSample:
-        """The token streams of a sample; `render_sample` says what is raised."""
-        return render_sample(
-            sample,
-            self.template,
-            self.tokenizer,
-            self.layout,
-            options,
-            streams=self.streams,
-            instruction=self.instruction,
-        )
+        """The token streams of a sample for training, or (with `generation`) the prompt of one annotation up to its
+        last answer.
+
+        Raises:
+            BadSample: nothing to learn, too long, or annotations that cannot share a prefix. Names the sample.
+            ConfigError: layout, template and tokenizer do not fit each other; or too long with `error`.
+        """
+        pieces = self.layout([MediaSize(m.width, m.height, m.frames, m.seconds) for m in sample.media])
+        positions = getattr(self.layout, "positions", None)
+        conversation = ConversationTokenizer(self.template, self.tokenizer, pieces, positions)
+        try:
+            streams, reference = make_streams(sample, conversation, self.streams, self.instruction, options)
+        except NoPiece:
+            raise
+        except BadSample as error:
+            raise BadSample(f"sample {sample.key!r}: {error}", kind=error.kind) from error
+        except ConfigError as error:
+            raise type(error)(f"sample {sample.key!r}: {error}") from error
+        placed = {one.slot.item for stream in streams.values() for one in stream.slots}
+        media = tuple(item for item, laid in enumerate(pieces) if item in placed or not laid)
+        return TokenizedSample(key=sample.key, streams=streams, media=media, reference=reference)
 
     def make_views(
         self,

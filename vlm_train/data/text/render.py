@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from vlm_train.contracts.layout import MediaLayout, MediaSize
-from vlm_train.contracts.streams import CAUSAL, QFORMER, Alignment
+from vlm_train.contracts.streams import QFORMER, Alignment
 from vlm_train.data.text.prefix_lm import with_prefix
 from vlm_train.data.text.spans import TextSpan
-from vlm_train.data.text.split import NoPiece, take_piece
+from vlm_train.data.text.split import take_piece
 from vlm_train.data.text.streams import (
     Stream,
     branched_stream,
@@ -94,49 +93,14 @@ class RenderOptions:
 DEFAULT_OPTIONS = RenderOptions()
 
 
-def render_sample(
-    sample: Sample,
-    template: Template,
-    tokenizer: Any,
-    layout: MediaLayout,
-    options: RenderOptions = DEFAULT_OPTIONS,
-    *,
-    streams: Mapping[str, Alignment] = CAUSAL,
-    instruction: Callable[[str], Stream] | None = None,
-) -> TokenizedSample:
-    """Render a sample for training, or (with `generation`) the prompt of one annotation up to its last answer.
-
-    Args:
-        streams: what the model reads. One aligned `seq2seq` takes the last answer, and "llm" all that precedes it.
-        instruction: writes the stream "qformer" from the text of the user turns.
-
-    Raises:
-        BadSample: nothing to learn, too long, or annotations that cannot share a prefix. Names the sample.
-        ConfigError: the layout, the template and the tokenizer do not fit each other; or too long with `error`.
-    """
-    pieces = layout([MediaSize(m.width, m.height, m.frames, m.seconds) for m in sample.media])
-    conversation = ConversationTokenizer(template, tokenizer, pieces, getattr(layout, "positions", None))
-    try:
-        found, reference = _make_streams(sample, conversation, streams, instruction, options)
-    except NoPiece:
-        raise
-    except BadSample as error:
-        raise BadSample(f"sample {sample.key!r}: {error}", kind=error.kind) from error
-    except ConfigError as error:
-        raise type(error)(f"sample {sample.key!r}: {error}") from error
-    placed = {one.slot.item for stream in found.values() for one in stream.slots}
-    media = tuple(item for item, laid in enumerate(pieces) if item in placed or not laid)
-    return TokenizedSample(key=sample.key, streams=found, media=media, reference=reference)
-
-
-def _make_streams(
+def make_streams(
     sample: Sample,
     conversation: ConversationTokenizer,
     streams: Mapping[str, Alignment],
     instruction: Callable[[str], Stream] | None,
     how: RenderOptions,
 ) -> tuple[dict[str, Stream], str]:
-    """The streams by their names, and the expected answer (generation)."""
+    """The streams by their names, and the expected answer (generation). Arguments and errors: see `Processor`."""
     number = (how.annotation or 0) if how.generation or how.rejected else how.annotation
     chosen, reference = choose_annotations(sample.annotations, how.annotations, number), ""
     if len(streams) > 1 and len(chosen) > 1:
@@ -149,7 +113,8 @@ def _make_streams(
         turns = chosen[0].turns
         if turns and turns[-1].role == "assistant":
             turns, reference = turns[:-1], _text_of_turn(turns[-1], conversation.template)
-        tokens = conversation.tokenize_turns(turns, 0.0, generation=True)
+        spans = conversation.template.make_spans(turns, conversation.tokenizer, generation=True)
+        tokens = conversation.tokenize_spans(spans, 0.0)
         prompt = causal_stream(tokens) if answer is None else encoder_stream(tokens)
         found = {"llm": truncate_stream(prompt, how.max_length, "drop")}
     else:
@@ -236,7 +201,10 @@ def _strip_turn(turn: Turn) -> Turn:
 
 def _joint_stream(conversation: ConversationTokenizer, annotations: Sequence[Annotation]) -> Stream:
     """One stream of all annotations, every one a branch of its own if there are several."""
-    parts = [conversation.tokenize_turns(turns_until_answer(one), one.weight) for one in annotations]
+    parts = []
+    for one in annotations:
+        spans = conversation.template.make_spans(turns_until_answer(one), conversation.tokenizer)
+        parts.append(conversation.tokenize_spans(spans, one.weight))
     return branched_stream(parts) if len(parts) > 1 else causal_stream(parts[0])
 
 

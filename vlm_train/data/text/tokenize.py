@@ -38,10 +38,6 @@ class ConversationTokenizer:
     pieces: list[list[Piece]]
     positions: Positions | None = None
 
-    def tokenize_turns(self, turns: Sequence[Turn], weight: float, *, generation: bool = False) -> Tokens:
-        """A conversation; with `generation`, `turns` ends before an answer, whose prompt follows."""
-        return self.tokenize_spans(self.template.make_spans(turns, self.tokenizer, generation=generation), weight)
-
     def tokenize_exchange(self, turns: Sequence[Turn], weight: float) -> tuple[Tokens, Tokens]:
         """All before the last answer, and that answer.
 
@@ -77,30 +73,23 @@ class ConversationTokenizer:
                 weights.append(new_weights * np.float32(weight))
                 length += len(new_ids)
             texts = []
-            if isinstance(span, MediaSpan) and self.pieces[span.item]:
-                ids.append(self._place_media(span.item, length, slots))
+            if span is None or not (pieces := self.pieces[span.item]):
+                continue
+            if not any(isinstance(piece, Slot) for piece in pieces):  # literals that mark where the item stands
+                pieces = [Slot(span.item, 0), *pieces]
+            offset = 0
+            for piece in pieces:
+                if isinstance(piece, Slot):
+                    slots.append(PlacedSlot(length, piece, offset))
+                    offset += piece.count
+                    ids.append(np.full(piece.count, PLACEHOLDER_ID, np.int64))
+                else:
+                    ids.append(np.array([self._literal_id(piece)], np.int64))
                 weights.append(np.zeros(len(ids[-1]), np.float32))
                 length += len(ids[-1])
-                ends.append(length)
+            ends.append(length)
         positions = None if self.positions is None else self.positions(length, slots)
         return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions)
-
-    def _place_media(self, item: int, start: int, slots: list[PlacedSlot]) -> NDArray[np.int64]:
-        """The tokens of a media item that stands at `start`."""
-        ids: list[NDArray[np.int64]] = []
-        offset = 0
-        pieces = self.pieces[item]
-        if not any(isinstance(piece, Slot) for piece in pieces):  # literals that mark where the item stands
-            pieces = [Slot(item, 0), *pieces]
-        for piece in pieces:
-            if isinstance(piece, Slot):
-                slots.append(PlacedSlot(start, piece, offset))
-                offset += piece.count
-                ids.append(np.full(piece.count, PLACEHOLDER_ID, np.int64))
-            else:
-                ids.append(np.array([self._literal_id(piece)], np.int64))
-            start += len(ids[-1])
-        return np.concatenate(ids)
 
     def _literal_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)
@@ -115,7 +104,7 @@ class ConversationTokenizer:
 def _encode_text(
     spans: Sequence[TextSpan], tokenizer: Any, special: Any
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Token ids and loss weights of adjacent spans, tokenized as one text.
+    """Token ids and loss weights of adjacent spans, tokenized as one text: a token has its characters' largest weight.
 
     Content that spells a special token is ordinary text: the text is cut after the first character of such a spelling
     and tokenized in two pieces. Only then do the ids differ from those of the whole text.
@@ -129,20 +118,17 @@ def _encode_text(
     cuts = [0, *_find_cuts(text, spans, special), len(text)]
     backend = tokenizer.backend_tokenizer  # without the wrapper, which takes three times as long and changes nothing
     for start, end in zip(cuts, cuts[1:], strict=False):
-        encoding = backend.encode(text[start:end], add_special_tokens=False)
-        if ids := encoding.ids:
-            offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
-            yield np.array(ids, np.int64), _heaviest_weights(char_weights[start:end], offsets)
-
-
-def _heaviest_weights(weights: NDArray[np.float32], spans: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The largest of `weights` in every span `[N, 2]`; an empty one belongs to the character it stands before."""
-    if weights[0] == weights[-1] and (weights == weights[0]).all():
-        return np.full(len(spans), weights[0], np.float32)
-    first = np.minimum(spans[:, 0], len(weights) - 1)
-    end = np.maximum(first + 1, np.minimum(spans[:, 1], len(weights)))
-    padded = np.append(weights, np.float32(0))  # `reduceat` takes no index at the end
-    return np.maximum.reduceat(padded, np.stack([first, end], axis=1).ravel())[::2]
+        encoding, part = backend.encode(text[start:end], add_special_tokens=False), char_weights[start:end]
+        if not (ids := encoding.ids):
+            continue
+        if (part == part[0]).all():
+            yield np.array(ids, np.int64), np.full(len(ids), part[0], np.float32)
+            continue
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+        first = np.minimum(offsets[:, 0], len(part) - 1)  # an empty token belongs to the character it stands before
+        stop = np.maximum(first + 1, np.minimum(offsets[:, 1], len(part)))
+        padded = np.append(part, np.float32(0))  # `reduceat` takes no index at the end
+        yield np.array(ids, np.int64), np.maximum.reduceat(padded, np.stack([first, stop], axis=1).ravel())[::2]
 
 
 def _find_cuts(text: str, spans: Sequence[TextSpan], special: Any) -> list[int]:
