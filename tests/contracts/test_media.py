@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.tiny_models import assert_close
-from vlm_train.contracts.media import Features, Grid3, MediaInput, join_grids, map_grids
+from vlm_train.contracts.media import Features, Grid3, MediaInput, map_grids
 from vlm_train.errors import BatchError
 
 GRIDS = (Grid3(1, 2, 2), Grid3(2, 1, 3), Grid3(1, 2, 2), Grid3(1, 1, 1))
@@ -58,11 +58,6 @@ def test_a_function_runs_once_a_grid_and_gives_what_it_gives_alone() -> None:
     weight = torch.randn(12, 3)
     ours, alone = (torch.autograd.grad((one * weight).sum(), values)[0] for one in (found.values, torch.cat(views)))
     assert torch.equal(ours, alone)
-
-
-def test_grids_that_follow_each_other() -> None:
-    assert join_grids([Grid3(1, 2, 3), Grid3(2, 2, 3)]) == (3, 2, 3)
-    assert join_grids([Grid3(1, 2, 3), Grid3(1, 3, 3)]) == (1, 1, 15)
 
 
 def test_input_is_cut_between_views() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlm_train.contracts.media import Grid3, join_grids
+from vlm_train.contracts.media import Grid3
 
 PLACEHOLDER_ID = -200
 """Token id of every placeholder position: outside any vocabulary, so it can never be mistaken for text."""
@@ -61,7 +61,8 @@ class MediaLayout(Protocol):
 
 @dataclass(frozen=True)
 class GridLayout:
-    """One run of placeholders an item, optionally between literal boundary tokens.
+    """One run of placeholders an item, optionally between literal boundary tokens. Views of several shapes are laid in
+    one row.
 
     `patch_grids(size)` are the patch grids of an item's views, as its image plan makes them, `token_grid(grid)` what
     the connector makes of each. Both are functions that pickle without weights.
@@ -75,8 +76,12 @@ class GridLayout:
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
         layouts: list[list[Piece]] = []
         for item, size in enumerate(sizes):
-            grid = join_grids([self.token_grid(one) for one in self.patch_grids(size)])
-            slot = Slot(item, grid.size, grid, size.seconds or None)
+            grids = [self.token_grid(one) for one in self.patch_grids(size)]
+            count = sum(grid.size for grid in grids)
+            joined = Grid3(1, 1, count)
+            if len(shapes := {(grid.h, grid.w) for grid in grids}) == 1:  # one view after the other, as frames are
+                joined = Grid3(sum(grid.t for grid in grids), *shapes.pop())
+            slot = Slot(item, count, joined, size.seconds or None)
             layouts.append([*self.before, slot, *self.after])
         return layouts
 

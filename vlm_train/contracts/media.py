@@ -6,7 +6,7 @@ on the host, so nothing here waits for a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,12 +142,3 @@ def map_grids(
     for grid, numbers in places.items():
         mapped |= zip(numbers, function(torch.stack([views[number] for number in numbers]), grid), strict=True)
     return Features(torch.cat([mapped[number] for number in range(len(views))]), grids)
-
-
-def join_grids(grids: Sequence[Grid3]) -> Grid3:
-    """The grid of views that follow each other, such as the frames of a video; one row where they differ."""
-    rows = {(grid.h, grid.w) for grid in grids}
-    if len(rows) != 1:
-        return Grid3(1, 1, sum(grid.size for grid in grids))
-    ((height, width),) = rows
-    return Grid3(sum(grid.t for grid in grids), height, width)

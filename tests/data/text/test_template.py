@@ -10,6 +10,7 @@ from data_pipelines.sample import Box, Media, Text, Turn
 from tests.data.text.rendering import NAMES, assistant, layout, load, sample, user
 from tests.support.render import render_sample
 from vlm_train.contracts.layout import PLACEHOLDER_ID
+from vlm_train.data.text.spans import special_pattern
 from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
@@ -194,3 +195,12 @@ def test_template_that_does_not_fit_the_tokenizer(tokenizer) -> None:
         load("chatml", special=["<nope>"]).check_tokenizer(tokenizer)
     with pytest.raises(ConfigError, match=r"template\.media: 'last'; allowed: first, inline, drop"):
         load("qa", media="last")
+
+
+def test_special_pattern_takes_the_longest_and_sees_new_tokens() -> None:
+    tokenizer = byte_level()
+    assert special_pattern(tokenizer).search("a<|im_end|>b").group() == "<|im_end|>"  # type: ignore[union-attr]
+    assert special_pattern(tokenizer).search("<q>") is None
+    tokenizer.add_tokens(["<q>"], special_tokens=True)
+    assert special_pattern(tokenizer).search("<q>") is not None
+    assert special_pattern(tokenizer, ("[X]", "[X]Y")).search("[X]Y").group() == "[X]Y"  # type: ignore[union-attr]

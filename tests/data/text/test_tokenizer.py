@@ -10,7 +10,6 @@ from vlm_train.data.text.tokenizer import (
     byte_level,
     gguf,
     pretrained,
-    special_pattern,
     word_tokenizer,
     words_from_shards,
 )
@@ -65,15 +64,6 @@ def test_missing_tokenizers_name_the_setting(tmp_path) -> None:
         gguf(file=str(tmp_path / "a.gguf"))
     with pytest.raises(AssetError, match=r"tokenizer\.file"):
         pretrained(name=str(tmp_path / "a.gguf"))
-
-
-def test_special_pattern_takes_the_longest_and_sees_new_tokens() -> None:
-    tokenizer = byte_level()
-    assert special_pattern(tokenizer).search("a<|im_end|>b").group() == "<|im_end|>"  # type: ignore[union-attr]
-    assert special_pattern(tokenizer).search("<q>") is None
-    tokenizer.add_tokens(["<q>"], special_tokens=True)
-    assert special_pattern(tokenizer).search("<q>") is not None
-    assert special_pattern(tokenizer, ("[X]", "[X]Y")).search("[X]Y").group() == "[X]Y"  # type: ignore[union-attr]
 
 
 def test_berts_own_tokens_begin_and_end_a_text(tmp_path: Path) -> None:

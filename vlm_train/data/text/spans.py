@@ -1,11 +1,13 @@
-"""Spans: what a template hands to the tokenizer, and how the parts of a turn become spans."""
+"""Spans: what a template hands to the tokenizer, how the parts of a turn become spans, and what text must not spell."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from data_pipelines.sample import Box, Media, Turn
 from vlm_train.errors import ConfigError
@@ -91,3 +93,16 @@ def strip_spans(spans: Sequence[Span]) -> list[Span]:
                 break
             kept.pop(index)
     return kept
+
+
+def special_pattern(tokenizer: Any, literals: tuple[str, ...] = ()) -> re.Pattern[str]:
+    """Regex of every string that the tokenizer reads as a special token, and of `literals`; longest first."""
+    return _special_pattern(tokenizer, len(tokenizer), literals)
+
+
+@lru_cache(maxsize=32)
+def _special_pattern(tokenizer: Any, size: int, literals: tuple[str, ...]) -> re.Pattern[str]:
+    del size  # part of the key: tokens may have been added
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(special | set(literals), key=lambda name: (-len(name), name))
+    return re.compile("|".join(re.escape(name) for name in names) or r"(?!)")

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Text, Turn
-from vlm_train.data.text.spans import ContentStyle, MediaPlace, Span, TextSpan
-from vlm_train.data.text.tokenizer import special_pattern
+from vlm_train.data.text.spans import ContentStyle, MediaPlace, Span, TextSpan, special_pattern
 from vlm_train.errors import ConfigError
 
 

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Turn
 from vlm_train.contracts.layout import PLACEHOLDER_ID, Piece, Slot
-from vlm_train.data.text.spans import MediaSpan, Span, TextSpan
+from vlm_train.data.text.spans import MediaSpan, Span, TextSpan, special_pattern
 from vlm_train.data.text.streams import PlacedSlot, Positions, Tokens
 from vlm_train.data.text.template import Template
-from vlm_train.data.text.tokenizer import special_pattern
 from vlm_train.errors import ConfigError
 
 

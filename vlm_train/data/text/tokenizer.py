@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,19 +173,6 @@ def _add_tokens(tokenizer: PreTrainedTokenizerFast, add: Sequence[str]) -> PreTr
     if new:
         tokenizer.add_tokens(new, special_tokens=True)
     return tokenizer
-
-
-def special_pattern(tokenizer: Any, literals: tuple[str, ...] = ()) -> re.Pattern[str]:
-    """Regex of every string that the tokenizer reads as a special token, and of `literals`; longest first."""
-    return _special_pattern(tokenizer, len(tokenizer), literals)
-
-
-@lru_cache(maxsize=32)
-def _special_pattern(tokenizer: Any, size: int, literals: tuple[str, ...]) -> re.Pattern[str]:
-    del size  # part of the key: tokens may have been added
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted(special | set(literals), key=lambda name: (-len(name), name))
-    return re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
 
 
 def hash_vocabulary(tokenizer: Any) -> str:
