@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -15,12 +16,14 @@ from omegaconf import OmegaConf
 from vlm_train.check.check import check_config
 from vlm_train.config import moved_targets
 from vlm_train.config.compose import compose_tiny
-from vlm_train.config.renamed_keys import restore_first_names
 from vlm_train.config.run_file import load_config, save_config
-from vlm_train.config.run_identity import training_config, training_hash
+from vlm_train.config.run_identity import run_id
+from vlm_train.data.order.lengths import hash_content
+from vlm_train.data.order.mixture import Mixture, Share
 from vlm_train.errors import ConfigError
 
 OLD = "vlm_train.models.prefix.PrefixVLM"
+OLD_RUNS = sorted((Path(__file__).parent / "old_runs").glob("*.yaml"))
 
 
 def test_every_old_name_leads_to_a_module_that_is_there() -> None:
@@ -70,23 +73,19 @@ def test_a_renamed_component_is_found_from_every_module_that_it_was_in(old: str,
     assert moved_targets.moved_target(old) == now
 
 
-@pytest.mark.parametrize(
-    ("recipe", "part", "old", "now"),
-    [
-        ("easyvqa_blip", "llm", f"{TEXT}Med", f"{TEXT}BlipTextModel"),
-        ("easyvqa_blip2_stage1", "model", f"{STAGE_1}Aligner", f"{STAGE_1}Blip2QFormerModel"),
-    ],
-)
-def test_a_run_keeps_the_id_that_it_had_before_a_component_was_renamed(
-    recipe: str, part: str, old: str, now: str
-) -> None:
-    cfg = compose_tiny(f"recipe={recipe}")
-    plain = training_config(cfg)
-    restore_first_names(plain)
-    assert plain[part]["_target_"] == now
-    plain[part]["_target_"] = old
-    text = json.dumps(plain, sort_keys=True)
-    assert training_hash(cfg) == hashlib.sha256(text.encode()).hexdigest()[:8]
+@pytest.mark.parametrize("file", OLD_RUNS, ids=lambda file: file.stem)
+def test_a_run_keeps_the_id_that_it_had_before_modules_components_and_keys_were_renamed(file: Path) -> None:
+    """The files are configurations as an earlier version saved them, called what it called the runs."""
+    assert "vlm_train.optim.adamw" in file.read_text(encoding="utf-8")
+    assert run_id(load_config(file)) == file.stem
+
+
+def test_a_moved_module_changes_no_hash_of_an_order() -> None:
+    order = Mixture(sources=(Share(size=12, shards=(0, 5, 10)),), seed=42)
+    share = ["vlm_train.data.mixture", "Share", dataclasses.asdict(order.sources[0])]
+    fields = {**dataclasses.asdict(order), "sources": [share]}
+    text = json.dumps([["vlm_train.data.mixture", "Mixture", fields]], sort_keys=True)
+    assert hash_content(order) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_name_that_never_was_stays() -> None:

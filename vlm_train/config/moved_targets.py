@@ -29,9 +29,30 @@ def moved_target(target: Any) -> str | None:
 
 
 def restore_first_targets(value: Any) -> Any:
-    """Plain configuration with the names that renamed components first had: for hashes that outlive a renaming."""
-    first = {now: old for old, now in _table().items() if old.rpartition(".")[0] == now.rpartition(".")[0]}
-    return _replace_targets(value, first.get)
+    """Plain configuration with the names that moved and renamed components first had: for hashes that outlive both."""
+    return _replace_targets(value, _first_target)
+
+
+@cache
+def _first_names() -> Mapping[str, str]:
+    """New name -> the first old name that the table has for it."""
+    found: dict[str, str] = {}
+    for old, now in _table().items():
+        found.setdefault(now, old)
+    return found
+
+
+def _first_target(target: Any) -> str | None:
+    """What the component of today's name was first called, in the module that it was first in."""
+    if not isinstance(target, str):
+        return None
+    module, _, name = _first_names().get(target, target).rpartition(".")
+    return f"{find_first_module(module)}.{name}"
+
+
+def find_first_module(module: str) -> str:
+    """The name under which a module of today first stood; other modules keep theirs."""
+    return _first_names().get(module, module)
 
 
 def rename_targets(cfg: DictConfig | ListConfig) -> DictConfig | ListConfig:

@@ -6,7 +6,7 @@ and its run keeps its id, which is a hash of the first names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -39,11 +39,10 @@ def _table() -> Mapping[str, RenamedKey]:
 
 @cache
 def _first_names() -> Mapping[str, tuple[str, RenamedKey]]:
-    """Today's key -> the first key that the table has for it. A key whose value means something else has none."""
+    """Today's key -> the first key that the table has for it."""
     found: dict[str, tuple[str, RenamedKey]] = {}
     for old, key in _table().items():
-        if not key.note:
-            found.setdefault(key.now, (old, key))
+        found.setdefault(key.now, (old, key))
     return found
 
 
@@ -85,7 +84,10 @@ def rename_keys(cfg: dict[Any, Any]) -> None:
 
 
 def restore_first_names(cfg: dict[str, Any]) -> None:
-    """Gives renamed keys the names and values that they first had, in place: for hashes that outlive a renaming."""
+    """Gives renamed keys the names and values that they first had, in place: for hashes that outlive a renaming.
+
+    A key whose value means something else now had its first name in a run only where the value is null.
+    """
     for path in list(_list_paths(cfg)):
         group, *rest = path
         name, exact = "", _first_names().get(".".join(path))
@@ -95,6 +97,9 @@ def restore_first_names(cfg: dict[str, Any]) -> None:
             continue
         old, key = exact
         value = _pop_value(cfg, path)
+        if value is not None and key.note:
+            _put_value(cfg, path, value)
+            continue
         if isinstance(value, dict) and value.keys() == set(key.fields):  # its component refuses other fields
             value = [value[field] for field in key.fields]
         _put_value(cfg, (_below_name(old, name) if name else old).split("."), value)
@@ -137,7 +142,7 @@ def _pop_value(cfg: dict[Any, Any], path: tuple[str, ...]) -> Any:
     return cfg.pop(path[-1])
 
 
-def _put_value(cfg: dict[Any, Any], path: list[str], value: Any) -> None:
+def _put_value(cfg: dict[Any, Any], path: Sequence[str], value: Any) -> None:
     for key in path[:-1]:
         cfg = cfg.setdefault(key, {})
     cfg[path[-1]] = value

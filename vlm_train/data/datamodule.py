@@ -30,6 +30,8 @@ from vlm_train.data.processor import Processor
 from vlm_train.errors import STOPPING, ConfigError
 from vlm_train.seeds import derive_seed
 
+ORDER_VERSION = 1  # of the way from a seed to an order: a checkpoint with another one does not go on
+
 
 class VLMData(pl.LightningDataModule):
     """Training and validation data.
@@ -120,7 +122,7 @@ class VLMData(pl.LightningDataModule):
     def hash_order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
         how = (self.batch, self.pack, self.pack_patches, self.group_by, self.block_samples, self.train.options)
-        return hash_content(self.mixture, *how)
+        return hash_content(ORDER_VERSION, self.mixture, *how)
 
     def make_plan(
         self, *, batch: int | None, tokens: int | None, epochs: float | None, most: int | None, world: int, cost: Cost

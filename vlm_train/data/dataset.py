@@ -21,7 +21,7 @@ from data_pipelines.sample import Sample
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.collate import Example
-from vlm_train.data.order.lengths import Lengths, cached_lengths, hash_content
+from vlm_train.data.order.lengths import VERSION, Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import SampleRef, Share
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.render import RenderOptions, TokenizedSample
@@ -198,7 +198,7 @@ class Samples:
     def _measure_source(self, source: Source, cache: Path, workers: int) -> Lengths:
         """Those of a source. The whole shard set is measured, so that other stretches of it are known as well."""
         shards = source.shards
-        key = hash_content(shards.fingerprint, self.processor, self.options)
+        key = hash_content(VERSION, shards.fingerprint, self.processor, self.options)
 
         def measure_sample(number: int) -> list[tuple[int, int]]:
             return self._measure_pieces(shards.read_sample(number))

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
+from vlm_train.config.moved_targets import find_first_module
 
-VERSION = 2
+VERSION = 2  # of the files in the cache: others are not read
 CHUNK = 512  # samples that a process measures at a time
 FEW = 2000  # samples that are not worth starting processes for
 PROGRESS_SECONDS = 10.0
@@ -77,8 +78,11 @@ def cached_lengths(name: str, count: int, key: str, measure: Measure, cache: Pat
 
 
 def hash_content(*things: Any) -> str:
-    """Hash of plain data, dataclasses, functions (by name) and objects (by their attributes)."""
-    return hashlib.sha256(json.dumps([VERSION, *map(_describe_content, things)], sort_keys=True).encode()).hexdigest()
+    """Hash of plain data, dataclasses, functions (by name) and objects (by their attributes).
+
+    Names are those of the modules in which things first stood: a moved module changes no hash.
+    """
+    return hashlib.sha256(json.dumps([*map(_describe_content, things)], sort_keys=True).encode()).hexdigest()
 
 
 def _describe_content(thing: Any) -> Any:
@@ -101,12 +105,12 @@ def _describe_content(thing: Any) -> Any:
     if hasattr(thing, "__qualname__"):
         bound = getattr(thing, "__self__", None)  # of a method; built-in functions are bound to their module
         return [
-            thing.__module__,
+            find_first_module(thing.__module__),
             thing.__qualname__,
             None if isinstance(bound, ModuleType) else _describe_content(bound),
         ]
     values = {f.name: getattr(thing, f.name) for f in fields(thing)} if is_dataclass(thing) else vars(thing)
-    return [type(thing).__module__, type(thing).__qualname__, _describe_content(values)]
+    return [find_first_module(type(thing).__module__), type(thing).__qualname__, _describe_content(values)]
 
 
 def _read_file(path: Path, count: int) -> Lengths | None:
