@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.records import JsonLines
@@ -155,6 +158,21 @@ class Columns:
         if self._held[0] != shard:
             self._held = (shard, self._load_shard(self.manifest.files[shard]))
         return self._held[1].get(self._shards.key(i), {})
+
+    def load_numbers(self) -> dict[str, NDArray[np.float32]]:
+        """Every column that holds one number a sample, `[samples]`; not a number where a sample has no line.
+
+        Columns that hold anything else are left out.
+        """
+        numbers = {name: np.full(len(self._shards), np.nan, np.float32) for name in self.manifest.names}
+        for i in range(len(self._shards)):
+            row = self.read_row(i)
+            for name in [*numbers] if row else ():
+                if isinstance(value := row.get(name), int | float) and not isinstance(value, bool):
+                    numbers[name][i] = value
+                else:
+                    del numbers[name]
+        return numbers
 
     def _load_shard(self, info: FileInfo) -> dict[str, Any]:
         path, rows = self.folder / info.name, {}

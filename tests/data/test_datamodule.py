@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.index import index_folder
 from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Sample
+from data_pipelines.shards.columns import ColumnWriter
+from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.shards.tar_writer import ShardWriter
 from tests.data.text.rendering import assistant, layout, load, user
 from tests.support.small_run import make_data, picture
@@ -276,3 +279,36 @@ def test_a_place_is_taken_up_by_the_plan_that_left_it_only(root: Path, tmp_path:
     for other, taken in ((endless(128), True), (endless(256), False), (endless(128, seed=1), False)):
         other.load_state_dict(state)
         assert (state["window"] in other.plan._cursors) is taken
+
+
+def write_columns(root: Path, folder: Path, *, without: str = "", factor: float = 1.0) -> Path:
+    """`level`, a number a sample, and `words`, a text, beside the training shards; no line for the sample `without`."""
+    shards = ShardSet(root / "train")
+    writer = ColumnWriter(folder, shards, ["level", "words"], {})
+    keys = iter(enumerate(shards.keys()))
+    for number, info in enumerate(shards.manifest.shards):
+        rows = [{"key": key, "level": factor * i, "words": "x"} for i, key in islice(keys, info.samples)]
+        writer.write_rows(number, [row for row in rows if row["key"] != without])
+    writer.write_manifest()
+    return folder
+
+
+def test_columns_beside_the_shards_reach_the_batch(root: Path, tmp_path: Path) -> None:
+    folder = write_columns(root, tmp_path / "columns", without="sample-05")
+    made = data({"shards": str(root / "train"), "columns": str(folder)})
+    windows = made.train_dataloader().loader.dataset
+    first, second = windows.load_window(0), windows.load_window(1)
+    assert [batch.columns["level"].tolist() for batch in first] == [[0.0, 1.0], [2.0, 3.0]]
+    assert [list(batch.columns) for batch in first] == [["level"]] * 2, "texts are no numbers"
+    assert [batch.columns["level"].tolist() for batch in second] == [[4.0], [6.0, 7.0]]
+    (problem,) = second[0].window.problems
+    assert problem.kind == "column" and problem.key == "sample-05" and "no number in column level" in problem.reason
+
+
+def test_other_columns_are_other_data(root: Path, tmp_path: Path) -> None:
+    entries = [{"shards": str(root / "train")}]
+    for name, factor in (("one", 1.0), ("same", 1.0), ("two", 2.0)):
+        folder = write_columns(root, tmp_path / name, factor=factor)
+        entries.append({"shards": str(root / "train"), "columns": str(folder)})
+    none, one, same, two = (data(entry).hash_samples() for entry in entries)
+    assert one == same and len({none, one, two}) == 3

@@ -7,14 +7,21 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
-from tests.out_of_tree.command_line import HERE, SEARCH, assert_equal_weights, small_run, start
+from data_pipelines.shards.columns import ColumnWriter
+from data_pipelines.shards.shard_set import ShardSet
+from tests.out_of_tree.command_line import CONF, HERE, SEARCH, assert_equal_weights, small_run, start
 from tests.support.jobs import train_on_ranks
 from tests.support.small_run import make_data
+from vlm_train.build import build_assembly, build_data
+from vlm_train.config.compose import compose_config
+from vlm_train.data.collate import Example, collate_rows
 from vlm_train.errors import ConfigError
 
 SGD = ["optim=sgd", "~optim.betas", "optim.lr=0.05", "params=all"]
+COLUMNS = ("chosen", "rejected", "note")
 LAST = "checkpoints/step-00000002/weights.safetensors"
 
 
@@ -56,6 +63,67 @@ def test_two_ranks_compute_what_one_process_does(strategy: str, data: Path, whol
     job = small_run("preference", data, tmp_path, *SGD, "batch.micro=1", f"strategy={strategy}", SEARCH)
     train_on_ranks(job, packages=[HERE])
     assert_equal_weights(whole, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def columns(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the model at first says of the answers, in columns beside the shards: `<split>/` for every split."""
+    from my_vlm.preference import Preference, sum_log_likelihoods  # type: ignore[import-not-found]
+
+    folder = tmp_path_factory.mktemp("columns")
+    cfg = compose_config(small_run("preference", data, folder), [CONF])
+    assembly = build_assembly(cfg)
+    samples = build_data(cfg, assembly.processor).train
+    model = assembly.model.eval()
+    for split in ("train", "val"):
+        shards = ShardSet(data / "tiny" / split)
+        writer = ColumnWriter(folder / split, shards, COLUMNS, {"model": "start"})
+        for shard, first in enumerate(shards.shard_starts):
+            rows = []
+            for number in range(first, first + shards.manifest.shards[shard].samples):
+                one = samples.processor.render(shards.load_sample(number)[0], samples.render_options)
+                views = samples.processor.make_views(shards.load_sample(number)[1], shown=one.media)
+                batch = collate_rows([[Example(one, views)]], samples.processor.images)
+                with torch.no_grad():
+                    said = [float(sum_log_likelihoods(model, batch, stream)) for stream in Preference.streams]
+                rows.append({"key": shards.key(number), **dict(zip(COLUMNS, [*said, "text"], strict=True))})
+            writer.write_rows(shard, rows)
+        writer.write_manifest()
+    return folder
+
+
+def beside(columns: Path) -> list[str]:
+    """A run that reads the reference from columns."""
+    entries = [f"+data.{split}.0.columns={columns / split}" for split in ("train", "val")]
+    return [*entries, "reference.model=null", f"objective.preference.reference_columns=[{','.join(COLUMNS[:2])}]"]
+
+
+@pytest.mark.parametrize(
+    "cut", [["batch.micro=4"], ["batch.micro=1", "data.pack=256", "data.max_length=256"]], ids=["whole", "packed"]
+)
+def test_columns_beside_the_shards_stand_for_the_reference(
+    cut: list[str], data: Path, whole: Path, columns: Path, tmp_path: Path
+) -> None:
+    cache = f"data.cache={tmp_path}/lengths"
+    assert start(small_run("preference", data, tmp_path, *SGD, *cut, *beside(columns), cache)) == 0
+    assert_equal_weights(whole, tmp_path / "run")
+
+
+def test_columns_that_are_missing_are_told_before_weights_are_read(
+    data: Path, columns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run("preference", data, tmp_path, *SGD)
+    given = beside(columns)
+    for code, overrides, said in (
+        (2, given[1:], "reads the columns chosen, rejected. Set data.train.0.columns=<folder>"),
+        (2, [*given[:-1], "objective.preference.reference_columns=[chosen,other]"], "reads the column 'other'"),
+        (2, [f"+data.train.0.columns={tmp_path}", *given[1:]], "data.train.0.columns: "),
+        (1, [*given, f"data.train.0.columns={columns}/val"], "is of another shard set"),
+    ):
+        assert start([*run, *overrides]) == code
+        error = capsys.readouterr().err
+        assert said in error and "Traceback" not in error, error
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 @pytest.mark.parametrize("mode", [[], ["dry_run=true"]], ids=["fit", "dry run"])

@@ -99,6 +99,11 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
                 yield f"{path}: {folder} does not exist. {_how_to_build(cfg, Path(folder))}"
             elif not (Path(folder) / "manifest.json").is_file():
                 yield f"{path}: {folder} has no manifest.json: it holds no finished shards."
+    for split in ("train", "val") if cfg.mode == "fit" else ():
+        for index, entry in enumerate((resolve_key(cfg, "data") or {}).get(split) or []):
+            folder = entry.get("columns")
+            if folder is not None and not (Path(folder) / "columns.json").is_file():
+                yield f"data.{split}.{index}.columns: {folder} has no columns.json: it holds no finished columns."
 
 
 def _how_to_build(cfg: DictConfig, folder: Path) -> str:

@@ -17,7 +17,7 @@ from vlm_train.errors import ConfigError
 
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
-VAL_KEYS = ("shards", "name", "limit", "loss_weight", "samples")
+VAL_KEYS = ("shards", "columns", "name", "limit", "loss_weight", "samples")
 """What an entry of `data.val` says, see `vlm_train.data.dataset.Source`."""
 
 TRAIN_KEYS = (*VAL_KEYS, "repeat", "weight", "share")
@@ -123,6 +123,8 @@ def _check_entry(path: str, entry: Any, known: tuple[str, ...]) -> Iterator[str]
         yield f"{path}.shards is missing: name a folder of shards. Keys of an entry: {listed}."
     elif not isinstance(entry["shards"], (str, dict)):  # a dict is a component, which check_targets judges
         yield f"{path}.shards: expected one folder, got {entry['shards']!r}."
+    if not isinstance(entry.get("columns"), str | None):
+        yield f"{path}.columns: expected one folder, got {entry['columns']!r}."
 
 
 def check_batch(cfg: DictConfig) -> Iterator[str]:

@@ -171,7 +171,8 @@ class Batch:
     """A micro-batch: named token streams, media, and the accumulation window it belongs to.
 
     `keys[b][s - 1]` and `sources[b][s - 1]` name the sample in segment s of row b and where it comes from; `references`
-    carries what evaluation needs (the expected answers), never read by a model. `problems` says which held-out samples
+    carries what evaluation needs (the expected answers), never read by a model. `columns[name]` `[samples]` float32, in
+    the same order, is what a column beside the shards says of each sample. `problems` says which held-out samples
     were left out, and why; those of a training step are in its window. `shared` is where
     `vlm_train.models.layers.once` keeps passes.
     """
@@ -182,6 +183,7 @@ class Batch:
     sources: tuple[tuple[str, ...], ...] = ()
     keys: tuple[tuple[str, ...], ...] = ()
     references: tuple[Any, ...] = field(default=())
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 

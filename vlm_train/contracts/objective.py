@@ -89,6 +89,8 @@ class Objective(Protocol):
             neither cut into micro-batches nor packed.
         needs_reference: reads `context.reference`.
         needs: what the model must offer, protocols of `vlm_train.contracts.family`.
+        columns: columns of numbers beside the shards (`columns:` of an entry of `data.train`) that it reads as
+            `batch.columns[name]`, such as what a reference model said of the answers, computed once.
     """
 
     streams: tuple[str, ...]
@@ -96,6 +98,7 @@ class Objective(Protocol):
     needs_whole_step: bool = False
     needs_reference: bool = False
     needs: tuple[type, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """The losses of one micro-batch, by name."""

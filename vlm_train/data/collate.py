@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ class Example:
     views: MediaViews
     source: str = ""
     weight: float = 1.0
+    columns: Mapping[str, float] = field(default_factory=dict)
 
 
 def collate_rows(
@@ -52,6 +53,7 @@ def collate_rows(
     plans: Mapping[str, ImagePlan],
     *,
     streams: Sequence[str] = ("llm",),
+    columns: Sequence[str] = (),
     normalize: str = "token",
     window: Window | None = None,
     left: bool = False,
@@ -80,6 +82,7 @@ def collate_rows(
         sources=tuple(tuple(item.source for item in row) for row in rows) or ((),),
         keys=tuple(tuple(item.rendered.key for item in row) for row in rows) or ((),),
         references=tuple(item.rendered.reference for item in items),
+        columns={name: torch.tensor([item.columns[name] for item in items]) for name in columns},
     )
 
 

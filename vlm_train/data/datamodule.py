@@ -37,9 +37,10 @@ class VLMData(pl.LightningDataModule):
     """Training and validation data.
 
     Args:
-        train, val: shard sets, `{shards: folder, name, limit, loss_weight}` and, for train, how each takes part in the
-            mixture: `repeat`, `weight`, `share` (`vlm_train.data.order.mixture.Share`), and `samples`, its published
-            size, which only a dry run reads.
+        train, val: shard sets, `{shards: folder, name, limit, loss_weight}`; `columns`, a folder of numbers beside it,
+            where an objective reads some; and, for train, how each takes part in the mixture: `repeat`, `weight`,
+            `share` (`vlm_train.data.order.mixture.Share`), and `samples`, its published size, which only a dry run
+            reads.
         mixture, temperature, shuffle: the order, see `vlm_train.data.order.mixture.Mixture`.
         block_samples: its `block`; shuffle_buffer_shards: its `pool`.
         group_by: modality | length | modality_length | null, see `vlm_train.data.order.sample_plan.SamplePlan`.
@@ -116,8 +117,9 @@ class VLMData(pl.LightningDataModule):
             self.val.split_long(self.cache)
 
     def hash_samples(self) -> str:
-        """Hash of the training samples and their order, from the manifests: other shards have another one."""
-        return hashlib.sha256("\n".join(one.fingerprint for one in self.train.sets).encode()).hexdigest()
+        """Hash of the training samples and their order, from the manifests: other shards or columns, another hash."""
+        found = [one.shards.fingerprint + one.columns_hash for one in self.train.sources]
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
     def hash_order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Sample
+from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.collate import Example
@@ -44,6 +46,7 @@ class Source:
         name: what the log, and `batch.normalize=source`, call it; empty: what each sample says.
         loss_weight: factor on the weight of its targets.
         share: its part in the mixture.
+        columns: column of numbers beside the shards -> `[samples of the shard set]`; columns_hash: of their files.
         pieces: `[size, 2]`, sample and piece of each number, where over-long samples are split.
     """
 
@@ -53,20 +56,28 @@ class Source:
     name: str = ""
     loss_weight: float = 1.0
     share: Share
+    columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    columns_hash: str = ""
     pieces: NDArray[np.int32] | None = None
 
     @classmethod
     def open_source(cls, entry: dict[str, Any], limit: int | None, **remote: Any) -> Source:
-        """Raises `DataError` if the folder is no shard set, or holds no sample. `remote`: see `ShardSet`."""
+        """Raises `DataError` if the folder is no shard set, holds no sample, or the columns are of another one.
+
+        `remote`: see `ShardSet`.
+        """
         shards = ShardSet(entry["shards"], **remote)
         if not len(shards):
             raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
         size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])
         share = Share(size=size, **{k: entry[k] for k in ("repeat", "weight", "share") if entry.get(k) is not None})
+        beside = Columns(entry["columns"], shards, option="columns") if entry.get("columns") else None
         return cls(
             shards=shards,
             first=0,
             size=size,
+            columns=beside.load_numbers() if beside else {},
+            columns_hash=beside.sha256 if beside else "",
             name=entry.get("name") or "",
             loss_weight=entry.get("loss_weight", 1.0),
             share=share,
@@ -109,6 +120,8 @@ class Samples:
         self.options = options
         self.render_options = RenderOptions(**options)
         self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
+        held = [set(source.columns) for source in self.sources]
+        self.columns = tuple(sorted(set.intersection(*held))) if held else ()
         self.seed = seed
         self.lengths: Lengths | None = None
 
@@ -136,6 +149,9 @@ class Samples:
         shards = source.shards
         try:
             sample, blobs = shards.load_sample(number)
+            columns = {name: float(source.columns[name][number]) for name in self.columns}
+            if unknown := [name for name, value in columns.items() if not math.isfinite(value)]:
+                raise BadSample(f"sample {sample.key!r}: no number in column {', '.join(unknown)}", kind="column")
             options = replace(self.render_options, piece=piece) if piece else self.render_options
             if training and options.annotations == "drawn":
                 drawn = derive_seed(self.seed, "annotation", ref.epoch, ref.index) % len(sample.annotations)
@@ -154,7 +170,8 @@ class Samples:
         except BadSample as error:
             error.shard, error.key = error.shard or shards.shard_path(number), error.key or shards.key(number)
             raise
-        return Example(rendered, views, source=source.name or sample.source, weight=sample.weight * source.loss_weight)
+        weight = sample.weight * source.loss_weight
+        return Example(rendered, views, source=source.name or sample.source, weight=weight, columns=columns)
 
     def split_off(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""

@@ -6,6 +6,7 @@ ericmitchell.ai/cdpo.pdf). Legend: M samples of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,8 @@ class Preference(Objective):
     Args:
         beta: how far the model may leave its reference; smaller is farther.
         label_smoothing: share of the pairs whose labels are thought to be swapped, below 1/2.
+        reference_columns: columns beside the shards with the reference's log-likelihoods of the chosen and of the
+            rejected answers, computed once; then the run has no second model.
 
     Raises:
         ConfigError: a value outside its range.
@@ -38,19 +41,30 @@ class Preference(Objective):
     needs_reference = True
     needs = (PredictsTokens,)
 
-    def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, *, beta: float = 0.1, label_smoothing: float = 0.0, reference_columns: Sequence[str] = ()
+    ) -> None:
         if beta <= 0 or not 0 <= label_smoothing < 0.5:
             raise ConfigError(
                 f"objective: got beta={beta}, label_smoothing={label_smoothing}; allowed: beta above 0, "
                 "label_smoothing from 0 to below 0.5"
             )
+        if len(reference_columns) not in (0, 2):
+            raise ConfigError(
+                f"objective: got reference_columns={list(reference_columns)}; allowed: none, or two names"
+            )
         self.beta, self.label_smoothing = beta, label_smoothing
+        self.columns, self.needs_reference = tuple(reference_columns), not reference_columns
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{preference: Loss}`, and how often and how far the chosen answer is ahead."""
-        assert context.reference is not None  # the run has one: `needs_reference`
-        with context.reference() as reference:  # nothing in here records gradients
-            usual = compare_answers(reference, batch)
+        if self.columns:
+            chosen, rejected = (batch.columns[name] for name in self.columns)
+            usual = chosen - rejected
+        else:
+            assert context.reference is not None  # the run has one: `needs_reference`
+            with context.reference() as reference:  # nothing in here records gradients
+                usual = compare_answers(reference, batch)
         margin = self.beta * (compare_answers(model, batch) - usual)
         losses = -F.logsigmoid(margin) * (1 - self.label_smoothing) - F.logsigmoid(-margin) * self.label_smoothing
         count = losses.new_tensor(float(len(losses)))
