@@ -58,8 +58,8 @@ def test_grids_are_known_before_pixels_are_read() -> None:
     for width, height in ((20, 20), (64, 32), (300, 40)):
         assert native.grids(MediaSize(width, height)) == native(encode(noise(height, width))).grids
     clip = native(video())
-    assert clip.grids == native.grids(MediaSize(48, 40, frames=20)) and len(clip) == 3
-    assert len(native.blank()) == 1 and native.blank().grids == ((1, 2, 2),) and not native.blank().values.any()
+    assert clip.grids == native.grids(MediaSize(48, 40, frames=20)) and len(clip.grids) == 3
+    assert len(native.blank().grids) == 1 and native.blank().grids == ((1, 2, 2),) and not native.blank().values.any()
 
 
 def test_what_cannot_be_is_refused() -> None:
