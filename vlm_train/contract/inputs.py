@@ -54,7 +54,7 @@ def check_image(component: Component) -> Iterator[Finding]:
         drawn = [plan(_draw_picture(width, height), np.random.default_rng(7)).values for _ in range(2)]
         yield compare_values("the same generator draws the same", np.array_equal(*drawn), True)
     blank = plan.blank()
-    found_blank = (len(blank), bool(blank.values.any()), *_describe_views(blank))
+    found_blank = (len(blank.grids), bool(blank.values.any()), *_describe_views(blank))
     yield compare_values("the blank input is one view of zeros", found_blank, (1, False, np.uint8, True))
 
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -93,11 +92,6 @@ class Source:
         return np.arange(self.first, self.first + self.size) if self.pieces is None else self.pieces[:, 0].astype(int)
 
 
-def draws_of(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """What the random choices for a sample come from, in a pass: nothing else decides them."""
-    return np.random.default_rng(derive_seed(seed, "sample", epoch, index))
-
-
 class Samples:
     """The samples of several sources, numbered through. Picklable: files open lazily per process.
 
@@ -162,7 +156,7 @@ class Samples:
             views = self.processor.make_views(
                 blobs,
                 shown=rendered.media,
-                draws=partial(draws_of, self.seed, ref.epoch, ref.index) if training else None,
+                address=(self.seed, ref.epoch, ref.index) if training else None,
                 where=f"sample {rendered.key!r}",
             )
         except NoPiece as error:

@@ -6,7 +6,7 @@ worker processes have the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from vlm_train.data.text.split import NoPiece
 from vlm_train.data.text.template import Template
 from vlm_train.data.text.tokenize import ConversationTokenizer
 from vlm_train.errors import ConfigError
+from vlm_train.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +76,15 @@ class Processor:
         blobs: Sequence[bytes],
         *,
         shown: Collection[int] | None = None,
-        draws: Callable[[], np.random.Generator] | None = None,
+        address: tuple[int, int, int] | None = None,
         where: str = "image",
     ) -> MediaViews:
         """What every vision encoder is given of a sample's encoded images and videos.
 
         Args:
             shown: items that the model sees; None: all.
-            draws: makes a generator while training; each encoder gets a new one, so that all draw the same.
+            address: in training the run's seed, the pass and the sample's number: nothing else decides what is random,
+                and every encoder draws the same. None: nothing is random.
             where: shard and key, for messages.
 
         Raises:
@@ -90,7 +92,10 @@ class Processor:
         """
         found: dict[str, list[Views | None]] = {}
         for name, plan in self.images.items():
-            generator = draws() if draws is not None and plan.random else None
+            generator = None
+            if address is not None and plan.random:
+                seed, epoch, index = address
+                generator = np.random.default_rng(derive_seed(seed, "sample", epoch, index))
             wanted = range(len(blobs)) if shown is None else shown
             found[name] = [plan(blob, generator, where) if n in wanted else None for n, blob in enumerate(blobs)]
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.streams import QFORMER
-from vlm_train.data.dataset import draws_of
 from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.render import RenderOptions, TokenizedSample
@@ -42,8 +40,8 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
     print(format_tokens(rendered, processor.tokenizer, sys.stdout.isatty(), others))
     if rendered.media and processor.images:
         random = any(plan.random for plan in processor.images.values())
-        passes = [None, *(partial(draws_of, seed, epoch, 0) for epoch in range(PASSES if random else 0))]
-        seen = [processor.make_views(blobs, shown=rendered.media, draws=draws) for draws in passes]
+        passes = [None, *((seed, epoch, 0) for epoch in range(PASSES if random else 0))]
+        seen = [processor.make_views(blobs, shown=rendered.media, address=one) for one in passes]
         print(save_views([picture for views in seen for picture in collect_pictures(views)], folder / "show.png"))
         if random:
             print(f"first as evaluations see it, then as training does in passes 0 to {PASSES - 1}")

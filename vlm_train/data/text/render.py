@@ -101,8 +101,7 @@ def make_streams(
     how: RenderOptions,
 ) -> tuple[dict[str, Stream], str]:
     """The streams by their names, and the expected answer (generation). Arguments and errors: see `Processor`."""
-    number = (how.annotation or 0) if how.generation or how.rejected else how.annotation
-    chosen, reference = choose_annotations(sample.annotations, how.annotations, number), ""
+    chosen, reference = choose_annotations(sample.annotations, how), ""
     if len(streams) > 1 and len(chosen) > 1:
         raise ConfigError(
             f"{len(chosen)} independent annotations cannot share the streams {', '.join(streams)}; set "
@@ -142,15 +141,14 @@ def make_streams(
     return found, reference
 
 
-def choose_annotations(
-    all_annotations: Sequence[Annotation], mode: Annotations, number: int | None
-) -> list[Annotation]:
-    """Annotation `number`, or those that `mode` names. Raises `BadSample` if there is none of that number."""
-    if number is not None and not 0 <= number < len(all_annotations):
-        raise BadSample(f"no annotation {number}; it has {len(all_annotations)}", kind="malformed")
-    if number is not None or mode in ("first", "drawn"):
-        return [all_annotations[number or 0]]
-    return [join_annotations(all_annotations)] if mode == "dialogue" else list(all_annotations)
+def choose_annotations(annotations: Sequence[Annotation], how: RenderOptions) -> list[Annotation]:
+    """The annotations that `how` names. Raises `BadSample` if there is none of its number."""
+    number = (how.annotation or 0) if how.generation or how.rejected else how.annotation
+    if number is not None and not 0 <= number < len(annotations):
+        raise BadSample(f"no annotation {number}; it has {len(annotations)}", kind="malformed")
+    if number is not None or how.annotations in ("first", "drawn"):
+        return [annotations[number or 0]]
+    return [join_annotations(annotations)] if how.annotations == "dialogue" else list(annotations)
 
 
 def join_annotations(annotations: Sequence[Annotation]) -> Annotation:
