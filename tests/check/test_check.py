@@ -127,11 +127,11 @@ def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() ->
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["strategy=single", "launch.devices=2"], "single trains on one device, but 2 processes"),
+        (["strategy=single", "launch.devices=2"], "strategy: Single trains on one device, but 2 processes"),
         (["strategy=zero2", "+strategy.offload_parameters=cpu"], "only stage 3 can, got stage 2"),
         (["strategy=zero3", "strategy.offload_parameters=nvme"], "strategy.nvme_path is missing"),
-        (["strategy=zero3", "trainer.compile=true"], "ZeRO-3 gathers weights in between"),
-        (["strategy=fsdp2", "trainer.precision=16-mixed"], "FSDP2 has no loss scale"),
+        (["strategy=zero3", "trainer.compile=true"], "trainer.compile: ZeRO with stage=3 gathers weights in between"),
+        (["strategy=fsdp2", "trainer.precision=16-mixed"], "trainer.precision: FSDP2 has no loss scale"),
     ],
 )
 def test_a_strategy_that_cannot_be(overrides: list[str], words: str) -> None:

@@ -24,9 +24,10 @@ from vlm_train.check.settings import (
     check_literals,
     check_numbers,
     check_run,
-    check_strategy,
     check_warmup,
+    check_zero,
 )
+from vlm_train.check.strategies import check_foreign_strategy, check_own_strategy
 from vlm_train.config.moved_targets import moved_target
 from vlm_train.config.renamed_keys import describe_renamed_key
 from vlm_train.config.schema import Paths
@@ -61,7 +62,7 @@ def check_config(cfg: DictConfig, *, need_assets: bool) -> None:
     problems = [problem for one in CHECKS for problem in one(cfg)]
     if problems:
         raise ConfigError(problems)
-    for one in (check_foreign_targets, check_best):
+    for one in (check_foreign_targets, check_foreign_strategy, check_best):
         problems = list(one(cfg))
         if problems:
             raise ConfigError(problems)
@@ -193,7 +194,7 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 
 CHECKS: list[Check] = [
     check_values, check_groups, check_encoders, check_targets, check_unsafe_keys, check_literals, check_numbers,
-    check_data, check_batch, check_length, check_warmup, check_columns, check_peft, check_launch, check_strategy,
-    check_run,
+    check_data, check_batch, check_length, check_warmup, check_columns, check_peft, check_launch, check_zero,
+    check_own_strategy, check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipelines.shards.columns import COLUMNS, read_manifest
 from vlm_train.build import build_evaluators, build_objectives
 from vlm_train.check.settings import count_processes, packed_row_length, select_settings
+from vlm_train.check.strategies import shards_weights
 from vlm_train.config.resolve import resolve_key
-from vlm_train.config.signatures import did_you_mean
+from vlm_train.config.signatures import did_you_mean, read_attribute
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
 from vlm_train.contracts.model_parts import find_encoders, find_parts
@@ -182,12 +183,14 @@ def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:
     """A family's own single numbers (temperatures) are read outside `forward` and bounded after updates: every rank
     needs them as they are."""
     strategy = resolve_key(cfg, "strategy")
-    kind = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else ""
     own = [name for name, parameter in model.named_parameters(recurse=False) if not parameter.ndim]
-    if kind in ("ZeRO", "FSDP2") and own:
+    if not own or not isinstance(strategy, dict):
+        return
+    target = str(strategy["_target_"])
+    if shards_weights(strategy) or read_attribute(target, "keeps_fp32_copy"):
         yield (
             f"strategy: {', '.join(f'model.{name}' for name in own)} is a single number that every rank reads and "
-            f"bounds, and {kind} cannot cut it or keeps another copy. Use strategy=ddp."
+            f"bounds, and {target.rpartition('.')[2]} cannot cut it or keeps another copy. Use strategy=ddp."
         )
 
 

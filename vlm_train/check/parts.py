@@ -121,8 +121,8 @@ def check_columns(cfg: DictConfig) -> Iterator[str]:
 
 
 def check_peft(cfg: DictConfig) -> Iterator[str]:
-    """Quantized weights have a known width and are not sharded."""
-    peft, strategy = resolve_key(cfg, "peft"), resolve_key(cfg, "strategy")
+    """Quantized weights have a known width. That they are not sharded, `vlm_train.check.strategies` sees to."""
+    peft = resolve_key(cfg, "peft")
     bits = peft.get("bits") if isinstance(peft, dict) else None
     if bits is None:
         return
@@ -130,14 +130,6 @@ def check_peft(cfg: DictConfig) -> Iterator[str]:
         yield f"peft.bits: got {bits!r}. Allowed: {', '.join(map(str, QUANTIZED_BITS))}, or null for none."
     if bits == 8 and peft.get("dora"):
         yield "peft.dora: peft 0.21 loses the scales of 8-bit weights in DoRA. Use peft.bits=4 or peft.dora=false."
-    node = strategy if isinstance(strategy, dict) else {}
-    name = "ZeRO-3" if node.get("stage") == 3 else "FSDP" if "fsdp" in str(node.get("_target_")).lower() else None
-    if name:
-        yield (
-            f"strategy: {name} cuts every weight into slices, but {bits}-bit weights have to stay with their scales, "
-            "which slices do not. Use strategy=ddp, zero1 or zero2, where each GPU holds the whole "
-            "quantized model, or peft=lora."
-        )
 
 
 def shorten_value(value: Any) -> str:

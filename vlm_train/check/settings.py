@@ -192,25 +192,18 @@ def check_launch(cfg: DictConfig) -> Iterator[str]:
         yield f"launch.nodes: launch=local starts one node, got {cfg.launch.nodes}. Use launch=torchrun or launch=srun."
 
 
-def check_strategy(cfg: DictConfig) -> Iterator[str]:
-    """The strategy fits the number of processes and the rest, and its package is there."""
+def check_zero(cfg: DictConfig) -> Iterator[str]:
+    """Settings of ZeRO go together, and its package is there: what its constructor would refuse later."""
     strategy = resolve_key(cfg, "strategy")
-    if not isinstance(strategy, dict):
+    if not isinstance(strategy, dict) or strategy.get("_target_") != "vlm_train.training.strategies.zero.ZeRO":
         return
-    kind, stage = str(strategy.get("_target_")).rpartition(".")[2], strategy.get("stage")
-    world = count_processes(cfg)
-    if kind == "Single" and world and world > 1:
-        yield f"strategy: single trains on one device, but {world} processes are started. Use ddp, or a sharded one."
-    if kind == "ZeRO" and cfg.mode == "fit" and not cfg.dry_run and find_spec("deepspeed") is None:
+    stage = strategy.get("stage")
+    if cfg.mode == "fit" and not cfg.dry_run and find_spec("deepspeed") is None:
         yield "strategy: DeepSpeed is not installed: pip install 'vlm-train[deepspeed]', or use ddp or fsdp2."
-    if kind == "ZeRO" and strategy.get("offload_parameters") and stage != 3:
+    if strategy.get("offload_parameters") and stage != 3:
         yield f"strategy.offload_parameters: only stage 3 can, got stage {stage}. Use zero3."
-    if kind == "ZeRO" and "nvme" in strategy.values() and not strategy.get("nvme_path"):
+    if "nvme" in strategy.values() and not strategy.get("nvme_path"):
         yield "strategy.nvme_path is missing: offloading to nvme needs a folder on a fast local disk."
-    if stage == 3 and cfg.trainer.compile:
-        yield "trainer.compile: ZeRO-3 gathers weights in between, which cannot be compiled. Use fsdp2 or zero2."
-    if kind == "FSDP2" and cfg.trainer.precision == "16-mixed":
-        yield "trainer.precision: FSDP2 has no loss scale for 16-mixed. Use bf16-mixed, or a ZeRO stage."
 
 
 def check_run(cfg: DictConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -201,6 +202,27 @@ def import_signature(target: str) -> Signature:
         {p.name: Parameter(p.name, None, p.default is p.empty) for p in listed if p.kind not in variadic},
         open=any(p.kind is p.VAR_KEYWORD for p in listed),
     )
+
+
+def read_attribute(target: str, name: str) -> Any:
+    """What the class `target` says as its attribute `name`, its bases included. Ours say it as a literal, which is read
+    from the source; other packages are imported.
+
+    Raises:
+        UnknownTarget: there is no such target.
+        AttributeError: the class does not say it.
+    """
+    if not is_ours(target):
+        return getattr(import_target(target), name)
+    found = find_target(target)
+    if name in found.members:
+        return ast.literal_eval(str(found.members[name].value))
+    for base in getattr(found, "bases", ()):
+        path = base if isinstance(base, str) else base.canonical_path
+        if is_ours(path):
+            with suppress(AttributeError):
+                return read_attribute(path, name)
+    raise AttributeError(f"{target} has no {name}", name=name)
 
 
 def fits_annotation(value: Any, annotation: str, aliases: Aliases = lambda name: None) -> bool:

@@ -15,7 +15,6 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import build_callbacks, build_loggers, build_strategy
@@ -80,8 +79,10 @@ def make_strategy(cfg: DictConfig, world: int) -> Any:
     }
     known = inspect.signature(import_target(options["_target_"])).parameters
     strategy = build_strategy(OmegaConf.create(options | {name: given[name] for name in given if name in known}))
-    if world > 1 and isinstance(strategy, SingleDeviceStrategy):
-        raise ConfigError(f"strategy: single trains on one device, but {world} processes are started. Use ddp.")
+    if world > 1 and not strategy.spans_processes:
+        raise ConfigError(
+            f"strategy: {type(strategy).__name__} trains on one device, but {world} processes are started. Use ddp."
+        )
     return strategy
 
 

@@ -20,6 +20,7 @@ from tests.training.test_fit import assert_same_weights, metrics, stop_after
 from vlm_train.build import build_assembly, build_model
 from vlm_train.check import assets
 from vlm_train.check.check import check_config
+from vlm_train.check.strategies import check_own_strategy
 from vlm_train.checkpoint.weights import load_init_from, load_run_weights, save_weights
 from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import load_config
@@ -224,22 +225,13 @@ def test_adapters_merge_into_the_base_as_it_was(bits: int, dora: bool) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "named"),
-    [
-        ("{_target_: vlm_train.training.strategies.deepspeed.DeepSpeed, stage: 3}", "ZeRO-3"),
-        ("{_target_: lightning.pytorch.strategies.FSDPStrategy}", "FSDP"),
-        ("{_target_: vlm_train.training.strategies.deepspeed.DeepSpeed, stage: 2}", None),
-        (None, None),
-    ],
+    [("zero3", "ZeRO with stage=3"), ("fsdp2", "FSDP2"), ("zero2", None), ("ddp", None), ("auto", None)],
 )
-def test_sharding_of_quantized_weights_is_refused(strategy: str | None, named: str | None) -> None:
-    from vlm_train.check.parts import check_peft
-
-    more = [] if strategy is None else [f"++strategy={strategy}"]
-    problems = list(check_peft(compose_config(["recipe=llava15_qlora", *more])))
-    assert [f"strategy: {named} cuts every weight into slices" in problem for problem in problems] == [True] * bool(
-        named
-    )
-    assert list(check_peft(compose_config(["recipe=llava15_lora", *more]))) == []
+def test_sharding_of_quantized_weights_is_refused(strategy: str, named: str | None) -> None:
+    problems = list(check_own_strategy(compose_config(["recipe=llava15_qlora", f"strategy={strategy}"])))
+    assert len(problems) == (0 if named is None else 1)
+    assert all(one.startswith(f"strategy: {named} cuts every weight into slices") for one in problems)
+    assert list(check_own_strategy(compose_config(["recipe=llava15_lora", f"strategy={strategy}"]))) == []
 
 
 def test_unknown_widths_and_a_missing_package_are_said_before_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -27,7 +27,8 @@ class FSDP2(OwnState, DDPStrategy):
         timeout_minutes: a collective that takes longer ends the run.
     """
 
-    shards_model = True
+    sharded_by: ClassVar[Mapping[str, Any]] = {}
+    scales_loss = False
 
     def __init__(
         self,

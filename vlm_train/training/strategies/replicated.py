@@ -28,6 +28,8 @@ class Replicated(OwnState):
 class Single(Replicated, SingleDeviceStrategy):
     """One process on one device, "cpu" or "cuda:0"."""
 
+    spans_processes = False
+
     def __init__(self, *, device: str) -> None:
         super().__init__(device=device)
 

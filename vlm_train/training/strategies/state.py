@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,21 @@ class OwnState:
     stays where it is.
     """
 
-    shards_model = False
-    """Whether ranks hold parts of the weights only: a forward pass is a collective, so all ranks evaluate together."""
+    # Literals: `vlm_train.check.strategies` reads them before anything is imported.
 
-    keeps_fp32_copy = False
+    spans_processes: ClassVar[bool] = True
+    """Whether several processes train together."""
+
+    sharded_by: ClassVar[Mapping[str, Any] | None] = None
+    """Settings with which ranks hold parts of the weights only, see `shards_model`; empty: always, None: never."""
+
+    compiles_shards: ClassVar[bool] = True
+    """Whether `torch.compile` takes a model whose weights are sharded so."""
+
+    scales_loss: ClassVar[bool] = True
+    """Whether there is a loss scale for 16-mixed."""
+
+    keeps_fp32_copy: ClassVar[bool] = False
     """Whether the optimizer keeps fp32 weights behind a 16-bit model."""
 
     compute_dtype: torch.dtype | None = None
@@ -41,6 +52,12 @@ class OwnState:
     is_global_zero: bool
     lightning_module: Any
     precision_plugin: Any
+
+    @property
+    def shards_model(self) -> bool:
+        """Whether ranks hold parts of the weights only: a forward pass is a collective, so all ranks evaluate
+        together."""
+        return self.sharded_by is not None and all(getattr(self, k) == v for k, v in self.sharded_by.items())
 
     def make_precision(self, precision: str) -> Any:
         """A precision plugin of the strategy's own; None for Lightning's."""

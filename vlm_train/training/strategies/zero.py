@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
@@ -38,6 +38,11 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         persistent_parameters: stage 3 leaves parameters of fewer numbers whole on every device.
         timeout_minutes: a collective that takes longer ends the run.
     """
+
+    sharded_by: ClassVar[Mapping[str, Any]] = {"stage": 3}
+    compiles_shards = False
+    keeps_fp32_copy = True
+    clips_gradients = True
 
     def __init__(
         self,
@@ -84,8 +89,6 @@ class ZeRO(OwnState, DeepSpeedStrategy):
         except ModuleNotFoundError as error:
             raise ConfigError("strategy: DeepSpeed is not installed: pip install 'vlm-train[deepspeed]'.") from error
         self.stage = stage
-        self.shards_model = stage == 3
-        self.clips_gradients = self.keeps_fp32_copy = True
 
     def make_precision(self, precision: str) -> Any:
         """DeepSpeed's precision. It has no bf16-true: the model is in 16 bits anyway."""
