@@ -103,10 +103,7 @@ def write_shards(
     records go to `quarantine.jsonl` in the output, or, when more than `max_bad` of them stop the build with a
     `DataError`, to `<output>.quarantine.jsonl`.
     """
-    if not 0 <= node < nodes:
-        raise DataError(f"node: got {node} with nodes={nodes}; allowed: 0 to nodes - 1")
-    if lacking := [name for name in ("name", "license", "split", "parts", "read") if not hasattr(source, name)]:
-        raise DataError(f"{type(source).__name__} has no {', '.join(lacking)}; see `data_pipelines.sources.Source`")
+    _check_arguments(source, node, nodes)
     with Partial(output, overwrite=overwrite, shared=nodes > 1) as hidden:
         writer = PartWriter(
             source=source,
@@ -135,6 +132,14 @@ def write_shards(
             _keep_finished(hidden, numbers, shared=nodes > 1)
             raise
     return Manifest.read(output)
+
+
+def _check_arguments(source: Source, node: int, nodes: int) -> None:
+    """Raise `DataError` for a node that is none of `nodes`, and for a source that lacks what `Source` names."""
+    if not 0 <= node < nodes:
+        raise DataError(f"node: got {node} with nodes={nodes}; allowed: 0 to nodes - 1")
+    if lacking := [name for name in ("name", "license", "split", "parts", "read") if not hasattr(source, name)]:
+        raise DataError(f"{type(source).__name__} has no {', '.join(lacking)}; see `data_pipelines.sources.Source`")
 
 
 def _make_source(arguments: dict[str, Any], trusted: tuple[str, ...]) -> Source:
