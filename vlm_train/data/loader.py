@@ -74,10 +74,10 @@ class WindowStream(IterableDataset):
                     for item in row:
                         end = start + len(item.rendered.streams[name])
                         sums[name][item.source] = sums[name].get(item.source, 0.0) + float(weights[start:end].sum())
-                        supervised += item.rendered.streams[name].supervised
                         start = end
                     tokens += start
                 positions += stream.ids.numel()
+                supervised += len(stream.supervised)
         return Window(
             step=step,
             micro=0,
