@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from tests.support.small_run import command, make_data, train
+from tests.support.tiny_models import IMAGE, batch_of, text_stream
 from vlm_train.training import trainer
 from vlm_train.training.callbacks.loop import AfterStep, Checkpoints
 from vlm_train.training.guard import SCALE
@@ -65,6 +67,14 @@ def test_a_step_happens_in_the_order_in_which_it_is_told(
     ]
     assert told[: len(step)] == step
     assert list(dict.fromkeys(told[len(step) :])) == ["log", "validate", "save"]
+
+
+def test_lightning_leaves_it_to_a_batch_how_it_moves() -> None:
+    """Else it would rebuild it field by field."""
+    batch = batch_of(text_stream([[5, *IMAGE, 6]]), [0])
+    assert move_data_to_device(batch, torch.device("cpu")) is batch
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert moved.text["llm"].ids.is_meta and moved.media.inputs["vision"].values.is_meta and moved.media.row.is_meta
 
 
 def test_fp16_skips_the_update_whose_gradients_overflow(
