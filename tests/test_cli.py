@@ -248,6 +248,21 @@ def test_run_folder_cannot_extend_trust(dispatched: list[DictConfig], fails: Cal
     assert len(dispatched) == 2
 
 
+@pytest.mark.parametrize("behind", [1, 2, 3])
+def test_flags_may_stand_among_and_behind_overrides(dispatched: list[DictConfig], tmp_path: Path, behind: int) -> None:
+    words = ["recipe=mine", "size=tiny", f"paths.runs={tmp_path}"]
+    words[behind:behind] = ["--config-dir", recipe(tmp_path, "# @package _global_\ndefaults:\n  - llava15_stage1\n")]
+    assert cli.main(words) == 0
+    assert dispatched[0].recipe_name == "mine"
+
+
+def test_a_multirun_takes_flags_behind_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "_run_sweep", lambda argv, overrides: seen.append(list(argv)))
+    assert cli.main(["recipe=mine", "--config-dir", str(tmp_path), "seed=1,2", "-m"]) == 0
+    assert seen == [["--config-dir", str(tmp_path), "-m", "recipe=mine", "seed=1,2"]]
+
+
 @pytest.mark.parametrize("flag", [["--config-name", "x"], ["--config-path", "x"], ["--config-dir", "/nonexistent"]])
 def test_flags_that_would_be_ignored_are_refused(fails: Callable[..., str], flag: list[str]) -> None:
     assert flag[0] in fails(*flag, STAGE, "mode=config")

@@ -68,6 +68,23 @@ CASES: dict[str, tuple[Case, int, list[str]]] = {
     "misspelt group in a recipe": (recipe_with("trainr: {epochs: 1}"), 2, ["trainr", "trainer"]),
     "wrong type": (override("batch.samples=many"), 2, ["batch.samples", "many"]),
     "wrong type in a recipe": (recipe_with("optim: {lr: fast}"), 2, ["optim.lr", "fast"]),
+    "number in place of a list": (override("data.train=5"), 2, ["data.train", "got 5"]),
+    "list in place of an option": (override("optim=[1]"), 2, ["optim=[1]", "name of an option"]),
+    "negative width": (
+        override("llm.config.intermediate_size=-5"),
+        2,
+        ["llm: ", "HFCausalLM cannot be made", "config.intermediate_size=-5", "VLM_TRAIN_TRACEBACK"],
+    ),
+    "no attention head": (
+        override("dry_run=true", "vision.config.num_attention_heads=0"),
+        2,
+        ["vision: ", "config.num_attention_heads=0", "ZeroDivisionError", "configuration_clip.py"],
+    ),
+    "patch larger than the picture": (
+        override("dry_run=true", "vision.config.patch_size=64"),
+        2,
+        ["model: no step can be computed", "(32 x 32)", "(64 x 64)"],
+    ),
     "rule that matches nothing": (
         override("params.rules=[{match: 'conector.*', lr: 1e-3}]"),
         2,

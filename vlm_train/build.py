@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
+from vlm_train.config.part_error import name_failing_part
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.exporter import Exporter, Importer
@@ -26,7 +27,7 @@ from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.data.processor import Processor
 from vlm_train.distributed import process_rank
-from vlm_train.errors import AssetError, ConfigError
+from vlm_train.errors import ConfigError, PartError
 from vlm_train.models.adapters.lora import describe_adapters
 from vlm_train.models.layers.inserted_blocks import check_ownership
 from vlm_train.models.libraries import silence_libraries
@@ -48,7 +49,8 @@ class Assembly:
 def instantiate_part(group: str, node: DictConfig, **given: Any) -> Any:
     """Call a node's `_target_` with its options and what its group is given (see `GIVEN`): live objects, not copied."""
     assert group == "model" or given.keys() <= GIVEN.get(group, frozenset()), (group, sorted(given))
-    return instantiate(node, _partial_=True, _convert_="all")(**given)
+    with name_failing_part(group, node):
+        return instantiate(node, _partial_=True, _convert_="all")(**given)
 
 
 def make_each(group: str, nodes: DictConfig | None, **given: Any) -> dict[str, Any]:
@@ -103,9 +105,7 @@ def build_model(cfg: DictConfig, tokenizer: Any = None, *, meta: bool = False) -
         torch.manual_seed(derive_seed(cfg.seed, "init", "model"))
         model = instantiate_part("model", cfg.model, **parts)
         if not isinstance(model, Family):
-            raise ConfigError(
-                f"model: {cfg.model._target_} is not a family: it does not inherit from {Family.__module__}.Family."
-            )
+            raise ConfigError(f"model: {cfg.model._target_} does not inherit from {Family.__module__}.Family.")
         check_ownership(model)
         if not meta:
             model.load_weights()
@@ -121,10 +121,10 @@ def build_on_meta(cfg: DictConfig) -> Family | None:
     try:
         with torch.random.fork_rng(devices=[]):
             return build_model(cfg, build_tokenizer(cfg), meta=True)
-    except (ConfigError, AssetError):
-        raise
     except Exception as error:  # of any model's own code
-        print(f"model: not built on the meta device: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        if isinstance(error, ConfigError) and not isinstance(error, PartError):
+            raise
+        print(f"model: not built on the meta device: {str(error).partition(chr(10))[0]}", flush=True)
         return None
 
 
@@ -209,9 +209,8 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
         raise ConfigError(f"image: {node._target_} makes {makes}, but the vision encoder takes {takes}")
     given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
     given["patch_size"] = getattr(vision, "patch_size", None)
-    return cast(
-        ImagePlan, instantiate_part("image", node, **{name: value for name, value in given.items() if name in wanted})
-    )
+    given = {name: value for name, value in given.items() if name in wanted}
+    return cast(ImagePlan, instantiate_part("image", node, **given))
 
 
 def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:

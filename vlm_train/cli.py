@@ -22,7 +22,8 @@ from vlm_train.runs.single import run
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = get_args_parser().parse_args(argv)
+    args = get_args_parser().parse_intermixed_args(argv)  # flags may stand behind overrides, too
+    argv = [*(word for word in argv if word not in args.overrides), *args.overrides]  # Hydra wants those in one piece
     dirs = [args.config_dir] if args.config_dir else []
     if problems := _refused_flags(args):
         return report_error(error := ConfigError(problems), error)

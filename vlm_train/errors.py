@@ -36,6 +36,10 @@ class AssetError(ConfigError):
     """Weights, tokenizers or shards that a configuration names and that are not there."""
 
 
+class PartError(ConfigError):
+    """A component whose constructor raises with the options that it is given."""
+
+
 class BatchError(VLMTrainError):
     """A batch whose parts disagree, for example placeholders and image features."""
 

@@ -126,6 +126,22 @@ def test_a_saved_key_whose_value_means_something_else_is_refused(tmp_path: Path)
         load_config(tmp_path / "config.yaml")
 
 
+def test_what_refers_to_an_old_key_refers_to_the_new_one_in_a_saved_run_and_is_told_it_elsewhere(
+    tmp_path: Path,
+) -> None:
+    cfg = compose_tiny("recipe=llava15_stage1", "optim.lr=${trainer.max_grad_norm}", "seed=${batch.micro}")
+    cfg.params.rules[0].lr = "${trainer.max_grad_norm}"
+    old = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(old, dict)
+    old["trainer"]["clip_norm"] = old["trainer"].pop("max_grad_norm")
+    old["optim"]["lr"] = old["params"]["rules"][0]["lr"] = "${trainer.clip_norm}"
+    OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+    with pytest.raises(ConfigError) as error:
+        check_config(compose_tiny("recipe=llava15_stage1", "optim.lr=${trainer.clip_norm}"), need_assets=False)
+    assert "optim.lr: trainer.clip_norm: it is trainer.max_grad_norm now." in error.value.problems
+
+
 def test_an_option_that_still_has_the_name_of_an_old_key_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renamed_keys, "_table", lambda: {"image.flip": RenamedKey("image.mirror")})
     ours = {"image": {"_target_": "vlm_train.data.images.transform.ImageTransform", "flip": True}}

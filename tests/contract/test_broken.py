@@ -31,7 +31,7 @@ BROKEN = [  # group, shipped option that it is like ("": of its own), class, wha
     ("llm", "llama_small", "LosesBlocks", "inserted blocks run once before every layer: got [0, 0], wanted [1, 1]"),
     ("llm", "flant5_xl", "ShortLogits", "logits are [B, T, vocab_size]: got [2, 7, 49], wanted [2, 7, 50]"),
     ("llm", "clip_text_b32", "ReadsPadding", "a caption gives what it gives alone, without padding: differs"),
-    ("model", "prefix", "NoFamily", "NoFamily is not a family: it does not inherit from"),
+    ("model", "prefix", "NoFamily", "NoFamily does not inherit from"),
     ("model", "prefix", "SkipsBlankViews", "a batch of padding reaches the same parameters: connector."),
     ("model", "prefix", "MixesRows", "a sample gives what it gives alone, without padding: differs"),
     ("objective", "lm", "MeanLoss", "lm: the sum does not depend on how a step is cut: differs"),

@@ -7,6 +7,7 @@ the earlier ones found nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -87,7 +88,9 @@ def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
     except InterpolationToMissingValueError:  # said once, where the value is missing
         return
     except OmegaConfBaseException as error:
-        yield f"{where}: {str(error).splitlines()[0]}"
+        missing = re.match(r"Interpolation key '(.+)' not found", str(error))
+        renamed = missing and describe_renamed_key(missing[1])
+        yield f"{where}: {renamed or str(error).splitlines()[0]}"
         return
     if isinstance(node, DictConfig):
         section = OmegaConf.get_type(node)

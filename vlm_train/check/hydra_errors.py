@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,7 +58,7 @@ def _describe_error(error: BaseException, overrides: list[str], dirs: Sequence[s
         culprit = next((o for o in overrides if _key_of(o) == key), None)
         return unknown_key(key, _remove_override(overrides, culprit), dirs), culprit
     if text == GROUP_WITHOUT_OPTION:
-        culprit = next((o for o in overrides if _key_of(o) in list_groups(dirs) and o.endswith("=null")), None)
+        culprit = next((o for o in overrides if _key_of(o) in list_groups(dirs) and not _names_options(o)), None)
         instead = f"takes the name of an option (--help lists them); ~{str(culprit).partition('=')[0]} leaves it out."
         return f"{culprit}: a group on the command line {instead}", culprit
     if text == EMPTY_PARENT:
@@ -174,6 +175,12 @@ def _first_line(error: BaseException) -> str:
 
 def _key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _names_options(override: str) -> bool:
+    """Whether the value is a name or a list of names, as Hydra wants it for a group."""
+    value = OverridesParser.create().parse_override(override).value()
+    return all(isinstance(one, str) for one in value) if isinstance(value, list) else isinstance(value, str)
 
 
 def _find_override(overrides: list[str], text: str) -> str | None:

@@ -88,7 +88,8 @@ def check_data(cfg: DictConfig) -> Iterator[str]:
 
 def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
     """Settings of the order that would be ignored, or that cannot go together."""
-    entries = [entry for entry in data.get("train") or [] if isinstance(entry, dict)]
+    train = data.get("train")
+    entries = [entry for entry in train if isinstance(entry, dict)] if isinstance(train, list) else []
     if data.get("mixture") != "weights" and any(entry.get("weight") is not None for entry in entries):
         yield f"data.train: a weight counts only with data.mixture=weights, got {data.get('mixture')!r}."
     if any(entry.get("share") is not None and entry.get("weight") is not None for entry in entries):

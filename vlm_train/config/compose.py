@@ -96,9 +96,9 @@ def check_recipe(name: str, cfg: DictConfig, config_dirs: Iterable[str | Path]) 
 
 @contextmanager
 def composition_errors() -> Iterator[None]:
-    """Gives `peft.rank=8` without a chosen `peft`, and `vision=null`, the type of Hydra's other errors.
+    """Gives `peft.rank=8` without a chosen `peft`, and `vision=null` or `=[5]`, the type of Hydra's other errors.
 
-    OmegaConf stops at the first with a bare assertion, Hydra at the second with a ValueError.
+    OmegaConf stops at the first with a bare assertion, Hydra at the others with a ValueError or a TypeError.
     """
     try:
         yield
@@ -107,8 +107,10 @@ def composition_errors() -> Iterator[None]:
         if not frame.f_globals["__name__"].startswith("omegaconf."):  # a sweeper's or launcher's own
             raise
         raise ConfigCompositionException(EMPTY_PARENT) from error
-    except ValueError as error:
-        if GROUP_WITHOUT_OPTION not in str(error):
+    except (ValueError, TypeError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        of_hydra = isinstance(error, TypeError) and frame.f_globals["__name__"].startswith("hydra.")
+        if not of_hydra and GROUP_WITHOUT_OPTION not in str(error):
             raise
         raise ConfigCompositionException(GROUP_WITHOUT_OPTION) from error
 

@@ -6,6 +6,7 @@ and its run keeps its id, which is a hash of the first names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -81,6 +82,8 @@ def rename_keys(cfg: dict[Any, Any]) -> None:
         if isinstance(value, list) and key.fields:
             value = dict(zip(key.fields, value, strict=True))
         _put_value(cfg, key.now.split("."), value)
+    for path, text in list(_list_texts(cfg)):
+        _put_value(cfg, path, re.sub(r"(?<=\$\{)[\w.]+(?=\})", lambda found: _name_of_today(found[0]), text))
 
 
 def restore_first_names(cfg: dict[str, Any]) -> None:
@@ -118,6 +121,21 @@ def _list_paths(cfg: dict[Any, Any], parents: tuple[str, ...] = ()) -> Iterator[
         yield *parents, str(key)
 
 
+def _list_texts(node: Any, parents: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """The path and value of every text, in lists too."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, str):
+            yield (*parents, key), value
+        elif isinstance(value, (dict, list)):
+            yield from _list_texts(value, (*parents, key))
+
+
+def _name_of_today(key: str) -> str:
+    """What an interpolation refers to today; old keys whose value means something else now stay, and are refused."""
+    found = find_renamed_key(key)
+    return key if found is None or found.fields or found.note else found.now
+
+
 def _is_option(cfg: dict[Any, Any], path: tuple[str, ...]) -> bool:
     """Whether the component that holds the key takes it under this name, as those of other packages do."""
     target = _target_around(cfg, path)
@@ -142,7 +160,7 @@ def _pop_value(cfg: dict[Any, Any], path: tuple[str, ...]) -> Any:
     return cfg.pop(path[-1])
 
 
-def _put_value(cfg: dict[Any, Any], path: Sequence[str], value: Any) -> None:
+def _put_value(cfg: Any, path: Sequence[Any], value: Any) -> None:
     for key in path[:-1]:
-        cfg = cfg.setdefault(key, {})
+        cfg = cfg.setdefault(key, {}) if isinstance(cfg, dict) else cfg[key]
     cfg[path[-1]] = value

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m vlm_train.contract", description=__doc__, formatter_class=formatter)
     parser.add_argument("--config-dir", help="a further folder of YAML: <group>/<name>.yaml")
     parser.add_argument("overrides", nargs="+", metavar="<group>=<name>", help=f"groups: {', '.join(CONTRACTS)}")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     dirs = [options.config_dir] if options.config_dir else []
     failed: list[str] = []
     code = run_guarded(lambda: failed.extend(_print_findings(options.overrides, dirs)), options.overrides, dirs)

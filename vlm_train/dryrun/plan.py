@@ -13,6 +13,7 @@ from torch import nn
 
 from vlm_train.build import build_model, build_objectives, build_optimizer
 from vlm_train.check.model import check_reference
+from vlm_train.config.part_error import name_failing_code
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.size import list_unsized
 from vlm_train.contracts.model_parts import find_layers
@@ -71,7 +72,8 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
     """The plan of a model on the meta device."""
     policy = make_policy(cfg, model)
     visual = visual_tokens(model)
-    typical = trace_step(cfg, model, text_tokens=cfg.target.text_tokens, supervised=cfg.target.supervised_tokens)
+    with name_failing_code("model: no step can be computed with the settings of its parts"):
+        typical = trace_step(cfg, model, text_tokens=cfg.target.text_tokens, supervised=cfg.target.supervised_tokens)
     longest = cfg.data.get("pack") or cfg.data.get("max_length") or visual + cfg.target.text_tokens
     if not cfg.trainer.precision.startswith("32"):
         model.to(torch.bfloat16)

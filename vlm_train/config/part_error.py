@@ -1,0 +1,54 @@
+"""Errors of components' own code: which component, with which values, and what its code said."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from data_pipelines.errors import DataError
+from vlm_train.config.origins import flatten_leaves
+from vlm_train.config.redact import without_credentials
+from vlm_train.errors import PartError, VLMTrainError
+
+
+@contextmanager
+def name_failing_part(group: str, node: DictConfig) -> Iterator[None]:
+    """Errors inside are those of the component that `node` describes, and name it with its options.
+
+    Raises:
+        PartError: as `name_failing_code`.
+    """
+    leaves = {key: value for key, value in flatten_leaves(node).items() if value is not None}
+    target = leaves.pop("_target_")
+    values = ", ".join(f"{key}={_shorten(value)}" for key, value in leaves.items())
+    with name_failing_code(f"{group}: {target} cannot be made with {values or 'no options'}"):
+        yield
+
+
+@contextmanager
+def name_failing_code(what: str) -> Iterator[None]:
+    """Errors inside follow from settings, and `what` says of which. Errors that already say what to do stay.
+
+    Raises:
+        PartError: the code inside, or a package that it calls, raised anything else.
+    """
+    try:
+        yield
+    except (VLMTrainError, DataError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        said = (str(error).strip() or "no message").splitlines()[0]
+        raise PartError(
+            f"{what}. {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno}). "
+            "VLM_TRAIN_TRACEBACK=1 shows the way there."
+        ) from error
+
+
+def _shorten(value: object) -> str:
+    text = str(without_credentials(value))
+    return text if len(text) <= 40 else f"{text[:39]}…"
