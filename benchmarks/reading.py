@@ -247,9 +247,12 @@ def format_report(trace: bool = True, detail: bool = False) -> str:
         names, asked = one_word_names(package)
         add(f"one-word function names in {package}", f"{len(names) / asked:.0%} ({len(names)} of {asked})", names)
     if trace:
-        called = trace_step(ROOT, PACKAGES)
-        read = leave_out_short(called)
-        for title, names in (("from a shard's Sample to the loss", read), ("    with the short ones", called)):
+        called, with_reading = trace_step(ROOT, PACKAGES)
+        for title, names in (
+            ("from a shard's Sample to the loss", leave_out_short(called)),
+            ("    and the reading of the shard", leave_out_short(with_reading)),
+            ("    and the short ones", with_reading),
+        ):
             files = {name.partition(":")[0] for name in names}
             add(title, f"{len(names)} functions in {len(files)} files", names)
     for title, lengths in (

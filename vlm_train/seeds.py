@@ -10,5 +10,4 @@ import hashlib
 
 def derive_seed(*address: int | str) -> int:
     """A 63-bit seed for an address such as `(seed, "sample", epoch, index)`; equal on every machine and process."""
-    digest = hashlib.blake2b("/".join(map(str, address)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, address)).encode(), digest_size=8).digest(), "big") >> 1

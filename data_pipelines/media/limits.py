@@ -8,7 +8,7 @@ import warnings
 from PIL import Image
 
 from data_pipelines.errors import BadSample
-from data_pipelines.media.video import read_frames, read_video_header, video_extension
+from data_pipelines.media.video import is_video, read_frames, read_video_header
 from data_pipelines.sample import MediaItem
 
 MAX_PIXELS = 64 * 2**20
@@ -43,7 +43,7 @@ def image_item(number: int, data: bytes) -> MediaItem:
 
 def media_item(number: int, data: bytes) -> MediaItem:
     """The `MediaItem` of the bytes of an image or a video, told apart by their first bytes. Raises `BadSample`."""
-    if video_extension(data) is None:
+    if not is_video(data):
         return image_item(number, data)
     header = read_video_header(data)
     return MediaItem(
@@ -75,7 +75,7 @@ def _format_length(item: MediaItem) -> str:
 
 def check_pixels(data: bytes) -> None:
     """Decode an image or a video completely. Raises `BadSample` if it is cut off or damaged."""
-    if video_extension(data) is not None:
+    if is_video(data):
         for _ in read_frames(data, range(read_video_header(data).frames)):
             pass
         return

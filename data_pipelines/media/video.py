@@ -36,6 +36,11 @@ class VideoHeader:
     extension: str
 
 
+def is_video(data: bytes) -> bool:
+    """Whether a file is one of the videos that are read, told by its first bytes."""
+    return data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3"
+
+
 def video_extension(data: bytes) -> str | None:
     """The extension of a video's container, told by its first bytes; None: no video that is read."""
     if data[4:8] == b"ftyp":

@@ -24,9 +24,10 @@ from vlm_train.contract.finding import (
     require_members,
     weigh_values,
 )
-from vlm_train.contracts.batch import IGNORE, SequenceMask, Slots, TokenStream, pack_sequences
+from vlm_train.contracts.batch import IGNORE, SequenceMask, Slots, TokenStream
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.layout import PLACEHOLDER_ID
+from vlm_train.data.collate import pack_sequences
 
 GIVEN: dict[str, Any] = {"vocab_size": 50}
 """What the tokenizer decides."""

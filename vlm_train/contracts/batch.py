@@ -5,9 +5,8 @@ Legend: A position axes (1, or 3 for M-RoPE), B rows, T tokens, S placeholders (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -53,16 +52,6 @@ class PackedSequences:
     max_length: int
     cu_seqlens: Tensor
     index: Tensor | None = None
-
-
-def pack_sequences(spans: Sequence[tuple[int, int]], total: int) -> PackedSequences:
-    """The sequences at `spans` (start, length), not empty, of a batch of `total` tokens read row after row."""
-    lengths = tuple(length for _, length in spans)
-    index = None
-    if sum(lengths) < total:
-        index = torch.cat([torch.arange(start, start + length) for start, length in spans])
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return PackedSequences(lengths=lengths, max_length=max(lengths), cu_seqlens=cu_seqlens, index=index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +178,11 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device` (called by Lightning)."""
-        if torch.device(device) == self.media.row.device:
-            return self
-        return map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
+        return (
+            self
+            if self.media.row.device == torch.device(device)
+            else map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
+        )
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader)."""

@@ -24,7 +24,6 @@ from vlm_train.contracts.batch import (
     Slots,
     TokenStream,
     Window,
-    pack_sequences,
 )
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.contracts.media import MediaInput
@@ -232,6 +231,16 @@ def _collate_stream(
         sample_lengths=tuple(tuple(len(item.rendered.streams[name]) for item in row) for row in rows),
         media_of_token=torch.from_numpy(media),
     )
+
+
+def pack_sequences(spans: Sequence[tuple[int, int]], total: int) -> PackedSequences:
+    """The sequences at `spans` (start, length), not empty, of a batch of `total` tokens read row after row."""
+    lengths = tuple(length for _, length in spans)
+    index = None
+    if sum(lengths) < total:
+        index = torch.cat([torch.arange(start, start + length) for start, length in spans])
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedSequences(lengths=lengths, max_length=max(lengths), cu_seqlens=cu_seqlens, index=index)
 
 
 def _collate_slots(

@@ -14,7 +14,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 from tests.support.tiny_models import assert_close, llama_config, text_stream, tiny_llm
-from vlm_train.contracts.batch import TokenStream, pack_sequences
+from vlm_train.contracts.batch import TokenStream
+from vlm_train.data.collate import pack_sequences
 from vlm_train.models.layers import attention as attention_module
 from vlm_train.models.layers.decode import decode_stream
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlm_train.contracts.batch import pack_sequences
+from vlm_train.data.collate import pack_sequences
 from vlm_train.models.layers.masks import attention_mask, block_mask_rule, within_window
 
 

@@ -15,10 +15,10 @@ from data_pipelines.sample import Sample
 from tests.data.text.rendering import assistant, load, sample, user
 from tests.support.render import render_sample
 from tests.support.tiny_models import assert_close, llama_config, text_stream, tiny_llm, tiny_vision, with_views
-from vlm_train.contracts.batch import Batch, PackedSequences, SequenceMask, pack_sequences
+from vlm_train.contracts.batch import Batch, PackedSequences, SequenceMask
 from vlm_train.contracts.layout import GridLayout, NoMedia
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.collate import Example, collate_rows
+from vlm_train.data.collate import Example, collate_rows, pack_sequences
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.transform import ImageTransform
 from vlm_train.data.text.tokenizer import byte_level

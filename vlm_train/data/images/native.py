@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import BadSample
-from data_pipelines.media.video import video_extension
+from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
@@ -78,7 +78,7 @@ class NativeResolution:
 
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The flat patches `[P, 3 * p * p]` of an image or a video, see `ImagePlan`. Nothing is random."""
-        if video_extension(data) is None:
+        if not is_video(data):
             pictures = [decode_image(data, where)[0]]
         else:
             pictures = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]

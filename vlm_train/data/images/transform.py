@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import BadSample
-from data_pipelines.media.video import video_extension
+from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
@@ -117,7 +117,7 @@ class ImageTransform:
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         crop = self.random_resized_crop if generator is not None else None
-        if video_extension(data) is None:
+        if not is_video(data):
             draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
             image, size = decode_image(data, where, draft)
             pictures = [(image, self._resized_size(*size))]
