@@ -65,6 +65,18 @@ class Undeclared:
         raise NotImplementedError
 
 
+class Nonsense(Undeclared):
+    streams = "llm"  # type: ignore[assignment]
+    needs = ("Routes",)
+    normalized_by = "bananas"
+    needs_whole_step = False
+    needs_reference = "maybe"
+
+
+class Aligned(PrefixVLM):
+    streams = {"llm": "causall"}  # type: ignore[dict-item]  # noqa: RUF012
+
+
 class Routes:
     """What no shipped family offers."""
 
@@ -100,6 +112,14 @@ class Measures:
         ),
         ([*MINE, mine("Needy")], "objective.mine: needs a model that Routes. PrefixVLM lacks route; it PredictsTokens"),
         ([*MINE, mine("Undeclared")], "objective.mine: Undeclared does not declare normalized_by, needs_whole_step, "),
+        ([*MINE, mine("Nonsense")], "objective.mine: streams is 'llm'; allowed: a tuple of names of streams."),
+        ([*MINE, mine("Nonsense")], "objective.mine: needs is ('Routes',); allowed: a tuple of protocols of"),
+        ([*MINE, mine("Nonsense")], "objective.mine: normalized_by is 'bananas'; allowed: tokens, samples."),
+        ([*MINE, mine("Nonsense")], "objective.mine: needs_reference is 'maybe'; allowed: True or False."),
+        (
+            ["allow_targets=[tests.]", f"model._target_={__name__}.Aligned"],
+            "model: Aligned gives its stream 'llm' the alignment 'causall'; allowed: causal, seq2seq, none.",
+        ),
         (
             ["allow_targets=[tests.]", f"+eval.mine._target_={__name__}.Measures"],
             "eval.mine: needs a model that Routes. PrefixVLM lacks route",

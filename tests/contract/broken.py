@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests.contract.broken_returns import NoLoss, PlainFeatures, PlainValue  # noqa: F401 - found by name
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.evaluator import Findings
 from vlm_train.contracts.media import Features, Grid3, MediaInput

@@ -23,6 +23,7 @@ BROKEN = [  # group, shipped option that it is like ("": of its own), class, wha
     ("connector", "linear", "Local", "token_grid can be sent to data workers: does not pickle"),
     ("connector", "linear", "NeedsValues", "builds on the meta device"),
     ("connector", "linear", "NoGrid", "NoGrid has no token_grid"),
+    ("connector", "linear", "PlainFeatures", "forward returns Features: got Tensor"),
     ("connector", "linear", "Raises", "runs: ArithmeticError: too hard"),
     ("vision", "vit_small", "MeanOfBatch", "a view gives what it gives alone, whatever else is in the batch: differs"),
     ("vision", "vit_small", "Transposed", "features of a view have the grid that patch_grid says"),
@@ -36,9 +37,11 @@ BROKEN = [  # group, shipped option that it is like ("": of its own), class, wha
     ("model", "prefix", "MixesRows", "a sample gives what it gives alone, without padding: differs"),
     ("objective", "lm", "MeanLoss", "lm: the sum does not depend on how a step is cut: differs"),
     ("objective", "lm", "PlainTensor", "lm: returns losses by name: got"),
+    ("objective", "lm", "NoLoss", "lm: returns losses by name: got None"),
     ("objective", "", "WrongStream", "reads the stream 'lmm'. Did you mean llm?"),
     ("metric", "exact_match", "WrongDirection", "exact_match: lower is better, as declared: 1.0 for right texts"),
     ("metric", "exact_match", "OtherName", "returns the values that higher_is_better declares: got"),
+    ("metric", "exact_match", "PlainValue", "returns values by name: got 1.0"),
     ("eval", "", "UndeclaredFinding", "runs: ConfigError: eval.broken: declares {'good': True}"),
     ("exporter", "", "ForgetfulExporter", "writes files, and says in words what they have: returned 'everything'"),
     ("importer", "", "GreedyImporter", "says why it cannot read an empty folder: got []"),
@@ -84,7 +87,7 @@ def test_a_missing_docstring_ends_no_other_checks(tmp_path: Path) -> None:
 def test_the_command_prints_a_line_a_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_option(tmp_path, "connector", "linear", "tests.contract.broken.Idle")
     ours = ["--config-dir", str(folder), "allow_targets=[tests.]"]
-    assert main([*ours, "connector=linear"]) == 0
+    assert main(["connector=linear", *ours]) == 0, "flags may stand behind overrides"
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "connector=linear" and said[-2] == "connector=linear: keeps its contract"
     assert len(said) > 10 and all(line.startswith("  ok    ") for line in said[1:-2])

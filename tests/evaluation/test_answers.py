@@ -190,6 +190,19 @@ def test_metrics_that_cannot_be_are_refused() -> None:
         QuestionAnswering(shards="x", published=[{"name": "a", "value": 1.0, "metric": "f1"}])
 
 
+@pytest.mark.parametrize(
+    "returned", [{"other": 1.0}, {}, 1.0, {"exact_match": "good"}, {"exact_match": 1.0, "more": 2.0}]
+)
+def test_what_a_metric_returns_is_what_it_declares(
+    built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: object
+) -> None:
+    monkeypatch.setattr(ExactMatch, "__call__", lambda self, predictions, references: returned)
+    evaluator = QuestionAnswering(shards="x", metrics={"mine": ExactMatch()})
+    with pytest.raises(ConfigError) as error:
+        evaluator.run(built.model, built.processor, tmp_path, final=False)
+    assert f"eval: ExactMatch returned {returned!r}; expected a number for each of exact_match" in str(error.value)
+
+
 def test_answers_of_the_source_count_where_they_are_asked_for(
     built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,9 +21,9 @@ from vlm_train.config.signatures import did_you_mean, read_attribute
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
 from vlm_train.contracts.model_parts import find_encoders, find_parts
-from vlm_train.contracts.objective import Objective
+from vlm_train.contracts.objective import NormalizedBy, Objective
 from vlm_train.contracts.parts import Connector, EncoderDecoder, VisionEncoder
-from vlm_train.contracts.streams import QFORMER
+from vlm_train.contracts.streams import QFORMER, Alignment
 from vlm_train.errors import ConfigError
 
 DECLARED = ("streams", "normalized_by", "needs_whole_step", "needs_reference", "needs")
@@ -82,6 +82,9 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
             f"{Objective.__module__}.Objective, or set them."
         )
         return
+    if wrong := list(_check_declarations(path, objective)):
+        yield from wrong
+        return
     yield from check_offer(path, objective.needs, model)
     allowed = learned_streams(cfg, model)
     for stream in objective.streams:
@@ -94,6 +97,20 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
         yield from _check_whole_step(path, cfg)
     if objective.needs_whole_step and objective.normalized_by == "samples":
         yield from _check_weights(path, cfg)
+
+
+def _check_declarations(path: str, objective: Objective) -> Iterator[str]:
+    """What an objective says of itself has the types and values that `Objective` names."""
+    streams, needs, divisor = objective.streams, objective.needs, objective.normalized_by
+    if not isinstance(streams, (tuple, list)) or not all(isinstance(one, str) for one in streams):
+        yield f"{path}: streams is {streams!r}; allowed: a tuple of names of streams."
+    if not isinstance(needs, tuple) or not all(isinstance(one, type) for one in needs):
+        yield f"{path}: needs is {needs!r}; allowed: a tuple of protocols of {Family.__module__}."
+    if divisor not in get_args(NormalizedBy):
+        yield f"{path}: normalized_by is {divisor!r}; allowed: {', '.join(get_args(NormalizedBy))}."
+    for name in ("needs_whole_step", "needs_reference"):
+        if not isinstance(getattr(objective, name), bool):
+            yield f"{path}: {name} is {getattr(objective, name)!r}; allowed: True or False."
 
 
 def check_reference(cfg: DictConfig, model: Family, reference: Family) -> None:
@@ -197,6 +214,10 @@ def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:
 def check_streams(cfg: DictConfig, model: Family) -> Iterator[str]:
     """Several streams of a sample come one sample a row; only a model that reads an instruction is given one."""
     streams: Mapping[str, str] = model.streams
+    for name, alignment in streams.items():
+        if alignment not in get_args(Alignment):
+            got = f"{type(model).__name__} gives its stream {name!r} the alignment {alignment!r}"
+            yield f"model: {got}; allowed: {', '.join(get_args(Alignment))}."
     data: Any = cfg.data
     reads = f"the model reads the streams {' and '.join(streams)}"
     if len(streams) > 1:

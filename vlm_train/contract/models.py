@@ -122,7 +122,10 @@ def _check_losses(name: str, objective: Objective, built: Assembly) -> Iterator[
     """What an objective returns for a batch, for its parts, and for padding."""
     context = StepContext(reference=partial(frozen, copy.deepcopy(built.model).requires_grad_(False)))
     whole, halves, empty = _make_batches(built, {name: objective})
-    losses = objective(built.model, whole, context)
+    losses: Any = objective(built.model, whole, context)
+    if not isinstance(losses, dict):
+        yield Finding(f"{name}: returns losses by name", f"got {losses!r}")
+        return
     wrong = {key: value for key, value in losses.items() if not isinstance(value, Loss)}
     yield compare_values(f"{name}: returns losses by name", (wrong, bool(losses)), ({}, True))
     for key, loss in losses.items():

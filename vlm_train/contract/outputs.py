@@ -41,6 +41,9 @@ def check_metric(component: Component) -> Iterator[Finding]:
     if found.problem:
         return
     right, again, wrong = (metric(list(texts), REFERENCES) for texts in (RIGHT, RIGHT, WRONG))
+    if not isinstance(right, dict):
+        yield Finding("returns values by name", f"got {right!r}")
+        return
     declared = list(metric.higher_is_better)
     yield compare_values(
         "returns the values that higher_is_better declares", (list(right), list(wrong)), (declared, declared)

@@ -87,6 +87,9 @@ def check_connector(component: Component) -> Iterator[Finding]:
     if found.problem:
         return
     yield check_pickle("token_grid can be sent to data workers", connector.token_grid)
+    if not isinstance(tokens := connector(_make_features(GRIDS[0])), Features):
+        yield Finding("forward returns Features", f"got {type(tokens).__name__}")
+        return
     for grids in GRIDS:
         yield from _check_tokens(component.make_small(**WIDTHS), grids)
     yield _check_layout(connector)

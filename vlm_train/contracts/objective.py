@@ -15,6 +15,8 @@ from torch import Tensor
 
 from vlm_train.contracts.batch import Batch
 
+NormalizedBy = Literal["tokens", "samples"]
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -94,7 +96,7 @@ class Objective(Protocol):
     """
 
     streams: tuple[str, ...]
-    normalized_by: Literal["tokens", "samples"] = "tokens"
+    normalized_by: NormalizedBy = "tokens"
     needs_whole_step: bool = False
     needs_reference: bool = False
     needs: tuple[type, ...] = ()

@@ -6,6 +6,7 @@ Next to the model's own result stand controls: what it reaches with the wrong im
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,25 @@ class QuestionAnswering:
         return Findings(found, self.primary, self.higher_is_better, tuple(rows))
 
     def measure(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """The values of all metrics, the primary one first."""
+        """The values of all metrics, the primary one first.
+
+        Raises:
+            ConfigError: a metric does not return a number for every name that it declares.
+        """
         predictions = [answer.prediction for answer in answers]
         references = [list(answer.references) for answer in answers]
-        return {name: value for metric in self.metrics for name, value in metric(predictions, references).items()}
+        found: dict[str, float] = {}
+        for metric in self.metrics:
+            values: Any = metric(predictions, references)
+            named = isinstance(values, Mapping) and values.keys() == metric.higher_is_better.keys()
+            if not named or not all(isinstance(value, Real) for value in values.values()):
+                wanted = ", ".join(metric.higher_is_better)
+                raise ConfigError(
+                    f"eval: {type(metric).__name__} returned {values!r}; expected a number for each of {wanted}, "
+                    "which its higher_is_better declares."
+                )
+            found |= values
+        return found
 
     def _measure_controls(
         self, generator: Generator, answers: Sequence[Answer]
