@@ -13,6 +13,7 @@ from vlm_train import cli
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.models.connectors.pool import PooledMLP
 
+TRUST = "allow_targets=[tests.]"
 Case = Callable[[Path, Path, pytest.MonkeyPatch], list[str]]
 
 
@@ -81,9 +82,20 @@ CASES: dict[str, tuple[Case, int, list[str]]] = {
         ["vision: ", "config.num_attention_heads=0", "ZeroDivisionError", "configuration_clip.py"],
     ),
     "patch larger than the picture": (
-        override("dry_run=true", "vision.config.patch_size=64"),
+        override("vision.config.patch_size=64"),
         2,
-        ["model: no step can be computed", "(32 x 32)", "(64 x 64)"],
+        ["vision.config: image_size=(32, 32) holds no patch of patch_size=(64, 64)"],
+    ),
+    "key heads that do not divide the heads": (
+        override("llm.config.num_key_value_heads=3"),
+        2,
+        ["llm.config.num_key_value_heads: got 3", "divisors of the 4 heads"],
+    ),
+    "pixels divided by zero": (override("vision.image_std=[0,0,0]"), 2, ["vision.image_std", "above 0"]),
+    "a step that cannot be computed": (
+        override("dry_run=true", "connector=linear", "connector._target_=tests.contract.broken.Raises", TRUST),
+        2,
+        ["model: no step can be computed", "ArithmeticError: too hard", "broken.py"],
     ),
     "rule that matches nothing": (
         override("params.rules=[{match: 'conector.*', lr: 1e-3}]"),

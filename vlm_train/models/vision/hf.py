@@ -90,6 +90,8 @@ class HFVision(nn.Module):
             raise ConfigError(f"vision.final_norm: needs vision.layer = -1, got {layer!r}")
 
         size, patch = _to_pair(tower_config.image_size), _to_pair(tower_config.patch_size)
+        if any(not 0 < one <= whole for one, whole in zip(patch, size, strict=True)):
+            raise ConfigError(f"vision.config: image_size={size} holds no patch of patch_size={patch}")
         self.image_size = size
         self.grid = Grid3(1, size[0] // patch[0], size[1] // patch[1])
         self.prefix_tokens = self._count_prefix_tokens()
@@ -98,6 +100,8 @@ class HFVision(nn.Module):
         self.out_dim = tower_config.hidden_size * len(self.chosen)
         self.image_mean = _to_triple("image_mean", image_mean)
         self.image_std = _to_triple("image_std", image_std)
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"vision.image_std: got {self.image_std}; allowed: numbers above 0")
         self._register_statistics(torch.empty(0).device)
 
     @property

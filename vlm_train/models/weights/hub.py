@@ -62,13 +62,17 @@ def build_config(setting: str, values: Mapping[str, Any]) -> Any:
     if problems:
         raise ConfigError(problems)
     try:
-        return config_class(**fields)
+        config = config_class(**fields)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{setting}: {config_class.__name__} refuses these values: {error}") from error
     except Exception as error:  # the strict dataclass checks raise classes of their own
         if type(error).__module__.startswith("huggingface_hub"):
             raise ConfigError(f"{setting}: {config_class.__name__} refuses these values: {error}") from error
         raise
+    heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise ConfigError(f"{setting}.num_key_value_heads: got {shared}; allowed: divisors of the {heads} heads")
+    return config
 
 
 def build_model(
