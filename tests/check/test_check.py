@@ -271,6 +271,37 @@ def test_signatures_of_ours_and_of_others() -> None:
         import_signature("no_such_package.Thing")
 
 
+def test_a_module_that_needs_a_missing_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking/__init__.py").touch()
+    (tmp_path / "lacking/part.py").write_text("import no_such_package\nclass Thing:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        UnknownTarget, match="^lacking.part.Thing cannot be imported: No module named 'no_such_package'$"
+    ):
+        import_signature("lacking.part.Thing")
+    with pytest.raises(UnknownTarget, match="lacking.other"):
+        import_signature("lacking.other.Thing")
+
+
+def test_shards_of_evaluators_are_looked_for_where_they_will_be_read(tmp_path: Path) -> None:
+    def lines(*more: str) -> list[str]:
+        cfg = compose_config(["recipe=easyvqa_stage2", "size=tiny", "eval=easyvqa", f"paths.data={tmp_path}", *more])
+        return [line for line in missing_assets(cfg) if line.startswith("eval.answers")]
+
+    found = lines("trainer.val_every=10")
+    for name in ("shards", "validation_shards", "majority_shards"):
+        assert any(line.startswith(f"eval.answers.{name}: {tmp_path}/easy_vqa/") for line in found), found
+    assert not any("validation_shards" in line for line in lines("trainer.val_every=null"))
+
+
+def test_without_a_recipe_that_is_what_is_said() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(compose_config([]), need_assets=False)
+    assert "recipe: none is chosen. Use recipe=<name> or schedule=<name>; --help lists them." in caught.value.problems
+    assert not any(problem.startswith("batch: give exactly") for problem in caught.value.problems)
+
+
 def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:
     cfg = compose_config(["recipe=llava15_stage1", "llm.weights='???'", "data.train=[{shards: '???'}]"])
     check_config(cfg, need_assets=False)  # a plan needs no assets

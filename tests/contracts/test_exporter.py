@@ -48,7 +48,9 @@ def test_problems_of_all_are_listed_where_none_fits() -> None:
         choose_exporter(linear.model, {})
 
 
-def test_a_format_of_ones_own_is_written_verified_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_format_of_ones_own_is_written_verified_and_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     linear = tiny("connector=linear", *OWN)
     out = write_export(linear, tmp_path, build_exporters(linear.cfg))
     assert [path.name for path in out.iterdir()] == [FILE]
@@ -60,7 +62,16 @@ def test_a_format_of_ones_own_is_written_verified_and_read(tmp_path: Path, capsy
     read = load_file(tmp_path / "again/checkpoints/step-00000000/weights.safetensors")
     assert all(torch.equal(read[name], one) for name, one in linear.model.named_parameters())
 
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert modes == {out.stat().st_mode & 0o666}, "others who may read the folder may read its files"
+
     exporters = build_exporters(linear.cfg)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(AssetError, match="plain wrote a folder that computes no numbers"),
+    ):
+        patch.setattr(exporters["plain"], "verify", lambda *_: float("nan"), raising=False)
+        write_export(linear, tmp_path, exporters)
     with torch.no_grad():
         linear.model.connector.proj.weight.add_(1.0)  # type: ignore[union-attr,operator]
     with pytest.raises(AssetError, match="holds other weights"):

@@ -91,6 +91,8 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
     """Every `shards` that the mode reads is a folder with a manifest."""
     for group in READ.get(cfg.mode, ("data", "eval", "tokenizer")):
         for path, folder in _find_shard_settings(group, resolve_key(cfg, group)):
+            if path.endswith("validation_shards") and (cfg.mode != "fit" or cfg.trainer.val_every is None):
+                continue  # read by no validation
             if folder == "???":
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."
             elif "://" in folder:
@@ -115,9 +117,10 @@ def _how_to_build(cfg: DictConfig, folder: Path) -> str:
 
 
 def _find_shard_settings(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every setting that names folders of shards, `shards` or `<what for>_shards`, with each of them."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key == "shards":
+            if str(key) == "shards" or (str(key).endswith("_shards") and not isinstance(inner, int)):
                 for folder in [inner] if isinstance(inner, str) else inner or []:
                     yield f"{path}.{key}", str(folder)
             else:

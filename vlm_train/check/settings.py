@@ -133,6 +133,9 @@ def check_batch(cfg: DictConfig) -> Iterator[str]:
     given = [name for name in ("samples", "tokens") if cfg.batch[name] is not None]
     if len(given) != 1:
         got = "both" if given else "neither"
+        if not given and cfg.recipe_name == "custom":
+            yield "recipe: none is chosen. Use recipe=<name> or schedule=<name>; --help lists them."
+            return
         yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
     elif given == ["tokens"] and not packed_row_length(cfg):
         yield "batch.tokens: a token budget fills packed rows; set data.pack to their length, or give batch.samples."

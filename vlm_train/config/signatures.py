@@ -175,7 +175,10 @@ def import_target(target: str) -> Any:
     path, _, name = target.rpartition(".")
     try:
         outer = importlib.import_module(path)
-    except (ImportError, ValueError):
+    except (ImportError, ValueError) as first:
+        missing = str(getattr(first, "name", path))
+        if not f"{path}.".startswith(f"{missing}."):  # the module is there, and needs more
+            raise UnknownTarget(f"{target} cannot be imported: {first}") from first
         module, _, inner = path.rpartition(".")
         try:
             outer = getattr(importlib.import_module(module), inner)

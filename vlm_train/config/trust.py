@@ -60,7 +60,7 @@ def reason_not_trusted(target: Any, allow_targets: list[str]) -> str | None:
     if not isinstance(target, str) or not target.startswith(trusted) or target.startswith(REFUSED):
         return (
             f"{target!r} is not trusted. Allowed prefixes: {', '.join(trusted)}; "
-            "extend them with allow_targets=[<prefix>] if you trust this code."
+            f"extend them with allow_targets=[{str(target).partition('.')[0]}.] if you trust this code."
         )
     if is_ours(target) and any(name.startswith("_") for name in target.split(".")):
         return f"{target!r} is private, so it is not a component."

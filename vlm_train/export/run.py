@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from vlm_train.config.run_file import save_config
 from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.contracts.exporter import Exporter, Importer
-from vlm_train.errors import ConfigError
+from vlm_train.errors import AssetError, ConfigError
 from vlm_train.evaluation.run import require_own_weights
 from vlm_train.runs.folder import RunFolder
 
@@ -49,8 +50,16 @@ def write_export(assembly: Assembly, folder: Path, exporters: Mapping[str, Expor
     out = RunFolder(folder).export
     with replace_folder(out) as partial:
         has = exporters[name].write(model, assembly.processor, partial)
-        exporters[name].verify(model, partial)
-    print(f"Exported to {out} ({name}); what it computes equals the run's; it has {has}.", flush=True)
+        difference = exporters[name].verify(model, partial)
+        if not math.isfinite(difference):
+            raise AssetError(f"export: {name} wrote a folder that computes no numbers: it differs by {difference}")
+        for file in partial.rglob("*"):  # safetensors gives its files to the owner alone
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
+    same = f"what it computes equals the run's; it has {has}"
+    print(
+        f"Exported to {out} ({name}); {same}. Largest difference: {difference:.0e} of the largest number.", flush=True
+    )
     return out
 
 
