@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from vlm_train.config.part_error import name_failing_part
+from vlm_train.config.part_error import name_failing_code, name_failing_part
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.exporter import Exporter, Importer
@@ -119,12 +119,10 @@ def build_on_meta(cfg: DictConfig) -> Family | None:
     """The model to look at before any weight is read; None, and a sentence, where its own code needs values."""
     silence_libraries()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), name_failing_code("Its own code failed"):
             return build_model(cfg, build_tokenizer(cfg), meta=True)
-    except Exception as error:  # of any model's own code
-        if isinstance(error, ConfigError) and not isinstance(error, PartError):
-            raise
-        print(f"model: not built on the meta device: {str(error).partition(chr(10))[0]}", flush=True)
+    except PartError as error:
+        print(f"model: not built on the meta device. {error}", flush=True)
         return None
 
 
@@ -240,7 +238,9 @@ def build_tokenizer(cfg: DictConfig) -> Any:
 
 def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
     """The data module; it plans nothing yet."""
-    return cast("VLMData", instantiate_part("data", cfg.data, processor=processor, batch=cfg.batch, seed=cfg.seed))
+    columns = sorted({name for one in build_objectives(cfg).values() for name in getattr(one, "columns", ())})
+    given: dict[str, Any] = {"batch": cfg.batch, "seed": cfg.seed, "columns": columns}
+    return cast("VLMData", instantiate_part("data", cfg.data, processor=processor, **given))
 
 
 def build_objectives(cfg: DictConfig) -> dict[str, Objective]:

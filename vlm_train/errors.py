@@ -1,6 +1,7 @@
 """Errors that speak to the user: what failed, where, what it got, what is allowed or to do next.
 
-The command line prints these without a traceback; anything else is a programming error and keeps its traceback.
+The command line prints these without a traceback; anything else is a programming error and keeps its traceback,
+as does, with VLM_TRAIN_TRACEBACK=1, what a component's own code raises when it is made (`PartError`).
 
 | exit code | meaning | start it again? |
 |---|---|---|
@@ -37,7 +38,7 @@ class AssetError(ConfigError):
 
 
 class PartError(ConfigError):
-    """A component whose constructor raises with the options that it is given."""
+    """A component whose own code raises with the options that it is given, when it is made or tried in a dry run."""
 
 
 class BatchError(VLMTrainError):

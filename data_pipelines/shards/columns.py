@@ -159,19 +159,20 @@ class Columns:
             self._held = (shard, self._load_shard(self.manifest.files[shard]))
         return self._held[1].get(self._shards.key(i), {})
 
-    def load_numbers(self) -> dict[str, NDArray[np.float32]]:
-        """Every column that holds one number a sample, `[samples]`; not a number where a sample has no line.
+    def load_numbers(self, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Columns with one number a sample, `[samples]`; not a number where a sample has no line.
 
-        Columns that hold anything else are left out.
+        Raises:
+            DataError: a value is no number.
         """
-        numbers = {name: np.full(len(self._shards), np.nan, np.float32) for name in self.manifest.names}
+        numbers = {name: np.full(len(self._shards), np.nan, np.float32) for name in names}
         for i in range(len(self._shards)):
             row = self.read_row(i)
-            for name in [*numbers] if row else ():
-                if isinstance(value := row.get(name), int | float) and not isinstance(value, bool):
-                    numbers[name][i] = value
-                else:
-                    del numbers[name]
+            for name in names if row else ():
+                value = row.get(name)
+                if not isinstance(value, int | float) or isinstance(value, bool):
+                    raise DataError(f"{self.folder}: key {row[KEY]!r}: column {name!r} is {value!r}; expected a number")
+                numbers[name][i] = value
         return numbers
 
     def _load_shard(self, info: FileInfo) -> dict[str, Any]:

@@ -292,7 +292,8 @@ def test_shards_of_evaluators_are_looked_for_where_they_will_be_read(tmp_path: P
     found = lines("trainer.val_every=10")
     for name in ("shards", "validation_shards", "majority_shards"):
         assert any(line.startswith(f"eval.answers.{name}: {tmp_path}/easy_vqa/") for line in found), found
-    assert not any("validation_shards" in line for line in lines("trainer.val_every=null"))
+    for unread in (["trainer.val_every=null"], ["trainer.val_every=10", "+eval.answers.at_validation=false"]):
+        assert not any("validation_shards" in line for line in lines(*unread))
 
 
 def test_without_a_recipe_that_is_what_is_said() -> None:

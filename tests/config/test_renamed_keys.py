@@ -155,6 +155,7 @@ def test_an_option_that_still_has_the_name_of_an_old_key_stays(monkeypatch: pyte
 
 def test_options_of_another_package_were_never_renamed() -> None:
     theirs: dict[str, Any] = {"connector": {"_target_": "somewhere.Else", "dim": 8, "inner": {"layers": 2}}}
+    theirs["llm"] = {"width": "${connector.dim}"}
     kept = copy.deepcopy(theirs)
     rename_keys(theirs)
     assert theirs == kept

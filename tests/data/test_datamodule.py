@@ -295,14 +295,29 @@ def write_columns(root: Path, folder: Path, *, without: str = "", factor: float 
 
 def test_columns_beside_the_shards_reach_the_batch(root: Path, tmp_path: Path) -> None:
     folder = write_columns(root, tmp_path / "columns", without="sample-05")
-    made = data({"shards": str(root / "train"), "columns": str(folder)})
+    made = data({"shards": str(root / "train"), "columns": str(folder)}, columns=["level"])
     windows = made.train_dataloader().loader.dataset
     first, second = windows.load_window(0), windows.load_window(1)
     assert [batch.columns["level"].tolist() for batch in first] == [[0.0, 1.0], [2.0, 3.0]]
-    assert [list(batch.columns) for batch in first] == [["level"]] * 2, "texts are no numbers"
     assert [batch.columns["level"].tolist() for batch in second] == [[4.0], [6.0, 7.0]]
     (problem,) = second[0].window.problems
     assert problem.kind == "column" and problem.key == "sample-05" and "no number in column level" in problem.reason
+
+
+def test_columns_that_no_objective_reads_change_nothing(root: Path, tmp_path: Path) -> None:
+    folder = write_columns(root, tmp_path / "columns", without="sample-05")
+    made = data({"shards": str(root / "train"), "columns": str(folder)})
+    window = made.train_dataloader().loader.dataset.load_window(1)
+    assert window[0].columns == {} and window[0].window.problems == ()
+    assert made.hash_samples() == data(root / "train").hash_samples()
+
+
+def test_a_column_that_holds_no_numbers_is_refused_with_its_key(root: Path, tmp_path: Path) -> None:
+    entry = {"shards": str(root / "train"), "columns": str(write_columns(root, tmp_path / "columns"))}
+    with pytest.raises(DataError, match=r"key 'sample-00': column 'words' is 'x'; expected a number"):
+        data(entry, columns=["words"])
+    with pytest.raises(DataError, match=r"an objective reads the columns level beside it"):
+        data(root / "train", columns=["level"])
 
 
 def test_other_columns_are_other_data(root: Path, tmp_path: Path) -> None:
@@ -310,5 +325,5 @@ def test_other_columns_are_other_data(root: Path, tmp_path: Path) -> None:
     for name, factor in (("one", 1.0), ("same", 1.0), ("two", 2.0)):
         folder = write_columns(root, tmp_path / name, factor=factor)
         entries.append({"shards": str(root / "train"), "columns": str(folder)})
-    none, one, same, two = (data(entry).hash_samples() for entry in entries)
-    assert one == same and len({none, one, two}) == 3
+    one, same, two = (data(entry, columns=["level"]).hash_samples() for entry in entries[1:])
+    assert one == same and len({data(entries[0]).hash_samples(), one, two}) == 3

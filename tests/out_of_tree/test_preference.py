@@ -12,11 +12,12 @@ from safetensors import safe_open
 
 from data_pipelines.shards.columns import ColumnWriter
 from data_pipelines.shards.shard_set import ShardSet
-from tests.out_of_tree.command_line import CONF, HERE, SEARCH, assert_equal_weights, small_run, start
+from tests.out_of_tree.command_line import CONF, HERE, SEARCH, TRUST, assert_equal_weights, small_run, start
 from tests.support.jobs import train_on_ranks
 from tests.support.small_run import make_data
 from vlm_train.build import build_assembly, build_data
 from vlm_train.config.compose import compose_config
+from vlm_train.contract.command import main as start_contract
 from vlm_train.data.collate import Example, collate_rows
 from vlm_train.errors import ConfigError
 
@@ -107,6 +108,14 @@ def test_columns_beside_the_shards_stand_for_the_reference(
     cache = f"data.cache={tmp_path}/lengths"
     assert start(small_run("preference", data, tmp_path, *SGD, *cut, *beside(columns), cache)) == 0
     assert_equal_weights(whole, tmp_path / "run")
+
+
+def test_a_dry_run_and_the_contract_check_need_no_numbers(
+    data: Path, columns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(small_run("preference", data, tmp_path, *SGD, *beside(columns), "dry_run=true")) == 0
+    assert start_contract(["--config-dir", str(CONF), TRUST, "objective=my_preference", beside(columns)[-1]]) == 0
+    assert "FAIL" not in capsys.readouterr().out
 
 
 def test_columns_that_are_missing_are_told_before_weights_are_read(

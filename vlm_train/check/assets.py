@@ -91,8 +91,8 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
     """Every `shards` that the mode reads is a folder with a manifest."""
     for group in READ.get(cfg.mode, ("data", "eval", "tokenizer")):
         for path, folder in _find_shard_settings(group, resolve_key(cfg, group)):
-            if path.endswith("validation_shards") and (cfg.mode != "fit" or cfg.trainer.val_every is None):
-                continue  # read by no validation
+            if path.endswith("validation_shards") and not _evaluates_at_validations(cfg, path):
+                continue
             if folder == "???":
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."
             elif "://" in folder:
@@ -106,6 +106,14 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
             folder = entry.get("columns")
             if folder is not None and not (Path(folder) / "columns.json").is_file():
                 yield f"data.{split}.{index}.columns: {folder} has no columns.json: it holds no finished columns."
+
+
+def _evaluates_at_validations(cfg: DictConfig, path: str) -> bool:
+    """Whether the evaluator that has the setting `path` runs while the mode trains."""
+    group, name, *_ = path.split(".")
+    evaluator = (resolve_key(cfg, group) or {}).get(name)
+    asked = not isinstance(evaluator, dict) or evaluator.get("at_validation") is not False
+    return cfg.mode == "fit" and cfg.trainer.val_every is not None and asked
 
 
 def _how_to_build(cfg: DictConfig, folder: Path) -> str:

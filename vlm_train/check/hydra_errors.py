@@ -179,7 +179,10 @@ def _key_of(override: str) -> str:
 
 def _names_options(override: str) -> bool:
     """Whether the value is a name or a list of names, as Hydra wants it for a group."""
-    value = OverridesParser.create().parse_override(override).value()
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_delete() or parsed.is_sweep_override():
+        return True
+    value = parsed.value()
     return all(isinstance(one, str) for one in value) if isinstance(value, list) else isinstance(value, str)
 
 

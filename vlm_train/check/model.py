@@ -106,6 +106,9 @@ def _check_declarations(path: str, objective: Objective) -> Iterator[str]:
         yield f"{path}: streams is {streams!r}; allowed: a tuple of names of streams."
     if not isinstance(needs, tuple) or not all(isinstance(one, type) for one in needs):
         yield f"{path}: needs is {needs!r}; allowed: a tuple of protocols of {Family.__module__}."
+    columns = getattr(objective, "columns", ())
+    if not isinstance(columns, (tuple, list)) or not all(isinstance(one, str) for one in columns):
+        yield f"{path}: columns is {columns!r}; allowed: a tuple of names of columns."
     if divisor not in get_args(NormalizedBy):
         yield f"{path}: normalized_by is {divisor!r}; allowed: {', '.join(get_args(NormalizedBy))}."
     for name in ("needs_whole_step", "needs_reference"):

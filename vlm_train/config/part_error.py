@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
 from vlm_train.config.origins import flatten_leaves
 from vlm_train.config.redact import without_credentials
 from vlm_train.errors import PartError, VLMTrainError
+
+DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
+"""torch's errors of a device or its memory, by name: torch is not imported for them."""
 
 
 @contextmanager
@@ -38,9 +42,15 @@ def name_failing_code(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (VLMTrainError, DataError, OSError, MemoryError):
+    except (VLMTrainError, DataError, OSError, MemoryError, ImportError):
         raise
     except Exception as error:
+        while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # Hydra's, around that of a component inside the component
+        if isinstance(error, (VLMTrainError, DataError)):
+            raise error from None
+        if type(error).__name__ in DEVICE_ERRORS or "CUDA error" in str(error):  # not one of settings
+            raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         said = (str(error).strip() or "no message").splitlines()[0]
         raise PartError(

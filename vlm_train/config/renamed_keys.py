@@ -72,10 +72,13 @@ def rename_keys(cfg: dict[Any, Any]) -> None:
 
     Raises ConfigError for a key whose value means something else now.
     """
+    renamed = {}
     for path in list(_list_paths(cfg)):
         key = find_renamed_key(".".join(path))
         if key is None or _is_option(cfg, path):
             continue
+        if not key.fields:  # their values are written otherwise now
+            renamed[".".join(path)] = key.now
         value = _pop_value(cfg, path)
         if value is not None and key.note:
             raise ConfigError(f"{describe_renamed_key('.'.join(path))} Write it so in this file.")
@@ -83,7 +86,7 @@ def rename_keys(cfg: dict[Any, Any]) -> None:
             value = dict(zip(key.fields, value, strict=True))
         _put_value(cfg, key.now.split("."), value)
     for path, text in list(_list_texts(cfg)):
-        _put_value(cfg, path, re.sub(r"(?<=\$\{)[\w.]+(?=\})", lambda found: _name_of_today(found[0]), text))
+        _put_value(cfg, path, re.sub(r"(?<=\$\{)[\w.]+(?=\})", lambda found: renamed.get(found[0], found[0]), text))
 
 
 def restore_first_names(cfg: dict[str, Any]) -> None:
@@ -128,12 +131,6 @@ def _list_texts(node: Any, parents: tuple[Any, ...] = ()) -> Iterator[tuple[tupl
             yield (*parents, key), value
         elif isinstance(value, (dict, list)):
             yield from _list_texts(value, (*parents, key))
-
-
-def _name_of_today(key: str) -> str:
-    """What an interpolation refers to today; old keys whose value means something else now stay, and are refused."""
-    found = find_renamed_key(key)
-    return key if found is None or found.fields or found.note else found.now
 
 
 def _is_option(cfg: dict[Any, Any], path: tuple[str, ...]) -> bool:

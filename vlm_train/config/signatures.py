@@ -176,8 +176,8 @@ def import_target(target: str) -> Any:
     try:
         outer = importlib.import_module(path)
     except (ImportError, ValueError) as first:
-        missing = str(getattr(first, "name", path))
-        if not f"{path}.".startswith(f"{missing}."):  # the module is there, and needs more
+        needs_more = isinstance(first, ImportError) and not f"{path}.".startswith(f"{first.name}.")
+        if needs_more or type(first) is ImportError:  # the module is there
             raise UnknownTarget(f"{target} cannot be imported: {first}") from first
         module, _, inner = path.rpartition(".")
         try:

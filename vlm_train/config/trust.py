@@ -60,11 +60,17 @@ def reason_not_trusted(target: Any, allow_targets: list[str]) -> str | None:
     if not isinstance(target, str) or not target.startswith(trusted) or target.startswith(REFUSED):
         return (
             f"{target!r} is not trusted. Allowed prefixes: {', '.join(trusted)}; "
-            f"extend them with allow_targets=[{str(target).partition('.')[0]}.] if you trust this code."
+            f"extend them with allow_targets=[{_prefix_to_trust(target)}] if you trust this code."
         )
     if is_ours(target) and any(name.startswith("_") for name in target.split(".")):
         return f"{target!r} is private, so it is not a component."
     return None
+
+
+def _prefix_to_trust(target: Any) -> str:
+    """The package of a target that a user may trust; of ours, and of command lines, none is suggested."""
+    refused = not isinstance(target, str) or "." not in target or is_ours(target) or target.startswith(REFUSED)
+    return "<prefix>" if refused else f"{target.partition('.')[0]}."
 
 
 def untrusted_object(target: str, allow_targets: list[str]) -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from vlm_train.build import Assembly, build_assembly, build_model, build_objectives, build_tokenizer
@@ -153,6 +153,10 @@ def _grant_wishes(cfg: DictConfig, objective: Any) -> None:
         cfg.reference.model = "start"
     if REJECTED in getattr(objective, "streams", ()):
         cfg.data.rejected = True
+    if getattr(objective, "columns", ()):
+        for entry in (*cfg.data.train, *(cfg.data.val or ())):
+            with open_dict(entry):
+                entry.columns = "granted"  # no folder of that name is looked for
 
 
 def _find_problems(cfg: DictConfig, model: Family) -> list[str]:
@@ -168,10 +172,13 @@ def _make_batches(built: Assembly, objectives: Mapping[str, Objective]) -> tuple
     rejected = any(REJECTED in objective.streams for objective in objectives.values())
     items = make_items(built.processor, rejected=rejected)
     streams = [*items[0].rendered.streams]
-    whole, first, second, empty = (
-        make_batch(built.processor, some, streams) for some in (items, items[:2], items[2:], [])
-    )
-    return whole, (first, second), empty
+    columns = [name for objective in objectives.values() for name in getattr(objective, "columns", ())]
+    whole, empty = (make_batch(built.processor, some, streams, columns) for some in (items, []))
+    halves = [make_batch(built.processor, some, streams, columns) for some in (items[:2], items[2:])]
+    for half, numbers in zip(halves, ([0, 1], [2, 3]), strict=True):
+        for name in columns:
+            half.columns[name].copy_(whole.columns[name][numbers])  # a sample keeps its numbers
+    return whole, (halves[0], halves[1]), empty
 
 
 def _sum_losses(model: Any, objectives: Mapping[str, Objective], batch: Batch) -> Tensor:

@@ -28,9 +28,12 @@ def make_items(processor: Processor, *, rejected: bool = False, media: bool = Tr
     return items
 
 
-def make_batch(processor: Processor, items: Sequence[Example], streams: Sequence[str]) -> Batch:
-    """One sample a row; without items a row of padding."""
-    return collate_rows([[item] for item in items], processor.images, streams=streams)
+def make_batch(
+    processor: Processor, items: Sequence[Example], streams: Sequence[str], columns: Sequence[str] = ()
+) -> Batch:
+    """One sample a row, with made numbers in `columns`; without items a row of padding."""
+    rows = [[replace(item, columns=dict.fromkeys(columns, float(n)))] for n, item in enumerate(items)]
+    return collate_rows(rows, processor.images, streams=streams, columns=columns)
 
 
 def make_prompts(processor: Processor) -> Batch:

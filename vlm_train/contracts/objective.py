@@ -91,8 +91,8 @@ class Objective(Protocol):
             neither cut into micro-batches nor packed.
         needs_reference: reads `context.reference`.
         needs: what the model must offer, protocols of `vlm_train.contracts.family`.
-        columns: columns of numbers beside the shards (`columns:` of an entry of `data.train`) that it reads as
-            `batch.columns[name]`, such as what a reference model said of the answers, computed once.
+        columns: columns of numbers beside the shards (`columns:` of an entry of `data.train` and `data.val`) that it
+            reads as `batch.columns[name]`, such as what a reference model said of the answers, computed once.
     """
 
     streams: tuple[str, ...]

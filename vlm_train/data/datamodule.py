@@ -9,6 +9,7 @@ import gc
 import hashlib
 import math
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,7 @@ class VLMData(pl.LightningDataModule):
         limit, val_limit: use the first samples of every source only.
         workers, prefetch: loader processes, and windows each keeps ready.
         processor, batch, seed: given by `build.py`: the run's processor, and its `batch`. `plan` is set by `fit`.
+        columns: given by `build.py`: the columns of numbers beside the shards that objectives read.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class VLMData(pl.LightningDataModule):
         processor: Processor,
         batch: BatchSize,
         seed: int = 0,
+        columns: Sequence[str] = (),
     ) -> None:
         super().__init__()
         _check_settings(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
@@ -96,8 +99,8 @@ class VLMData(pl.LightningDataModule):
         options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
         self.seed, self.cache = seed, Path(cache)
-        self.train = Samples(train, processor, options, seed=seed, limit=limit, remote=remote)
-        self.val = Samples(val, processor, options, seed=seed, limit=val_limit, remote=remote)
+        self.train = Samples(train, processor, options, seed=seed, limit=limit, columns=columns, remote=remote)
+        self.val = Samples(val, processor, options, seed=seed, limit=val_limit, columns=columns, remote=remote)
         self._divide_samples(0.0 if val else val_share, val_limit)
         order: dict[str, Any] = {"rule": mixture, "temperature": temperature, "shuffle": shuffle}
         order |= {"block": block_samples, "pool": shuffle_buffer_shards}

@@ -60,8 +60,8 @@ class Source:
     pieces: NDArray[np.int32] | None = None
 
     @classmethod
-    def open_source(cls, entry: dict[str, Any], limit: int | None, **remote: Any) -> Source:
-        """Raises `DataError` if the folder is no shard set, holds no sample, or the columns are of another one.
+    def open_source(cls, entry: dict[str, Any], limit: int | None, columns: Sequence[str], **remote: Any) -> Source:
+        """Raises `DataError` if the folder is no shard set, holds no sample, or lacks the columns beside it.
 
         `remote`: see `ShardSet`.
         """
@@ -70,12 +70,16 @@ class Source:
             raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
         size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])
         share = Share(size=size, **{k: entry[k] for k in ("repeat", "weight", "share") if entry.get(k) is not None})
-        beside = Columns(entry["columns"], shards, option="columns") if entry.get("columns") else None
+        beside = None
+        if columns:
+            if not entry.get("columns"):
+                raise DataError(f"{shards.address}: an objective reads the columns {', '.join(columns)} beside it")
+            beside = Columns(entry["columns"], shards, columns, option="columns")
         return cls(
             shards=shards,
             first=0,
             size=size,
-            columns=beside.load_numbers() if beside else {},
+            columns=beside.load_numbers(columns) if beside else {},
             columns_hash=beside.sha256 if beside else "",
             name=entry.get("name") or "",
             loss_weight=entry.get("loss_weight", 1.0),
@@ -96,7 +100,7 @@ class Samples:
     """The samples of several sources, numbered through. Picklable: files open lazily per process.
 
     Raises:
-        DataError: a folder is no shard set, or holds no sample.
+        DataError: a folder is no shard set, holds no sample, or has not the columns of numbers that are asked for.
     """
 
     def __init__(
@@ -107,15 +111,15 @@ class Samples:
         *,
         seed: int,
         limit: int | None,
+        columns: Sequence[str] = (),
         remote: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.sources = [Source.open_source(entry, limit, **remote) for entry in entries]
+        self.sources = [Source.open_source(entry, limit, columns, **remote) for entry in entries]
         self.processor = processor
         self.options = options
         self.render_options = RenderOptions(**options)
         self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
-        held = [set(source.columns) for source in self.sources]
-        self.columns = tuple(sorted(set.intersection(*held))) if held else ()
+        self.columns = tuple(columns)
         self.seed = seed
         self.lengths: Lengths | None = None
 

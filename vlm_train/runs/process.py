@@ -24,7 +24,7 @@ from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import Composition, explain_errors
 from vlm_train.config.run_file import load_config
 from vlm_train.distributed import process_rank
-from vlm_train.errors import PREEMPTING, ConfigError, Interrupted, VLMTrainError
+from vlm_train.errors import PREEMPTING, ConfigError, Interrupted, PartError, VLMTrainError
 from vlm_train.runs import torchrun
 
 
@@ -149,7 +149,8 @@ def report_error(error: Exception, cause: BaseException) -> int:
     """Prints an error that speaks to the user, without a traceback unless one is asked for."""
     if os.environ.get("VLM_TRAIN_TRACEBACK") == "1" or os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise cause
-    if process_rank() == 0 or not isinstance(error, ConfigError):  # every rank finds the same configuration errors
+    # Every rank finds the same configuration errors; a part may fail on one of them only.
+    if process_rank() == 0 or not isinstance(error, ConfigError) or isinstance(error, PartError):
         _print_error(error)
     return 2 if isinstance(error, ConfigError) else 1
 

@@ -228,11 +228,19 @@ def count_patches(model: Any) -> int:
     return sum(count_typical_patches(encoder) for encoder in find_encoders(model).values())
 
 
-def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: int, supervised: int) -> Batch:
+def meta_batch(
+    model: Any,
+    *,
+    streams: Iterable[str],
+    rows: int,
+    text_tokens: int,
+    supervised: int,
+    columns: Iterable[str] = (),
+) -> Batch:
     """A batch of shapes: one image (if the model sees any) and `text_tokens` a row, the last `supervised` learned.
 
-    `streams` are those of the objectives; what else the model reads is added. A decoder's stream holds what is learned,
-    and a stream that is only read the rest.
+    `streams` and `columns` are those of the objectives; what else the model reads is added. A decoder's stream holds
+    what is learned, and a stream that is only read the rest.
     """
     slots = visual_tokens(model)
     aligned = dict.fromkeys(streams, "causal") | dict(model.streams)
@@ -249,7 +257,8 @@ def meta_batch(model: Any, *, streams: Iterable[str], rows: int, text_tokens: in
             row=torch.arange(rows),
             keys=("meta",) * rows,
         )
-    return Batch(text=text, media=media)
+        numbers = {name: torch.zeros(rows) for name in columns}
+    return Batch(text=text, media=media, columns=numbers)
 
 
 def _meta_stream(rows: int, text_tokens: int, slots: int, supervised: int) -> TokenStream:
@@ -272,8 +281,9 @@ def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervise
     """Trace the losses of one sample."""
     objectives = build_objectives(cfg).values()
     streams = [name for objective in objectives for name in objective.streams]
-    batch = meta_batch(model, streams=streams, rows=1, text_tokens=text_tokens, supervised=supervised)
-
+    columns = [name for objective in objectives for name in getattr(objective, "columns", ())]
+    sizes = {"rows": 1, "text_tokens": text_tokens, "supervised": supervised}
+    batch = meta_batch(model, streams=streams, columns=columns, **sizes)
     context = StepContext(reference=None if cfg.reference.model is None else partial(frozen, model))
 
     def run_objectives() -> list[Any]:
