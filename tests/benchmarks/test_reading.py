@@ -46,15 +46,20 @@ def test_imports_in_functions_count_and_those_for_typing_apart(tmp_path: Path, m
     assert found.running["p.a"] == {"p", "p.c", "p.d"} and found.typing_only["p.a"] == {"p.b"}
 
 
+def read_only(text: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project is one file, `p/a.py`, of this text."""
+    monkeypatch.setattr(reading, "ROOT", root)
+    monkeypatch.setattr(reading, "python_files", lambda: {"p.a": root / "p" / "a.py"})
+    monkeypatch.setattr(reading, "tree_of", lambda _: ast.parse(text))
+
+
 def test_a_one_word_name_is_one_without_an_underscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
         "class P(Protocol):\n    def encode(self): ...\n"
         "class A:\n    def encode(self): ...\n    def __len__(self): ...\n    def _fit(self): ...\n"
         "def encode(): ...\ndef load_row():\n    def inner(): ...\n"
     )
-    monkeypatch.setattr(reading, "ROOT", tmp_path)
-    monkeypatch.setattr(reading, "python_files", lambda: {"p.a": tmp_path / "p" / "a.py"})
-    monkeypatch.setattr(reading, "tree_of", lambda _: ast.parse(text))
+    read_only(text, tmp_path, monkeypatch)
     found, asked = reading.one_word_names("p")
     assert found == ["p/a.py:A._fit", "p/a.py:encode", "p/a.py:load_row.inner"] and asked == 4
 
@@ -68,9 +73,7 @@ def test_short_functions_take_a_reader_nowhere(tmp_path: Path, monkeypatch: pyte
         "def loop(x):\n    for _ in x:\n        pass\n"
         "def outer():\n    def inner():\n        a = 1\n        return a\n    return inner\n"
     )
-    monkeypatch.setattr(reading, "ROOT", tmp_path)
-    monkeypatch.setattr(reading, "python_files", lambda: {"p.a": tmp_path / "p" / "a.py"})
-    monkeypatch.setattr(reading, "tree_of", lambda _: ast.parse(text))
+    read_only(text, tmp_path, monkeypatch)
     names = ["A.size", "A.__len__", "A.__call__", "forward_only", "loop", "outer", "outer.<locals>.inner"]
     found = reading.leave_out_short([f"p/a.py:{name}" for name in names])
     assert found == [f"p/a.py:{name}" for name in ("A.__call__", "loop", "outer", "outer.<locals>.inner")]

@@ -70,7 +70,7 @@ def format_origins(cfg: DictConfig, found: dict[str, Origin], only_changed: bool
     ):
         origin = _lookup_origin(found, key)
         if not (only_changed and origin.layer == DEFAULT):
-            rows.append((key, _shorten_value(without_credentials(value)), str(origin)))
+            rows.append((key, shorten_value(without_credentials(value)), str(origin)))
     keys = max((len(row[0]) for row in rows), default=0)
     values = max((len(row[1]) for row in rows), default=0)
     return "\n".join(f"{key:<{keys}}  {value:<{values}}  {origin}" for key, value, origin in rows)
@@ -124,6 +124,7 @@ def _lookup_origin(found: dict[str, Origin], key: str) -> Origin:
     return Origin(DEFAULT, "vlm_train/config/schema.py")
 
 
-def _shorten_value(value: Any) -> str:
+def shorten_value(value: Any) -> str:
+    """A value as YAML writes it, in at most 60 characters."""
     text = "null" if value is None else repr(value) if value == "" or "\n" in str(value) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

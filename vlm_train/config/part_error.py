@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
-from vlm_train.config.origins import flatten_leaves
+from vlm_train.config.origins import flatten_leaves, shorten_value
 from vlm_train.config.redact import without_credentials
 from vlm_train.errors import PartError, VLMTrainError
 
@@ -28,7 +28,7 @@ def name_failing_part(group: str, node: DictConfig) -> Iterator[None]:
     """
     leaves = {key: value for key, value in flatten_leaves(node).items() if value is not None}
     target = leaves.pop("_target_")
-    values = ", ".join(f"{key}={_shorten(value)}" for key, value in leaves.items())
+    values = ", ".join(f"{key}={shorten_value(without_credentials(value))}" for key, value in leaves.items())
     with name_failing_code(f"{group}: {target} cannot be made with {values or 'no options'}"):
         yield
 
@@ -57,8 +57,3 @@ def name_failing_code(what: str) -> Iterator[None]:
             f"{what}. {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno}). "
             "VLM_TRAIN_TRACEBACK=1 shows the way there."
         ) from error
-
-
-def _shorten(value: object) -> str:
-    text = str(without_credentials(value))
-    return text if len(text) <= 40 else f"{text[:39]}…"

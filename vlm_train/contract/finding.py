@@ -86,7 +86,8 @@ def check_gradients(module: nn.Module, loss: Tensor, unused: Collection[str] = (
             problems.append(f"{name} gets one that is not finite")
     unknown = sorted(set(unused) - {name for name, _ in module.named_parameters()})
     problems += [f"{name} is declared unused, but is no parameter" for name in unknown]
-    return Finding("every parameter gets a gradient, but those declared unused", _join_problems(problems))
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return Finding("every parameter gets a gradient, but those declared unused", "; ".join(problems[:3]) + more)
 
 
 def check_state(module: nn.Module, other: nn.Module, compute: Callable[[Any], Tensor]) -> Finding:
@@ -104,8 +105,3 @@ def weigh_values(values: Tensor) -> Tensor:
     """A loss, `[]`, to which every value adds another random share."""
     generator = torch.Generator().manual_seed(0)
     return (values * torch.randn(values.shape, generator=generator)).sum()
-
-
-def _join_problems(problems: list[str]) -> str:
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    return "; ".join(problems[:3]) + more

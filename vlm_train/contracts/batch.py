@@ -178,11 +178,9 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on `device` (called by Lightning)."""
-        return (
-            self
-            if self.media.row.device == torch.device(device)
-            else map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
-        )
+        if self.media.row.device == torch.device(device):
+            return self
+        return map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader)."""
