@@ -384,3 +384,24 @@ def test_another_agent_that_leaves_first_is_no_news() -> None:
         for text in ("Error waiting on exit barrier. Elapsed: %s seconds", "Something else after %s seconds")
     ]
     assert [torchrun._is_cause(one) for one in said] == [False, True]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_of_several_that_is_done_leaves_the_interpreter_standing(ranks: int) -> None:
+    """What aborts while the interpreter is taken down cannot turn a finished run into a failed one."""
+    code = """
+        import atexit, os, sys, threading, time
+        from vlm_train.runs.torchrun import run_and_exit
+        class Last:
+            def __del__(self, abort=os.abort):
+                abort()
+        sys.last = Last()
+        atexit.register(print, "exit function")
+        threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+        run_and_exit(lambda: print("work", end=" ") or 0)
+    """
+    environment = {**os.environ, **({"RANK": "1"} if ranks == 2 else {"SLURM_NTASKS": "1"})}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "work thread\nexit function\n"
+    assert ended.returncode == (0 if ranks == 2 else -signal.SIGABRT)

@@ -52,7 +52,7 @@ def _start(path: Path, rank: int, ranks: int, port: int, packages: Sequence[Path
     """A process with the environment that torchrun gives its workers."""
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1}
     given["MASTER_PORT"] = port
-    own = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test"}
+    own = {"PYTHONFAULTHANDLER": "1", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test"}
     own["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, *packages)))
     environment = {**os.environ, **own, **{name: str(value) for name, value in given.items()}}
     return subprocess.Popen([sys.executable, __file__, str(path)], env=environment, cwd=ROOT, start_new_session=True)
@@ -64,7 +64,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def main(path: str) -> None:
+def main(path: str) -> int:
     import torch
 
     from vlm_train.config.compose import compose_config
@@ -81,8 +81,11 @@ def main(path: str) -> None:
             save_config(cfg, RunFolder(run_dir(cfg)).config)
         with suppress(Interrupted):
             fit_run(cfg)
-    destroy()  # otherwise its threads may abort the process at exit
+    destroy()
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from vlm_train.runs.torchrun import run_and_exit
+
+    run_and_exit(lambda: main(sys.argv[1]))

@@ -8,6 +8,7 @@ within the same second.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import logging
@@ -183,19 +184,24 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
     """Runs a process's main function and ends the process with its exit code.
 
     One of several that fails ends at once: Python's own shutdown may wait for collectives that the others never join.
+    One of several that is done does what Python does at exit, but leaves the interpreter standing: threads of gloo may
+    outlive their groups, and one that frees a tensor while the interpreter is taken down aborts the process.
     """
     try:
         code = work()
     except Exception:
         sys.excepthook(*sys.exc_info())  # torch's names the rank
         code = 1
-    if code in (1, 2) and ("RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1):
-        logging.shutdown()
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    raise SystemExit(code)
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+        raise SystemExit(code)
+    if code not in (1, 2):
+        threading._shutdown()  # type: ignore[attr-defined]  # the first two steps of Py_FinalizeEx, in its order
+        atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
