@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Outputs, PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
-from vlm_train.data.source_weights import sums_by_source
 from vlm_train.models.families.text_only import TextOnly
-from vlm_train.models.layers.once import outputs_of
+from vlm_train.models.layers.passes import outputs_of
 from vlm_train.objectives.per_sample import sum_by_segment
 
 
@@ -82,5 +81,5 @@ class Balance(Objective):
         index = stream.supervised
         values, weights = shares.flatten()[index], stream.weights.flatten()[index]
         each = torch.stack([(values * weights).detach(), weights], dim=1)
-        sources = sums_by_source(batch, stream, index, each)
+        sources = batch.sum_by_source(stream, index, each)
         return {"balance": Loss((values * weights).sum(), weights.sum(), self.weight, {}, sources)}

@@ -22,7 +22,7 @@ from vlm_train.contracts.objective import Objective, StepContext
 from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.images.plan import Views
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
-from vlm_train.models.layers.once import outputs_of
+from vlm_train.models.layers.passes import outputs_of
 from vlm_train.objectives.lm import LanguageModeling
 from vlm_train.objectives.per_sample import sum_by_segment
 from vlm_train.training.reference import frozen

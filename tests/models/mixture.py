@@ -14,8 +14,8 @@ from vlm_train.contracts.family import Family
 from vlm_train.contracts.layout import MediaLayout
 from vlm_train.contracts.media import Features, Grid3
 from vlm_train.data.images.plan import ImagePlan
-from vlm_train.models.layers.decode import decode_stream
 from vlm_train.models.layers.merge import merge_features
+from vlm_train.models.layers.passes import decode_stream
 
 
 class TokenMixture(Family):

@@ -12,7 +12,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.layout import MediaSize, Piece, Slot
 from vlm_train.models.families.prefix_vlm import PrefixVLM
-from vlm_train.models.layers.decode import decode_stream, generate_from
+from vlm_train.models.layers.passes import decode_stream, generate_from
 
 
 class GatedCrossAttention(nn.Module):

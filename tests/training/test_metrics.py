@@ -19,7 +19,6 @@ from vlm_train.config.compose import compose_config
 from vlm_train.contracts.batch import Batch, MediaBatch, Slots, TokenStream, Window
 from vlm_train.contracts.media import Grid3, MediaInput
 from vlm_train.contracts.objective import Loss
-from vlm_train.data.source_weights import sums_by_source
 from vlm_train.dryrun.report import without_assets
 from vlm_train.training import device, metrics
 from vlm_train.training.flops import count_flops
@@ -93,11 +92,11 @@ def packed(*rows: list[int], width: int, sources: tuple[tuple[str, ...], ...] = 
     return Batch(text={"llm": stream}, media=media, sources=sources, keys=keys)
 
 
-def test_sums_by_source_of_packed_rows() -> None:
+def test_sum_by_source_of_packed_rows() -> None:
     batch = packed([2, 1], [3], width=4, sources=(("a", "b"), ("b",)))
     index = torch.tensor([0, 2, 4, 6])  # of a, b, b, b
     values = torch.tensor([[1.0, 1], [2, 1], [4, 1], [8, 1]])
-    found = sums_by_source(batch, batch.text["llm"], index, values)
+    found = batch.sum_by_source(batch.text["llm"], index, values)
     assert {name: pair.tolist() for name, pair in found.items()} == {"a": [1, 1], "b": [14, 3]}
 
 

@@ -31,7 +31,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Family, Generates, PredictsTokens, missing_members
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.once import outputs_of
+from vlm_train.models.layers.passes import outputs_of
 from vlm_train.training.reference import frozen
 
 NEW_TOKENS = 3

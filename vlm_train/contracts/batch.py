@@ -163,7 +163,7 @@ class Batch:
     carries what evaluation needs (the expected answers), never read by a model. `columns[name]` `[samples]` float32, in
     the same order, is what a column beside the shards says of each sample. `problems` says which held-out samples
     were left out, and why; those of a training step are in its window. `shared` is where
-    `vlm_train.models.layers.once` keeps passes.
+    `vlm_train.models.layers.passes` keeps passes.
     """
 
     text: Mapping[str, TokenStream]
@@ -185,6 +185,21 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader)."""
         return map_tensors(self, lambda t: t.pin_memory())
+
+    def sum_by_source(self, stream: TokenStream, index: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Source -> `[K]`, its part of the sums of `values` `[S, K]`, which belong to the flat positions `index` `[S]`
+        of `stream`. Nothing has to be asked of the device: which sources a batch holds is known on the CPU."""
+        names = sorted({source for row in self.sources for source in row})
+        if len(names) < 2:
+            return {name: values.sum(dim=0) for name in names}
+        table = torch.zeros(len(stream.ids), max(map(len, self.sources)) + 1, dtype=torch.int64)
+        for row, sources in enumerate(self.sources):
+            for segment, source in enumerate(sources, start=1):
+                table[row, segment] = names.index(source)
+        table = table.to(index.device, non_blocking=True)
+        held = table.gather(1, stream.segment_ids.long()).flatten()[index]
+        sums = values.new_zeros(len(names), values.shape[1]).index_add_(0, held, values)
+        return dict(zip(names, sums, strict=True))
 
 
 def count_pairs(batch: Batch, text: str = "llm") -> int:

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from vlm_train.contracts.batch import Batch, TokenStream
+from vlm_train.contracts.batch import Batch
 
 
 def source_factors(sums: Mapping[str, float]) -> dict[str, float]:
@@ -39,21 +38,3 @@ def weigh_sources(batch: Batch, factors: Mapping[str, Mapping[str, float]]) -> B
         table = table.to(stream.weights.device, non_blocking=True)
         text[name] = replace(stream, weights=stream.weights * table.gather(1, stream.segment_ids.long()))
     return replace(batch, text=text)
-
-
-def sums_by_source(batch: Batch, stream: TokenStream, index: Tensor, values: Tensor) -> dict[str, Tensor]:
-    """Source -> `[K]`, its part of the sums of `values` `[S, K]`, which belong to the flat positions `index` `[S]`.
-
-    Nothing has to be asked of the device: which sources a batch holds is known on the CPU.
-    """
-    names = sorted({source for row in batch.sources for source in row})
-    if len(names) < 2:
-        return {name: values.sum(dim=0) for name in names}
-    table = torch.zeros(len(stream.ids), max(map(len, batch.sources)) + 1, dtype=torch.int64)
-    for row, sources in enumerate(batch.sources):
-        for segment, source in enumerate(sources, start=1):
-            table[row, segment] = names.index(source)
-    table = table.to(index.device, non_blocking=True)
-    held = table.gather(1, stream.segment_ids.long()).flatten()[index]
-    sums = values.new_zeros(len(names), values.shape[1]).index_add_(0, held, values)
-    return dict(zip(names, sums, strict=True))

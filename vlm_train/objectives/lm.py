@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
-from vlm_train.data.source_weights import sums_by_source
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.once import outputs_of
+from vlm_train.models.layers.passes import outputs_of
 
 
 class LanguageModeling(Objective):
@@ -77,7 +76,7 @@ class LanguageModeling(Objective):
             total, correct = total + loss.sum(), correct + hits
             losses.append(loss.detach())
         accuracy = correct / max(len(index), 1)
-        sources = sums_by_source(batch, stream, index, torch.stack([torch.cat(losses), weights], dim=1))
+        sources = batch.sum_by_source(stream, index, torch.stack([torch.cat(losses), weights], dim=1))
         return {self.name: Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()}, sources)}
 
 

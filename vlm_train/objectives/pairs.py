@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vlm_train.contracts.batch import Batch, TokenStream, count_pairs
 from vlm_train.contracts.objective import Gather
-from vlm_train.data.source_weights import sums_by_source
 
 _HASH_BASE = 6364136223846793005  # an odd 64-bit multiplier; sums wrap around
 
@@ -45,7 +44,7 @@ class Pairs:
     def by_source(self, each: Tensor) -> dict[str, Tensor]:
         """The losses `[b]` of the local pairs as `Loss.sources`."""
         first = self.batch.media.row * self.stream.ids.shape[1]  # the flat position of every text
-        return sums_by_source(self.batch, self.stream, first, torch.stack([each, torch.ones_like(each)], dim=1))
+        return self.batch.sum_by_source(self.stream, first, torch.stack([each, torch.ones_like(each)], dim=1))
 
 
 def pairs_of(batch: Batch, gather: Gather, text: str = "llm") -> Pairs:

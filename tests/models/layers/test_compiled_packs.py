@@ -17,7 +17,7 @@ from tests.support.tiny_models import assert_close, llama_config, text_stream, t
 from vlm_train.contracts.batch import TokenStream
 from vlm_train.data.collate import pack_sequences
 from vlm_train.models.layers import attention as attention_module
-from vlm_train.models.layers.decode import decode_stream
+from vlm_train.models.layers.passes import decode_stream
 
 PACKS = 30
 

@@ -21,8 +21,8 @@ from vlm_train.models.adapters.lora import adapted_layers, lora
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.text_only import TextOnly
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
-from vlm_train.models.layers.decode import decode_stream, generate_from
 from vlm_train.models.layers.inserted_blocks import check_ownership
+from vlm_train.models.layers.passes import decode_stream, generate_from
 from vlm_train.training.params import apply_policy
 from vlm_train.training.strategies.spread import list_units
 

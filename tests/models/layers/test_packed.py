@@ -30,7 +30,7 @@ from vlm_train.models.layers import attention as attention_module
 from vlm_train.models.layers import masks
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
 from vlm_train.models.layers.attention import decoding, layer_mask, packed_attention
-from vlm_train.models.layers.decode import decode_stream, generate_from
+from vlm_train.models.layers.passes import decode_stream, generate_from
 
 ATTENTIONS = ["packed", "sdpa", "eager"]
 SMALL = llama_config(hidden_size=32, intermediate_size=48)  # 4 heads share 2 key heads

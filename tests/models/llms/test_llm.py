@@ -12,7 +12,7 @@ import torch
 from tests.support.tiny_models import assert_close, llama_config, text_stream, tiny_llm
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
-from vlm_train.models.layers.decode import decode_stream, generate_from
+from vlm_train.models.layers.passes import decode_stream, generate_from
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 60}

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.support.tiny_models import text_stream, tiny_llm
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.decode import decode_stream
+from vlm_train.models.layers.passes import decode_stream
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.llms.mixers import mixers_without_mask
 

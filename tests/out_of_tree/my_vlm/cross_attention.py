@@ -18,7 +18,7 @@ from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.layout import MediaLayout, MediaSize, Piece, Slot
 from vlm_train.errors import BatchError, ConfigError
 from vlm_train.models.families.prefix_vlm import PrefixVLM
-from vlm_train.models.layers.decode import decode_stream, generate_from
+from vlm_train.models.layers.passes import decode_stream, generate_from
 
 
 class PlaceOnly:

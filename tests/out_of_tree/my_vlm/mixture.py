@@ -20,9 +20,8 @@ from vlm_train.contracts.media import Features, Grid3
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.errors import BatchError
-from vlm_train.models.layers.decode import decode_stream, generate_from
 from vlm_train.models.layers.merge import merge_features
-from vlm_train.models.layers.once import outputs_of
+from vlm_train.models.layers.passes import decode_stream, generate_from, outputs_of
 
 ROUTER_LOGITS = "router_logits"
 """The auxiliary output that `Balance` reads."""

@@ -16,7 +16,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.once import outputs_of
+from vlm_train.models.layers.passes import outputs_of
 from vlm_train.objectives.per_sample import sum_by_segment
 
 

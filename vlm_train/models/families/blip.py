@@ -19,8 +19,8 @@ from vlm_train.contracts.family import Family
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.generate import Sampling, generate_tokens
 from vlm_train.models.layers.masks import attention_mask
-from vlm_train.models.layers.once import cached_on_batch
 from vlm_train.models.layers.padding import first_token_state, position_ids_from_mask, replace_first_token
+from vlm_train.models.layers.passes import cached_on_batch
 from vlm_train.models.layers.qformer import first_weights
 
 

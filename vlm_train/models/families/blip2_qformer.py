@@ -21,8 +21,8 @@ from vlm_train.contracts.family import Family
 from vlm_train.contracts.layout import MediaLayout, NoMedia
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.masks import attention_mask, both_ways
-from vlm_train.models.layers.once import cached_on_batch
 from vlm_train.models.layers.padding import first_token_state, replace_first_token
+from vlm_train.models.layers.passes import cached_on_batch
 from vlm_train.models.layers.qformer import QFormerOutput, first_weights
 from vlm_train.models.weights.hub import read_state
 from vlm_train.models.weights.qformer_names import head_from_bert

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.streams import Alignment
 from vlm_train.models.families.prefix_vlm import PrefixVLM
-from vlm_train.models.layers.decode import decode_stream
+from vlm_train.models.layers.passes import decode_stream
 
 
 class PrefixSeq2Seq(PrefixVLM):

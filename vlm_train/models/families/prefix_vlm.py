@@ -13,8 +13,8 @@ from torch import Tensor
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.media import Features
-from vlm_train.models.layers.decode import decode_stream, generate_from
 from vlm_train.models.layers.merge import merge_features
+from vlm_train.models.layers.passes import decode_stream, generate_from
 
 
 class PrefixVLM(Family):

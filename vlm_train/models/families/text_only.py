@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Family
-from vlm_train.models.layers.decode import decode_stream, generate_from
+from vlm_train.models.layers.passes import decode_stream, generate_from
 
 
 class TextOnly(Family):

@@ -19,7 +19,7 @@ from vlm_train.contracts.batch import MediaBatch, TokenStream
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.media import MediaInput
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.decode import decode_stream
+from vlm_train.models.layers.passes import decode_stream
 
 POOLING = ("cls", "mean", "head")
 

@@ -1,15 +1,32 @@
-"""How every family drives its language model over the streams of a batch."""
+"""Passes over a batch: how objectives call a family, how a family drives its language model, and what is made once."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from vlm_train.contracts.batch import SequenceMask, TokenStream
+from vlm_train.contracts.batch import Batch, SequenceMask, TokenStream
 from vlm_train.contracts.cross_states import CrossStates
+from vlm_train.contracts.family import Family, Outputs
 from vlm_train.contracts.parts import Encoded
 from vlm_train.models.layers.masks import attention_mask
+
+Made = TypeVar("Made")
+
+
+def outputs_of(model: Any, batch: Batch, stream: str) -> Outputs:
+    """`model(batch, stream)` as `Outputs`. A pass that gives auxiliary values is made once a batch, because one
+    objective reads its hidden states, and another one its auxiliary values."""
+    kept = (id(model), "outputs", stream, torch.is_grad_enabled(), model.plays_reference)
+    if kept not in batch.shared:
+        found = model(batch, stream=stream)
+        if isinstance(found, Tensor):
+            return Outputs(found, {})
+        batch.shared[kept] = found
+    return batch.shared[kept]
 
 
 def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossStates | Encoded) -> Tensor:
@@ -44,3 +61,15 @@ def generate_from(
     if cross_states is not None:
         settings["cross_states"] = cross_states.reorder_tokens(order)
     return llm.generate(embeds, token_mask.gather(1, order), **settings)
+
+
+def cached_on_batch(batch: Batch, owner: Family, name: str, make: Callable[[], Made]) -> Made:
+    """What `make` gives, kept with the batch, hence as long as it: the second to ask gets the same.
+
+    `owner` and `name` say what it is. Kept apart by whether gradients are recorded, and whether the model plays its own
+    reference.
+    """
+    key = (id(owner), name, torch.is_grad_enabled(), owner.plays_reference)
+    if key not in batch.shared:
+        batch.shared[key] = make()
+    return batch.shared[key]
