@@ -202,11 +202,11 @@ def test_command_line(folder: Path, ran: list[DictConfig], capsys: pytest.Captur
     assert "init_from" in capsys.readouterr().out
 
 
-def test_our_schedules_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml")))
+def test_our_schedules_plan(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for path in (recipes_dir() / "schedule").glob("*.yaml"):
-        name, stages = schedule.plan_schedule([f"schedule={path.stem}", "dry_run=true"])
-        assert name == path.stem and len({stage.folder for stage in stages}) == len(stages)
+    name, stages = schedule.plan_schedule([f"schedule={given}", "dry_run=true"])
+    assert name == given and len({stage.folder for stage in stages}) == len(stages)
 
 
 def test_launchers_are_refused(folder: Path, ran: list[DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
