@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from typing import Any
 
 
 def process_rank() -> int:
     """This process's global rank as torchrun or srun set it; 0 without either."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def count_started(kind: str) -> int:
+    """Processes that train, as those who started them say; `kind` is `launch.kind`."""
+    return int(os.environ.get("SLURM_NTASKS" if kind == "srun" else "WORLD_SIZE", 1))
+
+
+def say_once(text: str) -> None:
+    """Prints what every process finds alike, on the first one."""
+    if process_rank() == 0:
+        print(text, flush=True)
+
+
+def exit_with_parent(number: int = signal.SIGTERM) -> None:
+    """Asks Linux to send this process a signal when its parent is killed, so that no orphan goes on."""
+    ctypes.CDLL(None).prctl(1, number)
 
 
 def of_all_ranks(value: Any, world: int) -> list[Any]:

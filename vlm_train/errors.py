@@ -9,6 +9,7 @@ as does, with VLM_TRAIN_TRACEBACK=1, what a component's own code raises when it 
 | 1 | failed, or stood still | the same command resumes from the newest checkpoint |
 | 2 | refused: a setting is wrong | not before it is corrected |
 | 130 | Ctrl-C; a training saved its step | when you like |
+| 129 | SIGHUP, a closed terminal; a training saved its step | yes: the same command resumes |
 | 143 | preempted (SIGTERM, SIGUSR1, SIGUSR2); a training saved its step | yes: the same command resumes |
 
 Codes from 128 on are what Unix says of a process that a signal ended, so they also hold where it came before there was
@@ -20,13 +21,20 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
+FAILED, REFUSED = 1, 2
+"""The exit codes of a run that failed, and of one that was refused."""
+
 
 class VLMTrainError(Exception):
-    """Base of every error caused by the user's input or environment."""
+    """Base of every error caused by the user's input or environment. `code` is the exit code of the command."""
+
+    code: int = FAILED
 
 
 class ConfigError(VLMTrainError):
     """A configuration that cannot run. Collects every problem found, each naming the setting that causes it."""
+
+    code = REFUSED
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -56,27 +64,25 @@ class TrainingError(VLMTrainError):
 class Interrupted(SystemExit):
     """A signal ended the run, with a checkpoint if `step` says so. Not an error: it stops schedules and sweeps too.
 
-    `code` is the exit code.
+    `code` is the exit code; `said`: the process that was interrupted has said so where we would.
     """
 
     code: int
 
-    def __init__(self, number: int, step: int | None = None) -> None:
+    def __init__(self, number: int, step: int | None = None, *, said: bool = False) -> None:
         where = "" if step is None else f" at step {step}, which is saved"
         super().__init__(f"{signal.Signals(number).name}{where}. The same command resumes.")
         self.code = exit_code(number)
+        self.said = said
 
 
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """A scheduler wants the machine back. SLURM's `--signal=USR1@300` and submitit's SIGUSR2 come before SIGTERM does."""
 
 
-STOPPING = (signal.SIGINT, *PREEMPTING)
-"""Signals at which a training saves its step and leaves."""
-
-
-ENDING = (*STOPPING, signal.SIGHUP)
-"""Signals that end a run, which resumes when it is started again."""
+ENDING = (signal.SIGINT, signal.SIGHUP, *PREEMPTING)
+"""Signals that end a run, which resumes when it is started again: a training saves its step and leaves. One that was
+ignored when we were started, as `nohup` does with SIGHUP, stays ignored."""
 
 
 REPEATED = 3.0

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,8 +119,9 @@ def write_pointer(pointer: Path, name: str) -> None:
 
 
 def read_pointer(pointer: Path) -> str:
-    """The folder that LATEST or BEST names; empty without one."""
-    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+    """The folder that LATEST or BEST names; empty without one, and where a damaged pointer names none of ours."""
+    name = pointer.read_bytes()[:99].decode(errors="replace").strip() if pointer.is_file() else ""
+    return name if re.fullmatch(r"step-\d+", name) else ""
 
 
 def prune_checkpoints(
@@ -171,8 +173,12 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): {k: one[k] for k in ("bytes", "sha256")} for name, one in manifest["files"].items()}
         typed = {"run_id": str(manifest["run_id"]), "step": int(manifest["step"]), "frozen": list(manifest["frozen"])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        typed["rollbacks"] = int(manifest.get("rollbacks", 0))
+        typed["metric"] = None if manifest.get("metric") is None else float(manifest["metric"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a manifest of ours: {error!r}") from error
+    except RecursionError:
+        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of ours: nested too deeply") from None
     return {**manifest, **typed, "files": files}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_train.checkpoint.files import FORMAT, STATE, verify_checkpoint
+from vlm_train.distributed import say_once
 from vlm_train.errors import CheckpointError
 from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.rollback import is_stale, read_rollbacks
@@ -53,7 +54,7 @@ def newest_valid(root: Path) -> Resume | None:
             problems.append(f"{folder}: taken back by a rollback")
         except CheckpointError as error:
             problems.append(str(error))
-            print(f"resume: skipping {error}", flush=True)
+            say_once(f"resume: skipping {error}")
     if problems:
         raise CheckpointError(
             "no valid checkpoint to resume from: " + "; ".join(problems) + ". resume=never needs another run_name."

@@ -19,11 +19,13 @@ from vlm_train.checkpoint.files import (
     hash_file,
     manifest_of,
     partial_folder,
+    read_pointer,
     verify_checkpoint,
     write_pointer,
     write_tensors,
 )
 from vlm_train.checkpoint.resume import Resume
+from vlm_train.distributed import say_once
 from vlm_train.errors import CheckpointError
 from vlm_train.models.adapters.lora import base_names
 from vlm_train.models.adapters.quantize import assign_values, full_shape
@@ -53,7 +55,9 @@ def weights_file(run: str | Path, which: str = "last") -> Path:
         pointer = root / ("BEST" if which == "best" else "LATEST")
         if not pointer.is_file():
             raise CheckpointError(f"{path}: has no finished checkpoint ({pointer.name} is missing)")
-        path = root / pointer.read_text(encoding="utf-8").strip()
+        if not (name := read_pointer(pointer)):
+            raise CheckpointError(f"{pointer}: is damaged: expected the name of a folder, step-..., beside it")
+        path = root / name
     verify_checkpoint(path)
     return path / WEIGHTS
 
@@ -116,7 +120,7 @@ def load_init_from(model: nn.Module, init_from: Sequence[Any]) -> list[str]:
     for one in init_from:
         file = weights_file(one.run, one.which)
         count = load_weights(model, file, one.parts)
-        print(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})", flush=True)
+        say_once(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})")
         known = manifest_of(file.parent)["files"][file.name]["sha256"] if (file.parent / MANIFEST).is_file() else None
         digests.append(known or hash_file(file))
     return digests

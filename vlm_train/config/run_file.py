@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -13,9 +14,13 @@ from vlm_train.config.renamed_keys import rename_keys
 from vlm_train.config.schema import Root
 from vlm_train.errors import ConfigError
 
+LAST = "target"
+"""The last key that every version has written: a file without it was cut off."""
+
 
 def load_config(path: str | Path) -> DictConfig:
-    """A configuration file read as data into the typed root. Raises ConfigError when it is missing or does not fit."""
+    """A configuration file read as data into the typed root. Raises ConfigError when it is missing or damaged, or does
+    not fit."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"run: {path} does not exist. Expected a run folder with its config.yaml.")
@@ -25,10 +30,19 @@ def load_config(path: str | Path) -> DictConfig:
         if isinstance(saved, dict):
             rename_keys(saved)
         cfg.merge_with(saved)
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(_describe_damage(path, f"{type(error).__name__}")) from error
     except (OmegaConfBaseException, ConfigError, ValueError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(saved, dict) or LAST not in saved:
+        raise ConfigError(_describe_damage(path, "it is cut off" if saved else "it is empty"))
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def _describe_damage(path: Path, how: str) -> str:
+    again = "the command that trained this run writes it anew once the file is deleted, and resumes"
+    return f"{path}: no configuration of a run: {how}. Restore it from a copy; or {again}."
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +31,8 @@ from vlm_train.data.order.mixture import Mixture
 from vlm_train.data.order.sample_plan import Packing, Plan, SamplePlan, Sizes
 from vlm_train.data.order.token_plan import PackingCursor, TokenPlan
 from vlm_train.data.processor import Processor
-from vlm_train.errors import STOPPING, ConfigError
+from vlm_train.distributed import exit_with_parent
+from vlm_train.errors import ENDING, ConfigError
 from vlm_train.seeds import derive_seed
 
 ORDER_VERSION = 1  # of the way from a seed to an order: a checkpoint with another one does not go on
@@ -251,8 +255,14 @@ def _check_settings(train: Any, val: Any, val_share: float, **least_one: int | N
 
 
 def _start_worker(worker: int) -> None:
-    """Schedulers signal every process of a job: the trainer decides when to stop, and its workers end with it. What the
-    trainer had built is not looked at by the worker's garbage collection, which would copy all of it."""
+    """Schedulers signal every process of a job: the trainer decides when to stop, and its workers end with it. Also
+    when it is killed: by themselves they would wait for ever, at a pipe that their siblings hold open. What the trainer
+    had built is not looked at by the worker's garbage collection, which would copy all of it."""
     gc.freeze()
-    for number in STOPPING:
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent is not None:
+        exit_with_parent(signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it was killed before we asked
+            os._exit(1)
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)

@@ -46,6 +46,9 @@ SHOWN = ("loss", "grad_norm", "samples_per_second", "skipped", "skipped_steps")
 
 
 def format_row(row: Mapping[str, float]) -> str:
-    """What the terminal says of a line: some of the values of training, all that an evaluator found."""
-    chosen = {name: value for name, value in row.items() if name in SHOWN} or row
+    """What the terminal says of a line: some of the values of training, with the highest learning rate; all that an
+    evaluator found."""
+    chosen = {name: value for name, value in row.items() if name in SHOWN} or dict(row)
+    rates = [value for name, value in row.items() if name.startswith("lr/")]
+    chosen |= {"lr": max(rates)} if rates else {}
     return "  ".join(f"{name} {value:.4g}" for name, value in chosen.items() if value or name != "skipped")

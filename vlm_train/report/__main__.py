@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = write_report(folder)
         if options.table:
             print(results_table(folder) or f"no results in '{folder}'")
-    except VLMTrainError as error:
+    except (VLMTrainError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"report: {path}")

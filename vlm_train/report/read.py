@@ -13,13 +13,14 @@ from vlm_train.config.redact import without_credentials
 from vlm_train.errors import ConfigError
 from vlm_train.report.results import Metric, Result, is_number, read_metrics, read_results
 from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.record import read_lines
 
 PAUSE = 60.0  # seconds without a record after which nothing was running, if records usually come more often
 
 
 @dataclass(frozen=True)
 class Point:
-    """A metric's value at one step; `seconds` counts from the first record of its stage, without pauses."""
+    """A metric's value at one step, after `seconds` of training."""
 
     step: int
     seconds: float
@@ -68,7 +69,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Time from the first to the last recorded metric, pauses between two starts left out."""
+        """Seconds of training up to the last recorded metric, pauses between two starts left out."""
         return max((points[-1].seconds for points in self.curves.values()), default=0.0)
 
     @property
@@ -134,15 +135,24 @@ def read_stage(folder: Path, name: str) -> Stage:
 
 def read_curves(path: Path) -> dict[tuple[str, str], list[Point]]:
     """`(split, metric) -> points` in step order. A step repeated after a resume counts once, as it was last."""
-    records = [row for row in _json_lines(path) if is_number(row.get("step")) and is_number(row.get("time"))]
-    seconds = active_seconds([float(row["time"]) for row in records])
+    records = [row for row in read_lines(path) if is_number(row.get("step")) and is_number(row.get("time"))]
+    seconds = training_seconds(records)
     curves: dict[tuple[str, str], dict[int, Point]] = {}
-    for row in records:
+    for row, spent in zip(records, seconds, strict=True):
         for metric, value in row.items():
-            if metric not in ("step", "time", "split") and is_number(value):
+            if metric not in ("step", "time", "seconds", "split") and is_number(value):
                 curve = curves.setdefault((str(row.get("split", "train")), metric), {})
-                curve[int(row["step"])] = Point(int(row["step"]), seconds[float(row["time"])], float(value))
+                curve[int(row["step"])] = Point(int(row["step"]), spent, float(value))
     return {key: [curve[step] for step in sorted(curve)] for key, curve in curves.items()}
+
+
+def training_seconds(records: list[dict[str, Any]]) -> list[float]:
+    """The seconds of training at every record, as the run counted them. Records of older versions do not say it; then
+    it is guessed from when they were written."""
+    if all(is_number(row.get("seconds")) for row in records):
+        return [float(row["seconds"]) for row in records]
+    guessed = active_seconds([float(row["time"]) for row in records])
+    return [guessed[float(row["time"])] for row in records]
 
 
 def active_seconds(times: list[float]) -> dict[float, float]:
@@ -160,7 +170,7 @@ def active_seconds(times: list[float]) -> dict[float, float]:
 def read_predictions(path: Path) -> list[Prediction]:
     """The predictions of one evaluation. An image outside its folder is ignored: the file may come from anywhere."""
     predictions = []
-    for row in _json_lines(path):
+    for row in read_lines(path):
         image = _image_path(path.parent, row)
         question, reference, prediction = (str(row.get(name, "")) for name in ("question", "reference", "prediction"))
         predictions.append(Prediction(question, reference, prediction, bool(row.get("correct")), image))
@@ -210,25 +220,12 @@ def _stage_folder(schedule: Path, run: str) -> Path | None:
 
 def _last_written(folder: Path) -> float | None:
     """When the run last wrote a metric, in seconds since the epoch."""
-    times = [row["time"] for row in _json_lines(RunFolder(folder).metrics) if is_number(row.get("time"))]
+    times = [row["time"] for row in read_lines(RunFolder(folder).metrics) if is_number(row.get("time"))]
     return max(times, default=None)
 
 
 def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a line that a kill cut short is skipped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -27,7 +27,8 @@ from omegaconf import DictConfig
 
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.config.run_identity import run_dir, training_config
-from vlm_train.errors import ENDING, PREEMPTING, ConfigError, Interrupted, TrainingError
+from vlm_train.distributed import exit_with_parent
+from vlm_train.errors import ENDING, PREEMPTING, REFUSED, ConfigError, Interrupted, TrainingError
 from vlm_train.runs import record, torchrun
 from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.rollback import read_rollbacks
@@ -52,9 +53,13 @@ FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT":
 
 LAST_LINES = 15
 
+DRAINING = 5.0
+"""Seconds that the last output of a child which has ended may take."""
+
 
 class ChildError(TrainingError):
-    """A child process that ended with an error. `code` is its exit code, negative for a signal."""
+    """A child process that ended with an error. `code` is its exit code, negative for a signal; only that of a refused
+    setting becomes the command's own."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -80,6 +85,10 @@ def check_environment(cfg: DictConfig) -> None:
         raise ConfigError("launch.kind: torchrun starts the processes: torchrun --nproc-per-node 8 -m vlm_train ...")
     if kind == "srun" and "SLURM_PROCID" not in os.environ:
         raise ConfigError("launch.kind: srun starts the processes: srun python -m vlm_train ...")
+    if cfg.mode == "fit" and not cfg.dry_run and cfg.trainer.accelerator == "gpu":
+        from vlm_train.training.device import require_devices  # before a folder is filled and data are read
+
+        require_devices(cfg)
 
 
 def prepare_folder(cfg: DictConfig, origins: str) -> Path:
@@ -143,7 +152,7 @@ def run_child(cfg: DictConfig, devices: int | None = None) -> dict[str, Any]:
         _mark_ended(folder, ended)
     if ended.signal:
         _tell_caller(ended.signal)
-        raise Interrupted(ended.signal)
+        raise Interrupted(ended.signal, said=ended.says("Interrupted: "))
     raise ChildError(_describe_end(cfg, folder, ended), ended.code)
 
 
@@ -179,6 +188,10 @@ class Ended:
     last: list[str] = field(default_factory=list)
     signal: int = 0
 
+    def says(self, start: str) -> bool:
+        """Whether one of its last lines begins so."""
+        return any(line.startswith(start) for line in self.last)
+
 
 def _supervise_child(command: Sequence[str], folder: Path | None) -> Ended:
     """Starts a process tree, forwards signals and waits for its end."""
@@ -197,15 +210,16 @@ def _supervise_child(command: Sequence[str], folder: Path | None) -> Ended:
         stdout=subprocess.PIPE if piped else None,
         stderr=subprocess.STDOUT if piped else None,
         start_new_session=True,  # Ctrl-C reaches the child once, through us
-        preexec_fn=torchrun.exit_with_parent if sys.platform == "linux" else None,
+        preexec_fn=exit_with_parent if sys.platform == "linux" else None,
     )
     last: deque[str] = deque(maxlen=LAST_LINES)
     copying = threading.Thread(target=_copy_output, args=(child, folder, last), daemon=True)
     with _forward_signals(child) as received:
         if piped:
             copying.start()
-        while child.poll() is None or copying.is_alive():  # a signal can miss a wait without end, just before it blocks
+        while child.poll() is None:  # a signal can miss a wait without end, just before it blocks
             time.sleep(0.05)
+        copying.join(DRAINING if piped else 0.0)  # a process that outlives the child may hold the pipe
     return Ended(child.returncode, [*last], received[0] if received else _stopping_signal(child.returncode))
 
 
@@ -268,10 +282,15 @@ def _describe_end(cfg: DictConfig, folder: Path, ended: Ended) -> str:
         how = f"failed ({f'exit code {code}' if code > 0 else f'killed by {signal.Signals(-code).name}'})"
     where = f"Its output: {RunFolder(folder).output}" if ended.last and cfg.mode == "fit" else "Its messages are above"
     tail = "".join(f"\n    | {line}" for line in ended.last if line)
-    return f"{cfg.mode} of {folder.name} {how}. {where}; the same command resumes.{tail}"
+    again = "a setting has to be corrected" if ended.code == REFUSED else "the same command resumes"
+    return f"{cfg.mode} of {folder.name} {how}. {where}; {again}.{tail}"
 
 
 def _mark_ended(folder: Path, ended: Ended) -> None:
-    """A child that was killed could not say so itself. One that was refused (exit code 2) says nothing of the run."""
-    if ended.code != 2 and record.read_record(folder).get("status") == "running":
-        record.update_record(folder, status="interrupted" if ended.signal else "failed", exit_code=ended.code)
+    """A child that was killed could not say so itself. One that was refused says nothing of the run, nor does any while
+    another process trains it: the same command, started twice."""
+    if ended.code == REFUSED:
+        return
+    with suppress(ConfigError), record.lock_folder(folder):
+        if record.read_record(folder).get("status") == "running":
+            record.update_record(folder, status="interrupted" if ended.signal else "failed", exit_code=ended.code)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import Composition, explain_errors
 from vlm_train.config.run_file import load_config
 from vlm_train.distributed import process_rank
-from vlm_train.errors import PREEMPTING, ConfigError, Interrupted, PartError, VLMTrainError
+from vlm_train.errors import ENDING, FAILED, REFUSED, ConfigError, Interrupted, PartError, VLMTrainError
 from vlm_train.runs import torchrun
 
 
@@ -78,9 +78,10 @@ def run_guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Se
         code = _interruption_code(error)
         if code is None:
             raise
-        if process_rank() == 0:
+        if process_rank() == 0 and not (isinstance(error, Interrupted) and error.said):
             said = error if isinstance(error, Interrupted) else "The same command resumes."
-            print(f"Interrupted: {said}", file=sys.stderr)
+            with suppress(OSError):  # the terminal may be closed
+                print(f"Interrupted: {said}", file=sys.stderr)
         return code
     return 0
 
@@ -97,7 +98,7 @@ def interrupt_on_signals() -> Iterator[None]:
         raise Interrupted(number)
 
     main_thread = threading.current_thread() is threading.main_thread()
-    free = [one for one in PREEMPTING if main_thread and signal.getsignal(one) is signal.SIG_DFL]  # else: the caller's
+    free = [one for one in ENDING if main_thread and signal.getsignal(one) is signal.SIG_DFL]  # else: the caller's
     for number in free:
         signal.signal(number, raise_interrupted)
     try:
@@ -152,7 +153,7 @@ def report_error(error: Exception, cause: BaseException) -> int:
     # Every rank finds the same configuration errors; a part may fail on one of them only.
     if process_rank() == 0 or not isinstance(error, ConfigError) or isinstance(error, PartError):
         _print_error(error)
-    return 2 if isinstance(error, ConfigError) else 1
+    return REFUSED if isinstance(error, VLMTrainError) and error.code == REFUSED else FAILED
 
 
 def _print_error(error: Exception) -> None:

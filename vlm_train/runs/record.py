@@ -16,9 +16,19 @@ from vlm_train.runs.folder import RunFolder
 log = logging.getLogger("vlm_train")
 
 
+TYPES: dict[str, type] = {"status": str, "step": int, "total_steps": int, "metrics": dict, "results": list}
+"""What the code reads of a run.json, and as which type."""
+
+
 def read_record(folder: Path) -> dict[str, Any]:
-    """The run.json of a run folder; empty without one. A corrupt one counts as none, and the log says so."""
-    return read_json(RunFolder(folder).record)
+    """The run.json of a run folder; empty without one. A corrupt one counts as none, as do values of a wrong type, and
+    the log says so."""
+    path = RunFolder(folder).record
+    found = read_json(path)
+    wrong = [key for key, kind in TYPES.items() if found.get(key) is not None and type(found[key]) is not kind]
+    for key in wrong:
+        log.warning("%s: %s is ignored: expected %s, got %.40r", path, key, TYPES[key].__name__, found.pop(key))
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets nested by the thousand
         log.warning("%s cannot be read and is ignored: %s", path, error)
         return {}
     if not isinstance(content, dict):
@@ -50,13 +60,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
-    path, rows = RunFolder(folder).metrics, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """The lines of metrics.jsonl: objects with a step and a split. Others, such as a last one that a kill cut short,
+    are left out."""
+    return [row for row in read_lines(RunFolder(folder).metrics) if _is_metrics(row)]
+
+
+def _is_metrics(row: dict[str, Any]) -> bool:
+    return type(row.get("step")) is int and isinstance(row.get("split"), str)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; damaged lines are left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_train.errors import CheckpointError
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 
@@ -20,9 +21,17 @@ class Rollback:
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
-    """The rollbacks of a run, oldest first."""
-    held = record.read_json(RunFolder(folder).rollbacks)
-    return [Rollback(int(one["to"]), int(one["last"])) for one in held.get("made", [])]
+    """The rollbacks of a run, oldest first. Raises CheckpointError where the file is damaged."""
+    path = RunFolder(folder).rollbacks
+    if not path.exists():
+        return []
+    try:
+        return [Rollback(int(one["to"]), int(one["last"])) for one in record.read_json(path)["made"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path}: is damaged, and says which steps were taken back. Restore it; without the file no step counts as "
+            "taken back."
+        ) from error
 
 
 def go_back(folder: Path, first: int, last: int) -> Rollback | None:

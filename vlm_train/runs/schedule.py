@@ -24,7 +24,7 @@ from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import list_groups
 from vlm_train.config.run_identity import run_dir
 from vlm_train.config.signatures import did_you_mean
-from vlm_train.errors import AssetError, ConfigError, VLMTrainError
+from vlm_train.errors import AssetError, ConfigError
 from vlm_train.runs import launch, process, record
 from vlm_train.runs.folder import RunFolder
 
@@ -246,7 +246,7 @@ def _write_schedule_report(folder: Path) -> None:
     """The HTML report over all stages. Trouble with it must not hide the result."""
     try:
         log.info("Report: %s", process.write_report(folder))
-    except (VLMTrainError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
         log.warning("No report for %s: %s", folder, error)
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_train.errors import exit_code
+from vlm_train.errors import REFUSED, exit_code
 from vlm_train.runs import record
 
 FRUITLESS = 2
@@ -31,14 +31,16 @@ def decide_restart(folder: Path, code: int, *, first: bool) -> tuple[bool, str]:
     """
     if code == 0:
         return False, "done"
-    if code == 2:
+    if code == REFUSED:
         return False, "a setting is wrong, which another start does not change"
     if code == exit_code(signal.SIGINT):
         return False, "somebody pressed Ctrl-C"
     pointers = [*folder.glob("checkpoints/LATEST"), *folder.glob("*/checkpoints/LATEST")]
-    newest = {str(path.relative_to(folder)): path.read_text(encoding="utf-8").strip() for path in pointers}
+    named = {str(path.relative_to(folder)): path.read_bytes() for path in pointers}
+    newest = {name: content.decode(errors="replace").strip() for name, content in named.items()}
     held = {} if first else record.read_json(folder / RECORD)
-    fruitless = 0 if newest != held.get("newest", {}) else int(held.get("fruitless", 0)) + 1
+    before = held.get("fruitless")
+    fruitless = 0 if newest != held.get("newest", {}) else (before if isinstance(before, int) else 0) + 1
     record.write_json(folder / RECORD, {"newest": newest, "fruitless": fruitless})
     if fruitless > FRUITLESS:
         return False, f"{fruitless} attempts in a row have ended without a new checkpoint"

@@ -9,7 +9,6 @@ within the same second.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vlm_train.distributed import exit_with_parent
 from vlm_train.errors import ENDING, PREEMPTED, REPEATED, Interrupted, exit_code
 
 PID, ERRORS = "VLM_TRAIN_AGENT", "VLM_TRAIN_ERRORS"
@@ -159,11 +159,6 @@ def exit_with_agent() -> None:
         exit_with_parent()
         if os.getppid() != int(pid):  # it was killed before we asked
             raise SystemExit(1)
-
-
-def exit_with_parent() -> None:
-    """Asks Linux to end this process when its parent is killed, so that no orphan writes to a run folder."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class BadSamples:
                     try:
                         held = json.loads(line)
                         problem = Problem(held["problem"], held["kind"], held["shard"], held["key"])
-                    except (ValueError, KeyError, TypeError):  # half a line
+                    except (ValueError, KeyError, TypeError, RecursionError):  # half a line
                         continue
                     self._recorded.add(_identify_problem(problem))
         return self._recorded

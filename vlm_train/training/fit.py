@@ -14,20 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 from vlm_train.checkpoint.resume import Resume, find_resume
 from vlm_train.checkpoint.weights import load_run_weights
 from vlm_train.config.run_identity import run_dir, run_id
-from vlm_train.distributed import process_rank
+from vlm_train.distributed import count_started, process_rank, say_once
 from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.rollback import read_rollbacks
+from vlm_train.training.device import require_devices
 
 
 def fit_run(cfg: DictConfig) -> dict[str, Any]:
     """Train the configured run to its end, resuming it where it stopped. Returns its final metrics."""
+    require_devices(cfg)
     folder, identity = run_dir(cfg), run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     status = record.read_record(folder)
     if status.get("status") == "done" and cfg.resume == "auto":
-        print(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
+        say_once(f"{identity} is already done: {folder}. Choose another run_name to train it again.")
         return dict(status.get("metrics") or {})
     with record.lock_folder(folder) if process_rank() == 0 else nullcontext():
         if cfg.resume == "restart" and process_rank() == 0:
@@ -35,7 +37,7 @@ def fit_run(cfg: DictConfig) -> dict[str, Any]:
         resumed = find_resume(cfg.resume, folder, identity)
         if process_rank() == 0:  # before any other rank can log
             record.keep_metrics(folder, resumed.step if resumed else -1)
-        print(f"{identity}: {_describe_start(resumed)}", flush=True)
+        say_once(f"{identity}: {_describe_start(resumed, count_started(cfg.launch.kind))}")
         try:
             return _train_run(cfg, folder, identity, resumed)
         except BaseException as error:
@@ -44,8 +46,12 @@ def fit_run(cfg: DictConfig) -> dict[str, Any]:
             raise
 
 
-def _describe_start(resumed: Resume | None) -> str:
-    return f"resuming from {resumed.folder}" if resumed else "starting at step 0"
+def _describe_start(resumed: Resume | None, world: int) -> str:
+    if resumed is None:
+        return "starting at step 0"
+    before = resumed.manifest.get("world")
+    changed = f", which {before} processes wrote; now there are {world}" if before not in (None, world) else ""
+    return f"resuming from {resumed.folder}{changed}"
 
 
 def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | None) -> dict[str, Any]:
@@ -56,11 +62,11 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.params import make_policy
     from vlm_train.training.prepare_models import prepare_models
-    from vlm_train.training.trainer import count_processes, halves_weights, loop_callbacks, make_strategy, make_trainer
+    from vlm_train.training.trainer import halves_weights, loop_callbacks, make_strategy, make_trainer
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    world = count_processes(cfg)
+    world = count_started(cfg.launch.kind)
     strategy = make_strategy(cfg, world)
     shares = world > 1 and strategy.shards_model and process_rank() > 0  # rank 0 spreads its weights later
     models = prepare_models(cfg, resumed, shares=shares, to_bf16=halves_weights(cfg, strategy))
@@ -214,10 +220,19 @@ def _finish_run(assembly: Any, module: Any, evaluators: dict[str, Any], folder: 
     if assembly.cfg.trainer.export:
         _export_run(_rebuild_whole(assembly, folder) if trainer.strategy.shards_model else assembly, folder)
     _write_status(folder, status="done", step=trainer.global_step, metrics=metrics, finished=time.time())
+    _write_report(folder)
+    return metrics
+
+
+def _write_report(folder: Path) -> None:
+    """The page of a run that is done. What keeps it from being written, such as a full disk, fails no run."""
     from vlm_train.report import write_report
 
-    print(f"report: {write_report(folder)}", flush=True)
-    return metrics
+    try:
+        print(f"report: {write_report(folder)}", flush=True)
+    except Exception as error:
+        path = RunFolder(folder).report
+        print(f"WARNING: {path}: cannot be written: {error}. The run is done all the same.", flush=True)
 
 
 def _rebuild_whole(assembly: Any, folder: Path) -> Any:

@@ -22,7 +22,7 @@ from vlm_train.training.params import Policy
 COUNTS = ("samples", "tokens", "places", "supervised", "skipped")
 """What is always counted; other names appear when they are first counted."""
 
-TIMED = ("samples_per_second", "tokens_per_second", "data_wait", "tflops", "mfu", "peak_memory_gib")
+TIMED = ("seconds", "samples_per_second", "tokens_per_second", "data_wait", "tflops", "mfu", "peak_memory_gib")
 """Names in a line that depend on the machine, not only on what was trained."""
 
 
@@ -55,6 +55,7 @@ class Meter:
         self.weights: dict[str, float] = {}
         self.held_out = Sums(self.weights)
         self.before = 0.0  # seconds since the last line in the process that a run goes on from
+        self.earlier = 0.0  # seconds of training before this process, up to the step that it goes on from
         self.start_clock()
         self._reset_counts()
 
@@ -84,10 +85,21 @@ class Meter:
         self.train = self.marked
         self.add_count("skipped_steps")
 
-    def start_clock(self) -> None:
-        """Training begins, or goes on."""
-        self.paused = self.left = time.perf_counter()
+    def start_clock(self, step: int = 0) -> None:
+        """Training begins, or goes on after `step`."""
+        self.first = step
+        self.began = self.paused = self.left = time.perf_counter()
         self.since = self.left - self.before
+
+    def count_seconds(self) -> float:
+        """Seconds since training began, its validations and saves included; the time between two starts is not, nor is
+        what a killed process did after its last checkpoint."""
+        return self.earlier + time.perf_counter() - self.began
+
+    def estimate_rest(self, step: int, total: int) -> float:
+        """Seconds left after `step`, at the speed of this process so far."""
+        done = step - self.first
+        return (time.perf_counter() - self.began) / done * (total - step) if done > 0 else 0.0
 
     def on_step_end(self) -> None:
         """A step is done: the wait for data begins."""
@@ -172,6 +184,7 @@ class Meter:
             "counts": self.over_ranks(self.counts),
             "drawn": self.over_ranks(self.drawn),
             "seconds": time.perf_counter() - self.since,
+            "training_seconds": self.count_seconds(),
         }
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -182,6 +195,7 @@ class Meter:
         self.train.sources = {name: torch.tensor(pair, device=device) for name, pair in pairs.items()}
         self.counts, self.drawn = dict(state["counts"]), dict(state["drawn"])
         self.before = float(state["seconds"])
+        self.earlier = float(state.get("training_seconds", 0.0))  # older checkpoints do not say it
 
 
 def part_norms(policy: Policy) -> dict[str, Tensor]:

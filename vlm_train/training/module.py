@@ -22,6 +22,7 @@ from vlm_train.distributed import of_all_ranks
 from vlm_train.errors import TrainingError
 from vlm_train.loggers.jsonl_writer import JsonlWriter, format_row
 from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.sweep.summary import format_duration
 from vlm_train.seeds import derive_seed
 from vlm_train.training.bad_samples import BadSamples
 from vlm_train.training.gather import RankGather
@@ -259,7 +260,7 @@ class VLMModule(pl.LightningModule):
         """Start the clock of the metrics."""
         gather = RankGather(self.device) if self.trainer.world_size > 1 else OneRank()
         self.context = StepContext(gather, self.lend_reference)
-        self.meter.start_clock()
+        self.meter.start_clock(self.global_step)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Wait for the next micro-batch, now that the callbacks are done."""
@@ -283,10 +284,13 @@ class VLMModule(pl.LightningModule):
         """Append a line to metrics.jsonl (the record of truth) and pass it to the loggers."""
         if self.global_rank:
             return
-        self.metrics_file.write_line({"step": self.global_step, "time": time.time(), "split": split, **row})
+        clock = {"time": time.time(), "seconds": round(self.meter.count_seconds(), 3)}
+        self.metrics_file.write_line({"step": self.global_step, **clock, "split": split, **row})
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{split}/{k}": v for k, v in row.items()}, step=self.global_step)
-        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {format_row(row)}", flush=True)
+        rest = self.meter.estimate_rest(self.global_step, self.total_steps) if split == "train" else 0.0
+        said = f"{format_row(row)}{f'  left {format_duration(rest)}' if rest else ''}"
+        print(f"step {self.global_step:>6}/{self.total_steps}  {split:<5}  {said}", flush=True)
 
     def configure_optimizers(self) -> Any:
         """One optimizer over the policy's groups, and its schedule."""

@@ -25,6 +25,7 @@ from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.errors import ConfigError
 from vlm_train.runs.folder import RunFolder
 from vlm_train.training.callbacks.loop import AfterStep, Checkpoints, Evaluation
+from vlm_train.training.callbacks.progress import ProgressBar
 from vlm_train.training.callbacks.signals import StopSignals
 from vlm_train.training.callbacks.watchdog import Watchdog
 from vlm_train.training.device import keep_freed_memory
@@ -55,7 +56,7 @@ def make_trainer(cfg: DictConfig, plan: Any, strategy: Any, callbacks: list[Any]
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,
-            enable_progress_bar=sys.stdout.isatty(),
+            enable_progress_bar=False,
             use_distributed_sampler=False,
         )
     except MisconfigurationException as error:
@@ -84,11 +85,6 @@ def make_strategy(cfg: DictConfig, world: int) -> Any:
             f"strategy: {type(strategy).__name__} trains on one device, but {world} processes are started. Use ddp."
         )
     return strategy
-
-
-def count_processes(cfg: DictConfig) -> int:
-    """Processes that train, as those who started them say."""
-    return int(os.environ.get("SLURM_NTASKS" if cfg.launch.kind == "srun" else "WORLD_SIZE", 1))
 
 
 def on_gpu(cfg: DictConfig) -> bool:
@@ -143,4 +139,6 @@ def loop_callbacks(
         total=plan.steps,
         held_out=held_out,
     )
-    return [Watchdog(module.folder, minutes=settings.watchdog_minutes), StopSignals(), checkpoints, after_step]
+    bar = [ProgressBar(plan.steps)] if sys.stdout.isatty() else []
+    watchdog = Watchdog(module.folder, minutes=settings.watchdog_minutes)
+    return [watchdog, StopSignals(module.folder), checkpoints, after_step, *bar]

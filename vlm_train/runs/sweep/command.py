@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from vlm_train.config.compose import compose_config, run_hydra
-from vlm_train.errors import ConfigError, VLMTrainError
+from vlm_train.errors import FAILED, REFUSED, ConfigError, VLMTrainError
 from vlm_train.runs import launch, process
 from vlm_train.runs.sweep import records, summary
 from vlm_train.runs.sweep.direction import direction_of
@@ -23,7 +23,11 @@ SEEDED = (None, "tpe", "random", "cmaes", "nsgaii", "motpe")
 
 
 class SweepError(VLMTrainError):
-    """A sweep with jobs that are not done."""
+    """A sweep with jobs that are not done. Where all of these were refused, it ends with that exit code too."""
+
+    def __init__(self, message: str, unfinished: Sequence[records.Job]) -> None:
+        super().__init__(message)
+        self.code = REFUSED if all(job.refused for job in unfinished) else FAILED
 
 
 def run_sweep(argv: Sequence[str], overrides: Sequence[str]) -> None:
@@ -44,7 +48,7 @@ def run_sweep(argv: Sequence[str], overrides: Sequence[str]) -> None:
     finally:
         _write_summary(folder)
     if unfinished := [job for job in records.read_sweep(folder).jobs if job.status != "done"]:
-        raise SweepError(_describe_unfinished(folder, unfinished))
+        raise SweepError(_describe_unfinished(folder, unfinished), unfinished)
 
 
 def folder_of(overrides: Sequence[str]) -> Path:

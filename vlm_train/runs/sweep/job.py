@@ -28,7 +28,7 @@ from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir, training_hash
 from vlm_train.config.signatures import did_you_mean
 from vlm_train.config.size import finish_config
-from vlm_train.errors import ConfigError, Interrupted, VLMTrainError
+from vlm_train.errors import FAILED, REFUSED, ConfigError, Interrupted, VLMTrainError
 from vlm_train.runs import launch, record
 from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.sweep import records, summary
@@ -63,6 +63,7 @@ def carry_out(cfg: DictConfig) -> float | None:
         problems = (
             explain_errors(overrides, place.dirs, error) if isinstance(error, Composition) else _error_lines(error)
         )
+        entry.refused = isinstance(error, Composition) or getattr(error, "code", FAILED) == REFUSED
         _record_end(entry, place, started, "failed", error=" ".join(problems))
         if place.counts_failures:
             raise JobError(f"job {entry.number} failed") from None

@@ -35,6 +35,7 @@ class Job:
     status: str = "running"  # running | done | failed | interrupted
     run: str = ""  # folder of the run or schedule
     error: str = ""
+    refused: bool = False  # a setting is wrong, which another start does not change
     metrics: dict[str, float] = field(default_factory=dict)  # final ones
     devices: int = 1
     seconds: float = 0.0
@@ -167,6 +168,6 @@ def _is_gone(job: Job) -> bool:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

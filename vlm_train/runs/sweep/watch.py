@@ -50,7 +50,8 @@ def _ended_jobs(folder: Path) -> list[tuple[str, records.Job]]:
 
 @contextmanager
 def passing_on(folder: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the jobs of this machine, which save first, and start no others. A second one kills."""
+    """Ctrl-C, SIGTERM and a closed terminal end the jobs of this machine, which save first, and start no others. A
+    second one kills."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -63,8 +64,9 @@ def passing_on(folder: Path) -> Iterator[None]:
                 with suppress(ProcessLookupError):
                     os.kill(job.pid, signal.SIGTERM)
 
-    for handled in (signal.SIGINT, signal.SIGTERM):
-        previous[handled] = signal.signal(handled, stop_jobs)
+    for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(handled) is not signal.SIG_IGN:  # nohup means it
+            previous[handled] = signal.signal(handled, stop_jobs)
     try:
         yield
     except Exception as error:  # launchers stumble over jobs that ended otherwise

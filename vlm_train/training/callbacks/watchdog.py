@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 
 EVALUATION = "evaluation"
@@ -100,6 +101,9 @@ class Watchdog(pl.Callback):
             file.write(said)
             file.flush()
             faulthandler.dump_traceback(file)
+        if rank == 0:
+            with suppress(OSError):
+                record.update_record(self.folder, status="failed")
         with suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
             print(said, file=sys.__stderr__, end="", flush=True)
