@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipelines.errors import DataError
+from data_pipelines.nearest import did_you_mean
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.value_types import fits_type
 
@@ -86,7 +87,8 @@ def make_component(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: 
     unknown = sorted(set(options) - set(known))
     if unknown:
         now = "".join(f"; {name} is called {RENAMED[name]} now" for name in unknown if name in RENAMED)
-        raise DataError(f"{target} has no option {', '.join(unknown)}{now}; its options: {', '.join(known)}")
+        near = "".join(did_you_mean(name, known) for name in unknown)
+        raise DataError(f"{target} has no option {', '.join(unknown)}{now};{near} its options: {', '.join(known)}")
     hints = _read_type_hints(component)
     for name, value in options.items():
         if not fits_type(value, hints.get(name, Any)):
@@ -120,6 +122,9 @@ def _compose_config(name: str, overrides: list[str], folders: Sequence[Path]) ->
         choices = config.pop("hydra").runtime.choices
         if "source" in choices:
             config.source = choices.source
+    if config.get("allow_targets") and not any(one.lstrip("+").startswith("allow_targets=") for one in overrides):
+        listed = f"[{','.join(config.allow_targets)}]"
+        raise DataError(f"allow_targets: a file trusts {listed} by itself; if you do, say allow_targets={listed} here")
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
     if missing:
         raise DataError(f"not given: {', '.join(f'{key}=<value>' for key in missing)}")
@@ -152,11 +157,15 @@ def _format_error(name: str, error: BaseException, overrides: Sequence[str], fol
     if isinstance(error, OverrideParseException):
         return f"{str(error.override)!r} is not <option>=<value>, or its value needs quotes; see --help"
     if isinstance(error, MissingConfigException) or first.startswith("You must specify"):
-        return f"{first.rstrip('.')}. Available: {', '.join(sorted(_list_choices(name, folders)))}"
+        choices = sorted(_list_choices(name, folders))
+        wanted = re.search(r"'[^'/]+/([^']+)'", first)
+        near = did_you_mean(wanted[1], choices) if wanted else ""
+        return f"{first.rstrip('.')}.{near} Available: {', '.join(choices)}"
     if found := re.match(r"Could not override '(.+)'", first):
         if now := RENAMED.get(found[1]):
             return f"no option {found[1]!r}: it is called {now} now"
-        return f"no option {found[1]!r}; options: {', '.join(_list_options(name, overrides, folders))}"
+        known = _list_options(name, overrides, folders)
+        return f"no option {found[1]!r};{did_you_mean(found[1], known)} options: {', '.join(known)}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()
 

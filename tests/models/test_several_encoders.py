@@ -37,7 +37,6 @@ defaults:
   - override /connector: null
   - override /image: null
 recipe_name: two_encoders
-allow_targets: [tests.models.mixture.]
 init_from: []
 model: {_target_: tests.models.mixture.TokenMixture}
 params:
@@ -49,7 +48,7 @@ params:
 """
 SMALL = ["size=tiny", "vision.siglip.config.image_size=48", "vision.siglip.layer=-1", "vision.clip.layer=-2"]
 STEPS = ["batch.micro=2", "trainer.max_steps=2", "trainer.save_every=1", "trainer.keep_last=9", "trainer.threads=1"]
-STEPS += ["trainer.val_every=null", "eval=none", "data.shuffle=none"]
+STEPS += ["allow_targets=[tests.models.mixture.]", "trainer.val_every=null", "eval=none", "data.shuffle=none"]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from data_pipelines.errors import DataError
+from data_pipelines.shards.manifest import Manifest
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import MODEL_PARTS
@@ -31,15 +33,25 @@ READ = {
 """Mode -> the groups whose shards it reads, where it does not train."""
 
 
-def missing_assets(cfg: DictConfig, expected: Collection[Path] = ()) -> list[str]:
-    """One line per asset that is named by a setting and missing. `expected`: run folders yet to be filled."""
+def missing_assets(cfg: DictConfig, expected: Collection[Path] = (), *, ask_hub: bool = True) -> list[str]:
+    """One line per asset that is named by a setting and missing.
+
+    Args:
+        expected: run folders yet to be filled.
+        ask_hub: also look for names that only the hub can know.
+    """
     if cfg.mode == "import":  # brings weights and tokenizer itself
         return list(_missing_runs(cfg, expected))
-    problems = [*_missing_weights(cfg), *_missing_shards(cfg), *_missing_runs(cfg, expected), *_missing_packages(cfg)]
+    problems = [
+        *_missing_weights(cfg, ask_hub),
+        *_missing_shards(cfg),
+        *_missing_runs(cfg, expected),
+        *_missing_packages(cfg),
+    ]
     return list(dict.fromkeys(problems))
 
 
-def _missing_weights(cfg: DictConfig) -> Iterator[str]:
+def _missing_weights(cfg: DictConfig, ask_hub: bool = True) -> Iterator[str]:
     """The `weights` of every part and the tokenizer's: a local file or folder, a name on the model hub, or a package's
     file."""
     named = [
@@ -52,11 +64,11 @@ def _missing_weights(cfg: DictConfig) -> Iterator[str]:
     for path, name, probe in named:
         if name == "???":
             yield f"{path} is missing: give a local path or a name on the hub, {path}=<value>."
-        elif isinstance(name, str) and (reason := _describe_missing(name, probe)):
+        elif isinstance(name, str) and (reason := _describe_missing(name, probe, ask_hub)):
             yield f"{path}: {name} {reason}"
 
 
-def _describe_missing(name: str, probe: str) -> str | None:
+def _describe_missing(name: str, probe: str, ask_hub: bool = True) -> str | None:
     """Why weights cannot be read, or None."""
     try:
         if Path(resolve_package_file(name)).expanduser().exists():
@@ -65,6 +77,8 @@ def _describe_missing(name: str, probe: str) -> str | None:
         return f"cannot be had: {str(error).removeprefix(f'{name}: ')}"
     if not HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
         return "does not exist."
+    if not ask_hub:
+        return None
     import huggingface_hub
 
     if isinstance(huggingface_hub.try_to_load_from_cache(name, probe), str):
@@ -101,11 +115,23 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
                 yield f"{path}: {folder} does not exist. {_how_to_build(cfg, Path(folder))}"
             elif not (Path(folder) / "manifest.json").is_file():
                 yield f"{path}: {folder} has no manifest.json: it holds no finished shards."
+            elif lost := _lost_shards(Path(folder)):
+                more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+                yield f"{path}: {folder} lacks {', '.join(lost[:3])}{more}, which its manifest.json names."
     for split in ("train", "val") if cfg.mode == "fit" else ():
         for index, entry in enumerate((resolve_key(cfg, "data") or {}).get(split) or []):
             folder = entry.get("columns")
             if folder is not None and not (Path(folder) / "columns.json").is_file():
                 yield f"data.{split}.{index}.columns: {folder} has no columns.json: it holds no finished columns."
+
+
+def _lost_shards(folder: Path) -> list[str]:
+    """The shards of a finished set that are not there. A manifest that cannot be read is reported by who opens it."""
+    try:
+        shards = Manifest.read(folder).shards
+    except DataError:
+        return []
+    return [shard.name for shard in shards if not (folder / shard.name).is_file()]
 
 
 def _evaluates_at_validations(cfg: DictConfig, path: str) -> bool:

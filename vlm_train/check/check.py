@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from data_pipelines.nearest import did_you_mean, find_nearest
 from vlm_train.check.assets import missing_assets
 from vlm_train.check.parts import check_columns, check_encoders, check_groups, check_peft, shorten_value
 from vlm_train.check.settings import (
@@ -36,8 +37,6 @@ from vlm_train.config.signatures import (
     Parameter,
     Signature,
     UnknownTarget,
-    did_you_mean,
-    find_nearest,
     fits_annotation,
     import_signature,
     is_ours,
@@ -62,13 +61,33 @@ def check_config(cfg: DictConfig, *, need_assets: bool) -> None:
     """
     problems = [problem for one in CHECKS for problem in one(cfg)]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(_leave_out_consequences(cfg, problems))
     for one in (check_foreign_targets, check_foreign_strategy, check_best):
         problems = list(one(cfg))
         if problems:
             raise ConfigError(problems)
     if need_assets and (missing := missing_assets(cfg)):
         raise AssetError(missing)
+
+
+def _leave_out_consequences(cfg: DictConfig, problems: list[str]) -> list[str]:
+    """The problems, without those of settings that only repeat the value of one that has its own: `${optim.lr}`."""
+    named = [(problem.partition(":")[0], problem) for problem in problems]
+    written = OmegaConf.to_container(cfg, resolve=False)
+    repeated = {key: _find_interpolation(written, key) for key, _ in named}
+    causes = {key for key, _ in named if repeated[key] is None}
+    return [problem for key, problem in named if repeated[key] not in causes]
+
+
+def _find_interpolation(written: Any, key: str) -> str | None:
+    """The key that the setting `key` takes its value from, as written; None where it has its own."""
+    for name in key.split("."):
+        if isinstance(written, list) and name.isdecimal() and int(name) < len(written):
+            written = written[int(name)]
+        else:
+            written = written.get(name) if isinstance(written, dict) else None
+    match = re.fullmatch(r"\$\{([\w.]+)\}", written) if isinstance(written, str) else None
+    return match[1] if match else None
 
 
 def check_values(cfg: DictConfig) -> Iterator[str]:

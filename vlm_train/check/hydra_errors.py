@@ -12,12 +12,13 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipelines.nearest import did_you_mean
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import EMPTY_PARENT, GROUP_WITHOUT_OPTION, compose_config
 from vlm_train.config.folders import find_recipe, list_groups
 from vlm_train.config.origins import flatten_leaves
 from vlm_train.config.renamed_keys import describe_renamed_key
-from vlm_train.config.signatures import UnknownTarget, did_you_mean, is_ours, read_signature
+from vlm_train.config.signatures import UnknownTarget, is_ours, read_signature
 from vlm_train.errors import ConfigError
 
 Composition = (HydraException, OmegaConfBaseException, yaml.YAMLError)

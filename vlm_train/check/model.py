@@ -12,12 +12,13 @@ from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipelines.nearest import did_you_mean
 from data_pipelines.shards.columns import COLUMNS, read_manifest
 from vlm_train.build import build_evaluators, build_objectives
 from vlm_train.check.settings import count_processes, packed_row_length, select_settings
 from vlm_train.check.strategies import shards_weights
 from vlm_train.config.resolve import resolve_key
-from vlm_train.config.signatures import did_you_mean, read_attribute
+from vlm_train.config.signatures import read_attribute
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
 from vlm_train.contracts.model_parts import find_encoders, find_parts

@@ -10,15 +10,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from data_pipelines.nearest import did_you_mean
 from vlm_train.check.bounds import LITERALS, POSITIVE, RANGES
 from vlm_train.config.resolve import resolve_key
-from vlm_train.config.signatures import did_you_mean
 from vlm_train.errors import ConfigError
 
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 VAL_KEYS = ("shards", "columns", "name", "limit", "loss_weight", "samples")
 """What an entry of `data.val` says, see `vlm_train.data.dataset.Source`."""
+
+OF_A_RUN = ("eval", "caption", "score", "export")
+"""Modes that look at a run, and so need one."""
 
 TRAIN_KEYS = (*VAL_KEYS, "repeat", "weight", "share")
 """What an entry of `data.train` says."""
@@ -134,7 +137,10 @@ def check_batch(cfg: DictConfig) -> Iterator[str]:
     if len(given) != 1:
         got = "both" if given else "neither"
         if not given and cfg.recipe_name == "custom":
-            yield "recipe: none is chosen. Use recipe=<name> or schedule=<name>; --help lists them."
+            if cfg.mode not in OF_A_RUN:  # which brings its recipe
+                mode = "" if cfg.mode == "fit" else f"mode={cfg.mode} "
+                example = f"python -m vlm_train {mode}recipe=llava15_stage1"
+                yield f"recipe: none is chosen. Type for example {example}; --help lists recipes, schedules and modes."
             return
         yield f"batch: give exactly one of batch.samples and batch.tokens, got {got}."
     elif given == ["tokens"] and not packed_row_length(cfg):
@@ -212,7 +218,7 @@ def check_zero(cfg: DictConfig) -> Iterator[str]:
 
 def check_run(cfg: DictConfig) -> Iterator[str]:
     """Modes that look at a run name one; the run's name is a folder name."""
-    if cfg.mode in ("eval", "caption", "score", "export") and not cfg.run:
+    if cfg.mode in OF_A_RUN and not cfg.run:
         yield f"run is missing: mode={cfg.mode} needs run=<run folder>."
     if cfg.mode == "fit" and cfg.run:
         yield "run: mode=fit names its own folder; use init_from or resume to start from another run."

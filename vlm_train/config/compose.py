@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlm_train.config.folders import config_dir, find_recipe, recipes_dir
 from vlm_train.config.schema import Root
-from vlm_train.config.size import finish_config
+from vlm_train.config.size import TINY, finish_config
 from vlm_train.errors import ConfigError
 
 CONFIG_NAME = "config"
@@ -92,6 +92,19 @@ def check_recipe(name: str, cfg: DictConfig, config_dirs: Iterable[str | Path]) 
     problems += [f"{path}: {key}: ??? is lost here; write a list's items out, as in - run: ???." for key in lost]
     if problems:
         raise ConfigError(problems)
+
+
+def describe_replaced_data(overrides: Iterable[str], config_dirs: Iterable[str | Path] = ()) -> str | None:
+    """What to say where `size=tiny` puts made pictures in the place of data that the recipe itself names."""
+    given = dict(one.partition("=")[::2] for one in overrides)
+    path = find_recipe(given.get("recipe", ""), config_dirs) if given.get("size") == TINY else None
+    data = OmegaConf.to_container(OmegaConf.load(path), resolve=False).get("data") if path else None  # type: ignore[union-attr]
+    keys = [f"data.{key}" for key in ("train", "val") if isinstance(data, dict) and data.get(key)]
+    lost = [key for key in keys if key not in given]
+    if not lost:
+        return None
+    stays = " ".join(f"'{key}=[{{shards: <folder>}}]'" for key in lost)
+    return f"size=tiny: made pictures take the place of the recipe's own {' and '.join(lost)}; {stays} keeps data."
 
 
 @contextmanager

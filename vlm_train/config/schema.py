@@ -179,7 +179,7 @@ class Root:
     run: str | None = None  # eval, caption, score, export, show: an existing run folder, whose config is used
     resume: str = "auto"  # auto: this run's newest valid checkpoint | never | path | restart: delete its checkpoints
     init_from: list[InitFrom] = field(default_factory=list)
-    allow_targets: list[str] = field(default_factory=list)  # further `_target_` prefixes to trust
+    allow_targets: list[str] = field(default_factory=list)  # further `_target_` prefixes to trust: command line only
     recipe_name: str = "custom"  # with recipe=<name>, that name; names the run
 
     model: Any = None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any, Literal, Optional, Union
 
 from hydra._internal.utils import _locate
 
+from data_pipelines.nearest import did_you_mean
 from data_pipelines.value_types import fits_type
 
 OURS = ("vlm_train", "data_pipelines")
@@ -46,18 +46,6 @@ class Signature:
 
 class UnknownTarget(LookupError):
     """A `_target_` that names nothing, with a hint at what was meant."""
-
-
-def find_nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` most likely stands for."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
-
-
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """` Did you mean x?`, or nothing."""
-    near = find_nearest(name, known)
-    return f" Did you mean {prefix}{near}?" if near else ""
 
 
 def is_ours(target: str) -> bool:

@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlm_train.config.schema import MODEL_PARTS, PART_GROUPS
+from vlm_train.config.trust import check_extended_trust
 from vlm_train.errors import ConfigError
 
 TINY = "tiny"
@@ -113,6 +114,7 @@ def _put_back(cfg: DictConfig, group: str, override: Override) -> None:
 def finish_config(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str] = ()) -> DictConfig:
     """Names the configuration after its recipe, makes its parts small under `size=tiny`, and pins its folders to the
     directory the command was started in."""
+    check_extended_trust(cfg, overrides)
     blocks = take_blocks(cfg)
     if choices.get("size") == TINY:
         apply_tiny(cfg, blocks, choices, overrides)

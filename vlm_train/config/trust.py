@@ -6,13 +6,14 @@ name may wander through the imports of an innocent module, as `torch.nn.function
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig
 
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.signatures import import_target, is_ours
+from vlm_train.errors import ConfigError
 
 OUR_TARGETS = (
     "vlm_train.models.", "vlm_train.data.", "vlm_train.objectives.", "vlm_train.training.callbacks.",
@@ -29,6 +30,18 @@ REFUSED = ("lightning.pytorch.cli.", "transformers.cli.", "transformers.commands
 
 UNSAFE_KEYS = {"trust_remote_code": False, "weights_only": True}
 """Arguments that would let downloaded files run code, and the only value that they may have."""
+
+
+def check_extended_trust(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Raises ConfigError where a file extends trust. Recipes are passed around: whose code runs, the command line says
+    alone."""
+    given = any(one.partition("=")[0].lstrip("+") == "allow_targets" for one in overrides)
+    if cfg.allow_targets and not given:
+        listed = f"[{','.join(map(str, cfg.allow_targets))}]"
+        raise ConfigError(
+            f"allow_targets: {cfg.recipe_name}, or a file that it is made of, trusts {listed} by itself, which no file "
+            f"can. If you trust this code, say allow_targets={listed} on the command line."
+        )
 
 
 def iterate_components(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipelines.nearest import did_you_mean
 from vlm_train.check.assets import missing_assets
 from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import Composition, explain_errors
@@ -23,7 +24,6 @@ from vlm_train.config import origins as config_origins
 from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import list_groups
 from vlm_train.config.run_identity import run_dir
-from vlm_train.config.signatures import did_you_mean
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.runs import launch, process, record
 from vlm_train.runs.folder import RunFolder
@@ -150,6 +150,8 @@ def _plan_stage(
     schedule: DictConfig, index: int, earlier: list[PlannedStage], common: list[str], dirs: Sequence[str | Path]
 ) -> PlannedStage:
     stage = schedule.stages[index]
+    if any(_key_of(override).split(".")[0] == "allow_targets" for override in stage.overrides):
+        raise ConfigError("allow_targets: no schedule extends trust. Say allow_targets=[...] on the command line.")
     overrides = [f"recipe={stage.recipe}", *stage.overrides, *common]
     try:
         cfg = compose_config(overrides, dirs)
@@ -196,6 +198,10 @@ def _refuse_overrides(overrides: Sequence[str]) -> None:
 
 
 def _dry_run(stages: list[PlannedStage]) -> dict[str, Any]:
+    for index, stage in enumerate(stages):  # runs of earlier stages will be there
+        filled = [str(earlier.folder) for earlier in stages[:index]]
+        named = [(source, OmegaConf.select(source, "run", throw_on_missing=False)) for source in stage.cfg.init_from]
+        stage.cfg.init_from = [source for source, run in named if run not in filled]
     return {stage.recipe: process.dispatch_mode(stage.cfg) for stage in stages}
 
 

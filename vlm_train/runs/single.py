@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import unknown_in
 from vlm_train.config import folders, origins
-from vlm_train.config.compose import compose_config
+from vlm_train.config.compose import compose_config, describe_replaced_data
 from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir
 from vlm_train.distributed import process_rank
@@ -38,6 +38,8 @@ def run(overrides: Sequence[str], dirs: Sequence[str | Path] = (), fresh: bool =
     if cfg.mode == "config":
         print(origins.format_origins(cfg, found))
         return None
+    if process_rank() == 0 and (note := describe_replaced_data(overrides, dirs)):
+        log.warning("%s\n", note)
     check_config(cfg, need_assets=not cfg.dry_run and cfg.mode != "lengths")
     launch.check_environment(cfg)
     if cfg.mode == "fit" and not cfg.dry_run and process_rank() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -70,6 +71,8 @@ def _refuse_overrides(overrides: Sequence[str]) -> None:
     for key in ("hydra.launcher.tasks_per_node", "hydra.launcher.nodes"):
         if records.value_given(overrides, key) not in (None, "1"):
             problems.append(f"{key}: a job starts its processes itself, launch.devices=<n>, on one node.")
+    if records.value_given(overrides, "hydra/launcher") == "submitit_slurm" and shutil.which("srun") is None:
+        problems.append("hydra/launcher=submitit_slurm: there is no SLURM here (no srun). Use submitit_local or basic.")
     sweeper = records.value_given(overrides, "hydra/sweeper") or "basic"
     if sweeper != "basic" and records.value_given(overrides, "sweep_metric") is None:
         problems.append(f"sweep_metric: hydra/sweeper={sweeper} needs a metric on the command line: val_loss, ...")

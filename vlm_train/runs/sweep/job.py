@@ -23,10 +23,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
+from data_pipelines.nearest import did_you_mean
 from vlm_train.check.hydra_errors import Composition, explain_errors
 from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir, training_hash
-from vlm_train.config.signatures import did_you_mean
 from vlm_train.config.size import finish_config
 from vlm_train.errors import FAILED, REFUSED, ConfigError, Interrupted, VLMTrainError
 from vlm_train.runs import launch, record
