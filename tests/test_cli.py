@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
 from vlm_train import cli
+from vlm_train.check.bounds import LITERALS
 from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.errors import BatchError, ConfigError, Interrupted, TrainingError
@@ -248,6 +249,26 @@ def test_run_folder_cannot_extend_trust(dispatched: list[DictConfig], fails: Cal
     assert len(dispatched) == 2
 
 
+@pytest.mark.parametrize("place", ["recipe", "source of data", "schedule"])
+def test_no_file_extends_trust(place: str, fails: Callable[..., str], tmp_path: Path, no_assets: None) -> None:
+    """Recipes are passed around: whose code runs, the command line says alone, also for a dry run."""
+    target = "eval: {mine: {_target_: fractions.Fraction}}\n"
+    trusting = "" if place == "schedule" else "allow_targets: [fractions.]\n"
+    folder = recipe(tmp_path, f"# @package _global_\ndefaults:\n  - llava15_stage1\n{target}{trusting}")
+    words = ["--config-dir", folder, "recipe=mine", "dry_run=true"]
+    if place == "source of data":  # any file at the root
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "theirs.yaml").write_text("# @package _global_\nallow_targets: [fractions.]\n")
+        words.append("data=theirs")
+    if place == "schedule":
+        (tmp_path / "schedule").mkdir()
+        stage = "{recipe: mine, overrides: ['allow_targets=[fractions.]']}"
+        (tmp_path / "schedule" / "theirs.yaml").write_text(f"name: theirs\nstages:\n  - {stage}\n")
+        words = ["--config-dir", folder, "schedule=theirs", "dry_run=true"]
+    said = fails(*words)
+    assert "allow_targets: " in said and "on the command line" in said
+
+
 @pytest.mark.parametrize("behind", [1, 2, 3])
 def test_flags_may_stand_among_and_behind_overrides(dispatched: list[DictConfig], tmp_path: Path, behind: int) -> None:
     words = ["recipe=mine", "size=tiny", f"paths.runs={tmp_path}"]
@@ -436,5 +457,7 @@ def test_help_config_and_errors_import_no_framework(argv: list[str], code: int, 
 
 def test_help_explains_modes_and_recipes() -> None:
     text = run_process("--help").stdout
-    for part in ("mode=eval", "schedule=", "size=tiny", "dry_run=true", "llava15_stage1", "easyvqa", "--config-dir"):
+    for mode in LITERALS["mode"]:
+        assert f"mode={mode} " in text
+    for part in ("schedule=", "size=tiny", "dry_run=true", "llava15_stage1", "easyvqa", "--config-dir"):
         assert part in text

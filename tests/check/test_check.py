@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from data_pipelines.build import main as build_shards
 from vlm_train.check.assets import missing_assets
+from vlm_train.check.bounds import POSITIVE, RANGES
 from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import unknown_key
+from vlm_train.check.settings import check_numbers
 from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.folders import config_dir
+from vlm_train.config.origins import flatten_leaves
+from vlm_train.config.schema import Root
 from vlm_train.config.signatures import UnknownTarget, fits_annotation, import_signature, read_signature
 from vlm_train.config.trust import iterate_nodes, reason_not_trusted
 from vlm_train.errors import AssetError, ConfigError
@@ -69,6 +77,18 @@ def test_recipe_passes() -> None:
         ("+trainer.clip_norm=1", "trainer.clip_norm: it is trainer.max_grad_norm now."),
         ("optim.betas=[0.9,1.0]", "optim.betas.1: expected a number >= 0 and < 1, got 1.0."),
         ("params.rules=[{match: '.*', lr: -1}]", "params.rules.0.lr: expected a number >= 0"),
+        ("target.gpus_per_node=0", "target.gpus_per_node: expected a number >= 1, got 0."),
+        ("target.cpu_gib=nan", "target.cpu_gib: expected a number > 0 and <= 1e6, got nan."),
+        ("trainer.peak_tflops=0", "trainer.peak_tflops: expected a number > 0 and <= 1e6, got 0"),
+        ("trainer.epochs=1e20", "trainer.epochs: expected a number > 0 and <= 1e6, got 1e+20."),
+        ("launch.timeout_minutes=1e20", "launch.timeout_minutes: expected a number > 0"),
+        ("columns.repetition_penalty=1e20", "columns.repetition_penalty: expected a number > 0 and <= 10, got 1e+20."),
+        ("columns.parts=0", "columns.parts: expected a number >= 1, got 0."),
+        ("optim.lr=1e20", "optim.lr: expected a number >= 0 and <= 1000, got 1e+20."),
+        ("seed=-1", "seed: expected a number >= 0, got -1."),
+        ("vision.image_mean=[0.5,nan,0.5]", "vision.image_mean.1: expected a finite number, got nan."),
+        ("data.cache=''", "data.cache: expected a name or null, got ''."),
+        ("data.train=[{shards: ''}]", "data.train.0.shards: expected a name or null, got ''."),
         ("data.workers=-1", "data.workers: expected a number >= 0, got -1."),
         ("data.limit=0", "data.limit: expected a number >= 1, got 0."),
         ("lr_schedule.warmup_ratio=1.5", "lr_schedule.warmup_ratio: expected a number >= 0 and <= 1, got 1.5."),
@@ -98,6 +118,80 @@ def test_recipe_passes() -> None:
 def test_problem_names_its_setting(override: str, expected: str) -> None:
     found = problems(override)
     assert any(expected in problem for problem in found), found
+
+
+def numeric_settings(section: type, path: str = "") -> list[str]:
+    """Dotted keys of all numbers of the typed root; `*` for the entries of lists."""
+    found: list[str] = []
+    for name, kind in get_type_hints(section).items():
+        kinds = [kind, *get_args(kind)]
+        inner = next((one for one in kinds if is_dataclass(one)), None)
+        listed = any(get_origin(one) is list for one in kinds)
+        nested = [one for one in get_args(next((k for k in kinds if get_origin(k) is list), None)) if is_dataclass(one)]
+        if inner is not None and not listed:
+            found += numeric_settings(inner, f"{path}{name}.")
+        elif nested:
+            found += numeric_settings(nested[0], f"{path}{name}.*.")
+        elif int in kinds or float in kinds:
+            found.append(f"{path}{name}")
+    return found
+
+
+def test_every_number_of_the_schema_has_bounds() -> None:
+    found = numeric_settings(Root)
+    assert len(found) > 40 and {"trainer.guard.spike", "params.rules.*.lr", "target.cpu_gib"} <= set(found)
+    assert [key for key in found if key not in POSITIVE and key not in RANGES] == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("recipe", ["llava15_stage2", "blip2_stage1"])
+def test_no_number_is_nan_or_infinite(recipe: str, value: float) -> None:
+    """All numbers of a recipe at once, those of components too: each is named."""
+    cfg = compose_config([f"recipe={recipe}", "columns.shards=x"])
+    numbers = {key: found for key, found in flatten_leaves(cfg).items() if type(found) in (int, float)}
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # untyped: an int takes a float
+    for key in numbers:
+        OmegaConf.update(cfg, key, value)
+    named = {problem.partition(":")[0] for problem in check_numbers(cfg)}
+    assert len(numbers) > 50 and numbers.keys() - named == set()
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "1e20", "''", "[3]", "{a: 1}"])
+def test_nonsense_in_settings_is_refused_in_words(value: str) -> None:
+    """What is neither a number of the right kind nor within bounds; a sample of the settings, all at once."""
+    keys = ["trainer.epochs", "trainer.peak_tflops", "target.memory_gib", "target.cpu_gib", "launch.timeout_minutes"]
+    cfg = compose_config(["recipe=llava15_stage2"])
+    refused = []
+    for key in keys:
+        try:
+            OmegaConf.update(cfg, key, yaml.safe_load(value) if value != "1e20" else 1e20, merge=False)
+        except OmegaConfBaseException:
+            refused.append(key)
+    named = {problem.partition(":")[0] for problem in check_numbers(cfg)}
+    assert {*refused, *named} == set(keys)
+
+
+def test_a_setting_that_repeats_a_wrong_one_is_not_told() -> None:
+    found = problems("optim.lr=fast", recipe="llava15_stage2")
+    assert len(found) == 1 and found[0].startswith("optim.lr: "), found
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("batch_size", "batch.samples"),
+        ("batch.batch_size", "batch.samples"),
+        ("num_workers", "data.workers"),
+        ("trainer.gradient_clip_val", "trainer.max_grad_norm"),
+        ("data.max_seq_length", "data.max_length"),
+        ("output_dir", "paths.runs"),
+        ("projector", "connector"),
+    ],
+)
+def test_names_of_other_programs_are_understood(key: str, meant: str) -> None:
+    assert f"Did you mean {meant}?" in unknown_key(key, [f"{key}=1", "recipe=llava15_stage2"], [])
 
 
 def test_all_problems_are_raised_together() -> None:

@@ -205,6 +205,14 @@ def test_pauses_are_not_training_time() -> None:
     assert active_seconds([5.0, 5.0]) == {5.0: 0.0} and active_seconds([]) == {}
 
 
+def test_training_time_is_what_the_run_counted(tmp_path: Path) -> None:
+    """An evaluation of ten minutes is no pause; a night between two starts is one."""
+    rows = [(1, 100.0, 5.0), (2, 700.0, 605.0), (3, 90_000.0, 610.0)]
+    given = [{"step": s, "time": t, "seconds": n, "split": "train", "loss": 1.0} for s, t, n in rows]
+    path = lines(tmp_path / "metrics.jsonl", *given)
+    assert read_curves(path) == {("train", "loss"): [Point(s, n, 1.0) for s, _, n in rows]}
+
+
 def test_one_point_stands_in_a_readable_frame(tmp_path: Path) -> None:
     lines(tmp_path / "metrics.jsonl", {"step": 4, "time": 1.0, "split": "val", "loss": 2.0, "answers/exact_match": 0.5})
     evaluators = {"answers": {"primary": "exact_match", "higher_is_better": {"exact_match": True}}}

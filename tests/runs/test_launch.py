@@ -214,6 +214,55 @@ def test_exit_code_of_a_worker_comes_through(cfg: DictConfig, child, code: int, 
     assert record.read_record(run_dir(cfg))["status"] == status, "a refused command says nothing of the run"
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_refused_child_ends_the_command_with_its_code(cfg: DictConfig, child, devices: int, capsys) -> None:
+    child("sys.exit(2)")
+    assert process.run_guarded(lambda: launch.run_child(cfg, devices)) == 2
+    said = capsys.readouterr().err
+    assert "failed (exit code 2)" in said and "has to be corrected" in said and "resumes" not in said
+    child("sys.exit(3)")
+    assert process.run_guarded(lambda: launch.run_child(cfg, devices)) == 1
+
+
+def test_the_loser_of_two_equal_commands_leaves_the_winners_record(cfg: DictConfig, child) -> None:
+    child("sys.exit(3)")
+    with record.lock_folder(run_dir(cfg)), pytest.raises(launch.ChildError):  # the winner trains
+        launch.run_child(cfg)
+    assert record.read_record(run_dir(cfg))["status"] == "running"
+    with pytest.raises(launch.ChildError):
+        launch.run_child(cfg)
+    assert record.read_record(run_dir(cfg))["status"] == "failed"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes of Unix")
+def test_the_command_ends_though_a_process_outlives_its_child(
+    cfg: DictConfig, child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the pipe of the child's output, as loader workers of a killed rank did."""
+    monkeypatch.setattr(launch, "DRAINING", 0.2)
+    child(
+        """
+        import subprocess
+        left = subprocess.Popen(["sleep", "300"], start_new_session=True)
+        (folder / "left").write_text(str(left.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    with pytest.raises(launch.ChildError, match="killed by SIGKILL"):
+        launch.run_child(cfg)
+    os.kill(int((run_dir(cfg) / "left").read_text()), signal.SIGKILL)  # it is still there: an error here otherwise
+
+
+def test_an_interruption_is_said_once(cfg: DictConfig, child, capsys) -> None:
+    child("print('Interrupted: SIGINT at step 3, which is saved.'); sys.exit(130)")
+    assert process.run_guarded(lambda: launch.run_child(cfg)) == 130
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("Interrupted: ") == 1
+    child("sys.exit(130)")
+    assert process.run_guarded(lambda: launch.run_child(cfg)) == 130
+    assert "Interrupted: SIGINT" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torchrun ends the others, later")
 def test_the_first_error_is_named_last_and_those_that_wait_end_soon(cfg: DictConfig, child) -> None:
     """Rank 0 waits as in a collective, where no handler runs; it notices the failure of rank 1 and fails as well."""

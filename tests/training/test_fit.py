@@ -147,7 +147,7 @@ def test_killed_run_resumes_exactly(workers: int, data: Path, whole: Path, tmp_p
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_saves_the_step_and_resumes_exactly(
     number: signal.Signals, data: Path, whole: Path, tmp_path: Path
 ) -> None:

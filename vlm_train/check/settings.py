@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipelines.nearest import did_you_mean
-from vlm_train.check.bounds import LITERALS, POSITIVE, RANGES
+from vlm_train.check.bounds import LITERALS, NAMES, POSITIVE, RANGES
 from vlm_train.config.resolve import resolve_key
 from vlm_train.errors import ConfigError
 
@@ -57,7 +57,11 @@ def check_literals(cfg: DictConfig) -> Iterator[str]:
 
 
 def check_numbers(cfg: DictConfig) -> Iterator[str]:
-    """Lengths, intervals, sizes and shares are where they can be. A wrong type is reported elsewhere."""
+    """Lengths, intervals, sizes and shares are where they can be, and no number is NaN or infinite. A wrong type is
+    reported elsewhere."""
+    for key, value in _iterate_numbers(cfg):
+        if not math.isfinite(value) and not any(_fits_pattern(key, pattern) for pattern in RANGES):
+            yield f"{key}: expected a finite number, got {value}."
     for pattern in POSITIVE:
         for key, value in select_settings(cfg, pattern):
             if _is_number(value) and value <= 0:
@@ -66,6 +70,31 @@ def check_numbers(cfg: DictConfig) -> Iterator[str]:
         for key, value in select_settings(cfg, pattern):
             if _is_number(value) and not _meets_condition(value, condition):
                 yield f"{key}: expected a number {condition.replace(', ', ' and ')}, got {value}."
+
+
+def _iterate_numbers(cfg: DictConfig) -> Iterator[tuple[str, float]]:
+    """Every number of the configuration and its key; those that resolve."""
+    pending = [(str(key), resolve_key(cfg, str(key))) for key in cfg]
+    for path, value in pending:  # grows meanwhile
+        if isinstance(value, dict):
+            pending += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            pending += [(f"{path}.{index}", inner) for index, inner in enumerate(value)]
+        elif _is_number(value):
+            yield path, value
+
+
+def _fits_pattern(key: str, pattern: str) -> bool:
+    names, steps = key.split("."), pattern.split(".")
+    return len(names) == len(steps) and all(s in ("*", n) for n, s in zip(names, steps, strict=True))
+
+
+def check_texts(cfg: DictConfig) -> Iterator[str]:
+    """Names of files and folders are not empty: an empty one would mean the folder that the command is started in."""
+    for pattern in NAMES:
+        for key, value in select_settings(cfg, pattern):
+            if value == "":
+                yield f"{key}: expected a name or null, got ''."
 
 
 def _is_number(value: Any) -> bool:

@@ -40,6 +40,22 @@ def load_config(path: str | Path) -> DictConfig:
     return cfg
 
 
+def load_run(folder: Path) -> DictConfig:
+    """The configuration of a run folder, which may have been moved: a run that it started from, and that is not where
+    it was, is looked for beside it.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    cfg = load_config(folder / "config.yaml")
+    for source in [*cfg.init_from, *(cfg.reference.init_from or [])]:
+        if not OmegaConf.is_missing(source, "run") and not Path(source.run).exists():
+            parts = Path(source.run).parts
+            tails = (folder.absolute().parent.joinpath(*parts[start:]) for start in range(1, len(parts)))
+            source.run = next((str(path) for path in tails if path.exists()), source.run)
+    return cfg
+
+
 def _describe_damage(path: Path, how: str) -> str:
     again = "the command that trained this run writes it anew once the file is deleted, and resumes"
     return f"{path}: no configuration of a run: {how}. Restore it from a copy; or {again}."

@@ -122,6 +122,8 @@ def finish_config(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterab
         cfg.tiny = blocks
     if cfg.recipe_name == "custom" and choices.get("recipe"):
         cfg.recipe_name = Path(str(choices["recipe"])).name
+    if empty := [f"paths.{name}: expected a folder, got ''." for name in cfg.paths if not cfg.paths[name]]:
+        raise ConfigError(empty)
     for name in cfg.paths:
         cfg.paths[name] = os.path.abspath(os.path.expanduser(cfg.paths[name]))
     return cfg

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from vlm_train.config.resolve import resolve_key
-from vlm_train.config.run_file import load_config
+from vlm_train.config.run_file import load_run
 from vlm_train.config.run_identity import run_dir
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator, Findings
@@ -120,7 +120,7 @@ def require_own_weights(cfg: DictConfig, folder: Path) -> None:
 
     `weights` may name another place, for they may have moved, and `attention` another kernel.
     """
-    now, own = cfg.copy(), load_config(RunFolder(folder).config)
+    now, own = cfg.copy(), load_run(folder)
     for one in (now, own):
         for name in one.paths:
             one.paths[name] = name  # folders may have moved, too
@@ -149,7 +149,7 @@ def labels_of(cfg: DictConfig, folder: Path) -> dict[str, str]:
 
     One label stands for one way of evaluating, so that results of a few samples never replace those of all.
     """
-    own = load_config(RunFolder(folder).config)
+    own = load_run(folder)
     changed = {group: resolve_key(cfg, group) for group in SEEN if resolve_key(cfg, group) != resolve_key(own, group)}
     copy = {"_target_": "vlm_train.data.text.tokenizer.pretrained", "name": str(RunFolder(folder).tokenizer)}
     if changed.get("tokenizer") == copy:  # as `run=` sets it

@@ -15,7 +15,7 @@ from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import unknown_in
 from vlm_train.config import folders, origins
 from vlm_train.config.compose import compose_config, describe_replaced_data
-from vlm_train.config.run_file import load_config
+from vlm_train.config.run_file import load_run
 from vlm_train.config.run_identity import run_dir
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
@@ -56,7 +56,7 @@ def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[Dict
     """The configuration of `run=<folder>` with this command line's groups and values on top, and its origins."""
     folder = Path(str(value_of(overrides, "run"))).absolute()
     run = RunFolder(folder)
-    cfg = load_config(run.config)
+    cfg = load_run(folder)
     cfg.allow_targets = []  # the folder may be somebody else's: trust is extended on the command line only
     found = {str(key): origins.Origin("run", str(run.config)) for key in cfg}
     if (run.tokenizer / "tokenizer.json").is_file():  # what the ids meant, wherever the shards are now

@@ -21,11 +21,10 @@ from vlm_train.build import build_model
 from vlm_train.check.check import check_config
 from vlm_train.checkpoint.files import hash_file, manifest_of
 from vlm_train.checkpoint.weights import load_init_from, load_run_weights, weights_file
-from vlm_train.config.run_file import load_config
+from vlm_train.config.run_file import load_run
 from vlm_train.contracts.family import Family
 from vlm_train.data.text.tokenizer import hash_vocabulary
 from vlm_train.errors import ConfigError
-from vlm_train.runs.folder import RunFolder
 
 START = "start"
 """The reference is what the run starts from; any other value of `reference.model` is a run folder."""
@@ -45,7 +44,7 @@ def reference_config(cfg: DictConfig) -> DictConfig | None:
     if cfg.reference.model is None or is_model_without_adapters(cfg):
         return None
     if cfg.reference.model != START:
-        other = load_config(RunFolder(Path(cfg.reference.model)).config)
+        other = load_run(Path(cfg.reference.model))
         other.allow_targets = cfg.allow_targets  # the folder may be somebody else's
         try:
             check_config(other, need_assets=False)
