@@ -9,7 +9,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipelines.errors import DataError
-from data_pipelines.nearest import did_you_mean
+from data_pipelines.nearest import find_nearest
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.value_types import fits_type
 
@@ -87,8 +87,8 @@ def make_component(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: 
     unknown = sorted(set(options) - set(known))
     if unknown:
         now = "".join(f"; {name} is called {RENAMED[name]} now" for name in unknown if name in RENAMED)
-        near = "".join(did_you_mean(name, known) for name in unknown)
-        raise DataError(f"{target} has no option {', '.join(unknown)}{now};{near} its options: {', '.join(known)}")
+        named = ", ".join(f"{name}{_suggest(name, known)}" for name in unknown)
+        raise DataError(f"{target} has no option {named}{now}; its options: {', '.join(known)}")
     hints = _read_type_hints(component)
     for name, value in options.items():
         if not fits_type(value, hints.get(name, Any)):
@@ -159,15 +159,21 @@ def _format_error(name: str, error: BaseException, overrides: Sequence[str], fol
     if isinstance(error, MissingConfigException) or first.startswith("You must specify"):
         choices = sorted(_list_choices(name, folders))
         wanted = re.search(r"'[^'/]+/([^']+)'", first)
-        near = did_you_mean(wanted[1], choices) if wanted else ""
-        return f"{first.rstrip('.')}.{near} Available: {', '.join(choices)}"
+        near = _suggest(wanted[1], choices) if wanted else ""
+        return f"{first.rstrip('.')}{near}. Available: {', '.join(choices)}"
     if found := re.match(r"Could not override '(.+)'", first):
         if now := RENAMED.get(found[1]):
             return f"no option {found[1]!r}: it is called {now} now"
         known = _list_options(name, overrides, folders)
-        return f"no option {found[1]!r};{did_you_mean(found[1], known)} options: {', '.join(known)}"
+        return f"no option {found[1]!r}{_suggest(found[1], known)}; options: {', '.join(known)}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean x?)`, or nothing."""
+    near = find_nearest(name, known)
+    return f" (did you mean {near}?)" if near else ""
 
 
 def _list_options(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:

@@ -70,6 +70,7 @@ CASES: dict[str, tuple[Case, int, list[str]]] = {
     "wrong type": (override("batch.samples=many"), 2, ["batch.samples", "many"]),
     "wrong type in a recipe": (recipe_with("optim: {lr: fast}"), 2, ["optim.lr", "fast"]),
     "number in place of a list": (override("data.train=5"), 2, ["data.train", "got 5"]),
+    "mapping in place of a schedule": (lambda *_: ["schedule={a: 1}"], 2, ["schedule={a: 1}", "name of an option"]),
     "list in place of an option": (override("optim=[1]"), 2, ["optim=[1]", "name of an option"]),
     "negative width": (
         override("llm.config.intermediate_size=-5"),
@@ -104,7 +105,7 @@ CASES: dict[str, tuple[Case, int, list[str]]] = {
     ),
     "missing weights": (override("llm.weights=/nowhere/vicuna"), 2, ["llm.weights", "/nowhere/vicuna"]),
     "missing shards": (override("data.train=[{shards: /nowhere}]"), 2, ["data.train.0.shards", "/nowhere"]),
-    "missing shard": (damaged_shard, 1, [".tar", "data/tiny/train"]),
+    "missing shard": (damaged_shard, 2, [".tar", "data/tiny/train", "manifest.json"]),
     "features that do not fill their placeholders": (
         lying_connector,
         1,

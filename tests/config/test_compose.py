@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from tests.support.components import options
 from vlm_train.config import origins
-from vlm_train.config.compose import compose_config, compose_tiny
+from vlm_train.config.compose import compose_config, compose_tiny, describe_replaced_data
 from vlm_train.config.folders import config_dir
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.config.run_identity import run_dir, run_id
@@ -84,6 +84,18 @@ def test_size_tiny_wins_over_the_recipe() -> None:
     assert small.vision.weights is None and small.llm.weights is None
     assert small.trainer.max_steps == 4 and small.batch.samples == 4
     assert compose_config([RECIPE, "size=tiny", "batch.samples=6"]).batch.samples == 6
+
+
+def test_size_tiny_says_whose_data_it_replaces(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    text = "# @package _global_\ndefaults:\n  - llava15_stage1\n  - _self_\ndata: {train: [{shards: mine}], max_length: 9}\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(text)
+    words = ["recipe=mine", "size=tiny"]
+    assert compose_config(words, [tmp_path]).data.train[0].shards.endswith("/tiny/train")
+    said = describe_replaced_data(words, [tmp_path])
+    assert said is not None and "made pictures take the place of the recipe's own data.train;" in said
+    for quiet in (["recipe=mine"], [*words, "data.train=[{shards: x}]"], ["recipe=llava15_stage1", "size=tiny"]):
+        assert describe_replaced_data(quiet, [tmp_path]) is None
 
 
 def test_size_tiny_drops_what_a_recipe_says_about_exchanged_parts() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -327,3 +332,46 @@ def test_other_columns_are_other_data(root: Path, tmp_path: Path) -> None:
         entries.append({"shards": str(root / "train"), "columns": str(folder)})
     one, same, two = (data(entry, columns=["level"]).hash_samples() for entry in entries[1:])
     assert one == same and len({data(entries[0]).hash_samples(), one, two}) == 3
+
+
+ENDLESS = """
+import os, sys, time
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from vlm_train.data.datamodule import _start_worker
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.zeros(1000).numpy().tobytes()  # more than the pipe between us takes
+if __name__ == "__main__":
+    options = {"num_workers": 2, "prefetch_factor": 64, "worker_init_fn": _start_worker}
+    loader = iter(DataLoader(Endless(), batch_size=None, **options))
+    next(loader)
+    print(*(worker.pid for worker in loader._workers), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_workers_end_with_a_killed_trainer(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    trainer = subprocess.Popen([sys.executable, str(tmp_path / "endless.py")], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    trainer.kill()
+    trainer.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in workers if _lives(pid)]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"{len(left)} workers outlived their trainer")
+        time.sleep(0.1)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

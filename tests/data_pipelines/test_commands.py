@@ -79,8 +79,10 @@ def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys)
         (["source=easy_vqa"], "not given: output=<value>"),
         (
             ["source=easy_vqa", "output=x", "splitt=val"],
-            "no option 'splitt'; options: allow_targets, captions,",
+            "no option 'splitt' (did you mean split?); options: allow_targets, captions,",
         ),
+        (["source=easy_vqa", "output=x", "num_workers=2"], "no option 'num_workers' (did you mean workers?); options:"),
+        (["source=easyvqa", "output=x"], "Could not find 'source/easyvqa' (did you mean easy_vqa?). Available:"),
         (["source=nonsense", "output=x"], "Could not find 'source/nonsense'. Available: alpaca, coco_captions"),
         (["source=easy_vqa", "output=x", "--split"], "'--split' is not <option>=<value>"),
         (["source=easy_vqa", "output=x", "captions=2"], "captions: got 2; expected bool"),

@@ -49,7 +49,7 @@ def test_help_and_errors_know_the_folder(notes: Path, tmp_path: Path, capsys: py
     output = f"output={tmp_path / 'shards'}"
     wrong = {
         "source=my_nots": "Available: ",
-        "source=my_notes foldr=x": "no option 'foldr'; options: allow_targets, engine, folder, ",
+        "source=my_notes foldr=x": "no option 'foldr' (did you mean folder?); options: allow_targets, engine, folder, ",
         "source=my_notes": "not given: folder=<value>",
         "source=my_notes folder=x allow_targets=[]": "'my_vlm.notes.FieldNotes' is not trusted",
     }

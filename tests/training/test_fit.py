@@ -22,7 +22,9 @@ from tests.support.small_run import command, make_data, train
 from vlm_train import cli
 from vlm_train.checkpoint import files
 from vlm_train.checkpoint.files import verify_checkpoint
+from vlm_train.checkpoint.resume import Resume
 from vlm_train.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from vlm_train.training.fit import _describe_start
 from vlm_train.training.metrics import TIMED
 from vlm_train.training.module import VLMModule
 
@@ -80,6 +82,8 @@ def assert_same_end(one: Path, other: Path, step: int = 6) -> None:
     assert names[0] == names[1] != []
     for name in names[0]:
         assert same(*(load_file(folder / name) for folder in folders)), name
+        first, second = ((folder / name).read_bytes() for folder in folders)
+        assert first == second, f"{name}: the same tensors in another order"
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, micro: int = 0) -> None:
@@ -535,3 +539,34 @@ def test_compiled_layers_compute_the_same(data: Path, whole: Path, tmp_path: Pat
     run = train(command(data, tmp_path, "trainer.compile=true", "trainer.max_steps=3"))
     for row, eager in zip(metrics(run), metrics(whole), strict=False):
         assert row["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write_report(folder: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vlm_train.report.write_report", write_report)
+    run = train(command(data, tmp_path, "trainer.max_steps=1"))
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+    assert f"WARNING: {run / 'report.html'}: cannot be written: [Errno 28]" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_before_anything_else(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command(data, tmp_path, "trainer.accelerator=gpu")) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("ConfigError: trainer.accelerator: got gpu, but ") and said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resume_says_which_checkpoint_and_what_changed() -> None:
+    def describe(manifest: dict[str, Any], world: int) -> str:
+        return _describe_start(Resume(Path("x"), {"step": 3, **manifest}), world)
+
+    assert _describe_start(None, 2) == "starting at step 0"
+    assert describe({"world": 2}, 2) == describe({}, 2) == "resuming from x"
+    assert describe({"world": 2}, 1) == "resuming from x, written by 2 processes; now 1"

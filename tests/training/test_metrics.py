@@ -301,3 +301,21 @@ def test_lines_of_a_run_are_the_same_after_a_resume(two_sources: tuple[Path, str
     assert training["grad_norm"] == pytest.approx(math.hypot(*parts))
     assert 0 < training["data_wait"] < 1 and training["tflops"] == training["mfu"] > 0
     assert 0 < training["padding_share"] < 0.5 and training["peak_memory_gib"] > 0.05
+
+
+def test_training_time_goes_on_where_the_checkpoint_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is the time that led to the weights: neither the hours between two starts, nor what was lost."""
+    clock = clocked(monkeypatch)
+    first = Meter(alone)
+    clock.now += 7  # until training starts
+    first.start_clock()
+    clock.now += 40
+    state = first.export_state()
+    clock.now += 5000  # killed, and started again later
+    second = Meter(alone)
+    second.load_state(state, CPU)
+    second.start_clock(step=4)
+    assert second.estimate_rest(4, 10) == 0, "no step is done yet"
+    clock.now += 6
+    assert (first.count_seconds(), second.count_seconds()) == (5046, 46)
+    assert second.estimate_rest(6, 10) == 12, "at the speed of this start"

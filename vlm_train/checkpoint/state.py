@@ -25,8 +25,10 @@ def piece_key(piece: Piece) -> str:
 
 
 def collect_owned(pieces: Iterator[Piece]) -> dict[str, Tensor]:
-    """The tensors that this process writes, by the key of their piece."""
-    return {piece_key(one): one.tensor[0] if one.single else one.tensor for one in pieces if one.owned}
+    """The tensors that this process writes, by the key of their piece, in the order of the keys: a resumed optimizer
+    holds its states in another order, and its files are to be the same."""
+    owned = sorted((one for one in pieces if one.owned), key=piece_key)
+    return {piece_key(one): one.tensor[0] if one.single else one.tensor for one in owned}
 
 
 def restore_pieces(strategy: Any, named: dict[str, nn.Parameter], folder: Path) -> None:

@@ -42,7 +42,8 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
         random = any(plan.random for plan in processor.images.values())
         passes = [None, *((seed, epoch, 0) for epoch in range(PASSES if random else 0))]
         seen = [processor.make_views(blobs, shown=rendered.media, address=one) for one in passes]
-        print(save_views([picture for views in seen for picture in collect_pictures(views)], folder / "show.png"))
+        pictures = [picture for views in seen for picture in collect_pictures(views)]
+        print(f"its views: {save_views(pictures, folder / 'show.png')}")
         if random:
             print(f"first as evaluations see it, then as training does in passes 0 to {PASSES - 1}")
 

@@ -11,13 +11,14 @@ from vlm_train.config.run_identity import run_dir
 
 
 def show_sample(cfg: DictConfig) -> None:
-    """Print the first training sample as tokens and save its views as `show.png`, in the folder `run=` or here."""
+    """Print the first training sample as tokens and save its views as `show.png`: in the folder of `run=`, or else in
+    `<paths.runs>/show/<recipe>`."""
     from vlm_train.build import build_assembly
     from vlm_train.data.show import show_sample
 
     options = {name: cfg.data[name] for name in ("annotations", "max_length", "over_length")}
     options["prefix_split"] = cfg.data.get("prefix_split") or False
-    folder = run_dir(cfg) if cfg.run else Path.cwd()
+    folder = run_dir(cfg) if cfg.run else Path(cfg.paths.runs) / "show" / cfg.recipe_name
     show_sample(
         build_assembly(cfg).processor, ShardSet(cfg.data.train[0].shards), options, seed=cfg.seed, folder=folder
     )

@@ -50,7 +50,7 @@ def _describe_start(resumed: Resume | None, world: int) -> str:
     if resumed is None:
         return "starting at step 0"
     before = resumed.manifest.get("world")
-    changed = f", which {before} processes wrote; now there are {world}" if before not in (None, world) else ""
+    changed = f", written by {before} processes; now {world}" if before not in (None, world) else ""
     return f"resuming from {resumed.folder}{changed}"
 
 

@@ -184,6 +184,7 @@ def test_nothing_is_imported_for_jobs_that_are_done(children: Children) -> None:
         (["hydra/sweeper=optuna"], "sweep_metric: hydra/sweeper=optuna needs a metric"),
         (["hydra.sweep.dir=elsewhere"], "hydra.sweep.dir: a sweep's folder is named after its overrides"),
         (["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=8"], "launch.devices=<n>"),
+        (["hydra/launcher=submitit_slurm"], "there is no SLURM here"),
     ],
 )
 def test_refused_before_any_job(
