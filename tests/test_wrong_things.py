@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Case, int, list[str]]] = {
         2,
         ["llm: ", "HFCausalLM cannot be made", "config.intermediate_size=-5", "VLM_TRAIN_TRACEBACK"],
     ),
+    "no configuration of a part": (override("llm.config=null"), 2, ["llm.config: expected Mapping", "got None"]),
     "no attention head": (
         override("dry_run=true", "vision.config.num_attention_heads=0"),
         2,

@@ -88,7 +88,8 @@ def test_size_tiny_wins_over_the_recipe() -> None:
 
 def test_size_tiny_says_whose_data_it_replaces(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
-    text = "# @package _global_\ndefaults:\n  - llava15_stage1\n  - _self_\ndata: {train: [{shards: mine}], max_length: 9}\n"
+    own = "data: {train: [{shards: mine}], max_length: 9}"
+    text = f"# @package _global_\ndefaults:\n  - llava15_stage1\n  - _self_\n{own}\n"
     (tmp_path / "recipe" / "mine.yaml").write_text(text)
     words = ["recipe=mine", "size=tiny"]
     assert compose_config(words, [tmp_path]).data.train[0].shards.endswith("/tiny/train")
