@@ -12,7 +12,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
-from data_pipelines.shards.manifest import Manifest
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import MODEL_PARTS
@@ -127,6 +126,8 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
 
 def _lost_shards(folder: Path) -> list[str]:
     """The shards of a finished set that are not there. A manifest that cannot be read is reported by who opens it."""
+    from data_pipelines.shards.manifest import Manifest
+
     try:
         shards = Manifest.read(folder).shards
     except DataError:
