@@ -122,11 +122,10 @@ def test_batches_go_on_after_a_failure(children: Children) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_is_refused_is_a_failed_job(children: Children, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["-m", STAGE, "optim.lr=-1,0.2"]) == 1
+    assert cli.main(["-m", STAGE, "optim.lr=-1,0.2"]) == 2, "another start changes nothing"
     assert children.started == [0.2]
-    assert (
-        "Job 0 failed (optim.lr=-1): optim.lr: expected a number >= 0 and <= 1000, got -1." in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "Job 0 failed (optim.lr=-1): optim.lr: expected a number >= 0 and <= 1000, got -1." in said
 
 
 @pytest.mark.slow
