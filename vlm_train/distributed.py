@@ -7,6 +7,10 @@ import os
 import signal
 from typing import Any
 
+from omegaconf import DictConfig
+
+from vlm_train.errors import ConfigError
+
 
 def process_rank() -> int:
     """This process's global rank as torchrun or srun set it; 0 without either."""
@@ -16,6 +20,19 @@ def process_rank() -> int:
 def count_started(kind: str) -> int:
     """Processes that train, as those who started them say; `kind` is `launch.kind`."""
     return int(os.environ.get("SLURM_NTASKS" if kind == "srun" else "WORLD_SIZE", 1))
+
+
+def require_devices(cfg: DictConfig) -> None:
+    """Raises ConfigError where this machine has not the GPUs that the run is to train on."""
+    import torch
+
+    found, wanted = torch.cuda.device_count(), cfg.launch.devices
+    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise ConfigError(f"trainer.accelerator: got gpu, but {why}. Allowed here: auto or cpu.")
+    local = cfg.launch.kind == "local" and cfg.trainer.accelerator != "cpu"
+    if local and torch.cuda.is_available() and wanted > found:
+        raise ConfigError(f"launch.devices: got {wanted}, but this machine has {found} GPUs.")
 
 
 def say_once(text: str) -> None:

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.config.run_identity import run_dir, training_config
-from vlm_train.distributed import exit_with_parent
+from vlm_train.distributed import exit_with_parent, require_devices
 from vlm_train.errors import ENDING, PREEMPTING, REFUSED, ConfigError, Interrupted, TrainingError
 from vlm_train.runs import record, torchrun
 from vlm_train.runs.folder import RunFolder
@@ -86,9 +86,7 @@ def check_environment(cfg: DictConfig) -> None:
     if kind == "srun" and "SLURM_PROCID" not in os.environ:
         raise ConfigError("launch.kind: srun starts the processes: srun python -m vlm_train ...")
     if cfg.mode == "fit" and not cfg.dry_run and cfg.trainer.accelerator == "gpu":
-        from vlm_train.training.device import require_devices  # before a folder is filled and data are read
-
-        require_devices(cfg)
+        require_devices(cfg)  # before a folder is filled and data are read
 
 
 def prepare_folder(cfg: DictConfig, origins: str) -> Path:

@@ -6,9 +6,6 @@ import ctypes
 import sys
 
 import torch
-from omegaconf import DictConfig
-
-from vlm_train.errors import ConfigError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -18,17 +15,6 @@ PEAKS = (
     ("A40", 150.0), ("A10", 125.0), ("RTX 4090", 165.0), ("RTX 3090", 71.0), ("MI300X", 1307.0), ("MI250X", 383.0),
 )  # fmt: skip
 """Part of a device's name -> its dense bf16 TFLOP/s in the makers' data sheets; the first that fits counts."""
-
-
-def require_devices(cfg: DictConfig) -> None:
-    """Raises ConfigError where this machine has not the GPUs that the run is to train on."""
-    found, wanted = torch.cuda.device_count(), cfg.launch.devices
-    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        raise ConfigError(f"trainer.accelerator: got gpu, but {why}. Allowed here: auto or cpu.")
-    local = cfg.launch.kind == "local" and cfg.trainer.accelerator != "cpu"
-    if local and torch.cuda.is_available() and wanted > found:
-        raise ConfigError(f"launch.devices: got {wanted}, but this machine has {found} GPUs.")
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -14,12 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from vlm_train.checkpoint.resume import Resume, find_resume
 from vlm_train.checkpoint.weights import load_run_weights
 from vlm_train.config.run_identity import run_dir, run_id
-from vlm_train.distributed import count_started, process_rank, say_once
+from vlm_train.distributed import count_started, process_rank, require_devices, say_once
 from vlm_train.errors import AssetError, ConfigError, TrainingError
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.rollback import read_rollbacks
-from vlm_train.training.device import require_devices
 
 
 def fit_run(cfg: DictConfig) -> dict[str, Any]:
