@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 _SAID = {
     "lr": "learning_rate base_lr max_lr peak_lr",
-    "batch.samples samples batch": "batch_size global_batch_size train_batch_size bs",
+    "batch.samples samples": "batch_size global_batch_size train_batch_size bs",
     "batch.micro micro": "micro_batch_size per_device_train_batch_size per_device_batch_size per_gpu_batch_size",
     "batch.micro": "gradient_accumulation_steps grad_accum accumulate_grad_batches",
     "trainer.epochs epochs": "epoch num_epochs num_train_epochs max_epochs",
@@ -52,7 +52,7 @@ def find_nearest(name: str, known: Iterable[str]) -> str | None:
 
     Names may be dotted; a synonym is looked for at the end of known ones, the shortest first.
     """
-    known = sorted(known, key=lambda one: one.count("."))
+    known = sorted(known, key=lambda one: (one.count("."), one))
     last = name.rpartition(".")[2].lower().replace("-", "_")
     for meant in (last, *SYNONYMS.get(last, ())):
         for one in known:
