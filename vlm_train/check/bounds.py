@@ -37,6 +37,7 @@ RANGES: dict[str, str] = {
     "lr_schedule.warmup_ratio": ">= 0, <= 1",
     "lr_schedule.warmup_steps": ">= 0",
     "lr_schedule.min_ratio": ">= 0, <= 1",
+    "lr_schedule.start_ratio": ">= 0, <= 1",
     "lr_schedule.factor": "> 0, <= 1",
     "trainer.threads": ">= 1",
     "columns.batch": ">= 1",

@@ -30,6 +30,14 @@ COSMETIC_KEYS = {
 }  # fmt: skip
 """Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""
 
+LATER_KEYS = {
+    "params.rules.*.decay_norms_and_biases": None,
+    "params.rules.*.frozen_mode": None,
+    "lr_schedule.start_ratio": 0.0,
+    "lr_schedule.warmup_counts": False,
+}
+"""Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
+
 
 def training_config(cfg: DictConfig) -> dict[str, Any]:
     """The resolved part of `cfg` that decides the trained weights. It does not depend on where folders lie."""
@@ -46,7 +54,22 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
     for group, keys in COSMETIC_KEYS.items():
         for key in keys if isinstance(plain[group], dict) else ():
             plain[group].pop(key, None)
+    for key, neutral in LATER_KEYS.items():
+        _drop_neutral(plain, key.split("."), neutral)
     return plain
+
+
+def _drop_neutral(plain: Any, path: list[str], neutral: Any) -> None:
+    """Remove a key whose value is `neutral`; `*` stands for every item of a list."""
+    first, *rest = path
+    if first == "*":
+        for item in plain if isinstance(plain, list) else ():
+            _drop_neutral(item, rest, neutral)
+    elif isinstance(plain, dict) and first in plain:
+        if rest:
+            _drop_neutral(plain[first], rest, neutral)
+        elif plain[first] == neutral:
+            del plain[first]
 
 
 def training_hash(cfg: DictConfig) -> str:

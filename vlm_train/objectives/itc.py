@@ -23,8 +23,9 @@ class ITC(Objective):
     Args:
         weight: factor in the total loss.
         label_smoothing: share of the target spread over all pairs (BLIP-2: 0.1).
-        gather_grad: whether gradients go to the vectors of other ranks. False, as BLIP-2 is published: each rank learns
-            from its own side of every comparison only, so gradients depend on how a batch is split over ranks.
+        gather_grad: whether gradients go to both sides of a comparison. False, as BLIP-2 is published: an image learns
+            from its comparison with all texts, a text from its with all images, and what they are compared with,
+            gathered from all ranks, is fixed; on one rank, too.
         mask_duplicates: pairs with the same caption are not negatives of each other.
     """
 
@@ -68,8 +69,9 @@ def compute_similarities(
     image: Tensor, text: Tensor, pairs: Pairs, gather: Gather, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Cosines `[b, G]` of the local images `[b, Q, E]` with all texts, and of the local texts `[b, E]` with all images:
-    of several vectors of an image the nearest counts."""
-    all_image, all_text = (gather(one, pairs.sizes, with_grad=with_grad) for one in (image, text))
+    of several vectors of an image the nearest counts. Without `with_grad` no gradient goes to what is compared with."""
+    given = (image, text) if with_grad else (image.detach(), text.detach())
+    all_image, all_text = (gather(one, pairs.sizes, with_grad=with_grad) for one in given)
     to_text = torch.einsum("bqe,ge->bgq", image, all_text).amax(dim=-1)
     to_image = torch.einsum("be,gqe->bgq", text, all_image).amax(dim=-1)
     return to_text, to_image

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import AlignsPairs, MatchesPairs
 from vlm_train.contracts.objective import Gather, Loss, Objective, StepContext
+from vlm_train.errors import ConfigError
 from vlm_train.objectives.itc import compute_similarities
 from vlm_train.objectives.pairs import Pairs, pairs_of
 from vlm_train.seeds import derive_seed
@@ -33,6 +34,8 @@ class ITM(Objective):
         weight: factor in the total loss.
         mask_duplicates: pairs with the same caption are not negatives of each other.
         local: draw from this rank's pairs only (BLIP).
+        floor: what is added to every share of the softmax before a wrong one is drawn, so that none is too unlikely
+            (BLIP: 1e-4). The softmax is over all pairs that may be drawn from and the own one.
     """
 
     streams = ("llm",)
@@ -40,8 +43,12 @@ class ITM(Objective):
     needs_whole_step = True
     needs = (AlignsPairs, MatchesPairs)
 
-    def __init__(self, *, weight: float = 1.0, mask_duplicates: bool = False, local: bool = False) -> None:
-        self.weight, self.mask_duplicates, self.local = weight, mask_duplicates, local
+    def __init__(
+        self, *, weight: float = 1.0, mask_duplicates: bool = False, local: bool = False, floor: float = 0.0
+    ) -> None:
+        if floor < 0:
+            raise ConfigError(f"objective.itm.floor: {floor}; allowed: 0 or more")
+        self.weight, self.mask_duplicates, self.local, self.floor = weight, mask_duplicates, local, floor
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{"itm": Loss}`: sum over the local pairs of the mean over their three questions."""
@@ -82,7 +89,10 @@ class ITM(Objective):
             closed = closed | pairs.same_captions(gather)
         if self.local:
             first = sum(pairs.sizes[: gather.rank])
-            closed = closed | ((column < first) | (column >= first + len(pairs.own)))[None]
+            far = ((column < first) | (column >= first + len(pairs.own)))[None]
+            closed, similarity = closed | far, [one.masked_fill(far, float("-inf")) for one in similarity]
+        if self.floor:
+            similarity = [(one.softmax(dim=1) + self.floor).log() for one in similarity]
         drawn = [
             (one + noise).masked_fill(closed, float("-inf")).argmax(dim=1) if len(column) else pairs.own
             for one, noise in zip(similarity, self._draw_noise(batch, pairs, gather), strict=True)

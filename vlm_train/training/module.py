@@ -102,7 +102,7 @@ class VLMModule(pl.LightningModule):
         """Training mode, with frozen parts kept in eval mode."""
         super().train(mode)
         if mode:
-            freeze_eval(self.model)
+            freeze_eval(self.model, self.policy.in_train_mode)
             if self.reference is not None:
                 self.reference.eval()
         return self

@@ -52,12 +52,31 @@ def cosine(
     warmup_ratio: float = 0.0,
     warmup_steps: int | None = None,
     min_ratio: float = 0.0,
+    start_ratio: float = 0.0,
+    warmup_counts: bool = False,
 ) -> LRScheduler:
-    """Linear warm-up from 0, then half a cosine down to `min_ratio` of each group's rate."""
+    """Linear warm-up, then half a cosine down to `min_ratio` of each group's rate.
+
+    Args:
+        start_ratio: what the warm-up starts from, as a ratio of each group's rate.
+        warmup_counts: the cosine begins at step 0 and is followed from the end of the warm-up on, where it is below the
+            full rate (LAVIS, MiniGPT-4); else it begins at the end of the warm-up.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
     warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
-    return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total_steps, min_lr_rate=min_ratio)
+    if not start_ratio and not warmup_counts:
+        return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total_steps, min_lr_rate=min_ratio)
+    first = 0 if warmup_counts else warmup
+
+    def ratio(step: int) -> float:
+        if step < warmup:
+            return start_ratio + (1 - start_ratio) * step / warmup
+        done = min((step - first) / max(total_steps - first, 1), 1.0)
+        return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * done)) / 2
+
+    return LambdaLR(optimizer, ratio)
 
 
 def linear(

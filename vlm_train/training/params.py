@@ -28,6 +28,8 @@ class RuleLike(Protocol):
     lr: float | None
     weight_decay: float | None
     layer_decay: float | None
+    decay_norms_and_biases: bool | None
+    frozen_mode: str | None
 
 
 @dataclass
@@ -60,10 +62,12 @@ class Row:
 
 @dataclass
 class Policy:
-    """The result of the rules: groups for the optimizer and rows for the table."""
+    """The result of the rules: groups for the optimizer, rows for the table, and the frozen parameters whose modules
+    stay in training mode."""
 
     groups: list[Group]
     rows: list[Row]
+    in_train_mode: frozenset[str] = frozenset()
 
     @property
     def named(self) -> dict[str, nn.Parameter]:
@@ -125,7 +129,7 @@ def apply_policy(
     Args:
         rules: ordered; the first whose `match` (a regex for the whole name) fits decides. `lr: null` freezes.
         weight_decay: used where a rule gives none.
-        decay_norms_and_biases: also decay tensors with fewer than two dimensions.
+        decay_norms_and_biases: also decay tensors with fewer than two dimensions, where a rule does not say.
         unused: names of parameters that the chosen layers never use: frozen whatever the rules say, and shown.
 
     Raises:
@@ -137,6 +141,7 @@ def apply_policy(
     _require_frozen(decided, stored)
     parts = find_parts(model)
     depth = _count_layers((name for name in decided if name not in unused), parts)
+    trains: set[str] = set()
     groups: dict[tuple[Any, ...], Group] = {}
     rows: dict[tuple[str, str, str], Row] = {}
     for name, (parameter, rule) in decided.items():
@@ -145,7 +150,8 @@ def apply_policy(
         decay = None
         parameter.requires_grad_(lr is not None)
         if lr is not None:
-            decays = parameter.ndim >= 2 or decay_norms_and_biases
+            own = rule.decay_norms_and_biases
+            decays = parameter.ndim >= 2 or (decay_norms_and_biases if own is None else own)
             decay = (weight_decay if rule.weight_decay is None else rule.weight_decay) if decays else 0.0
             scaled = lr * _layer_factor(name, rule, depth.get(part, 0))
             key = (part, rule.match, scaled, decay)
@@ -153,12 +159,15 @@ def apply_policy(
             group.parameters.append(parameter)
             group.names.append(name)
         note = "not used by the chosen layers" if name in unused else ""
+        if lr is None and rule.frozen_mode == "train":
+            trains.add(name)
+            note = note or "in training mode: dropout is on"
         row = rows.setdefault((part, rule.match, note), Row(part, rule.match, 0, 0, lr, decay, note))
         row.tensors += 1
         row.parameters += stored[name].weights if name in stored else parameter.numel()
         if decay is not None:
             row.weight_decay = max(decay, row.weight_decay or 0.0)  # norms and biases have none
-    return Policy(groups=list(groups.values()), rows=list(rows.values()))
+    return Policy(groups=list(groups.values()), rows=list(rows.values()), in_train_mode=frozenset(trains))
 
 
 def _decide_rules(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
@@ -175,6 +184,10 @@ def _decide_rules(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tupl
             continue
         if not any(pattern.fullmatch(name) for name in named):
             problems.append(f"params.rules[{index}] '{rule.match}' matches no parameter. Parts: {parts}.")
+        if rule.frozen_mode not in (None, "eval", "train"):
+            problems.append(f"params.rules[{index}].frozen_mode: {rule.frozen_mode!r}; allowed: eval, train, null")
+        elif rule.frozen_mode is not None and rule.lr is not None:
+            problems.append(f"params.rules[{index}].frozen_mode: '{rule.match}' learns; it is for lr: null only")
         patterns.append((pattern, rule))
     decided: dict[str, tuple[nn.Parameter, RuleLike]] = {}
     missed: list[str] = []
@@ -224,11 +237,17 @@ def _layer_factor(name: str, rule: RuleLike, depth: int) -> float:
     return rule.layer_decay ** (depth + 1) if "embed" in name else 1.0
 
 
-def freeze_eval(module: nn.Module) -> None:
-    """Put every submodule that has parameters but none that learns into eval mode (dropout off, statistics fixed)."""
+def freeze_eval(module: nn.Module, in_train_mode: Iterable[str] = ()) -> None:
+    """Put every submodule that has parameters but none that learns into eval mode (dropout off, statistics fixed), but
+    for those with parameters of the names `in_train_mode`."""
+    kept = set(in_train_mode)
+    _freeze_modules(module, {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in kept})
+
+
+def _freeze_modules(module: nn.Module, kept: set[int]) -> None:
     parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
+    if parameters and not any(parameter.requires_grad or id(parameter) in kept for parameter in parameters):
         module.eval()
         return
     for child in module.children():
-        freeze_eval(child)
+        _freeze_modules(child, kept)

@@ -11,6 +11,7 @@ import base64
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.render import render_sample
 from vlm_train.contracts.layout import NoMedia
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.data.text.template import Template
-from vlm_train.data.text.tokenizer import gguf
+from vlm_train.data.text.tokenizer import gguf, pretrained
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "chat_ids.json").read_text())
 TURNS = tuple((user if role == "user" else assistant)(text) for role, text in GOLDEN["conversation"])
@@ -106,28 +107,16 @@ def test_chatml_qwen() -> None:
     check(load("chatml"), tokenizer, GOLDEN["ids"]["chatml"], "{}<|im_end|>")
 
 
-def test_mistral() -> None:
-    file = data_file("mistral_common", "data/tokenizer.model.v1")
-    tokenizer = sentencepiece_tokenizer(file)
+def test_mistral(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    shutil.copy(data_file("mistral_common", "data/tokenizer.model.v1"), tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True}  # like Mistral's: a space before every text
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = pretrained(name=str(tmp_path))
     stream = render_sample(sample(TURNS), load("mistral"), tokenizer, NoMedia()).llm
     assert stream.ids.tolist() == GOLDEN["ids"]["mistral"]
     learned = tokenizer.convert_ids_to_tokens(stream.labels[stream.labels != IGNORE].tolist())
     assert "".join(learned) == "▁Two▁cats;▁3▁dogs.</s>▁teal</s>"
-
-
-def sentencepiece_tokenizer(file: Path) -> Any:
-    """The fast tokenizer of a sentencepiece BPE model; like Llama's and Mistral's it puts a space before every text."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    proto = pytest.importorskip("transformers.utils.sentencepiece_model_pb2_new").ModelProto()
-    proto.ParseFromString(file.read_bytes())
-    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    merges = merges_of({piece: rank for piece, rank in vocab.items() if rank > 258})  # unk, bos, eos, 256 bytes
-    core = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def test_chatml_and_own_template_of_smollm2() -> None:

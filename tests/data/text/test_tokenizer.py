@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipelines.shards.tar_writer import ShardWriter
 from tests.data.text.rendering import assistant, sample, user
+from vlm_train.data.text import tokenizer as tokenizers
 from vlm_train.data.text.tokenizer import (
     byte_level,
     gguf,
@@ -74,3 +78,39 @@ def test_berts_own_tokens_begin_and_end_a_text(tmp_path: Path) -> None:
     found = pretrained(name=str(tmp_path))
     assert (found.bos_token, found.eos_token) == ("[CLS]", "[SEP]")
     assert found("a cat", add_special_tokens=False).input_ids == [5, 6]
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def only_a_sentencepiece_model(folder: Path, **settings: Any) -> Path:
+    """A tokenizer as Vicuna ships it. `spaces.model` has what LLaMA's vocabulary has: runs of spaces with low ids and
+    the lowest scores."""
+    shutil.copy(GOLDEN / "spaces.model", folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "spaces.json").read_text(encoding="utf-8")), ids=lambda c: c["text"])
+def test_a_sentencepiece_model_gives_the_ids_of_sentencepiece(case: Any, legacy: bool, tmp_path: Path) -> None:
+    """`spaces.json` is what the library sentencepiece 0.2.3 gave, for runs of spaces and indented code among others."""
+    pytest.importorskip("sentencepiece")
+    tokenizer = pretrained(name=str(only_a_sentencepiece_model(tmp_path, legacy=legacy)))
+    encoding = tokenizer.backend_tokenizer.encode(case["text"], add_special_tokens=False)
+    assert tokenizer.convert_ids_to_tokens(encoding.ids) == case["pieces"]
+    assert encoding.ids == case["ids"]
+    assert tokenizer.decode(encoding.ids) == case["text"]
+    assert encoding.offsets[-1][1] == len(case["text"]), "labels need them"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = pretrained(name=str(tmp_path / "saved")).backend_tokenizer
+    assert again.encode(case["text"], add_special_tokens=False).ids == case["ids"]
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = only_a_sentencepiece_model(tmp_path)
+    monkeypatch.setattr(tokenizers, "find_spec", lambda name: None)
+    with pytest.raises(AssetError) as error:
+        pretrained(name=str(folder))
+    assert "holds tokenizer.model but no tokenizer.json" in str(error.value)
+    assert "pip install sentencepiece" in str(error.value) and "tiktoken" not in str(error.value)

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from vlm_train.contracts.streams import QFORMER, Alignment
+from vlm_train.data.text.captions import clean_answers
 from vlm_train.data.text.prefix_lm import with_prefix
 from vlm_train.data.text.spans import TextSpan
 from vlm_train.data.text.split import take_piece
@@ -102,6 +103,7 @@ def make_streams(
 ) -> tuple[dict[str, Stream], str]:
     """The streams by their names, and the expected answer (generation). Arguments and errors: see `Processor`."""
     chosen, reference = choose_annotations(sample.annotations, how), ""
+    style = conversation.template.style
     if len(streams) > 1 and len(chosen) > 1:
         raise ConfigError(
             f"{len(chosen)} independent annotations cannot share the streams {', '.join(streams)}; set "
@@ -109,7 +111,7 @@ def make_streams(
         )
     answer = next((name for name, alignment in streams.items() if alignment == "seq2seq"), None)
     if how.generation:
-        turns = chosen[0].turns
+        turns = chosen[0].turns  # answers as they are: a cleaned one would be no reference
         if turns and turns[-1].role == "assistant":
             turns, reference = turns[:-1], _text_of_turn(turns[-1], conversation.template)
         spans = conversation.template.make_spans(turns, conversation.tokenizer, generation=True)
@@ -117,6 +119,8 @@ def make_streams(
         prompt = causal_stream(tokens) if answer is None else encoder_stream(tokens)
         found = {"llm": truncate_stream(prompt, how.max_length, "drop")}
     else:
+        if (words := style.caption_words) is not None:
+            chosen = [clean_answers(one, words) for one in chosen]
         if how.over_length == "split":
             chosen = _take_fitting_piece(chosen, conversation, how)
         if how.prefix_split:
@@ -130,7 +134,7 @@ def make_streams(
         if how.rejected:
             found["rejected"] = _joint_stream(conversation, [swap_rejected(chosen[0])])
         for name, stream in found.items():
-            found[name] = stream = truncate_stream(stream, how.max_length, how.over_length)
+            found[name] = stream = truncate_stream(stream, how.max_length, how.over_length, keep_end=style.keep_end)
             if not stream.supervised and stream.alignment != "none":
                 raise BadSample(f"no supervised token in {len(stream)} tokens", kind="unsupervised")
     if QFORMER in streams:

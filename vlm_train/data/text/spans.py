@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -17,11 +17,13 @@ MediaPlace = Literal["first", "inline", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """A stretch of text. `weight` > 0 is learned; in `content` (from the sample) special tokens are plain text."""
+    """A stretch of text. `weight` > 0 is learned; in `content` (from the sample) special tokens are plain text; `apart`
+    begins a text that is tokenized by itself."""
 
     text: str
     weight: float = 0.0
     content: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +43,30 @@ class ContentStyle:
     Attributes:
         media: first (to the front of their turn, the text stripped, as LLaVA does) | inline | drop.
         media_prefix, media_suffix: text around every media item.
+        media_suffix_alone: text behind the last media item of a turn that has no text, with `first`; None:
+            `media_suffix`.
         strip: strip white space around every turn.
         box, box_scale: `str.format` pattern of a box and the factor on its fractions.
+        caption_words: clean the answers as BLIP cleans captions, and keep at most so many words of each, see
+            `vlm_train.data.text.captions`; None: as they are.
+        keep_end: an answer that is cut keeps its last token, the end of the text, as tokenizers of BERT and T5 cut.
     """
 
     media: MediaPlace = "first"
     media_prefix: str = ""
     media_suffix: str = "\n"
+    media_suffix_alone: str | None = None
     strip: bool = False
     box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]"
     box_scale: float = 1.0
+    caption_words: int | None = None
+    keep_end: bool = False
 
     def __post_init__(self) -> None:
         if self.media not in get_args(MediaPlace):
             raise ConfigError(f"template.media: {self.media!r}; allowed: {', '.join(get_args(MediaPlace))}")
+        if self.caption_words is not None and self.caption_words < 1:
+            raise ConfigError(f"template.caption_words: {self.caption_words}; allowed: 1 or more, or null")
 
     def make_spans(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Span]:
         """The spans of one turn's parts; `weight` is the loss weight of its text; `text=False` keeps only media."""
@@ -79,7 +91,10 @@ class ContentStyle:
         elif self.strip:
             spans = strip_spans(spans)
         before, after = TextSpan(self.media_prefix), TextSpan(self.media_suffix)
-        return [one for span in spans for one in ((before, span, after) if isinstance(span, MediaSpan) else (span,))]
+        framed = [one for span in spans for one in ((before, span, after) if isinstance(span, MediaSpan) else (span,))]
+        if self.media == "first" and self.media_suffix_alone is not None and framed and framed[-1] is after:
+            framed[-1] = TextSpan(self.media_suffix_alone)
+        return framed
 
 
 def strip_spans(spans: Sequence[Span]) -> list[Span]:
@@ -89,7 +104,7 @@ def strip_spans(spans: Sequence[Span]) -> list[Span]:
         while kept and isinstance(span := kept[index], TextSpan):
             text = strip(span.text)
             if text:
-                kept[index] = TextSpan(text, span.weight, span.content)
+                kept[index] = replace(span, text=text)
                 break
             kept.pop(index)
     return kept

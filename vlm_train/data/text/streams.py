@@ -176,8 +176,10 @@ def _shared_length(parts: Sequence[Tokens]) -> int:
     return next((end for end in reversed(first.ends) if agree_until(end)), 0)
 
 
-def truncate_stream(stream: Stream, max_length: int | None, over_length: str) -> Stream:
-    """The stream within `max_length` tokens."""
+def truncate_stream(
+    stream: Stream, max_length: int | None, over_length: str, *, keep_end: bool = False
+) -> Stream:
+    """The stream within `max_length` tokens; with `keep_end` an answer keeps its last token, which ends the text."""
     if max_length is None or len(stream) <= max_length:
         return stream
     message = f"{len(stream)} tokens, but data.max_length is {max_length}"
@@ -186,7 +188,8 @@ def truncate_stream(stream: Stream, max_length: int | None, over_length: str) ->
     if over_length in ("drop", "split"):  # split: the rejected answer, which is cut nowhere
         raise BadSample(message, kind="too_long")
     last = max((placed.start + max(placed.slot.count, 1) for placed in stream.slots), default=0)
-    if last > max_length:  # a token has to be left that sees an image without placeholders
+    keep_end = keep_end and stream.alignment != "none" and not stream.attention_group[-1] > 0  # no branch has the end
+    if last + keep_end > max_length:  # a token has to be left that sees an image without placeholders
         cut = f"{message}, and cutting there would cut an image that ends at token {last}"
         raise BadSample(cut, kind="too_long")
     tokens = np.arange(max_length)
@@ -196,4 +199,9 @@ def truncate_stream(stream: Stream, max_length: int | None, over_length: str) ->
     kept["positions"] = stream.positions[:, :max_length].copy()
     if stream.alignment == "causal":
         kept["labels"][-1], kept["weights"][-1] = IGNORE, 0.0  # its target was cut off
+        if keep_end:
+            kept["ids"][-1] = stream.ids[-1]
+            kept["labels"][-2:-1], kept["weights"][-2:-1] = stream.labels[-2], stream.weights[-2]
+    elif keep_end:
+        kept["labels"][-1], kept["weights"][-1] = stream.labels[-1], stream.weights[-1]
     return replace(stream, **kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from data_pipelines.errors import BadSample
@@ -49,10 +50,12 @@ class ChatTemplate:
         answer_lead: what stands between the prompt and the answer and is generated with it (a space, for tokenizers
             that glue it to the first word).
         lead_given: `answer_lead` is learned, but a prompt for an answer ends with it.
+        answer_apart: tokenize every answer by itself, not together with the prompt before it (MiniGPT-4).
         separator: text between an answer and the next user turn; not learned.
         user_text: false leaves the questions out and keeps only their media.
         special: tokens that the strings rely on; the tokenizer must have each as one token.
-        media, media_prefix, media_suffix, strip, box, box_scale: see `ContentStyle`.
+        media, media_prefix, media_suffix, media_suffix_alone, strip, box, box_scale, caption_words, keep_end: see
+            `ContentStyle`.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class ChatTemplate:
         assistant_prefix: str = "",
         answer_lead: str = "",
         lead_given: bool = False,
+        answer_apart: bool = False,
         assistant_suffix: str = "",
         separator: str = "",
         user_text: bool = True,
@@ -75,23 +79,30 @@ class ChatTemplate:
         media: MediaPlace = "first",
         media_prefix: str = "",
         media_suffix: str = "\n",
+        media_suffix_alone: str | None = None,
         strip: bool = False,
         box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]",
         box_scale: float = 1.0,
+        caption_words: int | None = None,
+        keep_end: bool = False,
     ) -> None:
         self.system, self.bos, self.system_in_user = system, bos, system_in_user
         self.system_prefix, self.system_suffix = system_prefix, system_suffix
         self.user_prefix, self.user_suffix, self.user_text = user_prefix, user_suffix, user_text
         self.assistant_prefix, self.assistant_suffix = assistant_prefix, assistant_suffix
         self.answer_lead, self.lead_given, self.separator = answer_lead, lead_given, separator
+        self.answer_apart = answer_apart
         self.special = tuple(special)
         self.style = ContentStyle(
             media=media,
             media_prefix=media_prefix,
             media_suffix=media_suffix,
+            media_suffix_alone=media_suffix_alone,
             strip=strip,
             box=box,
             box_scale=box_scale,
+            caption_words=caption_words,
+            keep_end=keep_end,
         )
 
     def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Span]:
@@ -111,14 +122,14 @@ class ChatTemplate:
                 spans += [*self.style.make_spans(turn, text=self.user_text), TextSpan(self.user_suffix)]
                 in_user = []
             else:
-                spans += [TextSpan(self.assistant_prefix), TextSpan(self.answer_lead, turn.weight)]
+                spans += [TextSpan(self.assistant_prefix), TextSpan(self.answer_lead, turn.weight, apart=self.answer_apart)]
                 spans += [*self.style.make_spans(turn, turn.weight), TextSpan(self.assistant_suffix, turn.weight)]
             answered = turn.role == "assistant"
         if generation:
             spans += [TextSpan(self.assistant_prefix), *([TextSpan(self.answer_lead)] if self.lead_given else [])]
         for number, span in enumerate(spans):
             if isinstance(span, TextSpan) and not span.content and "{" in span.text:
-                spans[number] = TextSpan(_fill_tokens(span.text, tokenizer), span.weight)
+                spans[number] = replace(span, text=_fill_tokens(span.text, tokenizer))
         return spans
 
     def answer_end(self, tokenizer: Any) -> str:

@@ -1,7 +1,7 @@
 """Turns -> tokens, by a template, a tokenizer and a media layout.
 
-Every stretch of text between two media is tokenized once, as a whole, with character offsets; a token is learned if it
-overlaps a learned character. Nothing is tokenized twice, so labels and ids cannot disagree.
+Every stretch of text between two media (and before what a template sets apart) is tokenized once, as a whole, with
+character offsets; a token is learned if it overlaps a learned character. Nothing is tokenized twice, so labels and ids cannot disagree.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ class ConversationTokenizer:
         slots, ends, length = list[PlacedSlot](), [len(start)], len(start)
         texts: list[TextSpan] = []
         for span in [*spans, None]:
-            if isinstance(span, TextSpan):
+            if isinstance(span, TextSpan) and not span.apart:
                 texts.append(span)
                 continue
             for new_ids, new_weights in _encode_text(texts, self.tokenizer, special):
                 ids.append(new_ids)
                 weights.append(new_weights * np.float32(weight))
                 length += len(new_ids)
-            texts = []
-            if span is None or not (pieces := self.pieces[span.item]):
+            texts = [span] if isinstance(span, TextSpan) else []
+            if span is None or isinstance(span, TextSpan) or not (pieces := self.pieces[span.item]):
                 continue
             if not any(isinstance(piece, Slot) for piece in pieces):  # literals that mark where the item stands
                 pieces = [Slot(span.item, 0), *pieces]

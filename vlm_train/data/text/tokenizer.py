@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ from vlm_train.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+MODEL_FILE = "tokenizer.model"
+"""A sentencepiece model (Vicuna, Llama-2) or, less often, a tiktoken file."""
+
+SENTENCEPIECE = ("sentencepiece", "google.protobuf")
+"""What `transformers` reads a sentencepiece model with."""
 
 COMMON_SPECIALS = (
     "<|im_start|>",
@@ -69,6 +76,11 @@ def load_tokenizer(setting: str, name: str, **options: str) -> Any:
     """The fast tokenizer `name`, with nothing cut or padded; `setting` named it. Raises as `pretrained` does."""
     from transformers import AutoTokenizer
 
+    if _holds_only_sentencepiece(name) and (missing := [one for one in SENTENCEPIECE if find_spec(one) is None]):
+        raise AssetError(
+            f"{setting}: {name!r} holds {MODEL_FILE} but no tokenizer.json, and reading it needs packages that are not "
+            f"installed: pip install {' '.join(one.removeprefix('google.') for one in missing)}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -81,11 +93,52 @@ def load_tokenizer(setting: str, name: str, **options: str) -> Any:
         raise ConfigError(f"{setting}: {name!r} has no fast tokenizer, and labels need its character offsets")
     if tokenizer.bos_token is None and tokenizer.eos_token is None and tokenizer.cls_token is not None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # BERT's begin and end
+    tokenizer = _follow_sentencepiece(tokenizer)
     core = tokenizer.backend_tokenizer  # which `render` calls directly
     core.no_truncation()  # some files ask for either; length is the business of data.max_length
     core.no_padding()
     core.encode_special_tokens = tokenizer.split_special_tokens
     return tokenizer
+
+
+def _holds_only_sentencepiece(name: str) -> bool:
+    """Whether `name` is a folder whose only tokenizer is a sentencepiece model, as Vicuna's are."""
+    folder = Path(name)
+    return (folder / MODEL_FILE).is_file() and not (folder / "tokenizer.json").is_file()
+
+
+def _follow_sentencepiece(tokenizer: Any) -> Any:
+    """A tokenizer that was read from a sentencepiece BPE model, with that model's ids; any other as it is.
+
+    `transformers` 5 differs in two ways, both in runs of spaces. It orders merges by id, and the runs in LLaMA's
+    vocabulary have low ids but the lowest scores: "a  b" is `▁a ▁ ▁b`, not `▁a ▁▁ b`. And it puts no space before a text
+    that begins with one. The class of the model's family would do both again when it is read from its own files.
+    """
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import Metaspace, Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    core, file = tokenizer.backend_tokenizer, str(getattr(tokenizer, "vocab_file", None) or "")
+    if not isinstance(core.model, BPE) or Path(file).name != MODEL_FILE or not Path(file).is_file():
+        return tokenizer
+    from sentencepiece import SentencePieceProcessor
+
+    pieces, state = SentencePieceProcessor(model_file=file), json.loads(core.to_str())
+    model, scores = state["model"], [pieces.get_score(index) for index in range(pieces.get_piece_size())]
+    vocab = {pieces.id_to_piece(index): index for index in range(len(scores))}
+    if any(model["vocab"].get(piece) != index for piece, index in vocab.items()):
+        return tokenizer  # a class that numbers the pieces anew has merges of its own
+    merges = sorted((tuple(pair) for pair in model["merges"]), key=lambda pair: -scores[vocab["".join(pair)]])
+    names = ("unk_token", "fuse_unk", "byte_fallback")
+    core.model = BPE(vocab=model["vocab"], merges=merges, **{name: model[name] for name in names})
+    before = state["pre_tokenizer"] or {}
+    if before.get("type") == "Metaspace" and before["prepend_scheme"] != "never":
+        spaces = Metaspace("▁", prepend_scheme="never", split=False)
+        lead = Metaspace(" ", prepend_scheme=before["prepend_scheme"], split=False)  # sees no space: always adds one
+        core.pre_tokenizer = Sequence([spaces, lead, spaces])
+    kept = ("model_max_length", "padding_side", "truncation_side", "chat_template", "clean_up_tokenization_spaces")
+    options = {name: getattr(tokenizer, name) for name in kept}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **options, **tokenizer.special_tokens_map)
 
 
 def byte_level(*, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
