@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from vlm_train.build import build_lr_schedule
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import config_dir, recipes_dir
+from vlm_train.dryrun.length import predict_length
 
 RECIPES = sorted(path.stem for path in (recipes_dir() / "recipe").glob("*.yaml"))
 SCHEDULES = sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml"))
@@ -20,7 +23,7 @@ FILES = sorted(recipes_dir().glob("*/*.yaml"))
 # LLaVA-1.0: README.md v1.0.1; LLaVA-1.5: scripts/v1_5/{pretrain,finetune,finetune_lora}.sh.
 PUBLISHED = {
     # recipe: (learning rate, samples a step, epochs, warm-up ratio, weight decay, max length, template, image)
-    "llava1_stage1": (2e-3, 128, 1, 0.03, 0.0, 2048, "plain", "crop"),
+    "llava1_stage1": (2e-3, 128, 1, 0.03, 0.0, 2048, "v0", "crop"),
     "llava1_stage2": (2e-5, 32, 3, 0.03, 0.0, 2048, "v0", "crop"),
     "llava15_stage1": (1e-3, 256, 1, 0.03, 0.0, 2048, "plain", "crop"),
     "llava15_stage2": (2e-5, 128, 1, 0.03, 0.0, 2048, "vicuna_v1", "pad"),
@@ -146,7 +149,116 @@ def test_the_qformer_line_says_what_was_published(name: str) -> None:
         cfg.trainer.precision == ("bf16-mixed" if "flant5" in name else "16-mixed")
         and cfg.trainer.max_grad_norm is None
     )
-    assert cfg.template == OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
+    own = {name: value for name, value in cfg.template.items() if name != "caption_words"}
+    assert own == OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
+    cleaned = None if name == "minigpt4_stage2" or name.startswith("instructblip") else 50
+    assert cfg.template.get("caption_words") == cleaned, "blip_processors.py; CCSBUAlignDataset leaves captions alone"
+    crop = None if name.startswith("minigpt") else [0.5, 1.0]
+    assert cfg.image.random_resized_crop == crop, "MiniGPT-4's blip2_image_train only resizes"
+
+
+# The first warm-up rate, and rates at some steps, by lavis/common/optims.py and minigpt4/common/optims.py.
+RATES = {
+    "minigpt4_stage1": {0: 1e-6, 2500: 5.05e-5, 5000: 9.7071e-5, 10_000: 9e-5, 20_000: 8e-5},
+    "minigpt4_llama2": {0: 1e-6, 5000: 9.7071e-5, 20_000: 8e-5},
+    "minigpt4_stage2": {0: 1e-6, 200: 2e-5, 400: 1e-5},
+    "blip2_stage1": {0: 1e-6, 1000: 5.05e-5, 125_000: 5.5e-5, 250_000: 1e-5},
+    "blip2_stage2_opt": {0: 1e-6, 40_000: 7.5e-5, 80_000: 5e-5},
+    "instructblip_vicuna7b": {0: 1e-8, 30_000: 5e-6, 60_000: 0.0},
+}
+
+
+@pytest.mark.parametrize("name", sorted(RATES))
+def test_rates_are_those_of_the_published_schedule(name: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim.lr)
+    schedule = build_lr_schedule(cfg, optimizer, total_steps=cfg.trainer.max_steps)
+    for step, rate in RATES[name].items():
+        assert schedule.lr_lambdas[0](step) * cfg.optim.lr == pytest.approx(rate, rel=1e-5, abs=1e-12), step
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("blip2_stage2_opt", "train"),
+        ("blip2_stage2_flant5", "train"),
+        ("dynamic_qformer", "train"),
+        ("hierarchical_qformer", "train"),
+        ("instructblip_flant5xl", "train"),
+        ("minigpt4_stage1", None),  # Vicuna has no dropout
+    ],
+)
+def test_a_frozen_language_model_keeps_its_dropout_where_lavis_trains_it_so(name: str, mode: str | None) -> None:
+    rules = compose_config([f"recipe={name}"]).params.rules
+    first = next(rule for rule in rules if re.fullmatch(rule.match, "llm.model.lm_head.weight"))
+    tower = next(rule for rule in rules if re.fullmatch(rule.match, "vision.model.encoder.layers.0.fc1.weight"))
+    assert (first.lr, first.frozen_mode, tower.lr, tower.frozen_mode) == (None, mode, None, None)
+
+
+def test_flant5_runs_with_gelu_as_in_lavis() -> None:
+    for name in ("blip2_stage2_flant5", "instructblip_flant5xl"):
+        assert compose_config([f"recipe={name}"]).llm.config.dense_act_fn == "gelu"
+
+
+def test_only_blip2_s_temperature_decays_beside_matrices() -> None:
+    rules = {rule.match: rule for rule in compose_config(["recipe=blip2_stage1"]).params.rules}
+    assert rules["temperature"].decay_norms_and_biases and rules["temperature"].lr == 1e-4
+    others = [rule.decay_norms_and_biases for match, rule in rules.items() if match != "temperature"]
+    assert others == [None] * 3
+
+
+def test_siglip_decays_kernels_alone() -> None:
+    """big_vision: neither embeddings of tokens and positions nor the probe of the pooling."""
+    rules = compose_config(["recipe=siglip_so400m"]).params.rules
+    for name, decay in {
+        "llm.model.embeddings.token_embedding.weight": 0.0,
+        "llm.model.embeddings.position_embedding.weight": 0.0,
+        "vision.model.embeddings.position_embedding.weight": 0.0,
+        "vision.model.head.probe": 0.0,
+        "vision.model.embeddings.patch_embedding.weight": None,
+        "llm.model.head.weight": None,
+    }.items():
+        assert next(rule for rule in rules if re.fullmatch(rule.match, name)).weight_decay == decay, name
+
+
+def test_blip_draws_negatives_as_published() -> None:
+    objective = {name: compose_config([f"recipe={name}"]).objective.itm for name in ("blip_base", "blip_filter")}
+    assert (objective["blip_base"].floor, objective["blip_base"].local) == (1e-4, True)
+    assert (objective["blip_filter"].get("floor", 0.0), objective["blip_filter"].local) == (0.0, False)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("blip_captioner", 11_065), ("blip_filter", 13_278)])
+def test_capfilt_goes_through_every_caption(name: str, steps: int) -> None:
+    """566,747 captions of 113,287 images, in whole batches of 256: 2,213 a pass."""
+    cfg = compose_config([f"recipe={name}"])
+    entry = cfg.data.train[0]
+    assert round(entry.samples * entry.repeat) == 566_747
+    assert predict_length(cfg, 40.0).steps == steps == cfg.trainer.epochs * (566_747 // 256)
+
+
+def test_the_filter_goes_on_with_the_temperature() -> None:
+    assert "temperature" in compose_config(["recipe=blip_filter"]).init_from[0].parts
+
+
+def test_clip_crops_at_random() -> None:
+    cfg = compose_config(["recipe=clip_vitl14"])
+    assert (cfg.image.mode, cfg.image.random_resized_crop) == ("crop", [0.9, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("llava15_stage2", "zero3"),
+        ("llava15_13b_stage2", "zero3"),
+        ("llava15_lora", "zero3"),
+        ("llava15_qlora", "auto"),
+        ("llava1_stage2", "zero2"),
+        ("instructblip_vicuna7b", "zero1"),
+    ],
+)
+def test_a_recipe_names_the_strategy_that_it_needs(name: str, strategy: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    assert cfg.strategy == OmegaConf.load(config_dir() / "strategy" / f"{strategy}.yaml")
 
 
 @pytest.mark.parametrize("name", sorted(BLIP))
@@ -160,8 +272,17 @@ def test_blip_says_what_was_published(name: str) -> None:
         True,
     )
     assert (list(cfg.image.random_resized_crop), cfg.image.flip) == ([least, 1.0], True)
+    assert (cfg.template.caption_words, cfg.template.keep_end) == (30, True)
     assert cfg.trainer.precision == "32-true" and cfg.trainer.max_grad_norm is None
     assert (cfg.objective.lm.label_smoothing if "lm" in cfg.objective else None) == smoothing
+
+
+@pytest.mark.parametrize("name", ["instructblip_vicuna7b", "instructblip_flant5xl"])
+def test_instructblip_s_text_branch_is_that_of_stage_1(name: str) -> None:
+    """LAVIS issue 344: no stage 2 has one."""
+    stage = compose_config([f"schedule={name}"]).schedule.stages[-1]
+    assert {source.run: list(source.parts) for source in stage.init_from}["blip2_stage1"] == ["connector.text"]
+    assert compose_config([f"recipe={name}"]).connector.weights is None
 
 
 def test_instructblip_draws_by_the_square_root_of_sizes() -> None:

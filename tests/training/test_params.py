@@ -139,3 +139,38 @@ def test_freeze_eval_keeps_what_is_frozen_in_eval():
     assert not any(module.training for module in model.vision.modules())
     assert not model.llm.layers[0][1].training and not model.llm.norm.training
     assert model.training and model.connector.training and model.llm.layers[2][1].training
+
+
+def test_frozen_parts_stay_in_training_mode_where_a_rule_says_so():
+    """LAVIS: the dropout of a frozen OPT and Flan-T5 is on."""
+    model, policy = apply(
+        Rule(r"llm\..*", frozen_mode="train"), Rule(r"connector\..*", lr=1.0), Rule(r"vision\..*", frozen_mode="eval")
+    )
+    model.train()
+    freeze_eval(model, policy.in_train_mode)
+    assert all(module.training for module in model.llm.modules())
+    assert not any(module.training for module in model.vision.modules())
+    assert not any(p.requires_grad for p in model.llm.parameters())
+    assert "dropout is on" in policy.format_table()
+    ones = torch.ones(64, 4)
+    assert not torch.equal(model.llm.layers[0](ones), model.llm.layers[0](ones)), "and it drops"
+
+
+def test_a_frozen_mode_that_does_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"rules\[0\]\.frozen_mode: 'evil'; allowed: eval, train, null"):
+        apply(Rule(".*", frozen_mode="evil"))
+    with pytest.raises(ConfigError, match=r"rules\[0\]\.frozen_mode: '\.\*' learns"):
+        apply(Rule(".*", lr=1.0, frozen_mode="train"))
+
+
+def test_a_rule_may_decay_its_own_vectors_and_scalars():
+    model = Model()
+    model.temperature = nn.Parameter(torch.tensor(0.07))
+    model, policy = apply(Rule("temperature", lr=1.0, decay_norms_and_biases=True), Rule(".*", lr=1.0), model=model)
+    found = settings(model, policy)
+    assert found["temperature"] == (1.0, 0.1) and found["llm.norm.weight"] == (1.0, 0.0)
+    model, policy = apply(
+        Rule("connector.*", lr=1.0, decay_norms_and_biases=False), Rule(".*", lr=1.0), decay_norms_and_biases=True
+    )
+    found = settings(model, policy)
+    assert found["connector.bias"] == (1.0, 0.0) and found["llm.norm.weight"] == (1.0, 0.1)

@@ -92,7 +92,9 @@ def only_a_sentencepiece_model(folder: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "spaces.json").read_text(encoding="utf-8")), ids=lambda c: c["text"])
+@pytest.mark.parametrize(
+    "case", json.loads((GOLDEN / "spaces.json").read_text(encoding="utf-8")), ids=lambda c: c["text"]
+)
 def test_a_sentencepiece_model_gives_the_ids_of_sentencepiece(case: Any, legacy: bool, tmp_path: Path) -> None:
     """`spaces.json` is what the library sentencepiece 0.2.3 gave, for runs of spaces and indented code among others."""
     pytest.importorskip("sentencepiece")

@@ -176,9 +176,7 @@ def _shared_length(parts: Sequence[Tokens]) -> int:
     return next((end for end in reversed(first.ends) if agree_until(end)), 0)
 
 
-def truncate_stream(
-    stream: Stream, max_length: int | None, over_length: str, *, keep_end: bool = False
-) -> Stream:
+def truncate_stream(stream: Stream, max_length: int | None, over_length: str, *, keep_end: bool = False) -> Stream:
     """The stream within `max_length` tokens; with `keep_end` an answer keeps its last token, which ends the text."""
     if max_length is None or len(stream) <= max_length:
         return stream

@@ -122,7 +122,10 @@ class ChatTemplate:
                 spans += [*self.style.make_spans(turn, text=self.user_text), TextSpan(self.user_suffix)]
                 in_user = []
             else:
-                spans += [TextSpan(self.assistant_prefix), TextSpan(self.answer_lead, turn.weight, apart=self.answer_apart)]
+                spans += [
+                    TextSpan(self.assistant_prefix),
+                    TextSpan(self.answer_lead, turn.weight, apart=self.answer_apart),
+                ]
                 spans += [*self.style.make_spans(turn, turn.weight), TextSpan(self.assistant_suffix, turn.weight)]
             answered = turn.role == "assistant"
         if generation:

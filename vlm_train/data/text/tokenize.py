@@ -1,7 +1,8 @@
 """Turns -> tokens, by a template, a tokenizer and a media layout.
 
 Every stretch of text between two media (and before what a template sets apart) is tokenized once, as a whole, with
-character offsets; a token is learned if it overlaps a learned character. Nothing is tokenized twice, so labels and ids cannot disagree.
+character offsets; a token is learned if it overlaps a learned character. Nothing is tokenized twice, so labels and ids
+cannot disagree.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def _follow_sentencepiece(tokenizer: Any) -> Any:
     """A tokenizer that was read from a sentencepiece BPE model, with that model's ids; any other as it is.
 
     `transformers` 5 differs in two ways, both in runs of spaces. It orders merges by id, and the runs in LLaMA's
-    vocabulary have low ids but the lowest scores: "a  b" is `▁a ▁ ▁b`, not `▁a ▁▁ b`. And it puts no space before a text
-    that begins with one. The class of the model's family would do both again when it is read from its own files.
+    vocabulary have low ids but the lowest scores: "a  b" is `▁a ▁ ▁b`, not `▁a ▁▁ b`. And it puts no space before a
+    text that begins with one. The class of the model's family would do both again when it is read from its own files.
     """
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import Metaspace, Sequence
