@@ -185,3 +185,15 @@ def test_a_run_with_a_q_former_of_before_loads_and_keeps_its_id(tmp_path: Path) 
     plain = training_config(cfg)
     restore_first_names(plain)
     assert plain["connector"]["queries"] == 8 and "hidden_size" not in plain["connector"]
+
+
+def test_a_key_that_came_later_leaves_the_id_of_runs_that_do_not_use_it() -> None:
+    cfg = compose_tiny("recipe=llava15_stage1")
+    plain = training_config(cfg)
+    assert "lr" in plain["params"]["rules"][0] and "min_ratio" in plain["lr_schedule"]
+    assert not {"frozen_mode", "decay_norms_and_biases"} & {key for rule in plain["params"]["rules"] for key in rule}
+    assert not {"start_ratio", "warmup_counts"} & set(plain["lr_schedule"])
+    for change in ("lr_schedule.warmup_counts=true", "lr_schedule.start_ratio=0.01"):
+        assert training_hash(compose_tiny("recipe=llava15_stage1", change)) != training_hash(cfg)
+    cfg.params.rules[1].frozen_mode = "train"
+    assert training_config(cfg)["params"]["rules"][1]["frozen_mode"] == "train"

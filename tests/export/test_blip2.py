@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from tests.models.families.test_instructblip import model as instructed
-from tests.models.families.test_prefix_seq2seq import tiny_t5
+from tests.models.families.test_prefix_seq2seq import t5_config
 from tests.models.layers.test_qformer import QUERIES, tiny_blip2, tiny_connector, tiny_vision
 from tests.support.tiny_models import assert_close, batch_of, text_stream
 from tests.support.tiny_models import tiny_vision as clip_vision
@@ -26,6 +27,7 @@ from vlm_train.models.families.instructblip import InstructSeq2Seq
 from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
+from vlm_train.models.llms.hf_seq2seq import HFSeq2Seq
 
 TEXT = {"ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 
@@ -66,12 +68,13 @@ def test_a_language_model_behind_a_q_former(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reads", [False, True])
 def test_an_encoder_decoder_behind_a_q_former(reads: bool, tmp_path: Path) -> None:
-    """BLIP-2 and InstructBLIP with T5: the logits of the folder are the model's."""
+    """BLIP-2 and InstructBLIP with T5: the logits of the folder are the model's, with gelu in place of gelu_new."""
     tokenizer = byte_level(add=["<image>"])
-    llm = tiny_t5(words=len(tokenizer))
+    llm = HFSeq2Seq(config=t5_config(dropout_rate=0.0, vocab_size=len(tokenizer), dense_act_fn="gelu"))
     family = InstructSeq2Seq if reads else PrefixSeq2Seq
     model = family(vision=tiny_vision(), connector=tiny_connector(llm.dim, text=reads), llm=llm).eval()
     export_blip2(model, tokenizer, tmp_path, instruction=byte_level())
+    assert json.loads((tmp_path / "config.json").read_text())["text_config"]["dense_act_fn"] == "gelu"
     with torch.no_grad():
         model.llm.model.lm_head.weight.add_(0.1 * torch.randn_like(model.llm.model.lm_head.weight))
     with pytest.raises(AssetError, match="differs by"):
