@@ -98,8 +98,8 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
 
 
 def is_in_parts(name: str, parts: Sequence[str]) -> bool:
-    """Whether a parameter belongs to one of `parts`: vision, connector.qformer ..."""
-    return any(name.startswith(part + ".") for part in parts)
+    """Whether a parameter belongs to one of `parts`, or is one: vision, connector.qformer, temperature ..."""
+    return any(name == part or name.startswith(part + ".") for part in parts)
 
 
 def _read_weights(file: Path) -> dict[str, torch.Tensor]:
