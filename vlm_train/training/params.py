@@ -150,9 +150,7 @@ def apply_policy(
         decay = None
         parameter.requires_grad_(lr is not None)
         if lr is not None:
-            own = rule.decay_norms_and_biases
-            decays = parameter.ndim >= 2 or (decay_norms_and_biases if own is None else own)
-            decay = (weight_decay if rule.weight_decay is None else rule.weight_decay) if decays else 0.0
+            decay = _find_decay(parameter, rule, weight_decay, decay_norms_and_biases)
             scaled = lr * _layer_factor(name, rule, depth.get(part, 0))
             key = (part, rule.match, scaled, decay)
             group = groups.setdefault(key, Group(name=part, lr=scaled, weight_decay=decay))
@@ -168,6 +166,14 @@ def apply_policy(
         if decay is not None:
             row.weight_decay = max(decay, row.weight_decay or 0.0)  # norms and biases have none
     return Policy(groups=list(groups.values()), rows=list(rows.values()), in_train_mode=frozenset(trains))
+
+
+def _find_decay(parameter: nn.Parameter, rule: RuleLike, weight_decay: float, decay_norms_and_biases: bool) -> float:
+    """The weight decay of a parameter that learns; the arguments are used where the rule says nothing."""
+    own = rule.decay_norms_and_biases
+    if parameter.ndim < 2 and not (decay_norms_and_biases if own is None else own):
+        return 0.0
+    return weight_decay if rule.weight_decay is None else rule.weight_decay
 
 
 def _decide_rules(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tuple[nn.Parameter, RuleLike]]:
