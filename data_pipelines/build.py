@@ -78,7 +78,7 @@ def build_shards(config: DictConfig) -> int:
     size = f"{manifest.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
     print(f"{output}: {manifest.samples} samples, {size}, {seconds:.1f} s")
     if manifest.bad:
-        print(f"{sum(manifest.bad.values())} bad records in {output / QUARANTINE}:")
+        print(f"{sum(manifest.bad.values())} records left out, see {output / QUARANTINE}:")
         print("\n".join(f"  {count:>8}  {reason}" for reason, count in manifest.bad.items()))
     return 0
 
@@ -121,8 +121,7 @@ def write_shards(
                 if nodes > 1:
                     return None
                 parts |= _write_again(writer, parts, output, workers, engine)
-                if not any(part.samples for part in parts.values()):
-                    raise DataError(f"{output}: the source gave no usable sample")
+                _require_samples(parts, output)
                 merge_parts(hidden.path, [parts[number] for number in numbers], about)
             hidden.remove_matching("part-*")
             hidden.publish_folder()
@@ -140,6 +139,14 @@ def _check_arguments(source: Source, node: int, nodes: int) -> None:
         raise DataError(f"node: got {node} with nodes={nodes}; allowed: 0 to nodes - 1")
     if lacking := [name for name in ("name", "license", "split", "parts", "read") if not hasattr(source, name)]:
         raise DataError(f"{type(source).__name__} has no {', '.join(lacking)}; see `data_pipelines.sources.Source`")
+
+
+def _require_samples(parts: Mapping[int, Part], output: Path) -> None:
+    if any(part.samples for part in parts.values()):
+        return
+    rows = bad_rows(parts)
+    first = f"; {len(rows)} records were left out, the first: {rows[0]['reason']}" if rows else ""
+    raise DataError(f"{output}: the source gave no usable sample{first}")
 
 
 def _make_source(arguments: dict[str, Any], trusted: tuple[str, ...]) -> Source:
@@ -194,17 +201,17 @@ def _write_parts(
     writer: PartWriter, numbers: Sequence[int], parts: dict[int, Part], output: Path, workers: int | None, engine: str
 ) -> dict[int, Part]:
     """Write the parts `numbers`; returns them with those of `parts` that were there. Raises if too many are bad."""
-    parts, bad = dict(parts), sum(len(part.bad) for part in parts.values())
+    parts, bad = dict(parts), sum(part.unusable for part in parts.values())
     results = engines.run_jobs(write_part, writer, numbers, workers=workers, engine=engine)
     with closing(results), Progress(str(output), len(numbers), "parts") as progress:
         for number, part in results:
             parts[number] = part
-            bad += len(part.bad)
+            bad += part.unusable
             progress.add_records(part.records)
             if bad > writer.max_bad:
                 break
     if bad > writer.max_bad:
-        raise _too_many(bad_rows(parts), parts, writer.max_bad, output)
+        raise _too_many(bad_rows(parts, empty=False), parts, writer.max_bad, output)
     return parts
 
 
@@ -220,7 +227,7 @@ def _write_again(
         for number, keys in refused.items()
         for key in sorted(keys)
     ]
-    if len(rows := bad_rows(parts) + again) > writer.max_bad:
+    if len(rows := bad_rows(parts, empty=False) + again) > writer.max_bad:
         raise _too_many(rows, parts, writer.max_bad, output)
     kept = {number: part for number, part in parts.items() if number not in refused}
     return _write_parts(replace(writer, refused=refused), list(refused), kept, output, workers, engine)

@@ -59,9 +59,14 @@ def merge_parts(folder: Path, parts: Sequence[Part], about: Mapping[str, Any]) -
     return manifest
 
 
-def bad_rows(parts: Mapping[int, Part]) -> list[dict[str, Any]]:
-    """The lines of `quarantine.jsonl`: part, number of the record in it, and reason."""
-    return [{"part": n, "record": i, "reason": reason} for n in sorted(parts) for i, reason in parts[n].bad]
+def bad_rows(parts: Mapping[int, Part], *, empty: bool = True) -> list[dict[str, Any]]:
+    """The lines of `quarantine.jsonl`: part, number of the record in it, and reason; those of `empty` records, too."""
+    return [
+        {"part": n, "record": i, "reason": reason}
+        for n in sorted(parts)
+        for i, reason in parts[n].bad
+        if empty or i not in parts[n].empty
+    ]
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

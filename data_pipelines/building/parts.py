@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.atomic_write import atomic_write
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines.errors import EMPTY, BadSample, DataError
 from data_pipelines.shards.index_file import INDEX
 from data_pipelines.shards.manifest import FileInfo
 from data_pipelines.shards.tar_writer import Shards
@@ -33,11 +33,18 @@ class Part:
     shards: tuple[FileInfo, ...]
     stats: Mapping[str, Any]
     bad: tuple[tuple[int, str], ...]
+    empty: Collection[int] = ()
+    """The numbers of those of `bad` that hold nothing to learn."""
 
     @property
     def records(self) -> int:
         """Number of records that were read."""
         return self.samples + len(self.bad)
+
+    @property
+    def unusable(self) -> int:
+        """Number of records that count against `max_bad`."""
+        return len(self.bad) - len(self.empty)
 
     @classmethod
     def read(cls, folder: Path) -> Part:
@@ -80,7 +87,7 @@ def write_part(writer: PartWriter, number: int) -> Part:
     try:
         working.mkdir()
         part = _write_part(writer, number, working)
-        if len(part.bad) <= writer.max_bad:
+        if part.unusable <= writer.max_bad:
             _keep_folder(working, target, replace=number in writer.refused)
         return part
     except OSError as error:
@@ -95,6 +102,7 @@ def _write_part(writer: PartWriter, number: int, working: Path) -> Part:
     shards = Shards(working, samples_per_shard=writer.samples_per_shard, max_bytes=writer.max_shard_bytes)
     refused = writer.refused.get(number, frozenset())
     bad: list[tuple[int, str]] = []
+    empty: list[int] = []
     try:
         for i, record in enumerate(writer.source.read(number)):
             try:
@@ -106,14 +114,16 @@ def _write_part(writer: PartWriter, number: int, working: Path) -> Part:
                 shards.write_sample(sample, blobs)
             except BadSample as error:
                 bad.append((i, str(error)))
-                if len(bad) > writer.max_bad:
+                if error.kind == EMPTY:
+                    empty.append(i)
+                if len(bad) - len(empty) > writer.max_bad:
                     break
         infos = shards.close_last_tar()
     except BaseException:
         shards.close_unfinished()
         raise
     shards.index.write_file(working / INDEX)
-    part = Part(samples=len(shards.index), shards=infos, stats=shards.stats.export_state(), bad=tuple(bad))
+    part = Part(samples=len(shards.index), shards=infos, stats=shards.stats.export_state(), bad=tuple(bad), empty=empty)
     with atomic_write(working / PART, sync=True) as file:
         json.dump(asdict(part), file)
     return part

@@ -1,4 +1,4 @@
-"""The records of one file (JSON, JSON Lines, CSV, parquet) as a sequence. What is in it is untrusted."""
+"""The records of one file (JSON, JSON Lines, CSV, TSV, parquet) as a sequence. What is in it is untrusted."""
 
 from __future__ import annotations
 
@@ -94,6 +94,44 @@ class ParquetRows(Records):
         return self._held[1][i - (self._ends[group - 1] if group else 0)]
 
 
+class CsvRows(Records):
+    """The rows of a CSV or TSV file with a header. Raises `DataError` for one whose quotes do not match."""
+
+    def __init__(self, path: Path, option: str = "file", delimiter: str = ",") -> None:
+        self._lines = array("q")
+        self._rows: list[dict[str | None, Any]] = []
+        line = 1
+        try:
+            text = io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")
+            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+            for row in reader:
+                self._lines.append(line := reader.line_num)
+                self._rows.append(row)
+            self.fields = [str(name) for name in reader.fieldnames or ()]
+        except OSError as error:
+            raise DataError(f"{option}: {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(
+                f"{option}: {path} is not {'CSV' if delimiter == ',' else 'TSV'}: after line {line}: {error}"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def line_number(self, i: int) -> int:
+        """The number of the line where row i ends, from 1."""
+        return self._lines[i]
+
+    def get(self, i: int) -> Any:
+        """Record i: row i as column -> text. A row with more values than the header has columns is a `BadSample`: a
+        text with a comma that is not in quotes would be cut there."""
+        row = self._rows[i]
+        if None in row:
+            count = len(self.fields) + len(row[None])
+            raise BadSample(f"has {count} values, the header names {len(self.fields)}; are its texts in quotes?")
+        return row
+
+
 def _find_lines(readline: Callable[[int], bytes]) -> Iterator[tuple[int, int, int]]:
     """Number, first byte and end of every line that is not blank; a long line is never in memory as a whole."""
     number, start, position, blank = 1, 0, 0, True
@@ -108,26 +146,18 @@ def _find_lines(readline: Callable[[int], bytes]) -> Iterator[tuple[int, int, in
         yield number, start, position
 
 
-def _csv_rows(path: Path, option: str) -> list[Any]:
-    try:
-        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
-    except OSError as error:
-        raise DataError(f"{option}: {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{option}: {path} is not CSV: {error}") from error
-
-
 READERS: dict[str, Callable[[Path, str], Sequence[Any]]] = {
     ".json": read_list,
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,
-    ".csv": _csv_rows,
+    ".csv": CsvRows,
+    ".tsv": lambda path, option: CsvRows(path, option, "\t"),
     ".parquet": lambda path, option: ParquetRows(path),
 }
 
 
 def read_records(path: str | Path, option: str = "file") -> Sequence[Any]:
-    """The records of a JSON list, JSON Lines, a CSV file with a header, or parquet. Raises `DataError`."""
+    """The records of a JSON list, JSON Lines, a CSV or TSV file with a header, or parquet. Raises `DataError`."""
     path = Path(path)
     if path.suffix not in READERS:
         raise DataError(f"{option}: {path}; allowed: {', '.join(READERS)}")
@@ -135,11 +165,11 @@ def read_records(path: str | Path, option: str = "file") -> Sequence[Any]:
 
 
 def describe_record(records: Sequence[Any], i: int) -> str:
-    """What messages call record i: by its own id where it has one, by its line in JSON Lines."""
+    """What messages call record i: by its own id where it has one, by its line in a file of lines."""
     try:
         record = records[i]
     except BadSample:
         record = None
     if isinstance(record, dict) and "id" in record:
         return f"record {record['id']!r}"
-    return f"line {records.line_number(i)}" if isinstance(records, JsonLines) else f"record {i}"
+    return f"line {records.line_number(i)}" if isinstance(records, JsonLines | CsvRows) else f"record {i}"

@@ -14,14 +14,15 @@ name (`media`: both kinds), `limit` takes the first records, `split` says what t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from data_pipelines.errors import BadSample
+from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.records import describe_record, read_records
 from data_pipelines.sample import Sample
+from data_pipelines.sources.common.layouts import hint_at_source, suggest_source
 from data_pipelines.sources.common.samples import Record, try_record
 
 __all__ = ["PART_SIZE", "FileSource", "ListSource", "Record", "Source", "iterate_records"]
@@ -82,15 +83,44 @@ class ListSource(ABC):
 
 
 class FileSource(ListSource):
-    """A source whose raw records are those of one file (.json with a list, .jsonl, .csv, .parquet), or the first
+    """A source whose raw records are those of one file (.json with a list, .jsonl, .csv, .tsv, .parquet), or the first
     `limit` of them. Raises `DataError` for a file that does not read."""
+
+    layouts: ClassVar[Collection[str]] = ()
+    """The sources whose records this one reads, its own name among them. Where it is given, the message about a record
+    that is laid out for another one names that one."""
 
     def __init__(self, file: str, limit: int | None = None) -> None:
         self.raw = read_records(file)
+        self._refuse_tags_of_others(file)
         self._count = len(range(len(self.raw))[:limit])
 
     def __len__(self) -> int:
         return self._count
+
+    def _refuse_tags_of_others(self, file: str) -> None:
+        """Raise `DataError` if the first record has its images in tags that this source would read as text."""
+        try:
+            first = self.raw[0] if self.layouts and len(self.raw) else None
+        except BadSample:
+            return
+        if suggest_source(first) == "qwen_vl" and "qwen_vl" not in self.layouts:
+            raise DataError(
+                f"file: {file} has images in <img> tags, here they would be text; source=qwen_vl reads them"
+            )
+
+    def read(self, part: int) -> Iterator[Record]:
+        """The records of one part; an unusable one is a `BadSample` that names it."""
+        for i, record in enumerate(super().read(part), part * PART_SIZE):
+            yield self._name_source(i, record) if isinstance(record, BadSample) and self.layouts else record
+
+    def _name_source(self, i: int, error: BadSample) -> BadSample:
+        """The error, with the source that reads records like record i."""
+        try:
+            hint = hint_at_source(self.raw[i], self.layouts)
+        except BadSample:
+            return error
+        return BadSample(f"{error}{hint}", kind=error.kind)
 
     def name_record(self, i: int) -> str:
         """The record's own id, or its line."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Sample
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.conversations import refuse_media
 from data_pipelines.sources.common.samples import check_choice, make_exchange, make_sample
 
 PROMPTS = ("stanford", "plain")
@@ -30,6 +31,8 @@ class Alpaca(FileSource):
     instruction, and after an empty line the input, for models whose own chat template says who speaks.
     """
 
+    layouts = ("alpaca",)
+
     def __init__(
         self,
         *,
@@ -47,6 +50,7 @@ class Alpaca(FileSource):
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Record i of the file."""
         record = self.raw[i]
+        refuse_media(record)
         instruction, context, output = str(record["instruction"]), record.get("input") or "", record["output"]
         if not isinstance(output, str) or not output.strip():
             raise BadSample("has no output")

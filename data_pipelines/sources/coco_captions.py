@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines.errors import EMPTY, BadSample, DataError
 from data_pipelines.inputs.files import MediaFolder, read_json
 from data_pipelines.sample import Sample
 from data_pipelines.shards.members import caption_annotation
@@ -48,7 +48,7 @@ class _Captions(ListSource):
         number, path, found = self._found[i]
         captions = [text for caption in found if (text := caption.strip())]
         if not captions:
-            raise BadSample("has no caption")
+            raise BadSample("has no caption", kind=EMPTY)
         blob = self._images.read(path)
         annotations = [caption_annotation(caption) for caption in captions[: 1 if self._first else None]]
         return make_sample(self, f"{number:012d}", [blob], annotations, {"id": number, "images": [path]})

@@ -15,6 +15,7 @@ from typing import Any
 from data_pipelines.errors import DataError
 from data_pipelines.inputs.files import MediaFolder, open_parquet, parquet_rows, require_module
 from data_pipelines.sources import PART_SIZE, Record
+from data_pipelines.sources.common.layouts import hint_at_source
 from data_pipelines.sources.common.samples import try_record
 from data_pipelines.sources.messages import parse_record
 
@@ -88,7 +89,8 @@ def _find_saved(folder: Path, subset: str | None) -> Path | None:
 
 def _check_columns(where: Path, columns: list[str]) -> None:
     if not {"messages", "conversations", "chosen"} & set(columns):
-        raise DataError(f"{where} has no column messages, conversations or chosen; it has {', '.join(columns)}")
+        hint = hint_at_source(dict.fromkeys(columns, ""))
+        raise DataError(f"{where} has no column messages, conversations or chosen; it has {', '.join(columns)}{hint}")
 
 
 def _row_groups(folder: Path, pattern: str) -> list[Part]:

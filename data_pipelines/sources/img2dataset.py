@@ -17,7 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines.errors import EMPTY, BadSample, DataError
 from data_pipelines.inputs.files import find_files, open_parquet, parquet_rows, parse_json
 from data_pipelines.media.limits import MAX_BYTES
 from data_pipelines.sample import Sample
@@ -32,6 +32,7 @@ from data_pipelines.shards.members import (
     member_extension,
 )
 from data_pipelines.sources import Record
+from data_pipelines.sources.common.layouts import hint_at_source
 from data_pipelines.sources.common.samples import check_choice, make_sample, try_record
 
 FORMATS = ("webdataset", "parquet", "files")
@@ -97,7 +98,10 @@ class Img2Dataset:
         known = set(open_parquet(path).schema_arrow.names)
         missing = {"key", "jpg", *self._columns} - known
         if missing or not known & {"caption", TEXT}:
-            raise DataError(f"{path} has no column {', '.join(sorted(missing or {TEXT}))}; it has {sorted(known)}")
+            hint = hint_at_source(dict.fromkeys(sorted(known), ""))
+            raise DataError(
+                f"{path} has no column {', '.join(sorted(missing or {TEXT}))}; it has {sorted(known)}{hint}"
+            )
         columns = {"key", "jpg", "caption", TEXT, "status", "error_message", *self._columns} & known
         for row in parquet_rows(path, sorted(columns)):
             if not (self._drop and _has_failed(row)):
@@ -115,7 +119,7 @@ class Img2Dataset:
             raise BadSample(f"has no column {', '.join(missing)}; it has {', '.join(row)}")
         caption = row.get("caption")
         if not isinstance(caption, str) or not caption.strip():
-            raise BadSample("has no caption")
+            raise BadSample("has no caption", kind=EMPTY)
         meta = {column: _to_json_value(row[column]) for column in self._columns}
         return make_sample(self, key, [image], [caption_annotation(caption.strip())], meta)
 

@@ -15,7 +15,15 @@ from data_pipelines.errors import BadSample
 from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Sample, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import IMAGE, Said, count_tags, read_turn, tag_first, to_turn
+from data_pipelines.sources.common.conversations import (
+    IMAGE,
+    Said,
+    count_tags,
+    describe_misplaced,
+    read_turn,
+    tag_first,
+    to_turn,
+)
 from data_pipelines.sources.common.samples import Origin, check_choice, make_sample
 
 UNTAGGED = ("bad", "first", "drop")
@@ -52,7 +60,8 @@ class LlavaFormat:
         elif paths and not tags and self.untagged == "first":
             turns = tag_first(turns, IMAGE, len(paths))
         elif tags != len(paths):
-            raise BadSample(f"{tags} {IMAGE} tags in its human turns, {len(paths)} images")
+            misplaced = describe_misplaced(turns, IMAGE) if tags < len(paths) else ""
+            raise BadSample(f"{tags} {IMAGE} tags in its human turns, {len(paths)} images{misplaced}")
         blobs = [self.images.read(path) for path in paths]
         annotation = Annotation(turns=tuple(self._make_turns(turns)))
         return make_sample(origin, key, blobs, [annotation], {"id": record.get("id"), "images": paths})
@@ -72,6 +81,8 @@ class LlavaFormat:
 
 class LlavaJSON(FileSource):
     """One sample per record of `file`; `images` is the folder its paths start from. `limit` takes the first records."""
+
+    layouts = ("llava_json", "sharegpt")
 
     def __init__(
         self,

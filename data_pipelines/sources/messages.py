@@ -23,7 +23,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Media, Part, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import IMAGE, ROLES, VIDEO, to_turn
+from data_pipelines.sources.common.conversations import IMAGE, ROLES, VIDEO, describe_misplaced, to_turn
 from data_pipelines.sources.common.samples import Origin, make_sample
 
 TAGS = {"image": IMAGE, "video": VIDEO}
@@ -31,6 +31,8 @@ TAGS = {"image": IMAGE, "video": VIDEO}
 
 class Messages(FileSource):
     """One sample per record of `file`. Paths of images and videos start from the folder `media`, or that of `file`."""
+
+    layouts = ("messages", "llava_json", "sharegpt")
 
     def __init__(
         self,
@@ -108,8 +110,9 @@ class Album:
         if not missing:
             return turns
         first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
-        if len(missing) < len(listed) or first is None:
-            raise BadSample(f"marks {len(listed) - len(missing)} of the {len(listed)} {kind}s it lists")
+        misplaced = describe_misplaced([(turn.role, turn.text) for turn in turns], TAGS[kind])
+        if len(missing) < len(listed) or first is None or misplaced:
+            raise BadSample(f"marks {len(listed) - len(missing)} of the {len(listed)} {kind}s it lists{misplaced}")
         parts = (*(Media(item=number) for number in missing), *turns[first].parts)
         return [*turns[:first], replace(turns[first], parts=parts), *turns[first + 1 :]]
 

@@ -31,6 +31,8 @@ class PreferencePairs(FileSource):
     DPO: 5; its code compares tokens, here words are compared).
     """
 
+    layouts = ("preference_pairs",)
+
     def __init__(
         self,
         *,

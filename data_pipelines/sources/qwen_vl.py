@@ -29,6 +29,8 @@ class QwenVL(FileSource):
     around a region's words, unless `keep_refs`. A box is of the image shown last before it.
     """
 
+    layouts = ("qwen_vl", "sharegpt")
+
     def __init__(
         self,
         *,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Role, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import ROLES, Said, read_turn
+from data_pipelines.sources.common.conversations import ROLES, Said, read_turn, refuse_media
 from data_pipelines.sources.common.samples import make_sample
 
 SPEAKERS: dict[str, Role] = {
@@ -28,6 +28,8 @@ class ShareGPT(FileSource):
     A conversation whose turns do not alternate, or with an unknown speaker, is a `BadSample`.
     """
 
+    layouts = ("sharegpt", "messages")
+
     def __init__(
         self,
         *,
@@ -43,6 +45,7 @@ class ShareGPT(FileSource):
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Conversation i of the file."""
         record = self.raw[i]
+        refuse_media(record)
         conversation = record["messages"] if "messages" in record else record["conversations"]
         turns = _trim_turns([read_turn(turn, SPEAKERS) for turn in conversation])
         annotation = Annotation(turns=tuple(Turn(role=role, parts=(Text(text=text),)) for role, text in turns))

@@ -19,6 +19,7 @@ from data_pipelines.sample import Annotation, Sample
 from data_pipelines.shards.members import caption_annotation
 from data_pipelines.sources import ListSource
 from data_pipelines.sources.common.conversations import make_dialogue
+from data_pipelines.sources.common.layouts import hint_at_source
 from data_pipelines.sources.common.samples import make_exchange, make_sample
 
 
@@ -63,7 +64,8 @@ class VideoFolder(ListSource):
         rows = [self._records[number] for number in self._rows[i]]
         path = self._path_of_row(self._rows[i][0])
         if path is None:
-            raise BadSample(f"names no video ({self._column}=<path>): {str(rows[0])[:80]!r}")
+            hint = hint_at_source(rows[0], ("video_folder",))
+            raise BadSample(f"names no video ({self._column}=<path>): {str(rows[0])[:80]!r}{hint}")
         annotations = [_make_annotation(row) for row in rows]
         return make_sample(self, f"{i:07d}-{Path(path).stem}", [self._read_video(path)], annotations, {"video": path})
 

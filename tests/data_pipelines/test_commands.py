@@ -64,7 +64,7 @@ def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys)
     assert not (tmp_path / ".out.partial").exists()
     assert build([*arguments, "max_bad=3"]) == 0 and not (tmp_path / "out.quarantine.jsonl").exists()
     out = capsys.readouterr().out
-    assert "3 bad records" in out and "3  … <image> tags in its human turns, … images" in out
+    assert "3 records left out" in out and "3  … <image> tags in its human turns, … images" in out
     assert Manifest.read(tmp_path / "out").bad == {"… <image> tags in its human turns, … images": 3}
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["record"] for line in lines] == [2, 3, 4] and "'bad0'" in lines[0]["reason"]
@@ -83,7 +83,10 @@ def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys)
         ),
         (["source=easy_vqa", "output=x", "num_workers=2"], "no option 'num_workers' (did you mean workers?); options:"),
         (["source=easyvqa", "output=x"], "Could not find 'source/easyvqa' (did you mean easy_vqa?). Available:"),
-        (["source=nonsense", "output=x"], "Could not find 'source/nonsense'. Available: alpaca, coco_captions"),
+        (
+            ["source=nonsense", "output=x"],
+            "Could not find 'source/nonsense'. Available: alpaca, captions, coco_captions",
+        ),
         (["source=easy_vqa", "output=x", "--split"], "'--split' is not <option>=<value>"),
         (["source=easy_vqa", "output=x", "captions=2"], "captions: got 2; expected bool"),
         (["source=easy_vqa", "output=x", "workers=two"], "workers: got 'two'; allowed: 1 or more"),

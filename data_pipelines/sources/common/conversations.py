@@ -60,6 +60,27 @@ def count_tags(turns: Sequence[Said], tag: str) -> int:
     return sum(text.count(tag) for role, text in turns if role == "user")
 
 
+def describe_misplaced(turns: Sequence[Said], tag: str) -> str:
+    """The end of a message about tags that were not found in user turns: where else they stand; "" if nowhere."""
+    places = [
+        f"turn {number}, of the {role},"
+        for number, (role, text) in enumerate(turns, 1)
+        if tag in text and role != "user"
+    ]
+    if not places:
+        return ""
+    return (
+        f"; {' and '.join(places)} {'has' if len(places) == 1 else 'have'} {tag}, which marks images in user turns only"
+    )
+
+
+def refuse_media(record: Mapping[str, Any]) -> None:
+    """Raise `BadSample` for a record with images or videos, for sources of text: they would be lost."""
+    for field in ("image", "images", "video", "videos"):
+        if record.get(field):
+            raise BadSample(f"has {field}, which this source does not read")
+
+
 def first_user(turns: Sequence[Said]) -> int:
     """The number of the first user turn. Raises `BadSample` if there is none."""
     for number, (role, _) in enumerate(turns):
@@ -87,9 +108,10 @@ def make_dialogue(conversation: Sequence[Mapping[str, Any]], *, images: int = 0,
     if videos and not images and asked[IMAGE] and not asked[VIDEO]:
         items = {IMAGE: range(videos), VIDEO: range(0)}
     for tag, some in reversed(items.items()):  # images come before videos
-        if some and not asked[tag]:
+        misplaced = describe_misplaced(turns, tag) if asked[tag] < len(some) else ""
+        if some and not asked[tag] and not misplaced:
             turns = tag_first(turns, tag, len(some))
         elif asked[tag] != len(some):
-            raise BadSample(f"{asked[tag]} {tag} tags in its user turns, {len(some)} files")
+            raise BadSample(f"{asked[tag]} {tag} tags in its user turns, {len(some)} files{misplaced}")
     numbers = {tag: iter(some) for tag, some in items.items()}
     return Annotation(turns=tuple(to_turn(role, text, numbers) for role, text in turns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media.limits import media_item
@@ -12,6 +12,8 @@ from data_pipelines.shards.members import safe_key
 
 Record = tuple[Sample, list[bytes]] | BadSample
 """A sample with the encoded bytes of its media, or the error that stands for an unusable record."""
+
+Made = TypeVar("Made")
 
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 """What code that reads raw data without checking every field raises where it is not laid out as published."""
@@ -61,12 +63,12 @@ def _answer_turn(answer: str | Box) -> Turn:
     return Turn(role="assistant", parts=(answer if isinstance(answer, Box) else Text(text=answer),))
 
 
-def try_record(make: Callable[[], tuple[Sample, list[bytes]]], label: Callable[[], str]) -> Record:
+def try_record(make: Callable[[], Made], label: Callable[[], str]) -> Made | BadSample:
     """What `make` gives, or the `BadSample` that stands for it, with the name that `label` gives the raw record."""
     try:
         return make()
     except BadSample as error:
-        return BadSample(f"{label()}: {error}")
+        return BadSample(f"{label()}: {error}", kind=error.kind)
     except MALFORMED as error:
         return BadSample(f"{label()}: malformed: {type(error).__name__}: {error}")
 

@@ -61,10 +61,27 @@ def test_files_without_records_are_named(tmp_path):
     for name, reason in {
         "x.json": "rows: .*x.json holds a dict; expected a list of records",
         "x.csv": "rows: .*x.csv is not CSV",
-        "x.txt": "rows: .*x.txt; allowed: .json, .jsonl, .ndjson, .csv, .parquet",
+        "x.txt": "rows: .*x.txt; allowed: .json, .jsonl, .ndjson, .csv, .tsv, .parquet",
         "y.jsonl": "rows: .*y.jsonl: No such file",
         "y.csv": "rows: .*y.csv: No such file",
         "y.parquet": "y.parquet: not a readable parquet file",
     }.items():
         with pytest.raises(DataError, match=reason):
             read_records(tmp_path / name, "rows")
+
+
+def test_rows_of_csv_and_tsv_have_lines_and_whole_texts(tmp_path):
+    (tmp_path / "x.csv").write_text('a,b\n1,"x\ny"\n2,p, q\n3\n')
+    rows = pickle.loads(pickle.dumps(read_records(tmp_path / "x.csv")))
+    assert (rows[0], rows[2]) == ({"a": "1", "b": "x\ny"}, {"a": "3", "b": None})
+    assert [describe_record(rows, i) for i in range(3)] == ["line 3", "line 4", "line 5"]
+    with pytest.raises(BadSample, match="has 3 values, the header names 2; are its texts in quotes"):
+        rows[1]
+    (tmp_path / "x.tsv").write_text("a\tb\n1\tx, y\n")
+    assert list(read_records(tmp_path / "x.tsv")) == [{"a": "1", "b": "x, y"}]
+
+
+def test_quotes_that_do_not_match_swallow_no_rows(tmp_path):
+    (tmp_path / "x.tsv").write_text('a\tb\n1\tx\n2\t"y\n3\t"z\n')
+    with pytest.raises(DataError, match="x.tsv is not TSV: after line 2: "):
+        read_records(tmp_path / "x.tsv")

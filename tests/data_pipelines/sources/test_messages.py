@@ -146,6 +146,14 @@ def test_rejected_answers(read, rejected):
         ({"messages": [{"role": "tool", "content": "x"}]}, "turn of 'tool'; allowed: human, user, gpt, assistant"),
         ({"messages": _talk("<image>", "y")}, "marks more images than the 0 it lists"),
         ({"images": ["1.png", "2.png"], "messages": _talk("<image>", "y")}, "marks 1 of the 2 images it lists"),
+        (
+            {"images": ["1.png"], "messages": _talk("What?", "<image> A cat.")},
+            "marks 0 of the 1 images it lists; turn 2, of the assistant, has <image>, which marks images in user turns",
+        ),
+        (
+            {"images": ["1.png", "2.png"], "messages": _talk("<image>", "y", "And?", "<image> no")},
+            "marks 1 of the 2 images it lists; turn 4, of the assistant, has <image>",
+        ),
         ({"images": ["../x"], "messages": _talk("<image>", "y")}, "leaves the folder"),
         ({"images": ["data:image/png,x"], "messages": _talk("<image>", "y")}, "is not data:<type>;base64"),
         ({"images": ["data:image/png;base64,!"], "messages": _talk("<image>", "y")}, "non-alphabet|Only base64"),

@@ -71,7 +71,7 @@ def test_unusable_rows(folder, row, reason):
 def test_files_are_checked_first(folder):
     with pytest.raises(DataError, match="videos: no such folder"):
         VideoFolder(file="x.json", videos=str(folder / "none"))
-    with pytest.raises(DataError, match=r"rows.txt; allowed: .json, .jsonl, .ndjson, .csv, .parquet"):
+    with pytest.raises(DataError, match=r"rows.txt; allowed: .json, .jsonl, .ndjson, .csv, .tsv, .parquet"):
         read(folder, [], "rows.txt")
     with pytest.raises(DataError, match="holds a dict; expected a list"):
         (folder / "x.json").write_text("{}")
