@@ -153,6 +153,31 @@ def test_readme_trains_on_a_folder_of_images(
     assert (tmp_path / "runs" / "own" / "checkpoints" / "LATEST").is_file()
 
 
+@pytest.mark.slow
+def test_readme_goes_from_captions_to_a_table(tmp_path: Path) -> None:
+    """The section's table and commands with small parts, with the package installed and in another folder."""
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## Your pictures with captions")[1].split("\n## ")[0]
+    )
+    (table,) = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "mine" / "cats").mkdir(parents=True)
+    header, row = table.splitlines()
+    for number in range(1, 5):
+        (tmp_path / "mine" / "cats" / f"{number}.jpg").write_bytes(small_run.picture(number))
+    rows = [row.replace("1.jpg", f"{number}.jpg") for number in range(1, 5)]
+    for split in ("train", "val"):
+        (tmp_path / "mine" / f"{split}.csv").write_text("\n".join([header, *rows]) + "\n")
+    small = {"recipe": " size=tiny trainer.max_steps=1 trainer.threads=1"}
+    said = ""
+    for line in commands.splitlines():
+        words = shlex.split(line + next((more for word, more in small.items() if f" {word}=" in line), ""))
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = done.stdout
+    assert re.search(r"this run .*4 .*generation, token f1", said) and "images shuffled" in said
+
+
 def test_readme_names_every_schedule() -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0]
     schedules = {path.stem for path in OWN_OPTIONS["schedule"].glob("*.yaml")}

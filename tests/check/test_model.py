@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from typing import Any
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_train.build import build_model
 from vlm_train.check.check import check_config
 from vlm_train.check.model import check_model, check_packing, check_parts
 from vlm_train.config.compose import compose_config
 from vlm_train.contracts.batch import Batch
+from vlm_train.contracts.media import Grid3
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.dryrun.report import without_assets
 from vlm_train.errors import ConfigError
+from vlm_train.models.connectors.grids import same_grid
+from vlm_train.models.connectors.pool import pooled_grid
 from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 
@@ -247,3 +252,64 @@ def test_mixers_that_no_mask_reaches_are_not_packed(monkeypatch: pytest.MonkeyPa
     assert problem.startswith("data.pack: 'llama' has MambaMixer, which no mask reaches")
     cfg.data.pack = None
     assert list(check_packing(cfg, model)) == []
+
+
+class Tokens(nn.Module):
+    """A connector whose tokens are as `token_grid` says."""
+
+    def __init__(self, token_grid: Any) -> None:
+        super().__init__()
+        self.token_grid = token_grid
+
+    def forward(self, features: Any) -> Any:
+        raise NotImplementedError
+
+
+class Holder(nn.Module):
+    """Holds one connector."""
+
+    def __init__(self, token_grid: Any) -> None:
+        super().__init__()
+        self.connector = Tokens(token_grid)
+
+
+def two_sides(grid: Grid3) -> Grid3:
+    return Grid3(1, 16)  # type: ignore[call-arg]
+
+
+def plain_tuple(grid: Grid3) -> tuple[int, int]:
+    return (1, 16)
+
+
+def halves(grid: Grid3) -> Grid3:
+    return Grid3(1, grid.h / 2, grid.w)  # type: ignore[arg-type]
+
+
+def refuses(grid: Grid3) -> Grid3:
+    raise ConfigError("connector: does not fit")
+
+
+@pytest.mark.parametrize(
+    ("token_grid", "said"),
+    [
+        (
+            lambda grid: grid,
+            "cannot be sent to data workers (Can't pickle .*<lambda>.*). Use a function of a module, or",
+        ),
+        (two_sides, "raised TypeError: .*'w'. It is called with Grid3(t=1, h=12, w=12) and returns a Grid3(t, h, w)"),
+        (
+            plain_tuple,
+            "returned (1, 16) for Grid3(t=1, h=12, w=12); allowed: a Grid3(t, h, w) of whole numbers above 0",
+        ),
+        (halves, "returned Grid3(t=1, h=6.0, w=12) for "),
+    ],
+)
+def test_a_token_grid_that_workers_or_layouts_cannot_use_is_one_error(token_grid: Any, said: str) -> None:
+    (problem,) = check_parts(Holder(token_grid))  # type: ignore[arg-type]
+    pattern = re.escape(f"connector: token_grid of Tokens {said}").replace(r"\.\*", ".*")
+    assert re.match(pattern, problem), problem
+
+
+@pytest.mark.parametrize("token_grid", [same_grid, partial(pooled_grid, pool=2), refuses])
+def test_token_grids_that_can_be_used_pass(token_grid: Any) -> None:
+    assert list(check_parts(Holder(token_grid))) == []  # type: ignore[arg-type]

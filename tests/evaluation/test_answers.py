@@ -218,6 +218,141 @@ def test_answers_of_the_source_count_where_they_are_asked_for(
     assert evaluator.run(built.model, built.processor, tmp_path, final=False).metrics == {"exact_match": 3 / 6}
 
 
+class Echo(Constant):
+    """Answers with the length of its prompt, which is how much it was told before."""
+
+    def __init__(self, tokenizer, cut: bool = False) -> None:
+        super().__init__([])
+        self.tokenizer, self.cut, self.prompts = tokenizer, cut, []
+
+    def generate(self, batch, *, max_new_tokens, eos_ids):
+        stream, rows = batch.text["llm"], []
+        for ids, segments in zip(stream.ids, stream.segment_ids, strict=True):
+            kept = [one for one in ids[segments != 0].tolist() if one >= 0]
+            self.prompts.append(self.tokenizer.decode(kept, skip_special_tokens=True))
+            rows.append(
+                [*self.tokenizer(f"own{len(self.prompts)}", add_special_tokens=False)["input_ids"], *eos_ids[:1]]
+            )
+        return torch.tensor(rows)[:, : max_new_tokens if self.cut else None]
+
+
+def dialogue(*pairs: tuple[str, str]) -> Annotation:
+    turns = [Turn(role="system", parts=(Text(text="Be kind. "),))]
+    for number, (asked, told) in enumerate(pairs):
+        media = (Media(item=0),) if number == 0 else ()
+        turns += [Turn(role="user", parts=(*media, Text(text=asked))), Turn(role="assistant", parts=(Text(text=told),))]
+    return Annotation(turns=tuple(turns))
+
+
+def shards_of(*samples: tuple[Annotation, ...], media: int = 1):
+    """Shards of samples with these annotations about the picture of `Shards`."""
+
+    class Some(Shards):
+        def __len__(self) -> int:
+            return len(samples)
+
+        def count_annotations(self, i: int) -> int:
+            return len(samples[i])
+
+        def load_sample(self, i: int):
+            sample, blobs = super().load_sample(i % 3)
+            return replace(sample, key=f"s{i}", annotations=samples[i]), blobs
+
+    return Some
+
+
+@pytest.mark.parametrize(
+    ("how", "questions", "prompts"),
+    [
+        ("last", ["q2", "q1"], ["q1r1q2", "q1"]),
+        ("own_history", ["q1", "q2", "q1"], ["q1", "q1", "q1own1q2"]),
+        ("reference_history", ["q1", "q2", "q1"], ["q1", "q1", "q1r1q2"]),
+        ("no_history", ["q1", "q2", "q1"], ["q1", "q1", "q2"]),
+    ],
+)
+def test_every_question_of_a_dialogue_is_asked_as_told(
+    built, tmp_path, monkeypatch, capsys, how: str, questions: list[str], prompts: list[str]
+) -> None:
+    monkeypatch.setattr(
+        answers,
+        "ShardSet",
+        shards_of(
+            (dialogue(("q1", "r1"), ("q2", "r2")),),
+            (
+                dialogue(
+                    ("q1", "own2"),
+                ),
+            ),
+        ),
+    )
+    model = Echo(built.processor.tokenizer)
+    found = QuestionAnswering(shards="x", dialogue=how).run(model, built.processor, tmp_path, final=True)
+    assert ["".join(text.replace("Be kind.", "").split()) for text in model.prompts] == prompts
+    assert found.rows[0].n == len(questions)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == questions
+    assert [row["reference"] for row in rows] == [*(["r1", "r2"] if how != "last" else ["r2"]), "own2"]
+    assert found.rows[0].note == f"generation, exact match, {answers.ASKED[how]}"
+    assert f"eval: x: {len(questions)} questions; {answers.ASKED[how]}" in capsys.readouterr().out
+
+
+def test_texts_about_the_same_picture_are_references_of_one_question(built, tmp_path, monkeypatch) -> None:
+    captions = tuple(dialogue(("", text)) for text in ("a", "yes", "yes"))
+    monkeypatch.setattr(answers, "ShardSet", shards_of(captions, (dialogue(("", "no")), dialogue(("other", "yes")))))
+    found = QuestionAnswering(shards="x", join_references=True).run(built.model, built.processor, tmp_path, final=True)
+    assert (found.rows[0].n, found.metrics) == (3, {"exact_match": 2 / 3})
+    found = QuestionAnswering(shards="x").run(built.model, built.processor, tmp_path, final=True)
+    assert (found.rows[0].n, found.metrics) == (5, {"exact_match": 3 / 5})
+
+
+def test_cut_answers_and_long_prompts_are_counted(built, tmp_path, monkeypatch, capsys) -> None:
+    shown = shards_of((dialogue(("q", "r")),), (dialogue(("q" * 400, "r"), ("and", "s")),))
+    monkeypatch.setattr(answers, "ShardSet", shown)
+    model = Echo(built.processor.tokenizer, cut=True)
+    evaluator = QuestionAnswering(shards="x", max_new_tokens=4, max_prompt_tokens=300, dialogue="own_history")
+    found = evaluator.run(model, built.processor, tmp_path, final=True)
+    note = found.rows[0].note
+    assert found.rows[0].n == 1 and "1 answers cut at 4 tokens (max_new_tokens)" in note
+    assert "2 prompts of more than 300 tokens left out" in note and note.split(", ", 2)[
+        2
+    ] in capsys.readouterr().out.replace("; ", ", ")
+    assert json.loads((tmp_path / "predictions.jsonl").read_text())["cut"] is True
+    with pytest.raises(ConfigError, match="x holds no questions; 3 prompts are longer than 9 tokens"):
+        QuestionAnswering(shards="x", max_prompt_tokens=9, dialogue="own_history").run(
+            model, built.processor, tmp_path, final=True
+        )
+
+
+def test_the_limit_of_prompts_is_that_of_the_data(built, tmp_path) -> None:
+    processor = replace(built.processor, max_length=3)
+    with pytest.raises(ConfigError, match="holds no questions; 6 prompts are longer than 3 tokens"):
+        QuestionAnswering(shards="x").run(built.model, processor, tmp_path, final=False)
+
+
+def test_samples_without_a_partner_get_no_other_images(built, tmp_path, monkeypatch) -> None:
+    class Mixed(Shards):
+        def load_sample(self, i: int):
+            sample, blobs = super().load_sample(i)
+            if i:
+                return sample, blobs
+            texts = [
+                replace(one, turns=tuple(replace(t, parts=t.parts[-1:]) for t in one.turns))
+                for one in sample.annotations
+            ]
+            return replace(sample, media=(), annotations=tuple(texts)), []
+
+    monkeypatch.setattr(answers, "ShardSet", Mixed)
+    found = QuestionAnswering(shards="x", controls=["shuffled_images"]).run(
+        built.model, built.processor, tmp_path, final=True
+    )
+    assert [(row.name, row.n) for row in found.rows] == [("this run", 6), ("images shuffled", 4)]
+
+
+def test_unknown_ways_of_asking_are_refused() -> None:
+    with pytest.raises(ConfigError, match="dialogue: 'all'; allowed: last, own_history, reference_history, no_history"):
+        QuestionAnswering(shards="x", dialogue="all")
+
+
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_derangement_moves_every_number(count: int) -> None:
     moved = derange_numbers(count, seed=1)

@@ -6,6 +6,7 @@ and built. The rest is checked earlier, see `vlm_train.check.check`.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +22,7 @@ from vlm_train.config.resolve import resolve_key
 from vlm_train.config.signatures import read_attribute
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.family import CAPABILITIES, Family, missing_members
+from vlm_train.contracts.media import Grid3
 from vlm_train.contracts.model_parts import find_encoders, find_parts
 from vlm_train.contracts.objective import NormalizedBy, Objective
 from vlm_train.contracts.parts import Connector, EncoderDecoder, VisionEncoder
@@ -63,6 +65,32 @@ def check_parts(model: Family) -> Iterator[str]:
                 f"{name}: {type(part).__name__} has no {', '.join(missing)}, which a {kind.__name__} needs. "
                 f"python -m vlm_train.contract {name.partition('.')[0]}=<option> checks all of it."
             )
+        elif kind is Connector:
+            yield from check_token_grid(name, part)
+
+
+def check_token_grid(name: str, connector: Any) -> Iterator[str]:
+    """What says how many tokens an image takes can be sent to data workers, and says it as a grid."""
+    who = f"{name}: token_grid of {type(connector).__name__}"
+    try:
+        pickle.dumps(connector.token_grid)
+    except Exception as error:  # pickle raises what the object raises
+        yield (
+            f"{who} cannot be sent to data workers ({error}). Use a function of a module, or functools.partial of one, "
+            "in place of a lambda or a function inside a function."
+        )
+        return
+    patches = Grid3(1, 12, 12)
+    try:
+        grid = connector.token_grid(patches)
+    except ConfigError:
+        return  # it does not take this grid; those of the encoder are tried when the model is built
+    except Exception as error:  # code of anybody
+        yield f"{who} raised {type(error).__name__}: {error}. It is called with {patches} and returns a Grid3(t, h, w)."
+        return
+    whole = isinstance(grid, Grid3) and all(isinstance(side, int) and side > 0 for side in grid)
+    if not whole:
+        yield f"{who} returned {grid!r} for {patches}; allowed: a Grid3(t, h, w) of whole numbers above 0."
 
 
 def check_packing(cfg: DictConfig, model: Family) -> Iterator[str]:

@@ -109,6 +109,13 @@ class Processor:
         end = _find_token(self.tokenizer, self.template.answer_end(self.tokenizer))
         return found if end is None or end in found else [*found, end]
 
+    def ends_answer(self, ids: Sequence[int]) -> bool:
+        """Whether generated tokens come to an ending token, or to what the template ends with."""
+        suffix = self.template.answer_end(self.tokenizer).strip()
+        if any(token in self.end_ids for token in ids):
+            return True
+        return bool(suffix) and suffix in str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def decode_answer(self, ids: Sequence[int]) -> str:
         """The text before the first ending token, and before what the template ends with, be it several tokens
         (`###`)."""

@@ -10,35 +10,36 @@ import numpy as np
 
 from data_pipelines.sample import Sample
 from data_pipelines.shards.shard_set import ShardSet
-from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import Unusable
-from vlm_train.evaluation.generate import Answer, Generator, question_text, reference_answer
+from vlm_train.evaluation.generate import Answer, Generator
 from vlm_train.evaluation.metrics.texts import normalize_text
+from vlm_train.evaluation.questions import list_questions
 
 SHUFFLED_IMAGES = "shuffled_images"
 
 
 def answer_with_other_images(generator: Generator, numbers: Sequence[int], seed: int) -> list[Answer]:
-    """Answers to the questions of the numbered samples, two or more, each asked with the images of another one.
+    """Answers to the questions of the numbered samples, each asked with the media of another one.
 
-    Raises:
-        ConfigError: the samples have different numbers of images.
+    Only samples with as many media of the same kinds stand in for each other. One that has no such partner, or no media
+    at all, is not asked.
     """
     shards = generator.shards
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number in numbers:
+        alike[tuple(item.kind for item in shards.load_sample(number)[0].media)].append(number)
     donors = {
-        number: numbers[other] for number, other in zip(numbers, derange_numbers(len(numbers), seed), strict=True)
+        number: group[other]
+        for kinds, group in alike.items()
+        if kinds and len(group) > 1
+        for number, other in zip(group, derange_numbers(len(group), seed), strict=True)
     }
 
     def load(number: int) -> tuple[Sample, list[bytes]]:
         sample, (donor, blobs) = shards.load_sample(number)[0], shards.load_sample(donors[number])
-        if len(donor.media) != len(sample.media):
-            raise ConfigError(
-                f"eval: {SHUFFLED_IMAGES} needs samples with equally many images, but {sample.key!r} has "
-                f"{len(sample.media)} and {donor.key!r} {len(donor.media)} ({shards.address})"
-            )
         return replace(sample, media=donor.media), blobs
 
-    return generator.answer(numbers, load)
+    return generator.answer([number for number in numbers if number in donors], load)
 
 
 def answer_by_majority(answers: Sequence[Answer], sets: Sequence[ShardSet]) -> list[Answer]:
@@ -62,8 +63,8 @@ def majority_answer(sets: Sequence[ShardSet]) -> Callable[[str], str]:
         unusable = Unusable(shards)
         for number in range(len(shards)):
             with unusable.catch_bad_sample(number):
-                for annotation in shards.load_sample(number)[0].annotations:
-                    counts[normalize_text(question_text(annotation))][normalize_text(reference_answer(annotation))] += 1
+                for one in list_questions(shards.load_sample(number)[0], "reference_history"):
+                    counts[normalize_text(one.text)][normalize_text(one.reference)] += 1
         unusable.require_usable(len(shards))
     total = sum(counts.values(), Counter[str]())
     return lambda asked: counts.get(normalize_text(asked), total).most_common(1)[0][0]

@@ -29,6 +29,8 @@ def write_predictions(folder: Path, answers: Sequence[Answer], pictures: dict[in
                 "correct": answer.correct,
                 "image": pictures.get(answer.sample),
             }
+            if answer.cut:
+                row["cut"] = True  # not ended within max_new_tokens
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

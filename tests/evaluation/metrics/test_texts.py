@@ -10,11 +10,18 @@ from vlm_train.config.folders import config_dir
 from vlm_train.contracts.evaluator import TextMetric
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.metrics.anls import ANLS
+from vlm_train.evaluation.metrics.bleu import BLEU
 from vlm_train.evaluation.metrics.character_error_rate import CharacterErrorRate
+from vlm_train.evaluation.metrics.contains import contains
 from vlm_train.evaluation.metrics.exact_match import ExactMatch
 from vlm_train.evaluation.metrics.texts import count_edits
 from vlm_train.evaluation.metrics.token_f1 import TokenF1, token_f1
+from vlm_train.evaluation.metrics.vqa_accuracy import measure_agreement
 
+REFERENCES = {  # where a text of one word, or what one of two people says, is not all of it
+    "bleu": [["a cat sat there", "one cat sat on it"], ["Stop and look at it"]],
+    "vqa_accuracy": [["one cat"] * 4, ["Stop"]],
+}
 OPTIONS = sorted(path.stem for path in (config_dir() / "metric").glob("*.yaml"))
 
 
@@ -23,8 +30,8 @@ def test_every_option_is_a_metric(option: str) -> None:
     """It returns the values that it declares, the best ones for the references themselves, and worse ones else."""
     metric = instantiate_part("metric", OmegaConf.load(config_dir() / "metric" / f"{option}.yaml"))
     assert isinstance(metric, TextMetric)
-    references = [["a cat", "one cat"], ["Stop"]]
-    right, wrong = metric(["one cat", "Stop"], references), metric(["dogs", ""], references)
+    references = REFERENCES.get(option, [["a cat", "one cat"], ["Stop"]])
+    right, wrong = metric([texts[-1] for texts in references], references), metric(["dogs", ""], references)
     assert list(right) == list(wrong) == list(metric.higher_is_better)
     for name, higher in metric.higher_is_better.items():
         assert isinstance(right[name], float) and right[name] == float(higher)
@@ -73,3 +80,44 @@ def test_character_error_rate_is_over_all_characters() -> None:
 )
 def test_edits(one: str, other: str, edits: int) -> None:
     assert count_edits(one, other) == count_edits(other, one) == edits
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("It is a red car.", "Red car", True),
+        ("It is red, the car", "red car", True),
+        ("a redder car", "red", False),
+        ("yes", "yes, sir", False),
+        ("anything", "", False),
+        ("", "the", False),
+        ("?", "?", True),
+    ],
+)
+def test_contains_looks_for_whole_words(prediction: str, reference: str, expected: bool) -> None:
+    assert contains(prediction, reference) is expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("Two.", ["2"] * 3 + ["3"] * 7, 0.9),  # leaving out one of the three gives 2/3, thrice; else 1
+        ("the dog", ["dog"] * 4 + ["cat"] * 6, 1.0),
+        ("dog", ["dog"] + ["cat"] * 9, 0.3),
+        ("don't", ["dont"], 1.0),
+        ("1,000", ["1000"], 1.0),
+        ("2.5", ["25"], 0.0),
+        ("dog", ["dog", "cat"], 0.5),
+    ],
+)
+def test_vqa_accuracy_counts_people(prediction: str, answers: list[str], expected: float) -> None:
+    assert measure_agreement(prediction, answers) == pytest.approx(expected)
+
+
+def test_bleu_is_that_of_the_corpus() -> None:
+    """One text by hand: all words, and three of five pairs of words, are in a reference."""
+    predictions, references = ["The cat sat on a mat."], [["the cat sat on the mat", "a dog"]]
+    assert BLEU(n_gram=1)(predictions, references) == pytest.approx({"bleu_1": 6 / 6})
+    assert BLEU(n_gram=2)(predictions, references) == pytest.approx({"bleu_2": (6 / 6 * 3 / 5) ** 0.5})
+    with pytest.raises(ConfigError, match="n_gram: got 0"):
+        BLEU(n_gram=0)

@@ -24,12 +24,13 @@ class TokenF1:
 
 def token_f1(prediction: str, reference: str) -> float:
     """F1 in [0, 1] of two texts as bags of words; of two empty ones 1."""
-    given, wanted = _split_words(prediction), _split_words(reference)
+    given, wanted = split_words(prediction), split_words(reference)
     if not given or not wanted:
         return float(given == wanted)
     shared = sum((Counter(given) & Counter(wanted)).values())
     return 2 * shared / (len(given) + len(wanted))
 
 
-def _split_words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation and articles."""
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
