@@ -100,13 +100,17 @@ def _missing_packages(cfg: DictConfig) -> Iterator[str]:
         yield f"peft.bits: {peft['bits']}-bit weights need bitsandbytes: pip install 'vlm-train[qlora]'."
 
 
+NOT_GIVEN = ("???", "not given")
+"""What stands for shards that nobody has named; the second one in options of `eval` where a run validates on none."""
+
+
 def _missing_shards(cfg: DictConfig) -> Iterator[str]:
     """Every `shards` that the mode reads is a folder with a manifest."""
     for group in READ.get(cfg.mode, ("data", "eval", "tokenizer")):
         for path, folder in _find_shard_settings(group, resolve_key(cfg, group)):
             if path.endswith("validation_shards") and not _evaluates_at_validations(cfg, path):
                 continue
-            if folder == "???":
+            if folder in NOT_GIVEN:
                 yield f"{path} is missing: give a folder of shards, {path}=<folder>."
             elif "://" in folder:
                 continue  # reading its manifest tells
