@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -375,3 +376,38 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def windows_of(made: VLMData, first: int = 0) -> list[list[tuple[tuple[str, ...], ...]]]:
+    """Keys of every micro-batch of every optimizer step from `first` on, as a resumed loader gives them."""
+    made.trainer.global_step = first
+    loader = made.train_dataloader()
+    return [(batch.window.step, batch.window.micro, batch.keys) for batch in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_computed_order_resumes_exactly(root: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr("vlm_train.data.datamodule.STORED_SAMPLES", 15)  # the two sets have 16
+    made = data(root / "train", root / "val", shuffle="full", workers=workers)
+    assert made.mixture.shuffle == "computed" and data(root / "train", shuffle="full").mixture.shuffle == "full"
+    whole = windows_of(made)
+    seen = Counter(key for *_, keys in whole for row in keys for key in row)
+    assert Counter(seen.values()) == {4: 4, 2: 8}  # two passes; four keys are in both sets
+    for first in (1, 4, 7):
+        again = data(root / "train", root / "val", shuffle="full", workers=2 - workers)
+        assert windows_of(again, first) == [one for one in whole if one[0] >= first]
+
+
+def test_a_run_that_began_in_a_stored_order_goes_on_in_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = data(root / "train", root / "val", shuffle="full")
+    recorded, whole = began.hash_order(), windows_of(began)
+    monkeypatch.setattr("vlm_train.data.datamodule.STORED_SAMPLES", 15)
+    now = data(root / "train", root / "val", shuffle="full")
+    computed = now.hash_order()
+    assert windows_of(now) != whole and computed != recorded
+    for stays in (None, computed, "another"):
+        now.keep_order(stays)
+        assert now.hash_order() == computed
+    now.keep_order(recorded)
+    now.plan = now.make_plan(batch=4, tokens=None, epochs=2, most=None, world=1, cost=Cost())
+    assert now.hash_order() == recorded and windows_of(now, 3) == [one for one in whole if one[0] >= 3]

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from vlm_train.data.dataset import Samples
 from vlm_train.data.loader import MicroBatches, ValidationStream, WindowStream
 from vlm_train.data.order.cost import Cost
 from vlm_train.data.order.lengths import hash_content
-from vlm_train.data.order.mixture import Mixture
+from vlm_train.data.order.mixture import STORED_SAMPLES, Mixture
 from vlm_train.data.order.sample_plan import Packing, Plan, SamplePlan, Sizes
 from vlm_train.data.order.token_plan import PackingCursor, TokenPlan
 from vlm_train.data.processor import Processor
@@ -108,6 +109,8 @@ class VLMData(pl.LightningDataModule):
         self._divide_samples(0.0 if val else val_share, val_limit)
         order: dict[str, Any] = {"rule": mixture, "temperature": temperature, "shuffle": shuffle}
         order |= {"block": block_samples, "pool": shuffle_buffer_shards}
+        if shuffle == "full" and len(self.train) > STORED_SAMPLES:
+            order["shuffle"] = "computed"
         self.mixture = Mixture(sources=self.train.list_shares(), seed=seed, **order)
         self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
@@ -130,8 +133,20 @@ class VLMData(pl.LightningDataModule):
 
     def hash_order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
+        return self._hash_order_of(self.mixture)
+
+    def _hash_order_of(self, mixture: Mixture) -> str:
         how = (self.batch, self.pack, self.pack_patches, self.group_by, self.block_samples, self.train.options)
-        return hash_content(ORDER_VERSION, self.mixture, *how)
+        return hash_content(ORDER_VERSION, mixture, *how)
+
+    def keep_order(self, recorded: str | None) -> None:
+        """Go on in the order of a checkpoint, `recorded` as its `hash_order`, where an earlier version stored what is
+        computed now. To be called before `make_plan`."""
+        if self.mixture.shuffle == "computed":
+            stored = replace(self.mixture, shuffle="full")
+            if recorded == self._hash_order_of(stored):
+                print("data.shuffle=full: this run goes on in the stored order that it began in", flush=True)
+                self.mixture = stored
 
     def make_plan(
         self, *, batch: int | None, tokens: int | None, epochs: float | None, most: int | None, world: int, cost: Cost

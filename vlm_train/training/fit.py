@@ -72,6 +72,8 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     assembly = models.assembly
     policy = make_policy(cfg, assembly.model)
     data = build_data(cfg, assembly.processor)
+    if resumed:
+        data.keep_order(resumed.manifest.get("order"))
     data.plan = _make_plan(cfg, data, assembly.model, world)
     facts: dict[str, Any] = {
         "run_id": identity,

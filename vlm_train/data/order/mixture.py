@@ -19,11 +19,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_train.data.order.permutation import Permutation
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
 
 Rule = Literal["concat", "weights", "sqrt", "temperature"]
-Shuffle = Literal["full", "shards", "none"]
+Shuffle = Literal["full", "computed", "shards", "none"]
+
+STORED_SAMPLES = 2**20
+"""Samples up to which `data.shuffle=full` is a stored order (`full`); beyond them it is computed."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,10 +72,11 @@ class Mixture:
         rule: concat (everything once a pass) | weights | sqrt (of the size: InstructBLIP) | temperature
             (size ** (1 / temperature)).
         shuffle: full (a pass in any order; 8 bytes of memory a sample in every loader process, 20 with several sources,
-            and twice that from the second pass on, as two passes may share a step) | shards (`pool` shards at a time,
-            for sets too large or too far away for random reads; 8 bytes a sample of the pool of each source) | none.
+            and twice that from the second pass on, as two passes may share a step) | computed (a pass in any order, in
+            constant memory) | shards (`pool` shards at a time, for sets too large or too far away for random reads; 8
+            bytes a sample of the pool of each source) | none.
         block: draws after which the quotas are exact; `concat`, exact after every pass, mixes so many at a time where
-            the order is by shards.
+            the order is computed or by shards.
         pool: shards whose samples are mixed with each other. A sample's neighbours in its shard end up anywhere among
             the samples of `pool` shards drawn at random; with one shard in the pool they stay within its length.
     """
@@ -128,40 +133,49 @@ class Mixture:
         return [0, *accumulate(source.size for source in self.sources)]
 
     @cached_property
-    def _cuts(self) -> NDArray[np.int64]:
-        """`[K + 1, S]`: draws from every source before each of the K blocks of a period, and in all of it.
+    def _period(self) -> tuple[NDArray[np.int64], int]:
+        """The draws from every source in a period `[S]`, after which each has been drawn from exactly as often as it
+        should, and the blocks in which a period is mixed.
 
-        A period is a block of fixed quotas, or (`concat`) a pass over everything, in one block unless the order is by
-        shards. After a period each source has been drawn from exactly as often as it should.
+        A period is a block of fixed quotas, or (`concat`) a pass over everything, in one block where it is stored.
         """
         if self.rule != "concat" or any(source.share for source in self.sources):
-            return np.stack([np.zeros_like(self.quotas), self.quotas])
+            return self.quotas, 1
         draws = np.array([source.draws for source in self.sources])
-        blocks = -(-int(draws.sum()) // self.block) if self.shuffle == "shards" else 1
-        return np.arange(blocks + 1)[:, None] * draws // blocks
+        return draws, -(-int(draws.sum()) // self.block) if self.shuffle in ("shards", "computed") else 1
+
+    def _draws_before(self, block: int) -> NDArray[np.int64]:
+        """The draws from every source in the blocks of a period before this one `[S]`."""
+        draws, blocks = self._period
+        return block * draws // blocks
 
     def _locate_source(self, position: int) -> tuple[int, int]:
         """The source that a position draws from, and how many draws from that source come before it."""
-        cuts, starts = self._cuts, self._cut_starts
-        period, place = divmod(position, int(starts[-1]))
-        block = int(np.searchsorted(starts, place, side="right")) - 1
-        number = (0 if self.shuffle == "none" else period) * (len(cuts) - 1) + block
-        sources, nths = self._cached_value(("block", number), self._mix_block)
-        slot = place - int(starts[block])
+        draws, blocks = self._period
+        total = self._period_draws
+        period, place = divmod(position, total)
+        block = place * blocks // total  # or one of the next, as the cuts are rounded down
+        while block + 1 < blocks and int(self._draws_before(block + 1).sum()) <= place:
+            block += 1
+        before = self._draws_before(block)
+        slot = place - int(before.sum())
+        if self.shuffle == "none":
+            which = int(np.searchsorted(np.cumsum(draws), slot, side="right"))
+            return which, period * int(draws[which]) + slot - int(draws[:which].sum())
+        sources, nths = self._cached_value(("block", period * blocks + block), self._mix_block)
         which = int(sources[slot])
-        return which, period * int(cuts[-1, which]) + int(cuts[block, which]) + int(nths[slot])
+        return which, period * int(draws[which]) + int(before[which]) + int(nths[slot])
 
     @cached_property
-    def _cut_starts(self) -> NDArray[np.int64]:
-        return self._cuts.sum(axis=1)
+    def _period_draws(self) -> int:
+        return int(self._period[0].sum())
 
     def _mix_block(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """For every slot of a block: its source, and how many slots of that source come before it in the block."""
-        block = number % (len(self._cuts) - 1)
-        quotas = self._cuts[block + 1] - self._cuts[block]
+        block = number % self._period[1]
+        quotas = self._draws_before(block + 1) - self._draws_before(block)
         sources = np.repeat(np.arange(len(self.sources), dtype=np.int32), quotas)
-        if self.shuffle != "none":
-            sources = np.random.default_rng(derive_seed(self.seed, "mix", number)).permutation(sources)
+        sources = np.random.default_rng(derive_seed(self.seed, "mix", number)).permutation(sources)
         nths = np.empty(len(sources), np.int64)
         nths[np.argsort(sources, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
         return sources, nths
@@ -176,6 +190,8 @@ class Mixture:
         source, seed = self.sources[which], derive_seed(self.seed, "order", *([which] if which else []), epoch)
         if self.shuffle == "shards":
             return _Pools(seed, source.shards, source.size, self.pool)
+        if self.shuffle == "computed":
+            return Permutation(seed, source.size)
         order = np.random.default_rng(seed).permutation(source.size)
         return lambda place: int(order[place])
 
@@ -245,7 +261,8 @@ def _check_mixture(mixture: Mixture) -> None:
     for name, allowed in (("rule", Rule), ("shuffle", Shuffle)):
         if getattr(mixture, name) not in get_args(allowed):
             shown = "mixture" if name == "rule" else name
-            problems.append(f"data.{shown}: {getattr(mixture, name)!r}; allowed: {', '.join(get_args(allowed))}")
+            choices = ", ".join(one for one in get_args(allowed) if one != "computed")  # what large sets make of full
+            problems.append(f"data.{shown}: {getattr(mixture, name)!r}; allowed: {choices}")
     if not mixture.sources or not all(source.size > 0 for source in mixture.sources):
         problems.append("data.train: no samples")
     fixed = sum(source.share or 0.0 for source in mixture.sources)
