@@ -35,6 +35,7 @@ from data_pipelines.shards.remote import (
 
 MAX_OPEN_FILES = 32
 MAX_OPEN_COPIES = 8  # of remote shards: an open file keeps its disk space when the cache removes it
+SCANNED = 2**20  # samples of an index that are looked at together
 HASHED_INDEX = 64 * 2**20
 """Bytes up to which an index is hashed whenever it is opened; a larger one is by `verify`, and read with care."""
 
@@ -120,6 +121,18 @@ class ShardSet:
         if (self.index.shard[starts[held]] != held).any() or (self.index.shard[ends[held] - 1] != held).any():
             raise DataError(f"{self.address}: the index does not have as many samples of each shard as the manifest")
         return starts
+
+    def find_runs(self) -> np.ndarray:
+        """`[runs]` int64, the first sample of every stretch that lies in one shard, in constant memory."""
+        shard, found = self.index.shard, [np.zeros(min(len(self), 1), np.int64)]
+        for first in range(0, len(self), SCANNED):
+            found.append(np.flatnonzero(np.diff(shard[first : first + SCANNED + 1])) + first + 1)
+        return np.concatenate(found)
+
+    def count_media(self, i: int) -> int:
+        """Number of media items of sample i, without reading a shard."""
+        span = self.index.locate_sample(i).media
+        return span.stop - span.start
 
     def media_items(self, i: int) -> list[MediaItem]:
         """Sizes of sample i's media, without reading a shard. Their names are their numbers."""

@@ -406,8 +406,48 @@ def test_a_run_that_began_in_a_stored_order_goes_on_in_it(root: Path, monkeypatc
     computed = now.hash_order()
     assert windows_of(now) != whole and computed != recorded
     for stays in (None, computed, "another"):
-        now.keep_order(stays)
+        now.keep_order({"order": stays})
         assert now.hash_order() == computed
-    now.keep_order(recorded)
+    now.keep_order({"order": recorded})
     now.plan = now.make_plan(batch=4, tokens=None, epochs=2, most=None, world=1, cost=Cost())
     assert now.hash_order() == recorded and windows_of(now, 3) == [one for one in whole if one[0] >= 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_token_steps_that_are_estimated_resume_exactly(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """A large run packs no more than it needs, ends where it said, and goes on from any step; one that began with
+    counted steps keeps their number."""
+
+    def budgeted(workers: int, checkpoint: dict[str, Any] | None = None) -> VLMData:
+        options = {"shuffle": "full", "pack": 128, "max_length": 64, "cache": str(tmp_path), "workers": workers}
+        made = data(root / "train", root / "val", **options)
+        if checkpoint is not None:
+            made.keep_order(checkpoint)
+        made.plan = made.make_plan(batch=None, tokens=256, epochs=9, most=None, world=1, cost=Cost())
+        return made
+
+    counted = budgeted(workers)
+    monkeypatch.setattr("vlm_train.data.datamodule.STORED_SAMPLES", 15)
+    made = budgeted(workers)
+    assert (counted.estimates_steps, made.estimates_steps) == (False, True)
+    assert made.plan.total is None and abs(made.plan.steps - counted.plan.steps) <= 2
+    whole = windows_of(made)
+    assert {step for step, *_ in whole} == set(range(made.plan.steps))
+    state = made.state_dict()
+    for first in (1, made.plan.steps - 2):
+        again = budgeted(2 - workers, {"order": made.hash_order(), "total_steps": "estimated"})
+        again.trainer.global_step = first
+        again.load_state_dict(state)
+        assert again.plan.steps == made.plan.steps
+        assert windows_of(again, first) == [one for one in whole if one[0] >= first]
+    earlier = budgeted(workers, {"order": counted.hash_order()})
+    assert earlier.plan.steps == counted.plan.steps and not earlier.estimates_steps
+    assert windows_of(earlier, 4) == [one for one in windows_of(counted) if one[0] >= 4]
+
+
+def test_steps_of_one_modality_look_media_up(tmp_path: Path) -> None:
+    made = data(make_data(tmp_path, text_only=True) / "tiny" / "train", group_by="modality")
+    kinds = [{int(key[-2:]) % 2 for row in keys for key in row} for _, _, keys in windows_of(made)]
+    assert kinds.count({0}) > 1 and kinds.count({1}) > 1 and {0, 1} not in kinds

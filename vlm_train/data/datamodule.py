@@ -12,21 +12,20 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipelines.shards.remote import CACHE_BYTES
 from vlm_train.config.schema import BatchSize
-from vlm_train.data.dataset import Samples
+from vlm_train.data.dataset import HasMedia, Samples
 from vlm_train.data.loader import MicroBatches, ValidationStream, WindowStream
-from vlm_train.data.order.cost import Cost
+from vlm_train.data.order.cost import Cost, CostsOnDemand
 from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.order.mixture import STORED_SAMPLES, Mixture
 from vlm_train.data.order.sample_plan import Packing, Plan, SamplePlan, Sizes
@@ -117,6 +116,7 @@ class VLMData(pl.LightningDataModule):
         self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None
+        self.estimates_steps, self._counts_steps = False, False
 
     def _divide_samples(self, val_share: float, val_limit: int | None) -> None:
         """Hold out `val_share` of the training samples, if any, and cut long samples of both sets into pieces."""
@@ -139,12 +139,13 @@ class VLMData(pl.LightningDataModule):
         how = (self.batch, self.pack, self.pack_patches, self.group_by, self.block_samples, self.train.options)
         return hash_content(ORDER_VERSION, mixture, *how)
 
-    def keep_order(self, recorded: str | None) -> None:
-        """Go on in the order of a checkpoint, `recorded` as its `hash_order`, where an earlier version stored what is
-        computed now. To be called before `make_plan`."""
+    def keep_order(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on in the order of a checkpoint, whose manifest this is, where an earlier version stored what is computed
+        now, or counted the steps that are estimated now. To be called before `make_plan`."""
+        self._counts_steps = "total_steps" not in checkpoint
         if self.mixture.shuffle == "computed":
             stored = replace(self.mixture, shuffle="full")
-            if recorded == self._hash_order_of(stored):
+            if checkpoint.get("order") == self._hash_order_of(stored):
                 print("data.shuffle=full: this run goes on in the stored order that it began in", flush=True)
                 self.mixture = stored
 
@@ -161,7 +162,7 @@ class VLMData(pl.LightningDataModule):
         total = None if epochs is None else math.ceil(epochs * self.mixture.samples)
         if tokens is not None:
             assert packing is not None, "checked with the configuration"
-            return TokenPlan(
+            plan = TokenPlan(
                 mixture=self.mixture,
                 packing=packing,
                 tokens=tokens,
@@ -170,6 +171,8 @@ class VLMData(pl.LightningDataModule):
                 world=world,
                 micro=self.micro,
             )
+            self.estimates_steps = total is not None and total > STORED_SAMPLES and not self._counts_steps
+            return plan.end_by_estimate(total) if total is not None and self.estimates_steps else plan
         assert batch is not None
         by_length = self.group_by in ("length", "modality_length") and packing is None
         return SamplePlan(
@@ -179,7 +182,7 @@ class VLMData(pl.LightningDataModule):
             world=world,
             micro=self.micro,
             packing=packing,
-            media=self.train.has_media() if self.group_by in ("modality", "modality_length") else None,
+            media=HasMedia(self.train) if self.group_by in ("modality", "modality_length") else None,
             lengths=self.train.measure_lengths(self.cache).tokens if by_length else None,
             group_by=self.group_by,
             block_samples=self.block_samples,
@@ -195,14 +198,15 @@ class VLMData(pl.LightningDataModule):
                 f"data.train: none of the {len(tokens)} samples can be used with data.max_length={self.max_length} and "
                 f"data.over_length={self.over_length}. mode=show says why."
             )
-        if self.pack_patches is not None and len(over := np.flatnonzero(patches > self.pack_patches)):
-            source, number, _ = self.train.locate_sample(int(over[0]))
+        if self.pack_patches is not None and (over := lengths.find_longer(self.pack_patches)):
+            source, number, _ = self.train.locate_sample(over[1])
             raise ConfigError(
-                f"data.pack_patches: rows of {self.pack_patches} patches cannot hold {len(over)} samples, the first of "
-                f"{patches[over[0]]} patches: {source.shards.describe_sample(number)}. Raise data.pack_patches, or "
+                f"data.pack_patches: rows of {self.pack_patches} patches cannot hold {over[0]} samples, the first of "
+                f"{patches[over[1]]} patches: {source.shards.describe_sample(number)}. Raise data.pack_patches, or "
                 "lower image.frames or image.max_pixels."
             )
-        return Packing(sizes=Sizes(tokens, patches, cost(tokens, patches)), length=self.pack, patches=self.pack_patches)
+        sizes = Sizes(tokens, patches, CostsOnDemand(cost, tokens, patches))
+        return Packing(sizes=sizes, length=self.pack, patches=self.pack_patches)
 
     def state_dict(self) -> dict[str, Any]:
         """Where an endless token plan stands, so that a resumed run packs nothing twice. It decides no order; a plan

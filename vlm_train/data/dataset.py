@@ -90,10 +90,11 @@ class Source:
         """A stretch of it."""
         return replace(self, first=self.first + first, size=size, share=replace(self.share, size=size))
 
-    @property
-    def samples(self) -> NDArray[np.int64]:
-        """Numbers in the shard set `[size]`."""
-        return np.arange(self.first, self.first + self.size) if self.pieces is None else self.pieces[:, 0].astype(int)
+    def number_of(self, index: int) -> tuple[int, int]:
+        """The number in the shard set, and the piece, of its sample `index`."""
+        return (
+            (self.first + index, 0) if self.pieces is None else (int(self.pieces[index, 0]), int(self.pieces[index, 1]))
+        )
 
 
 class Samples:
@@ -135,9 +136,7 @@ class Samples:
         """The source of a sample, its number in the source's shard set, and its piece."""
         for source in self.sources:
             if index < source.size:
-                if source.pieces is None:
-                    return source, source.first + index, 0
-                return source, int(source.pieces[index, 0]), int(source.pieces[index, 1])
+                return source, *source.number_of(index)
             index -= source.size
         raise IndexError(index)
 
@@ -191,15 +190,13 @@ class Samples:
         """How every source takes part in the mixture, with the places of its shards."""
         return tuple(replace(source.share, size=source.size, shards=_shard_starts(source)) for source in self.sources)
 
-    def has_media(self) -> NDArray[np.bool_]:
-        """Whether each sample has media `[N]`, from the index."""
-        counts = [np.diff(source.shards.index.media_start)[source.samples] for source in self.sources]
-        return np.concatenate(counts) > 0
-
     def measure_lengths(self, cache: Path, workers: int | None = None) -> Lengths:
         """Tokens and patches of every sample `[N]`, kept in the folder `cache` and checked when a sample is loaded."""
         found = [self._measure_source(source, cache, workers or os.cpu_count() or 1) for source in self.sources]
-        self.lengths = Lengths(*(np.concatenate([getattr(one, f.name) for one in found]) for f in fields(Lengths)))
+        if len(found) == 1:  # as it is mapped
+            self.lengths = found[0]
+        else:
+            self.lengths = Lengths(*(np.concatenate([getattr(one, f.name) for one in found]) for f in fields(Lengths)))
         return self.lengths
 
     def split_long(self, cache: Path, workers: int | None = None) -> None:
@@ -219,8 +216,9 @@ class Samples:
             return self._measure_pieces(shards.read_sample(number))
 
         whole = cached_lengths(shards.address, len(shards), key, measure_sample, cache, workers)
-        used = source.samples
-        return whole.slice_samples(int(used[0]), int(used[-1]) + 1) if len(used) else whole.slice_samples(0, 0)
+        if not source.size:
+            return whole.slice_samples(0, 0)
+        return whole.slice_samples(source.number_of(0)[0], source.number_of(source.size - 1)[0] + 1)
 
     def _measure_pieces(self, sample: Sample) -> list[tuple[int, int]]:
         """Tokens and patches of a sample's pieces."""
@@ -249,7 +247,22 @@ class Samples:
             )
 
 
+@dataclass(frozen=True)
+class HasMedia:
+    """Whether a sample has media, by its number among all samples: looked up in the index, no array of them."""
+
+    samples: Samples
+
+    def __getitem__(self, index: int) -> bool:
+        """Whether sample `index` has an image or a video."""
+        source, number, _ = self.samples.locate_sample(index)
+        return source.shards.count_media(number) > 0
+
+
 def _shard_starts(source: Source) -> tuple[int, ...]:
     """First sample of every shard, counted from the source's own first sample."""
-    shard = source.shards.index.shard[source.samples]
-    return tuple(np.flatnonzero(np.diff(shard, prepend=-1)).tolist())
+    if source.pieces is not None:
+        shard = source.shards.index.shard[source.pieces[:, 0]]
+        return tuple(np.flatnonzero(np.diff(shard, prepend=-1)).tolist())
+    starts = source.shards.find_runs() - source.first
+    return (0, *starts[(starts > 0) & (starts < source.size)].tolist())

@@ -73,7 +73,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     policy = make_policy(cfg, assembly.model)
     data = build_data(cfg, assembly.processor)
     if resumed:
-        data.keep_order(resumed.manifest.get("order"))
+        data.keep_order(resumed.manifest)
     data.plan = _make_plan(cfg, data, assembly.model, world)
     facts: dict[str, Any] = {
         "run_id": identity,
@@ -85,6 +85,8 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     facts |= {"data": data.hash_samples(), "order": data.hash_order()}
     if resumed and not shares:
         resumed.require_same_data(**facts)
+    if data.estimates_steps:
+        facts["total_steps"] = "estimated"
     facts["rollbacks"] = len(read_rollbacks(folder))
     facts["frozen"] = [name for name, p in assembly.model.named_parameters() if not p.requires_grad]
     work = _count_work(cfg, models.skeleton) if process_rank() == 0 else None

@@ -155,3 +155,27 @@ def test_fingerprints_follow_contents_not_identities() -> None:
     assert same(partial(max, 1), partial(max, 1)) and not same(partial(max, 1), partial(min, 1))
     assert same({"a": [1, None], "b": 2.0}, {"b": 2.0, "a": [1, None]}) and not same([1], ["1"])
     assert same(Layout.__init__, Layout.__init__) and not same("a", Layout)
+
+
+def test_lengths_are_mapped_and_a_damaged_file_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lengths, "SCANNED", 4)
+    measured: list[int] = []
+
+    def measure(number: int) -> list[tuple[int, int]]:
+        measured.append(number)
+        return [(number + 1, number)] * (1 + number % 2)
+
+    def found() -> lengths.Lengths:
+        measured.clear()
+        return cached_lengths("x", 10, "a" * 24, measure, tmp_path, 1)
+
+    first, again = found(), found()
+    assert measured == [] and not again.tokens.flags.owndata and not again.tokens.flags.writeable
+    assert again.find_longer(7) == (3, 12) and again.find_longer(9) is None and first.find_longer(8) == (2, 13)
+    path = tmp_path / f"{'a' * 24}.npz"
+    for samples in ([*range(9)], [*range(5), *range(6, 11)], [*range(5), 3, *range(5, 10)], [1, *range(1, 10)]):
+        wrong = np.array(samples, np.int32)
+        np.savez(path, samples=wrong, pieces=wrong, tokens=wrong, patches=wrong)
+        assert found().tokens.tolist() == first.tokens.tolist() and measured == [*range(10)]

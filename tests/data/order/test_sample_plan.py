@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from vlm_train.data.order import token_plan
-from vlm_train.data.order.cost import Cost
+from vlm_train.data.order.cost import Cost, CostsOnDemand
 from vlm_train.data.order.mixture import Mixture, SampleRef, Share
 from vlm_train.data.order.sample_plan import Packing, SamplePlan, Sizes
 from vlm_train.data.order.token_plan import STEPS, TokenPlan
@@ -169,6 +171,38 @@ def test_a_remembered_place_saves_packing_what_lies_before_it(monkeypatch):
     resumed = by_tokens(total=None, most=1000)
     resumed.remember_cursor(500 // whole.steps_per_window, place)
     assert all_rows(resumed, 500) == expected and set(packed_windows) == {500 // whole.steps_per_window}
+
+
+@pytest.mark.parametrize(("passes", "sources"), [(1, 1), (3, 1), (1, 2)])
+def test_an_estimated_end_packs_one_window_and_comes_near_the_counted_one(passes, sources, monkeypatch):
+    """12,000 samples; of two sources, the second has short texts and comes twice a pass."""
+    sizes, mixture = shaped(12_000), Mixture(sources=(Share(size=12_000),), seed=3)
+    if sources == 2:
+        mixture = Mixture(sources=(Share(size=8000), Share(size=4000, repeat=2.0)), seed=3)
+        tokens = np.where(np.arange(12_000) < 8000, sizes.tokens, sizes.tokens // 4)
+        sizes = Sizes(tokens, sizes.patches, sizes.costs)
+    packing = Packing(sizes=sizes, length=4096)
+    total = passes * mixture.samples
+    counted = TokenPlan(mixture=mixture, packing=packing, tokens=8 * 4096, total=total)
+    windows: list[int] = []
+    packed = token_plan._packed_window
+    monkeypatch.setattr(
+        token_plan, "_packed_window", lambda plan, window: windows.append(window) or packed(plan, window)
+    )
+    estimated = counted.end_by_estimate(total)
+    assert estimated.steps == estimated.most and set(windows) <= {0}
+    monkeypatch.undo()
+    assert abs(estimated.steps / counted.steps - 1) < 0.01
+    assert [all_rows(estimated, step) for step in (0, 70)] == [all_rows(counted, step) for step in (0, 70)]
+    assert len(all_rows(estimated, estimated.steps - 1)) == 8  # a whole one
+    assert replace(counted, most=5).end_by_estimate(total).steps == 5
+
+
+def test_costs_on_demand_are_those_of_an_array():
+    sizes, cost = shaped(), Cost(1.7, 1.3e-4, 51.0)
+    whole, asked = cost(sizes.tokens, sizes.patches), CostsOnDemand(cost, sizes.tokens, sizes.patches)
+    assert [asked[index] for index in range(4096)] == whole.tolist()
+    assert asked[[5, 3, 4000]].tolist() == whole[[5, 3, 4000]].tolist()
 
 
 @pytest.mark.parametrize("world", [8, 64])

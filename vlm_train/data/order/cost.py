@@ -27,6 +27,21 @@ class Cost:
         return self.token * length + self.pair * length**2 + self.patch * patches
 
 
+@dataclass(frozen=True)
+class CostsOnDemand:
+    """The costs of samples of `tokens` and `patches` `[N]`, computed for those that are asked for: no array of them."""
+
+    cost: Cost
+    tokens: NDArray[np.int32]
+    patches: NDArray[np.int32]
+
+    def __getitem__(self, index: int | list[int]) -> Any:
+        """The cost of a sample, or `[K]` of a list of them."""
+        if isinstance(index, int):
+            return self[[index]][0]
+        return self.cost(self.tokens[index], self.patches[index])
+
+
 def cost_of(model: Any) -> Cost:
     """The cost of a model's samples: 2 FLOPs a weight and token forward, as many for the gradient of its input and of
     the weight. A frozen language model still passes gradients on to what comes before it; a frozen tower does not.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,11 +29,13 @@ from numpy.typing import NDArray
 
 from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.shards.mmap_arrays import map_arrays
 from vlm_train.config.moved_targets import find_first_module
 
 VERSION = 2  # of the files in the cache: others are not read
 CHUNK = 512  # samples that a process measures at a time
 FEW = 2000  # samples that are not worth starting processes for
+SCANNED = 2**20  # samples that are looked at together
 PROGRESS_SECONDS = 10.0
 
 Measure = Callable[[int], list[tuple[int, int]]]
@@ -52,6 +55,15 @@ class Lengths:
     pieces: NDArray[np.int32]
     tokens: NDArray[np.int32]
     patches: NDArray[np.int32]
+
+    def find_longer(self, patches: int) -> tuple[int, int] | None:
+        """How many have more than `patches` patches, and the first of them; None: none has."""
+        found, first = 0, -1
+        for start in range(0, len(self.patches), SCANNED):
+            over = np.flatnonzero(self.patches[start : start + SCANNED] > patches)
+            if len(over):
+                found, first = found + len(over), start + int(over[0]) if first < 0 else first
+        return (found, first) if found else None
 
     def slice_samples(self, first: int, stop: int) -> Lengths:
         """Those of samples `first` to `stop`."""
@@ -114,13 +126,25 @@ def _describe_content(thing: Any) -> Any:
 
 
 def _read_file(path: Path, count: int) -> Lengths | None:
+    """The file, mapped: processes of a node share what they use of it."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            lengths = Lengths(*(file[field.name] for field in fields(Lengths)))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        arrays = map_arrays(path)
+        lengths = Lengths(*(arrays[field.name] for field in fields(Lengths)))
+    except (OSError, ValueError, KeyError, struct.error, BadZipFile):
         return None  # not there, or cut short: measured again
-    whole = len(np.unique(lengths.samples)) == count and len({len(getattr(lengths, f.name)) for f in fields(lengths)})
-    return lengths if whole == 1 else None
+    alike = len({len(getattr(lengths, field.name)) for field in fields(lengths)}) == 1
+    return lengths if alike and _counts_through(lengths.samples, count) else None
+
+
+def _counts_through(samples: NDArray[np.int32], count: int) -> bool:
+    """Whether `samples` goes from 0 to `count` - 1, each number once or several times in a row."""
+    if not len(samples) or samples[0] != 0 or samples[-1] != count - 1:
+        return not len(samples) and not count
+    for first in range(0, len(samples), SCANNED):
+        steps = np.diff(samples[first : first + SCANNED + 1])
+        if len(steps) and not 0 <= steps.min() <= steps.max() <= 1:
+            return False
+    return True
 
 
 def _write_file(path: Path, lengths: Lengths) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, Protocol, get_args
+from functools import cached_property, lru_cache
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,13 +55,34 @@ class Plan(Protocol):
         ...
 
 
+class MediaFlags(Protocol):
+    """Whether a sample has media, by index: an array `[N]`, or what looks it up."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Whether sample `index` has media."""
+        ...
+
+
+class Costs(Protocol):
+    """The cost of samples by index: an array `[N]`, or what computes its entries when they are asked for."""
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """The cost of a sample, or `[K]` of a list of them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is known of every sample, by index: tokens, patches and cost `[N]`."""
 
     tokens: NDArray[np.int32]
     patches: NDArray[np.int32]
-    costs: NDArray[np.float64]
+    costs: Costs
+
+    @cached_property
+    def mean_tokens(self) -> float:
+        """Tokens of a sample, at least 1."""
+        return max(float(self.tokens.mean()), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +113,7 @@ class SamplePlan:
         world: ranks.
         micro: rows per rank and forward pass.
         packing: several samples share a row; None: one sample a row.
-        media: whether each sample has media `[N]`; needed to group by modality.
+        media: whether a sample has media, by index; needed to group by modality.
         lengths: tokens of each sample `[N]`; needed to group unpacked rows by length.
         group_by: modality (every step is all with or all without media, as far as they go round: LLaVA's
             `group_by_modality_length`) | length (rows of like length in a micro-batch) | modality_length | None.
@@ -105,7 +126,7 @@ class SamplePlan:
     world: int = 1
     micro: int = 1
     packing: Packing | None = None
-    media: NDArray[np.bool_] | None = None
+    media: MediaFlags | None = None
     lengths: NDArray[np.int32] | None = None
     group_by: Group | None = None
     block_samples: int = 8192

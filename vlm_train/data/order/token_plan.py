@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -42,7 +42,8 @@ class TokenPlan:
 
     Attributes:
         tokens: budget of an optimizer step, over all ranks.
-        total: samples of the whole run; None: without end. The last step may be short.
+        total: samples of the whole run; None: without end. The last step may be short. Its steps are counted by packing
+            all of it: `end_by_estimate` does without.
         most: steps of the whole run at most; None: until the samples end.
     """
 
@@ -71,7 +72,7 @@ class TokenPlan:
     def steps_per_window(self) -> int:
         """Steps that are packed and assigned together: passes over the samples should not mix."""
         sizes, total = self.packing.sizes, self.mixture.samples
-        one_pass = total * max(float(sizes.tokens.mean()), 1.0) / (self.rows * self.packing.length)
+        one_pass = total * sizes.mean_tokens / (self.rows * self.packing.length)
         return min(STEPS, max(1, int(one_pass)))
 
     @cached_property
@@ -82,6 +83,24 @@ class TokenPlan:
             steps += self.steps_per_window if self.total is None else len(_packed_window(self, window))
             window += 1
         return min(steps, self.most or steps)
+
+    def end_by_estimate(self, total: int) -> TokenPlan:
+        """This plan without an exact end: it packs no more than its first window, and ends after as many steps as
+        `total` samples of the mixture take, if all windows are as full as the first. Its last step is a whole one."""
+        endless = replace(self, total=None, most=1)
+        rows = [row for step in _packed_window(endless, 0) for row in step]
+        placed = sum(int(self.packing.sizes.tokens[ref.index]) for row in rows for ref in row)
+        steps = max(1, math.ceil(total * self._mean_drawn / placed * len(rows) / self.rows))
+        return replace(endless, most=min(steps, self.most or steps))
+
+    @property
+    def _mean_drawn(self) -> float:
+        """Tokens of a draw: the mean of each source, by its share."""
+        tokens, first, mean = self.packing.sizes.tokens, 0, 0.0
+        for source, share in zip(self.mixture.sources, self.mixture.shares, strict=True):
+            mean += share * float(tokens[first : first + source.size].mean())
+            first += source.size
+        return mean
 
     def _is_past_end(self, window: int) -> bool:
         if self.total is None:
@@ -100,7 +119,9 @@ class TokenPlan:
     def identity(self) -> str:
         """Hash of what the cursors of an endless plan follow from."""
         packing = self.packing
-        arrays = (hashlib.sha256(x.tobytes()).hexdigest() for x in (packing.sizes.tokens, packing.sizes.patches))
+        arrays = (
+            hashlib.sha256(np.ascontiguousarray(x)).hexdigest() for x in (packing.sizes.tokens, packing.sizes.patches)
+        )
         return hash_content(self.mixture, self.tokens, self.total, packing.length, packing.patches, *arrays)
 
     def remember_cursor(self, window: int, cursor: PackingCursor) -> None:
@@ -121,7 +142,7 @@ class TokenPlan:
 def _packed_window(plan: TokenPlan, window: int) -> list[list[Row]]:
     """The steps of a window, as rows. Notes where the next window starts."""
     cursor, sizes, most = plan.find_cursor(window), plan.packing.sizes, plan.steps_per_window * plan.rows
-    enough = 1.05 * most * plan.packing.length / max(float(sizes.tokens.mean()), 1.0)
+    enough = 1.05 * most * plan.packing.length / sizes.mean_tokens
     while True:
         stop = cursor.next + math.ceil(enough)
         positions = [*cursor.waiting, *range(cursor.next, stop if plan.total is None else min(stop, plan.total))]
