@@ -51,18 +51,10 @@ def our_data(
     shuffle: bool = True,
 ) -> VLMData:
     """The data module of a LLaVA-1.5 run (576 image tokens, one token a byte of text), `steps` before its end."""
-    options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
-    plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, patch_grid=patch_grid, jpeg_draft=draft)
-    processor = Processor(
-        template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),
-        tokenizer=byte_level(),
-        layout=GridLayout(plan.grids, same_grid),
-        images={"vision": plan},
-    )
     data = VLMData(
         train=[{"shards": str(folder)}],
         val=[],
-        processor=processor,
+        processor=our_processor(mode, draft),
         batch=BatchSize(samples=BATCH, micro=BATCH),
         shuffle="full" if shuffle else "none",
         workers=workers,
@@ -73,6 +65,18 @@ def our_data(
     data.trainer = trainer
     data.plan = data.make_plan(batch=BATCH, tokens=None, epochs=None, most=first + steps, world=1, cost=Cost())
     return data
+
+
+def our_processor(mode: Mode = "crop", draft: bool = False) -> Processor:
+    """That of the run."""
+    options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
+    plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, patch_grid=patch_grid, jpeg_draft=draft)
+    return Processor(
+        template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),
+        tokenizer=byte_level(),
+        layout=GridLayout(plan.grids, same_grid),
+        images={"vision": plan},
+    )
 
 
 def our_loader(folder: Path, steps: int, **options: Any) -> Iterator[Batch]:

@@ -106,17 +106,16 @@ class VLMData(pl.LightningDataModule):
         self.train = Samples(train, processor, options, seed=seed, limit=limit, columns=columns, remote=remote)
         self.val = Samples(val, processor, options, seed=seed, limit=val_limit, columns=columns, remote=remote)
         self._divide_samples(0.0 if val else val_share, val_limit)
-        order: dict[str, Any] = {"rule": mixture, "temperature": temperature, "shuffle": shuffle}
-        order |= {"block": block_samples, "pool": shuffle_buffer_shards}
-        if shuffle == "full" and len(self.train) > STORED_SAMPLES:
-            order["shuffle"] = "computed"
+        order: dict[str, Any] = {"rule": mixture, "temperature": temperature}
+        computed = shuffle == "full" and len(self.train) > STORED_SAMPLES
+        order |= {"shuffle": "computed" if computed else shuffle, "block": block_samples, "pool": shuffle_buffer_shards}
         self.mixture = Mixture(sources=self.train.list_shares(), seed=seed, **order)
         self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
         self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
         self.workers, self.prefetch = workers, prefetch
         self.plan: Plan | None = None
-        self.estimates_steps, self._counts_steps = False, False
+        self.estimates_steps = self._counts_steps = False
 
     def _divide_samples(self, val_share: float, val_limit: int | None) -> None:
         """Hold out `val_share` of the training samples, if any, and cut long samples of both sets into pieces."""
@@ -148,6 +147,10 @@ class VLMData(pl.LightningDataModule):
             if checkpoint.get("order") == self._hash_order_of(stored):
                 print("data.shuffle=full: this run goes on in the stored order that it began in", flush=True)
                 self.mixture = stored
+
+    def note_estimate(self) -> dict[str, str]:
+        """What a checkpoint says of the plan, for `keep_order`."""
+        return {"total_steps": "estimated"} if self.estimates_steps else {}
 
     def make_plan(
         self, *, batch: int | None, tokens: int | None, epochs: float | None, most: int | None, world: int, cost: Cost

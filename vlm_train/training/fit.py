@@ -72,9 +72,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     assembly = models.assembly
     policy = make_policy(cfg, assembly.model)
     data = build_data(cfg, assembly.processor)
-    if resumed:
-        data.keep_order(resumed.manifest)
-    data.plan = _make_plan(cfg, data, assembly.model, world)
+    data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
     facts: dict[str, Any] = {
         "run_id": identity,
         "init_from": models.sources,
@@ -85,9 +83,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     facts |= {"data": data.hash_samples(), "order": data.hash_order()}
     if resumed and not shares:
         resumed.require_same_data(**facts)
-    if data.estimates_steps:
-        facts["total_steps"] = "estimated"
-    facts["rollbacks"] = len(read_rollbacks(folder))
+    facts |= {"rollbacks": len(read_rollbacks(folder)), **data.note_estimate()}
     facts["frozen"] = [name for name, p in assembly.model.named_parameters() if not p.requires_grad]
     work = _count_work(cfg, models.skeleton) if process_rank() == 0 else None
     module = _make_module(cfg, assembly.model, models.reference, policy, data.plan, folder, work)
@@ -125,9 +121,11 @@ def _describe_run(
         logger.log_hyperparams(OmegaConf.to_container(cfg))  # interpolations kept: no secret is resolved
 
 
-def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int) -> Any:
+def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int, resumed: Resume | None) -> Any:
     from vlm_train.data.order.cost import cost_of
 
+    if resumed:
+        data.keep_order(resumed.manifest)
     return data.make_plan(
         batch=cfg.batch.samples,
         tokens=cfg.batch.tokens,

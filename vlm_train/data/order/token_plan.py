@@ -91,7 +91,8 @@ class TokenPlan:
         rows = [row for step in _packed_window(endless, 0) for row in step]
         placed = sum(int(self.packing.sizes.tokens[ref.index]) for row in rows for ref in row)
         steps = max(1, math.ceil(total * self._mean_drawn / placed * len(rows) / self.rows))
-        return replace(endless, most=min(steps, self.most or steps))
+        object.__setattr__(endless, "most", min(steps, self.most or steps))  # a copy would pack the window again
+        return endless
 
     @property
     def _mean_drawn(self) -> float:
@@ -118,10 +119,8 @@ class TokenPlan:
     @cached_property
     def identity(self) -> str:
         """Hash of what the cursors of an endless plan follow from."""
-        packing = self.packing
-        arrays = (
-            hashlib.sha256(np.ascontiguousarray(x)).hexdigest() for x in (packing.sizes.tokens, packing.sizes.patches)
-        )
+        packing, sizes = self.packing, self.packing.sizes
+        arrays = (hashlib.sha256(np.ascontiguousarray(x).data).hexdigest() for x in (sizes.tokens, sizes.patches))
         return hash_content(self.mixture, self.tokens, self.total, packing.length, packing.patches, *arrays)
 
     def remember_cursor(self, window: int, cursor: PackingCursor) -> None:
