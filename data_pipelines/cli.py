@@ -29,6 +29,7 @@ GROUPS = {
     "build": "source",
     "contract": "source",
     "filter": "filter",
+    "index": "layout",
 }  # by command, the group of components that it takes
 RENAMED = {"licence": "license"}
 """Options that had another name -> what they are called now."""

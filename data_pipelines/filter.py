@@ -26,6 +26,7 @@ from data_pipelines.cli import CONF, check_same, make_component, run_command
 from data_pipelines.errors import BadSample, DataError, common_reason
 from data_pipelines.filters import Drop, Filter
 from data_pipelines.shards.index_file import INDEX, IndexBuilder
+from data_pipelines.shards.index_parts import IndexParts
 from data_pipelines.shards.manifest import MANIFEST, SHARED, FileInfo, Manifest
 from data_pipelines.shards.partial import Partial
 from data_pipelines.shards.shard_set import ShardSet
@@ -81,16 +82,21 @@ def write_view(shards: ShardSet, output: Path, verdicts: Verdicts, about: Mappin
     folder = Path(os.path.abspath(shards.folder))
     names = [info.name if "/" in info.name else f"../{folder.name}/{info.name}" for info in shards.manifest.shards]
     beside = Path(os.path.abspath(output)).parent == folder.parent
+    index = shards.index
+    if isinstance(index, IndexParts):
+        raise DataError(
+            f"{shards.address}: has one index a shard, of which no view is made; copy=true writes the samples"
+        )
     if not beside or not all(SHARED.fullmatch(name) for name in names):
         raise DataError(
             f"output {output} is not a view of {shards.address}: it has to lie beside the set, and the names of the "
             "set and its shards hold only A-Z a-z 0-9 _ - . ; copy=true writes the samples anywhere"
         )
-    used, counts = np.unique(shards.index.shard[verdicts.kept], return_counts=True)
+    used, counts = np.unique(index.shard[verdicts.kept], return_counts=True)
     numbers = np.full(len(names), -1)
     numbers[used] = np.arange(len(used))
-    index = IndexBuilder()
-    index.add_index(shards.index, numbers.tolist(), verdicts.kept)
+    kept = IndexBuilder()
+    kept.add_index(index, numbers.tolist(), verdicts.kept)
     infos: list[FileInfo] = [
         replace(shards.manifest.shards[number], name=names[number], samples=count)
         for number, count in zip(used.tolist(), counts.tolist())
@@ -99,9 +105,9 @@ def write_view(shards: ShardSet, output: Path, verdicts: Verdicts, about: Mappin
         try:
             hidden.remove_matching()
             write_lines(hidden.path / DROPPED, verdicts.dropped)
-            saved = index.write_file(hidden.path / INDEX)
+            saved = kept.write_file(hidden.path / INDEX)
             stats = verdicts.stats.to_json()
-            Manifest(samples=len(index), shards=tuple(infos), index=saved, stats=stats, **about).write(hidden.path)
+            Manifest(samples=len(kept), shards=tuple(infos), index=saved, stats=stats, **about).write(hidden.path)
             hidden.publish_folder()
         except BaseException:
             hidden.remove_folder()

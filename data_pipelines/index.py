@@ -1,4 +1,5 @@
-"""Make a shard set of other programs' tars: `python -m data_pipelines.index folder=<folder>`
+"""Make a shard set of other programs' tars: `python -m data_pipelines.index folder=<folder>`, or, for many,
+`python -m data_pipelines.index shards='<addresses>' output=<folder>`
 
 Index and manifest are written beside the tars, which stay as they are: consecutive members `<key>.<name>` are a sample,
 a picture or video with a `.txt` is a caption. The index says where every member of every sample lies, so that sample i
@@ -12,9 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.building.merge import QUARANTINE
 from data_pipelines.errors import DataError
+from data_pipelines.indexing.shard_lists import index_shards
 from data_pipelines.media.limits import check_media
 from data_pipelines.shards.index_file import INDEX, IndexBuilder
+from data_pipelines.shards.layout import Layout
 from data_pipelines.shards.manifest import MANIFEST, FileInfo, Manifest
 from data_pipelines.shards.members import scan_tar, to_sample
 from data_pipelines.shards.stats import Stats, measure_lengths
@@ -59,17 +63,40 @@ def index_folder(folder: Path, *, source: str = "", license: str = "", split: st
     return manifest
 
 
+def _index_list(config: Any, output: Path, about: dict[str, str]) -> Manifest | None:
+    """`shards=`: one index a shard."""
+    shards = config.shards if isinstance(config.shards, str) else list(config.shards)
+    options: dict[str, Any] = {name: config[name] for name in ("max_bad_share", "workers", "engine", "node", "nodes")}
+    layout = Layout.from_json({str(name): value for name, value in config.layout.items()})
+    if config.force:
+        for record in (output / "index").glob("*.json"):
+            record.unlink()
+    return index_shards(shards, output, layout, **options | about)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     from data_pipelines.cli import run_command
 
     def task(config: Any) -> int:
-        folder = Path(config.folder)
+        if (config.folder is None) == (config.shards is None):
+            raise DataError("give folder=<a folder of tars> or shards=<addresses of tars>")
+        folder = Path(config.folder or config.output or "")
+        if config.shards is not None and config.output is None:
+            raise DataError("shards: needs output=<folder>, which takes the indexes; the shards stay where they are")
         if (folder / MANIFEST).exists() and not config.force:
             print(f"{folder}: already has {MANIFEST}; force=true indexes again")
             return 0
-        manifest = index_folder(folder, source=config.name, license=config.license, split=config.split)
-        print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes")
+        about = {"source": config.name, "license": config.license, "split": config.split}
+        manifest = index_folder(folder, **about) if config.shards is None else _index_list(config, folder, about)
+        if manifest is None:
+            print(
+                f"{folder}: node {config.node} of {config.nodes} is done; without node= and nodes=, the set is written"
+            )
+            return 0
+        left_out = f", {sum(manifest.bad.values())} left out ({QUARANTINE})" if manifest.bad else ""
+        counts = f"{manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes"
+        print(f"{folder}: {counts}{left_out}")
         return 0
 
     return run_command(task, "index", __doc__ or "", argv)

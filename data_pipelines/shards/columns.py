@@ -154,7 +154,7 @@ class Columns:
 
     def read_row(self, i: int) -> Mapping[str, Any]:
         """The columns of sample i of the set; empty if it has no line. One shard is held: ask in order."""
-        shard = int(self._shards.index.shard[i])
+        shard = self._shards.index.find_shard(i)
         if self._held[0] != shard:
             self._held = (shard, self._load_shard(self.manifest.files[shard]))
         return self._held[1].get(self._shards.key(i), {})

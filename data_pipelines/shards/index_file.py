@@ -31,6 +31,9 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, RecursionError, NotImplem
 """What reading a damaged zip, array header or list of names can raise."""
 
 
+SCANNED = 2**20  # samples that are looked at together
+
+
 PER_MEMBER = {"name": "i", "offset": "q", "size": "q", "crc": "q"}
 
 
@@ -105,6 +108,27 @@ class Index:
             raise DataError(f"the index is damaged: member names {names} of sample {i}, it has {len(self.names)}")
         members = [Member(self.names[name], *row) for name, *row in zip(names, *columns)]
         return IndexEntry(key.decode("ascii"), shard, members, media)
+
+    def find_shard(self, i: int) -> int:
+        """The number of the shard that holds sample i."""
+        return int(self.shard[i])
+
+    def find_runs(self) -> np.ndarray:
+        """`[runs]` int64, the first sample of every stretch that lies in one shard, in constant memory."""
+        found = [np.zeros(min(len(self), 1), np.int64)]
+        for first in range(0, len(self), SCANNED):
+            found.append(np.flatnonzero(np.diff(self.shard[first : first + SCANNED + 1])) + first + 1)
+        return np.concatenate(found)
+
+    def read_media(self, i: int) -> list[tuple[int, int, int, float]]:
+        """Width, height, frames and seconds of each media item of sample i."""
+        span = self.locate_sample(i).media
+        columns = (self.width[span], self.height[span], self.frames[span], self.seconds[span])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def count_annotations(self, i: int) -> int:
+        """Number of annotations of sample i."""
+        return int(self.annotations[i])
 
     def _check_arrays(self) -> None:
         """The arrays fit together: lengths, and the ends of what they point to."""

@@ -19,7 +19,7 @@ VERSION = 1
 SHARED = re.compile(r"\.\./[\w-][\w.-]*/[\w-][\w.-]*\.tar", re.ASCII)  # a shard of a set beside this one
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """One file of the set; `samples` is 0 for the index."""
 
@@ -36,7 +36,8 @@ class Manifest:
     `bad` counts the unusable records that were left out by reason, `dropped` the samples that filters left out.
     `origin` says from which set another was made, by its fingerprint, and what else went into it. A view
     is a set without shards of its own: it names those of a set beside it as `../<folder>/<shard>.tar`, and its index
-    holds the samples that were kept.
+    holds the samples that were kept. `layout` says what the members of others' samples are (see `Layout`); with
+    `elsewhere`, the shards are named by their addresses, and the folder holds their indexes only.
     """
 
     samples: int
@@ -51,6 +52,8 @@ class Manifest:
     bad: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    elsewhere: bool = False
     version: int = VERSION
     sample_version: int = SCHEMA_VERSION
 
@@ -69,14 +72,20 @@ class Manifest:
         """Hash of the samples and their order; the same data built elsewhere has the same one."""
         content: list[Any] = [self.version, self.sample_version]
         content.append([(shard.samples, shard.sha256) for shard in self.shards])
-        if self.is_view:
+        if self.is_view or self.layout:
             content.append(self.index.sha256)  # other samples of the same shards
+        if self.layout:
+            content.append(dict(self.layout))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` under another name first, so that a half-written one is never seen."""
         with atomic_write(folder / MANIFEST, sync=True) as file:
-            json.dump(asdict(self) | {"bytes": self.bytes, "fingerprint": self.fingerprint}, file, indent=1)
+            data = asdict(self) | {"bytes": self.bytes, "fingerprint": self.fingerprint}
+            for name in ("layout", "elsewhere"):  # of others' shards only
+                if not data[name]:
+                    del data[name]
+            json.dump(data, file, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -93,15 +102,19 @@ class Manifest:
             for named in (data, data.get("build", {})):  # as it was spelled before
                 if "licence" in named:
                     named["license"] = named.pop("licence")
-            shards = tuple(_file_info(shard, shared=True) for shard in data.pop("shards"))
+            elsewhere = data.get("elsewhere", False) is True
+            shards = tuple(_file_info(shard, shared=True, anywhere=elsewhere) for shard in data.pop("shards"))
             return cls(shards=shards, index=_file_info(data.pop("index")), **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: malformed: {type(error).__name__}: {error}") from error
 
 
-def _file_info(data: Mapping[str, Any], *, shared: bool = False) -> FileInfo:
-    """A file of the set; a `shared` one may lie in a set beside it, but nowhere else."""
+def _file_info(data: Mapping[str, Any], *, shared: bool = False, anywhere: bool = False) -> FileInfo:
+    """A file of the set; a `shared` one may lie in a set beside it, but nowhere else, and one `anywhere` is named by
+    its address: the user of this machine has named it."""
     info = FileInfo(**data)
+    if anywhere:
+        return info
     plain = Path(info.name).name == info.name and info.name not in ("", ".", "..")
     if not plain and not (shared and SHARED.fullmatch(info.name)):
         raise ValueError(f"file name {info.name!r} is a path; only ../<folder>/<shard>.tar may lie outside the folder")

@@ -1,4 +1,5 @@
-"""Shard sets on s3, gs, http and https: whole files, fetched once a node into a bounded cache, checked, and read there.
+"""Shard sets on s3, gs, hf, http and https: whole files, fetched once a node into a bounded cache, checked, and read
+there.
 
 A cached file is named by the sha256 of its content, so sets and views of them share files. Any number of processes use
 one cache folder: one of them downloads a file under a lock while others wait, and it takes its name only when its
@@ -28,7 +29,7 @@ from typing import Any
 from data_pipelines.errors import DataError
 from data_pipelines.shards.manifest import MANIFEST, FileInfo, Manifest
 
-SCHEMES = ("http", "https", "s3", "gs")
+SCHEMES = ("http", "https", "s3", "gs", "hf")
 CACHE_BYTES = 50 * 10**9
 MAX_MANIFEST = 256 * 2**20
 ATTEMPTS = 6
@@ -77,7 +78,10 @@ def read_manifest(address: str) -> Manifest:
     with tempfile.TemporaryDirectory() as folder:
         download_file(join_address(address, MANIFEST), Path(folder) / MANIFEST, at_most=MAX_MANIFEST)
         try:
-            return Manifest.read(Path(folder))
+            manifest = Manifest.read(Path(folder))
+            if manifest.elsewhere:
+                raise DataError(f"{folder}: its shards lie elsewhere; download this folder, and name it instead")
+            return manifest
         except DataError as error:
             raise DataError(str(error).replace(folder, address)) from error
 
@@ -171,7 +175,7 @@ def download_file(url: str, path: Path, *, exactly: int | None = None, at_most: 
     except FileNotFoundError as error:
         raise DataError(f"{url}: no such file: the address is wrong, or the set was not uploaded whole") from error
     except Exception as error:
-        if not (isinstance(error, OSError) or _is_backends(error)):
+        if not (isinstance(error, OSError) or is_backend_error(error)):
             raise
         raise DataError(f"{url}: cannot be fetched: {type(error).__name__}: {error}") from error
 
@@ -217,11 +221,20 @@ def _may_pass(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in (errno.ENOSPC, errno.EDQUOT)
-    return _is_backends(error)
+    return is_backend_error(error)
 
 
-def _is_backends(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google")
+def is_backend_error(error: BaseException) -> bool:
+    """Whether an error comes from a package that talks to a storage service."""
+    return type(error).__module__.partition(".")[0] in (
+        "aiohttp",
+        "aiobotocore",
+        "botocore",
+        "gcsfs",
+        "google",
+        "huggingface_hub",
+        "httpx",
+    )
 
 
 def _is_whole(path: Path, size: int) -> bool:

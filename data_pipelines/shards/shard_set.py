@@ -21,6 +21,8 @@ from data_pipelines.media.limits import MAX_BYTES, MAX_PIXELS
 from data_pipelines.sample import MediaItem, Sample
 from data_pipelines.shards.checksum import crc32
 from data_pipelines.shards.index_file import Index, IndexEntry
+from data_pipelines.shards.index_parts import PARTS, IndexParts
+from data_pipelines.shards.layout import Layout
 from data_pipelines.shards.manifest import FileInfo, Manifest
 from data_pipelines.shards.members import JSON, MAX_MEMBER, parse_json, to_sample
 from data_pipelines.shards.remote import (
@@ -35,7 +37,6 @@ from data_pipelines.shards.remote import (
 
 MAX_OPEN_FILES = 32
 MAX_OPEN_COPIES = 8  # of remote shards: an open file keeps its disk space when the cache removes it
-SCANNED = 2**20  # samples of an index that are looked at together
 HASHED_INDEX = 64 * 2**20
 """Bytes up to which an index is hashed whenever it is opened; a larger one is by `verify`, and read with care."""
 
@@ -70,6 +71,8 @@ class ShardSet:
         else:
             self.manifest = Manifest.read(self.folder)
             self._check_files()
+        self._copies = self._cache or (Cache(cache_dir, cache_bytes) if self.manifest.elsewhere else None)
+        self._layout = Layout.from_json(self.manifest.layout) if self.manifest.layout else None
         self.index = self._load_index()
         if not len(self.index) == self.manifest.samples == sum(info.samples for info in self.manifest.shards):
             counts = f"{self.manifest.samples}, its shards {sum(info.samples for info in self.manifest.shards)}"
@@ -82,9 +85,9 @@ class ShardSet:
 
     def __getstate__(self) -> tuple[Any, ...]:
         """A remote set takes its manifest along: all processes read the same set, whatever is uploaded meanwhile."""
-        if not self._cache:
+        if not self._copies:
             return self.address, Path(), 0, None
-        return self.address, self._cache.folder, self._cache.max_bytes, self.manifest
+        return self.address, self._copies.folder, self._copies.max_bytes, self.manifest if self._cache else None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self._open_set(*state)
@@ -117,17 +120,16 @@ class ShardSet:
         """
         ends = np.cumsum([info.samples for info in self.manifest.shards], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        if isinstance(self.index, IndexParts):
+            return starts
         (held,) = np.nonzero(ends > starts)
         if (self.index.shard[starts[held]] != held).any() or (self.index.shard[ends[held] - 1] != held).any():
             raise DataError(f"{self.address}: the index does not have as many samples of each shard as the manifest")
         return starts
 
     def find_runs(self) -> np.ndarray:
-        """`[runs]` int64, the first sample of every stretch that lies in one shard, in constant memory."""
-        shard, found = self.index.shard, [np.zeros(min(len(self), 1), np.int64)]
-        for first in range(0, len(self), SCANNED):
-            found.append(np.flatnonzero(np.diff(shard[first : first + SCANNED + 1])) + first + 1)
-        return np.concatenate(found)
+        """`[runs]` int64, the first sample of every stretch that lies in one shard."""
+        return self.index.find_runs()
 
     def count_media(self, i: int) -> int:
         """Number of media items of sample i, without reading a shard."""
@@ -136,8 +138,6 @@ class ShardSet:
 
     def media_items(self, i: int) -> list[MediaItem]:
         """Sizes of sample i's media, without reading a shard. Their names are their numbers."""
-        index, span = self.index, self.index.locate_sample(i).media
-        columns = (index.width[span], index.height[span], index.frames[span], index.seconds[span])
         return [
             MediaItem(
                 name=str(number),
@@ -147,24 +147,24 @@ class ShardSet:
                 frames=frames,
                 seconds=seconds,
             )
-            for number, (width, height, frames, seconds) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
+            for number, (width, height, frames, seconds) in enumerate(self.index.read_media(i))
         ]
 
     def count_annotations(self, i: int) -> int:
         """Number of annotations of sample i, without reading a shard."""
-        return int(self.index.annotations[i])
+        return self.index.count_annotations(i)
 
     def load_sample(self, i: int) -> tuple[Sample, list[bytes]]:
         """Sample i and the encoded bytes of its media, as they were when they were indexed.
 
         Raises `BadSample` naming shard and key, and `DataError` if the shard cannot be had.
         """
-        entry = self.index.locate_sample(i)
-        sizes = zip(self.index.width[entry.media].tolist(), self.index.height[entry.media].tolist(), strict=True)
+        entry, sizes = self.index.locate_sample(i), self.index.read_media(i)
         try:
-            sample, blobs = to_sample(entry.key, self._read_members(entry))
+            members = self._read_members(entry)
+            sample, blobs = (self._layout.read_sample if self._layout else to_sample)(entry.key, members)
             # The index has the true sizes, and the bytes are those that were indexed: no header needs another look.
-            for item, blob, (width, height) in zip(sample.media, blobs, sizes, strict=True):
+            for item, blob, (width, height, *_) in zip(sample.media, blobs, sizes, strict=True):
                 if (width, height) != (item.width, item.height):
                     where = f"{item.name} is {width} x {height} pixels"
                     raise BadSample(f"{where}, its entry says {item.width} x {item.height}", kind="malformed")
@@ -177,6 +177,8 @@ class ShardSet:
 
     def read_sample(self, i: int) -> Sample:
         """Sample i without its media, which are not read where our own JSON says what they are. Raises as `load`."""
+        if self._layout:
+            return self.load_sample(i)[0]
         entry = self.index.locate_sample(i)
         try:
             for _, data in self._read_members(entry, only=JSON):
@@ -198,7 +200,7 @@ class ShardSet:
         files: OrderedDict[int, FileIO] = self._local.__dict__.setdefault("files", OrderedDict())
         info = self.manifest.shards[entry.shard]
         if entry.shard not in files:
-            if len(files) >= (MAX_OPEN_COPIES if self._cache else MAX_OPEN_FILES):
+            if len(files) >= (MAX_OPEN_COPIES if self._copies else MAX_OPEN_FILES):
                 files.popitem(last=False)[1].close()
             files[entry.shard] = self._open_file(info)
         files.move_to_end(entry.shard)
@@ -233,13 +235,18 @@ class ShardSet:
             None if same else f"{self._path_of_shard(info)}: sha256 {digest[:12]}, the manifest says {info.sha256[:12]}"
         )
 
-    def _load_index(self) -> Index:
+    def _load_index(self) -> Index | IndexParts:
         info, shards = self.manifest.index, len(self.manifest.shards)
-        if self._cache:
-            return Index.load(self._cache.cached_path(join_address(self.address, info.name), info), shards)
-        if info.bytes <= HASHED_INDEX and (problem := self._check_hash(info)):
+        if not self._cache and info.bytes <= HASHED_INDEX and (problem := self._check_hash(info)):
             raise DataError(f"{problem}: not a readable index. {self._rebuild_command()}")
-        return Index.load(self.folder / info.name, shards)
+        path = self._locate_file(info)
+        return IndexParts.load(path, self._locate_file) if info.name == PARTS else Index.load(path, shards)
+
+    def _locate_file(self, info: FileInfo) -> Path:
+        """A file of the index on this machine."""
+        if self._cache:
+            return self._cache.cached_path(join_address(self.address, info.name), info)
+        return self.folder / info.name
 
     def _check_files(self) -> None:
         problems = [p for info in (self.manifest.index, *self.manifest.shards) if (p := self._check_file(info))]
@@ -248,6 +255,8 @@ class ShardSet:
             raise DataError("\n".join([*problems[:10], *more, self._rebuild_command()]))
 
     def _check_file(self, info: FileInfo) -> str | None:
+        if self.manifest.elsewhere and is_remote(info.name):
+            return None
         path = self.folder / info.name
         if not path.is_file():
             return f"{path}: missing; the manifest lists {len(self.manifest.shards)} shards"
@@ -267,11 +276,13 @@ class ShardSet:
         )
 
     def _path_of_shard(self, info: FileInfo) -> str:
+        if self.manifest.elsewhere and is_remote(info.name):
+            return info.name
         return join_address(self.address, info.name) if self._cache else str(self.folder / info.name)
 
     def _open_file(self, info: FileInfo) -> FileIO:
-        if self._cache:
-            return self._cache.open_cached(self._path_of_shard(info), info)
+        if self._copies and is_remote(path := self._path_of_shard(info)):
+            return self._copies.open_cached(path, info)
         return open(self.folder / info.name, "rb", buffering=0)
 
 

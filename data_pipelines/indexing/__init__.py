@@ -1,0 +1,1 @@
+"""Indexing shards that others wrote: their addresses, and one small index a shard."""

@@ -1,0 +1,154 @@
+"""The index of one shard, written alone: `index/<number>.npz`, and `index/<number>.json`, which is there when it is
+whole. Who writes it, how often, and beside whom, does not change a byte of it."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.atomic_write import atomic_write
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.shards.checksum import crc32, hash_file
+from data_pipelines.shards.index_file import IndexBuilder
+from data_pipelines.shards.layout import Layout
+from data_pipelines.shards.manifest import FileInfo
+from data_pipelines.shards.members import MAX_MEMBER, Member, check_end, is_plain, safe_key
+from data_pipelines.shards.remote import download_file, is_remote
+from data_pipelines.shards.stats import Stats, measure_lengths
+
+Members = list[tuple[Member, bytes]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexJob:
+    """What a worker needs for any shard: the addresses of all, and the folder that takes their indexes."""
+
+    addresses: tuple[str, ...]
+    folder: Path
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What was found in a shard. `bad` are the keys and reasons of the samples that were left out."""
+
+    shard: FileInfo
+    index: FileInfo
+    stats: Mapping[str, Any]
+    bad: tuple[tuple[str, str], ...]
+    layout: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> ShardRecord | None:
+        """The record of a shard that was indexed before; None if there is none, or it is damaged."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            shard, index = FileInfo(**data.pop("shard")), FileInfo(**data.pop("index"))
+            bad = tuple((key, reason) for key, reason in data.pop("bad"))
+            return cls(shard=shard, index=index, bad=bad, **data)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """Where the record of shard `number` lies."""
+    return folder / "index" / f"{number:06d}.json"
+
+
+def find_record(job: IndexJob, number: int) -> ShardRecord | None:
+    """The record of a shard that was indexed before, unless the shard, or the layout, is another now."""
+    record, address = ShardRecord.read(record_path(job.folder, number)), job.addresses[number]
+    if record is None or record.shard.name != address or record.layout != job.layout.to_json():
+        return None
+    part = job.folder / record.index.name
+    whole = part.is_file() and part.stat().st_size == record.index.bytes
+    same = is_remote(address) or Path(address).stat().st_size == record.shard.bytes
+    return record if whole and same else None
+
+
+def index_shard(job: IndexJob, number: int) -> ShardRecord:
+    """Read shard `number` once, from wherever it lies, and write its index and its record.
+
+    A sample that cannot be used, and what follows a cut, is left out and noted. Raises `DataError` if the shard cannot
+    be had at all.
+    """
+    address = job.addresses[number]
+    if not is_remote(address):
+        return _index_file(job, number, Path(address))
+    with tempfile.TemporaryDirectory(dir=job.folder / "index", prefix=".fetched-") as folder:
+        path = Path(folder) / "shard.tar"
+        download_file(address, path)
+        return _index_file(job, number, path)
+
+
+def _index_file(job: IndexJob, number: int, path: Path) -> ShardRecord:
+    builder, stats, bad = IndexBuilder(), Stats(), list[tuple[str, str]]()
+    for key, found in scan_samples(path, job.layout):
+        try:
+            if isinstance(found, BadSample):
+                raise found
+            sample, blobs = job.layout.read_sample(key, [(member.name, data) for member, data in found])
+            builder.add_sample(0, sample, [member for member, _ in found])
+        except DataError as error:
+            bad.append((key, str(error)))
+            continue
+        stats.add_lengths(measure_lengths(sample, blobs))
+    part = builder.write_file(record_path(job.folder, number).with_suffix(".npz"))
+    record = ShardRecord(
+        shard=FileInfo(job.addresses[number], path.stat().st_size, hash_file(path), len(builder)),
+        index=FileInfo(f"index/{part.name}", part.bytes, part.sha256, len(builder)),
+        stats=stats.export_state(),
+        bad=tuple(bad),
+        layout=job.layout.to_json(),
+    )
+    with atomic_write(record_path(job.folder, number), sync=True) as file:
+        json.dump(asdict(record), file)
+    return record
+
+
+def scan_samples(path: Path, layout: Layout) -> Iterator[tuple[str, Members | BadSample]]:
+    """The samples of a tar in file order: the key, and the members that `layout` reads, or why it has none."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for key, found in groupby(_read_members(tar, layout), key=itemgetter(0)):
+                members, problems = Members(), list[str]()
+                for _, member in found:
+                    if isinstance(member, str):
+                        problems.append(member)
+                    elif member is not None:
+                        members.append(member)
+                names = [member.name for member, _ in members]
+                if len(set(names)) < len(names):
+                    problems.append(f"members {names}: one comes twice")
+                yield key, BadSample(f"sample {key!r}: {problems[0]}") if problems else members
+            check_end(tar)
+    except (tarfile.TarError, OSError) as error:
+        yield "", BadSample(f"truncated or not an uncompressed tar, what follows is left out: {error}")
+
+
+def _read_members(tar: tarfile.TarFile, layout: Layout) -> Iterator[tuple[str, tuple[Member, bytes] | str | None]]:
+    """The key of every member, and the member: a text says what is wrong with it, None that the layout has no use for
+    it. Nothing else of it is read."""
+    for info in tar:
+        if info.isdir():
+            continue
+        folder, _, base = info.name.removeprefix("./").rpartition("/")
+        stem, _, name = base.partition(".")
+        key = safe_key(f"{folder}/{stem}" if folder else stem)
+        if not layout.is_used(name):
+            yield key, None
+        elif not is_plain(info) or info.size > MAX_MEMBER:
+            yield key, f"member {name!r} of {info.size} bytes is no plain file of at most {MAX_MEMBER} bytes"
+        else:
+            file = tar.extractfile(info)
+            data = file.read() if file else b""
+            if len(data) != info.size:
+                raise tarfile.ReadError(f"{info.name!r} has {len(data)} of {info.size} bytes")
+            yield key, (Member(name, info.offset_data, info.size, crc32(data)), data)
