@@ -109,9 +109,11 @@ def describe_replaced_data(overrides: Iterable[str], config_dirs: Iterable[str |
 
 @contextmanager
 def composition_errors() -> Iterator[None]:
-    """Gives `peft.rank=8` without a chosen `peft`, and `vision=null` or `=[5]`, the type of Hydra's other errors.
+    """Gives `peft.rank=8` without a chosen `peft`, and `vision=null`, `=[5]` or `schedule={a: 1}`, the type of Hydra's
+    other errors.
 
-    OmegaConf stops at the first with a bare assertion, Hydra at the others with a ValueError or a TypeError.
+    OmegaConf stops at the first with a bare assertion, Hydra at the others with a ValueError, a TypeError or one of
+    OmegaConf's AttributeErrors.
     """
     try:
         yield
@@ -120,9 +122,10 @@ def composition_errors() -> Iterator[None]:
         if not frame.f_globals["__name__"].startswith("omegaconf."):  # a sweeper's or launcher's own
             raise
         raise ConfigCompositionException(EMPTY_PARENT) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        of_hydra = isinstance(error, TypeError) and frame.f_globals["__name__"].startswith("hydra.")
+        inside = {TypeError: "hydra.", AttributeError: "omegaconf."}.get(type(error))
+        of_hydra = inside is not None and frame.f_globals["__name__"].startswith(inside)
         if not of_hydra and GROUP_WITHOUT_OPTION not in str(error):
             raise
         raise ConfigCompositionException(GROUP_WITHOUT_OPTION) from error
