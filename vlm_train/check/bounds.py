@@ -15,6 +15,7 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "reference.which": ("last", "best"),
     "reference.init_from.*.which": ("last", "best"),
     "columns.which": ("last", "best"),
+    "trainer.guard.random_frozen": ("refuse", "warn", "allow"),
 }
 
 POSITIVE = (
@@ -55,6 +56,7 @@ RANGES: dict[str, str] = {
     "trainer.guard.window": ">= 2",
     "trainer.guard.max_in_a_row": ">= 0",
     "trainer.guard.rollback": ">= 0",
+    "trainer.guard.max_unknown": ">= 0, <= 1",
     "trainer.watchdog_minutes": "> 0, <= 1e6",
     "trainer.min_supervised_ratio": ">= 0, <= 1",
     "trainer.max_bad_samples": ">= 0",

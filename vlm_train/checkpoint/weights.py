@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -25,11 +27,30 @@ from vlm_train.checkpoint.files import (
     write_tensors,
 )
 from vlm_train.checkpoint.resume import Resume
+from vlm_train.config.run_file import load_config
+from vlm_train.contracts.model_parts import find_parts
 from vlm_train.distributed import say_once
 from vlm_train.errors import CheckpointError
 from vlm_train.models.adapters.lora import base_names
 from vlm_train.models.adapters.quantize import assign_values, full_shape
 from vlm_train.runs.folder import RunFolder
+
+
+WHOLE = "whole_runs"
+"""In the manifest of a run that took the runs of its `init_from` with what they had kept frozen, as all do now."""
+
+
+@dataclass
+class HandedOver:
+    """What `init_from` gave a model.
+
+    Attributes:
+        digests: SHA-256 of every entry's file, which the checkpoints of the run keep.
+        filled: names of the parameters that came from a file.
+    """
+
+    digests: list[str] = field(default_factory=list)
+    filled: set[str] = field(default_factory=set)
 
 
 def save_weights(root: Path, weights: Mapping[str, torch.Tensor], *, run_id: str, step: int = 0) -> Path:
@@ -62,8 +83,8 @@ def weights_file(run: str | Path, which: str = "last") -> Path:
     return path / WEIGHTS
 
 
-def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = None) -> int:
-    """Copy weights into the model, only those of `parts` if given. Returns the number of tensors.
+def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = None) -> set[str]:
+    """Copy weights into the model, only those of `parts` if given. Returns the names of the parameters.
 
     A checkpoint may lack what its run kept frozen, which its manifest names; nothing else may be missing.
 
@@ -94,7 +115,7 @@ def load_weights(model: nn.Module, file: Path, parts: Sequence[str] | None = Non
         raise CheckpointError(f"{file} does not fit the model: " + "; ".join(problems[:5]))
     for name, tensor in tensors.items():
         assign_values(model, name, tensor)
-    return len(tensors)
+    return set(tensors)
 
 
 def is_in_parts(name: str, parts: Sequence[str]) -> bool:
@@ -114,16 +135,64 @@ def _frozen_names(file: Path) -> set[str]:
     return set(manifest_of(file.parent)["frozen"]) if (file.parent / MANIFEST).is_file() else set()
 
 
-def load_init_from(model: nn.Module, init_from: Sequence[Any]) -> list[str]:
-    """Load the weights that `init_from` names, in order. Returns their SHA-256, which the run's checkpoints keep."""
-    digests = []
+def load_init_from(model: nn.Module, init_from: Sequence[Any], *, alone: bool = False) -> HandedOver:
+    """Load the weights that `init_from` names, in order.
+
+    An entry without `parts` is the whole model that its run trained with: what that run kept frozen comes from where
+    the run had it from, its own `init_from`, or the `weights` of the same part.
+
+    Args:
+        alone: take only what a run learned, as runs did whose manifest lacks `WHOLE`.
+
+    Raises:
+        CheckpointError: weights that are damaged, do not fit, or are no longer where a run took them from.
+    """
+    found = HandedOver()
     for one in init_from:
         file = weights_file(one.run, one.which)
-        count = load_weights(model, file, one.parts)
-        say_once(f"init_from {one.run}: {count} tensors ({', '.join(one.parts) if one.parts else 'all'})")
+        beneath = set() if one.parts is not None or alone else _load_frozen(model, file)
+        names = load_weights(model, file, one.parts)
+        what = ", ".join(one.parts) if one.parts else "all that it learned" if _frozen_names(file) else "all"
+        kept = f", and {len(beneath)} that it kept frozen" if beneath else ""
+        say_once(f"init_from {one.run}: {len(names)} tensors ({what}){kept}")
         known = manifest_of(file.parent)["files"][file.name]["sha256"] if (file.parent / MANIFEST).is_file() else None
-        digests.append(known or hash_file(file))
-    return digests
+        found.digests.append(known or hash_file(file))
+        found.filled |= names | beneath
+    return found
+
+
+def _load_frozen(model: nn.Module, file: Path) -> set[str]:
+    """Give the model what the run of a checkpoint kept frozen. Returns the names of what came from files.
+
+    A part that has `weights` keeps them: they are the run's, which may lie elsewhere by now.
+    """
+    own, adapted = dict(model.named_parameters()), base_names(model)
+    frozen = {name for name in map(lambda n: adapted.get(n, n), _frozen_names(file)) if name in own}
+    if not frozen:
+        return set()
+    run = file.parent.parent.parent
+    config = RunFolder(run).config
+    if not config.is_file():
+        kept = ", ".join(sorted({name.split(".", 1)[0] for name in frozen}))
+        raise CheckpointError(
+            f"init_from: {run} kept {kept} frozen, and {config}, which says where they came from, is missing. Put it "
+            "back, or take parts only: parts: [<part>, ...]."
+        )
+    theirs = load_config(config)
+    try:
+        filled = _load_own_start(model, theirs.init_from, file)
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from: {run} kept parts frozen that it had from another run: {error}") from error
+    for part, module in find_parts(model).items():
+        mine = {name for name in frozen - filled if name.startswith(f"{part}.")}
+        if mine and getattr(module, "weights", None):
+            filled |= mine
+        elif mine and (source := OmegaConf.select(theirs, f"{part}.weights", throw_on_missing=False)):
+            raise CheckpointError(
+                f"init_from: {run} kept {part} frozen, as {source} has it, but this run has {part}.weights=null. Give "
+                f"it the same weights, {part}.weights={source}, or take other parts only: parts: [<part>, ...]."
+            )
+    return filled & frozen
 
 
 def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, which: str = "last") -> None:
@@ -133,5 +202,13 @@ def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, whic
         CheckpointError: damaged, or it did not start from what `init_from` holds now.
     """
     file = weights_file(run, which)
-    Resume(file.parent, manifest_of(file.parent)).require_same_data(init_from=load_init_from(model, init_from))
+    _load_own_start(model, init_from, file)
     load_weights(model, file)
+
+
+def _load_own_start(model: nn.Module, init_from: Sequence[Any], file: Path) -> set[str]:
+    """What the run of a checkpoint started from. Returns the names; raises CheckpointError if it has changed."""
+    manifest = manifest_of(file.parent)
+    found = load_init_from(model, init_from, alone=not manifest.get(WHOLE))
+    Resume(file.parent, manifest).require_same_data(init_from=found.digests)
+    return found.filled

@@ -62,12 +62,19 @@ class BatchSize:
 
 @dataclass
 class Guard:
-    """When a step makes no update. One whose gradients are not finite never does; its samples are recorded."""
+    """When a step makes no update, and what of a run is looked at because it would go wrong without an error.
+
+    A step whose gradients are not finite never makes an update; its samples are recorded.
+    """
 
     spike: float | None = None  # nor one whose norm is so many median deviations above the usual one; null: any
     window: int = 100  # steps that say what is usual
     max_in_a_row: int = 10  # allowed steps without update in a row; one more stops the run
     rollback: int = 0  # or so often takes it back to the checkpoint before them, leaving out the data since
+    random_frozen: str = "refuse"  # a part that is frozen, and that no file fills: refuse | warn | allow
+    weights: bool = True  # after the first update frozen weights must be unchanged, and what learns must have changed
+    first_step: bool = True  # say what the first step learns, and its loss; warn where they are implausible
+    max_unknown: float | None = 0.2  # share of targets unknown to the tokenizer that is borne; null: any
 
 
 @dataclass

@@ -141,7 +141,8 @@ class Window:
 
     `sums[stream][source]` is the total loss weight of this rank's whole window (the stream "samples" counts samples);
     one all-reduce of it before the first backward gives the global denominator. The other counts are for the log
-    (`positions_total`: tokens and padding); `problems` says which samples were left out, and why.
+    (`positions_total`: tokens and padding; `unknown`: targets that the tokenizer does not know); `problems` says which
+    samples were left out, and why.
     """
 
     step: int
@@ -152,6 +153,7 @@ class Window:
     tokens: int = 0
     positions_total: int = 0
     supervised: int = 0
+    unknown: int = 0
     problems: tuple[Problem, ...] = ()
 
 

@@ -19,6 +19,7 @@ from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.dataset import Samples
 from vlm_train.data.order.mixture import SampleRef
 from vlm_train.data.order.sample_plan import Plan
+from vlm_train.data.text.tokenizer import find_unknown_id
 from vlm_train.data.worker_transfer import WorkerMessage
 
 
@@ -62,7 +63,8 @@ class WindowStream(IterableDataset):
         """What the whole step holds: `batches` are those of `micros`."""
         # Ranks reduce the sums by name, so a rank without samples needs all names, too.
         sums: dict[str, dict[str, float]] = {name: {} for name in ("samples", *self.samples.streams)}
-        tokens = positions = supervised = 0
+        tokens = positions = supervised = unknown = 0
+        unknown_id = find_unknown_id(self.samples.processor.tokenizer)
         for rows, batch in zip(micros, batches, strict=True):
             if not rows:  # its batch is one row of padding
                 continue
@@ -78,6 +80,7 @@ class WindowStream(IterableDataset):
                     tokens += start
                 positions += stream.ids.numel()
                 supervised += len(stream.supervised)
+                unknown += int((stream.labels == unknown_id).sum()) if unknown_id is not None else 0
         return Window(
             step=step,
             micro=0,
@@ -87,6 +90,7 @@ class WindowStream(IterableDataset):
             tokens=tokens,
             positions_total=positions,
             supervised=supervised,
+            unknown=unknown,
             problems=problems,
         )
 

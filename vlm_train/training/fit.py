@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.checkpoint.resume import Resume, find_resume
-from vlm_train.checkpoint.weights import load_run_weights
+from vlm_train.checkpoint.weights import WHOLE, load_run_weights
 from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.distributed import count_started, process_rank, require_devices, say_once
 from vlm_train.errors import AssetError, ConfigError, TrainingError
@@ -59,6 +59,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.build import build_data
     from vlm_train.data.text.tokenizer import hash_vocabulary
     from vlm_train.training.callbacks.loop import Evaluation
+    from vlm_train.training.filled import require_filled
     from vlm_train.training.params import make_policy
     from vlm_train.training.prepare_models import prepare_models
     from vlm_train.training.trainer import halves_weights, loop_callbacks, make_strategy, make_trainer
@@ -71,11 +72,14 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     models = prepare_models(cfg, resumed, shares=shares, to_bf16=halves_weights(cfg, strategy))
     assembly = models.assembly
     policy = make_policy(cfg, assembly.model)
+    if not shares:
+        require_filled(assembly.model, models.handed.filled, cfg.trainer.guard.random_frozen, resumes=bool(resumed))
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
     facts: dict[str, Any] = {
         "run_id": identity,
-        "init_from": models.sources,
+        "init_from": models.handed.digests,
+        WHOLE: resumed is None or bool(resumed.manifest.get(WHOLE)),
         "vocabulary": hash_vocabulary(assembly.processor.tokenizer),
     }
     if cfg.reference.model is not None and not shares:
@@ -86,7 +90,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     facts |= {"rollbacks": len(read_rollbacks(folder)), **data.note_estimate()}
     facts["frozen"] = [name for name, p in assembly.model.named_parameters() if not p.requires_grad]
     work = _count_work(cfg, models.skeleton) if process_rank() == 0 else None
-    module = _make_module(cfg, assembly.model, models.reference, policy, data.plan, folder, work)
+    module = _make_module(cfg, models, policy, data.plan, folder, work)
     evaluators = models.evaluators
     evaluation = Evaluation(assembly.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
@@ -136,13 +140,14 @@ def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int, resumed: Resu
     )
 
 
-def _make_module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
+def _make_module(cfg: DictConfig, models: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
     from vlm_train.contracts.model_parts import find_layers
     from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
     from vlm_train.training.module import VLMModule
     from vlm_train.training.reference import lend
 
+    model, reference = models.assembly.model, models.reference
     layers = list(find_layers(model).values())
     if cfg.trainer.activation_checkpointing != "none":
         checkpoint_layers(layers, selective=cfg.trainer.activation_checkpointing == "selective")
@@ -172,6 +177,7 @@ def _make_module(cfg: DictConfig, model: Any, reference: Any, policy: Any, plan:
         strict=cfg.trainer.strict,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
         guard=_make_guard(cfg, folder),
+        first_steps=_make_first_steps(cfg, model, models.handed.filled),
         folder=folder,
         work=work,
         peak_tflops=cfg.trainer.peak_tflops,
@@ -197,8 +203,30 @@ def _count_work(cfg: DictConfig, skeleton: Any) -> Any:
 def _make_guard(cfg: DictConfig, folder: Path) -> Any:
     from vlm_train.training.guard import Guard
 
-    scaled = cfg.trainer.precision == "16-mixed"
-    return Guard(folder, **cfg.trainer.guard, scaled=scaled, skip=cfg.trainer.skip_steps)
+    settings = cfg.trainer.guard
+    return Guard(
+        folder,
+        spike=settings.spike,
+        window=settings.window,
+        max_in_a_row=settings.max_in_a_row,
+        rollback=settings.rollback,
+        scaled=cfg.trainer.precision == "16-mixed",
+        skip=cfg.trainer.skip_steps,
+    )
+
+
+def _make_first_steps(cfg: DictConfig, model: Any, filled: set[str]) -> Any:
+    from vlm_train.training.filled import is_filled
+    from vlm_train.training.first_step import FirstSteps
+
+    settings = cfg.trainer.guard
+    return FirstSteps(
+        weights=settings.weights,
+        first_step=settings.first_step,
+        max_unknown=settings.max_unknown,
+        vocabulary=getattr(getattr(model, "llm", None), "vocab_size", None),
+        pretrained=is_filled(model, "llm", filled),
+    )
 
 
 def _finish_run(assembly: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.sweep.summary import format_duration
 from vlm_train.seeds import derive_seed
 from vlm_train.training.bad_samples import BadSamples
+from vlm_train.training.first_step import FirstSteps
 from vlm_train.training.gather import RankGather
 from vlm_train.training.guard import SCALE, Guard
 from vlm_train.training.metrics import Meter, Work, all_finite, part_norms
@@ -60,6 +61,7 @@ class VLMModule(pl.LightningModule):
         strict: bool = False,
         min_supervised_ratio: float = 0.0,
         guard: Guard | None = None,
+        first_steps: FirstSteps | None = None,
         folder: Path,
         work: Work | None = None,
         peak_tflops: float | None = None,
@@ -82,7 +84,7 @@ class VLMModule(pl.LightningModule):
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalize=source
-        self.guard = guard or Guard(folder)
+        self.guard, self.first_steps = guard or Guard(folder), first_steps or FirstSteps()
         self.keys: list[str] = []  # of the samples of the step
         self.left_out: str | None = None  # why the last step made no update
         self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
@@ -116,7 +118,7 @@ class VLMModule(pl.LightningModule):
         4. `forward` gives the micro-batch's part of the loss, in the precision of the run.
         5. Backward. Gradients are added up; they cross ranks in the last micro-batch.
         6. The guard looks at the norm of the gradients: not finite, or a spike, means no update. Else they are clipped.
-        7. The optimizer makes its step, and the schedule follows updates, not steps.
+        7. The optimizer makes its step; the first ones are looked at. The schedule follows updates, not steps.
         8. The family keeps its bounds (the temperature of two towers).
         9. Log, stop, validate, save: `callbacks.loop.AfterStep`, each at its interval.
         """
@@ -146,6 +148,7 @@ class VLMModule(pl.LightningModule):
         self.zero_grad(set_to_none=True)
         if self.left_out is None and not strategy.made_update():
             self.left_out = SCALE
+        self.first_steps.look(self)
         if self.left_out is None:
             cast(Any, self.lr_schedulers()).step()
         else:
@@ -171,11 +174,12 @@ class VLMModule(pl.LightningModule):
         rank is asked to stop."""
         names = sorted(set(self.normalizers.values()))  # the same on every rank
         sums = [sum(window.sums.get(name, {}).values()) for name in names]
-        sums += [float(bool(self.interrupt)), float(window.samples), float(len(window.problems))]
+        sums += [bool(self.interrupt), window.samples, len(window.problems)]
+        sums += [window.tokens, window.supervised, window.unknown]
         if self.trainer.world_size > 1:
             local = torch.tensor(sums, dtype=torch.float64).to(self.device)
             sums = self.trainer.strategy.reduce(local, reduce_op="sum").tolist()
-        *sums, asked, good, bad = sums
+        *sums, asked, good, bad, tokens, targets, unknown = sums
         self.stopping = asked > 0
         self.denominators = dict(zip(names, sums, strict=True))
         if self.normalize == "source":  # ranks may hold other sources; "samples" weighs no targets
@@ -189,6 +193,7 @@ class VLMModule(pl.LightningModule):
             raise TrainingError(
                 f"data.train: {reason}. {self.bad.summarize_kinds(self.over_ranks(dict(self.bad.kinds)))}"
             )
+        self.first_steps.open_step(tokens, targets, unknown)
 
     def _clip_gradients(self) -> None:
         """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
@@ -258,6 +263,7 @@ class VLMModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Start the clock of the metrics."""
+        self.first_steps.begin(self)
         gather = RankGather(self.device) if self.trainer.world_size > 1 else OneRank()
         self.context = StepContext(gather, self.lend_reference)
         self.meter.start_clock(self.global_step)

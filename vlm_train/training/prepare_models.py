@@ -11,7 +11,7 @@ from vlm_train.build import build_assembly, build_evaluators, build_on_meta
 from vlm_train.check.model import check_model, check_reference
 from vlm_train.checkpoint.files import WEIGHTS
 from vlm_train.checkpoint.resume import Resume
-from vlm_train.checkpoint.weights import load_init_from, load_weights
+from vlm_train.checkpoint.weights import WHOLE, HandedOver, load_init_from, load_weights
 from vlm_train.models.precision import cast_to_bf16
 from vlm_train.training.params import make_policy
 from vlm_train.training.reference import (
@@ -29,14 +29,14 @@ class PreparedModels:
 
     Attributes:
         skeleton: the model on the meta device; None where it cannot be built there.
-        sources: where handed-over weights came from.
+        handed: what `init_from` gave.
         reference: the frozen second model, with the digests of its weights; None: the run has none.
     """
 
     assembly: Any
     skeleton: Any
     evaluators: dict[str, Any]
-    sources: list[str]
+    handed: HandedOver
     reference: Any
     digests: Any
 
@@ -61,14 +61,15 @@ def prepare_models(cfg: DictConfig, resumed: Resume | None, *, shares: bool, to_
     assembly = build_assembly(cfg, meta=shares)
     if skeleton is None:
         check_model(cfg, assembly.model)
-    sources: list[str] = []
+    alone = resumed is not None and not resumed.manifest.get(WHOLE)  # go on with what the run began with
+    handed = HandedOver()
     if not shares:
-        sources = load_init_from(assembly.model, cfg.init_from)
+        handed = load_init_from(assembly.model, cfg.init_from, alone=alone)
         if resumed:
-            load_weights(assembly.model, resumed.folder / WEIGHTS)
-    reference, digests = build_reference(cfg, other, assembly.processor.tokenizer, meta=shares)
+            handed.filled |= load_weights(assembly.model, resumed.folder / WEIGHTS)
+    reference, digests = build_reference(cfg, other, assembly.processor.tokenizer, meta=shares, alone=alone)
     if to_bf16:
         cast_to_bf16(assembly.model)
         if reference is not None:
             cast_to_bf16(reference)
-    return PreparedModels(assembly, skeleton, evaluators, sources, reference, digests)
+    return PreparedModels(assembly, skeleton, evaluators, handed, reference, digests)

@@ -58,7 +58,7 @@ def reference_config(cfg: DictConfig) -> DictConfig | None:
 
 
 def build_reference(
-    cfg: DictConfig, other: DictConfig | None, tokenizer: Any, *, meta: bool = False
+    cfg: DictConfig, other: DictConfig | None, tokenizer: Any, *, meta: bool = False, alone: bool = False
 ) -> tuple[Family | None, list[str]]:
     """The reference's own model, frozen and in eval mode, and the SHA-256 of the weights that it starts from.
 
@@ -66,6 +66,7 @@ def build_reference(
         other: its `reference_config`.
         tokenizer: of the run, whose token ids the reference reads.
         meta: on the meta device, without weights: rank 0 spreads them later.
+        alone: see `load_init_from`.
 
     Raises:
         ConfigError: the reference was trained with another vocabulary.
@@ -85,7 +86,7 @@ def build_reference(
         load_run_weights(model, other.init_from, run, which)
         digests = [hash_file(file)]
     elif not meta:
-        digests = load_init_from(model, other.init_from)
+        digests = load_init_from(model, other.init_from, alone=alone).digests
     model.requires_grad_(False)
     return model.eval(), digests
 

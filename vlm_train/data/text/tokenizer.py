@@ -232,3 +232,11 @@ def hash_vocabulary(tokenizer: Any) -> str:
     """Fingerprint of what every id means."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def find_unknown_id(tokenizer: Any) -> int | None:
+    """The id that stands for text outside the vocabulary; None without one, or where it also ends a text, as GPT-2's
+    does, whose bytes spell everything."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ends = (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "bos_token_id", None))
+    return None if unknown is None or unknown in ends else int(unknown)

@@ -1,0 +1,153 @@
+"""After the first update frozen weights are what they were, and what learns is not; rates of 0 prove nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.jobs import train_on_ranks
+from tests.support.small_run import command, make_data, train
+from tests.training.strategies.test_parity import STRATEGIES
+from vlm_train.errors import TrainingError
+from vlm_train.training.params import Group, Policy
+from vlm_train.training.weights_watch import PATIENCE, WeightsWatch, sum_bits
+
+FROZEN = "vision.model.encoder.layers.0.mlp.fc1.weight"
+TOUCH = f"+callbacks.touch={{_target_: tests.support.broken_weights.Touch, name: {FROZEN}, rank: %d}}"
+HOLD = "+callbacks.hold={_target_: tests.support.broken_weights.Hold, part: connector}"
+OWN = ["allow_targets=[tests.]", "trainer.export=false"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_watch(dtype: torch.dtype = torch.float32, width: int = 40) -> tuple[nn.ModuleDict, WeightsWatch]:
+    """A frozen tower beside a connector and a head that learn."""
+    model = nn.ModuleDict({name: nn.Linear(width, width, dtype=dtype) for name in ("tower", "connector", "head")})
+    model["tower"].requires_grad_(False)
+    groups = [Group(name, 1e-3, 0.0, list(model[name].parameters())) for name in ("connector", "head")]
+    return model, WeightsWatch(model, Policy(groups, []), lambda values: values)
+
+
+def move(part: nn.Module) -> None:
+    with torch.no_grad():
+        next(part.parameters())[0, 0] += 1e-3
+
+
+def test_a_healthy_update_ends_the_watch() -> None:
+    model, watch = make_watch()
+    move(model["connector"])
+    move(model["head"])
+    watch.look_after_update({"connector": 1e-3, "head": 1e-3}, {"connector": 1.0, "head": 1.0})
+    assert watch.done
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), 1e-7])
+def test_a_frozen_weight_that_changed_is_named(value: float) -> None:
+    model, watch = make_watch()
+    with torch.no_grad():
+        model["tower"].weight[3, 2] += value
+    with pytest.raises(
+        TrainingError, match=r"1 frozen weights changed .* tower\.weight\. .*trainer\.guard\.weights=false"
+    ):
+        watch.look_after_update({"connector": 0.0}, {})
+
+
+def test_warm_up_from_zero_and_a_late_first_change_are_healthy() -> None:
+    model, watch = make_watch()
+    norms = {"connector": 1.0, "head": 1.0}
+    for _ in range(3 * PATIENCE):
+        watch.look_after_update({"connector": 0.0, "head": 0.0}, norms)
+    for _ in range(PATIENCE - 2):  # too small for these weights
+        watch.look_after_update({"connector": 1e-9, "head": 1e-9}, norms)
+    move(model["connector"])
+    move(model["head"])
+    watch.look_after_update({"connector": 1e-8, "head": 1e-8}, norms)
+    assert watch.done
+
+
+def test_a_part_that_no_update_reaches_is_named() -> None:
+    model, watch = make_watch()
+    rates, norms = {"connector": 1e-3, "head": 1e-3}, {"connector": 1.0, "head": 1.0}
+    move(model["head"])
+    for _ in range(PATIENCE - 1):
+        watch.look_after_update(rates, norms)
+    with pytest.raises(
+        TrainingError, match=f"connector learns, and gradients reach it, but none .* {PATIENCE} updates"
+    ):
+        watch.look_after_update(rates, norms)
+
+
+def test_a_few_numbers_in_16_bits_are_only_warned(capsys: pytest.CaptureFixture[str]) -> None:
+    model, watch = make_watch(torch.bfloat16, width=4)
+    move(model["head"])
+    for _ in range(PATIENCE):
+        watch.look_after_update({"connector": 1e-6, "head": 1e-6}, {"connector": 1.0, "head": 1.0})
+    assert watch.done and "warning: connector learns, and gradients" in capsys.readouterr().out
+
+
+def test_a_part_without_gradient_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weight decay alone changes its weights."""
+    model, watch = make_watch()
+    for _ in range(PATIENCE):
+        move(model["connector"])
+        move(model["head"])
+        watch.look_after_update({"connector": 1e-3, "head": 1e-3}, {"head": 1.0})
+    assert watch.done
+    said = capsys.readouterr().out
+    assert said.count(f"connector learns (params.rules), but no gradient has reached it in {PATIENCE} updates") == 1
+
+
+def test_single_tensors_may_stay() -> None:
+    """LoRA's A, whose gradient is 0 while B is, or a layer that is not used."""
+    model, watch = make_watch()
+    for part in ("connector", "head"):
+        with torch.no_grad():
+            model[part].bias += 1.0
+    watch.look_after_update({"connector": 1e-3, "head": 1e-3}, {"connector": 1.0, "head": 1.0})
+    assert watch.done
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_a_sum_of_bits_sees_the_last_bit(dtype: torch.dtype) -> None:
+    tensor = nn.Parameter(torch.arange(1000).to(dtype), requires_grad=False)
+    (before,) = sum_bits([tensor])
+    assert sum_bits([tensor]) == [before]
+    tensor.view(torch.uint8)[8] ^= 1
+    assert sum_bits([tensor]) != [before]
+    assert sum_bits([nn.Parameter(torch.zeros(0))]) == [0] and sum_bits([]) == []
+
+
+def test_a_run_whose_frozen_weights_change_stops(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="1 frozen weights changed in the first update"):
+        train(command(data, tmp_path, *OWN, TOUCH % 0))
+    off = ["trainer.guard.weights=false", "trainer.max_steps=1"]
+    train(command(data, tmp_path, *OWN, TOUCH % 0, *off, name="off"))
+
+
+def test_a_run_that_does_not_learn_stops(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="connector learns, and gradients reach it, but none"):
+        train(command(data, tmp_path, *OWN, HOLD, "trainer.max_steps=12", "trainer.save_every=null"))
+
+
+def test_adapters_and_warm_up_pass(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = r"params.rules=[{match: '.*\.lora_.*', lr: 1e-3}, {match: '.*', lr: null}]"
+    train(command(data, tmp_path, *OWN, "peft=lora", rules, "lr_schedule.warmup_ratio=0.5", "trainer.max_steps=3"))
+    assert "no gradient" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_sees_both(strategy: str, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    common = [*OWN, *STRATEGIES[strategy], "batch.micro=1", "trainer.max_steps=11", "trainer.save_every=null"]
+    train_on_ranks(command(data, tmp_path, *common, "trainer.max_steps=2", name="healthy"))
+    for name, fault, said in (("touch", TOUCH % 1, "1 frozen weights changed"), ("hold", HOLD, "gradients reach it")):
+        capfd.readouterr()
+        codes = train_on_ranks(command(data, tmp_path, *common, fault, name=name), check=False)
+        assert any(codes) and said in "".join(capfd.readouterr()), name
