@@ -35,7 +35,6 @@ from vlm_train.models.adapters.lora import base_names
 from vlm_train.models.adapters.quantize import assign_values, full_shape
 from vlm_train.runs.folder import RunFolder
 
-
 WHOLE = "whole_runs"
 """In the manifest of a run that took the runs of its `init_from` with what they had kept frozen, as all do now."""
 
@@ -167,7 +166,7 @@ def _load_frozen(model: nn.Module, file: Path) -> set[str]:
     A part that has `weights` keeps them: they are the run's, which may lie elsewhere by now.
     """
     own, adapted = dict(model.named_parameters()), base_names(model)
-    frozen = {name for name in map(lambda n: adapted.get(n, n), _frozen_names(file)) if name in own}
+    frozen = {name for name in (adapted.get(n, n) for n in _frozen_names(file)) if name in own}
     if not frozen:
         return set()
     run = file.parent.parent.parent

@@ -24,7 +24,7 @@ TRAINING_KEYS = (
 COSMETIC_KEYS = {
     "trainer": ("val_every", "save_every", "log_every", "async_save", "keep_last", "keep_best", "keep_every", "best",
                 "activation_checkpointing", "compile", "accelerator", "threads", "max_bad_samples", "max_bad_share",
-                "strict", "guard", "skip_steps", "export", "peak_tflops",
+                "strict", "guard", "skip_steps", "largest_first", "export", "peak_tflops",
                 "watchdog_minutes"),
     "data": ("workers", "prefetch", "cache", "shard_cache", "shard_cache_bytes"),
 }  # fmt: skip

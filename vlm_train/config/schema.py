@@ -102,6 +102,7 @@ class Trainer:
     strict: bool = False  # the first bad sample stops the run
     guard: Guard = field(default_factory=Guard)
     skip_steps: list[list[int]] = field(default_factory=list)  # [[first, last]]: steps whose data makes no update
+    largest_first: bool = False  # run the plan's largest micro-batches before the first step: what does not fit shows
     export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
     peak_tflops: float | None = None  # of one device, for the logged MFU; null: known for common GPUs
     watchdog_minutes: float | None = 20.0  # end a run without progress for this long, less than launch.timeout_minutes

@@ -58,6 +58,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
 
     from vlm_train.build import build_data
     from vlm_train.data.text.tokenizer import hash_vocabulary
+    from vlm_train.training.callbacks.largest_first import LargestFirst
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.filled import require_filled
     from vlm_train.training.params import make_policy
@@ -94,6 +95,8 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     evaluators = models.evaluators
     evaluation = Evaluation(assembly.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
+    if cfg.trainer.largest_first:
+        callbacks.append(LargestFirst(data))
     trainer = make_trainer(cfg, data.plan, strategy, callbacks, folder)
     if trainer.is_global_zero:
         _describe_run(cfg, assembly, policy, trainer, folder, identity, evaluators)
