@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.support.small_run import command, make_data, train
+from vlm_train import cli
 from vlm_train.data.text.tokenizer import byte_level, find_unknown_id, word_tokenizer
-from vlm_train.errors import TrainingError
+from vlm_train.errors import ConfigError, TrainingError
 from vlm_train.training.first_step import TargetCheck, find_implausible
 
 V = 1000
@@ -102,13 +103,24 @@ def few_words(*, add: list[str]) -> Any:
     return word_tokenizer(["Which number is ?"], add=add)
 
 
-@pytest.mark.parametrize("pack", [[], ["data.pack=64", "batch.samples=4"]])
-def test_unknown_targets_are_refused(pack: list[str], data: Path, tmp_path: Path) -> None:
-    own = ["allow_targets=[tests.]", "trainer.export=false", f"data.cache={tmp_path / 'lengths'}"]
-    with pytest.raises(TrainingError, match=r"[\d.]+% of \d+ learned tokens are unknown to the tokenizer, more than"):
-        train(command(data, tmp_path, *own, *pack, *WORDS, "batch.samples=12"))
+@pytest.mark.parametrize("pack", [False, True])
+def test_unknown_targets_are_refused(pack: bool, data: Path, tmp_path: Path) -> None:
+    """In the first batches, or where lengths are measured."""
+    own = ["allow_targets=[tests.]", "trainer.export=false", *WORDS, *(["data.pack=64"] if pack else [])]
+    with pytest.raises(ConfigError if pack else TrainingError, match=r"% of .* unknown to the tokenizer, more than tr"):
+        train(command(data, tmp_path, *own, "batch.samples=12"))
     borne = ["trainer.guard.max_unknown=null", "trainer.max_steps=1"]
-    train(command(data, tmp_path, *own, *pack, *WORDS, *borne, name="borne"))
+    train(command(data, tmp_path, *own, *borne, name="borne"))
+
+
+def test_lengths_say_unknown_targets(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = command(data, tmp_path, "allow_targets=[tests.]", *WORDS, "mode=lengths")
+    assert cli.main(overrides) == 2
+    assert "train: " in (told := capsys.readouterr()).out and "trainer.guard.max_unknown=0.2" in told.err
+    assert cli.main([*overrides, "trainer.guard.max_unknown=0.9999"]) == 0
+    assert "learned tokens looked at are unknown to the tokenizer; mode=show" in capsys.readouterr().out
+    assert cli.main(command(data, tmp_path, "mode=lengths")) == 0
+    assert "unknown" not in capsys.readouterr().out
 
 
 def test_a_few_unknown_targets_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +138,8 @@ def test_a_few_unknown_targets_are_said_once(capsys: pytest.CaptureFixture[str])
 
 
 def test_tokenizers_that_spell_everything_have_no_unknown_token() -> None:
-    assert find_unknown_id(byte_level()) is None
+    whole = byte_level()
+    assert find_unknown_id(whole) not in whole.encode("any text, ÿ 🎈", add_special_tokens=False)
     ends = SimpleNamespace(unk_token_id=7, eos_token_id=7, bos_token_id=7)
     assert find_unknown_id(ends) is None  # GPT-2
     assert find_unknown_id(SimpleNamespace(unk_token_id=0, eos_token_id=2, bos_token_id=1)) == 0  # Llama

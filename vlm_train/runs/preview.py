@@ -33,4 +33,4 @@ def measure_lengths(cfg: DictConfig) -> None:
     cfg = cfg.copy()
     if cfg.data.get("val"):  # not looked at, so it need not be there
         cfg.data.val, cfg.data.val_share = [], 0.0
-    measure_sources(build_data(cfg, build_assembly(cfg, meta=True).processor))
+    measure_sources(build_data(cfg, build_assembly(cfg, meta=True).processor), cfg.trainer.guard.max_unknown)

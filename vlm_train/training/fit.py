@@ -57,6 +57,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     import torch
 
     from vlm_train.build import build_data
+    from vlm_train.data.survey import require_known_targets
     from vlm_train.data.text.tokenizer import hash_vocabulary
     from vlm_train.training.callbacks.largest_first import LargestFirst
     from vlm_train.training.callbacks.loop import Evaluation
@@ -77,6 +78,8 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
         require_filled(assembly.model, models.handed.filled, cfg.trainer.guard.random_frozen, resumes=bool(resumed))
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
+    if data.train.lengths is not None and process_rank() == 0:
+        require_known_targets(data.train, cfg.trainer.guard.max_unknown)
     facts: dict[str, Any] = {
         "run_id": identity,
         "init_from": models.handed.digests,
