@@ -143,3 +143,12 @@ def test_the_command_line_says_it_without_a_traceback(
     assert cli.main(command(data, tmp_path, REFUSE)) == 2
     said = capsys.readouterr().err
     assert "trainer.guard.random_frozen=allow" in said and "Traceback" not in said
+
+
+def test_a_dry_run_says_it_too(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "vision is frozen, and neither vision.weights nor init_from fills it: a run refuses that"
+    assert cli.main(command(data, tmp_path, "dry_run=true", REFUSE)) == 0
+    assert note in capsys.readouterr().out
+    for filled in ("init_from=[{run: ???, parts: [vision]}]", "init_from=[{run: ???}]", "vision.weights=???"):
+        assert cli.main(command(data, tmp_path, "dry_run=true", REFUSE, filled)) == 0
+        assert note not in capsys.readouterr().out

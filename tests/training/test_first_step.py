@@ -24,16 +24,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def implausible(loss: float, *, pretrained: bool = False, targets: float = 200, vocabulary: int | None = V) -> str:
+def implausible(
+    loss: float, *, pretrained: bool | None = False, targets: float = 200, vocabulary: int | None = V
+) -> str:
     held: dict[str, Any] = {"tokens": 1000.0, "targets": targets, "unknown": 0.0, "vocabulary": vocabulary}
     return "\n".join(find_implausible(**held, losses={"lm": loss}, pretrained=pretrained))
 
 
 @pytest.mark.parametrize(
     ("loss", "pretrained"),
-    [(CHANCE, False), (CHANCE + 1.5, False), (0.9 * CHANCE, False), (1.2, True), (0.05, True), (0.9 * CHANCE, True)],
+    [
+        (CHANCE, False),
+        (CHANCE + 1.5, False),
+        (0.9 * CHANCE, False),
+        (1.2, True),
+        (0.05, True),
+        (0.9 * CHANCE, True),
+        (1.0, None),
+        (8.0, None),
+    ],
 )
-def test_what_healthy_models_begin_with_is_not_said(loss: float, pretrained: bool) -> None:
+def test_what_healthy_models_begin_with_is_not_said(loss: float, pretrained: bool | None) -> None:
     assert implausible(loss, pretrained=pretrained) == ""
 
 

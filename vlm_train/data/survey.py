@@ -17,8 +17,8 @@ from vlm_train.errors import ConfigError
 PACKED = 8192
 """Samples that are packed to see how full rows get."""
 
-LOOKED_AT = 256
-"""Samples of a source in which targets that the tokenizer does not know are looked for."""
+LOOKED_AT, FEWEST = 1024, 64
+"""Samples in which targets that the tokenizer does not know are looked for: of all sources, and of each at least."""
 
 WORTH_SAYING = 0.01
 """Share of them that is said."""
@@ -79,8 +79,9 @@ def require_known_targets(samples: Samples, most: float | None) -> None:
 def _count_unknown(samples: Samples, source: Source, unknown_id: int) -> tuple[int, int]:
     """Unknown targets, and targets, of some samples of a source, evenly spread over it."""
     unknown = targets = 0
-    numbers = source.samples
-    for number in numbers[:: max(1, len(numbers) // LOOKED_AT)][:LOOKED_AT]:
+    most = max(LOOKED_AT // len(samples.sources), FEWEST)
+    for place in range(0, source.size, -(-source.size // most)):
+        number = source.first + place if source.pieces is None else source.pieces[place, 0]
         try:
             rendered = samples.processor.render(source.shards.read_sample(int(number)), samples.render_options)
         except BadSample:  # training meets it, and says why

@@ -12,11 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from vlm_train.build import build_model, build_tokenizer
 from vlm_train.check.assets import missing_assets
 from vlm_train.check.model import check_model
+from vlm_train.checkpoint.weights import is_in_parts
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.trust import iterate_components
 from vlm_train.dryrun.advice import Advice, Suggestion, advise_run
 from vlm_train.dryrun.memory import GIB, Peak
 from vlm_train.dryrun.plan import Plan, checkpointing_mode, make_plan, rows_at_once
+from vlm_train.training.filled import find_random_parts
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the configuration nor shards say how long the vocabulary is."""
@@ -28,13 +30,14 @@ ASSUMED_NOTE = (
 
 def dry_run(cfg: DictConfig) -> dict[str, Any]:
     """Build the model of `cfg` on the meta device, print its plan, and return it as plain data."""
-    cfg, notes = without_assets(cfg)
+    asked, (cfg, notes) = cfg, without_assets(cfg)
     if cfg.batch.samples is not None:  # a device has no more rows than its share
         cfg.batch.micro = min(cfg.batch.micro, -(-cfg.batch.samples // cfg.target.gpus))
     assumed = ASSUMED_NOTE in notes
     model = build_model(cfg, meta=True)
     check_model(cfg, model)
     plan = make_plan(cfg, model)
+    notes += list_unfilled(asked, model)
     rest = "\n".join(note for note in notes if note != ASSUMED_NOTE)
     print("\n\n".join([*format_plan(cfg, plan, assumed_vocabulary=assumed), rest]).rstrip())
     return as_dict(cfg, plan)
@@ -62,6 +65,21 @@ def without_assets(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
         if not known:
             notes.append(ASSUMED_NOTE)
     return cfg, notes
+
+
+def list_unfilled(cfg: DictConfig, model: Any) -> list[str]:
+    """Notes on parts that a run would refuse: frozen, and filled by neither their weights nor `init_from`."""
+    if cfg.trainer.guard.random_frozen != "refuse":
+        return []
+    names = [name for name, _ in model.named_parameters()]
+    filled = {name for one in cfg.init_from for name in names if one.parts is None or is_in_parts(name, one.parts)}
+    for path, group, node in iterate_components(cfg):
+        if group in (*MODEL_PARTS, "parts") and node.get("weights") == "???":
+            filled |= {name for name in names if name.startswith(f"{path.removeprefix('parts.')}.")}
+    return [
+        f"Note        {part} is frozen, and neither {part}.weights nor init_from fills it: a run refuses that"
+        for part in find_random_parts(model, filled)
+    ]
 
 
 def _vocabulary_size(cfg: DictConfig) -> tuple[int, bool]:

@@ -81,14 +81,14 @@ def find_implausible(
     unknown: float,
     losses: Mapping[str, float],
     vocabulary: int | None,
-    pretrained: bool,
+    pretrained: bool | None,
 ) -> Iterable[str]:
     """What is implausible in the first step of a run, in words.
 
     Args:
         losses: of the objectives that predict tokens, in nats a token.
-        pretrained: whether the weights of the language model come from files: it predicts better than a guess, and what
-            it does not yet see it does not know. A random one predicts nothing.
+        pretrained: whether the weights of the language model come from files: it predicts better than a guess. A random
+            one predicts nothing. None: neither is expected, as of BERT in the place of a decoder.
     """
     if tokens and targets / tokens < WORTH_SAYING:
         yield (
@@ -114,7 +114,7 @@ def find_implausible(
                 f"{begin} above that of guessing, ln {vocabulary:,} = {chance:.2f}; a trained language model begins "
                 "well below it. Did its weights arrive, and is the tokenizer its own?"
             )
-        elif not pretrained and loss < 0.7 * chance:
+        elif pretrained is False and loss < 0.7 * chance:
             yield (
                 f"{begin} far below that of guessing, ln {vocabulary:,} = {chance:.2f}, though the language model is "
                 "untrained. Can the targets be read off the input (labels that are not shifted, or twice)?"
@@ -129,7 +129,7 @@ class FirstSteps:
         first_step: say what the first step of the run learned, and what of it is implausible.
         max_unknown: see `TargetCheck`.
         vocabulary: tokens that the language model chooses from; None: unknown.
-        pretrained: whether its weights come from files.
+        pretrained: see `find_implausible`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class FirstSteps:
         first_step: bool = True,
         max_unknown: float | None = 0.2,
         vocabulary: int | None = None,
-        pretrained: bool = False,
+        pretrained: bool | None = None,
     ) -> None:
         self.weights, self.first_step = weights, first_step
         self.vocabulary, self.pretrained = vocabulary, pretrained

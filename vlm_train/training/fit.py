@@ -225,13 +225,14 @@ def _make_first_steps(cfg: DictConfig, model: Any, filled: set[str]) -> Any:
     from vlm_train.training.filled import is_filled
     from vlm_train.training.first_step import FirstSteps
 
-    settings = cfg.trainer.guard
+    settings, llm = cfg.trainer.guard, getattr(model, "llm", None)
+    unlike = hasattr(llm, "encoder_start")  # BLIP's, which begins as a BERT and has never predicted a next word
     return FirstSteps(
         weights=settings.weights,
         first_step=settings.first_step,
         max_unknown=settings.max_unknown,
-        vocabulary=getattr(getattr(model, "llm", None), "vocab_size", None),
-        pretrained=is_filled(model, "llm", filled),
+        vocabulary=getattr(llm, "vocab_size", None),
+        pretrained=None if unlike else is_filled(model, "llm", filled),
     )
 
 
