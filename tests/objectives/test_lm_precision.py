@@ -35,7 +35,7 @@ class Head(nn.Module):
 
 
 def test_the_head_computes_in_the_models_precision_and_the_loss_in_fp32() -> None:
-    batch = batch_of(text_stream([[5, 6, 7, 8, 9, 10]]))
+    batch = batch_of(text_stream([[5, 6, 7, 8, 9, 10]]), [])
     stream = batch.text["llm"]
     model = Head(torch.bfloat16, stream.ids.shape[1])
     (loss,) = LanguageModeling(chunk=2)(model, batch, StepContext()).values()
