@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,29 +169,33 @@ def _load_frozen(model: nn.Module, file: Path) -> set[str]:
     frozen = {name for name in (adapted.get(n, n) for n in _frozen_names(file)) if name in own}
     if not frozen:
         return set()
+    read = {n for p, part in find_parts(model).items() if getattr(part, "weights", None) for n in _names_below(p, own)}
     run = file.parent.parent.parent
     config = RunFolder(run).config
     if not config.is_file():
-        kept = ", ".join(sorted({name.split(".", 1)[0] for name in frozen}))
-        raise CheckpointError(
-            f"init_from: {run} kept {kept} frozen, and {config}, which says where they came from, is missing. Put it "
-            "back, or take parts only: parts: [<part>, ...]."
-        )
+        if rest := sorted({name.split(".", 1)[0] for name in frozen - read}):
+            raise CheckpointError(
+                f"init_from: {run} kept {', '.join(rest)} frozen, and {config}, which says where they came from, is "
+                "missing. Put it back, or take parts only: parts: [<part>, ...]."
+            )
+        return frozen
     theirs = load_config(config)
     try:
-        filled = _load_own_start(model, theirs.init_from, file)
+        filled = _load_own_start(model, theirs.init_from, file) | read
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {run} kept parts frozen that it had from another run: {error}") from error
-    for part, module in find_parts(model).items():
-        mine = {name for name in frozen - filled if name.startswith(f"{part}.")}
-        if mine and getattr(module, "weights", None):
-            filled |= mine
-        elif mine and (source := OmegaConf.select(theirs, f"{part}.weights", throw_on_missing=False)):
+    for part in find_parts(model):
+        source = OmegaConf.select(theirs, f"{part}.weights", throw_on_missing=False)
+        if source and _names_below(part, frozen - filled):
             raise CheckpointError(
                 f"init_from: {run} kept {part} frozen, as {source} has it, but this run has {part}.weights=null. Give "
                 f"it the same weights, {part}.weights={source}, or take other parts only: parts: [<part>, ...]."
             )
     return filled & frozen
+
+
+def _names_below(part: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.startswith(f"{part}.")}
 
 
 def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, which: str = "last") -> None:
