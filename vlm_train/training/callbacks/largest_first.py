@@ -54,7 +54,7 @@ class LargestFirst(pl.Callback):
         if self.done:
             return
         self.done = True
-        found = self._find_places(trainer) if trainer.is_global_zero else None
+        found: Any = self._find_places(trainer) if trainer.is_global_zero else None
         places, looked, total = trainer.strategy.broadcast(found)
         for place in places:
             self._rehearse(trainer, pl_module, place)
