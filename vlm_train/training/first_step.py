@@ -141,7 +141,7 @@ class FirstSteps:
         vocabulary: int | None = None,
         pretrained: bool | None = None,
     ) -> None:
-        self.weights, self.first_step = weights, first_step
+        self.weights, self.first_step, self.is_first = weights, first_step, False
         self.vocabulary, self.pretrained = vocabulary, pretrained
         self.targets = TargetCheck(max_unknown)
         self.watch: WeightsWatch | None = None
@@ -149,7 +149,7 @@ class FirstSteps:
 
     def begin(self, module: Any) -> None:
         """The weights are in place, and no update has been made."""
-        self.first_step = self.first_step and module.global_step == 0
+        self.is_first = self.first_step and module.global_step == 0
         self.watch = WeightsWatch(module.model, module.policy, module.over_ranks) if self.weights else None
 
     def open_step(self, *counts: float) -> None:
@@ -159,8 +159,8 @@ class FirstSteps:
 
     def look(self, module: Any) -> None:
         """Look at the step that was just made, or left out. Raises TrainingError, on every rank."""
-        if self.first_step:
-            self.first_step = False
+        if self.is_first:
+            self.is_first = False
             self._say_first(module)
         if self.watch is None or module.left_out is not None:
             return
