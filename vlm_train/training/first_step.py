@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from vlm_train.distributed import process_rank
 from vlm_train.errors import TrainingError
 from vlm_train.objectives.lm import LanguageModeling
+from vlm_train.training.filled import is_filled
 from vlm_train.training.weights_watch import WeightsWatch
 
 COUNTED = ("tokens", "targets", "unknown")
@@ -181,6 +182,19 @@ class FirstSteps:
             print(describe_first_step(**held), flush=True)
         for problem in find_implausible(**held, pretrained=self.pretrained):
             _say(problem)
+
+
+def make_first_steps(settings: Any, model: Any, filled: Collection[str]) -> FirstSteps:
+    """What a run looks at, by `trainer.guard`. `filled`: parameters that came from files, see `is_filled`."""
+    llm = getattr(model, "llm", None)
+    unlike = hasattr(llm, "encoder_start")  # BLIP's, which begins as a BERT and has never predicted a next word
+    return FirstSteps(
+        weights=settings.weights,
+        first_step=settings.first_step,
+        max_unknown=settings.max_unknown,
+        vocabulary=getattr(llm, "vocab_size", None),
+        pretrained=None if unlike else is_filled(model, "llm", filled),
+    )
 
 
 def _say(text: str) -> None:

@@ -57,8 +57,6 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     import torch
 
     from vlm_train.build import build_data
-    from vlm_train.data.survey import require_known_targets
-    from vlm_train.data.text.tokenizer import hash_vocabulary
     from vlm_train.training.callbacks.largest_first import LargestFirst
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.filled import require_filled
@@ -78,21 +76,8 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
         require_filled(assembly.model, models.handed.filled, cfg.trainer.guard.random_frozen, resumes=bool(resumed))
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
-    if data.train.lengths is not None and process_rank() == 0:
-        require_known_targets(data.train, cfg.trainer.guard.max_unknown)
-    facts: dict[str, Any] = {
-        "run_id": identity,
-        "init_from": models.handed.digests,
-        WHOLE: resumed is None or bool(resumed.manifest.get(WHOLE)),
-        "vocabulary": hash_vocabulary(assembly.processor.tokenizer),
-    }
-    if cfg.reference.model is not None and not shares:
-        facts["reference"] = models.digests
-    facts |= {"data": data.hash_samples(), "order": data.hash_order()}
-    if resumed and not shares:
-        resumed.require_same_data(**facts)
+    facts = _collect_facts(cfg, models, data, identity, None if shares else resumed)
     facts |= {"rollbacks": len(read_rollbacks(folder)), **data.note_estimate()}
-    facts["frozen"] = [name for name, p in assembly.model.named_parameters() if not p.requires_grad]
     work = _count_work(cfg, models.skeleton) if process_rank() == 0 else None
     module = _make_module(cfg, models, policy, data.plan, folder, work)
     evaluators = models.evaluators
@@ -115,6 +100,26 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     return metrics
 
 
+def _collect_facts(cfg: DictConfig, models: Any, data: Any, identity: str, resumed: Resume | None) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run; it must be what the resumed one says."""
+    from vlm_train.data.text.tokenizer import hash_vocabulary
+
+    assembly = models.assembly
+    facts: dict[str, Any] = {
+        "run_id": identity,
+        "init_from": models.handed.digests,
+        WHOLE: resumed is None or bool(resumed.manifest.get(WHOLE)),
+        "vocabulary": hash_vocabulary(assembly.processor.tokenizer),
+        "data": data.hash_samples(),
+        "order": data.hash_order(),
+    }
+    if cfg.reference.model is not None:
+        facts["reference"] = models.digests
+    if resumed:
+        resumed.require_same_data(**facts)
+    return facts | {"frozen": [name for name, p in assembly.model.named_parameters() if not p.requires_grad]}
+
+
 def _describe_run(
     cfg: DictConfig, assembly: Any, policy: Any, trainer: Any, folder: Path, identity: str, evaluators: dict[str, Any]
 ) -> None:
@@ -133,10 +138,11 @@ def _describe_run(
 
 def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int, resumed: Resume | None) -> Any:
     from vlm_train.data.order.cost import cost_of
+    from vlm_train.data.survey import require_known_targets
 
     if resumed:
         data.keep_order(resumed.manifest)
-    return data.make_plan(
+    plan = data.make_plan(
         batch=cfg.batch.samples,
         tokens=cfg.batch.tokens,
         epochs=cfg.trainer.epochs,
@@ -144,12 +150,16 @@ def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int, resumed: Resu
         world=world,
         cost=cost_of(model),
     )
+    if data.train.lengths is not None and process_rank() == 0:
+        require_known_targets(data.train, cfg.trainer.guard.max_unknown)
+    return plan
 
 
 def _make_module(cfg: DictConfig, models: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
     from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
     from vlm_train.contracts.model_parts import find_layers
     from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
+    from vlm_train.training.first_step import make_first_steps
     from vlm_train.training.module import VLMModule
     from vlm_train.training.reference import lend
 
@@ -183,7 +193,7 @@ def _make_module(cfg: DictConfig, models: Any, policy: Any, plan: Any, folder: P
         strict=cfg.trainer.strict,
         min_supervised_ratio=cfg.trainer.min_supervised_ratio,
         guard=_make_guard(cfg, folder),
-        first_steps=_make_first_steps(cfg, model, models.handed.filled),
+        first_steps=make_first_steps(cfg.trainer.guard, model, models.handed.filled),
         folder=folder,
         work=work,
         peak_tflops=cfg.trainer.peak_tflops,
@@ -218,21 +228,6 @@ def _make_guard(cfg: DictConfig, folder: Path) -> Any:
         rollback=settings.rollback,
         scaled=cfg.trainer.precision == "16-mixed",
         skip=cfg.trainer.skip_steps,
-    )
-
-
-def _make_first_steps(cfg: DictConfig, model: Any, filled: set[str]) -> Any:
-    from vlm_train.training.filled import is_filled
-    from vlm_train.training.first_step import FirstSteps
-
-    settings, llm = cfg.trainer.guard, getattr(model, "llm", None)
-    unlike = hasattr(llm, "encoder_start")  # BLIP's, which begins as a BERT and has never predicted a next word
-    return FirstSteps(
-        weights=settings.weights,
-        first_step=settings.first_step,
-        max_unknown=settings.max_unknown,
-        vocabulary=getattr(llm, "vocab_size", None),
-        pretrained=None if unlike else is_filled(model, "llm", filled),
     )
 
 
