@@ -18,6 +18,8 @@ VOCABULARY, WIDTH = 50, 16
 class Head(nn.Module):
     """Hidden states of its own, and a head that writes down the precision of its product."""
 
+    plays_reference = False
+
     def __init__(self, dtype: torch.dtype, places: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
