@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_train.contracts.model_parts import find_parts
-from vlm_train.distributed import process_rank
+from vlm_train.distributed import say_once
 from vlm_train.errors import ConfigError
 
 LOOKED_AT = 4096
@@ -70,9 +70,8 @@ def require_filled(model: Any, filled: Collection[str], otherwise: str, *, resum
     ]
     if problems and otherwise == "refuse" and not resumes:
         raise ConfigError(problems)
-    if process_rank() == 0:
-        for problem in problems:
-            print(f"warning: {problem}", flush=True)
+    for problem in problems:
+        say_once(f"warning: {problem}")
 
 
 def _is_constant(tensor: Tensor) -> bool:

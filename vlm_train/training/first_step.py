@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from vlm_train.distributed import process_rank
+from vlm_train.contracts.batch import Window
+from vlm_train.distributed import say_once
 from vlm_train.errors import TrainingError
 from vlm_train.objectives.lm import LanguageModeling
 from vlm_train.training.filled import is_filled
@@ -49,7 +50,7 @@ class TargetCheck:
             )
         if share > WORTH_SAYING and not self.said:
             self.said = True
-            _say(f"{describe_unknown(share, self.targets)}; mode=show shows them.")
+            say_once(f"warning: {describe_unknown(share, self.targets)}; mode=show shows them.")
 
 
 def describe_unknown(share: float, targets: float) -> str:
@@ -122,6 +123,11 @@ def find_implausible(
             )
 
 
+def count_targets(window: Window) -> tuple[int, ...]:
+    """What a step holds on this rank, in the order of `COUNTED`."""
+    return window.tokens, window.supervised, window.unknown
+
+
 class FirstSteps:
     """What is looked at in the first steps of a process, because it would go wrong without an error.
 
@@ -153,10 +159,16 @@ class FirstSteps:
         self.is_first = self.first_step and module.global_step == 0
         self.watch = WeightsWatch(module.model, module.policy, module.over_ranks) if self.weights else None
 
-    def open_step(self, *counts: float) -> None:
-        """What a step holds on all ranks, in the order of `COUNTED`. Raises TrainingError for too many unknown ones."""
-        self.counts = dict(zip(COUNTED, counts, strict=True))
+    def take_counts(self, sums: list[float]) -> list[float]:
+        """Take what `count_targets` gave, summed over all ranks, off the end of a step's sums. Returns the others.
+
+        Raises:
+            TrainingError: too many targets are unknown.
+        """
+        own = len(COUNTED)
+        self.counts = dict(zip(COUNTED, sums[-own:], strict=True))
         self.targets.count_targets(self.counts["unknown"], self.counts["targets"])
+        return sums[:-own]
 
     def look(self, module: Any) -> None:
         """Look at the step that was just made, or left out. Raises TrainingError, on every rank."""
@@ -178,10 +190,9 @@ class FirstSteps:
         names = [one.name for one in module.objectives.values() if isinstance(one, LanguageModeling)]
         losses = {name: sums[f"{name}/sum"] / max(sums[f"{name}/count"], 1e-8) for name in names}
         held: dict[str, Any] = self.counts | {"losses": losses, "vocabulary": self.vocabulary}
-        if process_rank() == 0:
-            print(describe_first_step(**held), flush=True)
+        say_once(describe_first_step(**held))
         for problem in find_implausible(**held, pretrained=self.pretrained):
-            _say(problem)
+            say_once(f"warning: {problem}")
 
 
 def make_first_steps(settings: Any, model: Any, filled: Collection[str]) -> FirstSteps:
@@ -195,8 +206,3 @@ def make_first_steps(settings: Any, model: Any, filled: Collection[str]) -> Firs
         vocabulary=getattr(llm, "vocab_size", None),
         pretrained=None if unlike else is_filled(model, "llm", filled),
     )
-
-
-def _say(text: str) -> None:
-    if process_rank() == 0:
-        print(f"warning: {text}", flush=True)

@@ -219,16 +219,8 @@ def _count_work(cfg: DictConfig, skeleton: Any) -> Any:
 def _make_guard(cfg: DictConfig, folder: Path) -> Any:
     from vlm_train.training.guard import Guard
 
-    settings = cfg.trainer.guard
-    return Guard(
-        folder,
-        spike=settings.spike,
-        window=settings.window,
-        max_in_a_row=settings.max_in_a_row,
-        rollback=settings.rollback,
-        scaled=cfg.trainer.precision == "16-mixed",
-        skip=cfg.trainer.skip_steps,
-    )
+    own = {name: cfg.trainer.guard[name] for name in ("spike", "window", "max_in_a_row", "rollback")}
+    return Guard(folder, **own, scaled=cfg.trainer.precision == "16-mixed", skip=cfg.trainer.skip_steps)
 
 
 def _finish_run(assembly: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:

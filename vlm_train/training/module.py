@@ -25,7 +25,7 @@ from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.sweep.summary import format_duration
 from vlm_train.seeds import derive_seed
 from vlm_train.training.bad_samples import BadSamples
-from vlm_train.training.first_step import FirstSteps
+from vlm_train.training.first_step import FirstSteps, count_targets
 from vlm_train.training.gather import RankGather
 from vlm_train.training.guard import SCALE, Guard
 from vlm_train.training.metrics import Meter, Work, all_finite, part_norms
@@ -40,7 +40,7 @@ class VLMModule(pl.LightningModule):
     objectives are given of it.
     """
 
-    automatic_optimization = False
+    automatic_optimization = stopping = spread = False
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class VLMModule(pl.LightningModule):
         least = min_supervised_ratio if any(o.normalized_by == "tokens" for o in objectives.values()) else 0.0
         self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
         self.metrics_file = JsonlWriter(RunFolder(folder).metrics)
-        self.held_out, self.held_out_bad = 0, 0
+        self.held_out = self.held_out_bad = self.interrupt = 0
         self.validation_metrics: dict[str, float] = {}
         self.denominators: dict[str, float] = {}
         self.factors: dict[str, dict[str, float]] = {}  # stream -> source -> factor, with normalize=source
@@ -88,7 +88,6 @@ class VLMModule(pl.LightningModule):
         self.keys: list[str] = []  # of the samples of the step
         self.left_out: str | None = None  # why the last step made no update
         self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
-        self.interrupt, self.stopping, self.spread = 0, False, False
         self.train()  # Lightning keeps the modes it finds, so they are set here
 
     def configure_model(self) -> None:
@@ -170,16 +169,14 @@ class VLMModule(pl.LightningModule):
         return total * self.trainer.world_size  # strategies take the mean over ranks
 
     def _open_step(self, window: Window) -> None:
-        """Start an optimizer step: one all-reduce gives the denominators, the bad samples of all ranks, and whether any
-        rank is asked to stop."""
+        """Start a step: one all-reduce gives denominators, bad samples, counts, and whether any rank is asked to stop."""
         names = sorted(set(self.normalizers.values()))  # the same on every rank
         sums = [sum(window.sums.get(name, {}).values()) for name in names]
-        sums += [bool(self.interrupt), window.samples, len(window.problems)]
-        sums += [window.tokens, window.supervised, window.unknown]
+        sums += [bool(self.interrupt), window.samples, len(window.problems), *count_targets(window)]
         if self.trainer.world_size > 1:
             local = torch.tensor(sums, dtype=torch.float64).to(self.device)
             sums = self.trainer.strategy.reduce(local, reduce_op="sum").tolist()
-        *sums, asked, good, bad, tokens, targets, unknown = sums
+        *sums, asked, good, bad = self.first_steps.take_counts(sums)
         self.stopping = asked > 0
         self.denominators = dict(zip(names, sums, strict=True))
         if self.normalize == "source":  # ranks may hold other sources; "samples" weighs no targets
@@ -193,7 +190,6 @@ class VLMModule(pl.LightningModule):
             raise TrainingError(
                 f"data.train: {reason}. {self.bad.summarize_kinds(self.over_ranks(dict(self.bad.kinds)))}"
             )
-        self.first_steps.open_step(tokens, targets, unknown)
 
     def _clip_gradients(self) -> None:
         """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""

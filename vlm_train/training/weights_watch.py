@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_train.distributed import process_rank
+from vlm_train.distributed import say_once
 from vlm_train.errors import TrainingError
 from vlm_train.training.loss_sums import OverRanks
 from vlm_train.training.params import Policy
@@ -92,9 +92,9 @@ class WeightsWatch:
     def _judge(self, part: str) -> None:
         """Say, or raise, what is wrong with a part after so many updates, if anything is."""
         if not self.updates[part]:
-            _say(
-                f"{part} learns (params.rules), but no gradient has reached it in {self.idle[part]} updates. If no "
-                "sample is to use it yet, this is right; else its output does not reach the loss, or is detached."
+            say_once(
+                f"warning: {part} learns (params.rules), but no gradient has reached it in {self.idle[part]} updates. "
+                "If no sample is to use it yet, this is right; else its output does not reach the loss, or is detached."
             )
         elif part not in self.changed:
             problem = (
@@ -103,7 +103,7 @@ class WeightsWatch:
             )
             held = self.parts[part]
             if sum(p.numel() for p in held) < FEW and any(_local_part(p).element_size() < 4 for p in held):
-                _say(f"{problem}, or its updates are too small for 16 bits (optim.lr, trainer.precision).")
+                say_once(f"warning: {problem}, or its updates are too small for 16 bits (optim.lr, trainer.precision).")
                 return
             raise TrainingError(
                 f"training: {problem}, or its updates are too small for its precision. Look at optim.lr and params."
@@ -136,8 +136,3 @@ def _local_part(parameter: Any) -> Tensor:
 def _is_here(tensor: Any) -> bool:
     """Whether the values are in memory: ZeRO-3 may have put them on a disk."""
     return getattr(getattr(tensor, "status", None), "name", "AVAILABLE") == "AVAILABLE"
-
-
-def _say(text: str) -> None:
-    if process_rank() == 0:
-        print(f"warning: {text}", flush=True)
