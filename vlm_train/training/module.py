@@ -169,7 +169,7 @@ class VLMModule(pl.LightningModule):
         return total * self.trainer.world_size  # strategies take the mean over ranks
 
     def _open_step(self, window: Window) -> None:
-        """Start a step: one all-reduce gives denominators, bad samples, counts, and whether any rank is asked to stop."""
+        """Start a step: one all-reduce gives denominators, bad samples, counts, and whether a rank is asked to stop."""
         names = sorted(set(self.normalizers.values()))  # the same on every rank
         sums = [sum(window.sums.get(name, {}).values()) for name in names]
         sums += [bool(self.interrupt), window.samples, len(window.problems), *count_targets(window)]
