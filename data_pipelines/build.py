@@ -15,6 +15,7 @@ same command without them then builds what is missing and finishes the set. On S
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ from data_pipelines.shards.tar_writer import MAX_SHARD_BYTES, SAMPLES_PER_SHARD
 from data_pipelines.sources import Source
 
 PLAN = "plan.json"
+NODES = "nodes"  # marks a hidden folder whose parts come from several nodes: what finishes them discards none
 RUNNING = ("output", "force", "max_bad", "allow_targets", "workers", "engine", "node", "nodes")
 """Options that do not change what a finished set holds."""
 WRITER = ("samples_per_shard", "max_shard_bytes")
@@ -80,6 +82,9 @@ def build_shards(config: DictConfig) -> int:
     if manifest.bad:
         print(f"{sum(manifest.bad.values())} records left out, see {output / QUARANTINE}:")
         print("\n".join(f"  {count:>8}  {reason}" for reason, count in manifest.bad.items()))
+    if manifest.skipped:
+        lines = [f"{sum(manifest.skipped.values())} questions, captions or regions left out of samples:"]
+        print("\n".join([*lines, *(f"  {count:>8}  {reason}" for reason, count in manifest.skipped.items())]))
     return 0
 
 
@@ -113,7 +118,7 @@ def write_shards(
             max_bad=max_bad,
         )
         numbers = range(node, source.parts, nodes)
-        _open_hidden_folder(hidden, _describe_plan(writer, build), numbers, shared=nodes > 1)
+        _open_hidden_folder(hidden, _describe_plan(writer, build), numbers, shared=nodes > 1, overwrite=overwrite)
         about = {"source": source.name, "license": source.license, "split": source.split, "build": dict(build or {})}
         try:
             if not (hidden.path / MANIFEST).is_file():  # else only the last renaming was missing
@@ -126,8 +131,11 @@ def write_shards(
             hidden.remove_matching("part-*")
             hidden.publish_folder()
             (hidden.folder / PLAN).unlink()  # until then it says what the hidden folder holds
+            (hidden.folder / NODES).unlink(missing_ok=True)
             _bad_records_path(output).unlink(missing_ok=True)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, BadRecords):
+                _remove_bad_parts(hidden, numbers)
             _keep_finished(hidden, numbers, shared=nodes > 1)
             raise
     return Manifest.read(output)
@@ -144,9 +152,7 @@ def _check_arguments(source: Source, node: int, nodes: int) -> None:
 def _require_samples(parts: Mapping[int, Part], output: Path) -> None:
     if any(part.samples for part in parts.values()):
         return
-    rows = bad_rows(parts)
-    first = f"; {len(rows)} records were left out, the first: {rows[0]['reason']}" if rows else ""
-    raise DataError(f"{output}: the source gave no usable sample{first}")
+    raise _too_many("the source gave no usable sample", bad_rows(parts), parts, output)
 
 
 def _make_source(arguments: dict[str, Any], trusted: tuple[str, ...]) -> Source:
@@ -166,12 +172,18 @@ def _describe_plan(writer: PartWriter, build: Mapping[str, Any] | None) -> dict[
     return json.loads(json.dumps(plan))
 
 
-def _open_hidden_folder(hidden: Partial, plan: dict[str, Any], numbers: Sequence[int], *, shared: bool) -> None:
-    """Take up the hidden folder if it was begun with the same plan, else begin it."""
+def _open_hidden_folder(
+    hidden: Partial, plan: dict[str, Any], numbers: Sequence[int], *, shared: bool, overwrite: bool
+) -> None:
+    """Take up the hidden folder if it was begun with the same plan, else, or with `overwrite`, begin it."""
     path = hidden.path / PLAN
+    if shared:
+        (hidden.path / NODES).touch()
+    elif overwrite and not (hidden.path / NODES).exists() and not (hidden.path / MANIFEST).is_file():
+        hidden.remove_matching()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None
     if found == plan:
         _clear_half_written(hidden, numbers, shared=shared)
@@ -211,7 +223,7 @@ def _write_parts(
             if bad > writer.max_bad:
                 break
     if bad > writer.max_bad:
-        raise _too_many(bad_rows(parts, empty=False), parts, writer.max_bad, output)
+        raise _too_many(f"max_bad={writer.max_bad}", bad_rows(parts, empty=False), parts, output)
     return parts
 
 
@@ -228,17 +240,31 @@ def _write_again(
         for key in sorted(keys)
     ]
     if len(rows := bad_rows(parts, empty=False) + again) > writer.max_bad:
-        raise _too_many(rows, parts, writer.max_bad, output)
+        raise _too_many(f"max_bad={writer.max_bad}", rows, parts, output)
     kept = {number: part for number, part in parts.items() if number not in refused}
     return _write_parts(replace(writer, refused=refused), list(refused), kept, output, workers, engine)
 
 
-def _too_many(rows: list[dict[str, Any]], parts: Mapping[int, Part], max_bad: int, output: Path) -> DataError:
+class BadRecords(DataError):
+    """A build failed for its records: parts that hold bad ones are not kept, so that they are read again."""
+
+
+def _too_many(why: str, rows: list[dict[str, Any]], parts: Mapping[int, Part], output: Path) -> BadRecords:
+    records = sum(part.records for part in parts.values())
+    if not rows:
+        return BadRecords(f"{output}: {why}: it has no records")
     report = _bad_records_path(output)
     write_lines(report, rows)
-    records = sum(part.records for part in parts.values())
     first = "\n".join(f"  part {row['part']}, record {row['record']}: {row['reason']}" for row in rows[:3])
-    return DataError(f"{len(rows)} bad records among {records}, max_bad={max_bad}; all in {report}, first:\n{first}")
+    return BadRecords(f"{len(rows)} bad records among {records}, {why}; all in {report}, first:\n{first}")
+
+
+def _remove_bad_parts(hidden: Partial, numbers: Sequence[int]) -> None:
+    """Remove the parts of this call that hold bad records."""
+    for number in numbers:
+        folder = part_folder(hidden.path, number)
+        if (folder / PART).is_file() and Part.read(folder).bad:
+            shutil.rmtree(folder)
 
 
 def _bad_records_path(output: Path) -> Path:

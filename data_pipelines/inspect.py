@@ -27,7 +27,7 @@ def format_statistics(manifest: Manifest) -> str:
     for name, stat in manifest.stats.items():
         rest = " ".join(f"{key}={stat[key]}" for key in ("min", "p5", "p50", "p95", "max") if key in stat)
         lines.append(f"  {name:<12}{stat['count']:>10}  {rest}")
-    for what, counts in (("bad", manifest.bad), ("dropped", manifest.dropped)):
+    for what, counts in (("bad", manifest.bad), ("skipped", manifest.skipped), ("dropped", manifest.dropped)):
         lines += [f"  {what:<12}{count:>10}  {reason}" for reason, count in counts.items()]
     return "\n".join(lines)
 

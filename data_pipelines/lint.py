@@ -2,13 +2,13 @@
 
 Reports, with shard and key: damaged, truncated or missing files, duplicate keys, samples that cannot be read, images or
 videos that do not decode, placeholders that do not fit the media, empty questions and answers, boxes outside their
-picture, negative weights; as a warning, samples of unknown source or license. Ends with the counts by kind.
+picture, negative weights; as a warning, samples of unknown source or license, and pictures of 16 bits, with
+transparency or with an Exif orientation. Ends with the counts by kind.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,9 @@ from data_pipelines.building import engines
 from data_pipelines.building.progress import Progress
 from data_pipelines.cli import run_command
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media.limits import check_media, check_pixels
-from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn
+from data_pipelines.media.limits import check_media, check_pixels, is_stored_size
+from data_pipelines.media.pictures import list_traits
+from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn, is_weight
 from data_pipelines.shards.manifest import FileInfo
 from data_pipelines.shards.members import scan_tar
 from data_pipelines.shards.remote import is_remote
@@ -31,7 +32,14 @@ from data_pipelines.shards.shard_set import ShardSet
 
 TAG = "<image>"
 CHUNK = 64  # samples that a process checks before it answers
-WARNINGS = ("unknown source", "unknown license")
+UNKNOWN = ("unknown source", "unknown license")
+TRAITS = {
+    "16-bit picture": "its 16 bits are scaled to 8",
+    "transparent picture": "image.background is what stands behind it",
+    "turned picture": "its Exif orientation turns it; boxes are of the upright picture",
+}
+STORED = "size of a turned picture"
+WARNINGS = (*UNKNOWN, *TRAITS, STORED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +75,15 @@ def sample_problems(sample: Sample, blobs: Sequence[bytes]) -> Iterator[Problem]
         try:
             check_media(item, blob)
             check_pixels(blob)
+            if item.kind == "image":
+                for trait in list_traits(blob):
+                    yield Problem(trait, f"{item.name}: {trait}: {TRAITS[trait]}")
+                if is_stored_size(item, blob):
+                    text = f"{item.width} x {item.height} pixels are its size as stored; build or index the set again"
+                    yield Problem(STORED, f"{item.name}: {text}")
         except BadSample as error:
             yield Problem(f"damaged {item.kind}", f"{item.name}: {error}")
-    if not _is_weight(sample.weight):
+    if not is_weight(sample.weight):
         yield Problem("weight", f"sample weight {sample.weight}")
     used: set[int] = set()
     for number, annotation in enumerate(sample.annotations):
@@ -85,7 +99,7 @@ def sample_problems(sample: Sample, blobs: Sequence[bytes]) -> Iterator[Problem]
 
 
 def _annotation_problems(annotation: Annotation) -> Iterator[Problem]:
-    if not _is_weight(annotation.weight):
+    if not is_weight(annotation.weight):
         yield Problem("weight", f"weight {annotation.weight}")
     if not any(turn.role == "assistant" for turn in annotation.turns):
         yield Problem("no answer", "no answer")
@@ -102,19 +116,15 @@ def _turn_problems(turn: Turn) -> Iterator[Problem]:
             yield Problem("empty question", "neither text nor media")
         if any(TAG in part.text for part in turn.parts if isinstance(part, Text)):
             yield Problem("placeholder", f"{TAG} left in the text of a user turn")
-    if not _is_weight(turn.weight):
+    if not is_weight(turn.weight):
         yield Problem("weight", f"weight {turn.weight}")
     for part in turn.parts:
         if isinstance(part, Box) and not _is_box(part.xyxy):
             yield Problem("box", f"box {part.xyxy}; expected 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
         if isinstance(part, Text):
             for start, stop, weight in part.weights:
-                if not (_is_weight(weight) and 0 <= start < stop <= len(part.text)):
+                if not (is_weight(weight) and 0 <= start < stop <= len(part.text)):
                     yield Problem("weight", f"segment {(start, stop, weight)} of a text of {len(part.text)} characters")
-
-
-def _is_weight(weight: float) -> bool:
-    return math.isfinite(weight) and weight >= 0
 
 
 def _is_box(xyxy: tuple[float, float, float, float]) -> bool:
@@ -133,7 +143,7 @@ def _check_samples(shards: ShardSet, chunk: int) -> list[Problem]:
             found.append(Problem("unreadable sample", str(error)))
             continue
         found += [Problem(problem.kind, f"{where}: {problem.text}") for problem in sample_problems(sample, blobs)]
-        for warning, known in zip(WARNINGS, (sample.source or about.source, sample.license or about.license)):
+        for warning, known in zip(UNKNOWN, (sample.source or about.source, sample.license or about.license)):
             if not known:
                 found.append(Problem(warning, f"{where}: {warning}"))
     return found

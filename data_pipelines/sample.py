@@ -8,6 +8,7 @@ slotted dataclass that converts to and from plain JSON; media bytes travel besid
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,9 @@ SCHEMA_VERSION = 1
 Role = Literal["system", "user", "assistant"]
 MediaKind = Literal["image", "video"]
 ROLES = ("system", "user", "assistant")
+MEDIA_KINDS = ("image", "video")
+MAX_WEIGHT = 1e6
+"""Of a sample, an annotation, a turn or a stretch of text: larger ones overflow once they are multiplied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,31 +159,40 @@ class Sample:
             version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
             raise BadSample(f"sample {key!r}: schema version {version!r}, this program reads {SCHEMA_VERSION}")
         try:
+            check_json(data, allow_nan=True)  # numbers are judged where they are read; what `meta` holds is not ours
             return cls(
                 key=key,
                 source=str(data["source"]),
                 license=str(data["license"] if "license" in data else data["licence"]),  # as it was spelled before
-                weight=float(data["weight"]),
+                weight=_weight_from_json(data["weight"]),
                 meta=dict(data["meta"]),
-                media=tuple(MediaItem(**item) for item in data["media"]),
+                media=tuple(_media_from_json(item) for item in data["media"]),
                 annotations=tuple(
                     Annotation(
                         turns=tuple(_turn_from_json(t) for t in a["turns"]),
                         rejected=_turn_from_json(a["rejected"]) if a.get("rejected") else None,
-                        weight=float(a["weight"]),
+                        weight=_weight_from_json(a["weight"]),
                     )
                     for a in data["annotations"]
                 ),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadSample(f"sample {key!r}: malformed: {type(error).__name__}: {error}") from error
+        except BadSample as error:
+            where = f"sample {key!r}"
+            raise error if str(error).startswith(where) else BadSample(f"{where}: malformed: {error}") from error
 
 
-def check_json(value: Any) -> None:
+def is_weight(value: float) -> bool:
+    """Whether a loss may be multiplied by `value`: a number from 0 to `MAX_WEIGHT`."""
+    return math.isfinite(value) and 0 <= value <= MAX_WEIGHT
+
+
+def check_json(value: Any, *, allow_nan: bool = False) -> None:
     """Raise `BadSample` unless `value` can be written as JSON in UTF-8: no NaN, no bytes, and no lone surrogates, which
     raw JSON can spell."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=allow_nan).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BadSample(f"not JSON in UTF-8: {error}") from error
 
@@ -198,15 +211,34 @@ def _part_to_json(part: Part) -> dict[str, Any]:
             return {"box": list(part.xyxy), "item": part.item}
 
 
+def _weight_from_json(value: Any) -> float:
+    weight = float(value)
+    if not is_weight(weight):
+        raise BadSample(f"weight {weight}; allowed: 0 to {MAX_WEIGHT:.0f}")
+    return weight
+
+
+def _media_from_json(data: Mapping[str, Any]) -> MediaItem:
+    item = MediaItem(**data)
+    if not isinstance(item.name, str) or item.kind not in MEDIA_KINDS:
+        raise BadSample(f"media item {item.name!r} of kind {item.kind!r}; allowed: a name, {' or '.join(MEDIA_KINDS)}")
+    if min(int(item.width), int(item.height), int(item.frames)) < 1 or not math.isfinite(item.seconds):
+        size = f"{item.width} x {item.height} pixels, {item.frames} frames, {item.seconds} seconds"
+        raise BadSample(f"media item {item.name!r} of {size}; allowed: 1 or more, and a time")
+    return item
+
+
 def _turn_from_json(data: Mapping[str, Any]) -> Turn:
     parts: list[Part] = []
     for part in data["parts"]:
         if "text" in part:
-            weights = tuple((int(a), int(b), float(w)) for a, b, w in part.get("weights") or ())
-            parts.append(Text(text=str(part["text"]), weights=weights))
+            weights = tuple((int(a), int(b), _weight_from_json(w)) for a, b, w in part.get("weights") or ())
+            if not isinstance(part["text"], str):
+                raise BadSample(f"a text part holds {part['text']!r:.80}")
+            parts.append(Text(text=part["text"], weights=weights))
         elif "media" in part:
             parts.append(Media(item=int(part["media"])))
         else:
             x1, y1, x2, y2 = (float(v) for v in part["box"])
             parts.append(Box(item=int(part["item"]), xyxy=(x1, y1, x2, y2)))
-    return Turn(role=data["role"], weight=float(data["weight"]), parts=tuple(parts))
+    return Turn(role=data["role"], weight=_weight_from_json(data["weight"]), parts=tuple(parts))

@@ -53,6 +53,7 @@ def merge_parts(folder: Path, parts: Sequence[Part], about: Mapping[str, Any]) -
         index=index.write_file(folder / INDEX),
         stats=stats.to_json(),
         bad=count_kinds(row["reason"] for row in rows),
+        skipped=dict(sum((Counter(part.skipped) for part in parts), Counter()).most_common(MAX_KINDS)),
         **about,
     )
     manifest.write(folder)

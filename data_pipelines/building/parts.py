@@ -10,13 +10,15 @@ import json
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.atomic_write import atomic_write
-from data_pipelines.errors import EMPTY, BadSample, DataError
+from data_pipelines.errors import EMPTY, BadSample, DataError, common_reason
+from data_pipelines.sample import Sample
 from data_pipelines.shards.index_file import INDEX
 from data_pipelines.shards.manifest import FileInfo
 from data_pipelines.shards.tar_writer import Shards
@@ -27,7 +29,8 @@ PART = "part.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What was written of one part: `bad` holds the number within the part and the reason of each unusable record."""
+    """What was written of one part: `bad` holds the number within the part and the reason of each unusable record,
+    `skipped` counts by reason what sources left out of samples (`meta["skipped"]`)."""
 
     samples: int
     shards: tuple[FileInfo, ...]
@@ -35,6 +38,7 @@ class Part:
     bad: tuple[tuple[int, str], ...]
     empty: Collection[int] = ()
     """The numbers of those of `bad` that hold nothing to learn."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -54,7 +58,7 @@ class Part:
             data["shards"] = tuple(FileInfo(**info) for info in data["shards"])
             data["bad"] = tuple((number, reason) for number, reason in data["bad"])
             return cls(**data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{folder}: a damaged part ({error}); remove it, and the same command continues") from error
 
 
@@ -103,6 +107,7 @@ def _write_part(writer: PartWriter, number: int, working: Path) -> Part:
     refused = writer.refused.get(number, frozenset())
     bad: list[tuple[int, str]] = []
     empty: list[int] = []
+    skipped: Counter[str] = Counter()
     try:
         for i, record in enumerate(writer.source.read(number)):
             try:
@@ -112,6 +117,7 @@ def _write_part(writer: PartWriter, number: int, working: Path) -> Part:
                 if sample.key in refused:
                     raise BadSample(f"sample {sample.key!r}: duplicate key, also in an earlier part")
                 shards.write_sample(sample, blobs)
+                skipped.update(common_reason(reason.partition(": ")[2] or reason) for reason in _list_skipped(sample))
             except BadSample as error:
                 bad.append((i, str(error)))
                 if error.kind == EMPTY:
@@ -123,10 +129,23 @@ def _write_part(writer: PartWriter, number: int, working: Path) -> Part:
         shards.close_unfinished()
         raise
     shards.index.write_file(working / INDEX)
-    part = Part(samples=len(shards.index), shards=infos, stats=shards.stats.export_state(), bad=tuple(bad), empty=empty)
+    part = Part(
+        samples=len(shards.index),
+        shards=infos,
+        stats=shards.stats.export_state(),
+        bad=tuple(bad),
+        empty=empty,
+        skipped=dict(skipped),
+    )
     with atomic_write(working / PART, sync=True) as file:
         json.dump(asdict(part), file)
     return part
+
+
+def _list_skipped(sample: Sample) -> list[str]:
+    """What the source left out of a sample, as `<number>: <reason>`."""
+    found = sample.meta.get("skipped")
+    return [reason for reason in found if isinstance(reason, str)] if isinstance(found, list) else []
 
 
 def _keep_folder(working: Path, target: Path, *, replace: bool) -> None:

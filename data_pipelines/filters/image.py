@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-
-from PIL import Image
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.filters import Drop, Filter, check_range, drop_outside
 from data_pipelines.inputs.files import require_module
-from data_pipelines.media.limits import FORMATS, check_pixels
+from data_pipelines.media.limits import check_pixels
+from data_pipelines.media.pictures import decode_picture
 from data_pipelines.sample import Sample
 
 BITS = 64  # of a perceptual hash
@@ -87,8 +85,7 @@ class SimilarImages(Filter):
         for item, blob in zip(sample.media, blobs, strict=True):
             if item.kind == "image":
                 check_pixels(blob)
-                with Image.open(io.BytesIO(blob), formats=tuple(FORMATS)) as image:
-                    hashes.append(int(str(require_module("imagehash").phash(image.convert("RGB"))), 16))
+                hashes.append(int(str(require_module("imagehash").phash(decode_picture(blob))), 16))
         return hashes
 
     def verdict(self, key: str, measured: list[int]) -> Drop | None:

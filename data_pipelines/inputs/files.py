@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,8 +36,11 @@ class MediaFolder:
         """
         if self.path is None:
             raise BadSample(f"names {names[0]!r}, but no folder was given ({self.option}=<folder>)")
+        whole = Path(os.path.abspath(self.path))
         for name in names:
-            if not (self.path / name).is_relative_to(self.path) or ".." in Path(name).parts:
+            if not isinstance(name, str):
+                raise BadSample(f"expected a path, got {name!r:.80}")
+            if not (whole / name).is_relative_to(whole) or ".." in Path(name).parts:
                 raise BadSample(f"path {name!r} leaves the folder {self.path}")
         path = self.path / names[0]
         try:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment
-from PIL import Image
 
 from data_pipelines.errors import BadSample
-from data_pipelines.media.limits import FORMATS, check_pixels
+from data_pipelines.media.limits import check_pixels
+from data_pipelines.media.pictures import decode_picture
 from data_pipelines.sample import Box, Media, MediaItem, Part, Sample, Text, Turn
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.members import member_extension
@@ -175,10 +175,9 @@ def _picture_url(item: MediaItem, blob: bytes) -> str:
     check_pixels(blob)
     if max(item.width, item.height) <= MAX_SIDE:
         return _data_url(f"image/{member_extension(item.name).replace('jpg', 'jpeg')}", blob)
-    with Image.open(io.BytesIO(blob), formats=tuple(FORMATS)) as image:
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "JPEG", quality=85)
+    image, file = decode_picture(blob), io.BytesIO()
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    image.save(file, "JPEG", quality=85)
     return _data_url("image/jpeg", file.getvalue())
 
 

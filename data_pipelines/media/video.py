@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.media.formats import describe_format, is_picture_brand
 
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 16 * 2**20  # of one frame
@@ -38,13 +39,13 @@ class VideoHeader:
 
 def is_video(data: bytes) -> bool:
     """Whether a file is one of the videos that are read, told by its first bytes."""
-    return data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3"
+    return video_extension(data) is not None
 
 
 def video_extension(data: bytes) -> str | None:
     """The extension of a video's container, told by its first bytes; None: no video that is read."""
     if data[4:8] == b"ftyp":
-        return "mp4"
+        return None if is_picture_brand(data) else "mp4"
     if data[:4] == b"\x1aE\xdf\xa3":
         return "webm" if b"webm" in data[:64] else "mkv"
     return None
@@ -136,7 +137,7 @@ def _open_video(data: bytes) -> Iterator[_Video]:
         raise DataError("videos need PyAV: pip install 'vlm-train[data]'") from error
     extension = video_extension(data)
     if extension is None:
-        raise BadSample(f"not a readable video ({', '.join(DEMUXERS)})")
+        raise BadSample(f"found {describe_format(data)}; videos are read from {', '.join(DEMUXERS)}")
     if len(data) > MAX_BYTES:
         raise BadSample(f"video of {len(data)} bytes; at most {MAX_BYTES} are read")
     try:

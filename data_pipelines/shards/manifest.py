@@ -33,7 +33,8 @@ class FileInfo:
 class Manifest:
     """A complete shard set. `command` made it with the arguments `build`; `stats` describes its lengths (see `Stats`).
 
-    `bad` counts the unusable records that were left out by reason, `dropped` the samples that filters left out.
+    `bad` counts the unusable records that were left out by reason, `skipped` the questions, captions or regions that
+    were left out of samples, `dropped` the samples that filters left out.
     `origin` says from which set another was made, by its fingerprint, and what else went into it. A view
     is a set without shards of its own: it names those of a set beside it as `../<folder>/<shard>.tar`, and its index
     holds the samples that were kept. `layout` says what the members of others' samples are (see `Layout`); with
@@ -50,6 +51,7 @@ class Manifest:
     command: str = "build"
     stats: Mapping[str, Any] = field(default_factory=dict)
     bad: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class Manifest:
             elsewhere = data.get("elsewhere", False) is True
             shards = tuple(_file_info(shard, shared=True, anywhere=elsewhere) for shard in data.pop("shards"))
             return cls(shards=shards, index=_file_info(data.pop("index")), **data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: malformed: {type(error).__name__}: {error}") from error
 
 

@@ -5,6 +5,7 @@ Only JSON, text, image and video members are read. Anything else (pickles, tenso
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tarfile
@@ -25,6 +26,15 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 BLOCK = 512  # tar block size
 MAX_MEMBER = 2**30
 """Bytes of one file of a sample."""
+MAX_HEADER = 2**20
+"""Bytes of a long name or of pax fields before a member."""
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class Member(NamedTuple):
@@ -41,6 +51,26 @@ def safe_key(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:80] or "_"
 
 
+def unique_key(name: str) -> str:
+    """A key for the name of a sample in another program's tar: other names, other keys, whatever their alphabet."""
+    key = safe_key(name)
+    return key if key == name.replace("/", "_") else f"{key[:71]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+class _BoundedInfo(tarfile.TarInfo):
+    """A member whose extended header, which tarfile reads whole, has at most `MAX_HEADER` bytes."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in HEADERS and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"extended header of {self.size} bytes; at most {MAX_HEADER} are read")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+def open_tar(path: Path) -> tarfile.TarFile:
+    """An uncompressed tar. Raises `tarfile.TarError` and `OSError`, now and while its members are read."""
+    return tarfile.open(path, "r:", tarinfo=_BoundedInfo)
+
+
 def member_extension(name: str) -> str:
     """The last, lower-case extension of a member name: `0.PNG` -> `png`, `json` -> `json`."""
     return name.rsplit(".", 1)[-1].lower()
@@ -52,9 +82,9 @@ def scan_tar(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
     Raises `DataError` for a truncated or compressed tar, a refused member, and a key whose members are not adjacent.
     """
     done: set[str] = set()
-    key, members = "", list[tuple[Member, bytes]]()
+    key, members, names = "", list[tuple[Member, bytes]](), set[str]()
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_tar(path) as tar:
             for info in tar:
                 if info.isdir():
                     continue
@@ -62,12 +92,13 @@ def scan_tar(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
                 if member_key != key and members:
                     yield key, members
                     done.add(key)
-                    members = []
+                    members, names = [], set()
                 if member_key in done:
                     raise DataError(f"{path}: key {member_key!r} occurs again later: duplicate or interleaved sample")
                 key = member_key
-                if any(m.name == member[0].name for m, _ in members):
+                if member[0].name in names:
                     raise DataError(f"{path}: duplicate member {info.name!r}")
+                names.add(member[0].name)
                 members.append(member)
             check_end(tar)
     except tarfile.TarError as error:
@@ -101,7 +132,7 @@ def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tup
     data = file.read() if file else b""
     if len(data) != info.size:
         raise DataError(f"{path}: truncated: member {info.name!r} has {len(data)} of {info.size} bytes")
-    key = safe_key(f"{folder}/{stem}" if folder else stem)
+    key = unique_key(f"{folder}/{stem}" if folder else stem)
     return key, (Member(name, info.offset_data, info.size, crc32(data)), data)
 
 

@@ -51,9 +51,14 @@ class Alpaca(FileSource):
         """Record i of the file."""
         record = self.raw[i]
         refuse_media(record)
-        instruction, context, output = str(record["instruction"]), record.get("input") or "", record["output"]
-        if not isinstance(output, str) or not output.strip():
-            raise BadSample("has no output")
+        instruction, context, output = record["instruction"], record.get("input"), record["output"]
+        for name, text in (("instruction", instruction), ("output", output)):
+            if not isinstance(text, str) or not text.strip():
+                raise BadSample(f"has no {name}")
+        if context is None or context != context:  # pandas writes NaN where there is none
+            context = ""
+        if not isinstance(context, str):
+            raise BadSample(f"its input is {context!r:.80}, not text")
         if self.prompt == "plain":
             ask = "\n\n".join(filter(None, (instruction, context)))
         else:

@@ -26,7 +26,7 @@ class Image(NamedTuple):
 
     number: int
     path: str
-    captions: tuple[str, ...]
+    captions: tuple[Any, ...]  # as the file has them
 
 
 class _Captions(ListSource):
@@ -46,12 +46,15 @@ class _Captions(ListSource):
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Image i of the file."""
         number, path, found = self._found[i]
-        captions = [text for caption in found if (text := caption.strip())]
+        captions = [text for caption in found if isinstance(caption, str) and (text := caption.strip())]
         if not captions:
             raise BadSample("has no caption", kind=EMPTY)
         blob = self._images.read(path)
         annotations = [caption_annotation(caption) for caption in captions[: 1 if self._first else None]]
-        return make_sample(self, f"{number:012d}", [blob], annotations, {"id": number, "images": [path]})
+        about: dict[str, Any] = {"id": number, "images": [path]}
+        if lacking := len(found) - len(captions):
+            about["skipped"] = ["empty caption"] * lacking
+        return make_sample(self, f"{number:012d}", [blob], annotations, about)
 
 
 class CocoCaptions(_Captions):
@@ -96,10 +99,10 @@ class KarpathyCaptions(_Captions):
 def _read_official(path: Path) -> list[Image]:
     data = read_json(path)
     try:
-        captions: dict[int, list[str]] = {image["id"]: [] for image in data["images"]}
+        captions: dict[int, list[Any]] = {image["id"]: [] for image in data["images"]}
         for annotation in data["annotations"]:
-            captions[annotation["image_id"]].append(str(annotation["caption"]))
-        return [Image(int(i["id"]), str(i["file_name"]), tuple(captions[i["id"]])) for i in data["images"]]
+            captions[annotation["image_id"]].append(annotation["caption"])
+        return [Image(int(i["id"]), _require_path(i["file_name"]), tuple(captions[i["id"]])) for i in data["images"]]
     except MALFORMED as error:
         raise _layout_error(path, "the official captions", error) from error
 
@@ -113,9 +116,15 @@ def _read_karpathy(path: Path, splits: tuple[str, ...]) -> list[Image]:
 
 
 def _karpathy_image(image: dict[str, Any]) -> Image:
-    path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+    path = "/".join(filter(None, (image.get("filepath"), _require_path(image["filename"]))))
     number = int(image["cocoid"] if "cocoid" in image else image["imgid"])
-    return Image(number, path, tuple(str(sentence["raw"]) for sentence in image["sentences"]))
+    return Image(number, path, tuple(sentence["raw"] for sentence in image["sentences"]))
+
+
+def _require_path(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"file name {value!r}")
+    return value
 
 
 def _layout_error(path: Path, what: str, error: Exception) -> DataError:

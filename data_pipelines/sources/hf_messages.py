@@ -17,9 +17,22 @@ from data_pipelines.inputs.files import MediaFolder, open_parquet, parquet_rows,
 from data_pipelines.sources import PART_SIZE, Record
 from data_pipelines.sources.common.layouts import hint_at_source
 from data_pipelines.sources.common.samples import try_record
-from data_pipelines.sources.messages import parse_record
+from data_pipelines.sources.messages import parse_record, read_media
 
-COLUMNS = ("id", "messages", "conversations", "prompt", "chosen", "rejected", "images", "image", "videos", "video")
+COLUMNS = (
+    "id",
+    "system",
+    "system_prompt",
+    "messages",
+    "conversations",
+    "prompt",
+    "chosen",
+    "rejected",
+    "images",
+    "image",
+    "videos",
+    "video",
+)
 BATCH = 64  # rows of a saved dataset in memory at once
 
 
@@ -63,12 +76,7 @@ class HFMessages:
             yield try_record(make, partial("{}, row {}".format, path.relative_to(self._folder), number))
 
     def _read_image(self, item: Any) -> bytes:
-        if isinstance(item, bytes):
-            return item
-        if isinstance(item, str):
-            return self._media.read(item)
-        data = item.get("bytes")
-        return data if isinstance(data, bytes) else self._media.read(item["path"])
+        return read_media(item, self._media)
 
 
 Part = tuple[Path, int, int, int]

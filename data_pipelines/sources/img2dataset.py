@@ -30,6 +30,8 @@ from data_pipelines.shards.members import (
     check_end,
     is_plain,
     member_extension,
+    open_tar,
+    unique_key,
 )
 from data_pipelines.sources import Record
 from data_pipelines.sources.common.layouts import hint_at_source
@@ -121,7 +123,7 @@ class Img2Dataset:
         if not isinstance(caption, str) or not caption.strip():
             raise BadSample("has no caption", kind=EMPTY)
         meta = {column: _to_json_value(row[column]) for column in self._columns}
-        return make_sample(self, key, [image], [caption_annotation(caption.strip())], meta)
+        return make_sample(self, unique_key(key), [image], [caption_annotation(caption.strip())], meta)
 
 
 def _find_files(folder: Path, kind: str) -> list[Path]:
@@ -149,7 +151,7 @@ def _to_json_value(value: Any) -> Any:
 def _read_tar(path: Path) -> Iterator[Group | BadSample]:
     """The samples of a tar. What is refused costs its own sample alone; after a cut, what came before it stays."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_tar(path) as tar:
             for key, found in groupby(_read_members(tar), key=itemgetter(0)):
                 members = [(name, data) for _, name, data in found]
                 refused = [name for name, data in members if data is None]

@@ -8,6 +8,7 @@ records `{"id", "image": path | [paths], "video": path, "width", "height" (or "w
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -98,7 +99,7 @@ class _DataSet:
         record = self._records[number % len(self._taken)]
         images, videos = _list_paths(record, "image"), _list_paths(record, "video")
         blobs = [self._files.read(path) for path in (*images, *videos)]
-        annotation = make_dialogue(record["conversations"], images=len(images), videos=len(videos))
+        annotation = make_dialogue(record, images=len(images), videos=len(videos))
         meta = {"id": record.get("id"), "images": images, "videos": videos}
         return make_sample(self, f"{key}-{record.get('id', '')}", blobs, [annotation], meta)
 
@@ -111,7 +112,7 @@ def _list_paths(record: Mapping[str, Any], name: str) -> list[str]:
 def _path_inside(folder: Path, path: str) -> Path:
     """`path` below `folder`. Raises `DataError` if it leaves it."""
     inside = folder / path
-    if not inside.is_relative_to(folder) or ".." in Path(path).parts:
+    if not Path(os.path.abspath(inside)).is_relative_to(os.path.abspath(folder)) or ".." in Path(path).parts:
         raise DataError(f"meta: path {path!r} leaves the folder {folder} (folder=<folder>)")
     return inside
 

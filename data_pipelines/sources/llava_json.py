@@ -20,6 +20,7 @@ from data_pipelines.sources.common.conversations import (
     Said,
     count_tags,
     describe_misplaced,
+    read_system,
     read_turn,
     tag_first,
     to_turn,
@@ -53,7 +54,8 @@ class LlavaFormat:
             raise BadSample("names a video; this source reads images")
         image = record.get("image") or []
         paths = [image] if isinstance(image, str) else list(image)
-        turns = [read_turn(turn) for turn in record["conversations"]]
+        said = record["conversations"]
+        turns = [*read_system(record, said), *map(read_turn, said)]
         tags = count_tags(turns, IMAGE)
         if paths and not tags and self.untagged == "drop":
             paths = []
@@ -68,15 +70,15 @@ class LlavaFormat:
 
     def _make_turns(self, turns: list[Said]) -> Iterator[Turn]:
         numbers = {IMAGE: count()}
-        start = int(bool(turns) and turns[0][0] == "system")
-        if turns[start:] and turns[start][0] == "assistant":
+        start = int(bool(turns) and turns[0].role == "system")
+        if turns[start:] and turns[start].role == "assistant":
             del turns[start]  # LLaVA drops an answer without a question (train.py, preprocess_v1)
         if not turns[start:]:
             raise BadSample("no turns")
-        for role, text in turns:
-            if self.image_first and role == "user" and text.count(IMAGE) == 1:
-                text = IMAGE + text.replace(IMAGE, "").strip()
-            yield to_turn(role, text, numbers)
+        for turn in turns:
+            if self.image_first and turn.role == "user" and turn.text.count(IMAGE) == 1:
+                turn = turn._replace(text=IMAGE + turn.text.replace(IMAGE, "").strip())
+            yield to_turn(turn, numbers)
 
 
 class LlavaJSON(FileSource):

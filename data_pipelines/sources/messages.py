@@ -2,28 +2,42 @@
 
 `{"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A cat."}]}` with
 `images` and `videos` (a path below the media folder, or a data URI, each), `id`, and `rejected`, an answer that the
-last one is preferred to. `content` is text, in which `<image>` and `<video>` mark the places of `images` and `videos`
-in order, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}`, and with the image in it
-`{"type": "image", "image": "cat.png"}` or `{"type": "image_url", "image_url": {"url"}}`; videos alike. Images and
-videos that nothing marks come before the first user turn's text. Several conversations about the same media are a list
-of lists of messages. ms-swift's layout is the same (swift.readthedocs.io, Customization/Custom-dataset), with
-`rejected_response` for `rejected`, which is read, too.
+last one is preferred to. `weight`, `loss_weight`, `loss` or `train` of a message say how much of an answer is learned;
+`system` or `system_prompt` beside the messages is their system turn.
+
+`content` is text, in which `<image>` and `<video>` mark the places of `images` and `videos` in order, or a list of
+parts: `{"type": "text", "text"}`, `{"type": "image"}`, and with the image in it `{"type": "image", "image": "cat.png"}`
+(or `url`, `path`, `base64`) or `{"type": "image_url", "image_url": {"url"}}`; videos alike. Images and videos that
+nothing marks come before the first user turn's text. Several conversations about the same media are a list of lists of
+messages. ms-swift's layout is the same (swift.readthedocs.io, Customization/Custom-dataset), with `rejected_response`
+for `rejected`, which is read, too.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from data_pipelines.errors import BadSample
 from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Media, Part, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import IMAGE, ROLES, VIDEO, describe_misplaced, to_turn
+from data_pipelines.sources.common.conversations import (
+    IMAGE,
+    ROLES,
+    VIDEO,
+    Said,
+    describe_misplaced,
+    read_system,
+    read_weight,
+    to_turn,
+)
 from data_pipelines.sources.common.samples import Origin, make_sample
 
 TAGS = {"image": IMAGE, "video": VIDEO}
@@ -54,7 +68,7 @@ class Messages(FileSource):
         return parse_record(record, self.make_key(i, record), self._read_image, self)
 
     def _read_image(self, item: Any) -> bytes:
-        return read_uri(item) if isinstance(item, str) and item.startswith("data:") else self._media.read(item)
+        return read_media(item, self._media)
 
 
 def parse_record(
@@ -73,7 +87,10 @@ def parse_record(
 
 def _list_media(record: Mapping[str, Any], kind: str) -> list[Any]:
     found = record.get(f"{kind}s") or record.get(kind) or []
-    return found if isinstance(found, list) else [found]
+    found = found if isinstance(found, list) else [found]
+    if None in found:
+        raise BadSample(f"{kind} {found.index(None)} of its {len(found)} {kind}s is null")
+    return found
 
 
 class Album:
@@ -121,17 +138,21 @@ class Album:
         if name not in ROLES:
             raise BadSample(f"turn of {name!r}; allowed: {', '.join(ROLES)}")
         content = message["content"] if message.get("content") is not None else message["value"]
+        weight = read_weight(message, ROLES[name])
         if isinstance(content, str):
-            return to_turn(ROLES[name], content, numbers)
-        return Turn(role=ROLES[name], parts=tuple(self._make_part(part, numbers) for part in content))
+            return to_turn(Said(ROLES[name], content, weight), numbers)
+        return Turn(role=ROLES[name], parts=tuple(self._make_part(part, numbers) for part in content), weight=weight)
 
     def _make_part(self, part: Mapping[str, Any], numbers: Mapping[str, Iterator[int]]) -> Part:
         match part["type"]:
-            case "text" if isinstance(part["text"], str):
+            case "text":
+                if not isinstance(part.get("text"), str):
+                    raise BadSample(f"a part of type 'text' holds {part.get('text')!r:.80}, not text")
                 return Text(text=part["text"])
             case "image" | "video" as kind:
-                if part.get(kind) is not None:
-                    return self._add_media(part[kind])
+                for name in (kind, "url", "path", "base64"):  # the last three are those of transformers
+                    if part.get(name) is not None:
+                        return self._add_media(f"data:;base64,{part[name]}" if name == "base64" else part[name])
                 if part.get("index") is not None:  # HuggingFaceH4/llava-instruct-mix-vsft
                     return self._numbered_media(kind, part["index"])
                 return Media(item=next(numbers[TAGS[kind]]))
@@ -158,7 +179,8 @@ def _is_answer(turn: Turn) -> bool:
 def _list_conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], Mapping[str, Any] | None]]:
     """The conversations of a record, each with the rejected answer, if there is one."""
     if record.get("chosen") is not None:
-        yield _split_preference(record)
+        messages, refused = _split_preference(record)
+        yield [*_system_message(record, messages), *messages], refused
         return
     messages = record["messages"] if record.get("messages") is not None else record.get("conversations")
     if not isinstance(messages, list):
@@ -168,7 +190,14 @@ def _list_conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], 
     if several and rejected is not None:
         raise BadSample("has several conversations and one rejected answer")
     for conversation in messages if several else [messages]:
-        yield conversation, None if rejected is None else _answer_message(rejected)
+        yield (
+            [*_system_message(record, conversation), *conversation],
+            None if rejected is None else _answer_message(rejected),
+        )
+
+
+def _system_message(record: Mapping[str, Any], messages: Sequence[Any]) -> list[dict[str, str]]:
+    return [{"role": said.role, "content": said.text} for said in read_system(record, messages)]
 
 
 def _split_preference(record: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
@@ -192,6 +221,22 @@ def _answer_message(value: Any) -> Mapping[str, Any]:
         raise BadSample(f"an answer of {len(value)} messages; expected one")
     message: Mapping[str, Any] = value[0]
     return message
+
+
+def read_media(item: Any, folder: MediaFolder) -> bytes:
+    """An image or video given as a path, `file://` address or data URI, or as an object of one of these: `{"path"}`,
+    `{"url"}`, `{"bytes"}`. Raises `BadSample`."""
+    if isinstance(item, Mapping):
+        item = next((item[name] for name in ("bytes", "path", "url") if item.get(name) is not None), None)
+    if isinstance(item, bytes):
+        return item
+    if not isinstance(item, str):
+        raise BadSample(f"an image or video of type {type(item).__name__}; allowed: a path, or an object with one")
+    if item.startswith("data:"):
+        return read_uri(item)
+    if re.match(r"[A-Za-z][\w+.-]+://", item) and not item.startswith("file://"):
+        raise BadSample(f"{item[:80]!r} is an address, and nothing is downloaded; give files (media=<folder>)")
+    return folder.read(unquote(item.removeprefix("file://")) if item.startswith("file://") else item)
 
 
 def read_uri(uri: str) -> bytes:

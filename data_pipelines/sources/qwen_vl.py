@@ -14,7 +14,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.inputs.files import MediaFolder
 from data_pipelines.sample import Annotation, Box, Media, Part, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import read_turn
+from data_pipelines.sources.common.conversations import read_system, read_turn
 from data_pipelines.sources.common.samples import make_sample
 
 SCALE = 1000
@@ -50,9 +50,10 @@ class QwenVL(FileSource):
         """Record i of the file."""
         record = self.raw[i]
         paths: list[str] = []
+        said = record["conversations"]
         turns = [
-            Turn(role=role, parts=tuple(self._make_parts(text, paths)))
-            for role, text in map(read_turn, record["conversations"])
+            Turn(role=turn.role, parts=tuple(self._make_parts(turn.text, paths)), weight=turn.weight)
+            for turn in (*read_system(record, said), *map(read_turn, said))
         ]
         if not any(turn.role == "assistant" for turn in turns):
             raise BadSample("no turn of the assistant")

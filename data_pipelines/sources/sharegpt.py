@@ -10,7 +10,7 @@ from __future__ import annotations
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Role, Sample, Text, Turn
 from data_pipelines.sources import FileSource
-from data_pipelines.sources.common.conversations import ROLES, Said, read_turn, refuse_media
+from data_pipelines.sources.common.conversations import ROLES, Said, read_system, read_turn, refuse_media
 from data_pipelines.sources.common.samples import make_sample
 
 SPEAKERS: dict[str, Role] = {
@@ -47,8 +47,9 @@ class ShareGPT(FileSource):
         record = self.raw[i]
         refuse_media(record)
         conversation = record["messages"] if "messages" in record else record["conversations"]
-        turns = _trim_turns([read_turn(turn, SPEAKERS) for turn in conversation])
-        annotation = Annotation(turns=tuple(Turn(role=role, parts=(Text(text=text),)) for role, text in turns))
+        said = [*read_system(record, conversation), *(read_turn(turn, SPEAKERS) for turn in conversation)]
+        turns = (Turn(role=one.role, parts=(Text(text=one.text),), weight=one.weight) for one in _trim_turns(said))
+        annotation = Annotation(turns=tuple(turns))
         return make_sample(self, self.make_key(i, record), [], [annotation], {"id": record.get("id")})
 
 
@@ -62,7 +63,7 @@ def _trim_turns(turns: list[Said]) -> list[Said]:
         talk = talk[:-1]
     if not talk:
         raise BadSample("no question with an answer")
-    for number, (role, text) in enumerate(talk, len(system)):
+    for number, (role, text, _) in enumerate(talk, len(system)):
         if role != ("user", "assistant")[(number - len(system)) % 2]:
             raise BadSample(f"turn {number} is of {role}; questions and answers must alternate")
         if not text.strip():

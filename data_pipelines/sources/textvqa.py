@@ -84,6 +84,9 @@ def _read_ocr_tokens(path: str) -> dict[Any, list[str]]:
     """OCR tokens by image; their places and confidences are dropped to save memory."""
     records = read_list(path, "ocr", "data")
     try:
-        return {record["image_id"]: [str(token) for token in record["ocr_tokens"]] for record in records}
+        return {
+            record["image_id"]: [token for token in record["ocr_tokens"] if isinstance(token, str)]
+            for record in records
+        }
     except (KeyError, TypeError) as error:
         raise DataError(f"ocr: {path}: not Rosetta OCR: {type(error).__name__}: {error}") from error

@@ -88,7 +88,7 @@ class VideoFolder(ListSource):
 
 def _make_annotation(row: Mapping[str, Any]) -> Annotation:
     if row.get("conversations"):
-        return make_dialogue(row["conversations"], videos=1)
+        return make_dialogue(row, videos=1)
     ask = (row.get("question") or "").strip()
     answer = row["answer"] if ask else row["caption"]
     if not isinstance(answer, str) or not answer.strip():

@@ -95,14 +95,13 @@ def test_counts_by_kind_and_the_limit_of_each(tmp_path, sample, capsys):
     blank = Turn(role="assistant", parts=(Text(text=""),))
     with ShardWriter(tmp_path / "set") as writer:
         for i in range(5):
-            turns = (_question(), blank) if i else (_question(), ANSWER)
-            writer.write_sample(
-                replace(record, key=f"k{i}", weight=-1.0, annotations=(Annotation(turns=turns),)), blobs
-            )
+            tagged = Turn(role="user", parts=(Media(item=0), Text(text="<image>?")))
+            turns = (tagged, blank) if i else (tagged, ANSWER)
+            writer.write_sample(replace(record, key=f"k{i}", annotations=(Annotation(turns=turns),)), blobs)
     assert lint([f"folder={tmp_path / 'set'}", "max_problems=2"]) == 1
     out = capsys.readouterr().out
     assert out.count("empty answer\n") == 2 + 1 + 1 and "... and more of this kind: empty answer" in out
-    assert "         5  weight\n         4  empty answer\n" in out and out.endswith("set: 9 problems\n")
+    assert "         5  placeholder\n         4  empty answer\n" in out and out.endswith("set: 9 problems\n")
 
 
 def test_any_number_of_processes_says_the_same(shard_set):

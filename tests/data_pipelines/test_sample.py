@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -70,3 +71,43 @@ def test_a_source_that_lacks_something_is_told(tmp_path):
     with pytest.raises(DataError, match="^Mine has no license; see "):
         write_shards(Mine(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def _json(sample, change=lambda data: data, **fields):
+    data = json.loads(json.dumps(sample(1)[0].to_json())) | fields
+    change(data)
+    return data
+
+
+def _set_part(**part):
+    return lambda data: data["annotations"][0]["turns"][0]["parts"].__setitem__(0, part)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data["media"][0].update(name=5), "media item 5"),
+        (lambda data: data["media"][0].update(kind="sound"), "of kind 'sound'; allowed: a name, image or video"),
+        (lambda data: data["media"][0].update(width=-3), "-3 x .* pixels"),
+        (lambda data: data["media"][0].update(seconds=float("nan")), "nan seconds"),
+        (_set_part(media=float("inf")), "OverflowError"),
+        (_set_part(text=None), "a text part holds None"),
+        (_set_part(text=7), "a text part holds 7"),
+        (_set_part(text="bad \ud800"), "surrogates not allowed"),
+        (lambda data: data["meta"].update(url="\ud800"), "surrogates not allowed"),
+        (lambda data: data["annotations"][0]["turns"][0]["parts"].__setitem__(0, "text"), "AttributeError"),
+        (lambda data: data.update(weight=10**400), "OverflowError"),
+        (lambda data: data.update(weight=float("nan")), "weight nan; allowed: 0 to 1000000"),
+        (lambda data: data.update(weight=1e300), r"weight 1e\+300"),
+        (lambda data: data["annotations"][0].update(weight=float("inf")), "weight inf"),
+        (lambda data: data["annotations"][0]["turns"][1].update(weight=-1), "weight -1.0"),
+        (_set_part(text="abc", weights=[[0, 2, -7.0]]), "weight -7.0"),
+    ],
+)
+def test_malformed_samples_are_bad_samples(sample, change, reason):
+    with pytest.raises(BadSample, match=f"^sample 'k': malformed: .*{reason}"):
+        Sample.from_json("k", _json(sample, change))
+
+
+def test_what_is_not_ours_in_meta_stays(sample):
+    assert math.isnan(Sample.from_json("k", _json(sample, meta={"score": float("nan")})).meta["score"])

@@ -33,6 +33,9 @@ STATE, WEIGHTS, MANIFEST = "state.ckpt", "weights.safetensors", "manifest.json"
 FORMAT = 2
 """Version of the manifest and of the files that it names."""
 
+OWN_HASH = "sha256"
+"""The manifest's own hash in it; checkpoints of before have none."""
+
 _CHUNK = 16 * 2**20
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -94,6 +97,7 @@ def begin_checkpoint(final: Path) -> None:
 def commit_checkpoint(final: Path, files: Mapping[str, Any], step: int, facts: Mapping[str, Any]) -> None:
     """Add the manifest of `files`, then give the folder its name; an old folder of that name is removed."""
     manifest = {"format": FORMAT, "step": step, **facts, "files": files, "torch": torch.__version__}
+    manifest[OWN_HASH] = hash_manifest(manifest)
     write_bytes(partial_folder(final) / MANIFEST, json.dumps(manifest, indent=1).encode())
     old = final.with_name(f".{final.name}.old")
     if final.exists():
@@ -101,6 +105,12 @@ def commit_checkpoint(final: Path, files: Mapping[str, Any], step: int, facts: M
     partial_folder(final).rename(final)
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_manifest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, but for the hash itself."""
+    rest = {name: value for name, value in manifest.items() if name != OWN_HASH}
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -155,6 +165,10 @@ def _metric_of(folder: Path) -> float | None:
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The manifest of a complete, undamaged checkpoint. Raises `CheckpointError` saying what is wrong."""
     manifest = manifest_of(folder)
+    if OWN_HASH in manifest and manifest[OWN_HASH] != hash_manifest(manifest_as_written(folder)):
+        raise CheckpointError(f"{folder / MANIFEST}: its SHA-256 is not that in it: the checkpoint is damaged")
+    if not manifest["files"]:
+        raise CheckpointError(f"{folder / MANIFEST}: names no files: the checkpoint is damaged")
     for name, one in manifest["files"].items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
@@ -170,7 +184,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or its writing was interrupted")
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = manifest_as_written(folder)
         files = {str(name): {k: one[k] for k in ("bytes", "sha256")} for name, one in manifest["files"].items()}
         typed = {"run_id": str(manifest["run_id"]), "step": int(manifest["step"]), "frozen": list(manifest["frozen"])}
         typed["rollbacks"] = int(manifest.get("rollbacks", 0))
@@ -180,6 +194,12 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{folder / MANIFEST}: not a manifest of ours: nested too deeply") from None
     return {**manifest, **typed, "files": files}
+
+
+def manifest_as_written(folder: Path) -> dict[str, Any]:
+    """The content of a manifest, unchecked. Raises `ValueError` and `RecursionError`."""
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return found
 
 
 def hash_file(path: Path) -> str:

@@ -39,6 +39,10 @@ LATER_KEYS = {
 """Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
 
 
+LATER_IMAGE_KEYS = {"upright": True, "background": [255, 255, 255]}
+"""Keys of an image plan that came later, with their first values: runs of before keep their ids."""
+
+
 def training_config(cfg: DictConfig) -> dict[str, Any]:
     """The resolved part of `cfg` that decides the trained weights. It does not depend on where folders lie."""
     cfg = cfg.copy()
@@ -49,6 +53,10 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
         del plain["reference"]
     if not plain["parts"]:  # so do those
         del plain["parts"]
+    for plan in (plain["image"], *plain["image"].values()) if isinstance(plain["image"], dict) else ():
+        for key, first in LATER_IMAGE_KEYS.items():
+            if isinstance(plan, dict) and plan.get(key) == first:
+                del plan[key]
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
         plain["batch"].pop("micro")
     for group, keys in COSMETIC_KEYS.items():

@@ -6,10 +6,11 @@ name may wander through the imports of an innocent module, as `torch.nn.function
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.signatures import import_target, is_ours
@@ -42,6 +43,41 @@ def check_extended_trust(cfg: DictConfig, overrides: Iterable[str]) -> None:
             f"allow_targets: {cfg.recipe_name}, or a file that it is made of, trusts {listed} by itself, which no file "
             f"can. If you trust this code, say allow_targets={listed} on the command line."
         )
+
+
+OUR_RESOLVERS = {
+    "${oc.decode:${oc.env:SLURM_NTASKS_PER_NODE,1}}", "${oc.decode:${oc.env:SLURM_JOB_NUM_NODES,1}}",
+    "${oc.decode:${oc.env:LOCAL_WORLD_SIZE,1}}", "${oc.decode:${oc.env:GROUP_WORLD_SIZE,1}}",
+}  # fmt: skip
+"""Values of `conf/launch` that read the environment: numbers of processes."""
+
+_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
+
+
+def check_environment_unread(folder: str, cfg: DictConfig, given: Collection[str] = ()) -> None:
+    """Raise `ConfigError` where the configuration of a run folder, which may be somebody else's, reads the environment
+    or calls another resolver: an address could carry a secret to their server. `given` are keys of the command line."""
+    problems = []
+    for path, text in _iterate_texts("", OmegaConf.to_container(cfg, resolve=False)):
+        if any(path == key or path.startswith(f"{key}.") for key in given) or text in OUR_RESOLVERS:
+            continue
+        while (rest := _REFERENCE.sub("", text)) != text:
+            text = rest
+        if "${" in text:
+            problems.append(
+                f"{path}: the configuration in {folder} reads the environment or the like, which is not done for a "
+                f"folder that may be somebody else's. Give it on the command line: {path}=<value>"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _iterate_texts(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _iterate_texts(f"{path}.{key}" if path else str(key), inner)
 
 
 def iterate_components(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:

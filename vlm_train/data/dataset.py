@@ -158,6 +158,7 @@ class Samples:
                 self._require_planned(ref.index, rendered, source, number)
             views = self.processor.make_views(
                 blobs,
+                media=sample.media,
                 shown=rendered.media,
                 address=(self.seed, ref.epoch, ref.index) if training else None,
                 where=f"sample {rendered.key!r}",

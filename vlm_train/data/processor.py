@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import BadSample
-from data_pipelines.sample import Sample
+from data_pipelines.sample import MediaItem, Sample
 from vlm_train.contracts.layout import MediaLayout, MediaSize
 from vlm_train.contracts.streams import CAUSAL, Alignment
 from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
@@ -75,6 +75,7 @@ class Processor:
         self,
         blobs: Sequence[bytes],
         *,
+        media: Sequence[MediaItem] | None = None,
         shown: Collection[int] | None = None,
         address: tuple[int, int, int] | None = None,
         where: str = "image",
@@ -82,6 +83,7 @@ class Processor:
         """What every vision encoder is given of a sample's encoded images and videos.
 
         Args:
+            media: what the sample says of them; a view of another grid than these sizes give is then a bad sample.
             shown: items that the model sees; None: all.
             address: in training the run's seed, the pass and the sample's number: nothing else decides what is random,
                 and every encoder draws the same. None: nothing is random.
@@ -98,6 +100,14 @@ class Processor:
                 generator = np.random.default_rng(derive_seed(seed, "sample", epoch, index))
             wanted = range(len(blobs)) if shown is None else shown
             found[name] = [plan(blob, generator, where) if n in wanted else None for n, blob in enumerate(blobs)]
+            for item, views in zip(media or (), found[name]):
+                size = MediaSize(item.width, item.height, item.frames, item.seconds)
+                if views is not None and views.grids != tuple(plan.grids(size)):
+                    raise BadSample(
+                        f"{where}: {item.name} is not {item.width} x {item.height} pixels upright, as its entry says; "
+                        "build or index the shard set again",
+                        kind="image",
+                    )
         return found
 
     @cached_property

@@ -95,7 +95,7 @@ class Alignment:
             with unusable.catch_bad_sample(number):
                 sample, blobs = shards.load_sample(number)
                 rendered = processor.render(sample, options)
-                items.append([Example(rendered, processor.make_views(blobs[:1]))])
+                items.append([Example(rendered, processor.make_views(blobs[:1], media=sample.media[:1]))])
                 captions.append(normalize_text(reference_answer(sample.annotations[0])))
         return captions, collate_rows(items, processor.images)
 

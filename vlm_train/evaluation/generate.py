@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vlm_train.data.images.plan import MediaViews
     from vlm_train.data.processor import Processor
 
+MOST_PAIRS = 2**28
+"""Pairs of tokens of a batch of padded prompts: 256 prompts of 1024 tokens."""
+
 Load = Callable[[int], tuple[Sample, list[bytes]]]
 """Number of a sample -> the sample and its media."""
 
@@ -129,7 +132,7 @@ class Generator:
                 sample, blobs = load(number)
                 if is_dialogue(sample):
                     tally.dialogues.add(number)
-                views = self.processor.make_views(blobs)
+                views = self.processor.make_views(blobs, media=sample.media)
                 for one in list_questions(
                     sample, self.dialogue, join=self.join_references, all_answers=self.all_answers
                 ):
@@ -183,11 +186,13 @@ def reference_answer(annotation: Annotation) -> str:
 
 
 def _group_items(items: Iterator[_Asked], size: int) -> Iterator[list[_Asked]]:
-    group = []
+    """Groups of at most `size` items, and of few long ones: an explicit mask has `MOST_PAIRS` entries at most."""
+    group, longest = list[_Asked](), 0
     for item in items:
-        group.append(item)
-        if len(group) == size:
+        longest = max(longest, len(item.prompt.llm))
+        if group and (len(group) == size or (len(group) + 1) * longest**2 > MOST_PAIRS):
             yield group
-            group = []
+            group, longest = [], len(item.prompt.llm)
+        group.append(item)
     if group:
         yield group

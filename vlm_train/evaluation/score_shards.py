@@ -216,7 +216,7 @@ def _group_samples(
                 raise BadSample(f"{len(sample.media)} media items; a caption is about one image", kind="media")
             if captions is not None:
                 sample = with_caption(sample, str(captions.read_row(number).get("caption") or ""))
-            group.append(Shown(sample.key, processor.make_views(blobs), texts(processor, sample)))
+            group.append(Shown(sample.key, processor.make_views(blobs, media=sample.media), texts(processor, sample)))
         if len(group) == size:
             yield group
             group = []

@@ -17,6 +17,7 @@ from vlm_train.config import folders, origins
 from vlm_train.config.compose import compose_config, describe_replaced_data
 from vlm_train.config.run_file import load_run
 from vlm_train.config.run_identity import run_dir
+from vlm_train.config.trust import check_environment_unread
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 from vlm_train.runs import launch, process
@@ -76,6 +77,8 @@ def from_run(overrides: Sequence[str], dirs: Sequence[str | Path]) -> tuple[Dict
         except (ConfigKeyError, ConfigAttributeError):
             raise ConfigError(unknown_in(key, cfg)) from None
         found[key] = origins.Origin(origins.COMMAND_LINE, origins.COMMAND_LINE)
+    given = [key for key, origin in found.items() if origin.layer == origins.COMMAND_LINE]
+    check_environment_unread(str(folder), cfg, given)
     cfg.run = str(folder)
     return cfg, found
 

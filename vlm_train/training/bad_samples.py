@@ -25,7 +25,8 @@ class BadSamples:
     Args:
         folder: the run's; bad samples go to `quarantine-<rank>.jsonl` in it.
         max_in_a_row: allowed bad samples in a row.
-        max_share: allowed share of bad samples among all drawn ones, checked from `MIN_DRAWN` drawn samples on.
+        max_share: allowed share of bad samples among all drawn ones, checked from `MIN_DRAWN` drawn samples on, and at
+            the last step.
         strict: bear none.
     """
 
@@ -43,8 +44,11 @@ class BadSamples:
             self.kinds[problem.kind] += 1
             self.last = problem
 
-    def reason_to_stop(self, good: int, bad: int) -> str | None:
+    def reason_to_stop(self, good: int, bad: int, *, last: bool = False) -> str | None:
         """Why the run must stop after an optimizer step of so many good and bad samples on all ranks, or None.
+
+        The share is judged at the `last` step, however few samples were drawn until then: a run in which all are bad
+        does not end well, nor does one of a small set that lost many.
 
         Which of a step's samples are good is not known here, so "in a row" is what they make at least.
         """
@@ -55,7 +59,9 @@ class BadSamples:
             return "a bad sample, and trainer.strict=true"
         if longest > self.max_in_a_row:
             return f"{longest} bad samples in a row; trainer.max_bad_samples={self.max_in_a_row}"
-        if self.drawn >= MIN_DRAWN and self.bad > self.max_share * self.drawn:
+        if last and self.bad == self.drawn:
+            return f"none of the {self.drawn} drawn samples can be used"
+        if (last or self.drawn >= MIN_DRAWN) and self.bad > self.max_share * self.drawn:
             share = f"{self.bad / self.drawn:.2%} of {self.drawn} drawn samples are bad"
             return f"{share}; trainer.max_bad_share={self.max_share}"
         return None

@@ -22,6 +22,7 @@ from vlm_train.check.check import check_config
 from vlm_train.checkpoint.files import hash_file, manifest_of
 from vlm_train.checkpoint.weights import load_init_from, load_run_weights, weights_file
 from vlm_train.config.run_file import load_run
+from vlm_train.config.trust import check_environment_unread
 from vlm_train.contracts.family import Family
 from vlm_train.data.text.tokenizer import hash_vocabulary
 from vlm_train.errors import ConfigError
@@ -47,6 +48,7 @@ def reference_config(cfg: DictConfig) -> DictConfig | None:
         other = load_run(Path(cfg.reference.model))
         other.allow_targets = cfg.allow_targets  # the folder may be somebody else's
         try:
+            check_environment_unread(str(cfg.reference.model), other)
             check_config(other, need_assets=False)
         except ConfigError as error:
             raise ConfigError([f"reference.model: {problem}" for problem in error.problems]) from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines.errors import BadSample
-from data_pipelines.sample import Annotation, Media, Part, Role, Text, Turn
+from data_pipelines.sample import Annotation, Media, Part, Role, Text, Turn, is_weight
 
 IMAGE, VIDEO = "<image>", "<video>"
 ROLES: dict[str, Role] = {
@@ -18,8 +18,50 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 
-Said = tuple[Role, str]
-"""A turn whose tags still stand in its text."""
+WEIGHTS = ("weight", "loss_weight", "loss", "train")
+"""Fields of a turn by which other trainers say how much of it is learned: OpenAI, LLaMA-Factory, ms-swift, axolotl."""
+SYSTEM = ("system", "system_prompt")
+"""Fields of a record that hold the text of its system turn."""
+
+
+class Said(NamedTuple):
+    """A turn whose tags still stand in its text."""
+
+    role: Role
+    text: str
+    weight: float = 1.0
+
+
+def read_weight(turn: Mapping[str, Any], role: Role) -> float:
+    """How much of a turn is learned: 1, or what one of `WEIGHTS` says. Raises `BadSample`."""
+    if "train_detail" in turn and turn["train_detail"] is not None:
+        raise BadSample("a turn has train_detail, which is not read; weigh whole turns (weight) or use segment weights")
+    said = {name: turn[name] for name in WEIGHTS if turn.get(name) is not None}
+    for name, value in said.items():
+        if not isinstance(value, (bool, int, float)) or not is_weight(value):
+            raise BadSample(f"turn of {role!r}: {name} {value!r}; allowed: true, false, or a number from 0")
+        if role != "assistant" and value:
+            raise BadSample(f"turn of {role!r}: {name} {value!r}, but only turns of the assistant are learned")
+    weights = {float(value) for value in said.values()}
+    if len(weights) > 1:
+        raise BadSample(f"turn of {role!r}: {said} contradict each other")
+    return weights.pop() if weights and role == "assistant" else 1.0
+
+
+def read_system(record: Mapping[str, Any], turns: Sequence[Any]) -> list[Said]:
+    """The system turn that stands beside the `turns` of a record: one, or none. Raises `BadSample` for two."""
+    texts = {record[name] for name in SYSTEM if record.get(name)}
+    if not texts:
+        return []
+    text = texts.pop()
+    if texts or not isinstance(text, str):
+        raise BadSample(f"its {' and '.join(SYSTEM)} hold no one text")
+    first = turns[0] if turns else {}
+    if isinstance(first, Mapping) and "system" in (first.get("from"), first.get("role")):
+        if text not in (first.get("value"), first.get("content")):
+            raise BadSample("has a system turn, and another text as system or system_prompt")
+        return []
+    return [Said("system", text)] if text.strip() else []
 
 
 def read_turn(turn: Mapping[str, Any], roles: Mapping[str, Role] = ROLES) -> Said:
@@ -30,7 +72,7 @@ def read_turn(turn: Mapping[str, Any], roles: Mapping[str, Role] = ROLES) -> Sai
     text = turn["value"] if "value" in turn else turn["content"]
     if not isinstance(text, str):
         raise BadSample(f"turn of {name!r} holds {text!r:.80}, not text")
-    return roles[name], text
+    return Said(roles[name], text, read_weight(turn, roles[name]))
 
 
 def split_tags(text: str, numbers: Mapping[str, Iterator[int]]) -> tuple[Part, ...]:
@@ -50,14 +92,15 @@ def split_tags(text: str, numbers: Mapping[str, Iterator[int]]) -> tuple[Part, .
     return tuple(parts)
 
 
-def to_turn(role: Role, text: str, numbers: Mapping[str, Iterator[int]]) -> Turn:
+def to_turn(said: Said, numbers: Mapping[str, Iterator[int]]) -> Turn:
     """A turn with media where its tags stand; a tag that a user did not write is text, for example in code."""
-    return Turn(role=role, parts=split_tags(text, numbers) if role == "user" else (Text(text=text),))
+    parts = split_tags(said.text, numbers) if said.role == "user" else (Text(text=said.text),)
+    return Turn(role=said.role, parts=parts, weight=said.weight)
 
 
 def count_tags(turns: Sequence[Said], tag: str) -> int:
     """The tags in the user turns."""
-    return sum(text.count(tag) for role, text in turns if role == "user")
+    return sum(turn.text.count(tag) for turn in turns if turn.role == "user")
 
 
 def describe_misplaced(turns: Sequence[Said], tag: str) -> str:
@@ -83,8 +126,8 @@ def refuse_media(record: Mapping[str, Any]) -> None:
 
 def first_user(turns: Sequence[Said]) -> int:
     """The number of the first user turn. Raises `BadSample` if there is none."""
-    for number, (role, _) in enumerate(turns):
-        if role == "user":
+    for number, turn in enumerate(turns):
+        if turn.role == "user":
             return number
     raise BadSample("no turn of a user")
 
@@ -92,16 +135,18 @@ def first_user(turns: Sequence[Said]) -> int:
 def tag_first(turns: Sequence[Said], tag: str, count: int) -> list[Said]:
     """`turns` with `count` tags before the first user turn's text. Raises `BadSample` if no user speaks."""
     first = first_user(turns)
-    return [*turns[:first], ("user", f"{tag}\n" * count + turns[first][1]), *turns[first + 1 :]]
+    asked = turns[first]._replace(text=f"{tag}\n" * count + turns[first].text)
+    return [*turns[:first], asked, *turns[first + 1 :]]
 
 
-def make_dialogue(conversation: Sequence[Mapping[str, Any]], *, images: int = 0, videos: int = 0) -> Annotation:
-    """A conversation about images, then videos.
+def make_dialogue(record: Mapping[str, Any], *, images: int = 0, videos: int = 0) -> Annotation:
+    """The `conversations` of a record, about images, then videos.
 
     Tags in user turns take the media in order; a kind without any tag stands before the first user turn's text. Without
     images, `<image>` may stand for the videos, as in LLaVA-Video. Raises `BadSample` where tags and media differ.
     """
-    turns = [read_turn(turn) for turn in conversation]
+    said = record["conversations"]
+    turns = [*read_system(record, said), *map(read_turn, said)]
     first_user(turns)
     asked = {tag: count_tags(turns, tag) for tag in (IMAGE, VIDEO)}
     items = {IMAGE: range(images), VIDEO: range(images, images + videos)}
@@ -114,4 +159,4 @@ def make_dialogue(conversation: Sequence[Mapping[str, Any]], *, images: int = 0,
         elif asked[tag] != len(some):
             raise BadSample(f"{asked[tag]} {tag} tags in its user turns, {len(some)} files{misplaced}")
     numbers = {tag: iter(some) for tag, some in items.items()}
-    return Annotation(turns=tuple(to_turn(role, text, numbers) for role, text in turns))
+    return Annotation(turns=tuple(to_turn(turn, numbers) for turn in turns))

@@ -198,8 +198,8 @@ def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded,
         seen.append(target)
         return resize(image, target, *more)
 
-    def spy_decode(*arguments):
-        image, size = decode_image(*arguments)
+    def spy_decode(*arguments, **options):
+        image, size = decode_image(*arguments, **options)
         seen.append(image.size)
         return image, size
 
@@ -223,3 +223,70 @@ def test_scaled_decoding_takes_any_colors_and_no_truncated_file():
         assert ImageTransform(size=(32, 32), jpeg_draft=True)(data).shape == (1, 3, 32, 32)
     with pytest.raises(BadSample, match="^here: cannot decode image"):
         ImageTransform(size=(32, 32), jpeg_draft=True)(data[:-400], where="here")
+
+
+def turned(orientation: int = 6) -> tuple[bytes, np.ndarray]:
+    """A JPEG that is stored on its side, and its pixels as they are shown, `[80, 40, 3]`."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = Image.fromarray(np.kron(picture(5, 10), np.ones((8, 8, 1), np.uint8)))
+    file = io.BytesIO()
+    shown.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif, quality=100, subsampling=0)
+    return file.getvalue(), np.asarray(shown).astype(int)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_pictures_are_seen_upright(draft):
+    data, shown = turned()
+    size = (shown.shape[0], shown.shape[1])
+    view = ImageTransform(mode="resize", size=size, jpeg_draft=draft)(data).astype(int)[0]
+    assert np.abs(view - shown.transpose(2, 0, 1)).max() < 16
+    lying = ImageTransform(mode="resize", size=size[::-1], upright=False)(data).astype(int)[0]
+    assert np.abs(lying - np.rot90(shown).transpose(2, 0, 1)).max() < 16
+
+
+def test_transparent_pictures_stand_on_a_ground():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 255))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    for background, value in (((255, 255, 255), 255), ([10, 10, 10], 10), (None, 0)):
+        view = ImageTransform(size=(4, 4), background=background)(file.getvalue())[0]
+        assert view[:, 1, 1].tolist() == [0] * 3 and (view[:, 0] == value).all()
+    with pytest.raises(ConfigError, match=r"image.background: \[0, 0, 300\]; allowed: \[red, green, blue\]"):
+        ImageTransform(size=(4, 4), background=(0, 0, 300))
+
+
+def test_16_bits_are_scaled_to_8():
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    assert np.array_equal(ImageTransform(size=(16, 16))(file.getvalue())[0, 1], values // 257)
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop", "resize"])
+def test_long_thin_pictures_take_little_memory(mode, monkeypatch):
+    """What is made on the way to a view has at most `MOST_PIXELS`, whatever the sides."""
+    sizes = []
+    make, new = Image.Image._new, Image.new
+    monkeypatch.setattr(Image.Image, "_new", lambda self, core: sizes.append(core.size) or make(self, core))
+    monkeypatch.setattr(Image, "new", lambda mode, size, *color: sizes.append(size) or new(mode, size, *color))
+    for size in ((65_535, 1), (1, 65_535), (40, 30_000)):
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels[...] = (30, 60, 90)
+        view = ImageTransform(mode=mode, size=(336, 336))(encode(Image.fromarray(pixels)))[0]
+        middle = view[:, 160:176, 167] if size[1] > size[0] else view[:, 167, 160:176]
+        assert (middle == np.array([[30], [60], [90]])).all()
+    assert max(w * h for w, h in sizes) <= 2**26
+    with pytest.raises(BadSample, match="70000 x 1 pixels; a side has at most 65535"):
+        ImageTransform(mode=mode, size=(32, 32))(encode(Image.new("RGB", (70_000, 1))))
+
+
+def test_a_large_picture_is_padded_and_cropped_as_a_small_one(monkeypatch):
+    data = encode(Image.fromarray(np.kron(picture(20, 5), np.ones((16, 16, 1), np.uint8))))
+    plain = {mode: ImageTransform(mode=mode, size=(32, 32))(data).astype(int) for mode in ("pad", "crop")}
+    monkeypatch.setattr("vlm_train.data.images.resize.MOST_PIXELS", 100)
+    monkeypatch.setattr("vlm_train.data.images.transform.MOST_PIXELS", 100)
+    assert np.abs(ImageTransform(mode="crop", size=(32, 32))(data) - plain["crop"]).max() <= 1
+    padded = np.abs(ImageTransform(mode="pad", size=(32, 32))(data) - plain["pad"])
+    assert np.median(padded) <= 1 and padded[:, :, 14:18].max() <= 4  # away from the edge of the padding

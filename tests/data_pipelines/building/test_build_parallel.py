@@ -272,7 +272,7 @@ def test_a_part_stopped_by_the_budget_is_not_taken_for_a_finished_one(tmp_path):
     source = Alternating(counts=[6, 6])
     with pytest.raises(DataError, match="6 bad records among 12, max_bad=4"):
         write_shards(source, tmp_path / "set", max_bad=4)
-    assert sorted(path.name for path in (tmp_path / ".set.partial").glob("part-*")) == ["part-000000", "part-000001"]
+    assert not (tmp_path / ".set.partial").exists()  # bad records are read again
     with pytest.raises(DataError, match="1 bad records among 2, max_bad=0"):
         write_shards(source, tmp_path / "other", max_bad=0)
     assert not (tmp_path / ".other.partial").exists()

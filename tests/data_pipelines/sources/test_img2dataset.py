@@ -77,7 +77,7 @@ def test_what_is_refused_costs_its_own_sample_alone(tmp_path, tar, picture):
     assert [reason.removeprefix(f"{tmp_path}/00000.tar: ")[:44] for reason in _reasons(read)] == [
         "'pickled': member 'pkl' refused",
         "'bare': has no caption",
-        "'text': not a readable image (JPEG, PNG, WEB",
+        "'text': found an HTML page; read are JPEG, P",
         "'empty': has no caption",
         "'odd': its json holds a list, not an object",
         "'twice': members ['jpg', 'png', 'txt']; expe",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import BadSample
+from data_pipelines.media.pictures import WHITE
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
-from vlm_train.data.images.transform import decode_image
+from vlm_train.data.images.transform import check_background, decode_image
 from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
@@ -29,6 +30,8 @@ class NativeResolution:
         patch_grid: the encoder's patch grid of a view; given by `build.py`.
         merge: sides are multiples of so many patches, for connectors that join `merge` x `merge` of them.
         min_pixels, max_pixels: least and most pixels of a view; images outside are scaled, their aspect kept.
+        background: the color behind transparent pictures, 0 to 255 for red, green and blue; null: whatever color the
+            file has there, black mostly.
         frames: most frames of a video that are used, evenly spaced.
     """
 
@@ -42,8 +45,10 @@ class NativeResolution:
         merge: int = 2,
         min_pixels: int = 3136,
         max_pixels: int = 1_003_520,
+        background: Sequence[int] | None = WHITE,
         frames: int = 8,
     ) -> None:
+        check_background(background)
         self.side = patch_size * merge
         if merge < 1 or frames < 1:
             raise ConfigError(f"image: merge {merge}, frames {frames}; allowed: at least 1 each")
@@ -53,6 +58,7 @@ class NativeResolution:
                 f"({merge} x {merge} patches of {patch_size} pixels), max_pixels at least min_pixels"
             )
         self.patch_size, self.patch_grid, self.frames = patch_size, patch_grid, frames
+        self.background = None if background is None else tuple(background)
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
 
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
@@ -79,7 +85,7 @@ class NativeResolution:
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The flat patches `[P, 3 * p * p]` of an image or a video, see `ImagePlan`. Nothing is random."""
         if not is_video(data):
-            pictures = [decode_image(data, where)[0]]
+            pictures = [decode_image(data, where, background=self.background)[0]]
         else:
             pictures = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
         return self._cut([self._resize(picture, where) for picture in pictures])

@@ -17,11 +17,19 @@ BITS = 22  # of Pillow's weights, `PRECISION_BITS` in its Resample.c
 NOISE = 1e-5  # more than ten times what 1e-12 pixels can change of a weight of so many bits
 STEPS = 256  # a box has float32 corners: in steps of 1 / 256 they are exact up to 65,536 pixels
 
+MOST_PIXELS = 2**26
+"""Pixels that an image is resized to as a whole; of a larger one, only what is shown is made."""
+
 Size = tuple[int, int]
 
 
 def resized_part(image: Image.Image, size: Size, corner: Size, part: Size) -> Image.Image:
-    """What `image.resize(size, BICUBIC).crop(...)` gives for the `part` (width, height) at `corner` (left, top)."""
+    """What `image.resize(size, BICUBIC).crop(...)` gives for the `part` (width, height) at `corner` (left, top); of a
+    `size` of more than `MOST_PIXELS`, to the rounding of a few pixels."""
+    if size[0] * size[1] > MOST_PIXELS:
+        box = [side * at / whole for at, side, whole in zip(corner, image.size, size)]
+        box += [side * (at + cut) / whole for at, cut, side, whole in zip(corner, part, image.size, size)]
+        return image.resize(part, Image.Resampling.BICUBIC, box=(box[0], box[1], box[2], box[3]))
     if (box := _crop_box(image.size, size, corner, part)) is not None:
         return image.resize(part, Image.Resampling.BICUBIC, box=box)
     return _resized_then_cropped(image, size, corner, part)

@@ -6,7 +6,6 @@ generator, so that it depends on the sample's address only.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +15,25 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import BadSample
+from data_pipelines.media.pictures import (
+    SWAPPING,
+    UNREADABLE,
+    WHITE,
+    open_picture,
+    read_orientation,
+    to_rgb,
+    turn_upright,
+)
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.rand_augment import LEVELS, distort_image, draw_distortions
-from vlm_train.data.images.resize import resized_part
+from vlm_train.data.images.resize import MOST_PIXELS, resized_part
 from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
 Mode = Literal["crop", "pad", "resize"]
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
 
 ASPECTS, TRIES = (3 / 4, 4 / 3), 10
 """Width over height of a random part, and how often one is drawn that fits, before the middle is taken."""
@@ -60,6 +67,9 @@ class ImageTransform:
             Faster for images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and
             2048 x 1536 -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7,
             at most 56.
+        upright: turn pictures as their Exif orientation says; false: as they are stored, as LLaVA's code trains them.
+        background: the color behind transparent pictures, 0 to 255 for red, green and blue; null: whatever color the
+            file has there, black mostly, as in LLaVA's code.
         frames: most frames of a video that are used, evenly spaced.
     """
 
@@ -74,6 +84,8 @@ class ImageTransform:
         random_resized_crop: Sequence[float] | None = None,
         rand_augment: Mapping[str, int] | None = None,
         jpeg_draft: bool = False,
+        upright: bool = True,
+        background: Sequence[int] | None = WHITE,
         frames: int = 8,
     ) -> None:
         if frames < 1:
@@ -92,6 +104,7 @@ class ImageTransform:
                 f"image.rand_augment: {dict(rand_augment)}; allowed: {{num_ops: 1 or more, magnitude: 0 to {LEVELS}}}, "
                 "or null"
             )
+        check_background(background)
         self.mode = mode
         self.size = size
         self.view_grid = patch_grid(MediaSize(width=size[1], height=size[0]))
@@ -99,6 +112,7 @@ class ImageTransform:
         self.flip = flip
         self.random_resized_crop, self.rand_augment = random_resized_crop, rand_augment
         self.jpeg_draft = jpeg_draft
+        self.upright, self.background = upright, None if background is None else tuple(background)
         self.frames = frames
 
     @property
@@ -119,7 +133,7 @@ class ImageTransform:
         crop = self.random_resized_crop if generator is not None else None
         if not is_video(data):
             draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
-            image, size = decode_image(data, where, draft)
+            image, size = decode_image(data, where, draft, upright=self.upright, background=self.background)
             pictures = [(image, self._resized_size(*size))]
         else:
             frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
@@ -149,6 +163,8 @@ class ImageTransform:
             left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
             image = resized_part(image, resized, (left, top), (width, height))
         else:
+            if self.mode == "pad" and max(image.size) ** 2 > MOST_PIXELS:
+                image = image.resize(tuple(max(1, side) for side in resized), Image.Resampling.BICUBIC)
             if self.mode == "pad":
                 image = _expand_to_square(image, self.fill)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -187,27 +203,40 @@ def random_part(size: tuple[int, int], area: Sequence[float], generator: np.rand
 
 
 def decode_image(
-    data: bytes, where: str = "image", draft: Callable[[int, int], tuple[int, int]] | None = None
+    data: bytes,
+    where: str = "image",
+    draft: Callable[[int, int], tuple[int, int]] | None = None,
+    *,
+    upright: bool = True,
+    background: Sequence[int] | None = WHITE,
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """An image file as RGB, and the width and height that its header names.
+    """An image file as 8-bit RGB, and the width and height that its header names.
 
     `draft` maps these to the least width and height that are needed: the JPEG decoder may scale down to no less.
+    `upright`, `background`: see `ImageTransform`.
 
     Raises:
         BadSample: the file is corrupt, truncated, too large or of another format.
     """
     try:
+        file = open_picture(data)
+        orientation = read_orientation(file) if upright else 1
+        width, height = file.size[::-1] if orientation in SWAPPING else file.size
+        if draft is not None:
+            needed = draft(width, height)
+            file.draft("RGB", needed[::-1] if orientation in SWAPPING else needed)  # does nothing to other than JPEG
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
-            size = file.size
-            if draft is not None:
-                file.draft("RGB", draft(*size))  # does nothing to other formats than JPEG
+            warnings.simplefilter("ignore")  # Pillow's texts name neither file nor sample
             file.load()
-            # `convert` copies even what is RGB already.
-            return file if file.mode == "RGB" else file.convert("RGB"), size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            return turn_upright(to_rgb(file, background), orientation), (width, height)
+    except (BadSample, *UNREADABLE, MemoryError, OverflowError) as error:
         raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
+
+
+def check_background(background: Sequence[int] | None) -> None:
+    """Raise `ConfigError` for what is no color."""
+    if background is not None and not (len(background) == 3 and all(0 <= value <= 255 for value in background)):
+        raise ConfigError(f"image.background: {[*background]}; allowed: [red, green, blue] of 0 to 255 each, or null")
 
 
 def _expand_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from vlm_train.contracts.streams import QFORMER, Alignment
+from vlm_train.data.text.bounds import bound_texts
 from vlm_train.data.text.captions import clean_answers
 from vlm_train.data.text.prefix_lm import with_prefix
 from vlm_train.data.text.spans import TextSpan
@@ -102,14 +103,14 @@ def make_streams(
     how: RenderOptions,
 ) -> tuple[dict[str, Stream], str]:
     """The streams by their names, and the expected answer (generation). Arguments and errors: see `Processor`."""
-    chosen, reference = choose_annotations(sample.annotations, how), ""
+    answer = next((name for name, alignment in streams.items() if alignment == "seq2seq"), None)
+    chosen, reference = bound_texts(choose_annotations(sample.annotations, how), how, cut=answer is None), ""
     style = conversation.template.style
     if len(streams) > 1 and len(chosen) > 1:
         raise ConfigError(
             f"{len(chosen)} independent annotations cannot share the streams {', '.join(streams)}; set "
             "data.annotations to first or dialogue"
         )
-    answer = next((name for name, alignment in streams.items() if alignment == "seq2seq"), None)
     if how.generation:
         turns = chosen[0].turns  # answers as they are: a cleaned one would be no reference
         if turns and turns[-1].role == "assistant":

@@ -1,0 +1,139 @@
+"""A picture file as what it shows: opened under limits, upright, in 8-bit RGB."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.errors import BadSample
+from data_pipelines.media.formats import describe_format
+
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""The formats that are read, and the file name extension each is stored under."""
+MAX_SIDE = 65_535
+"""Pixels of a side, as JPEG itself allows: what a resize needs grows with it, however thin the picture is."""
+MAX_EXIF = 16
+"""Exif segments of a JPEG file: Pillow copies all of them for each, at every look."""
+WHITE = (255, 255, 255)
+
+ORIENTATION = 0x0112  # the Exif tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of each Exif orientation upright."""
+SWAPPING = (5, 6, 7, 8)  # width and height
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What Pillow raises for a damaged or too large file."""
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The picture of a file, not decoded yet; its `format` is one of `FORMATS`. Raises `BadSample`."""
+    found = describe_format(data)
+    if found not in FORMATS:
+        raise BadSample(f"found {found}; pictures are read from {', '.join(FORMATS)}", kind="image")
+    if found == "JPEG" and (count := _count_exif(data)) > MAX_EXIF:
+        raise BadSample(f"JPEG with more than {count - 1} Exif segments; at most {MAX_EXIF} are read", kind="image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's texts name neither file nor sample
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(f"image too large: {error}", kind="image") from error
+    except UNREADABLE as error:
+        raise BadSample(f"not a readable image: damaged {found}{_explain(error)}", kind="image") from error
+    if image.format == "MPO":  # a JPEG file with further pictures behind the first
+        image.format = "JPEG"
+    if max(image.size) > MAX_SIDE:
+        size = f"{image.width} x {image.height}"
+        raise BadSample(f"image of {size} pixels; a side has at most {MAX_SIDE} pixels", kind="image")
+    return image
+
+
+def _explain(error: Exception) -> str:
+    """What Pillow says of a damaged file, unless it only names an address in memory."""
+    return "" if " object at 0x" in str(error) else f": {error}"
+
+
+def _count_exif(data: bytes) -> int:
+    """The Exif segments before the pixels of a JPEG file, counted up to one more than are read."""
+    count, place = 0, 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda" and count <= MAX_EXIF:
+        if data[place + 1] in (0xFF, 0x01) or 0xD0 <= data[place + 1] <= 0xD8:  # fill bytes and markers without length
+            place += 1 if data[place + 1] == 0xFF else 2
+            continue
+        count += data[place + 1] == 0xE1 and data[place + 4 : place + 8] == b"Exif"
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return count
+
+
+def read_orientation(image: Image.Image) -> int:
+    """The Exif orientation of an opened picture, 1 (upright) to 8. One that stands behind a PNG's pixels, where no
+    reader of headers comes, counts as upright."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except (*UNREADABLE, struct.error, TypeError, KeyError, IndexError):
+        return 1
+    return found if found in TURNS else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels of an opened picture as it is shown."""
+    width, height = image.size
+    return (height, width) if read_orientation(image) in SWAPPING else (width, height)
+
+
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """A decoded picture as it is shown, by its Exif orientation."""
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def to_rgb(image: Image.Image, background: Sequence[int] | None = WHITE) -> Image.Image:
+    """A decoded picture in 8-bit RGB: 16 bits are scaled, and what is transparent shows the color `background`; None:
+    whatever color stands there in the file, black mostly."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        values, clear = np.asarray(image), image.info.get("transparency")
+        grey = Image.fromarray(((values.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+        if background is not None and isinstance(clear, int):
+            grey.paste(tuple(background), mask=Image.fromarray((values == clear).astype(np.uint8) * 255))
+        return grey
+    if background is None or not image.has_transparency_data:
+        return image.convert("RGB")
+    shown = Image.new("RGBA", image.size, (*background, 255))
+    shown.alpha_composite(image.convert("RGBA"))
+    return shown.convert("RGB")
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """A picture file upright, in 8-bit RGB on white. Raises `BadSample`."""
+    with open_picture(data) as image:
+        orientation = read_orientation(image)
+        try:
+            image.load()
+        except UNREADABLE as error:
+            raise BadSample(f"image does not decode: {error}", kind="image") from error
+        return turn_upright(to_rgb(image), orientation)
+
+
+def list_traits(data: bytes) -> list[str]:
+    """What of a picture file a reader of plain 8-bit pictures would not see: "16-bit picture", "transparent picture",
+    "turned picture". Raises `BadSample`."""
+    image = open_picture(data)
+    found = ["16-bit picture"] if image.mode.startswith("I") else []
+    found += ["transparent picture"] if image.has_transparency_data else []
+    return found + (["turned picture"] if read_orientation(image) != 1 else [])
