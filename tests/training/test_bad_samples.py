@@ -209,3 +209,18 @@ def test_more_workers_than_shards(tmp_path):
         run = train(command(data, tmp_path, f"data.workers={workers}", "trainer.log_every=1", name=name))
         losses.append([json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == losses[1] and len(losses[0]) >= 6
+
+
+def test_at_the_last_step_the_share_is_judged_whatever_was_drawn(tmp_path):
+    assert budget(tmp_path, max_share=0.05).reason_to_stop(0, 4, last=True) == "none of the 4 drawn samples can be used"
+    assert budget(tmp_path, max_share=1.0).reason_to_stop(1, 3, last=True) is None
+    few = budget(tmp_path, max_share=0.05)
+    assert few.reason_to_stop(1, 3) is None
+    assert few.reason_to_stop(4, 0, last=True) == "37.50% of 8 drawn samples are bad; trainer.max_bad_share=0.05"
+    assert budget(tmp_path, max_share=0.05).reason_to_stop(4, 0, last=True) is None
+
+
+def test_a_run_without_a_usable_sample_is_an_error(tmp_path):
+    data = make_data(tmp_path / "data")
+    with pytest.raises(TrainingError, match=r"none of the \d+ drawn samples can be used\. So far: "):
+        train(command(data, tmp_path, "data.max_length=2", "data.over_length=drop", "data.val=[]"))

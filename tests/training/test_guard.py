@@ -192,3 +192,10 @@ def test_a_run_with_a_spike_goes_on(data: Path, tmp_path: Path) -> None:
     more = ["+callbacks.spike={_target_: tests.support.audit.Poison, steps: [5], rank: 0, factor: 1000.0}"]
     run = train(job(data, tmp_path, *more, "trainer.guard={spike: 8, window: 3}"))
     assert [line["step"] for line in skipped(run, 0)] == [5]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_speaks_and_each_keeps_its_record(rank: int, tmp_path: Path, capsys: Any) -> None:
+    Guard(tmp_path).leave_out(3, "gradient norm nan", ["a"], rank)
+    assert capsys.readouterr().out == ("step      3  no update: gradient norm nan\n" if rank == 0 else "")
+    assert skipped(tmp_path, rank) == [{"step": 3, "reason": "gradient norm nan", "samples": ["a"]}]

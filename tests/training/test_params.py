@@ -174,3 +174,10 @@ def test_a_rule_may_decay_its_own_vectors_and_scalars():
     )
     found = settings(model, policy)
     assert found["connector.bias"] == (1.0, 0.0) and found["llm.norm.weight"] == (1.0, 0.1)
+
+
+def test_layer_decay_of_a_part_with_one_layer():
+    tower = nn.ModuleDict({"layers": nn.ModuleList([Sub()]), "embed": nn.Embedding(2, 2)})
+    model, policy = apply(Rule(".*", lr=1.0, layer_decay=0.5), model=nn.ModuleDict({"llm": tower}))
+    found = {one: lr for one, (lr, _) in settings(model, policy).items()}
+    assert found["llm.layers.0.layer.0.weight"] == 0.5 and found["llm.embed.weight"] == 0.25

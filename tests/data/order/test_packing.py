@@ -122,3 +122,11 @@ def test_fewer_samples_than_rows_leave_rows_empty():
 def test_rows_of_like_cost_are_computed_at_the_same_time():
     turns = assign_rows_to_ranks([5, 1, 4, 2, 6, 3], 2)
     assert turns.tolist() == [[4, 0], [5, 2], [3, 1]]
+
+
+def test_what_fills_a_row_to_its_bound_of_patches_fits():
+    assert fill_rows([3, 3], 8, patches=[4, 4], max_patches=8) == [[0, 1]]
+    assert fill_rows([3, 3], 8, patches=[4, 5], max_patches=8) == [[0], [1]]
+    assert fill_rows([3], 8, patches=[8], max_patches=8) == [[0]]
+    rows = share_rows([3, 3], [1.0, 1.0], 8, patches=[4, 4], max_patches=8)
+    assert rows == [[0, 1]]

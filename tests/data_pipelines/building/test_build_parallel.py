@@ -381,3 +381,51 @@ def test_results_are_put_in_order():
 )
 def test_reasons_are_counted_without_names_and_numbers(message, expected):
     assert common_reason(message) == expected
+
+
+class Later(MadeSource):
+    """All but the first record of each part are bad until the file `ready` is there."""
+
+    def __init__(self, *, counts, ready) -> None:
+        super().__init__(counts=counts)
+        self.ready = ready
+
+    def read(self, part):
+        for i in range(self.counts[part]):
+            bad = i and not self.ready.exists()
+            yield BadSample(f"record {i}: img/{i}.jpg: No such file") if bad else (self.sample(part, i), [])
+
+
+def test_a_build_that_failed_for_its_records_reads_them_again(tmp_path):
+    ready, output = tmp_path / "ready", tmp_path / "set"
+    source = Later(counts=[3, 3], ready=ready)
+    with pytest.raises(DataError, match="4 bad records among 6, max_bad=3"):
+        write_shards(source, output, max_bad=3)
+    ready.touch()
+    assert write_shards(source, output, max_bad=3).samples == 6
+    assert not (tmp_path / "set.quarantine.jsonl").exists()
+
+
+def test_a_source_without_a_usable_sample_says_why(tmp_path):
+    class Bad(MadeSource):
+        def read(self, part):
+            yield BadSample("record 0: img/0.jpg: No such file")
+
+    with pytest.raises(
+        DataError, match=r"(?s)1 bad records among 1, the source gave no usable sample; all in .*No such file"
+    ):
+        write_shards(Bad(counts=[1]), tmp_path / "set")
+    assert "img/0.jpg" in (tmp_path / "set.quarantine.jsonl").read_text() and not (tmp_path / ".set.partial").exists()
+
+
+def test_force_begins_again(tmp_path):
+    ready, output = tmp_path / "ready", tmp_path / "set"
+    source = Later(counts=[5, 2], ready=ready)
+    (tmp_path / ".set.partial").mkdir()
+    assert write_shards(source, output, nodes=2, node=0) is None  # its part holds bad records, and is kept
+    ready.touch()
+    assert write_shards(source, output, overwrite=True).samples == 3  # other nodes' work is never discarded
+    assert write_shards(source, output, overwrite=True).samples == 7
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        ["index.npz", "manifest.json", *(f"shard-{n:06d}.tar" for n in range(2))]
+    )

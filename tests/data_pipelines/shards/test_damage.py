@@ -303,3 +303,80 @@ def test_chunks_that_unpack_to_much_are_refused(picture, name, head, early):
     finally:
         tracemalloc.stop()
     assert error.value.kind == "image"
+
+
+def test_names_of_any_alphabet_are_samples_of_their_own(tmp_path, tar, picture):
+    names = ["犬", "猫", "dog(1)", "dog[1]", "a" * 90 + "1", "a" * 90 + "2", "plain", "in/plain"]
+    members = [
+        (f"{name}.{kind}", data) for name in names for kind, data in (("png", picture()), ("txt", name.encode()))
+    ]
+    tar(tmp_path / "0.tar", members)
+    index_folder(tmp_path, source="x", license="y")
+    shards = ShardSet(tmp_path)
+    assert [shards.load_sample(i)[0].annotations[0].turns[1].text for i in range(len(names))] == names
+    keys = shards.keys()
+    assert len(set(keys)) == len(names) and max(map(len, keys)) <= 80 and keys[-2:] == ["plain", "in_plain"]
+    assert keys[2].startswith("dog_1_-") and keys[:2] == ShardSet(tmp_path).keys()[:2]
+    from data_pipelines.sources import iterate_records
+    from data_pipelines.sources.img2dataset import Img2Dataset
+
+    assert [record[0].key for record in iterate_records(Img2Dataset(folder=str(tmp_path), columns=[]))] == keys
+
+
+def test_samples_of_other_names_are_not_merged(tmp_path, tar, picture):
+    members = [("IMG (1).jpg", picture(kind="JPEG")), ("IMG (1).txt", b"first"), ("IMG [1].png", picture())]
+    tar(tmp_path / "0.tar", members)
+    with pytest.raises(DataError, match=r"sample 'IMG__1_-[0-9a-f]{8}': members \['png'\]"):
+        index_folder(tmp_path)
+
+
+def test_a_sample_of_many_members_is_read_in_a_time_that_does_not_square(tmp_path, tar):
+    from data_pipelines.shards import members
+
+    class Name(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    real = members._read_member
+
+    def spy(path, tar, info):
+        key, (member, data) = real(path, tar, info)
+        return key, (member._replace(name=Name(member.name)), data)
+
+    tar(tmp_path / "0.tar", [(f"a.{n}.txt", b"x") for n in range(2000)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, "_read_member", spy)
+        ((_, found),) = members.scan_tar(tmp_path / "0.tar")
+    assert len(found) == 2000 and Name.compared < 20_000
+
+
+@pytest.mark.parametrize("kind", ["pax", "name"])
+def test_headers_that_tarfile_would_read_whole_are_bounded(tmp_path, kind):
+    import tarfile
+
+    info = tarfile.TarInfo("a.txt")
+    form = tarfile.PAX_FORMAT if kind == "pax" else tarfile.GNU_FORMAT
+    if kind == "pax":
+        info.pax_headers = {"comment": "x" * (8 * 2**20)}
+    else:
+        info.name = "x" * (8 * 2**20) + ".txt"
+    (tmp_path / "0.tar").write_bytes(info.tobuf(form) + bytes(1024))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="extended header of .* bytes; at most 1048576 are read"):
+            index_folder(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
+def test_json_nested_deeply_is_one_error(shard_set):
+    folder = shard_set()
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="manifest.json: malformed: RecursionError"):
+        ShardSet(folder)

@@ -98,3 +98,13 @@ def test_wrong_files_and_options_are_refused(coco):
         KarpathyCaptions(split="restval", **_karpathy(coco))
     with pytest.raises(DataError, match="captions: got 'five'; allowed: all, first"):
         KarpathyCaptions(captions="five", **_karpathy(coco))
+
+
+@pytest.mark.parametrize("null", [None, float("nan"), 7])
+def test_what_is_no_text_is_no_caption(coco, null):
+    annotations = [{"image_id": 2, "id": 0, "caption": null}, {"image_id": 2, "id": 1, "caption": "A cat."}]
+    ((sample, _),) = list(CocoCaptions(**_official(coco, [_image(2)], annotations)))
+    assert [one.turns[1].text for one in sample.annotations] == ["A cat."]
+    assert sample.meta["skipped"] == ["empty caption"]
+    (bad,) = list(CocoCaptions(**_official(coco, [_image(2)], annotations[:1])))
+    assert isinstance(bad, BadSample) and str(bad).endswith("has no caption")

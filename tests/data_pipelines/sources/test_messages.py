@@ -178,3 +178,91 @@ def test_shards_hold_what_was_read(read, tmp_path):
     write_shards(Messages(file=str(tmp_path / "x.jsonl"), media=str(tmp_path)), tmp_path / "out")
     sample, blobs = ShardSet(tmp_path / "out").load_sample(0)
     assert (sample.annotations, blobs) == (record[0].annotations, record[1])
+
+
+@pytest.mark.parametrize(
+    ("field", "weight"),
+    [
+        ({"loss": False}, 0.0),
+        ({"weight": 0}, 0.0),
+        ({"loss_weight": 0.25}, 0.25),
+        ({"train": True}, 1.0),
+        ({"loss": None}, 1.0),
+    ],
+)
+def test_what_is_not_learned_elsewhere_is_not_learned_here(read, field, weight):
+    first, second = _talk("q", "a"), _talk("r", "b")
+    ((sample, _),) = read({"messages": [first[0], first[1] | field, *second]})
+    assert [turn.weight for turn in sample.annotations[0].turns] == [1.0, weight, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("turn", "field", "reason"),
+    [
+        (1, {"weight": "0"}, "weight '0'; allowed: true, false, or a number from 0"),
+        (1, {"loss_weight": -1}, "loss_weight -1; allowed"),
+        (1, {"loss_weight": float("nan")}, "loss_weight nan; allowed"),
+        (1, {"weight": 1, "train": False}, "contradict each other"),
+        (1, {"train_detail": [{"begin_offset": 0}]}, "train_detail, which is not read"),
+        (0, {"train": True}, "only turns of the assistant are learned"),
+    ],
+)
+def test_what_changes_the_learned_is_never_dropped(read, turn, field, reason):
+    talk = _talk("q", "a")
+    talk[turn] |= field
+    (bad,) = read({"messages": talk})
+    assert isinstance(bad, BadSample) and reason in str(bad)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_text_beside_the_messages_is_the_system_turn(read, name):
+    for record in ({"messages": _talk("q", "a")}, {"prompt": "q", "chosen": "a", "rejected": "b"}):
+        ((sample, _),) = read(record | {name: "Answer in French."})
+        turns = sample.annotations[0].turns
+        assert [turn.role for turn in turns] == ["system", "user", "assistant"]
+        assert turns[0].text == "Answer in French."
+    ((same, _),) = read({name: "x", "messages": [{"role": "system", "content": "x"}, *_talk("q", "a")]})
+    assert len(same.annotations[0].turns) == 3
+    (bad,) = read({name: "y", "messages": [{"role": "system", "content": "x"}, *_talk("q", "a")]})
+    assert isinstance(bad, BadSample) and "another text as system" in str(bad)
+
+
+@pytest.mark.parametrize("spell", ["path", "object", "url", "file", "base64", "bare"])
+def test_spellings_of_an_image(read, tmp_path, picture, spell):
+    whole = str(tmp_path / "1.png")
+    part = {"path": {"path": "1.png"}, "url": {"url": "1.png"}, "file": {"image": f"file://{whole}"},
+            "base64": {"base64": base64.b64encode(picture(1)).decode()}}  # fmt: skip
+    record: dict = {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, *_talk("q", "a")[1:]]}
+    if spell in part:
+        record["messages"][0]["content"].append({"type": "image", **part[spell]})
+    else:
+        record["images"] = [{"path": "1.png"} if spell == "object" else "1.png"]
+    ((_, blobs),) = read(record)
+    assert blobs == [picture(1)]
+
+
+def test_what_is_no_image_is_named(read):
+    asked = lambda part: {"messages": [{"role": "user", "content": [part]}, *_talk("q", "a")[1:]]}  # noqa: E731
+    records = [
+        asked({"type": "text", "text": None}),
+        asked({"type": "image", "url": "https://example.org/a.png"}),
+        {"images": ["1.png", None], "messages": _talk("<image><image>q", "a")},
+        {"images": [5], "messages": _talk("<image>q", "a")},
+    ]
+    reasons = [str(record) for record in read(*records)]
+    assert "a part of type 'text' holds None, not text" in reasons[0]
+    assert "'https://example.org/a.png' is an address, and nothing is downloaded" in reasons[1]
+    assert "image 1 of its 2 images is null" in reasons[2] and "of type int; allowed: a path" in reasons[3]
+
+
+def test_whole_paths_into_a_folder_given_relatively(tmp_path, picture, monkeypatch):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "a.png").write_bytes(picture(1))
+    (tmp_path / "b.png").write_bytes(picture(2))
+    lines = [{"images": [str(tmp_path / name)], "messages": _talk("<image>q", "a")} for name in ("img/a.png", "b.png")]
+    (tmp_path / "img" / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for folder, file, media in ((tmp_path / "img", "x.jsonl", None), (tmp_path, "img/x.jsonl", "img")):
+        monkeypatch.chdir(folder)
+        (_, blobs), bad = list(Messages(file=file, media=media))
+        assert blobs == [picture(1)]
+        assert f"path '{tmp_path / 'b.png'}' leaves the folder" in str(bad)

@@ -89,3 +89,22 @@ def test_alpaca_prompts(file):
     assert plain == ["Add {these}.\n\n1, 2", "Greet."]
     with pytest.raises(DataError, match="prompt: got 'llama'; allowed: stanford, plain"):
         Alpaca(file=file([]), prompt="llama")
+
+
+@pytest.mark.parametrize("null", [None, float("nan"), 7, " "])
+def test_alpaca_instructions_are_text(file, null):
+    (bad,) = Alpaca(file=file([{"instruction": null, "input": "", "output": "x"}]))
+    assert isinstance(bad, BadSample) and str(bad).endswith("has no instruction")
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_alpaca_without_an_input(file, null):
+    ((sample, _),) = Alpaca(file=file([{"instruction": "Hi", "input": null, "output": "x"}]), prompt="plain")
+    assert sample.annotations[0].turns[0].text == "Hi"
+
+
+def test_sharegpt_keeps_weights_and_the_system_beside(file):
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "loss": False}]
+    ((sample, _),) = ShareGPT(file=file([{"system": "French.", "conversations": said}]))
+    system, _, answer = sample.annotations[0].turns
+    assert (system.role, system.text, answer.weight) == ("system", "French.", 0.0)

@@ -69,3 +69,16 @@ def test_wrong_options_are_refused(published, change, message):
 
 def test_limit_takes_the_first_images(published):
     assert [sample.key for sample, _ in VQA(**published("vqav2"), limit=1)] == ["train2014-000000458752"]
+
+
+def test_a_build_counts_the_questions_that_it_leaves_out(published, tmp_path):
+    from data_pipelines.build import write_shards
+    from data_pipelines.shards.manifest import Manifest
+
+    options = published("vqav2")
+    questions = json.loads(Path(options["questions"]).read_text())
+    questions["questions"] += [dict(questions["questions"][0], question_id=n) for n in (1, 2, 3)]
+    Path(options["questions"]).write_text(json.dumps(questions))
+    write_shards(VQA(**options), tmp_path / "out", max_bad=0)
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.skipped == {"malformed: KeyError: …": 3} and manifest.samples == 2 and not manifest.bad
