@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from data_pipelines.shards.columns import ColumnWriter
 from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.shards.tar_writer import ShardWriter
 from tests.data.text.rendering import assistant, layout, load, user
-from tests.support.small_run import make_data, picture
+from tests.support.small_run import command, make_data, picture
 from vlm_train.config.schema import BatchSize
 from vlm_train.contracts.batch import map_tensors
 from vlm_train.data.datamodule import VLMData
@@ -34,8 +36,10 @@ from vlm_train.data.order.cost import Cost
 from vlm_train.data.order.mixture import SampleRef
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
+from vlm_train.data.worker_errors import explain_loader_error
 from vlm_train.data.worker_transfer import WorkerMessage
 from vlm_train.errors import ConfigError
+from vlm_train.runs.process import run_guarded
 
 
 @pytest.fixture(scope="module")
@@ -451,3 +455,39 @@ def test_steps_of_one_modality_look_media_up(tmp_path: Path) -> None:
     made = data(make_data(tmp_path, text_only=True) / "tiny" / "train", group_by="modality")
     kinds = [{int(key[-2:]) % 2 for row in keys for key in row} for _, _, keys in windows_of(made)]
     assert kinds.count({0}) > 1 and kinds.count({1}) > 1 and {0, 1} not in kinds
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a worker process .* want of memory"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "a worker process of the data loader ended"),
+        (OSError(errno.EMFILE, "Too many open files"), "the limit on open files is reached: raise it"),
+        (RuntimeError("unable to open file: Too many open files (24)"), "the limit on open files is reached"),
+        (RuntimeError("shapes differ"), None),
+        (OSError(errno.EIO, "Input/output error"), None),
+    ],
+)
+def test_what_ends_a_loader_is_one_error(error, message, capfd):
+    found = explain_loader_error(error)
+    assert (found is None) == (message is None)
+
+    def work() -> None:
+        raise error
+
+    if message is not None:
+        assert re.search(message, str(found)) and run_guarded(work) == 2
+        out = "".join(capfd.readouterr())
+        assert re.search(f"DataError: {message}", out) and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_a_run_is_one_error(tmp_path):
+    kill = "import os, signal; from vlm_train.data import loader; loader.WindowStream.load_window = "
+    kill += "lambda *_: os.kill(os.getpid(), signal.SIGKILL); from vlm_train.cli import main; raise SystemExit(main())"
+    make_data(tmp_path / "data")
+    arguments = command(tmp_path / "data", tmp_path, "data.workers=1", "data.val=[]")
+    done = subprocess.run([sys.executable, "-c", kill, *arguments], capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert "DataError: a worker process of the data loader ended" in said and "Traceback" not in said, said
+    assert done.returncode == 2

@@ -7,15 +7,13 @@ nothing.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines.errors import BadSample
 from vlm_train.contracts.batch import Batch, Problem, Window
 from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.dataset import Samples
@@ -23,8 +21,6 @@ from vlm_train.data.order.mixture import SampleRef
 from vlm_train.data.order.sample_plan import Plan
 from vlm_train.data.text.tokenizer import find_unknown_id
 from vlm_train.data.worker_transfer import WorkerMessage
-
-TOO_MANY_FILES = "the limit on open files is reached: raise it (ulimit -n 4096), or lower data.workers"
 
 
 @dataclass
@@ -110,28 +106,6 @@ def load_row(samples: Samples, row: Sequence[SampleRef], problems: list[Problem]
     return items
 
 
-@contextmanager
-def explain_loader_errors() -> Iterator[None]:
-    """Raise `DataError` that says what to do where a worker process died or the system has no more files to give."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (
-            "DataLoader worker" in str(error)
-            and "exited unexpectedly" in str(error)
-            or "killed by signal" in str(error)
-        ):
-            advice = "it was killed, perhaps for want of memory; data.workers and data.prefetch lower need less"
-            raise DataError(f"a worker process of the data loader ended: {advice} ({error})") from error
-        if "Too many open files" in str(error):
-            raise DataError(f"{TOO_MANY_FILES} ({error})") from error
-        raise
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise DataError(f"{TOO_MANY_FILES} ({error})") from error
-        raise
-
-
 class MicroBatches:
     """Unrolls a loader's windows into micro-batches."""
 
@@ -139,9 +113,8 @@ class MicroBatches:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        with explain_loader_errors():
-            for window in self.loader:
-                yield from window.unpack_batches() if isinstance(window, WorkerMessage) else window
+        for window in self.loader:
+            yield from window.unpack_batches() if isinstance(window, WorkerMessage) else window
 
 
 @dataclass

@@ -23,6 +23,7 @@ from data_pipelines.errors import DataError
 from vlm_train.check.check import check_config
 from vlm_train.check.hydra_errors import Composition, explain_errors
 from vlm_train.config.run_file import load_config
+from vlm_train.data.worker_errors import explain_loader_error
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ENDING, FAILED, REFUSED, ConfigError, Interrupted, PartError, VLMTrainError
 from vlm_train.runs import torchrun
@@ -73,7 +74,11 @@ def run_guarded(work: Callable[[], Any], overrides: Sequence[str] = (), dirs: Se
     except Composition as error:
         return report_error(ConfigError(explain_errors(overrides, dirs, error)), error)
     except EXPECTED as error:
-        return report_error(error, error)
+        return report_error(explain_loader_error(error) or error, error)
+    except RuntimeError as error:
+        if (told := explain_loader_error(error)) is None:
+            raise
+        return report_error(told, error)
     except (KeyboardInterrupt, SystemExit) as error:
         code = _interruption_code(error)
         if code is None:
