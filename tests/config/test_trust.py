@@ -27,14 +27,14 @@ def theirs(tmp_path: Path) -> Path:
 def test_a_run_folder_cannot_put_a_secret_into_an_address(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     with pytest.raises(ConfigError) as error:
-        from_run([f"run={theirs}", "mode=show"])
+        from_run([f"run={theirs}", "mode=show"], [])
     assert "data.train.0.shards: " in str(error.value) and "data.train.0.shards=<value>" in str(error.value)
     assert "hf_canary" not in str(error.value)
 
 
 def test_the_command_line_may(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_DATA", "mine")
-    cfg, _ = from_run([f"run={theirs}", "data.train=[{shards: '${oc.env:MY_DATA}'}]"])
+    cfg, _ = from_run([f"run={theirs}", "data.train=[{shards: '${oc.env:MY_DATA}'}]"], [])
     assert cfg.data.train[0].shards == "mine"
 
 
@@ -64,4 +64,4 @@ def test_references_and_numbers_of_processes_are_read() -> None:
 @pytest.mark.parametrize("launch", ["local", "srun", "torchrun"])
 def test_what_we_write_ourselves_is_read(launch: str, tmp_path: Path) -> None:
     save_config(compose_config([*TINY, f"launch={launch}"]), tmp_path / "config.yaml")
-    from_run([f"run={tmp_path}"])
+    from_run([f"run={tmp_path}"], [])
