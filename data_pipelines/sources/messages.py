@@ -179,8 +179,8 @@ def _is_answer(turn: Turn) -> bool:
 def _list_conversations(record: Mapping[str, Any]) -> Iterator[tuple[list[Any], Mapping[str, Any] | None]]:
     """The conversations of a record, each with the rejected answer, if there is one."""
     if record.get("chosen") is not None:
-        messages, refused = _split_preference(record)
-        yield [*_system_message(record, messages), *messages], refused
+        chosen, refused = _split_preference(record)
+        yield [*_system_message(record, chosen), *chosen], refused
         return
     messages = record["messages"] if record.get("messages") is not None else record.get("conversations")
     if not isinstance(messages, list):

@@ -395,4 +395,4 @@ def test_a_long_question_is_left_out(
     assert found.rows[0].n == 4 and "1 samples unusable" in found.rows[0].note.replace(
         "sample unusable", "samples unusable"
     )
-    assert "100000 characters, but data.max_length is 64 tokens" in capsys.readouterr().out
+    assert "100003 characters, but data.max_length is 64 tokens" in capsys.readouterr().out

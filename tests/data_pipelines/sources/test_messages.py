@@ -157,7 +157,7 @@ def test_rejected_answers(read, rejected):
         ({"images": ["../x"], "messages": _talk("<image>", "y")}, "leaves the folder"),
         ({"images": ["data:image/png,x"], "messages": _talk("<image>", "y")}, "is not data:<type>;base64"),
         ({"images": ["data:image/png;base64,!"], "messages": _talk("<image>", "y")}, "non-alphabet|Only base64"),
-        ({"images": [7], "messages": _talk("<image>", "y")}, "malformed: TypeError"),
+        ({"images": [7], "messages": _talk("<image>", "y")}, "of type int; allowed: a path"),
         ({"messages": _talk([{"type": "audio"}], "y")}, "part of type 'audio'; allowed: text, image, image_url, video"),
         ({"messages": _talk([{"type": "video"}], "y")}, "marks more videos than the 0 it lists"),
         ({"videos": ["1.png", "2.png"], "messages": _talk("<video>", "y")}, "marks 1 of the 2 videos it lists"),

@@ -27,9 +27,9 @@ def resized_part(image: Image.Image, size: Size, corner: Size, part: Size) -> Im
     """What `image.resize(size, BICUBIC).crop(...)` gives for the `part` (width, height) at `corner` (left, top); of a
     `size` of more than `MOST_PIXELS`, to the rounding of a few pixels."""
     if size[0] * size[1] > MOST_PIXELS:
-        box = [side * at / whole for at, side, whole in zip(corner, image.size, size)]
-        box += [side * (at + cut) / whole for at, cut, side, whole in zip(corner, part, image.size, size)]
-        return image.resize(part, Image.Resampling.BICUBIC, box=(box[0], box[1], box[2], box[3]))
+        (left, top), (x, y) = corner, (image.width / size[0], image.height / size[1])
+        right, bottom = min((left + part[0]) * x, image.width), min((top + part[1]) * y, image.height)
+        return image.resize(part, Image.Resampling.BICUBIC, box=(left * x, top * y, right, bottom))
     if (box := _crop_box(image.size, size, corner, part)) is not None:
         return image.resize(part, Image.Resampling.BICUBIC, box=box)
     return _resized_then_cropped(image, size, corner, part)

@@ -164,7 +164,7 @@ class ImageTransform:
             image = resized_part(image, resized, (left, top), (width, height))
         else:
             if self.mode == "pad" and max(image.size) ** 2 > MOST_PIXELS:
-                image = image.resize(tuple(max(1, side) for side in resized), Image.Resampling.BICUBIC)
+                image = image.resize((max(1, resized[0]), max(1, resized[1])), Image.Resampling.BICUBIC)
             if self.mode == "pad":
                 image = _expand_to_square(image, self.fill)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
