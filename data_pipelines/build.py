@@ -130,13 +130,11 @@ def write_shards(
                 merge_parts(hidden.path, [parts[number] for number in numbers], about)
             hidden.remove_matching("part-*")
             hidden.publish_folder()
-            (hidden.folder / PLAN).unlink()  # until then it says what the hidden folder holds
-            (hidden.folder / NODES).unlink(missing_ok=True)
+            for name in (PLAN, NODES):  # until then they say what the hidden folder holds
+                (hidden.folder / name).unlink(missing_ok=True)
             _bad_records_path(output).unlink(missing_ok=True)
         except BaseException as error:
-            if isinstance(error, BadRecords):
-                _remove_bad_parts(hidden, numbers)
-            _keep_finished(hidden, numbers, shared=nodes > 1)
+            _keep_finished(hidden, numbers, error, shared=nodes > 1)
             raise
     return Manifest.read(output)
 
@@ -277,8 +275,10 @@ def _clear_half_written(hidden: Partial, numbers: Sequence[int], *, shared: bool
         hidden.remove_matching(pattern)
 
 
-def _keep_finished(hidden: Partial, numbers: Sequence[int], *, shared: bool) -> None:
+def _keep_finished(hidden: Partial, numbers: Sequence[int], error: BaseException, *, shared: bool) -> None:
     """After an error: say what is kept, or leave nothing."""
+    if isinstance(error, BadRecords):
+        _remove_bad_parts(hidden, numbers)
     _clear_half_written(hidden, numbers, shared=shared)
     kept = sum(part_folder(hidden.path, number).is_dir() for number in numbers)
     if kept:

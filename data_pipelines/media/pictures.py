@@ -108,10 +108,10 @@ def to_rgb(image: Image.Image, background: Sequence[int] | None = WHITE) -> Imag
         return image
     if image.mode.startswith("I"):
         values, clear = np.asarray(image), image.info.get("transparency")
-        grey = Image.fromarray(((values.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+        gray = Image.fromarray(((values.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
         if background is not None and isinstance(clear, int):
-            grey.paste(tuple(background), mask=Image.fromarray((values == clear).astype(np.uint8) * 255))
-        return grey
+            gray.paste(tuple(background), mask=Image.fromarray((values == clear).astype(np.uint8) * 255))
+        return gray
     if background is None or not image.has_transparency_data:
         return image.convert("RGB")
     shown = Image.new("RGBA", image.size, (*background, 255))

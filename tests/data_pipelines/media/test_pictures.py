@@ -62,7 +62,7 @@ def test_16_bits_are_scaled(shape):
     assert np.asarray(decode_picture(data))[..., 2].ravel().tolist() == list(range(256))
 
 
-def test_a_transparent_grey_of_16_bits_is_white():
+def test_a_transparent_gray_of_16_bits_is_white():
     image = Image.fromarray(np.array([[0, 257 * 9]], np.uint16))
     assert np.asarray(decode_picture(encode(image, transparency=0)))[0].tolist() == [[255] * 3, [9] * 3]
 
