@@ -186,7 +186,7 @@ class VLMModule(pl.LightningModule):
         self.keys, self.left_out = [], None
         self.bad.count_problems(window.problems)
         self.bad.record_problems("train", window.step, window.problems, self.global_rank)
-        last = window.step + 1 == self.trainer.max_steps
+        last = window.step + 1 == self.total_steps
         reason = self.bad.reason_to_stop(round(good), round(bad), last=last)  # the same on every rank
         if reason or (last and self.bad.bad):
             kinds = self.bad.summarize_kinds(self.over_ranks(dict(self.bad.kinds)))
