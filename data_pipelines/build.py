@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines.atomic_write import atomic_write
 from data_pipelines.building import engines
-from data_pipelines.building.merge import QUARANTINE, bad_rows, find_duplicates, merge_parts, write_lines
+from data_pipelines.building.merge import QUARANTINE, BadRecords, bad_rows, find_duplicates, merge_parts, write_lines
 from data_pipelines.building.parts import PART, Part, PartWriter, part_folder, write_part
 from data_pipelines.building.progress import Progress
 from data_pipelines.cli import check_same, make_component, run_command
@@ -148,9 +148,8 @@ def _check_arguments(source: Source, node: int, nodes: int) -> None:
 
 
 def _require_samples(parts: Mapping[int, Part], output: Path) -> None:
-    if any(part.samples for part in parts.values()):
-        return
-    raise _too_many("the source gave no usable sample", bad_rows(parts), parts, output)
+    if not any(part.samples for part in parts.values()):
+        raise _too_many("the source gave no usable sample", bad_rows(parts), parts, output)
 
 
 def _make_source(arguments: dict[str, Any], trusted: tuple[str, ...]) -> Source:
@@ -241,10 +240,6 @@ def _write_again(
         raise _too_many(f"max_bad={writer.max_bad}", rows, parts, output)
     kept = {number: part for number, part in parts.items() if number not in refused}
     return _write_parts(replace(writer, refused=refused), list(refused), kept, output, workers, engine)
-
-
-class BadRecords(DataError):
-    """A build failed for its records: parts that hold bad ones are not kept, so that they are read again."""
 
 
 def _too_many(why: str, rows: list[dict[str, Any]], parts: Mapping[int, Part], output: Path) -> BadRecords:

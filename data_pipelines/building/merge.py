@@ -23,6 +23,10 @@ QUARANTINE = "quarantine.jsonl"
 MAX_KINDS = 50  # of bad records, that the manifest tells apart
 
 
+class BadRecords(DataError):
+    """A build failed for its records: parts that hold bad ones are not kept, so that they are read again."""
+
+
 def find_duplicates(folder: Path, parts: int) -> dict[int, frozenset[str]]:
     """The duplicate keys by part number: keys that an earlier part has."""
     seen: set[str] = set()

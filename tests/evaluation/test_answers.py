@@ -368,31 +368,11 @@ def test_unknown_control_is_refused() -> None:
 def test_questions_are_asked_in_batches_and_long_ones_in_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     from vlm_train.evaluation import generate
 
-    group = generate._group_items
-    assert list(group(iter([1] * 7), 3, lambda item: item)) == [[1] * 3, [1] * 3, [1]]
-    assert list(group(iter([1] * 6), 3, lambda item: item)) == [[1] * 3, [1] * 3]
-    assert list(group(iter([]), 3, lambda item: item)) == []
+    def group(lengths: list[int], size: int) -> list[list[int]]:
+        items = [SimpleNamespace(prompt=SimpleNamespace(llm=range(length))) for length in lengths]
+        return [[len(one.prompt.llm) for one in some] for some in generate._group_items(iter(items), size)]  # type: ignore[arg-type]
+
+    assert group([1] * 7, 3) == [[1] * 3, [1] * 3, [1]]
+    assert group([1] * 6, 3) == [[1] * 3, [1] * 3] and group([], 3) == []
     monkeypatch.setattr(generate, "MOST_PAIRS", 100)
-    assert list(group(iter([5, 5, 5, 5, 5, 2, 9, 1, 1]), 9, int)) == [[5] * 4, [5, 2], [9], [1, 1]]
-
-
-def test_a_long_question_is_left_out(
-    built: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    processor = replace(built.processor, max_length=64)
-    load = Shards("x").load_sample
-
-    def long_load(self: Shards, i: int):
-        sample, blobs = load(i)
-        long = Annotation(
-            turns=(Turn(role="user", parts=(Media(item=0), Text(text="x" * 100_000))), *sample.annotations[0].turns[1:])
-        )
-        return (replace(sample, annotations=(long,) * 2) if i == 1 else sample), blobs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shards, "load_sample", long_load)
-        found = QuestionAnswering(shards="x").run(built.model, processor, tmp_path, final=True)
-    assert found.rows[0].n == 4 and "1 samples unusable" in found.rows[0].note.replace(
-        "sample unusable", "samples unusable"
-    )
-    assert "100003 characters, but data.max_length is 64 tokens" in capsys.readouterr().out
+    assert group([5, 5, 5, 5, 5, 2, 9, 1, 1], 9) == [[5] * 4, [5, 2], [9], [1, 1]]

@@ -186,13 +186,12 @@ class VLMModule(pl.LightningModule):
         self.keys, self.left_out = [], None
         self.bad.count_problems(window.problems)
         self.bad.record_problems("train", window.step, window.problems, self.global_rank)
-        last = window.step + 1 == self.total_steps
-        reason = self.bad.reason_to_stop(round(good), round(bad), last=last)  # the same on every rank
-        if reason or (last and self.bad.bad):
+        reason = self.bad.reason_to_stop(round(good), round(bad), last=(last := window.step + 1 == self.total_steps))
+        if reason or (last and self.bad.bad):  # on every rank
             kinds = self.bad.summarize_kinds(self.over_ranks(dict(self.bad.kinds)))
             if reason:
                 raise TrainingError(f"data.train: {reason}. {kinds}")
-            if self.global_rank == 0:
+            if not self.global_rank:
                 print(f"data.train: {self.bad.bad} of {self.bad.drawn} drawn samples left out. {kinds}", flush=True)
 
     def _clip_gradients(self) -> None:
