@@ -127,7 +127,7 @@ class Album:
         if not missing:
             return turns
         first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
-        misplaced = describe_misplaced([(turn.role, turn.text) for turn in turns], TAGS[kind])
+        misplaced = describe_misplaced([Said(turn.role, turn.text) for turn in turns], TAGS[kind])
         if len(missing) < len(listed) or first is None or misplaced:
             raise BadSample(f"marks {len(listed) - len(missing)} of the {len(listed)} {kind}s it lists{misplaced}")
         parts = (*(Media(item=number) for number in missing), *turns[first].parts)

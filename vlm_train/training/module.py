@@ -191,8 +191,7 @@ class VLMModule(pl.LightningModule):
             kinds = self.bad.summarize_kinds(self.over_ranks(dict(self.bad.kinds)))
             if reason:
                 raise TrainingError(f"data.train: {reason}. {kinds}")
-            if not self.global_rank:
-                print(f"data.train: {self.bad.bad} of {self.bad.drawn} drawn samples left out. {kinds}", flush=True)
+            self.bad.say_left_out(kinds, self.global_rank)
 
     def _clip_gradients(self) -> None:
         """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""

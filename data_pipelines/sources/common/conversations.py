@@ -107,7 +107,7 @@ def describe_misplaced(turns: Sequence[Said], tag: str) -> str:
     """The end of a message about tags that were not found in user turns: where else they stand; "" if nowhere."""
     places = [
         f"turn {number}, of the {role},"
-        for number, (role, text) in enumerate(turns, 1)
+        for number, (role, text, _) in enumerate(turns, 1)
         if tag in text and role != "user"
     ]
     if not places:
