@@ -80,10 +80,13 @@ class BadSamples:
         last = f" Last here: {self.last}" if self.last else ""
         return f"So far: {counts}. All of them: {RunFolder(self.folder).quarantine_file()}.{last}"
 
-    def say_left_out(self, kinds: str, rank: int) -> None:
-        """Print at a run's end how many samples were left out; `kinds` as `summarize_kinds` writes them."""
+    def say_left_out(self, reason: str | None, kinds: Mapping[str, float], rank: int) -> None:
+        """Raise TrainingError for a reason to stop, else print how many samples a run has left out at its end."""
+        counts = self.summarize_kinds(kinds)
+        if reason:
+            raise TrainingError(f"data.train: {reason}. {counts}")
         if rank == 0:
-            print(f"data.train: {self.bad} of {self.drawn} drawn samples left out. {kinds}", flush=True)
+            print(f"data.train: {self.bad} of {self.drawn} drawn samples left out. {counts}", flush=True)
 
     def record_problems(self, split: str, step: int, problems: Iterable[Problem], rank: int) -> None:
         """Write each bad sample once, also if the run was interrupted, and say the first one aloud."""

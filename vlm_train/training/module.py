@@ -188,10 +188,7 @@ class VLMModule(pl.LightningModule):
         self.bad.record_problems("train", window.step, window.problems, self.global_rank)
         reason = self.bad.reason_to_stop(round(good), round(bad), last=(last := window.step + 1 == self.total_steps))
         if reason or (last and self.bad.bad):  # on every rank
-            kinds = self.bad.summarize_kinds(self.over_ranks(dict(self.bad.kinds)))
-            if reason:
-                raise TrainingError(f"data.train: {reason}. {kinds}")
-            self.bad.say_left_out(kinds, self.global_rank)
+            self.bad.say_left_out(reason, self.over_ranks(dict(self.bad.kinds)), self.global_rank)
 
     def _clip_gradients(self) -> None:
         """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
