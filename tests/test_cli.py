@@ -455,6 +455,19 @@ def test_help_config_and_errors_import_no_framework(argv: list[str], code: int, 
     assert list(Path().iterdir()) == []
 
 
+def test_help_asks_no_composition(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra's own help copies the whole configuration once a group, which takes five times as long."""
+    for name in ("run_hydra", "run", "_run_sweep"):
+        monkeypatch.setattr(cli, name, lambda *_: pytest.fail("composed"))
+    Path("mine/recipe").mkdir(parents=True)
+    Path("mine/recipe/own.yaml").write_text("# @package _global_\n")
+    assert cli.main(["--help", "--config-dir", "mine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "image: crop, native, pad, resize" in lines and not any(line.startswith(("hydra:", "./")) for line in lines)
+    (recipes,) = [line for line in lines if line.startswith("recipe: ")]
+    assert "llava15_stage1, " in recipes and " own, " in recipes
+
+
 def test_help_explains_modes_and_recipes() -> None:
     text = run_process("--help").stdout
     for mode in LITERALS["mode"]:

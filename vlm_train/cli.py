@@ -13,6 +13,7 @@ from pathlib import Path
 from hydra._internal.utils import get_args_parser
 
 from vlm_train.config.compose import run_hydra
+from vlm_train.config.help import format_help
 from vlm_train.errors import ConfigError
 from vlm_train.runs import process
 from vlm_train.runs.process import report_error, run_guarded
@@ -22,11 +23,14 @@ from vlm_train.runs.single import run
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = get_args_parser().parse_intermixed_args(argv)  # flags may stand behind overrides, too
+    parser = get_args_parser()
+    args = parser.parse_intermixed_args(argv)  # flags may stand behind overrides, too
     argv = [*(word for word in argv if word not in args.overrides), *args.overrides]  # Hydra wants those in one piece
     dirs = [args.config_dir] if args.config_dir else []
     if problems := _refused_flags(args):
         return report_error(error := ConfigError(problems), error)
+    if args.help:
+        return run_guarded(lambda: print(format_help(parser, dirs), flush=True))
     if _is_single(args):
         return run_guarded(lambda: run(args.overrides, dirs), args.overrides, dirs)
     if _is_sweep(args):
@@ -47,7 +51,7 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _is_single(args: argparse.Namespace) -> bool:
-    """Whether no flag asks Hydra for something else: help, --cfg, --info, a multirun."""
+    """Whether no flag asks for something else: help, --cfg, --info, a multirun."""
     flags = (args.help, args.hydra_help, args.cfg, args.multirun, args.shell_completion, args.info)
     return not any(flags) and not any(o.startswith("hydra.mode=") for o in args.overrides)
 
