@@ -141,9 +141,13 @@ def packed_attention(
     attention_mask: Tensor | LayerMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    attend: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of `transformers`: `[B, H, T, C]`, twice `[B, K, T, C]` -> `[B, T, H, C]`.
+
+    Args:
+        attend: takes the place of `attend_causal`.
 
     Raises:
         ConfigError: the layer adds something to its scores (older releases drop it silently), or there are sequences
@@ -162,13 +166,14 @@ def packed_attention(
     rows, length = query.shape[0], query.shape[2]
     query, key, value = (_flatten_rows(one) for one in (query, key, value))
     flat = value.new_empty(rows * length, query.shape[1], value.shape[2])
-    for sequences, attend in ((attention_mask.causal, attend_causal), (attention_mask.masked, attend_masked)):
+    causal = attend or attend_causal
+    for sequences, by in ((attention_mask.causal, causal), (attention_mask.masked, attend_masked)):
         if sequences is None:
             continue
         if (index := sequences.index) is None:
-            flat = attend(query, key, value, attention_mask, dropout, scaling)
+            flat = by(query, key, value, attention_mask, dropout, scaling)
         else:
-            part = attend(query[index], key[index], value[index], attention_mask, dropout, scaling)
+            part = by(query[index], key[index], value[index], attention_mask, dropout, scaling)
             flat = flat.index_copy(0, index, part)
     return flat.unflatten(0, (rows, length)), None
 
@@ -197,9 +202,13 @@ def attend_masked(
 
 def _flatten_rows(states: Tensor) -> Tensor:
     """`[B, H, T, C]` -> `[N, H, C]`, in the precision of autocast, which knows the kernel as little as rotations."""
+    return states.transpose(1, 2).flatten(0, 1).to(autocast_dtype(states))
+
+
+def autocast_dtype(states: Tensor) -> torch.dtype:
+    """What autocast would make of `states`, if it runs; else what they are."""
     device = states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    return states.transpose(1, 2).flatten(0, 1).to(dtype)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def _kernel_fits(query: Tensor, value: Tensor, dropout: float) -> bool:

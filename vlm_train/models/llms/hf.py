@@ -16,6 +16,7 @@ from vlm_train.contracts.batch import SequenceMask
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.attention import PACKED, decoding, register_packed
+from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
 from vlm_train.models.layers.masks import within_window
 from vlm_train.models.llms.mixers import mixers_without_mask
@@ -35,7 +36,8 @@ class HFCausalLM(nn.Module):
         weights: hub name, local folder or `*.gguf` file, read by `load_weights`; None: random.
         vocab_size: length of the tokenizer.
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
-        attention: `packed` (as `sdpa`, but packed samples each by themselves), `sdpa` or `eager`.
+        attention: `packed` (as `sdpa`, but packed samples each by themselves), `flash` (that by the flash-attn
+            package), `sdpa` or `eager`.
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class HFCausalLM(nn.Module):
         self.new_tokens = new_tokens
         self.inserter = BlockInserter()
         register_packed()
-        self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, *ATTENTION))
-        self.takes_packed = attention == PACKED
+        self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, FLASH, *ATTENTION))
+        self.takes_packed = attention in (PACKED, FLASH)
         if self.takes_packed and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
             other = "sdpa" if self.model._supports_sdpa else "eager"
-            raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run packed; choose {other}")
+            raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run {attention}; choose {other}")
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens

@@ -16,8 +16,9 @@ from torch import nn
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Features, Grid3, MediaInput
 from vlm_train.errors import ConfigError
+from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.weights.clip_init import init_vision
-from vlm_train.models.weights.hub import build_model, load_inside, load_pretrained
+from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained
 
 # Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
 _NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projection", r"position_ids$")
@@ -49,7 +50,7 @@ class HFVision(nn.Module):
         keep_cls: keep the tokens in front of the patches; the features then have no grid: (1, 1, P).
         final_norm: apply the tower's final LayerNorm (`layer` must be -1), as CLIP's own image embedding does.
         image_mean, image_std: per channel, of pixels in [0, 1].
-        attention: `sdpa` or `eager`.
+        attention: `sdpa`, `flash` (the flash-attn package) or `eager`.
         init: random weights as `transformers` has them (`library`), or as CLIP's training started (`clip`).
     """
 
@@ -69,7 +70,9 @@ class HFVision(nn.Module):
         super().__init__()
         self.numbers = dict(config)
         self.weights = weights
-        self.model = build_model(_auto_model(config.get("model_type")), "vision", config, attention)
+        self.model = build_model(
+            _auto_model(config.get("model_type")), "vision", config, attention, (FLASH, *ATTENTION)
+        )
         if init not in ("library", "clip") or (init == "clip" and self.model.config.model_type != "clip_vision_model"):
             raise ConfigError(f"vision.init: {init!r}; allowed: library; clip for clip_vision_model")
         if init == "clip":

@@ -18,6 +18,7 @@ import torch
 
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
+from vlm_train.models.layers.flash import FLASH, REGISTERED, load_kernels, register_flash
 
 ATTENTION = ("sdpa", "eager")
 
@@ -85,9 +86,12 @@ def build_model(
     """
     if attention not in allowed:
         raise ConfigError(f"{part}.attention: {attention!r}; allowed: {', '.join(allowed)}")
+    if attention == FLASH:
+        register_flash()
+        load_kernels()  # says at once if there are none
     config = build_config(f"{part}.config", values)
     try:
-        return auto_class.from_config(config, attn_implementation=attention)
+        return auto_class.from_config(config, attn_implementation=REGISTERED if attention == FLASH else attention)
     except ValueError as error:
         raise ConfigError(
             f"{part}: cannot build {config.model_type!r} with attention {attention!r}: {error}"
