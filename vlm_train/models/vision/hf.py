@@ -36,6 +36,10 @@ def fixed_grid(size: MediaSize, grid: Grid3) -> Grid3:
     return grid
 
 
+ATTENTIONS = (FLASH, *ATTENTION)
+"""What a tower may attend by."""
+
+
 class HFVision(nn.Module):
     """A tower with `embeddings` and `encoder.layers` (CLIP, SigLIP, DINOv2, ...) built from `config`.
 
@@ -70,9 +74,7 @@ class HFVision(nn.Module):
         super().__init__()
         self.numbers = dict(config)
         self.weights = weights
-        self.model = build_model(
-            _auto_model(config.get("model_type")), "vision", config, attention, (FLASH, *ATTENTION)
-        )
+        self.model = build_model(_auto_model(config.get("model_type")), "vision", config, attention, ATTENTIONS)
         if init not in ("library", "clip") or (init == "clip" and self.model.config.model_type != "clip_vision_model"):
             raise ConfigError(f"vision.init: {init!r}; allowed: library; clip for clip_vision_model")
         if init == "clip":
