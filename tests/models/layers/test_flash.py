@@ -17,7 +17,9 @@ from tests.models.layers.test_packed import (
     tiny_model,
     token_losses,
 )
-from tests.support.tiny_models import assert_close, tiny_llm, tiny_vision
+from tests.models.vision.test_vision import TOWERS, pixels
+from tests.support.tiny_models import assert_close, clip_config, tiny_llm, tiny_vision
+from vlm_train.contracts.media import MediaInput
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers import flash
 from vlm_train.models.layers.flash import FlashKernels, find_problem, flash_attention, load_kernels
@@ -100,22 +102,31 @@ def test_rows_of_one_sample_go_through_the_dense_kernel(reference: Reference) ->
     ours = tiny_llm(attention="flash")
     theirs = tiny_llm(attention="packed")
     theirs.load_state_dict(ours.state_dict())
-    one, other = (llm.decode(llm.embed(ids)) for llm in (ours, theirs))
+    positions = torch.arange(6).expand(1, 2, 6)
+    one, other = (llm.decode(llm.embed(ids), positions, None) for llm in (ours, theirs))
     assert_close(one, other)
     assert reference.calls and all(call["causal"] and call["kind"] == "dense" for call in reference.calls)
     assert reference.calls[0]["shape"][:2] == (2, 6)  # [B, T, H, C]
 
 
-def test_a_tower_sees_both_ways(reference: Reference) -> None:
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_sees_both_ways(tower: str, reference: Reference) -> None:
     torch.manual_seed(0)
-    ours = tiny_vision(attention="flash")
-    theirs = tiny_vision()
+    ours, theirs = (tiny_vision(TOWERS[tower], attention=one).eval() for one in ("flash", "sdpa"))
     theirs.load_state_dict(ours.state_dict())
-    query = torch.randn(2, 4, 5, 8)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query).transpose(1, 2)
-    assert_close(flash_attention(ours.layers[0].self_attn, query, query, query, None)[0], expected)
-    assert [call["causal"] for call in reference.calls] == [False]
-    assert ours.model.config._attn_implementation != theirs.model.config._attn_implementation
+    with torch.no_grad():
+        for parameter in (*ours.parameters(), *theirs.parameters()):
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)  # else every attention is nearly a mean
+    one, other = (vision.encode(MediaInput(pixels())).rectangular() for vision in (ours, theirs))
+    assert_close(one, other)
+    calls = [(call["kind"], call["causal"], call["shape"][0]) for call in reference.calls]
+    assert calls and set(calls) == {("dense", False, 2)}
+
+
+def test_a_tower_with_an_attention_of_its_own_is_refused(reference: Reference) -> None:
+    config = clip_config() | {"model_type": "blip_vision_model"}
+    with pytest.raises(ConfigError, match=r"vision.attention: 'blip_vision_model' cannot run flash; choose another"):
+        tiny_vision(config, attention="flash")
 
 
 def test_a_release_with_other_arguments_gets_those_it_knows() -> None:

@@ -98,7 +98,11 @@ def flash_attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     dtype = autocast_dtype(query)
     rows = [states.transpose(1, 2).to(dtype) for states in (query, key, value)]
-    wanted = {"causal": bool(causal) and query.shape[2] > 1, "softmax_scale": scaling, "dropout_p": dropout}
+    wanted: dict[str, Any] = {
+        "causal": bool(causal) and query.shape[2] > 1,
+        "softmax_scale": scaling,
+        "dropout_p": dropout,
+    }
     return call_kernel(load_kernels().dense, *rows, **wanted), None
 
 

@@ -91,11 +91,14 @@ def build_model(
         load_kernels()  # says at once if there are none
     config = build_config(f"{part}.config", values)
     try:
-        return auto_class.from_config(config, attn_implementation=REGISTERED if attention == FLASH else attention)
+        model = auto_class.from_config(config, attn_implementation=REGISTERED if attention == FLASH else attention)
     except ValueError as error:
         raise ConfigError(
             f"{part}: cannot build {config.model_type!r} with attention {attention!r}: {error}"
         ) from error
+    if attention == FLASH and not model.is_backend_compatible():  # it would attend by its own, without a word
+        raise ConfigError(f"{part}.attention: {config.model_type!r} cannot run flash; choose another")
+    return model
 
 
 def load_pretrained(
