@@ -53,7 +53,7 @@ class ShardRecord:
             shard, index = FileInfo(**data.pop("shard")), FileInfo(**data.pop("index"))
             bad = tuple((key, reason) for key, reason in data.pop("bad"))
             return cls(shard=shard, index=index, bad=bad, **data)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

@@ -211,7 +211,7 @@ def read_manifest(folder: Path, option: str = "columns") -> ColumnsManifest:
         if any(info.name != file_name(number) for number, info in enumerate(files)):
             raise ValueError("file names are not those of shards")
         return ColumnsManifest(**{**data, "names": tuple(data["names"]), "files": files})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: malformed: {type(error).__name__}: {error}") from error
 
 

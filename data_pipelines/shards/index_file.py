@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -19,16 +17,12 @@ from data_pipelines.errors import DataError
 from data_pipelines.sample import Sample
 from data_pipelines.shards.manifest import FileInfo
 from data_pipelines.shards.members import Member
-from data_pipelines.shards.mmap_arrays import map_arrays
+from data_pipelines.shards.mmap_arrays import UNREADABLE, map_arrays
 
 INDEX = "index.npz"
 
 
 MAX_KEY = 80  # bytes, as `members.KEY` allows
-
-
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, RecursionError, NotImplementedError, struct.error, BadZipFile)
-"""What reading a damaged zip, array header or list of names can raise."""
 
 
 SCANNED = 2**20  # samples that are looked at together

@@ -95,10 +95,10 @@ class IndexParts:
         """Read the list of the files. Raises `DataError` if it is missing or malformed."""
         try:
             files = [FileInfo(*row) for row in json.loads(path.read_text(encoding="utf-8"))["files"]]
-            if not all(PART_NAME.fullmatch(info.name) and info.samples >= 0 for info in files):
+            if not all(PART_NAME.fullmatch(info.name) for info in files):
                 raise ValueError("a file name is not index/<number>.npz")
             return cls(files, locate)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
 
 

@@ -21,12 +21,17 @@ SHARED = re.compile(r"\.\./[\w-][\w.-]*/[\w-][\w.-]*\.tar", re.ASCII)  # a shard
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """One file of the set; `samples` is 0 for the index."""
+    """One file of the set; `samples` is 0 for the index. Raises ValueError for what cannot be one: most are read."""
 
     name: str
     bytes: int
     sha256: str
     samples: int = 0
+
+    def __post_init__(self) -> None:
+        counts = all(isinstance(number, int) and 0 <= number < 2**63 for number in (self.bytes, self.samples))
+        if not counts or not isinstance(self.name, str) or not isinstance(self.sha256, str):
+            raise ValueError(f"not the name, bytes, sha256 and samples of a file: {self}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +109,9 @@ class Manifest:
             for named in (data, data.get("build", {})):  # as it was spelled before
                 if "licence" in named:
                     named["license"] = named.pop("licence")
+            for name in ("build", "stats", "bad", "skipped", "dropped", "origin", "layout"):
+                if not isinstance(data.get(name, {}), dict):
+                    raise ValueError(f"{name} is {data[name]!r:.40}, not an object")
             elsewhere = data.get("elsewhere", False) is True
             shards = tuple(_file_info(shard, shared=True, anywhere=elsewhere) for shard in data.pop("shards"))
             return cls(shards=shards, index=_file_info(data.pop("index")), **data)

@@ -7,9 +7,11 @@ import mmap
 import re
 import struct
 from pathlib import Path
-from zipfile import ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
+
+from data_pipelines.shards.checksum import crc32
 
 LOCAL_HEADER = 30  # bytes before name and extra field in a zip's local file header
 HEADER = re.compile(
@@ -19,23 +21,32 @@ HEADER = re.compile(
 """How numpy begins a flat array of numbers. Its own reader hands more than that to Python's parser."""
 
 
-def map_arrays(path: Path) -> dict[str, np.ndarray]:
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, RecursionError, NotImplementedError, struct.error, BadZipFile)
+"""What reading a damaged zip, array header or list of names can raise."""
+
+
+def map_arrays(path: Path, *, checked: bool = False) -> dict[str, np.ndarray]:
     """All arrays of the file by name: flat, of numbers, read-only.
 
-    Raises OSError, ValueError or BadZipFile for anything else.
+    Args:
+        checked: read all of it once, and compare it with its checksums.
+
+    Raises one of `UNREADABLE` for anything else.
     """
     with open(path, "rb") as file, ZipFile(file) as archive:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return {info.filename.removesuffix(".npy"): _map_array(memory, info) for info in archive.infolist()}
+        return {info.filename.removesuffix(".npy"): _map_array(memory, info, checked) for info in archive.infolist()}
 
 
-def _map_array(memory: mmap.mmap, info: ZipInfo) -> np.ndarray:
+def _map_array(memory: mmap.mmap, info: ZipInfo, checked: bool) -> np.ndarray:
     local = memory[info.header_offset : info.header_offset + LOCAL_HEADER]
     if info.compress_type != ZIP_STORED or info.flag_bits & 1 or local[:4] != b"PK\x03\x04":
         raise ValueError(f"{info.filename} is compressed, encrypted or damaged; only stored arrays are read")
     start = info.header_offset + LOCAL_HEADER + sum(struct.unpack_from("<HH", local, 26))
     if start + info.file_size > len(memory):
         raise ValueError(f"{info.filename}: {info.file_size} bytes at {start}, the file has {len(memory)}")
+    if checked and crc32(memoryview(memory)[start : start + info.file_size]) != info.CRC:
+        raise ValueError(f"{info.filename} is damaged: its checksum differs")
     (length,) = struct.unpack_from("<8xH", memory[start : start + 10].ljust(10, b"\0"))
     header = HEADER.fullmatch(memory[start : min(start + 10 + length, start + info.file_size)])
     if not header:

@@ -83,6 +83,22 @@ def test_a_damaged_cache_is_measured_again(content: bytes, root: Path, tmp_path:
     assert again.tokens.tolist() == first.tokens.tolist() and path.stat().st_size > 100
 
 
+def test_one_wrong_bit_of_a_cache_is_never_believed(tmp_path: Path) -> None:
+    """A length of 0 would leave a sample out without a word."""
+
+    def measure(number: int) -> list[tuple[int, int]]:
+        return [(100 + number, 7)]
+
+    cached_lengths("x", 3, "k", measure, tmp_path, 1)
+    (path,) = tmp_path.glob("*.npz")
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 64]) + whole[position + 1 :])
+        found = cached_lengths("x", 3, "k", measure, tmp_path, 1)
+        assert found.tokens.tolist() == [100, 101, 102] and found.patches.tolist() == [7, 7, 7], position
+        assert found.pieces.tolist() == [0, 0, 0]
+
+
 def test_samples_that_cannot_be_used_stay_holes(tmp_path: Path) -> None:
     good, long = [(user("Q", 0), assistant("a"))], [(user("Q", 0), assistant("a" * 300))]
     folder = write(tmp_path / "set", good, long, good)

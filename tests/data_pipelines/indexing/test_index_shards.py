@@ -171,7 +171,7 @@ def test_unusable_samples_are_left_out_and_named(tmp_path, web, tar, picture, ca
     assert set(reasons) == {"00002.tar:", "00004.tar:"} | {
         f"00003.tar:{key}" for key in ("nojpg", "broken", "empty", "notext", "twice", "latin", "good")
     }
-    assert "no picture or video" in reasons["00003.tar:nojpg"] and "not a readable image" in reasons["00003.tar:broken"]
+    assert "no picture or video" in reasons["00003.tar:nojpg"] and "no known format" in reasons["00003.tar:broken"]
     assert "holds no text" in reasons["00003.tar:empty"] and "no member 'txt'" in reasons["00003.tar:notext"]
     assert "comes twice" in reasons["00003.tar:twice"] and "not UTF-8" in reasons["00003.tar:latin"]
     assert "duplicate key" in reasons["00003.tar:good"] and "not an uncompressed tar" in reasons["00004.tar:"]

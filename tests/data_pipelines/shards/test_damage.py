@@ -52,6 +52,23 @@ def test_damaged_index_and_manifest(shard_set):
         ShardSet(folder)
 
 
+@pytest.mark.parametrize("key", ["name", "bytes", "sha256", "samples"])
+@pytest.mark.parametrize("value", [None, [], -1, "12", 2**80, 1.5])
+def test_a_manifest_of_wrong_types_is_malformed(shard_set, key, value):
+    if key in ("name", "sha256") and value == "12":
+        return  # a text; that no such file is there is said elsewhere
+    folder = shard_set()
+    good = json.loads((folder / "manifest.json").read_text())
+    for changed in (
+        good | {"index": good["index"] | {key: value}},
+        good | {"shards": [good["shards"][0] | {key: value}, *good["shards"][1:]]},
+        good | {"bad": value},
+    ):
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=r"manifest\.json: malformed: "):
+            ShardSet(folder)
+
+
 def test_manifest_cannot_name_files_elsewhere(shard_set):
     folder = shard_set()
     data = json.loads((folder / "manifest.json").read_text())

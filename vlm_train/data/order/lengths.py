@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock
@@ -29,7 +27,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.shards.mmap_arrays import map_arrays
+from data_pipelines.shards.mmap_arrays import UNREADABLE, map_arrays
 from vlm_train.config.moved_targets import find_first_module
 
 VERSION = 2  # of the files in the cache: others are not read
@@ -128,10 +126,10 @@ def _describe_content(thing: Any) -> Any:
 def _read_file(path: Path, count: int) -> Lengths | None:
     """The file, mapped: processes of a node share what they use of it."""
     try:
-        arrays = map_arrays(path)
+        arrays = map_arrays(path, checked=True)
         lengths = Lengths(*(arrays[field.name] for field in fields(Lengths)))
-    except (OSError, ValueError, KeyError, struct.error, BadZipFile):
-        return None  # not there, or cut short: measured again
+    except UNREADABLE:
+        return None  # not there, cut short or damaged: measured again
     alike = len({len(getattr(lengths, field.name)) for field in fields(lengths)}) == 1
     return lengths if alike and _counts_through(lengths.samples, count) else None
 
