@@ -70,6 +70,23 @@ def test_missing_tokenizers_name_the_setting(tmp_path) -> None:
         pretrained(name=str(tmp_path / "a.gguf"))
 
 
+@pytest.mark.parametrize("damage", ["5", "[]", "[" * 100_000, "rstrip", "added_tokens", "model"])
+def test_a_damaged_tokenizer_is_one_error_of_the_setting(damage: str, tmp_path: Path) -> None:
+    """What the libraries raise for these is TypeError, AttributeError, RecursionError and Exception itself."""
+    byte_level().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    if damage == "rstrip":
+        del whole["added_tokens"][0]["rstrip"]
+    elif damage in whole:
+        whole[damage] = "x"
+    path.write_text(json.dumps(whole) if damage.isalpha() or "_" in damage else damage, encoding="utf-8")
+    with pytest.raises(
+        AssetError, match=r"tokenizer\.name: no tokenizer could be loaded from .*: .+ Give a local folder"
+    ):
+        pretrained(name=str(tmp_path))
+
+
 def test_berts_own_tokens_begin_and_end_a_text(tmp_path: Path) -> None:
     from transformers import BertTokenizerFast
 

@@ -83,7 +83,7 @@ def load_tokenizer(setting: str, name: str, **options: str) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a damaged file raises anything, the Rust library even Exception itself
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise AssetError(
             f"{setting}: no tokenizer could be loaded from {name!r}: {reason}. "
