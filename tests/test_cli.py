@@ -16,7 +16,7 @@ import pytest
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
-from vlm_train import cli
+from vlm_train import __main__, cli
 from vlm_train.check.bounds import LITERALS
 from vlm_train.config.run_file import load_config
 from vlm_train.config.run_identity import run_dir, run_id
@@ -453,6 +453,18 @@ def test_help_config_and_errors_import_no_framework(argv: list[str], code: int, 
     assert json.loads(done.stderr.splitlines()[-1]) == [code, []], done.stderr
     assert says in done.stdout + done.stderr
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP reads it when torch is imported: before any mode, and in the processes that are started."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    seen: list[str | None] = []
+    monkeypatch.setattr(__main__.torchrun, "run_and_exit", lambda _: seen.append(os.environ.get("OMP_WAIT_POLICY")))
+    __main__.main()
+    assert seen == [own or "PASSIVE"]
 
 
 def test_help_asks_no_composition(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from vlm_train.contracts.batch import Batch, MediaBatch, Slots, TokenStream, Win
 from vlm_train.contracts.media import Grid3, MediaInput
 from vlm_train.contracts.objective import Loss
 from vlm_train.dryrun.report import without_assets
-from vlm_train.training import device, metrics
+from vlm_train.training import device, fit, metrics
 from vlm_train.training.flops import count_flops
 from vlm_train.training.loss_sums import Sums
 from vlm_train.training.metrics import Meter, part_norms
@@ -177,6 +177,43 @@ def test_a_line_of_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         "data_wait": 0.0,
         "samples_per_second": 2.0,
     }
+
+
+def test_flops_are_counted_when_the_first_line_is_due_and_on_nobody_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, counted = clocked(monkeypatch), []
+
+    def count_work() -> Work:
+        counted.append(clock.now)
+        clock.now += 1000
+        return Work(0, 1e12, 0, 0)
+
+    one = Meter(alone, count_work=count_work)
+    one.start_clock()
+    for _ in range(2):
+        step(one, clock, wait=1.0, work=1.0)
+        assert len(counted) < 2
+        row = one.make_line(CPU)
+        assert (row["data_wait"], row["tflops"], row["tokens_per_second"]) == (0.5, 30.0, 30.0)
+    assert len(counted) == 1
+
+
+def test_a_run_counts_flops_after_its_first_steps_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, counted, steps = make_data(tmp_path / "data"), [], []
+    inner = VLMModule.training_step
+
+    def training_step(self: VLMModule, batch: Batch, batch_idx: int) -> None:
+        steps.append(batch_idx)
+        inner(self, batch, batch_idx)
+
+    monkeypatch.setattr(VLMModule, "training_step", training_step)
+    monkeypatch.setattr(fit, "_count_work", lambda *_: counted.append(len(steps)))
+    small = ["trainer.max_steps=3", "trainer.save_every=null", "batch.samples=2"]
+    train(command(data, tmp_path / "runs", *small, "trainer.log_every=4", name="silent"))
+    assert (len(steps), counted) == (3, [])
+    train(command(data, tmp_path / "runs", *small, "trainer.log_every=2", name="logs"))
+    assert (len(steps), counted) == (6, [3 + 2])
 
 
 def test_devices_share_the_flops_and_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

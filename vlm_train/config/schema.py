@@ -106,7 +106,7 @@ class Trainer:
     export: bool = False  # at the end, write a folder that `transformers` loads, if it knows such a model
     peak_tflops: float | None = None  # of one device, for the logged MFU; null: known for common GPUs
     watchdog_minutes: float | None = 20.0  # end a run without progress for this long, less than launch.timeout_minutes
-    threads: int | None = None  # CPU threads; null: torch's choice
+    threads: int | None = None  # CPU threads; null: torch's choice. They sleep when idle (OMP_WAIT_POLICY=PASSIVE)
 
 
 @dataclass

@@ -78,8 +78,8 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
     facts = _collect_facts(cfg, models, data, identity, None if shares else resumed)
     facts |= {"rollbacks": len(read_rollbacks(folder)), **data.note_estimate()}
-    work = _count_work(cfg, models.skeleton) if process_rank() == 0 else None
-    module = _make_module(cfg, models, policy, data.plan, folder, work)
+    count_work = partial(_count_work, cfg, models.skeleton) if cfg.trainer.log_every <= data.plan.steps else None
+    module = _make_module(cfg, models, policy, data.plan, folder, count_work if process_rank() == 0 else None)
     evaluators = models.evaluators
     evaluation = Evaluation(assembly.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
@@ -155,7 +155,7 @@ def _make_plan(cfg: DictConfig, data: Any, model: Any, world: int, resumed: Resu
     return plan
 
 
-def _make_module(cfg: DictConfig, models: Any, policy: Any, plan: Any, folder: Path, work: Any) -> Any:
+def _make_module(cfg: DictConfig, models: Any, policy: Any, plan: Any, folder: Path, count_work: Any) -> Any:
     from vlm_train.build import build_lr_schedule, build_objectives, build_optimizer
     from vlm_train.contracts.model_parts import find_layers
     from vlm_train.models.layers.activation_checkpointing import checkpoint_layers
@@ -195,7 +195,7 @@ def _make_module(cfg: DictConfig, models: Any, policy: Any, plan: Any, folder: P
         guard=_make_guard(cfg, folder),
         first_steps=make_first_steps(cfg.trainer.guard, model, models.handed.filled),
         folder=folder,
-        work=work,
+        count_work=count_work,
         peak_tflops=cfg.trainer.peak_tflops,
     )
 
@@ -209,7 +209,7 @@ def _count_work(cfg: DictConfig, skeleton: Any) -> Any:
     if skeleton is None:
         return None
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             return work_of(cfg, skeleton)
     except Exception as error:  # of any model's own code
         print(f"tflops: not logged: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)

@@ -6,7 +6,7 @@ Sums of tensors stay on their device until a line is due: nothing here makes a s
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,7 @@ class Meter:
         over_ranks: adds up over ranks.
         min_supervised: least share of the tokens that must be supervised; 0: any.
         work: gives TFLOP/s; None: they are not logged.
+        count_work: makes `work` when the first line is due, as it takes seconds: training has begun by then.
         peak_tflops: of one device, gives MFU; None: known for common GPUs, else MFU is not logged.
     """
 
@@ -48,10 +49,11 @@ class Meter:
         *,
         min_supervised: float = 0.0,
         work: Work | None = None,
+        count_work: Callable[[], Work | None] | None = None,
         peak_tflops: float | None = None,
     ) -> None:
         self.over_ranks, self.min_supervised = over_ranks, min_supervised
-        self.work, self.peak_tflops = work, peak_tflops
+        self.work, self.count_work, self.peak_tflops = work, count_work, peak_tflops
         self.weights: dict[str, float] = {}
         self.held_out = Sums(self.weights)
         self.before = 0.0  # seconds since the last line in the process that a run goes on from
@@ -126,6 +128,10 @@ class Meter:
         Raises:
             TrainingError: too few of the tokens are supervised.
         """
+        if self.count_work is not None:
+            self.pause_clock()
+            self.work, self.count_work = self.count_work(), None
+            self.go_on()
         row = self.train.compute_means(self.over_ranks)
         peak = f"peak/{process_rank()}"  # a sum of one rank's value
         counts = self.over_ranks(self.counts | {"ranks": 1.0, peak: peak_memory(device) / 2**30})

@@ -63,7 +63,7 @@ class VLMModule(pl.LightningModule):
         guard: Guard | None = None,
         first_steps: FirstSteps | None = None,
         folder: Path,
-        work: Work | None = None,
+        count_work: Callable[[], Work | None] | None = None,
         peak_tflops: float | None = None,
     ) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class VLMModule(pl.LightningModule):
         self.folder = folder
         self.bad = BadSamples(folder, max_in_a_row=max_bad_samples, max_share=max_bad_share, strict=strict)
         least = min_supervised_ratio if any(o.normalized_by == "tokens" for o in objectives.values()) else 0.0
-        self.meter = Meter(self.over_ranks, min_supervised=least, work=work, peak_tflops=peak_tflops)
+        self.meter = Meter(self.over_ranks, min_supervised=least, count_work=count_work, peak_tflops=peak_tflops)
         self.metrics_file = JsonlWriter(RunFolder(folder).metrics)
         self.held_out = self.held_out_bad = self.interrupt = 0
         self.validation_metrics: dict[str, float] = {}
