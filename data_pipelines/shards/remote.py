@@ -19,14 +19,16 @@ import posixpath
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
+from data_pipelines.shards.file_lock import hold_lock, is_at
 from data_pipelines.shards.manifest import MANIFEST, FileInfo, Manifest
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
@@ -37,6 +39,9 @@ LONGEST_WAIT = 30.0
 """Seconds between two attempts at most: each waits up to twice as long as the one before, at random."""
 TIMEOUT = 60.0
 """Seconds without a byte after which an http download is tried again."""
+
+SLOWEST = 1000
+"""Bytes a second that an http download brings on average, `TIMEOUT` after its start, or it is tried again."""
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://(.*)", re.DOTALL)
 PIPE = re.compile(r"pipe:")
@@ -105,7 +110,7 @@ class Cache:
             if file := _open_whole(path, info.bytes):
                 return file
             partial = path.with_name(f"{path.name}.{info.bytes}.partial")
-            with _hold_lock(partial):
+            with hold_lock(partial):
                 if _is_whole(path, info.bytes):  # fetched by another process meanwhile
                     partial.unlink(missing_ok=True)
                     continue
@@ -118,9 +123,19 @@ class Cache:
         self.open_cached(url, info).close()
         return self.folder / info.sha256
 
+    def drop_damaged(self, file: FileIO, info: FileInfo) -> bool:
+        """Whether an open copy is not what was fetched any more. If so, it is removed, and fetched again when asked."""
+        file.seek(0)
+        if hashlib.file_digest(file, "sha256").hexdigest() == info.sha256:
+            return False
+        path = self.folder / info.sha256
+        if is_at(file.fileno(), path):
+            path.unlink(missing_ok=True)
+        return True
+
     def _make_room(self, url: str, needed: int, mine: Path) -> None:
         """Remove the longest unused files until `needed` bytes fit under the bound and on the disk."""
-        with _hold_lock(self.folder / ".lock"):
+        with hold_lock(self.folder / ".lock"):
             held = dict(self._list_entries(but=mine))
             total = sum(_reserved_bytes(entry, stat.st_size) for entry, stat in held.items())
             for entry in sorted(held, key=lambda entry: held[entry].st_mtime_ns):
@@ -177,11 +192,11 @@ def download_file(url: str, path: Path, *, exactly: int | None = None, at_most: 
     except Exception as error:
         if not (isinstance(error, OSError) or is_backend_error(error)):
             raise
-        raise DataError(f"{url}: cannot be fetched: {type(error).__name__}: {error}") from error
+        raise DataError(f"{url}: cannot be fetched: {type(error).__name__}: {error or 'no answer'}") from error
 
 
 class _WrongSize(OSError):
-    """The file broke off, or goes on after its end."""
+    """The file broke off, goes on after its end, or would never end."""
 
 
 def _download_once(url: str, path: Path, exactly: int | None, at_most: int | None) -> None:
@@ -189,12 +204,15 @@ def _download_once(url: str, path: Path, exactly: int | None, at_most: int | Non
     from fsspec.core import url_to_fs
 
     limit = exactly if at_most is None else at_most
+    begun = time.monotonic()
 
     class Bounded(Callback):
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
             if limit is not None and self.value > limit:
                 raise _WrongSize(f"more than {limit} bytes")
+            if self.value < SLOWEST * (time.monotonic() - begun - TIMEOUT):
+                raise _WrongSize(f"{self.value} bytes in {time.monotonic() - begun:.0f} s")
 
     filesystem, name = url_to_fs(url, **_client_options(url))
     filesystem.get_file(name, str(path), callback=Bounded())
@@ -254,27 +272,6 @@ def _open_whole(path: Path, size: int) -> FileIO | None:
     with suppress(OSError):  # another user's cache
         os.utime(file.fileno())
     return file
-
-
-@contextmanager
-def _hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on `path`, a file that its holder may rename or remove. It is released when the process ends."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):
-                yield
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _reserved_bytes(entry: Path, size: int) -> int:

@@ -214,6 +214,10 @@ class ShardSet:
                 )
             data = os.pread(file, size, offset)
             if len(data) != size or crc32(data) != crc:
+                copies = self._copies if is_remote(self._path_of_shard(info)) else None
+                if copies and copies.drop_damaged(files[entry.shard], info):  # the copy is damaged, not the shard
+                    files.pop(entry.shard).close()
+                    return self._read_members(entry, only)
                 raise BadSample(f"member {name} is corrupt (checksum differs from the index)", kind="corrupt")
             found.append((name, data))
         return found
@@ -239,6 +243,9 @@ class ShardSet:
         info, shards = self.manifest.index, len(self.manifest.shards)
         if not self._cache and info.bytes <= HASHED_INDEX and (problem := self._check_hash(info)):
             raise DataError(f"{problem}: not a readable index. {self._rebuild_command()}")
+        if self._cache and info.bytes <= HASHED_INDEX:
+            with self._open_file(info) as file:
+                self._cache.drop_damaged(file, info)
         path = self._locate_file(info)
         return IndexParts.load(path, self._locate_file) if info.name == PARTS else Index.load(path, shards)
 

@@ -14,12 +14,13 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 import tenacity
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import BadSample, DataError
 from data_pipelines.shards import remote
 from data_pipelines.shards.manifest import FileInfo
 from data_pipelines.shards.remote import Cache, default_cache, is_remote, join_address
@@ -40,6 +41,8 @@ class Server:
         self.faults: dict[str, list[str]] = {}
         self.requests: Counter[str] = Counter()
         self.sent = 0  # bytes of spoilt answers
+        self.dripped = 0
+        self.closed = threading.Event()
         outer = self
 
         class Handler(SimpleHTTPRequestHandler):
@@ -62,6 +65,11 @@ class Server:
                     self.send_header("Content-Length", str(len(data)))
                     body = data[: len(data) // 2] if fault == "cut" else bytes(len(data))
                 self.end_headers()
+                if fault == "drip":
+                    outer.dripped += 1
+                    self.wfile.write(data[:1])
+                    outer.closed.wait(30)
+                    return None
                 with suppress(OSError):  # whoever asked may have heard enough
                     for start in range(0, len(body), 2**16):
                         self.wfile.write(body[start : start + 2**16])
@@ -82,6 +90,7 @@ def server(shard_set, tmp_path):
     shard_set()
     one = Server(tmp_path)
     yield one
+    one.closed.set()
     one.server.shutdown()
     one.server.server_close()
 
@@ -213,6 +222,42 @@ def test_cached_file_of_another_size_is_fetched_again(server, opened, tmp_path):
     opened().load_sample(0)
     path.write_bytes(path.read_bytes()[:100])
     assert opened().load_sample(0)[0].key == "sample-000" and server.requests["shard-000000.tar"] == 2
+
+
+def test_bytes_that_come_one_by_one_for_ever_are_not_waited_for(server, opened, monkeypatch):
+    shards = opened()
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: 100.0 * server.dripped))
+    server.faults["shard-000000.tar"] = ["drip"]
+    assert shards.load_sample(0)[0].key == "sample-000" and server.requests["shard-000000.tar"] == 2
+    server.faults["shard-000001.tar"] = ["drip"] * remote.ATTEMPTS
+    with pytest.raises(DataError, match=r"shard-000001\.tar: cannot be fetched: .*: 1 bytes in 100 s"):
+        shards.load_sample(5)
+
+
+@pytest.mark.parametrize("name", ["shard-000000.tar", "index.npz"])
+def test_a_copy_that_was_damaged_in_the_cache_is_fetched_again(server, opened, tmp_path, name):
+    """Its size is right. Each process that has it open finds out by itself."""
+    local = ShardSet(tmp_path / "set")
+    files = {info.name: info.sha256 for info in (local.manifest.index, *local.manifest.shards)}
+    early, path = opened(), tmp_path / "cache" / files[name]
+    early.load_sample(0)
+    data = bytearray(path.read_bytes())
+    for position in range(700, len(data)):  # in place: who has it open sees it
+        data[position] ^= 1
+    path.write_bytes(data)
+    late = opened()
+    assert list(late) == list(local) == list(opened()) and server.requests[name] == 2
+    if name != "index.npz":
+        assert list(early) == list(local) and server.requests[name] == 2
+    late.verify_hashes()
+
+
+def test_a_damaged_sample_of_a_whole_copy_stays_a_bad_sample(server, opened, monkeypatch):
+    far = opened()
+    monkeypatch.setattr("data_pipelines.shards.shard_set.crc32", lambda data: -1)
+    with pytest.raises(BadSample, match="checksum differs"):
+        far.load_sample(0)
+    assert server.requests["shard-000000.tar"] == 1
 
 
 def test_content_decides_the_name_so_sets_share_files(tmp_path, monkeypatch):
