@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from tests.support.small_run import command, make_data, train
 from vlm_train import cli
 from vlm_train.data.text.tokenizer import byte_level, find_unknown_id, word_tokenizer
 from vlm_train.errors import ConfigError, TrainingError
-from vlm_train.training.first_step import TargetCheck, find_implausible
+from vlm_train.training.first_step import FirstSteps, TargetCheck, find_implausible
 
 V = 1000
 CHANCE = math.log(V)
@@ -37,6 +38,7 @@ def implausible(
         (CHANCE, False),
         (CHANCE + 1.5, False),
         (0.9 * CHANCE, False),
+        (5 * CHANCE, False),
         (1.2, True),
         (0.05, True),
         (0.9 * CHANCE, True),
@@ -88,8 +90,6 @@ def test_a_run_whose_targets_can_be_read_off_is_warned(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits that know the answer, as when labels are not shifted."""
-    import torch
-
     from vlm_train.objectives import lm
 
     inner = lm.F.cross_entropy
@@ -154,3 +154,18 @@ def test_tokenizers_that_spell_everything_have_no_unknown_token() -> None:
     ends = SimpleNamespace(unk_token_id=7, eos_token_id=7, bos_token_id=7)
     assert find_unknown_id(ends) is None  # GPT-2
     assert find_unknown_id(SimpleNamespace(unk_token_id=0, eos_token_id=2, bos_token_id=1)) == 0  # Llama
+
+
+def test_a_step_that_was_left_out_proves_nothing() -> None:
+    looked: list[Any] = []
+    steps = FirstSteps(first_step=False)
+    steps.watch = cast(Any, SimpleNamespace(look_after_update=lambda *args: looked.append(args), done=False))
+    groups = [{"name": "connector", "lr": 1e-4}, {"name": "connector", "lr": 1e-3}]
+    trainer = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=groups)])
+    norms = {"grad_norm": torch.tensor(3.0), "grad_norm/connector": torch.tensor(2.0)}
+    module = SimpleNamespace(left_out="overflow", trainer=trainer, grad_norms=norms)
+    steps.look(module)
+    assert not looked
+    module.left_out = None
+    steps.look(module)
+    assert looked[0][0] == {"connector": 1e-3} and looked[0][1]["connector"] == 2.0

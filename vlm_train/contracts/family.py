@@ -54,7 +54,7 @@ class Family(nn.Module):
         """Read what the family takes from its parts' files, after they have read theirs. Raises `AssetError`."""
 
     def clamp_(self) -> None:
-        """Bound parameters, in place; called after every optimizer step."""
+        """Bound parameters that learn, in place; called after every optimizer step."""
 
 
 class Outputs(NamedTuple):

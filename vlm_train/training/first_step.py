@@ -90,7 +90,8 @@ def find_implausible(
     Args:
         losses: of the objectives that predict tokens, in nats a token.
         pretrained: whether the weights of the language model come from files: it predicts better than a guess. A random
-            one predicts nothing. None: neither is expected, as of BERT in the place of a decoder.
+            one predicts nothing, and may be as far off as its weights are wide (T5). None: neither is expected, as of
+            BERT in the place of a decoder.
     """
     if tokens and targets / tokens < WORTH_SAYING:
         yield (
@@ -106,7 +107,7 @@ def find_implausible(
             yield f"{begin} next to nothing: either nothing is learned, or the targets can be read off the input."
         elif chance is None:
             continue
-        elif loss > 1.25 * chance + 1.0:
+        elif pretrained is not False and loss > 1.25 * chance + 1.0:
             yield (
                 f"{begin} far above that of guessing, ln {vocabulary:,} = {chance:.2f}. Do the weights belong to this "
                 "architecture and tokenizer?"
@@ -157,7 +158,12 @@ class FirstSteps:
     def begin(self, module: Any) -> None:
         """The weights are in place, and no update has been made."""
         self.is_first = self.first_step and module.global_step == 0
-        self.watch = WeightsWatch(module.model, module.policy, module.over_ranks) if self.weights else None
+        if not self.weights:
+            return
+        strategy = module.trainer.strategy
+        strategy.reshard(module.model)
+        copy = strategy.keeps_fp32_copy
+        self.watch = WeightsWatch(module.model, module.policy, module.over_ranks, exact_copy=copy)
 
     def take_counts(self, sums: list[float]) -> list[float]:
         """Take what `count_targets` gave, summed over all ranks, off the end of a step's sums. Returns the others.

@@ -209,6 +209,9 @@ def test_temperature_is_bounded():
         model.temperature.data.fill_(value)
         model.clamp_()
         assert model.temperature.item() == pytest.approx(bound)
+    model.temperature.requires_grad_(False).fill_(0.9)
+    model.clamp_()
+    assert model.temperature.item() == pytest.approx(0.9)
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -51,6 +51,14 @@ def test_clamp_bounds_the_scale():
     assert model.logit_scale.item() == pytest.approx(math.log(100.0))
 
 
+def test_a_frozen_scale_stays_beyond_its_bound():
+    """CLIP's published scale is 4.6052, a little above ln 100."""
+    model = two_tower(init_temperature=0.001, max_scale=100.0)
+    model.logit_scale.requires_grad_(False)
+    model.clamp_()
+    assert model.logit_scale.item() == pytest.approx(math.log(1000.0))
+
+
 def test_bad_pooling_is_refused():
     with pytest.raises(ConfigError, match="allowed: cls, mean"):
         two_tower(pooling="max")

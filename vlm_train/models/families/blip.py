@@ -144,8 +144,9 @@ class Blip(Family):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Bound the temperature; called after every optimizer step."""
-        self.temperature.clamp_(*self.bounds)
+        """Bound the temperature, where it learns; called after every optimizer step."""
+        if self.temperature.requires_grad:
+            self.temperature.clamp_(*self.bounds)
 
     def _encode_views(self, batch: Batch) -> Tensor:
         """Features of every view, the blank one included."""

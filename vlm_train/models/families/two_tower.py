@@ -76,8 +76,8 @@ class TwoTower(Family):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Bound the scale of the logits; called after every optimizer step, not inside forward (open_clip)."""
-        if self.max_scale is not None:
+        """Bound the scale of the logits, where it learns; called after every optimizer step (open_clip)."""
+        if self.max_scale is not None and self.logit_scale.requires_grad:
             self.logit_scale.clamp_(max=math.log(self.max_scale))
 
     def unused_parameters(self) -> list[str]:

@@ -74,6 +74,14 @@ class FSDP2(OwnState, DDPStrategy):
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
 
+    def reshard(self, model: nn.Module) -> None:
+        """Give back the root's weights, which a forward pass leaves whole, in tensors that are thrown away later."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def configure_ddp(self) -> None:
         """Do nothing: the model's own hooks gather and reduce."""
 

@@ -99,6 +99,9 @@ class OwnState:
     def load_scaler_state(self, held: Mapping[str, Any]) -> None:
         """Restore what `scaler_state` returned."""
 
+    def reshard(self, model: nn.Module) -> None:
+        """Give back weights of other ranks that a forward pass has left here."""
+
     def allocate_state(self, kinds: Mapping[str, bool]) -> None:
         """Make zero optimizer states, into which a checkpoint is read."""
         allocate_states(self.optimizers[0], kinds)
