@@ -187,7 +187,7 @@ def test_readme_names_every_schedule() -> None:
 @pytest.mark.timeout(200)
 def test_data_page_shows_what_its_commands_print(tmp_path: Path) -> None:
     """The page's script and commands, in an empty folder; only seconds and folders may differ."""
-    section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Sources")[0]
+    section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Your own data")[0]
     (script,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (tmp_path / "digits.py").write_text(script, encoding="utf-8")
     commands, shown = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("bash", "text"))

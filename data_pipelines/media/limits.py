@@ -41,7 +41,8 @@ def media_item(number: int, data: bytes) -> MediaItem:
     """The `MediaItem` of the bytes of an image or a video, told apart by their first bytes. Raises `BadSample`."""
     if not is_video(data):
         if (found := describe_format(data)) not in FORMATS:
-            raise BadSample(f"found {found}; read are {', '.join(FORMATS)} and the videos {', '.join(DEMUXERS)}")
+            read = f"{', '.join(FORMATS)} and the videos {', '.join(DEMUXERS)}"
+            raise BadSample(f"found {found}; read are {read}", kind="image")
         return image_item(number, data)
     header = read_video_header(data)
     return MediaItem(

@@ -182,7 +182,7 @@ def test_streams_that_do_not_go_together_are_refused() -> None:
     learned = "objective.lm.stream=decoder"
     assert problems(*PAIR, learned) == []
     assert problems(*PAIR) == ["objective.lm: reads the stream 'llm'. Allowed: decoder."]
-    assert problems(learned) == ["objective.lm: reads the stream 'decoder'. Allowed: llm."]
+    assert problems(learned) == ["objective.lm: reads the stream 'decoder'. Did you mean llm? Allowed: llm."]
     refused = problems(*PAIR, learned, "data.pack=2048", "data.over_length=split", "instruction=bert")
     named = ("data.pack: the model reads the streams llm and decoder", "data.over_length: ", "instruction: the model")
     assert len(refused) == len(named) and all(a.startswith(b) for a, b in zip(refused, named, strict=True))

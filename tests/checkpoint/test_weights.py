@@ -23,6 +23,6 @@ def test_a_part_may_be_a_parameter_of_the_model_itself(tmp_path: Path) -> None:
     """BLIP's filter goes on with the temperature of its pre-training."""
     file, model = tmp_path / "weights.safetensors", Model()
     save_file({name: torch.full_like(p, 0.5) for name, p in model.state_dict().items()}, file)
-    assert load_weights(model, file, ["temperature"]) == 1
+    assert load_weights(model, file, ["temperature"]) == {"temperature"}
     assert model.temperature.item() == 0.5 and model.temperature_of_others.item() != 0.5
     assert not (model.head.weight == 0.5).any()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.support.small_run import command, make_data, train
 from vlm_train import cli
 from vlm_train.build import build_model, build_tokenizer
+from vlm_train.checkpoint.files import hash_manifest
 from vlm_train.checkpoint.resume import newest_valid
 from vlm_train.checkpoint.weights import load_run_weights, weights_file
 from vlm_train.config.compose import compose_config
@@ -77,7 +78,7 @@ def test_a_run_from_before_goes_on_with_what_it_began_with(data: Path, runs: Pat
     path = run / "checkpoints/step-00000001/manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest.pop("whole_runs") is True
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest | {"sha256": hash_manifest(manifest)}))
     models = start(data, tmp_path, runs / "middle", resumed=newest_valid(run / "checkpoints"))
     assert not torch.equal(models.assembly.model.get_parameter(FIRST), vision_of(runs / "tower")[FIRST])
     (run / "run.json").unlink()  # it is not done

@@ -94,9 +94,15 @@ def test_bad_records_are_quarantined_up_to_the_budget(tmp_path, records, capsys)
         (["source=sharegpt", "file=x", "output=x", "limit=-3"], "limit: got -3; allowed: 0 or more"),
         (["source=sharegpt", "file=x", "output=x", "limit=all"], "limit: got 'all'; expected int | None"),
         (["source=sharegpt", "file=x", "output=x", "name=7"], "name: got 7; expected str; as text: \"name='7'\""),
-        (["source=easy_vqa", "output=x", "+splitt=val"], "has no option splitt; its options: split"),
+        (
+            ["source=easy_vqa", "output=x", "+splitt=val"],
+            "has no option splitt (did you mean split?)",
+        ),
         (["source=sharegpt", "file=x", "output=x", "licence=MIT"], "no option 'licence': it is called license now"),
-        (["source=sharegpt", "file=x", "output=x", "+licence=MIT"], "has no option licence; licence is called license"),
+        (
+            ["source=sharegpt", "file=x", "output=x", "+licence=MIT"],
+            "has no option licence (did you mean license?)",
+        ),
         (["source=easy_vqa", "output=x", "split=dev"], "allowed: train, val, trainval, test"),
         (["source=easy_vqa", "output=x", "_target_=os.system"], "'os.system' is not trusted"),
         (["source=llava_json", "output=x", "file=none.json"], "none.json: No such file"),

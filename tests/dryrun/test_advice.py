@@ -27,7 +27,7 @@ def planned(*overrides: str) -> Planned:
 @pytest.fixture(scope="module")
 def full() -> Planned:
     """LLaVA-1.5-7B, stage 2: 16 rows of 2048 tokens, with activation checkpointing; the whole language model learns."""
-    return planned("recipe=llava15_stage2")
+    return planned("recipe=llava15_stage2", "strategy=auto")
 
 
 def given(one: Planned, **target: Any) -> tuple[Advice, str]:

@@ -114,6 +114,9 @@ def test_served_ids_are_those_of_training(kind: str, name: str, tmp_path: Path) 
     except ConfigError:
         pytest.skip(f"{name} does not go with {kind}")
     problem, processor = exported(tmp_path, template, tokenizer)
+    if kind.startswith("sentencepiece") and name.startswith("minigpt4"):  # its prompts are tokenized apart
+        assert problem and "differ from training's" in problem and processor.chat_template is None
+        return
     assert problem is None
     for turns in CONVERSATIONS.values():
         check_parity(processor, template, tokenizer, turns)

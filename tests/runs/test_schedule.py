@@ -31,7 +31,7 @@ stages:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder with two recipes and a schedule; assets need not exist, and no report is written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlm_train.check.assets._missing_weights", lambda cfg: [])
+    monkeypatch.setattr("vlm_train.check.assets._missing_weights", lambda cfg, ask_hub: [])
     monkeypatch.setattr("vlm_train.check.assets._missing_shards", lambda cfg: [])
     monkeypatch.setattr(schedule, "_write_schedule_report", lambda folder: None)
     for name in ("recipe", "schedule"):

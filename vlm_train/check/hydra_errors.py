@@ -125,7 +125,10 @@ def unknown_in(key: str, cfg: DictConfig) -> str:
     if isinstance(target, str) and name in _options_of(target):
         return f"{key}: an option of {target} that no file lists yet; write ++{key}=<value>."
     known = [str(other) for other in node if other != "_target_"]
-    suggestion = did_you_mean(name, known, f"{parent}." if parent else "") or did_you_mean(key, _every_key(cfg))
+    if parent:
+        suggestion = did_you_mean(name, known, f"{parent}.") or did_you_mean(key, _every_key(cfg))
+    else:  # one that other programs have at their top may stand in a section here
+        suggestion = did_you_mean(name, {*known, *_every_key(cfg)})
     return f"{key}: unknown key.{suggestion} Keys of {parent or 'the configuration'}: {', '.join(known)}."
 
 

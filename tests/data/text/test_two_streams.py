@@ -106,7 +106,7 @@ def test_a_prompt_is_cut_on_its_left_and_an_answer_on_its_right(tokenizer) -> No
     assert streams["llm"].ids.tolist() == [*[PLACEHOLDER_ID] * 3, *ids_of(tokenizer, "gh"), tokenizer.eos_token_id]
     assert streams["llm"].positions.tolist() == [list(range(6))] and streams["llm"].slots[0].end == 3
     answer = streams["decoder"]
-    assert tokenizer.decode(answer.labels.tolist()) == "ABCDEF" and answer.supervised == 6
+    assert tokenizer.decode(answer.labels.tolist()) == "ABCDE<eos>" and answer.supervised == 6  # its end is kept
     with pytest.raises(BadSample, match="would cut an image"):
         paired(item, tokenizer, max_length=2, over_length="truncate")
     with pytest.raises(BadSample, match="12 tokens"):

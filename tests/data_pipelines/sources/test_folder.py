@@ -93,7 +93,7 @@ def test_what_cannot_be_used_stands_in_its_place(put, tmp_path):
         "e.png: no e.txt or e.json beside it",
         "f.gif: pictures of this kind are not read, JPEG, PNG, WEBP are; convert it",
     ]
-    assert str(bad[5]).startswith("y.png: not a readable image")
+    assert str(bad[5]).startswith("y.png: found bytes of no known format")
     assert str(bad[6]) == "z.txt: no picture z.jpg|jpeg|png|webp beside it"
     assert [one.kind for one in bad] == ["empty", "other", "other", "empty", "image", "image", "other"]
 

@@ -24,6 +24,7 @@ from vlm_train.check.strategies import check_own_strategy
 from vlm_train.checkpoint.weights import load_init_from, load_run_weights, save_weights
 from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import load_config
+from vlm_train.config.schema import Rule
 from vlm_train.errors import CheckpointError, ConfigError
 from vlm_train.export.merged import merged_state, unquantize_model
 from vlm_train.models.adapters.lora import base_names, describe_adapters, lora, qlora
@@ -41,7 +42,7 @@ from vlm_train.training.params import apply_policy, freeze_eval
 pytest.importorskip("bitsandbytes")
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
-RULES = OmegaConf.create([{"match": r".*\.lora_.*", "lr": 1e-2}, {"match": ".*", "lr": None}])
+RULES = OmegaConf.create([Rule(match=r".*\.lora_.*", lr=1e-2), Rule(match=".*")])
 for rule in RULES:
     rule.update({"weight_decay": None, "layer_decay": None})
 
