@@ -93,7 +93,15 @@ def test_recorded_once_over_epochs_and_restarts(tmp_path, capsys):
 
 def make_module(folder: Path, trainer: SimpleNamespace, **options) -> VLMModule:
     module = VLMModule(
-        nn.Linear(1, 1), {}, SimpleNamespace(groups=[]), None, None, seed=0, total_steps=9, folder=folder, **options
+        nn.Linear(1, 1),
+        {},
+        SimpleNamespace(groups=[], in_train_mode=()),
+        None,
+        None,
+        seed=0,
+        total_steps=9,
+        folder=folder,
+        **options,
     )
     module._trainer = trainer
     return module

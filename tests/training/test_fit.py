@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tests.support.small_run import command, make_data, train
 from vlm_train import cli
 from vlm_train.checkpoint import files
-from vlm_train.checkpoint.files import verify_checkpoint
+from vlm_train.checkpoint.files import hash_manifest, verify_checkpoint
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from vlm_train.training.fit import _describe_start
@@ -423,7 +423,8 @@ def test_checkpoint_of_another_run(stopped: Path, data: Path) -> None:
 
 def test_checkpoint_of_another_version(stopped: Path, data: Path) -> None:
     manifest = checkpoint_of(stopped, 4) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    older = json.loads(manifest.read_text()) | {"format": 1}
+    manifest.write_text(json.dumps(older | {"sha256": hash_manifest(older)}))
     with pytest.raises(CheckpointError, match="is of format 1, this version resumes 2.*init_from"):
         train(command(data, stopped.parent))
 
@@ -502,7 +503,7 @@ def test_too_few_supervised_tokens(name: str, data: Path, tmp_path: Path) -> Non
 
 def test_bad_sample_is_left_out_and_recorded(tmp_path: Path) -> None:
     bad = make_data(tmp_path / "data", bad=3)
-    run = train(command(bad, tmp_path, "trainer.max_steps=3"))  # one epoch
+    run = train(command(bad, tmp_path, "trainer.max_steps=3", "trainer.max_bad_share=1"))  # one epoch
     assert sum(row["skipped"] for row in metrics(run)) == 1
     (line,) = (run / "quarantine-0.jsonl").read_text().splitlines()
     assert "sample-03" in json.loads(line)["problem"]
@@ -511,6 +512,7 @@ def test_bad_sample_is_left_out_and_recorded(tmp_path: Path) -> None:
 def test_step_of_bad_samples_only_is_passed_over(tmp_path: Path) -> None:
     bad = make_data(tmp_path / "data", bad=3)
     more = ["batch.samples=1", "batch.micro=1", "trainer.max_steps=12", "trainer.val_every=null"]  # one epoch
+    more += ["trainer.max_bad_share=1"]
     rows = metrics(train(command(bad, tmp_path, *more)))
     assert len(rows) == 12 and [row["skipped"] for row in rows].count(1) == 1
 
