@@ -106,9 +106,7 @@ def test_layer_decay_counts_from_the_last_layer():
 @pytest.mark.parametrize("name", ["layers", "blocks", "h", "block", "layer"])  # T5 says block, BERT says layer
 def test_layer_decay_knows_the_names_of_layers(name: str):
     tower = nn.ModuleDict({name: nn.ModuleList(Sub() for _ in range(2))})
-    model, policy = apply(
-        Rule(".*", lr=1.0, layer_decay=0.5), model=nn.ModuleDict({"llm": tower, "connector": nn.Linear(2, 2)})
-    )
+    model, policy = apply(Rule(".*", lr=1.0, layer_decay=0.5), model=nn.ModuleDict({"llm": tower}))
     found = {one: lr for one, (lr, _) in settings(model, policy).items()}
     assert [found[f"llm.{name}.{n}.layer.0.weight"] for n in range(2)] == [0.25, 0.5]
 
@@ -179,9 +177,8 @@ def test_a_rule_may_decay_its_own_vectors_and_scalars():
 
 
 def test_layer_decay_of_a_part_with_one_layer():
-    tower = nn.ModuleDict({"layers": nn.ModuleList([Sub()]), "embed": nn.Embedding(2, 2)})
-    model, policy = apply(
-        Rule(".*", lr=1.0, layer_decay=0.5), model=nn.ModuleDict({"llm": tower, "connector": nn.Linear(2, 2)})
-    )
+    tower = nn.Module()
+    tower.layers, tower.embed = nn.ModuleList([Sub()]), nn.Embedding(2, 2)
+    model, policy = apply(Rule(".*", lr=1.0, layer_decay=0.5), model=nn.ModuleDict({"llm": tower}))
     found = {one: lr for one, (lr, _) in settings(model, policy).items()}
     assert found["llm.layers.0.layer.0.weight"] == 0.5 and found["llm.embed.weight"] == 0.25
