@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipelines.errors import DataError
-from vlm_train.config.package_files import resolve_package_file
+from vlm_train.check.sources import describe_tokenless, describe_weightless
+from vlm_train.config.hub_files import describe_missing_source
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.trust import iterate_components
-from vlm_train.errors import AssetError
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_TIMEOUT = 5.0
-"""Seconds to wait for the model hub's answer about one name."""
-
 
 READ = {
     "eval": ("eval", "tokenizer"),
@@ -53,44 +47,22 @@ def missing_assets(cfg: DictConfig, expected: Collection[Path] = (), *, ask_hub:
 def _missing_weights(cfg: DictConfig, ask_hub: bool = True) -> Iterator[str]:
     """The `weights` of every part and the tokenizer's: a local file or folder, a name on the model hub, or a package's
     file."""
-    named = [
-        (f"{path}.weights", node.get("weights"), "config.json")
-        for path, group, node in iterate_components(cfg)
-        if group in ("model", *MODEL_PARTS, "parts")
-    ]
+    named = []
+    for path, group, node in iterate_components(cfg):
+        if group in ("model", *MODEL_PARTS, "parts"):
+            named.append((f"{path}.weights", node.get("weights"), "config.json"))
+            if reason := describe_weightless(node):
+                yield f"{path}.weights: {node['weights']} {reason}"
     for group, key in (("tokenizer", "name"), ("tokenizer", "file"), ("instruction", "tokenizer")):
         named.append((f"{group}.{key}", (resolve_key(cfg, group) or {}).get(key), "tokenizer_config.json"))
     for path, name, probe in named:
         if name == "???":
             yield f"{path} is missing: give a local path or a name on the hub, {path}=<value>."
-        elif isinstance(name, str) and (reason := _describe_missing(name, probe, ask_hub)):
-            yield f"{path}: {name} {reason}"
-
-
-def _describe_missing(name: str, probe: str, ask_hub: bool = True) -> str | None:
-    """Why weights cannot be read, or None."""
-    try:
-        if Path(resolve_package_file(name)).expanduser().exists():
-            return None
-    except AssetError as error:
-        return f"cannot be had: {str(error).removeprefix(f'{name}: ')}"
-    if not HUB_NAME.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
-        return "does not exist."
-    if not ask_hub:
-        return None
-    import huggingface_hub
-
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, probe), str):
-        return None
-    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
-        return "is not a local path and not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE)."
-    try:
-        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
-    except Exception as error:  # any failure to reach or find it means that the run cannot have it
-        return (
-            f"is not a local path, not in the hub's cache and cannot be loaded from the hub ({type(error).__name__})."
-        )
-    return None
+        elif isinstance(name, str):
+            reads_text = probe == "tokenizer_config.json"
+            missing = describe_missing_source(name, probe, ask_hub=ask_hub)
+            if reason := missing or (describe_tokenless(name) if reads_text else None):
+                yield f"{path}: {name} {reason}"
 
 
 def _missing_packages(cfg: DictConfig) -> Iterator[str]:

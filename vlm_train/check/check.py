@@ -30,7 +30,9 @@ from vlm_train.check.settings import (
     check_warmup,
     check_zero,
 )
+from vlm_train.check.sources import check_auto, check_sources
 from vlm_train.check.strategies import check_foreign_strategy, check_own_strategy
+from vlm_train.config.auto import AUTO, FILLED
 from vlm_train.config.moved_targets import moved_target
 from vlm_train.config.renamed_keys import describe_renamed_key
 from vlm_train.config.schema import Paths
@@ -63,7 +65,7 @@ def check_config(cfg: DictConfig, *, need_assets: bool) -> None:
     problems = [problem for one in CHECKS for problem in one(cfg)]
     if problems:
         raise ConfigError(_leave_out_consequences(cfg, problems))
-    for one in (check_foreign_targets, check_foreign_strategy, check_best):
+    for one in (check_foreign_targets, check_foreign_strategy, check_best, check_sources):
         problems = list(one(cfg))
         if problems:
             raise ConfigError(problems)
@@ -189,7 +191,7 @@ def _check_component(
         if key not in known:
             if not signature.open:
                 yield _unknown_argument(path, key, target, [name for name in known if name not in given])
-        elif value != "???":
+        elif value != "???" and not (value == AUTO and key in FILLED):
             yield from _check_type(f"{path}.{key}", value, known[key], signature)
     if node.get("_partial_"):
         return
@@ -216,8 +218,8 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 
 
 CHECKS: list[Check] = [
-    check_values, check_groups, check_encoders, check_targets, check_unsafe_keys, check_literals, check_numbers,
-    check_texts, check_data, check_batch, check_length, check_warmup, check_columns, check_peft, check_launch,
-    check_zero, check_own_strategy, check_run,
+    check_values, check_groups, check_auto, check_encoders, check_targets, check_unsafe_keys, check_literals,
+    check_numbers, check_texts, check_data, check_batch, check_length, check_warmup, check_columns, check_peft,
+    check_launch, check_zero, check_own_strategy, check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

@@ -31,7 +31,7 @@ class Resume:
         return int(self.manifest["step"])
 
     def require_same_data(self, **facts: Any) -> None:
-        """Raises CheckpointError where the run's data or vocabulary are not those of the checkpoint."""
+        """Raises CheckpointError where the run's data, vocabulary or first weights are not those of the checkpoint."""
         for name, value in facts.items():
             if name in self.manifest and self.manifest[name] != value:
                 raise CheckpointError(

@@ -33,6 +33,7 @@ from vlm_train.distributed import say_once
 from vlm_train.errors import CheckpointError
 from vlm_train.models.adapters.lora import base_names
 from vlm_train.models.adapters.quantize import assign_values, full_shape
+from vlm_train.models.weights.fingerprint import hash_sources
 from vlm_train.runs.folder import RunFolder
 
 WHOLE = "whole_runs"
@@ -202,9 +203,10 @@ def load_run_weights(model: nn.Module, init_from: Sequence[Any], run: Path, whic
     """The weights of a run: what it started from (its frozen parts), then what it learned.
 
     Raises:
-        CheckpointError: damaged, or it did not start from what `init_from` holds now.
+        CheckpointError: damaged, or it did not start from what `init_from`, or the `weights` of its parts, hold now.
     """
     file = weights_file(run, which)
+    Resume(file.parent, manifest_of(file.parent)).require_same_data(weights=hash_sources(model))
     _load_own_start(model, init_from, file)
     load_weights(model, file)
 

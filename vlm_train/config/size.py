@@ -7,7 +7,7 @@ taken out: they reach neither constructors nor the run id.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from vlm_train.config.auto import fill_auto
 from vlm_train.config.schema import MODEL_PARTS, PART_GROUPS
 from vlm_train.config.trust import check_extended_trust
 from vlm_train.errors import ConfigError
@@ -68,9 +69,14 @@ def shrink(cfg: DictConfig, blocks: Mapping[str, Any]) -> None:
 
 
 def apply_tiny(
-    cfg: DictConfig, blocks: Mapping[str, Any], choices: Mapping[str, Any], overrides: Iterable[str]
+    cfg: DictConfig,
+    blocks: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    overrides: Iterable[str],
+    decided: Collection[str] = (),
 ) -> None:
-    """`size=tiny`: shrink every component of `cfg`; what the command line says of one stands on top.
+    """`size=tiny`: shrink every component of `cfg`; what the command line says of one stands on top, but for the
+    options `decided`, see `fill_auto`.
 
     Raises:
         ConfigError: a component without a block, or a value for an option that a replaced component does not have.
@@ -86,7 +92,8 @@ def apply_tiny(
     shrink(cfg, blocks)
     for group in {path.partition(".")[0] for path in blocks}:
         for override in values_below(group, overrides):
-            _put_back(cfg, group, override)
+            if override.key_or_group not in decided:
+                _put_back(cfg, group, override)
 
 
 def values_below(group: str, overrides: Iterable[str]) -> list[Override]:
@@ -112,12 +119,13 @@ def _put_back(cfg: DictConfig, group: str, override: Override) -> None:
 
 
 def finish_config(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str] = ()) -> DictConfig:
-    """Names the configuration after its recipe, makes its parts small under `size=tiny`, and pins its folders to the
-    directory the command was started in."""
+    """Names the configuration after its recipe, reads what is `auto`, makes parts small under `size=tiny`, and pins its
+    folders to the directory the command was started in."""
     check_extended_trust(cfg, overrides)
     blocks = take_blocks(cfg)
+    decided = fill_auto(cfg, blocks)
     if choices.get("size") == TINY:
-        apply_tiny(cfg, blocks, choices, overrides)
+        apply_tiny(cfg, blocks, choices, overrides, decided)
     if cfg.dry_run:
         cfg.tiny = blocks
     if cfg.recipe_name == "custom" and choices.get("recipe"):

@@ -79,6 +79,8 @@ def find_problems(model: Any) -> list[str]:
     kind = vision.model.config.model_type if isinstance(vision, HFVision) else type(vision).__name__
     if kind != "blip_vision_model" or not vision.final_norm or not vision.keep_cls:
         return ["vision: BLIP takes a blip_vision_model with its class token and final norm, got " + kind]
+    if vision.interpolates:
+        return ["vision.image_size: BLIP does not interpolate positions; use null"]
     return []
 
 

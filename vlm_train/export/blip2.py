@@ -139,6 +139,8 @@ def find_problems(model: Any) -> list[str]:
         problems.append("vision.config.model_type: BLIP-2's tower is blip_2_vision_model")
     elif not (tower.final_norm and tower.keep_cls):
         problems.append("vision: BLIP-2 reads every token after the final norm; set keep_cls and final_norm")
+    elif tower.interpolates:
+        problems.append("vision.image_size: BLIP-2 does not interpolate positions; use null")
     if isinstance(model, PrefixVLM) and not isinstance(model, InstructVLM) and model.connector.text is not None:
         problems.append("connector.text: BLIP-2 drops the text branch in stage 2")
     if isinstance(model, PrefixVLM) and (not isinstance(model.llm, HFCausalLM | HFSeq2Seq) or model.llm.new_tokens):

@@ -115,6 +115,8 @@ def find_problems(model: Any) -> list[str]:
     problems = []
     if not isinstance(model.vision, HFVision) or model.vision.final_norm:
         problems.append("vision: LLaVA takes a transformers tower without its final norm")
+    elif model.vision.interpolates:
+        problems.append("vision.image_size: LLaVA does not interpolate positions; use null")
     if not (isinstance(model.connector, MLP) and len(model.connector.layers) == 3):
         problems.append(f"connector: {type(model.connector).__name__}; LLaVA has only the two-layer MLP (mlp2x_gelu)")
     if not isinstance(model.llm, HFCausalLM):

@@ -103,12 +103,14 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
 def _collect_facts(cfg: DictConfig, models: Any, data: Any, identity: str, resumed: Resume | None) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run; it must be what the resumed one says."""
     from vlm_train.data.text.tokenizer import hash_vocabulary
+    from vlm_train.models.weights.fingerprint import hash_sources
 
     assembly = models.assembly
     facts: dict[str, Any] = {
         "run_id": identity,
         "init_from": models.handed.digests,
         WHOLE: resumed is None or bool(resumed.manifest.get(WHOLE)),
+        "weights": hash_sources(assembly.model),
         "vocabulary": hash_vocabulary(assembly.processor.tokenizer),
         "data": data.hash_samples(),
         "order": data.hash_order(),

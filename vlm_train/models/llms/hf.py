@@ -21,7 +21,7 @@ from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
 from vlm_train.models.layers.masks import within_window
 from vlm_train.models.llms.mixers import mixers_without_mask
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
-from vlm_train.models.weights.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
+from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained, with_vocabulary
 
 LAYER_LISTS = ("layers", "h", "blocks")
 MASKED_LAYERS = {"full_attention", "sliding_attention"}
@@ -194,15 +194,20 @@ class HFCausalLM(nn.Module):
 
     def load_weights(self) -> None:
         """Read `weights` into the model. Raises `AssetError` if they are not those of this architecture."""
-        if self.weights is not None:
-            self.model = load_pretrained(
-                self.model,
-                self.weights,
-                setting="llm.weights",
-                declared=(r"rotary_emb\.inv_freq$",),
-                config=self.numbers,
-            )
-            self._add_tokens()
+        if self.weights is None:
+            return
+        self._remove_tokens()
+        given: dict[str, Any] = {"setting": "llm.weights", "config": self.numbers}
+        if not load_inside(self.model, self.weights, side="text", **given):
+            self.model = load_pretrained(self.model, self.weights, declared=(r"rotary_emb\.inv_freq$",), **given)
+        self._add_tokens()
+
+    def _remove_tokens(self) -> None:
+        """Without the rows of new tokens, the model is again what its weights know."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if isinstance(embedding, ExtendedEmbedding):
+            self.model.set_input_embeddings(embedding.base)
+            self.model.set_output_embeddings(head.base)
 
     def _add_tokens(self) -> None:
         from transformers import GenerationConfig

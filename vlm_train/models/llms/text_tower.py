@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_train.config.architecture import build_config
 from vlm_train.contracts.batch import TokenStream
 from vlm_train.errors import ConfigError
 from vlm_train.models.weights.clip_init import init_text
-from vlm_train.models.weights.hub import build_config, load_pretrained, with_vocabulary
+from vlm_train.models.weights.hub import load_pretrained, with_vocabulary
 
 CLIP, SIGLIP = "clip_text_model", "siglip_text_model"
 _DEFAULT_END = 49407  # `eos_token_id` of both configurations: the end of the text for CLIP

@@ -21,10 +21,13 @@ from vlm_train.models.weights.clip_init import init_vision
 from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained
 
 # Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
-_NOT_VISION = (r"^text_model\.", r"^logit_(scale|bias)$", r"(text|visual)_projection", r"position_ids$")
-
-# Towers that are published inside whole models only.
-_INSIDE = ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
+_NOT_VISION = (
+    r"^text_model\.",
+    r"^classifier\.",
+    r"^logit_(scale|bias)$",
+    r"(text|visual)_projection",
+    r"position_ids$",
+)
 
 PRE_NORM = "pre_layrnorm"
 """Of CLIP, before the first layer; spelled so in transformers."""
@@ -54,6 +57,8 @@ class HFVision(nn.Module):
         keep_cls: keep the tokens in front of the patches; the features then have no grid: (1, 1, P).
         final_norm: apply the tower's final LayerNorm (`layer` must be -1), as CLIP's own image embedding does.
         image_mean, image_std: per channel, of pixels in [0, 1].
+        image_size: pixels of a view, one number or (height, width); null: those of `config`. For another size the
+            tower interpolates its positions.
         attention: `sdpa`, `flash` (the flash-attn package) or `eager`.
         init: random weights as `transformers` has them (`library`), or as CLIP's training started (`clip`).
     """
@@ -68,6 +73,7 @@ class HFVision(nn.Module):
         final_norm: bool = False,
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        image_size: int | Sequence[int] | None = None,
         attention: str = "sdpa",
         init: str = "library",
     ) -> None:
@@ -75,12 +81,10 @@ class HFVision(nn.Module):
         self.numbers = dict(config)
         self.weights = weights
         self.model = build_model(_auto_model(config.get("model_type")), "vision", config, attention, ATTENTIONS)
-        if init not in ("library", "clip") or (init == "clip" and self.model.config.model_type != "clip_vision_model"):
-            raise ConfigError(f"vision.init: {init!r}; allowed: library; clip for clip_vision_model")
-        if init == "clip":
-            init_vision(self.model)
+        _init_weights(self.model, init)
         tower_config = self.model.config
         self.tower_path = "vision_model" if hasattr(self.model, "vision_model") else ""  # some classes nest it once
+        _check_tower(self.tower, tower_config)
         blocks = "layers" if hasattr(self.tower.encoder, "layers") else "layer"
         self.layers_path = f"{self.tower_path}.encoder.{blocks}".lstrip(".")
         self.depth = len(self.layers)
@@ -89,14 +93,15 @@ class HFVision(nn.Module):
         self._no_mask = (None,) if takes_mask else ()
         self.layer = _count_layers(layer, self.depth)
         self.chosen = _resolve_layers(self.layer, self.depth)
-        self.keep_cls = keep_cls
-        self.final_norm = final_norm
+        self.keep_cls, self.final_norm = keep_cls, final_norm
         if final_norm and self.chosen != (self.depth,):
             raise ConfigError(f"vision.final_norm: needs vision.layer = -1, got {layer!r}")
 
-        size, patch = _to_pair(tower_config.image_size), _to_pair(tower_config.patch_size)
+        own_size, patch = _to_pair(tower_config.image_size), _to_pair(tower_config.patch_size)
+        size = own_size if image_size is None else _to_pair(image_size)
         if any(not 0 < one <= whole for one, whole in zip(patch, size, strict=True)):
             raise ConfigError(f"vision.config: image_size={size} holds no patch of patch_size={patch}")
+        self._embedding_options = {} if size == own_size else _choose_options(self.tower.embeddings, size, patch)
         self.image_size = size
         self.grid = Grid3(1, size[0] // patch[0], size[1] // patch[1])
         self.prefix_tokens = self._count_prefix_tokens()
@@ -124,13 +129,19 @@ class HFVision(nn.Module):
         """The tower's own attention pooling, normalized features `[N, P, D]` -> `[N, D]` (SigLIP); None without."""
         return getattr(self.tower, "head", None)
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether its positions are interpolated because its caller asks for it, which other programs may not do."""
+        return bool(self._embedding_options)
+
     def encode(self, media: MediaInput) -> Features:
         """Features `[N * P, D_v]` of uint8 views `[N, 3, H, W]`."""
         tower: Any = self.model.get_submodule(self.tower_path)
         layers: Any = self.model.get_submodule(self.layers_path)
         dtype = next(tower.embeddings.parameters()).dtype
         mean, std = self.get_buffer("mean").to(dtype), self.get_buffer("std").to(dtype)
-        hidden = tower.embeddings((media.values.to(dtype) / 255 - mean) / std)
+        pixels = (media.values.to(dtype) / 255 - mean) / std
+        hidden = tower.embeddings(pixels, **self._embedding_options)
         if hasattr(tower, PRE_NORM):
             hidden = getattr(tower, PRE_NORM)(hidden)
         states = {0: hidden}
@@ -163,9 +174,7 @@ class HFVision(nn.Module):
         """Read `weights` into the tower. Raises `AssetError` if they are not those of this architecture."""
         if self.weights is None:
             return
-        if self.model.config.model_type in _INSIDE and load_inside(
-            self.model, self.weights, prefix="vision_model.", setting="vision.weights"
-        ):
+        if load_inside(self.model, self.weights, side="vision", setting="vision.weights", config=self.numbers):
             return
         self.model = load_pretrained(
             self.model, self.weights, setting="vision.weights", declared=_NOT_VISION, config=self.numbers
@@ -193,6 +202,38 @@ def _auto_model(model_type: Any) -> Any:
         if tower is not None and config not in transformers.AutoModel._model_mapping:
             transformers.AutoModel.register(config, tower, exist_ok=True)  # else ignored for its own classes
     return transformers.AutoModel
+
+
+def _init_weights(model: Any, init: str) -> None:
+    """Random weights as CLIP's training started, if `init` says so. Raises ConfigError for another word."""
+    if init not in ("library", "clip") or (init == "clip" and model.config.model_type != "clip_vision_model"):
+        raise ConfigError(f"vision.init: {init!r}; allowed: library; clip for clip_vision_model")
+    if init == "clip":
+        init_vision(model)
+
+
+def _check_tower(tower: Any, config: Any) -> None:
+    """Raises ConfigError for a model that is no vision transformer of the usual shape."""
+    encoder = getattr(tower, "encoder", None)
+    shaped = hasattr(tower, "embeddings") and (hasattr(encoder, "layers") or hasattr(encoder, "layer"))
+    if not shaped or not hasattr(config, "image_size") or not hasattr(config, "patch_size"):
+        raise ConfigError(
+            f"vision.config.model_type: {config.model_type!r} ({type(tower).__name__}) is no tower with embeddings, "
+            "encoder layers and one input size, as CLIP, SigLIP, DINOv2 or ViT; choose one, or write a part of your own"
+        )
+    if getattr(config, "num_channels", 3) != 3:
+        raise ConfigError(f"vision.config.num_channels: got {config.num_channels}; allowed: 3, pictures have colors")
+
+
+def _choose_options(embeddings: Any, size: tuple[int, int], patch: tuple[int, int]) -> dict[str, bool]:
+    """What embeddings are told, so that they take views of a size they were not made for. Raises ConfigError."""
+    if any(whole % one for one, whole in zip(patch, size, strict=True)):
+        raise ConfigError(f"vision.image_size: got {size}; allowed: multiples of patch_size={patch}")
+    if "interpolate_pos_encoding" in inspect.signature(type(embeddings).forward).parameters:
+        return {"interpolate_pos_encoding": True}
+    if not hasattr(embeddings, "interpolate_pos_encoding"):
+        raise ConfigError(f"vision.image_size: {type(embeddings).__name__} cannot interpolate its positions; use null")
+    return {}  # it always does
 
 
 def _count_layers(layer: float | Sequence[float], depth: int) -> int | list[int]:

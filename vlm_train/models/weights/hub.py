@@ -6,27 +6,27 @@ and treats every key that the model misses, or does not know, as an error unless
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from vlm_train.config.architecture import CONFIG_JSON, NESTED, Side, build_config, list_contradictions
+from vlm_train.config.hub_files import read_json_file
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.layers.flash import FLASH, REGISTERED, load_kernels, register_flash
 
 ATTENTION = ("sdpa", "eager")
 
-# Part of every transformers configuration, but not an architecture number: never set from ours.
-_INTERNAL = {"transformers_version", "architectures", "return_dict", "dtype", "output_hidden_states"}
-
-# Taken by configurations that do not list them as fields.
-_UNLISTED = {"rope_theta", "tie_word_embeddings", "decoder_start_token_id", "dense_act_fn"}
+SINGLE = "model.safetensors"
+"""The file of a model that is not cut into several."""
 
 
 def with_vocabulary(config: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
@@ -37,43 +37,6 @@ def with_vocabulary(config: Mapping[str, Any], vocab_size: int | None) -> dict[s
             raise ConfigError("llm.config.vocab_size: null takes the tokenizer's size, but no tokenizer gave one")
         numbers["vocab_size"] = vocab_size
     return numbers
-
-
-def build_config(setting: str, values: Mapping[str, Any]) -> Any:
-    """A `transformers` configuration from `{model_type: ..., <its fields>}`.
-
-    Raises:
-        ConfigError: `model_type` is unknown, a key is not a field of that configuration, or a value is refused.
-    """
-    from transformers import CONFIG_MAPPING
-
-    fields = {key: _to_plain(value) for key, value in values.items()}
-    model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"{setting}.model_type: unknown {model_type!r}{_did_you_mean(str(model_type), CONFIG_MAPPING)}"
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    allowed = _fields_of(config_class)
-    problems = [
-        f"{setting}.{key}: not a setting of {config_class.__name__}{_did_you_mean(key, allowed)}"
-        for key in fields
-        if key not in allowed
-    ]
-    if problems:
-        raise ConfigError(problems)
-    try:
-        config = config_class(**fields)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{setting}: {config_class.__name__} refuses these values: {error}") from error
-    except Exception as error:  # the strict dataclass checks raise classes of their own
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise ConfigError(f"{setting}: {config_class.__name__} refuses these values: {error}") from error
-        raise
-    heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
-    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
-        raise ConfigError(f"{setting}.num_key_value_heads: got {shared}; allowed: divisors of the {heads} heads")
-    return config
 
 
 def build_model(
@@ -93,12 +56,28 @@ def build_model(
     try:
         model = auto_class.from_config(config, attn_implementation=REGISTERED if attention == FLASH else attention)
     except ValueError as error:
+        if type(config) not in auto_class._model_mapping:  # the library lists every class that it has
+            raise ConfigError(
+                f"{part}.config.model_type: {config.model_type!r} is not of the kind {auto_class.__name__}"
+                f"{_name_other_part(config)}"
+            ) from error
         raise ConfigError(
             f"{part}: cannot build {config.model_type!r} with attention {attention!r}: {error}"
         ) from error
     if attention == FLASH and not model.is_backend_compatible():  # it would attend by its own, without a word
         raise ConfigError(f"{part}.attention: {config.model_type!r} cannot run flash; choose another")
     return model
+
+
+def _name_other_part(config: Any) -> str:
+    """Which language model of ours takes an architecture, if another one does."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    if type(config) in AutoModelForSeq2SeqLM._model_mapping:
+        return "; an encoder-decoder is llm=auto_seq2seq, with model=prefix_seq2seq"
+    if config.model_type in ("clip_text_model", "siglip_text_model"):
+        return "; a text tower is llm=auto_text, with model=two_tower"
+    return ""
 
 
 def load_pretrained(
@@ -127,7 +106,7 @@ def load_pretrained(
     if source.endswith(".gguf"):
         folder, arguments = str(Path(source).parent), {"gguf_file": Path(source).name}
     elif config is not None:
-        _check_numbers(type(model.config), source, config, setting)
+        _require_same_numbers(source, config, setting)
     parameter = next(model.parameters())
     model_config = model.config
     try:
@@ -139,7 +118,7 @@ def load_pretrained(
             output_loading_info=True,
             **arguments,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise AssetError(f"{where} cannot be loaded: {error}") from error
     unexpected = [k for k in report["unexpected_keys"] if not any(re.search(pattern, k) for pattern in declared)]
     missing, mismatched = list(report["missing_keys"]), list(report["mismatched_keys"])
@@ -159,89 +138,119 @@ def read_state(source: str, *, setting: str, wanted: Callable[[str], bool]) -> d
     Raises:
         AssetError: there are no such files, or they cannot be read.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from safetensors import SafetensorError, safe_open
-
-    def locate_file(name: str) -> Path:
-        folder = Path(source).expanduser()
-        return folder / name if folder.is_dir() else Path(hf_hub_download(source, name))
-
-    def wanted_files() -> list[str]:
-        try:
-            index = json.loads(locate_file("model.safetensors.index.json").read_text(encoding="utf-8"))
-        except (OSError, HfHubHTTPError, LocalEntryNotFoundError):
-            return ["model.safetensors"]
-        return sorted({file for name, file in index["weight_map"].items() if wanted(name)})
-
     found: dict[str, torch.Tensor] = {}
-    try:
-        for file in wanted_files():
-            with safe_open(locate_file(file), "pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
-    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
-        raise AssetError(f"{setting}: {source!r}: no safetensors could be read: {error}") from error
+    for path in _list_tensor_files(source, setting, wanted):
+        with _open_tensors(path, source, setting) as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
     return found
 
 
-def load_inside(model: Any, source: str, *, prefix: str, setting: str) -> bool:
-    """Load what a whole model's checkpoint at `source` holds under `prefix`, reading nothing else of it.
+def list_tensors(source: str, *, setting: str) -> set[str]:
+    """The names of all tensors that `read_state` can read. Raises as it does."""
+    if (index := _read_index(source, setting)) is not None:
+        return set(index)
+    with _open_tensors(partial(_locate_file, source, SINGLE), source, setting) as opened:
+        return set(opened.keys())
+
+
+@contextmanager
+def _open_tensors(path: Callable[[], Path], source: str, setting: str) -> Iterator[Any]:
+    from huggingface_hub.errors import HfHubHTTPError
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path(), "pt") as opened:
+            yield opened
+    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
+        raise AssetError(f"{setting}: {source!r}: no safetensors could be read: {error}") from error
+
+
+def _list_tensor_files(source: str, setting: str, wanted: Callable[[str], bool]) -> list[Callable[[], Path]]:
+    """Where the files with `wanted` tensors are, each found (or downloaded) when it is asked for."""
+    index = _read_index(source, setting)
+    files = [SINGLE] if index is None else sorted({file for name, file in index.items() if wanted(name)})
+    return [partial(_locate_file, source, file) for file in files]
+
+
+def _read_index(source: str, setting: str) -> dict[str, str] | None:
+    """Name of a tensor -> the file that holds it; None where there is one file for all."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        index = json.loads(_locate_file(source, "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return {str(name): str(file) for name, file in index["weight_map"].items()}
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AssetError(f"{setting}: {source!r}: its model.safetensors.index.json cannot be read: {error}") from error
+
+
+def _locate_file(source: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(source).expanduser()
+    return folder / name if folder.is_dir() else Path(hf_hub_download(source, name))
+
+
+def load_inside(model: Any, source: str, *, side: Side, setting: str, config: Mapping[str, Any]) -> bool:
+    """Load a part from the checkpoint of a whole model, reading nothing else of it.
+
+    Args:
+        model: a `transformers` model, a vision tower or a language model with its head; one on meta is left alone.
+        side: which half of the whole model it is.
+        config: the architecture numbers the user gave.
 
     Returns:
-        Whether there is anything. Raises `AssetError` if it is another architecture's.
+        Whether `source` is a whole model that holds the part in one place. Raises `AssetError` if its numbers or shapes
+        are other ones.
     """
-    found = read_state(source, setting=setting, wanted=lambda name: name.startswith(prefix))
-    if not found:
+    if next(model.parameters()).is_meta or Path(resolve_package_file(source)).expanduser().is_file():
+        return False
+    whole = read_json_file(source, CONFIG_JSON, setting)
+    if whole is None or not any(isinstance(whole.get(key), dict) for key in NESTED[side]):
         return False
     own = model.state_dict()
-    state = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    if missing or unexpected or other:
-        raise AssetError(
-            f"{setting}: {prefix}* of {source!r} does not fit {type(model).__name__}: "
-            f"missing {_list_some([*missing])}, "
-            f"unexpected {_list_some([*unexpected])}, other shape {_list_some(other)}"
-        )
-    model.load_state_dict(state)
+    places = find_places(own, list_tensors(source, setting=setting), f"{model.base_model_prefix}.")
+    if places is None:
+        return False
+    _require_same_numbers(source, config, setting)
+    found = read_state(source, setting=setting, wanted=set(places.values()).__contains__)
+    state = {name: found[place] for name, place in places.items()}
+    if other := [name for name, tensor in state.items() if own[name].shape != tensor.shape]:
+        raise AssetError(f"{setting}: {source!r} does not fit {type(model).__name__}: other shape {_list_some(other)}")
+    model.load_state_dict(state, strict=False)  # a tied head is not there
+    model.tie_weights()
     return True
 
 
-def _check_numbers(config_class: Any, source: str, wanted: Mapping[str, Any], setting: str) -> None:
-    """Raise `AssetError` where the checkpoint's configuration contradicts `wanted` (a wrong RoPE base is silent)."""
-    try:
-        found = config_class.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{setting}: {source!r} has no readable configuration: {error}") from error
-    expected = build_config(setting, {k: v for k, v in wanted.items() if v is not None})
-    problems = [
-        f"{setting}: {source!r} has {key} = {getattr(found, key)!r}, the config says {getattr(expected, key)!r}"
-        for key, value in wanted.items()
-        if key != "model_type" and value is not None and getattr(found, key, None) != getattr(expected, key)
-    ]
-    if problems:
+def find_places(own: Mapping[str, torch.Tensor], names: Collection[str], base: str) -> dict[str, str] | None:
+    """Own name -> name in a whole model's checkpoint; None unless all lie below one and the same prefix there.
+
+    The prefix stands before the name or in place of its `base`: `model.layers.0` may be `language_model.model.layers.0`
+    or `model.language_model.layers.0`. The head of a language model lies beside it, or, tied, nowhere.
+    """
+    body = {name: name.removeprefix(base) for name in own if name.startswith(base)} or {name: name for name in own}
+    first = next(iter(body.values()))
+    prefixes = {name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")}
+    prefixes = {one for one in prefixes if all(one + tail in names for tail in body.values())}
+    if len(prefixes) != 1:
+        return None
+    (prefix,) = prefixes
+    places = {name: prefix + tail for name, tail in body.items()}
+    for name in own.keys() - body.keys():
+        beside = (prefix.removesuffix(base) + name, name)
+        if place := next((one for one in beside if one in names), None):
+            places[name] = place
+    tied = {own[name].data_ptr() for name in body}
+    return None if any(own[name].data_ptr() not in tied for name in own.keys() - places.keys()) else places
+
+
+def _require_same_numbers(source: str, config: Mapping[str, Any], setting: str) -> None:
+    """Raises `AssetError` where config.json of the weights is missing or contradicts `config`."""
+    if read_json_file(source, CONFIG_JSON, setting) is None:
+        raise AssetError(f"{setting}: {source!r} has no readable configuration: it holds no {CONFIG_JSON}")
+    if problems := list_contradictions(setting, source, config, "vision" if setting.startswith("vision") else "text"):
         raise AssetError(problems)
-
-
-def _fields_of(config_class: Any) -> set[str]:
-    names = (
-        {field.name for field in dataclasses.fields(config_class)} if dataclasses.is_dataclass(config_class) else set()
-    )
-    return (names | set(getattr(config_class, "attribute_map", {})) | _UNLISTED) - _INTERNAL
-
-
-def _to_plain(value: Any) -> Any:
-    """OmegaConf containers as plain lists and dicts, recursively (transformers serialises its configurations)."""
-    if isinstance(value, Mapping):
-        return {key: _to_plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_to_plain(item) for item in value]
-    return value
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _list_some(keys: Sequence[Any], limit: int = 3) -> str:
