@@ -17,7 +17,7 @@ from tests.support.hub_folders import (
     write_preprocessor,
 )
 from vlm_train import cli
-from vlm_train.build import build_model
+from vlm_train.build import build_model, instantiate_part
 from vlm_train.check.assets import missing_assets
 from vlm_train.check.check import check_config
 from vlm_train.config.architecture import build_config
@@ -245,7 +245,9 @@ def test_a_text_tower_and_an_encoder_decoder_come_from_their_files(tmp_path: Pat
     t5 = T5Config(vocab_size=300, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=3)
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     words = ["recipe=blip2_stage2_flant5", "llm=auto_seq2seq", f"llm.weights={tmp_path}/t5"]
-    assert compose_config(words).llm.config.num_decoder_layers == 1
+    llm = compose_config(words).llm
+    assert (llm.config.num_decoder_layers, llm.config.dense_act_fn) == (1, "gelu")  # the recipe's own, as in BLIP-2
+    assert compose_config([*words, "size=tiny"]).llm.config.dense_act_fn == "gelu"
     assert build_model(compose_config([*words, "size=tiny"]), list(range(300))).llm.dim == 64
     cfg = compose_config(["recipe=llava15_stage1", "llm=auto", f"llm.weights={tmp_path}/t5"])
     with pytest.raises(ConfigError, match="'t5' is not of the kind AutoModelForCausalLM; .* llm=auto_seq2seq"):
@@ -257,3 +259,29 @@ def test_a_folder_s_numbers_cannot_be_changed_silently(made: Path) -> None:
     cfg.llm.config.rope_parameters.rope_theta = 10000.0
     with pytest.raises(ConfigError, match="rope_theta"):
         check_config(cfg, need_assets=False)
+
+
+def test_numbers_beside_auto_stand_on_top_and_are_told_where_they_contradict(made: Path) -> None:
+    cfg = compose_config(chosen(made, "+llm.config.attention_dropout=0.25", "+llm.config.rms_norm_eps=0.5"))
+    assert (cfg.llm.config.hidden_size, cfg.llm.config.attention_dropout) == (40, 0.25)
+    with pytest.raises(ConfigError, match="has rms_norm_eps = 1e-06, the config says 0.5"):
+        check_config(cfg, need_assets=False)
+
+
+def test_a_t5_runs_with_the_activation_of_its_recipe_and_its_own_head(tmp_path: Path) -> None:
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 300, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn(300, 24))
+    theirs.save_pretrained(tmp_path)
+    words = ["recipe=blip2_stage2_flant5", "llm=auto_seq2seq", f"llm.weights={tmp_path}"]
+    cfg = compose_config(words)
+    assert cfg.llm.config.tie_word_embeddings is False  # the file says true, and that outputs are not scaled
+    check_config(cfg, need_assets=False)
+    llm = instantiate_part("llm", cfg.llm, vocab_size=300)
+    llm.load_weights()
+    hidden = torch.randn(1, 2, 24)
+    assert torch.equal(llm.head(hidden), hidden @ theirs.lm_head.weight.T)

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train.config.architecture import CONFIG_JSON, list_contradictions
-from vlm_train.config.auto import AUTO, FILLED, STATISTICS, read_image_settings, side_of
+from vlm_train.config.auto import STATISTICS, list_auto, read_image_settings, side_of
 from vlm_train.config.hub_files import find_local_file
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.signatures import is_ours
@@ -26,7 +26,7 @@ TOKENIZERS = (
 def check_auto(cfg: DictConfig) -> Iterator[str]:
     """Every `auto` was replaced: its part names a source."""
     for path, group, node in iterate_components(cfg):
-        if group in (*MODEL_PARTS, "parts") and any(node.get(key) == AUTO for key in FILLED):
+        if group in (*MODEL_PARTS, "parts") and list_auto(node):
             yield (
                 f"{path}.weights is missing: {path}=auto reads its architecture from there, "
                 f"{path}.weights=<local folder or hub name>."

@@ -114,6 +114,8 @@ def select_numbers(raw: Mapping[str, Any], side: Side, where: str) -> dict[str, 
     numbers = {name: value for name, value in part.items() if name in known}
     if model_type == "clip_text_model" and numbers.get("eos_token_id") == 2:
         del numbers["eos_token_id"]  # a mistake of the first conversions, which the library corrects, too
+    if part.get("scale_decoder_outputs") is False:
+        numbers["tie_word_embeddings"] = False  # transformers 5 writes true for every T5, and this beside it
     if side == "text":
         numbers.setdefault("vocab_size", config_class().vocab_size)  # left out, it would be the tokenizer's
     return {"model_type": model_type} | numbers
@@ -122,14 +124,16 @@ def select_numbers(raw: Mapping[str, Any], side: Side, where: str) -> dict[str, 
 def list_contradictions(setting: str, source: str, wanted: Mapping[str, Any], side: Side) -> list[str]:
     """A line for every number of `wanted` that config.json of `source` gives otherwise (a wrong RoPE base is silent).
 
-    None where this machine has no config.json of it. Raises as `build_config` and `read_architecture` do.
+    Left out are how weights began, the activation of T5 (BLIP-2 runs it with another one), and the `model_type` of
+    vision towers, which go by several names. None where this machine has no config.json of it. Raises as `build_config`
+    and `read_architecture` do.
     """
     if find_local_file(source, CONFIG_JSON) is None:
         return []
     given = {key: value for key, value in wanted.items() if value is not None}
     expected = build_config(f"{setting.rpartition('.')[0]}.config", given)
     found = build_config(f"{setting}: {source!r}", read_architecture(source, side, setting))
-    ignored = ("initializer", "model_type") if side == "vision" else ("initializer",)  # towers go by several names
+    ignored = ("initializer", "dense_act_fn") + (("model_type",) if side == "vision" else ())
     names = [key for key in given if not key.startswith(ignored) and getattr(expected, key, None) is not None]
     return [
         f"{setting}: {source!r} has {key} = {getattr(found, key, None)!r}, the config says {getattr(expected, key)!r}"

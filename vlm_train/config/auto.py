@@ -40,7 +40,7 @@ def fill_auto(cfg: DictConfig, blocks: dict[str, Any]) -> set[str]:
     """
     decided: set[str] = set()
     for path, group, node in list(iterate_components(cfg)):
-        asked = [key for key in FILLED if node.get(key) == AUTO]
+        asked = list_auto(node)
         if group not in (*MODEL_PARTS, "parts") or not asked:
             continue
         decided |= {f"{path}.{key}" for key in (*asked, "weights")}
@@ -48,6 +48,8 @@ def fill_auto(cfg: DictConfig, blocks: dict[str, Any]) -> set[str]:
         found = {}
         if isinstance(source, str) and source != "???":
             found = _read_values(path, group, source, asked)
+            if "config" in asked and isinstance(own := node.get("config"), Mapping):  # a recipe's numbers stand on top
+                found["config"] = found["config"] | {key: value for key, value in own.items() if key != "model_type"}
             with open_dict(cfg):
                 for key in asked:
                     OmegaConf.update(cfg, f"{path}.{key}", found[key], merge=False, force_add=True)
@@ -56,6 +58,13 @@ def fill_auto(cfg: DictConfig, blocks: dict[str, Any]) -> set[str]:
             plain = OmegaConf.to_container(block, resolve=False) if OmegaConf.is_config(block) else block
             blocks[path] = _fit_block(dict(plain), found)  # type: ignore[arg-type]
     return decided
+
+
+def list_auto(node: Mapping[str, Any] | DictConfig) -> list[str]:
+    """The options of a part that are `auto`; `config` also where its `model_type` is."""
+    config = node.get("config")
+    within = isinstance(config, Mapping | DictConfig) and config.get("model_type") == AUTO
+    return [key for key in FILLED if node.get(key) == AUTO or (key == "config" and within)]
 
 
 def side_of(group: str) -> Side:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm_train.build import instantiate_part
 from vlm_train.check.check import check_foreign_targets, check_targets
-from vlm_train.config.auto import AUTO
+from vlm_train.config.auto import list_auto
 from vlm_train.config.compose import compose_config
 from vlm_train.config.schema import DICT_GROUPS
 from vlm_train.config.signatures import import_target
@@ -43,7 +43,7 @@ class Component:
 
     def copy_options(self, *, written: bool = False) -> Any:
         """The options of a group that holds one component; weights that a user has to give are null."""
-        as_written = written and self.written[self.group].get("config") != AUTO  # else it is what its source says
+        as_written = written and "config" not in list_auto(self.written[self.group])  # else it is what its source says
         node = (self.written if as_written else self.small)[self.group].copy()
         if OmegaConf.is_missing(node, "weights"):
             node.weights = None

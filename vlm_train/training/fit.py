@@ -70,7 +70,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     strategy = make_strategy(cfg, world)
     shares = world > 1 and strategy.shards_model and process_rank() > 0  # rank 0 spreads its weights later
     models = prepare_models(cfg, resumed, shares=shares, to_bf16=halves_weights(cfg, strategy))
-    assembly = models.assembly
+    assembly, evaluators = models.assembly, models.evaluators
     policy = make_policy(cfg, assembly.model)
     if not shares:
         require_filled(assembly.model, models.handed.filled, cfg.trainer.guard.random_frozen, resumes=bool(resumed))
@@ -80,7 +80,6 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     facts |= {"rollbacks": len(read_rollbacks(folder)), **data.note_estimate()}
     count_work = partial(_count_work, cfg, models.skeleton) if cfg.trainer.log_every <= data.plan.steps else None
     module = _make_module(cfg, models, policy, data.plan, folder, count_work if process_rank() == 0 else None)
-    evaluators = models.evaluators
     evaluation = Evaluation(assembly.processor, evaluators, folder)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
     if cfg.trainer.largest_first:

@@ -161,8 +161,7 @@ class HFSeq2Seq(nn.Module):
     def load_weights(self) -> None:
         """Read `weights` into the model. Raises `AssetError` if they are not those of this architecture."""
         if self.weights is not None:
-            numbers = {key: value for key, value in self.numbers.items() if key != "dense_act_fn"}
-            self.model = load_pretrained(self.model, self.weights, setting="llm.weights", config=numbers)
+            self.model = load_pretrained(self.model, self.weights, setting="llm.weights", config=self.numbers)
             self._add_tokens()
 
     def _add_tokens(self) -> None:
