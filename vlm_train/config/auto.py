@@ -130,7 +130,7 @@ def _select_image_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         value = raw.get(key) if normalizes else nothing
         values = [value] * 3 if isinstance(value, (int, float)) else value
         said = isinstance(values, list) and all(isinstance(one, (int, float)) for one in values)
-        found[key] = [one / scale for one in values] if said else None
+        found[key] = [one / scale for one in values or ()] if said else None
     crops = raw.get("do_center_crop", "crop_size" in raw)
     found["image_size"] = _to_size(raw.get("crop_size") if crops and raw.get("crop_size") else raw.get("size"))
     return found
@@ -144,4 +144,5 @@ def _to_size(value: Any) -> list[int] | None:
         return None
     edge = value.get("shortest_edge") if "longest_edge" not in value else None
     sides = [value.get("height", edge), value.get("width", edge)]
-    return sides if all(isinstance(side, int) for side in sides) else None
+    found = [side for side in sides if isinstance(side, int)]
+    return found if len(found) == len(sides) else None
