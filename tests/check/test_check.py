@@ -310,6 +310,8 @@ def test_missing_pictures_of_size_tiny_come_with_their_command(tmp_path: Path, m
 def test_assets_that_are_there_are_not_missing(tmp_path: Path) -> None:
     (tmp_path / "llava_558k" / "train").mkdir(parents=True)
     (tmp_path / "weights").mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "weights" / name).write_text("{}")
     here = [f"{key}={tmp_path}/weights" for key in ("vision.weights", "llm.weights")]
     cfg = compose_config(["recipe=llava15_stage1", f"paths.data={tmp_path}", *here])
     assert [line for line in missing_assets(cfg) if "manifest.json" not in line] == []
