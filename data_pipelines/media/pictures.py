@@ -33,7 +33,7 @@ TURNS = {
 }
 """What makes a picture of each Exif orientation upright."""
 SWAPPING = (5, 6, 7, 8)  # width and height
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What Pillow raises for a damaged or too large file."""
 
 
@@ -47,8 +47,9 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's texts name neither file nor sample
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"image too large: {error}", kind="image") from error
     except UNREADABLE as error:
         raise BadSample(f"not a readable image: damaged {found}{_explain(error)}", kind="image") from error

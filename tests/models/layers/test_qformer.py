@@ -235,7 +235,7 @@ def test_a_tower_is_read_out_of_a_whole_blip2(tmp_path: Path) -> None:
     media = pairs().media.inputs["vision"]
     assert torch.equal(tower.encode(media).values, model.vision.encode(media).values)
     other = HFVision(config=numbers | {"num_hidden_layers": 1}, weights=str(tmp_path), **own)
-    with pytest.raises(AssetError, match=r"vision_model\.\*.*unexpected 1\d \(encoder\.layers\.1"):
+    with pytest.raises(AssetError, match="has num_hidden_layers = 2, the config says 1"):
         other.load_weights()
 
 
