@@ -10,7 +10,7 @@ from typing import Any
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media.limits import media_item
 from data_pipelines.sample import Sample
-from data_pipelines.shards.members import JSON, MEDIA, caption_annotation, member_extension
+from data_pipelines.shards.members import JSON, MEDIA, caption_annotation, member_extension, parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Layout:
             except UnicodeDecodeError as error:
                 raise BadSample(f"sample {key!r}: member {self.text} is not UTF-8: {error}") from error
         else:
-            value = _parse_object(key, data)
+            value = parse_object(key, data)
             for field in self.text.split(".")[1:]:
                 value = value.get(field) if isinstance(value, dict) else None
         texts = [one.strip() for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
@@ -96,15 +96,5 @@ class Layout:
     def _read_meta(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
         if not self.meta:
             return {}
-        found = _parse_object(key, members[JSON]) if JSON in members else {}
+        found = parse_object(key, members[JSON]) if JSON in members else {}
         return {name: found.get(name) for name in self.meta}
-
-
-def _parse_object(key: str, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"sample {key!r}: member json does not parse: {error}") from error
-    if not isinstance(value, dict):
-        raise BadSample(f"sample {key!r}: member json holds a {type(value).__name__}, not an object")
-    return value

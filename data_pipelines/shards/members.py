@@ -154,13 +154,19 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
 
 def parse_json(key: str, data: bytes) -> Sample | dict[str, Any]:
     """Our own sample, without its media, or what another program's JSON holds. Raises `BadSample`."""
+    value = parse_object(key, data)
+    return Sample.from_json(key, value) if {"version", "annotations"} <= value.keys() else value
+
+
+def parse_object(key: str, data: bytes) -> dict[str, Any]:
+    """The JSON object of a sample's member. Raises `BadSample`."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"sample {key!r}: member json does not parse: {error}") from error
     if not isinstance(value, dict):
         raise BadSample(f"sample {key!r}: member json holds a {type(value).__name__}, not an object")
-    return Sample.from_json(key, value) if {"version", "annotations"} <= value.keys() else value
+    return value
 
 
 def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, Any]) -> tuple[Sample, list[bytes]]:
