@@ -33,15 +33,15 @@ class Settings:
 
 def help(settings: Settings) -> Iterator[Line]:  # noqa: A001 (named as the flag)
     """`--help` / a Python that imports Hydra."""
-    yield _compare("--help / import hydra", [*OURS, "--help"], settings, must=3.0)
+    yield _compare_commands("--help / import hydra", [*OURS, "--help"], settings, must=3.0)
 
 
 def settings(settings: Settings) -> Iterator[Line]:
     """Composing and checking a recipe / a Python that imports Hydra."""
-    yield _compare("mode=config / import hydra", [*OURS, "recipe=llava15_stage2", "mode=config"], settings)
+    yield _compare_commands("mode=config / import hydra", [*OURS, "recipe=llava15_stage2", "mode=config"], settings)
 
 
-def _compare(name: str, command: list[str], settings: Settings, **goal: Any) -> Line:
+def _compare_commands(name: str, command: list[str], settings: Settings, **goal: Any) -> Line:
     about: dict[str, Any] = {"less": True, "unit": "CPU s", **goal}
     return paired(name, lambda: cpu_seconds(command), lambda: cpu_seconds(HYDRA), pairs=settings.pairs, **about)
 

@@ -88,7 +88,7 @@ def make_component(options: Mapping[str, Any], trusted: tuple[str, ...], *, at: 
     unknown = sorted(set(options) - set(known))
     if unknown:
         now = "".join(f"; {name} is called {RENAMED[name]} now" for name in unknown if name in RENAMED)
-        named = ", ".join(f"{name}{_suggest(name, known)}" for name in unknown)
+        named = ", ".join(f"{name}{_suggest_option(name, known)}" for name in unknown)
         raise DataError(f"{target} has no option {named}{now}; its options: {', '.join(known)}")
     hints = _read_type_hints(component)
     for name, value in options.items():
@@ -160,18 +160,18 @@ def _format_error(name: str, error: BaseException, overrides: Sequence[str], fol
     if isinstance(error, MissingConfigException) or first.startswith("You must specify"):
         choices = sorted(_list_choices(name, folders))
         wanted = re.search(r"'[^'/]+/([^']+)'", first)
-        near = _suggest(wanted[1], choices) if wanted else ""
+        near = _suggest_option(wanted[1], choices) if wanted else ""
         return f"{first.rstrip('.')}{near}. Available: {', '.join(choices)}"
     if found := re.match(r"Could not override '(.+)'", first):
         if now := RENAMED.get(found[1]):
             return f"no option {found[1]!r}: it is called {now} now"
         known = _list_options(name, overrides, folders)
-        return f"no option {found[1]!r}{_suggest(found[1], known)}; options: {', '.join(known)}"
+        return f"no option {found[1]!r}{_suggest_option(found[1], known)}; options: {', '.join(known)}"
     cause = f" ({error.__cause__})" if isinstance(error, HydraException) and error.__cause__ else ""
     return f"{error}{cause}".strip()
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def _suggest_option(name: str, known: Iterable[str]) -> str:
     """` (did you mean x?)`, or nothing."""
     near = find_nearest(name, known)
     return f" (did you mean {near}?)" if near else ""

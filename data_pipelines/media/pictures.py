@@ -52,7 +52,7 @@ def open_picture(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"image too large: {error}", kind="image") from error
     except UNREADABLE as error:
-        raise BadSample(f"not a readable image: damaged {found}{_explain(error)}", kind="image") from error
+        raise BadSample(f"not a readable image: damaged {found}{_explain_damage(error)}", kind="image") from error
     if image.format == "MPO":  # a JPEG file with further pictures behind the first
         image.format = "JPEG"
     if max(image.size) > MAX_SIDE:
@@ -61,7 +61,7 @@ def open_picture(data: bytes) -> Image.Image:
     return image
 
 
-def _explain(error: Exception) -> str:
+def _explain_damage(error: Exception) -> str:
     """What Pillow says of a damaged file, unless it only names an address in memory."""
     return "" if " object at 0x" in str(error) else f": {error}"
 

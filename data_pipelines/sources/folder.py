@@ -63,8 +63,8 @@ class Folder(ListSource):
             )
         self._files = MediaFolder(folder, "folder")
         found = sorted(_list_files(Path(folder)))
-        texts = {path for path in found if _extension(path) in TEXTS}
-        pictures = [path for path in found if _extension(path) in PICTURES]
+        texts = {path for path in found if _read_extension(path) in TEXTS}
+        pictures = [path for path in found if _read_extension(path) in PICTURES]
         _require_pictures(Path(folder), pictures, found)
         alone = (
             sorted(texts - {text for path in pictures for text in _texts_beside(path, texts)}) if label is None else []
@@ -87,9 +87,9 @@ class Folder(ListSource):
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Picture i of the folder."""
         path = self._records[i]
-        if _extension(path) in TEXTS:
+        if _read_extension(path) in TEXTS:
             raise BadSample(f"no picture {path.stem}.{'|'.join(READ)} beside it")
-        if _extension(path) not in READ:
+        if _read_extension(path) not in READ:
             raise BadSample(f"pictures of this kind are not read, {', '.join(FORMATS)} are; convert it", kind="image")
         texts = [text.strip() for text in self._read_texts(path)]
         if not any(texts):
@@ -110,7 +110,7 @@ class Folder(ListSource):
         if not beside:
             raise BadSample(f"no {path.stem}.txt or {path.stem}.json beside it", kind=EMPTY)
         data = self._files.read(str(beside[0]))
-        if _extension(beside[0]) == "json":
+        if _read_extension(beside[0]) == "json":
             return _list_texts(parse_json(data), self.text_field)
         try:
             text = data.decode("utf-8-sig")
@@ -126,7 +126,7 @@ def _list_files(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name).relative_to(folder) for name in names if not name.startswith("."))
 
 
-def _extension(path: Path) -> str:
+def _read_extension(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
@@ -139,7 +139,7 @@ def _texts_beside(path: Path, texts: set[Path]) -> list[Path]:
 def _require_pictures(folder: Path, pictures: list[Path], found: list[Path]) -> None:
     if pictures:
         return
-    kinds = {_extension(path) for path in found}
+    kinds = {_read_extension(path) for path in found}
     hint = next((f"; {said}" for kind, said in OTHERS.items() if kind in kinds), "")
     raise DataError(f"folder: {folder} holds no pictures ({', '.join(READ)}){hint}")
 

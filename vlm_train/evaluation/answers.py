@@ -117,7 +117,7 @@ class QuestionAnswering:
         found = self.measure(answers)
         if not final:
             return Findings(found, self.primary, self.higher_is_better)
-        told = self._describe(answers, tally, generator.max_prompt_tokens)
+        told = self._describe_answers(answers, tally, generator.max_prompt_tokens)
         if told and process_rank() == 0:
             print(f"eval: {shards.address}: {len(answers):,} questions; {'; '.join(told)}", flush=True)
         note = ("" if count == len(shards) else f", first {count} samples") + unusable.note
@@ -150,7 +150,7 @@ class QuestionAnswering:
             max_prompt_tokens=self.max_prompt_tokens or processor.max_length,
         )
 
-    def _describe(self, answers: Sequence[Answer], tally: Tally, most: int | None) -> list[str]:
+    def _describe_answers(self, answers: Sequence[Answer], tally: Tally, most: int | None) -> list[str]:
         """What a reader of the table has to know: how dialogues were asked, what was cut and what was left out."""
         cut = sum(answer.cut for answer in answers)
         return [

@@ -106,7 +106,7 @@ class Generator:
             left, place = list(numbers), 0
             while left:
                 longer: set[int] = set()
-                for group in _group_items(self._ask(left, load, place, said, longer, tally), self.batch):
+                for group in _group_items(self._ask_questions(left, load, place, said, longer, tally), self.batch):
                     for asked, answer in zip(group, self._generate(group), strict=True):
                         at = asked.question
                         found[asked.sample, at.annotation, place] = answer
@@ -116,7 +116,7 @@ class Generator:
         order = {number: index for index, number in enumerate(numbers)}
         return [found[at] for at in sorted(found, key=lambda at: (order[at[0]], *at[1:]))]
 
-    def _ask(
+    def _ask_questions(
         self,
         numbers: Sequence[int],
         load: Load,

@@ -58,7 +58,7 @@ class LargestFirst(pl.Callback):
         found: Any = self._find_places(trainer) if trainer.is_global_zero else None
         places, looked, total = trainer.strategy.broadcast(found)
         for place in places:
-            self._rehearse(trainer, pl_module, place)
+            self._rehearse_step(trainer, pl_module, place)
         if trainer.is_global_zero:
             said = "; ".join(
                 f"{one.positions:,} tokens, {one.patches:,} patches (step {one.step + 1})" for one in places
@@ -75,7 +75,7 @@ class LargestFirst(pl.Callback):
         found = find_largest(self.data.plan, sizes.tokens, sizes.patches, first, last)
         return (*found, last - first)
 
-    def _rehearse(self, trainer: Any, module: Any, place: Place) -> None:
+    def _rehearse_step(self, trainer: Any, module: Any, place: Place) -> None:
         """A step of one micro-batch without an update."""
         samples = copy.deepcopy(self.data.train)  # files of its own: loader processes inherit the others
         stream = WindowStream(samples, self.data.plan, place.step, trainer.global_rank, module.normalize)
