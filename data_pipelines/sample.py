@@ -72,6 +72,12 @@ class Annotation:
     rejected: Turn | None = None
     weight: float = 1.0
 
+    @property
+    def turns_until_answer(self) -> tuple[Turn, ...]:
+        """The turns up to the last answer: nothing after it is learned."""
+        answers = [number for number, turn in enumerate(self.turns, 1) if turn.role == "assistant"]
+        return self.turns[: max(answers, default=0)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaItem:

@@ -20,6 +20,7 @@ MAX_SIDE = 65_535
 MAX_EXIF = 16
 """Exif segments of a JPEG file: Pillow copies all of them for each, at every look."""
 WHITE = (255, 255, 255)
+JPEG_START = b"\xff\xd8\xff"
 
 ORIENTATION = 0x0112  # the Exif tag
 TURNS = {
@@ -39,10 +40,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Im
 
 def open_picture(data: bytes) -> Image.Image:
     """The picture of a file, not decoded yet; its `format` is one of `FORMATS`. Raises `BadSample`."""
-    found = describe_format(data)
-    if found not in FORMATS:
-        raise BadSample(f"found {found}; pictures are read from {', '.join(FORMATS)}", kind="image")
-    if found == "JPEG" and (count := _count_exif(data)) > MAX_EXIF:
+    if data.startswith(JPEG_START) and (count := _count_exif(data)) > MAX_EXIF:
         raise BadSample(f"JPEG with more than {count - 1} Exif segments; at most {MAX_EXIF} are read", kind="image")
     try:
         with warnings.catch_warnings():
@@ -52,7 +50,11 @@ def open_picture(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"image too large: {error}", kind="image") from error
     except UNREADABLE as error:
-        raise BadSample(f"not a readable image: damaged {found}{_explain_damage(error)}", kind="image") from error
+        found = describe_format(data)
+        said = f"not a readable image: damaged {found}{_explain_damage(error)}"
+        if found not in FORMATS:
+            said = f"found {found}; pictures are read from {', '.join(FORMATS)}"
+        raise BadSample(said, kind="image") from error
     if image.format == "MPO":  # a JPEG file with further pictures behind the first
         image.format = "JPEG"
     if max(image.size) > MAX_SIDE:

@@ -22,6 +22,8 @@ MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 16 * 2**20  # of one frame
 MAX_FRAMES = 400_000
 MAX_SECONDS = 4 * 3600.0
+MATROSKA = b"\x1aE\xdf\xa3"
+"""The first bytes of Matroska and WebM."""
 DEMUXERS = {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}
 """The file name extensions that videos are stored under, and what reads each."""
 
@@ -39,16 +41,16 @@ class VideoHeader:
 
 def is_video(data: bytes) -> bool:
     """Whether a file is one of the videos that are read, told by its first bytes."""
-    return video_extension(data) is not None
+    return data[:4] == MATROSKA or (data[4:8] == b"ftyp" and not is_picture_brand(data))
 
 
 def video_extension(data: bytes) -> str | None:
     """The extension of a video's container, told by its first bytes; None: no video that is read."""
-    if data[4:8] == b"ftyp":
-        return None if is_picture_brand(data) else "mp4"
-    if data[:4] == b"\x1aE\xdf\xa3":
+    if not is_video(data):
+        return None
+    if data[:4] == MATROSKA:
         return "webm" if b"webm" in data[:64] else "mkv"
-    return None
+    return "mp4"
 
 
 def read_video_header(data: bytes) -> VideoHeader:

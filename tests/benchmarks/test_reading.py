@@ -24,6 +24,12 @@ def test_functions_are_short() -> None:
     assert reading.long_functions() == {}
 
 
+@pytest.mark.slow
+def test_the_way_from_a_sample_to_the_loss_is_short() -> None:
+    called = reading.leave_out_short(reading.trace_step(reading.ROOT, reading.PACKAGES)[0])
+    assert len(called) <= 50 and len({name.partition(":")[0] for name in called}) <= 22, called
+
+
 def test_cycles_are_found() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": {"f"}, "f": {"e"}, "g": set[str]()}
     assert reading.find_cycles(graph) == [["a", "b", "c"], ["e", "f"]]

@@ -33,6 +33,9 @@ class WindowStream(IterableDataset):
     rank: int
     normalize: str
 
+    def __post_init__(self) -> None:
+        self.unknown_id = find_unknown_id(self.samples.processor.tokenizer)
+
     def __iter__(self) -> Iterator[list[Batch] | WorkerMessage]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -64,7 +67,6 @@ class WindowStream(IterableDataset):
         # Ranks reduce the sums by name, so a rank without samples needs all names, too.
         sums: dict[str, dict[str, float]] = {name: {} for name in ("samples", *self.samples.streams)}
         tokens = positions = supervised = unknown = 0
-        unknown_id = find_unknown_id(self.samples.processor.tokenizer)
         for rows, batch in zip(micros, batches, strict=True):
             if not rows:  # its batch is one row of padding
                 continue
@@ -80,7 +82,7 @@ class WindowStream(IterableDataset):
                     tokens += start
                 positions += stream.ids.numel()
                 supervised += len(stream.supervised)
-                unknown += int((stream.labels == unknown_id).sum()) if unknown_id is not None else 0
+                unknown += int((stream.labels == self.unknown_id).sum()) if self.unknown_id is not None else 0
         return Window(
             step=step,
             micro=0,

@@ -6,14 +6,13 @@ spans (`tokenize`), lay the tokens as streams, cut what is too long (`streams`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from data_pipelines.errors import BadSample
-from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.sample import Annotation, Media, Part, Sample, Text, Turn
 from vlm_train.contracts.streams import QFORMER, Alignment
-from vlm_train.data.text.bounds import bound_texts
 from vlm_train.data.text.captions import clean_answers
 from vlm_train.data.text.prefix_lm import with_prefix
 from vlm_train.data.text.spans import TextSpan
@@ -93,6 +92,8 @@ class RenderOptions:
 
 
 DEFAULT_OPTIONS = RenderOptions()
+CHARACTERS_PER_TOKEN = 256
+"""More than the longest token of the known vocabularies has: a longer text is beyond `max_length` for certain."""
 
 
 def make_streams(
@@ -129,7 +130,7 @@ def make_streams(
         if answer is None:
             found = {"llm": _joint_stream(conversation, chosen)}
         else:
-            asked, told = conversation.tokenize_exchange(turns_until_answer(chosen[0]), chosen[0].weight)
+            asked, told = conversation.tokenize_exchange(chosen[0].turns_until_answer, chosen[0].weight)
             pad = conversation.tokenizer.pad_token_id or 0
             found = {"llm": encoder_stream(asked), answer: decoder_stream(told, pad)}
         if how.rejected:
@@ -154,6 +155,35 @@ def choose_annotations(annotations: Sequence[Annotation], how: RenderOptions) ->
     if number is not None or how.annotations in ("first", "drawn"):
         return [annotations[number or 0]]
     return [join_annotations(annotations)] if how.annotations == "dialogue" else list(annotations)
+
+
+def bound_texts(annotations: Sequence[Annotation], how: RenderOptions, *, cut: bool) -> list[Annotation]:
+    """The annotations with no more text than `how.max_length` tokens can hold.
+
+    With `truncate` the end is cut off, if `cut`: tokens behind it would be.
+
+    Raises:
+        BadSample, ConfigError: too long, as `how.over_length` says.
+    """
+    most = None if how.max_length is None else how.max_length * CHARACTERS_PER_TOKEN
+    lengths = [
+        len(turn.text) for one in annotations for turn in (*one.turns, *([one.rejected] if one.rejected else ()))
+    ]
+    if most is None or sum(lengths) <= most or (how.over_length == "split" and max(lengths) <= most):
+        return list(annotations)
+    message = f"{sum(lengths)} characters, but data.max_length is {how.max_length} tokens"
+    if how.over_length == "error":
+        raise ConfigError(f"{message} (data.over_length=error)")
+    if how.over_length != "truncate" or how.generation or not cut:
+        raise BadSample(message, kind="too_long")
+    found, left = list[Annotation](), most
+    for one in annotations:
+        turns = []
+        for turn in one.turns:
+            turns.append(_cut_turn(turn, left))
+            left -= len(turns[-1].text)
+        found.append(replace(one, turns=tuple(turns), rejected=one.rejected and _cut_turn(one.rejected, most)))
+    return found
 
 
 def join_annotations(annotations: Sequence[Annotation]) -> Annotation:
@@ -182,14 +212,6 @@ def swap_rejected(annotation: Annotation) -> Annotation:
     return replace(annotation, turns=(*annotation.turns[:-1], annotation.rejected))
 
 
-def turns_until_answer(annotation: Annotation) -> tuple[Turn, ...]:
-    """The turns up to the last answer: nothing after it is learned."""
-    turns = annotation.turns
-    while turns and turns[-1].role != "assistant":
-        turns = turns[:-1]
-    return turns
-
-
 def _strip_turn(turn: Turn) -> Turn:
     """`turn` without white space at both ends of its text; weighted stretches move along."""
     parts = list(turn.parts)
@@ -206,7 +228,7 @@ def _joint_stream(conversation: ConversationTokenizer, annotations: Sequence[Ann
     """One stream of all annotations, every one a branch of its own if there are several."""
     parts = []
     for one in annotations:
-        spans = conversation.template.make_spans(turns_until_answer(one), conversation.tokenizer)
+        spans = conversation.template.make_spans(one.turns_until_answer, conversation.tokenizer)
         parts.append(conversation.tokenize_spans(spans, one.weight))
     return branched_stream(parts) if len(parts) > 1 else causal_stream(parts[0])
 
@@ -230,3 +252,18 @@ def _text_of_turn(turn: Turn, template: Template) -> str:
     """A turn's own text, boxes as the template spells them."""
     spans = template.style.make_spans(turn)
     return "".join(span.text for span in spans if isinstance(span, TextSpan) and span.content).strip()
+
+
+def _cut_turn(turn: Turn, most: int) -> Turn:
+    return turn if len(turn.text) <= most else replace(turn, parts=tuple(_cut_parts(turn.parts, most)))
+
+
+def _cut_parts(parts: Sequence[Part], left: int) -> Iterator[Part]:
+    """The parts with their first `left` characters; what is no text stays."""
+    for part in parts:
+        if isinstance(part, Text):
+            text = part.text[:left]
+            weights = tuple((a, min(b, len(text)), weight) for a, b, weight in part.weights if a < len(text))
+            left -= len(text)
+            part = Text(text=text, weights=weights)
+        yield part

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -85,29 +84,20 @@ class ContentStyle:
                 ):
                     factor = next((w for a, b, w in part.weights if a <= start < b), 1.0)
                     spans.append(TextSpan(part.text[start:end], weight * factor, content=True))
-        media = [span for span in spans if isinstance(span, MediaSpan)]
-        if self.media == "first" and media:
-            spans = [*media, *strip_spans([span for span in spans if isinstance(span, TextSpan)])]
-        elif self.strip:
-            spans = strip_spans(spans)
+        front = [span for span in spans if isinstance(span, MediaSpan)] if self.media == "first" else []
+        rest = [span for span in spans if isinstance(span, TextSpan)] if front else spans
+        for index, strip in ((0, str.lstrip), (-1, str.rstrip)):
+            while (front or self.strip) and rest and isinstance(span := rest[index], TextSpan):  # up to a media item
+                if stripped := strip(span.text):
+                    rest[index] = replace(span, text=stripped)
+                    break
+                rest.pop(index)
+        spans = [*front, *rest]
         before, after = TextSpan(self.media_prefix), TextSpan(self.media_suffix)
         framed = [one for span in spans for one in ((before, span, after) if isinstance(span, MediaSpan) else (span,))]
         if self.media == "first" and self.media_suffix_alone is not None and framed and framed[-1] is after:
             framed[-1] = TextSpan(self.media_suffix_alone)
         return framed
-
-
-def strip_spans(spans: Sequence[Span]) -> list[Span]:
-    """`spans` without white space at both ends (media stop the stripping)."""
-    kept = list(spans)
-    for index, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        while kept and isinstance(span := kept[index], TextSpan):
-            text = strip(span.text)
-            if text:
-                kept[index] = replace(span, text=text)
-                break
-            kept.pop(index)
-    return kept
 
 
 def special_pattern(tokenizer: Any, literals: tuple[str, ...] = ()) -> re.Pattern[str]:

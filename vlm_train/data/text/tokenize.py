@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,17 @@ def _encode_text(
     char_weights = np.repeat(
         np.array([span.weight for span in spans], np.float32), np.array([len(span.text) for span in spans])
     )
-    cuts = [0, *_find_cuts(text, spans, special), len(text)]
+    stops = [*accumulate(len(span.text) for span in spans)]
+    written = [(stop - len(span.text), stop) for span, stop in zip(spans, stops, strict=True) if not span.content]
+    cuts, position = [0], 0
+    while match := special.search(text, position):
+        first, stop = match.span()
+        if any(start <= first and stop <= end for start, end in written):  # wholly written by the template
+            position = stop
+        else:
+            position = first + 1
+            cuts.append(position)
+    cuts.append(len(text))
     backend = tokenizer.backend_tokenizer  # without the wrapper, which takes three times as long and changes nothing
     for start, end in zip(cuts, cuts[1:], strict=False):
         encoding, part = backend.encode(text[start:end], add_special_tokens=False), char_weights[start:end]
@@ -129,21 +139,3 @@ def _encode_text(
         stop = np.maximum(first + 1, np.minimum(offsets[:, 1], len(part)))
         padded = np.append(part, np.float32(0))  # `reduceat` takes no index at the end
         yield np.array(ids, np.int64), np.maximum.reduceat(padded, np.stack([first, stop], axis=1).ravel())[::2]
-
-
-def _find_cuts(text: str, spans: Sequence[TextSpan], special: Any) -> list[int]:
-    """Where to cut so that no special token is read that is not wholly written by the template."""
-    written, start = [], 0
-    for span in spans:
-        if not span.content:
-            written.append((start, start + len(span.text)))
-        start += len(span.text)
-    cuts, position = [], 0
-    while match := special.search(text, position):
-        a, b = match.span()
-        if any(start <= a and b <= end for start, end in written):
-            position = b
-        else:
-            position = a + 1
-            cuts.append(position)
-    return cuts

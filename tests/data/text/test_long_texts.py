@@ -9,9 +9,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Text, Turn
 from tests.data.text.rendering import assistant, load, sample, user
 from vlm_train.data.processor import Processor
-from vlm_train.data.text import bounds
-from vlm_train.data.text.bounds import CHARACTERS_PER_TOKEN, bound_texts
-from vlm_train.data.text.render import RenderOptions
+from vlm_train.data.text.render import CHARACTERS_PER_TOKEN, RenderOptions, bound_texts
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 
@@ -42,7 +40,7 @@ def test_a_long_answer_is_cut_as_its_tokens_are(monkeypatch):
     short, seen = render(text, how, monkeypatch)
     monkeypatch.undo()
     assert len(short) == 16 and seen <= 17 * CHARACTERS_PER_TOKEN
-    monkeypatch.setattr(bounds, "CHARACTERS_PER_TOKEN", 10**9)
+    monkeypatch.setattr("vlm_train.data.text.render.CHARACTERS_PER_TOKEN", 10**9)
     whole, seen = render(text, how, monkeypatch)
     assert seen > 100_000 and np.array_equal(short.ids, whole.ids) and np.array_equal(short.labels, whole.labels)
 
