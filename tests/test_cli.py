@@ -215,7 +215,7 @@ def test_mode_config_prints_origins(dispatched: list[DictConfig], capsys: pytest
 
 
 def test_modes_name_functions_that_are_spelt_as_in_the_table() -> None:
-    for place in (*process.MODES.values(), process.DRY_RUN):
+    for place in (*process.MODES.values(), process.DRY_RUN, process.SHORTAGE):
         module, _, name = place.partition(":")
         assert module.startswith("vlm_train.") and name.isidentifier()
 

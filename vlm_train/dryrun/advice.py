@@ -24,7 +24,7 @@ from vlm_train.dryrun.memory import (
     list_sensible,
     predict_peak,
 )
-from vlm_train.dryrun.plan import Plan, checkpointing_mode, rows_at_once
+from vlm_train.dryrun.plan import MemoryPlan, checkpointing_mode, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Advice:
     suggestions: list[Suggestion]
 
 
-def advise_run(cfg: DictConfig, plan: Plan) -> Advice:
+def advise_run(cfg: DictConfig, plan: MemoryPlan) -> Advice:
     """Advice for the run on `target`."""
     hardware = hardware_of(cfg)
     peaks = _peaks_of_strategies(cfg, plan.needs, hardware, offload=True)
@@ -108,7 +108,7 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _find_suggestions(cfg: DictConfig, plan: Plan, hardware: Hardware, best: str | None) -> list[Suggestion]:
+def _find_suggestions(cfg: DictConfig, plan: MemoryPlan, hardware: Hardware, best: str | None) -> list[Suggestion]:
     """Changes up to the first with which something fits: by preference a strategy that does not offload, and a run that
     learns the same. Where an offloading one fits already, only such changes."""
     found: list[Suggestion] = []
@@ -133,7 +133,7 @@ def _peaks_of_strategies(cfg: DictConfig, needs: MemoryNeeds, hardware: Hardware
 
 
 def _possible_changes(
-    cfg: DictConfig, plan: Plan, hardware: Hardware, *, offload: bool
+    cfg: DictConfig, plan: MemoryPlan, hardware: Hardware, *, offload: bool
 ) -> Iterator[tuple[str, MemoryNeeds, bool]]:
     """Settings, cheapest first: the plan together with the settings before, and whether the run learns the same."""
     needs, micro = plan.needs, cfg.batch.micro

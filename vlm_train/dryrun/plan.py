@@ -28,14 +28,28 @@ from vlm_train.training.trace import trace_step, visual_tokens
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything a dry run finds out.
+class MemoryPlan:
+    """What a run holds in memory.
 
     Attributes:
         needs: what has to be stored.
         activations: bytes kept for backward by one row: without activation checkpointing (`none`), with (`full`), and
             where products and attention are kept (`selective`).
+        longest: tokens of such a row, the longest that there can be.
         llm: parameters of adapters of the language model.
+    """
+
+    needs: MemoryNeeds
+    activations: dict[str, int]
+    longest: int
+    llm: Linears
+
+
+@dataclass(frozen=True)
+class Plan(MemoryPlan):
+    """Everything a dry run finds out.
+
+    Attributes:
         round_trip: tensors of a tiny copy that came back equal from a file; None: there is no tiny copy, because the
             components `unsized` have no `tiny:` block.
     """
@@ -44,9 +58,6 @@ class Plan:
     policy: Policy
     visual_tokens: int
     flops: dict[str, Flops]
-    needs: MemoryNeeds
-    activations: dict[str, int]
-    llm: Linears
     length: Length
     disk: Disk
     round_trip: int | None
@@ -74,30 +85,35 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
     visual = visual_tokens(model)
     with name_failing_code("model: no step can be computed with the settings of its parts"):
         typical = trace_step(cfg, model, text_tokens=cfg.target.text_tokens, supervised=cfg.target.supervised_tokens)
-    longest = cfg.data.get("pack") or cfg.data.get("max_length") or visual + cfg.target.text_tokens
-    if not cfg.trainer.precision.startswith("32"):
-        model.to(torch.bfloat16)
-    biggest = trace_step(cfg, model, text_tokens=max(longest - visual, 1), supervised=max(longest - visual, 1))
-    activations = {"none": biggest.activations, "selective": biggest.selective, "full": biggest.checkpointed}
-    states = optimizer_states(cfg)
+    memory = predict_memory(cfg, model, policy)
     unsized = list_unsized(cfg, cfg.tiny, (*MODEL_PARTS, "parts"))
     return Plan(
         recipe=cfg.recipe_name,
         policy=policy,
         visual_tokens=visual,
         flops=count_flops(typical.products),
-        needs=_memory_needs(cfg, model, policy, activations[checkpointing_mode(cfg)], states),
-        activations=activations,
-        llm=_count_linears(model),
         length=predict_length(cfg, visual + cfg.target.text_tokens),
-        disk=predict_disk(cfg, policy.trainable, states),
+        disk=predict_disk(cfg, policy.trainable, memory.needs.states),
         round_trip=None if unsized else round_trip(cfg),
         unsized=unsized,
+        **vars(memory),
     )
 
 
+def predict_memory(cfg: DictConfig, model: Any, policy: Policy) -> MemoryPlan:
+    """What training a model on the meta device holds in memory. Casts it to 16 bits where training computes in them."""
+    visual = visual_tokens(model)
+    longest = cfg.data.get("pack") or cfg.data.get("max_length") or visual + cfg.target.text_tokens
+    if not cfg.trainer.precision.startswith("32"):
+        model.to(torch.bfloat16)
+    biggest = trace_step(cfg, model, text_tokens=max(longest - visual, 1), supervised=max(longest - visual, 1))
+    activations = {"none": biggest.activations, "selective": biggest.selective, "full": biggest.checkpointed}
+    needs = _memory_needs(cfg, model, policy, activations[checkpointing_mode(cfg)], optimizer_states(cfg))
+    return MemoryPlan(needs, activations, longest, _count_linears(model))
+
+
 def checkpointing_mode(cfg: DictConfig) -> str:
-    """`trainer.activation_checkpointing` as a key of `Plan.activations`."""
+    """`trainer.activation_checkpointing` as a key of `MemoryPlan.activations`."""
     return str(cfg.trainer.activation_checkpointing)
 
 

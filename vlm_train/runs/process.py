@@ -59,6 +59,7 @@ MODES = {
 
 
 DRY_RUN, REPORT = "vlm_train.dryrun.report:dry_run", "vlm_train.report:write_report"
+SHORTAGE = "vlm_train.dryrun.shortage:say_shortage"
 
 
 EXPECTED = (VLMTrainError, DataError, OSError)
@@ -134,7 +135,9 @@ def _interruption_code(error: BaseException) -> int | None:
 
 def dispatch_mode(cfg: DictConfig) -> dict[str, Any] | None:
     """Carries out the mode of a checked configuration in this process."""
-    result: dict[str, Any] | None = _function(DRY_RUN if cfg.dry_run else MODES[cfg.mode])(cfg)
+    carry_out = _function(DRY_RUN if cfg.dry_run else MODES[cfg.mode])
+    trains = cfg.mode == "fit" and not cfg.dry_run
+    result: dict[str, Any] | None = carry_out(cfg, _function(SHORTAGE)) if trains else carry_out(cfg)
     return result
 
 
@@ -144,10 +147,10 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _function(name: str) -> Callable[[Any], Any]:
+def _function(name: str) -> Callable[..., Any]:
     """The function that `module:function` names, imported now."""
     module, _, function = name.partition(":")
-    found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 
 

@@ -21,8 +21,8 @@ from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.rollback import read_rollbacks
 
 
-def fit_run(cfg: DictConfig) -> dict[str, Any]:
-    """Train the configured run to its end, resuming it where it stopped. Returns its final metrics."""
+def fit_run(cfg: DictConfig, look_at: Any = None) -> dict[str, Any]:
+    """Train the run to its end, resumed where it stopped, and return its metrics. `look_at`: see `prepare_models`."""
     require_devices(cfg)
     folder, identity = run_dir(cfg), run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def fit_run(cfg: DictConfig) -> dict[str, Any]:
             record.keep_metrics(folder, resumed.step if resumed else -1)
         say_once(f"{identity}: {_describe_start(resumed, count_started(cfg.launch.kind))}")
         try:
-            return _train_run(cfg, folder, identity, resumed)
+            return _train_run(cfg, folder, identity, resumed, look_at)
         except BaseException as error:
             stopped = isinstance(error, SystemExit | KeyboardInterrupt)  # ours, or what Lightning makes of a signal
             _write_status(folder, status="interrupted" if stopped else "failed")
@@ -53,7 +53,7 @@ def _describe_start(resumed: Resume | None, world: int) -> str:
     return f"resuming from {resumed.folder}{changed}"
 
 
-def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | None) -> dict[str, Any]:
+def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | None, look_at: Any) -> dict[str, Any]:
     import torch
 
     from vlm_train.build import build_data
@@ -69,7 +69,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     world = count_started(cfg.launch.kind)
     strategy = make_strategy(cfg, world)
     shares = world > 1 and strategy.shards_model and process_rank() > 0  # rank 0 spreads its weights later
-    models = prepare_models(cfg, resumed, shares=shares, to_bf16=halves_weights(cfg, strategy))
+    models = prepare_models(cfg, resumed, shares=shares, to_bf16=halves_weights(cfg, strategy), look_at=look_at)
     assembly, evaluators = models.assembly, models.evaluators
     policy = make_policy(cfg, assembly.model)
     if not shares:

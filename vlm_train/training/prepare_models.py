@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlm_train.check.model import check_model, check_reference
 from vlm_train.checkpoint.files import WEIGHTS
 from vlm_train.checkpoint.resume import Resume
 from vlm_train.checkpoint.weights import WHOLE, HandedOver, load_init_from, load_weights
+from vlm_train.distributed import process_rank
 from vlm_train.models.precision import cast_to_bf16
 from vlm_train.training.params import make_policy
 from vlm_train.training.reference import (
@@ -21,6 +23,9 @@ from vlm_train.training.reference import (
     reference_config,
     require_frozen_base,
 )
+
+LookAt = Callable[[DictConfig, Any], None]
+"""What looks at the model of a configuration on the meta device."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,15 @@ class PreparedModels:
     digests: Any
 
 
-def prepare_models(cfg: DictConfig, resumed: Resume | None, *, shares: bool, to_bf16: bool) -> PreparedModels:
+def prepare_models(
+    cfg: DictConfig, resumed: Resume | None, *, shares: bool, to_bf16: bool, look_at: LookAt | None = None
+) -> PreparedModels:
     """Check on the meta device, build, read weights.
 
     Args:
         shares: build without weights, which rank 0 spreads later.
         to_bf16: cast all weights to bf16.
+        look_at: called with the model on the meta device, before weights are read, on rank 0.
     """
     skeleton = build_on_meta(cfg)
     if skeleton is not None:
@@ -54,6 +62,8 @@ def prepare_models(cfg: DictConfig, resumed: Resume | None, *, shares: bool, to_
         make_policy(cfg, skeleton)
         if is_model_without_adapters(cfg):
             require_frozen_base(skeleton)
+        if look_at is not None and process_rank() == 0:
+            look_at(cfg, skeleton)
     evaluators, other = build_evaluators(cfg), reference_config(cfg)
     teacher = build_on_meta(other) if other is not None and cfg.reference.model != START else None
     if skeleton is not None and teacher is not None:
