@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -118,6 +119,28 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
         if name != PROJECT["name"]:
             assert name in pins, f"{name} is not pinned in constraints.txt"
             assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is outside {requirement}"
+
+
+def test_every_imported_package_is_a_dependency_by_name() -> None:
+    """One that only another dependency brings goes when that one does."""
+    from importlib.metadata import packages_distributions
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    listed = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
+    named = {canonicalize_name(Requirement(line).name) for line in listed}
+    named |= {"pydantic-core", "griffelib"}  # parts of pydantic and griffe
+    owners, missing = packages_distributions(), dict[str, str]()
+    for path in (path for package in ("vlm_train", "data_pipelines") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.partition(".")[0] for name in names} - {"vlm_train", "data_pipelines"}:
+                given = {canonicalize_name(owner) for owner in owners.get(top, [top])}
+                if top not in sys.stdlib_module_names and not given & named:
+                    missing[top] = str(path.relative_to(ROOT))
+    assert missing == {}
 
 
 def test_make_help_lists_every_target() -> None:

@@ -143,10 +143,13 @@ class Index:
         return self._members
 
     @classmethod
-    def load(cls, path: Path, shards: int | None = None) -> Index:
-        """Map the file of a set of so many `shards` into memory. Raises `DataError` if it is missing or damaged."""
+    def load(cls, path: Path, shards: int | None = None, *, checked: bool = False) -> Index:
+        """Map the file of a set of so many `shards` into memory; `checked`: compare it with its checksums first.
+
+        Raises `DataError` if it is missing or damaged.
+        """
         try:
-            return cls(map_arrays(path), shards)
+            return cls(map_arrays(path, checked=checked), shards)
         except UNREADABLE as error:
             raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
 

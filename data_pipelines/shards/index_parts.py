@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipelines.errors import DataError
 from data_pipelines.shards.index_file import Index, IndexEntry
-from data_pipelines.shards.manifest import FileInfo
+from data_pipelines.shards.manifest import MANIFEST, FileInfo
 
 PARTS = "index.json"
 PART_NAME = re.compile(r"index/\d{6,9}\.npz")
@@ -34,6 +34,7 @@ class IndexParts:
         self.files, self.locate = tuple(files), locate
         self.starts = np.concatenate([[0], np.cumsum([info.samples for info in files], dtype=np.int64)])
         self._open: OrderedDict[int, Index] = OrderedDict()
+        self._checked = np.zeros(len(files), bool)  # against their checksums, once in a process
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -75,20 +76,30 @@ class IndexParts:
 
     def _open_part(self, shard: int) -> Index:
         if shard not in self._open:
-            info = self.files[shard]
-            path = self.locate(info)
-            if not path.is_file() or path.stat().st_size != info.bytes:
-                raise DataError(f"{path}: missing, or not of {info.bytes} bytes; index the set again with force=true")
-            part = Index.load(path, 1)
-            if len(part) != info.samples:
-                raise DataError(
-                    f"{path}: {len(part)} samples, {PARTS} says {info.samples}; index again with force=true"
-                )
+            part = self._load_part(shard)
             if len(self._open) >= MAX_OPEN_PARTS:
                 self._open.popitem(last=False)
             self._open[shard] = part
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _load_part(self, shard: int) -> Index:
+        info = self.files[shard]
+        path = self.locate(info)
+        try:
+            if not path.is_file() or path.stat().st_size != info.bytes:
+                raise DataError(f"{path}: missing, or not of {info.bytes} bytes")
+            part = Index.load(path, 1, checked=not self._checked[shard])
+            if len(part) != info.samples:
+                raise DataError(f"{path}: {len(part)} samples, {PARTS} says {info.samples}")
+        except DataError as error:
+            folder = path.parent.parent  # of the set, unless this is the copy of a remote one
+            remedy = "Delete it; it is fetched again."
+            if (folder / PARTS).is_file():
+                remedy = f"Delete it and {folder / MANIFEST}, and index the set again: only this shard is read."
+            raise DataError(f"{error}. {remedy}") from error
+        self._checked[shard] = True
+        return part
 
     @classmethod
     def load(cls, path: Path, locate: Callable[[FileInfo], Path]) -> IndexParts:

@@ -82,7 +82,7 @@ def _captioned_image(processor: Processor, shards: ShardSet, number: int) -> tup
     caption = reference_answer(sample.annotations[0])
     if not caption:
         raise BadSample(f"sample {sample.key!r}: its first annotation is not a caption")
-    made = processor.make_views(blobs[:1])
+    made = processor.make_views(blobs[:1], media=sample.media[:1])
     views = {name: one for name, items in made.items() for one in items if one is not None and len(one.grids) == 1}
     if not views or len(views) < len(made):
         raise ConfigError(f"eval: needs one image a sample, but {sample.key!r} of {shards.address} has not")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -222,7 +223,7 @@ def test_damaged_indexes_are_named(tmp_path, web):
     shards = ShardSet(tmp_path / "set")
     whole = part.read_bytes()
     part.write_bytes(whole[:-1])
-    with pytest.raises(DataError, match=r"000001\.npz: missing, or not of \d+ bytes; index the set again"):
+    with pytest.raises(DataError, match=r"000001\.npz: missing, or not of \d+ bytes\. Delete it and .*manifest.json"):
         shards.load_sample(5)
     part.write_bytes(bytes(len(whole)))
     with pytest.raises(DataError, match=r"000001\.npz: not a readable index"):
@@ -236,6 +237,29 @@ def test_damaged_indexes_are_named(tmp_path, web):
     (tmp_path / "set" / "index.json").write_text('{"files": [["../x.npz", 1, "", 1]]}')
     with pytest.raises(DataError):
         ShardSet(tmp_path / "set")
+
+
+def test_one_changed_bit_of_an_index_is_named_and_made_again(tmp_path, web, monkeypatch):
+    """In numbers that would lead elsewhere, and in those that nothing else checks: sizes, seconds."""
+    arguments = (str(web()), tmp_path / "set", Layout())
+    index_shards(*arguments, workers=1)
+    part = tmp_path / "set" / "index" / "000001.npz"
+    whole, shards = part.read_bytes(), ShardSet(tmp_path / "set")
+    with ZipFile(part) as archive:
+        ends = [*[info.header_offset for info in archive.infolist()[1:]], archive.start_dir]
+    assert len(ends) == 15
+    for place in (end - 1 for end in ends):  # the last byte of every array
+        part.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"000001\.npz: not a readable index.*Delete it and .*manifest\.json"):
+            ShardSet(tmp_path / "set").load_sample(5)
+    part.write_bytes(whole)
+    assert texts(shards) == ALL
+    part.unlink()
+    (tmp_path / "set" / "manifest.json").unlink()
+    read, inner = [], shard_index._index_file
+    monkeypatch.setattr(shard_index, "_index_file", lambda *job: read.append(job[1]) or inner(*job))
+    index_shards(*arguments, workers=1)
+    assert read == [1] and part.read_bytes() == whole
 
 
 def test_addresses_as_webdatasets_users_write_them(tmp_path, web):

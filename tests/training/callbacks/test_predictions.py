@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.media.limits import image_item
+from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.shards.shard_set import ShardSet
+from tests.data.text.rendering import load
 from tests.loggers.test_loggers import crash, tensorboard_of
-from tests.support.small_run import command, make_data, train
+from tests.out_of_tree.my_vlm.native_vit import count_patches
+from tests.support.small_run import command, make_data, picture, train
 from vlm_train.build import build_assembly
 from vlm_train.checkpoint.weights import load_run_weights
 from vlm_train.config.run_file import load_config
+from vlm_train.contracts.layout import NoMedia
+from vlm_train.data.images.native import NativeResolution
+from vlm_train.data.processor import Processor
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.answers import QuestionAnswering
 from vlm_train.models.families.prefix_vlm import PrefixVLM
@@ -77,6 +89,33 @@ def test_two_towers_answer_nothing(data: Path, tmp_path: Path) -> None:
     more = ["trainer.val_every=1", "trainer.max_steps=1", "batch.micro=4"]
     run = train(["recipe=easyvqa_clip", *command(data, tmp_path, *more)[1:]])
     assert not (run / "predictions").exists()
+
+
+def test_a_picture_of_another_size_than_its_entry_says_is_passed_over(tmp_path: Path) -> None:
+    """It is unusable in training, too; the others are asked."""
+    image = NativeResolution(patch_size=8, patch_grid=partial(count_patches, patch_size=8), min_pixels=256)
+    processor = Processor(tokenizer=byte_level(), template=load("caption"), layout=NoMedia(), images={"vision": image})
+    question = Turn(role="user", parts=(Media(item=0), Text(text="How many?")))
+    held = []
+    for number, width in enumerate((40, 60, 40)):
+        item = replace(image_item(0, picture(number)), width=width)  # they are 40 x 30
+        turns = (question, Turn(role="assistant", parts=(Text(text=str(number)),)))
+        held.append(
+            (Sample(key=f"s{number}", media=(item,), annotations=(Annotation(turns=turns),)), [picture(number)])
+        )
+
+    class HeldOut:
+        def __len__(self) -> int:
+            return len(held)
+
+        def locate_sample(self, index: int) -> tuple[Any, int, int]:
+            return SimpleNamespace(shards=SimpleNamespace(load_sample=lambda number: held[number])), index, 0
+
+    samples: Any = HeldOut()
+    samples.processor = processor
+    callback = Predictions(samples=3)
+    callback._render_questions(samples, tmp_path)
+    assert callback.asked is not None and [one.key for one in callback.asked] == ["s0", "s2"]
 
 
 def test_numbers_must_be_positive() -> None:

@@ -89,7 +89,7 @@ class Predictions(pl.Callback):
             try:
                 sample, blobs = source.shards.load_sample(number)
                 prompt = processor.render(sample, RenderOptions(annotations="first", annotation=0, generation=True))
-                views = processor.make_views(blobs)
+                views = processor.make_views(blobs, media=sample.media)
             except BadSample:
                 continue
             pictures = collect_pictures(views)
