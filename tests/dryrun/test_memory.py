@@ -86,6 +86,7 @@ def test_precision_decides_the_bytes() -> None:
     mixed = predict_peak("single", needs(precision="bf16-mixed"), on(1))
     assert (mixed.weights, mixed.buffers) == (4000, 4000), "fp32; autocast's copy, and then the update's temporaries"
     assert predict_peak("single", needs(precision="bf16-mixed", states=0), on(1)).buffers == 2000
+    assert predict_peak("single", needs(precision="32-true", fused=True), on(1)).buffers == 0, "one kernel needs none"
 
 
 def test_sharding_gathers_layers_and_reduces_buckets() -> None:

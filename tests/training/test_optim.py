@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
-from vlm_train.training.optim import cosine, epoch_decay
+from tests.support.small_run import command, make_data, train
+from vlm_train.checkpoint.files import MANIFEST, OWN_HASH
+from vlm_train.config.compose import compose_config
+from vlm_train.config.run_identity import run_id
+from vlm_train.errors import ConfigError
+from vlm_train.training.optim import adamw, cosine, epoch_decay
 
 
 def rates(steps: int, **settings) -> list[float]:
@@ -44,3 +55,84 @@ def test_a_cosine_may_count_the_warm_up() -> None:
 def test_a_warm_up_may_start_above_0() -> None:
     assert ratios(100, 0, 5, 10, 100, warmup_steps=10, start_ratio=0.01) == pytest.approx([0.01, 0.505, 1.0, 0.0])
     assert ratios(100, 0, 5, 10, 100, warmup_steps=10) == pytest.approx([0.0, 0.5, 1.0, 0.0])
+
+
+def group(*parameters: torch.Tensor) -> list[dict]:
+    return [{"params": list(parameters)}]
+
+
+def test_the_kernel_is_fused_where_there_is_one() -> None:
+    weight = torch.zeros(2)
+    assert adamw(group(weight), lr=1.0, fused="auto").param_groups[0]["fused"] is True
+    assert adamw(group(weight), lr=1.0).param_groups[0]["fused"] is None
+    assert adamw(group(weight, torch.zeros(2, device="meta")), lr=1.0, fused="auto").param_groups[0]["fused"] is False
+    with pytest.raises(ConfigError, match=r"optim.fused=true: .* float32 on meta. Allowed: auto, false"):
+        adamw(group(torch.zeros(2, device="meta")), lr=1.0, fused=True)
+
+
+def test_fused_and_unfused_updates_agree_and_share_their_state() -> None:
+    """A run may go on with the other kernel: the same numbers but for rounding, from the same state."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(1000, generator=generator) for _ in range(6)]
+
+    def train(*kinds: bool) -> torch.Tensor:
+        weight, state = torch.nn.Parameter(torch.ones(1000)), None
+        for number, gradient in enumerate(gradients):
+            if number % 3 == 0:
+                optimizer = adamw(group(weight), lr=1e-2, weight_decay=0.1, fused=kinds[number // 3])
+                if state is not None:
+                    optimizer.state[weight] = state
+            weight.grad = gradient.clone()
+            optimizer.step()
+            state = optimizer.state[weight]
+        return weight.detach()
+
+    plain = train(False, False)
+    for kinds in ((True, True), (False, True), (True, False)):
+        assert (train(*kinds) - plain).abs().max() <= 1e-6 * plain.abs().max()
+
+
+def test_found_inf_prevents_an_update_of_the_fused_kernel() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = adamw(group(weight), lr=0.1, fused="auto")
+    for veto in (1.0, 0.0):
+        weight.grad = torch.ones(3)
+        optimizer.found_inf = torch.tensor(veto)
+        optimizer.step()
+        assert torch.equal(weight.detach(), torch.ones(3)) == bool(veto)
+        assert optimizer.state[weight]["step"] == 1.0 - veto
+
+
+def manifest_of(run: Path, step: int) -> Path:
+    return run / f"checkpoints/step-{step:08d}" / MANIFEST
+
+
+def test_a_run_goes_on_with_the_kernel_that_it_began_with(tmp_path: Path) -> None:
+    """A checkpoint of before `optim.fused` does not say it: its numbers are those of torch's own choice to the end."""
+    data = make_data(tmp_path / "data")
+    whole = train(command(data, tmp_path, "trainer.export=false", "optim.fused=null"))
+    run = tmp_path / "again/run"
+    shutil.copytree(whole, run)
+    for step in (4, 6):
+        shutil.rmtree(manifest_of(run, step).parent)
+    (run / "run.json").unlink()
+    held = json.loads(manifest_of(run, 2).read_text())
+    del held["fused"], held[OWN_HASH]
+    manifest_of(run, 2).write_text(json.dumps(held))
+    train(command(data, tmp_path / "again", "trainer.export=false"))
+    new = train(command(data, tmp_path, "trainer.export=false", name="new"))
+    end, theirs, others = (load_file(manifest_of(one, 6).with_name("weights.safetensors")) for one in (run, whole, new))
+    assert all(torch.equal(end[name], theirs[name]) for name in theirs)
+    assert not all(torch.equal(end[name], others[name]) for name in theirs)
+    assert [json.loads(manifest_of(one, 6).read_text())["fused"] for one in (run, new)] == [None, "auto"]
+
+
+def test_the_kernel_names_no_other_run() -> None:
+    line = ["recipe=easyvqa_stage2", "size=tiny"]
+    auto, null, no = (
+        run_id(compose_config([*line, *more])) for more in ((), ["optim.fused=null"], ["optim.fused=false"])
+    )
+    bare = compose_config(line)
+    OmegaConf.set_struct(bare, False)
+    del bare.optim["fused"]
+    assert run_id(bare) == auto == null != no

@@ -57,6 +57,8 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
         for key, first in LATER_IMAGE_KEYS.items():
             if isinstance(plan, dict) and plan.get(key) == first:
                 del plan[key]
+    if isinstance(plain["optim"], dict) and plain["optim"].get("fused") in ("auto", None):
+        plain["optim"].pop("fused", None)  # a kernel, chosen by the device or by what a run began with
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
         plain["batch"].pop("micro")
     for group, keys in COSMETIC_KEYS.items():

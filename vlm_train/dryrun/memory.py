@@ -87,6 +87,7 @@ class MemoryNeeds:
         logits: bytes of the loss head at its peak.
         quantized, quantized_bytes: how many of the frozen parameters are stored quantized, and their bytes in all.
         accumulates: whether an optimizer step has several micro-batches.
+        fused: whether the optimizer updates in one kernel, without temporaries.
     """
 
     parameters: int
@@ -100,6 +101,7 @@ class MemoryNeeds:
     quantized: int = 0
     quantized_bytes: float = 0.0
     accumulates: bool = False
+    fused: bool = False
 
     @property
     def size(self) -> int:
@@ -255,8 +257,8 @@ def _share_fsdp(spec: ShardingSpec, needs: MemoryNeeds, gpus: int) -> _Share:
 
 
 def _update_temporaries(learned: float, needs: MemoryNeeds) -> float:
-    """Temporary memory of an update that takes all parameters at once, torch's default on GPUs."""
-    return learned if needs.states else 0.0
+    """Temporary memory of an update that takes all parameters at once, torch's default, but not in one kernel."""
+    return learned if needs.states and not needs.fused else 0.0
 
 
 def list_runnable(needs: MemoryNeeds, hardware: Hardware) -> list[str]:

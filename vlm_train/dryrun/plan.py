@@ -154,6 +154,7 @@ def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations
         quantized=sum(how.weights for how in quantized),
         quantized_bytes=sum(how.stored for how in quantized),
         accumulates=cfg.batch.samples is None or cfg.batch.samples > rows,
+        fused=cfg.optim.get("fused") in ("auto", True),
     )
 
 

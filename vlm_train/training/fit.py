@@ -60,12 +60,15 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.training.callbacks.largest_first import LargestFirst
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.filled import require_filled
+    from vlm_train.training.optim import keep_kernel
     from vlm_train.training.params import make_policy
     from vlm_train.training.prepare_models import prepare_models
     from vlm_train.training.trainer import halves_weights, loop_callbacks, make_strategy, make_trainer
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
+    if resumed:
+        keep_kernel(cfg.optim, resumed.manifest)
     world = count_started(cfg.launch.kind)
     strategy = make_strategy(cfg, world)
     shares = world > 1 and strategy.shards_model and process_rank() > 0  # rank 0 spreads its weights later
@@ -77,7 +80,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
     facts = _collect_facts(cfg, models, data, identity, None if shares else resumed)
-    facts |= {"rollbacks": len(read_rollbacks(folder)), **data.note_estimate()}
+    facts |= {"rollbacks": len(read_rollbacks(folder)), "fused": cfg.optim.get("fused"), **data.note_estimate()}
     count_work = partial(_count_work, cfg, models.skeleton) if cfg.trainer.log_every <= data.plan.steps else None
     module = _make_module(cfg, models, policy, data.plan, folder, count_work if process_rank() == 0 else None)
     evaluation = Evaluation(assembly.processor, evaluators, folder)
@@ -287,14 +290,6 @@ def _write_status(folder: Path, **changes: Any) -> None:
 
 
 def _write_parameters(folder: Path, policy: Any) -> None:
-    rows = [
-        {
-            "name": r.part,
-            "parameters": r.parameters,
-            "trainable": r.lr is not None,
-            "lr": r.lr,
-            "weight_decay": r.weight_decay,
-        }
-        for r in policy.rows
-    ]
+    learned = ({"trainable": r.lr is not None, "lr": r.lr, "weight_decay": r.weight_decay} for r in policy.rows)
+    rows = [{"name": r.part, "parameters": r.parameters} | rates for r, rates in zip(policy.rows, learned, strict=True)]
     record.write_json(RunFolder(folder).parameters, rows)

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+
+FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+"""Where torch updates in one kernel; others take its default."""
 
 
 def adamw(
@@ -23,12 +26,44 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    fused: bool | None = None,
+    fused: bool | Literal["auto"] | None = None,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019). `lr` and `weight_decay` are the defaults that rules refer to."""
+    """AdamW (Loshchilov and Hutter 2019). `lr` and `weight_decay` are the defaults that rules refer to.
+
+    Args:
+        fused: update in one kernel, several times as fast; auto: where torch has one for every parameter. None: torch's
+            own choice, which is not to, as in runs of before this setting. The rounding differs in the last bit.
+
+    Raises:
+        ConfigError: `fused=true`, and torch has no such kernel for a parameter.
+    """
     from torch.optim import AdamW
 
-    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    groups = list(params)
+    if fused in ("auto", True):
+        lacking = _find_unfused(parameter for group in groups for parameter in group["params"])
+        if fused is True and lacking:
+            raise ConfigError(f"optim.fused=true: there is no fused kernel for {lacking}. Allowed: auto, false.")
+        one_kernel: bool | None = lacking is None
+    else:
+        one_kernel = False if fused is False else None
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=one_kernel)
+
+
+def keep_kernel(settings: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Let a run that goes on from `checkpoint`, a manifest, round as it did before: `optim.fused=auto` becomes what the
+    manifest says, None for one of before this setting. In place."""
+    if settings.get("fused") == "auto":
+        settings["fused"] = checkpoint.get("fused")
+
+
+def _find_unfused(parameters: Iterable[Any]) -> str | None:
+    """The first kind of parameter for which torch has no fused AdamW; None: it has one for all."""
+    for parameter in parameters:
+        kernel = parameter.device.type in FUSED_DEVICES and parameter.is_floating_point()
+        if not kernel:
+            return f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}"
+    return None
 
 
 def sgd(params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
