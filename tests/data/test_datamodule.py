@@ -490,4 +490,4 @@ def test_a_killed_worker_of_a_run_is_one_error(tmp_path):
     done = subprocess.run([sys.executable, "-c", kill, *arguments], capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     assert "DataError: a worker process of the data loader ended" in said and "Traceback" not in said, said
-    assert done.returncode == 2
+    assert done.returncode == 1  # the same command may go on

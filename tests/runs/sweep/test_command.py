@@ -207,7 +207,7 @@ def test_several_processes_would_each_run_the_sweep(
 
 @pytest.mark.slow
 def test_a_metric_that_no_run_has_fails_the_job(children: Children, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["-m", STAGE, "optim.lr=0.1", "sweep_metric=val_los"]) == 1
+    assert cli.main(["-m", STAGE, "optim.lr=0.1", "sweep_metric=val_los"]) == 2
     assert "no 'val_los' here. Did you mean val_loss?" in capsys.readouterr().err
 
 
