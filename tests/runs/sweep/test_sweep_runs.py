@@ -126,4 +126,4 @@ def test_ctrl_c_saves_what_runs_and_starts_no_other(launcher: str, data: Path, t
     assert all(any((run / "checkpoints").glob("step-*")) for run in started), "nothing was saved"
     (folder,) = tmp_path.glob("sweep-*")
     assert {job.status for job in records.read_sweep(folder).jobs} == {"interrupted"}
-    assert "Interrupted: SIGINT" in err and "Traceback" not in err
+    assert "Interrupted: SIGINT" in out + err and "Traceback" not in out + err
