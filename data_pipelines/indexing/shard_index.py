@@ -3,11 +3,13 @@ whole. Who writes it, how often, and beside whom, does not change a byte of it."
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -15,15 +17,17 @@ from typing import Any
 
 from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.shards.checksum import crc32, hash_file
+from data_pipelines.sample import Sample
+from data_pipelines.shards.checksum import crc32
 from data_pipelines.shards.index_file import IndexBuilder
 from data_pipelines.shards.layout import Layout
 from data_pipelines.shards.manifest import FileInfo
-from data_pipelines.shards.members import MAX_MEMBER, Member, check_end, is_plain, safe_key
+from data_pipelines.shards.members import MAX_MEMBER, Member, check_end, is_plain, open_tar, safe_key
 from data_pipelines.shards.remote import download_file, is_remote
 from data_pipelines.shards.stats import Stats, measure_lengths
 
 Members = list[tuple[Member, bytes]]
+Found = tuple[Sample, list[bytes]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ def find_record(job: IndexJob, number: int) -> ShardRecord | None:
         return None
     part = job.folder / record.index.name
     whole = part.is_file() and part.stat().st_size == record.index.bytes
-    same = is_remote(address) or Path(address).stat().st_size == record.shard.bytes
+    same = is_remote(address) or (Path(address).is_file() and Path(address).stat().st_size == record.shard.bytes)
     return record if whole and same else None
 
 
@@ -79,44 +83,72 @@ def index_shard(job: IndexJob, number: int) -> ShardRecord:
     A sample that cannot be used, and what follows a cut, is left out and noted. Raises `DataError` if the shard cannot
     be had at all.
     """
-    address = job.addresses[number]
+    for _ in read_shard(job, number, job.folder / "index"):
+        pass
+    record = ShardRecord.read(record_path(job.folder, number))
+    assert record is not None, "written above"
+    return record
+
+
+def read_shard(job: IndexJob, number: int, fetched: Path) -> Iterator[tuple[str, Found | DataError]]:
+    """The samples of shard `number` in file order: the key, and the sample and its media, or why it cannot be used.
+
+    Once all are taken, the shard's index and record are written, unless they are there. A remote shard is fetched whole
+    into the folder `fetched`, where its space is freed when it is closed. Raises `DataError` if it cannot be had.
+    """
+    builder, stats, bad = IndexBuilder(), Stats(), list[tuple[str, str]]()
+    with _open_shard(job.addresses[number], fetched) as file:
+        for key, members in scan_samples(file, job.layout):
+            try:
+                if isinstance(members, BadSample):
+                    raise members
+                found = job.layout.read_sample(key, [(member.name, data) for member, data in members])
+                builder.add_sample(0, found[0], [member for member, _ in members])
+            except DataError as error:
+                bad.append((key, str(error)))
+                yield key, error
+                continue
+            stats.add_lengths(measure_lengths(*found))
+            yield key, found
+        if find_record(job, number) is None:
+            _write_record(job, number, file, builder, stats, bad)
+
+
+def _open_shard(address: str, fetched: Path) -> BufferedReader:
     if not is_remote(address):
-        return _index_file(job, number, Path(address))
-    with tempfile.TemporaryDirectory(dir=job.folder / "index", prefix=".fetched-") as folder:
+        try:
+            return open(address, "rb")
+        except OSError as error:
+            raise DataError(f"{address}: cannot be read: {error}") from error
+    fetched.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=fetched, prefix=".fetched-") as folder:
         path = Path(folder) / "shard.tar"
         download_file(address, path)
-        return _index_file(job, number, path)
+        return open(path, "rb")
 
 
-def _index_file(job: IndexJob, number: int, path: Path) -> ShardRecord:
-    builder, stats, bad = IndexBuilder(), Stats(), list[tuple[str, str]]()
-    for key, found in scan_samples(path, job.layout):
-        try:
-            if isinstance(found, BadSample):
-                raise found
-            sample, blobs = job.layout.read_sample(key, [(member.name, data) for member, data in found])
-            builder.add_sample(0, sample, [member for member, _ in found])
-        except DataError as error:
-            bad.append((key, str(error)))
-            continue
-        stats.add_lengths(measure_lengths(sample, blobs))
+def _write_record(
+    job: IndexJob, number: int, file: BufferedReader, builder: IndexBuilder, stats: Stats, bad: list[tuple[str, str]]
+) -> None:
+    (job.folder / "index").mkdir(parents=True, exist_ok=True)
     part = builder.write_file(record_path(job.folder, number).with_suffix(".npz"))
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = ShardRecord(
-        shard=FileInfo(job.addresses[number], path.stat().st_size, hash_file(path), len(builder)),
+        shard=FileInfo(job.addresses[number], file.tell(), digest, len(builder)),
         index=FileInfo(f"index/{part.name}", part.bytes, part.sha256, len(builder)),
         stats=stats.export_state(),
         bad=tuple(bad),
         layout=job.layout.to_json(),
     )
-    with atomic_write(record_path(job.folder, number), sync=True) as file:
-        json.dump(asdict(record), file)
-    return record
+    with atomic_write(record_path(job.folder, number), sync=True) as out:
+        json.dump(asdict(record), out)
 
 
-def scan_samples(path: Path, layout: Layout) -> Iterator[tuple[str, Members | BadSample]]:
+def scan_samples(file: BufferedReader, layout: Layout) -> Iterator[tuple[str, Members | BadSample]]:
     """The samples of a tar in file order: the key, and the members that `layout` reads, or why it has none."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_tar(file) as tar:
             for key, found in groupby(_read_members(tar, layout), key=itemgetter(0)):
                 members, problems = Members(), list[str]()
                 for _, member in found:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media.limits import media_item
 from data_pipelines.sample import Sample
 from data_pipelines.shards.members import JSON, MEDIA, caption_annotation, member_extension, parse_object
+
+LAYOUTS = Path(__file__).parents[1] / "conf" / "layout"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,16 @@ class Layout:
             )
         lists = {name: tuple(map(str, data.get(name, ()))) for name in ("media", "meta")}
         return cls(text=str(data.get("text", "txt")), **lists)
+
+    @classmethod
+    def from_option(cls, option: str | Mapping[str, Any]) -> Layout:
+        """The layout of a file in `conf/layout`, by its name, or of the same options. Raises `DataError`."""
+        if isinstance(option, Mapping):
+            return cls.from_json(option)
+        files: dict[Any, Path] = {path.stem: path for path in LAYOUTS.glob("*.yaml")}
+        if not isinstance(option, str) or option not in files:
+            raise DataError(f"layout: got {option!r}; allowed: {', '.join(sorted(files))}, or text, media and meta")
+        return cls.from_json(OmegaConf.to_container(OmegaConf.load(files[option])))  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""

@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.media.limits import media_item
@@ -66,9 +66,11 @@ class _BoundedInfo(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
-def open_tar(path: Path) -> tarfile.TarFile:
+def open_tar(source: Path | BinaryIO) -> tarfile.TarFile:
     """An uncompressed tar. Raises `tarfile.TarError` and `OSError`, now and while its members are read."""
-    return tarfile.open(path, "r:", tarinfo=_BoundedInfo)
+    if isinstance(source, Path):
+        return tarfile.open(source, "r:", tarinfo=_BoundedInfo)
+    return tarfile.open(fileobj=source, mode="r:", tarinfo=_BoundedInfo)
 
 
 def member_extension(name: str) -> str:

@@ -38,6 +38,7 @@ def missing_assets(cfg: DictConfig, expected: Collection[Path] = (), *, ask_hub:
     problems = [
         *_missing_weights(cfg, ask_hub),
         *_missing_shards(cfg),
+        *_missing_tars(cfg),
         *_missing_runs(cfg, expected),
         *_missing_packages(cfg),
     ]
@@ -98,6 +99,20 @@ def _missing_shards(cfg: DictConfig) -> Iterator[str]:
             folder = entry.get("columns")
             if folder is not None and not (Path(folder) / "columns.json").is_file():
                 yield f"data.{split}.{index}.columns: {folder} has no columns.json: it holds no finished columns."
+
+
+def _missing_tars(cfg: DictConfig) -> Iterator[str]:
+    """The tars of a stream that lie on this machine; of others, that they may be read from there."""
+    from data_pipelines.indexing.addresses import expand_addresses
+    from vlm_train.data.stream import list_addresses
+
+    for entry in (resolve_key(cfg, "data") or {}).get("train") or [] if cfg.mode == "fit" else []:
+        texts = list_addresses(entry) if "stream" in entry else []
+        here = [one for one in texts if "://" not in one or one.endswith(".tar")]  # others have to be listed
+        try:
+            expand_addresses(here) if here else []
+        except DataError as error:
+            yield f"data.train: {str(error).removeprefix('shards: ')}"
 
 
 def _lost_shards(folder: Path) -> list[str]:

@@ -26,6 +26,7 @@ from vlm_train.check.settings import (
     check_literals,
     check_numbers,
     check_run,
+    check_stream,
     check_texts,
     check_warmup,
     check_zero,
@@ -219,7 +220,7 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 
 CHECKS: list[Check] = [
     check_values, check_groups, check_auto, check_encoders, check_targets, check_unsafe_keys, check_literals,
-    check_numbers, check_texts, check_data, check_batch, check_length, check_warmup, check_columns, check_peft,
-    check_launch, check_zero, check_own_strategy, check_run,
+    check_numbers, check_texts, check_data, check_stream, check_batch, check_length, check_warmup, check_columns,
+    check_peft, check_launch, check_zero, check_own_strategy, check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

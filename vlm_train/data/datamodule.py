@@ -31,7 +31,8 @@ from vlm_train.data.order.mixture import STORED_SAMPLES, Mixture
 from vlm_train.data.order.sample_plan import Packing, Plan, SamplePlan, Sizes
 from vlm_train.data.order.token_plan import PackingCursor, TokenPlan
 from vlm_train.data.processor import Processor
-from vlm_train.distributed import exit_with_parent
+from vlm_train.data.stream import StreamShards, open_entries
+from vlm_train.distributed import exit_with_parent, say_once
 from vlm_train.errors import ENDING, ConfigError
 from vlm_train.seeds import derive_seed
 
@@ -45,7 +46,7 @@ class VLMData(pl.LightningDataModule):
         train, val: shard sets, `{shards: folder, name, limit, loss_weight}`; `columns`, a folder of numbers beside it,
             where an objective reads some; and, for train, how each takes part in the mixture: `repeat`, `weight`,
             `share` (`vlm_train.data.order.mixture.Share`), and `samples`, its published size, which only a dry run
-            reads.
+            reads; or one `{stream: addresses of tars without index}`, see `vlm_train.data.stream.StreamShards`.
         mixture, temperature, shuffle: the order, see `vlm_train.data.order.mixture.Mixture`.
         block_samples: its `block`; shuffle_buffer_shards: its `pool`.
         group_by: modality | length | modality_length | null, see `vlm_train.data.order.sample_plan.SamplePlan`.
@@ -65,6 +66,8 @@ class VLMData(pl.LightningDataModule):
         processor, batch, seed: given by `build.py`: the run's processor, and its `batch`. `plan` is set by `fit`.
         columns: given by `build.py`: the columns of numbers beside the shards that objectives read.
     """
+
+    plan: Plan | None = None
 
     def __init__(
         self,
@@ -99,6 +102,8 @@ class VLMData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         _check_settings(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
+        known = {"pack": pack, "group_by": group_by, "limit": limit, "val_share": val_share, "over_length": over_length}
+        train, shuffle = open_entries(train, known, batch.samples, shuffle, seed=seed, cache=cache, fetched=shard_cache)
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
@@ -106,15 +111,13 @@ class VLMData(pl.LightningDataModule):
         self.train = Samples(train, processor, options, seed=seed, limit=limit, columns=columns, remote=remote)
         self.val = Samples(val, processor, options, seed=seed, limit=val_limit, columns=columns, remote=remote)
         self._divide_samples(0.0 if val else val_share, val_limit)
-        order: dict[str, Any] = {"rule": mixture, "temperature": temperature}
+        order: dict[str, Any] = {"rule": mixture, "temperature": temperature, "block": block_samples}
         computed = shuffle == "full" and len(self.train) > STORED_SAMPLES
-        order |= {"shuffle": "computed" if computed else shuffle, "block": block_samples, "pool": shuffle_buffer_shards}
+        order |= {"shuffle": "computed" if computed else shuffle, "pool": shuffle_buffer_shards}
         self.mixture = Mixture(sources=self.train.list_shares(), seed=seed, **order)
-        self.max_length, self.over_length = max_length, over_length
         self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
         self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
-        self.workers, self.prefetch = workers, prefetch
-        self.plan: Plan | None = None
+        self.max_length, self.over_length, self.workers, self.prefetch = max_length, over_length, workers, prefetch
         self.estimates_steps = self._counts_steps = False
 
     def _divide_samples(self, val_share: float, val_limit: int | None) -> None:
@@ -161,7 +164,9 @@ class VLMData(pl.LightningDataModule):
             epochs, most: passes over the mixture, and steps at most; None: no such limit.
             cost: what a sample takes to compute; packed rows are assigned to ranks by it.
         """
-        packing = self._make_packing(cost)
+        packing, shards = self._make_packing(cost), self.train.sources[0].shards
+        if isinstance(shards, StreamShards):
+            say_once(shards.describe_reading(world, self.workers))
         total = None if epochs is None else math.ceil(epochs * self.mixture.samples)
         if tokens is not None:
             assert packing is not None, "checked with the configuration"
@@ -265,7 +270,7 @@ def _check_settings(train: Any, val: Any, val_share: float, **least_one: int | N
     problems = [] if train else ["data.train: names no shard set; allowed: a list of {shards: <folder>}"]
     for name, entries in (("train", train), ("val", val)):
         for number, one in enumerate(entries):
-            if not one.get("shards"):
+            if not one.get("shards") and not (name == "train" and "stream" in one):
                 problems.append(f"data.{name}[{number}]: got {one}; it must name a folder as `shards`")
     if not 0.0 <= val_share < 1.0:
         problems.append(f"data.val_share: {val_share}; allowed: 0 (none) to below 1")

@@ -25,6 +25,7 @@ from vlm_train.data.collate import Example
 from vlm_train.data.order.lengths import VERSION, Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import SampleRef, Share
 from vlm_train.data.processor import Processor
+from vlm_train.data.stream import StreamShards
 from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.data.text.split import NoPiece
 from vlm_train.errors import ConfigError
@@ -65,7 +66,9 @@ class Source:
 
         `remote`: see `ShardSet`.
         """
-        shards = ShardSet(entry["shards"], **remote)
+        shards = entry["shards"]  # a stream is open already
+        if not isinstance(shards, StreamShards):
+            shards = ShardSet(shards, **remote)
         if not len(shards):
             raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
         size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])

@@ -15,6 +15,7 @@ from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.contracts.streams import QFORMER
 from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.processor import Processor
+from vlm_train.data.stream import ENDLESS
 from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.data.text.streams import IGNORE, Stream
 
@@ -35,7 +36,8 @@ def show_sample(processor: Processor, shards: ShardSet, options: Mapping[str, An
     sample, blobs = shards.load_sample(0)
     rendered = processor.render(sample, RenderOptions(**options))
     source = f", source {sample.source}" if sample.source else ""
-    print(f"sample {sample.key}, number 0 of {len(shards)} in {shards.address}{source}")
+    count = f"of {len(shards)} " if len(shards) < ENDLESS else ""
+    print(f"sample {sample.key}, number 0 {count}in {shards.address}{source}")
     others = {} if processor.instruction is None else {QFORMER: processor.instruction.tokenizer}
     print(format_tokens(rendered, processor.tokenizer, sys.stdout.isatty(), others))
     if rendered.media and processor.images:

@@ -42,9 +42,12 @@ def _warmup_steps(cfg: DictConfig, steps: int) -> int:
 
 
 def _count_samples(cfg: DictConfig) -> int | None:
-    """Training samples of one pass over all sources: by the shards' own count, or the published one."""
+    """Training samples of one pass over all sources: by the shards' own count, or the published one;
+    None where nothing says it."""
     total = 0
     for source in cfg.data.train:
+        if "stream" in source:
+            return None
         folder = Path(str(source.shards))
         count = Manifest.read(folder).samples if (folder / MANIFEST).is_file() else source.get("samples")
         if count is None:

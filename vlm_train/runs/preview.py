@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines.shards.shard_set import ShardSet
 from vlm_train.config.run_identity import run_dir
@@ -19,9 +20,18 @@ def show_sample(cfg: DictConfig) -> None:
     options = {name: cfg.data[name] for name in ("annotations", "max_length", "over_length")}
     options["prefix_split"] = cfg.data.get("prefix_split") or False
     folder = run_dir(cfg) if cfg.run else Path(cfg.paths.runs) / "show" / cfg.recipe_name
-    show_sample(
-        build_assembly(cfg).processor, ShardSet(cfg.data.train[0].shards), options, seed=cfg.seed, folder=folder
-    )
+    show_sample(build_assembly(cfg).processor, _open_first(cfg), options, seed=cfg.seed, folder=folder)
+
+
+def _open_first(cfg: DictConfig) -> Any:
+    """The shards of the first entry of `data.train`, a stream in the order of its files."""
+    from vlm_train.data.stream import open_stream
+
+    entry = cfg.data.train[0]
+    if "stream" not in entry:
+        return ShardSet(entry.shards)
+    how = {"seed": cfg.seed, "cache": cfg.data.cache, "fetched": cfg.data.get("shard_cache")}
+    return open_stream(OmegaConf.to_container(entry, resolve=True), 1, "none", **how)["shards"]  # type: ignore[arg-type]
 
 
 def measure_lengths(cfg: DictConfig) -> None:

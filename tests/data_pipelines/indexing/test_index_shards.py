@@ -98,19 +98,19 @@ def test_the_index_of_a_shard_is_the_same_whoever_writes_it(tmp_path, web):
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, web, monkeypatch):
     tars, out = str(web()), tmp_path / "set"
     read: list[int] = []
-    inner = shard_index._index_file
+    inner = shard_index.read_shard
 
-    def index_file(job, number, path):
+    def read_shard(job, number, fetched):
         if len(read) == 2:
             raise KeyboardInterrupt
         read.append(number)
-        return inner(job, number, path)
+        return inner(job, number, fetched)
 
-    monkeypatch.setattr(shard_index, "_index_file", index_file)
+    monkeypatch.setattr(shard_index, "read_shard", read_shard)
     with pytest.raises(KeyboardInterrupt):
         index_shards(tars, out, Layout(), workers=1)
     assert read == [0, 1] and not (out / "manifest.json").exists()
-    monkeypatch.setattr(shard_index, "_index_file", lambda *job: read.append(job[1]) or inner(*job))
+    monkeypatch.setattr(shard_index, "read_shard", lambda *job: read.append(job[1]) or inner(*job))
     index_shards(tars, out, Layout(), workers=1)
     assert read == [0, 1, 2] and texts(ShardSet(out)) == ALL
     index_shards(tars, out, Layout(text="json.caption"), workers=1)  # another layout: all again
