@@ -56,7 +56,7 @@ class Guard:
 
     def reason_to_skip(self, norm: float, step: int = 0) -> str | None:
         """Why the update of a step is left out; None: it is made. The same on every rank."""
-        if any(first <= step <= last for first, last in self.skip):
+        if self.is_told_to_skip(step):
             return ON_DEMAND
         if not math.isfinite(norm):
             self.overflows += 1
@@ -70,6 +70,10 @@ class Guard:
         self.norms.append(norm)
         self.in_a_row = 0
         return None
+
+    def is_told_to_skip(self, step: int) -> bool:
+        """Whether a step makes no update whatever its norm."""
+        return any(first <= step <= last for first, last in self.skip)
 
     def leave_out(self, step: int, reason: str, keys: list[str], rank: int) -> None:
         """Record a step without update. Raises TrainingError, on every rank, when it is one too many."""

@@ -46,6 +46,12 @@ class Sums:
         copied.totals, copied.sources = dict(self.totals), dict(self.sources)
         return copied
 
+    def put_back_where(self, condition: Tensor, earlier: Sums) -> None:
+        """Make these sums what they were `earlier` if `condition` holds, a bool `[]` on their device."""
+        for held, before in ((self.totals, earlier.totals), (self.sources, earlier.sources)):
+            for key, value in held.items():
+                held[key] = torch.where(condition, before.get(key, torch.zeros_like(value)), value)
+
     def read_sums(self) -> dict[str, float]:
         """The sums of this rank, in one copy from the device."""
         values = torch.stack(list(self.totals.values())).tolist() if self.totals else []
@@ -73,7 +79,8 @@ class Sums:
         losses = [key for key in row if key.endswith("_loss")]
         if len(losses) == 1:
             row.pop(losses[0])  # the only one is the loss
-        return {"loss": total} | row | self._by_source(over_ranks) if by_name else {}
+        learned = any(by_name[name] for name in by_name if name.endswith("/count"))
+        return {"loss": total} | row | self._by_source(over_ranks) if learned else {}
 
     def _by_source(self, over_ranks: OverRanks) -> dict[str, float]:
         """`loss/<source>`, the total over a source's own samples; nothing where all are of one source."""

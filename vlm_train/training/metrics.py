@@ -82,9 +82,14 @@ class Meter:
             self.add_count("skipped")
             self.add_count(f"skipped/{problem.kind}")
 
-    def leave_out(self) -> None:
-        """Forget the losses of the last step, which made no update."""
-        self.train = self.marked
+    def leave_out_where(self, veto: Tensor) -> None:
+        """Forget the losses of the last step where `veto`, a bool `[]` on the device, says so."""
+        self.train.put_back_where(veto, self.marked)
+
+    def leave_out(self, *, opened: bool = False) -> None:
+        """Forget the losses of the last step, which made no update. `opened`: the next one has begun, and the device
+        has forgotten them."""
+        self.train = self.train if opened else self.marked
         self.add_count("skipped_steps")
 
     def start_clock(self, step: int = 0) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_train.contracts.batch import Batch, Window
 from vlm_train.contracts.family import Family
@@ -25,10 +25,11 @@ from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.sweep.summary import format_duration
 from vlm_train.seeds import derive_seed
 from vlm_train.training.bad_samples import BadSamples
+from vlm_train.training.clipping import LateVerdict, clip_gradients, name_norms, read_norms
 from vlm_train.training.first_step import FirstSteps, count_targets
 from vlm_train.training.gather import RankGather
 from vlm_train.training.guard import SCALE, Guard
-from vlm_train.training.metrics import Meter, Work, all_finite, part_norms
+from vlm_train.training.metrics import Meter, Work, all_finite
 from vlm_train.training.params import Policy, freeze_eval
 
 
@@ -87,6 +88,7 @@ class VLMModule(pl.LightningModule):
         self.guard, self.first_steps = guard or Guard(folder), first_steps or FirstSteps()
         self.keys: list[str] = []  # of the samples of the step
         self.left_out: str | None = None  # why the last step made no update
+        self.late: LateVerdict | None = None  # on the last step, where a GPU itself vetoes
         self.grad_norms: dict[str, Tensor] = {}  # of the last optimizer step, by part and in all
         self.train()  # Lightning keeps the modes it finds, so they are set here
 
@@ -142,17 +144,13 @@ class VLMModule(pl.LightningModule):
             return
 
         if not strategy.clips_gradients:  # DeepSpeed does within its step, where it calls `objects_to`
-            self._clip_gradients()
+            clip_gradients(self)
         cast(Any, self.optimizers()).step()
         self.zero_grad(set_to_none=True)
-        if self.left_out is None and not strategy.made_update():
-            self.left_out = SCALE
+        self.left_out = self.left_out or (None if strategy.made_update() else SCALE)
         self.first_steps.look(self)
-        if self.left_out is None:
-            cast(Any, self.lr_schedulers()).step()
-        else:
-            self.meter.leave_out()
-            self.guard.leave_out(self.global_step, self.left_out, self.keys, self.global_rank)
+        if self.late is None:
+            self._follow_update(self.global_step, self.keys)
         self.model.clamp_()
 
     def forward(self, batch: Batch) -> Tensor:
@@ -190,22 +188,26 @@ class VLMModule(pl.LightningModule):
         if reason or (last and self.bad.bad):  # on every rank
             self.bad.say_left_out(reason, self.over_ranks(dict(self.bad.kinds)), self.global_rank)
 
-    def _clip_gradients(self) -> None:
-        """Clip by the global norm, unless the guard objects: a parameter without gradient is not updated."""
-        cast(Any, self.trainer.strategy).unscale_gradients()
-        norms = part_norms(self.policy)
-        total = nn.utils.get_total_norm(norms.values())
-        if self.objects_to(total, norms):
-            self.zero_grad(set_to_none=True)
-        elif self.max_grad_norm is not None:
-            parameters = [p for group in self.policy.groups for p in group.parameters]
-            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total)
-
     def objects_to(self, norm: Tensor, of_parts: Mapping[str, Tensor] | None = None) -> bool:
         """Whether the update with gradients of this norm, over all ranks and parameters, is left out."""
-        self.grad_norms = {"grad_norm": norm} | {f"grad_norm/{part}": one for part, one in (of_parts or {}).items()}
+        self.grad_norms = name_norms(norm, of_parts or {})
         self.left_out = self.guard.reason_to_skip(float(norm), self.global_step + 1)
         return self.left_out is not None
+
+    def settle_update(self, *, opened: bool = False) -> None:
+        """Hear, before the next update or log line, whether a GPU vetoed the last one. `opened`: the next has begun."""
+        if (late := self.late) is not None:
+            self.late, self.left_out = None, self.guard.reason_to_skip(late.read_norm(), late.step)
+            self._follow_update(late.step, late.keys, opened=opened)
+            self.left_out = None if opened else self.left_out
+
+    def _follow_update(self, step: int, keys: list[str], *, opened: bool = False) -> None:
+        """What an update that was made, or not, means for the schedule, the log and the guard."""
+        if self.left_out is None:
+            cast(Any, self.lr_schedulers()).step()
+        else:
+            self.meter.leave_out(opened=opened)
+            self.guard.leave_out(step, self.left_out, keys, self.global_rank)
 
     def log_training(self) -> None:
         """Write what happened since the last log line, and check it."""
@@ -213,9 +215,7 @@ class VLMModule(pl.LightningModule):
         self._require_finite("training", row)
         groups = self.trainer.optimizers[0].param_groups
         row |= {f"lr/{g['name']}": max(o["lr"] for o in groups if o["name"] == g["name"]) for g in groups}
-        if self.grad_norms:
-            norms = dict(zip(self.grad_norms, torch.stack(list(self.grad_norms.values())).tolist(), strict=True))
-            row |= {k: v for k, v in norms.items() if math.isfinite(v)}  # 16-mixed skips steps that overflow
+        row |= read_norms(self.grad_norms)
         self.write_metrics("train", row)
 
     def over_ranks(self, values: dict[str, float]) -> dict[str, float]:

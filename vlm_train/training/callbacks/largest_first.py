@@ -158,6 +158,8 @@ def _hold_states(trainer: Any) -> list[torch.Tensor]:
 class _NotYet:
     """In place of `FirstSteps`."""
 
+    watch = None
+
     def take_counts(self, sums: list[float]) -> list[float]:
         return sums[: -len(COUNTED)]
 

@@ -60,11 +60,15 @@ class AfterStep(pl.Callback):
         if window is None or window.micro + 1 < window.micro_count:
             return
         step, module = trainer.global_step, cast(Any, pl_module)
-        if step == self.total or step % self.log_every == 0:
+        logs = step == self.total or step % self.log_every == 0
+        validates = self._measures_loss(step) or self._evaluates(step)
+        if logs or validates or module.stopping or self._saves(step):
+            module.settle_update()
+        if logs:
             module.log_training()
         if module.stopping:
             self.checkpoints.stop(trainer)
-        if self._measures_loss(step) or self._evaluates(step):
+        if validates:
             self._validate(trainer, module)
         elif self._saves(step):
             self.checkpoints.save(trainer)

@@ -16,6 +16,8 @@ from vlm_train.training.strategies.state import OwnState, torch_pieces
 class Replicated(OwnState):
     """Single and DDP: rank 0 holds everything, so it writes everything."""
 
+    device_can_veto = True
+
     def pieces(self, named: dict[str, nn.Parameter]) -> Iterator[Piece]:
         """Pieces of the optimizer's states, which rank 0 writes."""
         return torch_pieces(self.optimizers[0], named, owned=self.is_global_zero)

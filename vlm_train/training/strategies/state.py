@@ -45,6 +45,9 @@ class OwnState:
     compute_dtype: torch.dtype | None = None
     """Type to which the strategy itself casts weights for a forward pass, without Lightning's precision plugin."""
 
+    device_can_veto: ClassVar[bool] = False
+    """Whether a fused optimizer's step is the whole update, so that its `found_inf` prevents it."""
+
     clips_gradients = False
     """Whether the optimizer's step clips, and asks the module's `objects_to` itself."""
 
