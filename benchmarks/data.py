@@ -1,7 +1,7 @@
 """Benchmarks of the data half: `python -m benchmarks.data [key=value ...]`, or `make bench ARGS="..."`.
 
-Options: quick=true (2 minutes; default) or false; lines=[loader,scaled,raw,position,resume,planner,peers] (by default
-all, when quick all but peers);
+Options: quick=true (2 minutes; default) or false; lines=[loader,torch_resize,scaled,raw,position,resume,planner,peers]
+(by default all, when quick all but peers);
 peers_python=<interpreter with the peers installed>; folder=<where the made pictures are kept>; output=<file>.json.
 """
 
@@ -56,6 +56,11 @@ def loader(settings: Settings) -> Iterator[Line]:
         yield _against_webdataset(f"loader, {workers} workers", settings, "small", workers=workers, must=1.0, aim=1.3)
 
 
+def torch_resize(settings: Settings) -> Iterator[Line]:
+    """The same with torch's resize: all but the same pixels."""
+    yield _against_webdataset("loader, torch's resize", settings, "small", resize="torch", must=1.3, aim=1.5)
+
+
 def scaled(settings: Settings) -> Iterator[Line]:
     """The same with our scaled decoding: other pixels."""
     for size, must, aim in (("medium", 1.7, 2.0), ("large", 3.0, 4.0)):
@@ -64,14 +69,14 @@ def scaled(settings: Settings) -> Iterator[Line]:
 
 
 def _against_webdataset(
-    name: str, settings: Settings, size: str, *, must: float, aim: float, workers: int = 0, draft: bool = False
+    name: str, settings: Settings, size: str, *, must: float, aim: float, workers: int = 0, **image: Any
 ) -> Line:
     folder = settings.shards(size)
     steps, skip = settings.samples(size) // BATCH, 1 + workers
 
     def ours() -> float:
         return rate(
-            our_loader(folder, steps, workers=workers, draft=draft),
+            our_loader(folder, steps, workers=workers, **image),
             lambda batch: batch.media.inputs["vision"].views_total,
             skip,
         )
@@ -197,7 +202,7 @@ def peers(settings: Settings) -> Iterator[Line]:
 
 
 LINES: dict[str, Callable[[Settings], Iterator[Line]]] = {
-    one.__name__: one for one in (loader, scaled, raw, position, resume, planner, peers)
+    one.__name__: one for one in (loader, torch_resize, scaled, raw, position, resume, planner, peers)
 }
 
 

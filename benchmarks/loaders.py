@@ -26,7 +26,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import GridLayout, MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.datamodule import VLMData
-from vlm_train.data.images.transform import ImageTransform, Mode
+from vlm_train.data.images.transform import ImageTransform, Mode, Resizer
 from vlm_train.data.order.cost import Cost
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.template import ChatTemplate
@@ -48,13 +48,14 @@ def our_data(
     workers: int = 0,
     mode: Mode = "crop",
     draft: bool = False,
+    resize: Resizer = "pillow",
     shuffle: bool = True,
 ) -> VLMData:
     """The data module of a LLaVA-1.5 run (576 image tokens, one token a byte of text), `steps` before its end."""
     data = VLMData(
         train=[{"shards": str(folder)}],
         val=[],
-        processor=our_processor(mode, draft),
+        processor=our_processor(mode, draft, resize),
         batch=BatchSize(samples=BATCH, micro=BATCH),
         shuffle="full" if shuffle else "none",
         workers=workers,
@@ -67,10 +68,11 @@ def our_data(
     return data
 
 
-def our_processor(mode: Mode = "crop", draft: bool = False) -> Processor:
+def our_processor(mode: Mode = "crop", draft: bool = False, resize: Resizer = "pillow") -> Processor:
     """That of the run."""
     options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
-    plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, patch_grid=patch_grid, jpeg_draft=draft)
+    about: dict[str, Any] = {"patch_grid": patch_grid, "jpeg_draft": draft, "resize": resize}
+    plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, **about)
     return Processor(
         template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),
         tokenizer=byte_level(),

@@ -1,6 +1,6 @@
 """Benchmarks of the trainer: `python -m benchmarks.trainer [key=value ...]`.
 
-Options: quick=true (default) or false; lines=[step,fixed,checkpoint,saves] (by default all); output=<file>.json.
+Options: quick=true (default) or false; lines=[step,fused,fixed,checkpoint,saves] (by default all); output=<file>.json.
 """
 
 from __future__ import annotations
@@ -72,9 +72,17 @@ def step(settings: Settings) -> Iterator[Line]:
         yield ratio(f"step / {name}", pairs, **about)
 
 
-def train(side: Side, steps: int, tick: Tick) -> None:
+def fused(settings: Settings) -> Iterator[Line]:
+    """Time of our optimizer step with AdamW in one kernel / without."""
+    steps = FIRST + (40 if settings.quick else 200)
+    with_it, without = (partial(train, sides.ours, steps, overrides=(f"optim.fused={kind}",)) for kind in (True, False))
+    pairs = in_turns(with_it, without, steps)[FIRST:]
+    yield ratio("step, AdamW fused / not", pairs, must=1.0, less=True, unit="s/step")
+
+
+def train(side: Side, steps: int, tick: Tick, *, overrides: tuple[str, ...] = ()) -> None:
     """One side trains the small LLaVA and says when a step is done."""
-    work = small_llava(ROWS)
+    work = small_llava(ROWS, *overrides)
     work.clock = partial(Told, tick)
     side(work, steps)
 
@@ -150,7 +158,9 @@ def saves(settings: Settings) -> Iterator[Line]:
     yield Line(name="blocked by an async / a sync save", value=middle, must=0.2, aim=0.05, less=True, **spread)
 
 
-LINES: dict[str, Callable[[Settings], Iterator[Line]]] = {one.__name__: one for one in (step, fixed, checkpoint, saves)}
+LINES: dict[str, Callable[[Settings], Iterator[Line]]] = {
+    one.__name__: one for one in (step, fused, fixed, checkpoint, saves)
+}
 
 
 def main(argv: list[str]) -> int:

@@ -39,7 +39,7 @@ LATER_KEYS = {
 """Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
 
 
-LATER_IMAGE_KEYS = {"upright": True, "background": [255, 255, 255]}
+LATER_IMAGE_KEYS = {"upright": True, "background": [255, 255, 255], "resize": "pillow"}
 """Keys of an image plan that came later, with their first values: runs of before keep their ids."""
 
 

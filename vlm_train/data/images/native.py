@@ -14,7 +14,8 @@ from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
-from vlm_train.data.images.transform import check_background, decode_image
+from vlm_train.data.images.torch_resize import resize_by_torch
+from vlm_train.data.images.transform import Resizer, check_background, decode_image
 from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
@@ -30,6 +31,7 @@ class NativeResolution:
         patch_grid: the encoder's patch grid of a view; given by `build.py`.
         merge: sides are multiples of so many patches, for connectors that join `merge` x `merge` of them.
         min_pixels, max_pixels: least and most pixels of a view; images outside are scaled, their aspect kept.
+        resize: "pillow" or "torch", as in `ImageTransform`.
         background: the color behind transparent pictures, 0 to 255 for red, green and blue; null: whatever color the
             file has there, black mostly.
         frames: most frames of a video that are used, evenly spaced.
@@ -45,6 +47,7 @@ class NativeResolution:
         merge: int = 2,
         min_pixels: int = 3136,
         max_pixels: int = 1_003_520,
+        resize: Resizer = "pillow",
         background: Sequence[int] | None = WHITE,
         frames: int = 8,
     ) -> None:
@@ -59,7 +62,7 @@ class NativeResolution:
             )
         self.patch_size, self.patch_grid, self.frames = patch_size, patch_grid, frames
         self.background = None if background is None else tuple(background)
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.min_pixels, self.max_pixels, self.resize = min_pixels, max_pixels, resize
 
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
         """Patch grids of the views of an image (one) or a video (one a used frame)."""
@@ -99,6 +102,8 @@ class NativeResolution:
                 kind="image",
             )
         size = self.view_size(MediaSize(width=width, height=height))
+        if self.resize == "torch":
+            return np.asarray(resize_by_torch(picture, (size.width, size.height)))
         return np.asarray(picture.resize((size.width, size.height), Image.Resampling.BICUBIC))
 
     def _cut(self, pictures: list[np.ndarray]) -> Views:

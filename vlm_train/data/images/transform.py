@@ -30,10 +30,12 @@ from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.rand_augment import LEVELS, distort_image, draw_distortions
 from vlm_train.data.images.resize import MOST_PIXELS, resized_part
+from vlm_train.data.images.torch_resize import resize_by_torch
 from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
 Mode = Literal["crop", "pad", "resize"]
+Resizer = Literal["pillow", "torch"]
 
 ASPECTS, TRIES = (3 / 4, 4 / 3), 10
 """Width over height of a random part, and how often one is drawn that fits, before the middle is taken."""
@@ -67,6 +69,8 @@ class ImageTransform:
             Faster for images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and
             2048 x 1536 -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7,
             at most 56.
+        resize: "pillow": to the bit what the CLIP processor of `transformers` makes on Pillow; "torch": faster, and all
+            but the same pixels, see `torch_resize`.
         upright: turn pictures as their Exif orientation says; false: as they are stored, as LLaVA's code trains them.
         background: the color behind transparent pictures, 0 to 255 for red, green and blue; null: whatever color the
             file has there, black mostly, as in LLaVA's code.
@@ -84,6 +88,7 @@ class ImageTransform:
         random_resized_crop: Sequence[float] | None = None,
         rand_augment: Mapping[str, int] | None = None,
         jpeg_draft: bool = False,
+        resize: Resizer = "pillow",
         upright: bool = True,
         background: Sequence[int] | None = WHITE,
         frames: int = 8,
@@ -111,7 +116,7 @@ class ImageTransform:
         self.fill = tuple(int(channel * 255) for channel in mean)
         self.flip = flip
         self.random_resized_crop, self.rand_augment = random_resized_crop, rand_augment
-        self.jpeg_draft = jpeg_draft
+        self.jpeg_draft, self.resize = jpeg_draft, resize
         self.upright, self.background = upright, None if background is None else tuple(background)
         self.frames = frames
 
@@ -157,17 +162,19 @@ class ImageTransform:
     ) -> np.ndarray:
         """`[3, H, W]` of one decoded image, or of a part of it, after the distortions that were drawn."""
         height, width = self.size
+        whole, corner = (width, height), (0, 0)
         if part is not None:
-            image = image.crop(part).resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop(part)
         elif self.mode == "crop":
-            left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
-            image = resized_part(image, resized, (left, top), (width, height))
-        else:
-            if self.mode == "pad" and max(image.size) ** 2 > MOST_PIXELS:
+            whole, corner = resized, ((resized[0] - width) // 2, (resized[1] - height) // 2)
+        elif self.mode == "pad":
+            if max(image.size) ** 2 > MOST_PIXELS:
                 image = image.resize((max(1, resized[0]), max(1, resized[1])), Image.Resampling.BICUBIC)
-            if self.mode == "pad":
-                image = _expand_to_square(image, self.fill)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = _expand_to_square(image, self.fill)
+        if self.resize == "torch" and whole[0] * whole[1] <= MOST_PIXELS:
+            image = resize_by_torch(image, whole, corner, (width, height))
+        else:
+            image = resized_part(image, whole, corner, (width, height))
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if distortions:

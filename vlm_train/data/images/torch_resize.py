@@ -1,0 +1,63 @@
+"""Bicubic resizing by torch's kernel for bytes: what Pillow computes, but for the last bit, in a fraction of the time.
+
+Both weigh the same source pixels by the same rule; torch keeps 16 bits of a weight, Pillow 22. So about one pixel in
+three hundred differs, by 1 of 255, or by 2 where a picture grows. In between both round to bytes and clip, torch after
+the rows, as Pillow does; but Pillow 13 begins with the columns where that is less work (a picture far higher than its
+view). There hard edges differ by up to 20 or so of 255, soft ones do not.
+The kernel is fast only on bytes whose channels stand together, as images have them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+Size = tuple[int, int]
+MARGIN = 3
+"""Pixels of the result, or of the source where it is the smaller one, that a cubic may reach beyond a part's border."""
+
+
+def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part: Size | None = None) -> Image.Image:
+    """The `part` (width, height) at `corner` (left, top) of the image in `size` (width, height).
+
+    Args:
+        corner, part: negative or beyond the border, as in a crop that is larger than the image: black there. None: all.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    part = part or size
+    inside = [_clip_span(*axis) for axis in zip(size, corner, part, strict=True)]  # of the result, per axis
+    used = [_source_span(*axis) for axis in zip(image.size, size, inside, strict=True)]
+    (left, right, first_column, columns), (top, bottom, first_row, rows) = used
+    pixels = torch.from_numpy(np.array(np.asarray(image)[top:bottom, left:right]))
+    if pixels.shape[:2] != (rows, columns):
+        batch = pixels.permute(2, 0, 1)[None]
+        resized = interpolate(batch, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
+        pixels = resized[0].permute(1, 2, 0)
+    (x0, x1), (y0, y1) = inside
+    cut = pixels[y0 - first_row : y1 - first_row, x0 - first_column : x1 - first_column].numpy()
+    if cut.shape[:2] != part[::-1]:
+        view = np.zeros((*part[::-1], 3), np.uint8)
+        view[y0 - corner[1] : y1 - corner[1], x0 - corner[0] : x1 - corner[0]] = cut
+        cut = view
+    return Image.fromarray(np.ascontiguousarray(cut))
+
+
+def _clip_span(target: int, start: int, count: int) -> tuple[int, int]:
+    return max(start, 0), min(start + count, target)
+
+
+def _source_span(source: int, target: int, span: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(start, end) in the source, (start, size) of what it becomes in the result, whose part `span` is wanted.
+
+    Both grids have common borders only every so many pixels, and the kernel resizes between two of those.
+    """
+    steps = math.gcd(source, target)
+    every, of_source = target // steps, source // steps
+    margin = MARGIN * max(1.0, target / source)
+    first = max(0, math.floor((span[0] - margin) / every))
+    last = min(steps, math.ceil((span[1] + margin) / every))
+    return first * of_source, last * of_source, first * every, (last - first) * every
