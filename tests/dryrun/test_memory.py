@@ -87,6 +87,7 @@ def test_precision_decides_the_bytes() -> None:
     assert (mixed.weights, mixed.buffers) == (4000, 4000), "fp32; autocast's copy, and then the update's temporaries"
     assert predict_peak("single", needs(precision="bf16-mixed", states=0), on(1)).buffers == 2000
     assert predict_peak("single", needs(precision="32-true", fused=True), on(1)).buffers == 0, "one kernel needs none"
+    assert predict_peak("single", needs(precision="bf16-mixed", halved=600), on(1)).weights == 2 * 600 + 4 * 400
 
 
 def test_sharding_gathers_layers_and_reduces_buckets() -> None:

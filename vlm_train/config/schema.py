@@ -84,6 +84,7 @@ class Trainer:
     epochs: float | None = 1.0  # passes over the data
     max_steps: int | None = None  # stop here even if epochs would go on
     precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true | 16-mixed
+    halve_frozen: bool = False  # *-mixed: frozen layers keep the 16-bit weights that they multiply with; ddp or one GPU
     max_grad_norm: float | None = None  # gradient norm clip; null: none
     val_every: int | None = None  # validation loss and evaluators; they also run at the end
     save_every: int | None = 500  # checkpoints; null: only at the end (and when the run is asked to stop)

@@ -88,6 +88,7 @@ class MemoryNeeds:
         quantized, quantized_bytes: how many of the frozen parameters are stored quantized, and their bytes in all.
         accumulates: whether an optimizer step has several micro-batches.
         fused: whether the optimizer updates in one kernel, without temporaries.
+        halved: frozen parameters that are kept in 16 bits where others are in fp32, without a strategy that does.
     """
 
     parameters: int
@@ -102,6 +103,7 @@ class MemoryNeeds:
     quantized_bytes: float = 0.0
     accumulates: bool = False
     fused: bool = False
+    halved: int = 0
 
     @property
     def size(self) -> int:
@@ -214,7 +216,7 @@ def _share_replicated(spec: ShardingSpec, needs: MemoryNeeds, gpus: int) -> _Sha
     size, learned = needs.size, needs.size * needs.trainable
     copies = 2 * (needs.trainable + needs.largest_layer) if needs.precision.endswith("-mixed") else 0
     return _Share(
-        weights=needs.stored_bytes(size),
+        weights=needs.stored_bytes(size) - 2 * needs.halved,
         gradients=learned,
         optimizer=needs.states * learned,
         backward=copies + (learned if gpus > 1 else 0),  # DDP all-reduces copies of the gradients

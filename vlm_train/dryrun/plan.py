@@ -21,6 +21,7 @@ from vlm_train.dryrun.length import Disk, Length, predict_disk, predict_length
 from vlm_train.dryrun.memory import MemoryNeeds
 from vlm_train.dryrun.round_trip import round_trip
 from vlm_train.models.adapters.quantize import quantized_layers
+from vlm_train.models.precision import find_halvable
 from vlm_train.training.flops import Flops, count_flops
 from vlm_train.training.params import Policy, make_policy
 from vlm_train.training.reference import START, reference_config
@@ -155,7 +156,15 @@ def _memory_needs(cfg: DictConfig, model: nn.Module, policy: Policy, activations
         quantized_bytes=sum(how.stored for how in quantized),
         accumulates=cfg.batch.samples is None or cfg.batch.samples > rows,
         fused=cfg.optim.get("fused") in ("auto", True),
+        halved=_count_halved(cfg, model),
     )
+
+
+def _count_halved(cfg: DictConfig, model: nn.Module) -> int:
+    """Weights that `trainer.halve_frozen` keeps in 16 bits."""
+    if not (cfg.trainer.halve_frozen and cfg.trainer.precision.endswith("-mixed")):
+        return 0
+    return sum(p.numel() for layer in find_halvable(model) for p in layer.parameters(recurse=False))
 
 
 def _reference_parameters(cfg: DictConfig, model: Any, policy: Policy) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from data_pipelines.errors import BadSample
@@ -65,10 +65,14 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode is restored afterwards."""
     import torch
 
+    from vlm_train.models.precision import HALVED
+
+    halved = getattr(model, HALVED, None)
+    precision = torch.autocast(next(model.parameters()).device.type, halved) if halved else nullcontext()
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), precision:
             yield
     finally:
         for module, training in modes.items():

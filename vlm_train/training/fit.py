@@ -63,7 +63,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.training.optim import keep_kernel
     from vlm_train.training.params import make_policy
     from vlm_train.training.prepare_models import prepare_models
-    from vlm_train.training.trainer import halves_weights, loop_callbacks, make_strategy, make_trainer
+    from vlm_train.training.trainer import halve_parts, halves_weights, loop_callbacks, make_strategy, make_trainer
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
@@ -77,6 +77,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     policy = make_policy(cfg, assembly.model)
     if not shares:
         require_filled(assembly.model, models.handed.filled, cfg.trainer.guard.random_frozen, resumes=bool(resumed))
+    halve_parts(cfg, strategy, assembly.model, models.reference)
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
     facts = _collect_facts(cfg, models, data, identity, None if shares else resumed)
@@ -131,7 +132,9 @@ def _describe_run(
     from vlm_train.evaluation.run import describe_evaluators
 
     print(policy.format_table(), flush=True)
-    _write_parameters(folder, policy)
+    learned = ({"trainable": r.lr is not None, "lr": r.lr, "weight_decay": r.weight_decay} for r in policy.rows)
+    rows = [{"name": r.part, "parameters": r.parameters} | rates for r, rates in zip(policy.rows, learned, strict=True)]
+    record.write_json(RunFolder(folder).parameters, rows)
     assembly.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
     names["evaluators"] = describe_evaluators(evaluators, {name: name for name in evaluators})
@@ -230,10 +233,15 @@ def _make_guard(cfg: DictConfig, folder: Path) -> Any:
 def _finish_run(assembly: Any, module: Any, evaluators: dict[str, Any], folder: Path, trainer: Any) -> dict[str, Any]:
     """Final evaluation, on all ranks where weights are in shards; run.json and report, on rank 0."""
     from vlm_train.evaluation.run import run_evaluators
+    from vlm_train.models.precision import HALVED
     from vlm_train.training.callbacks.loop import results_folder
 
     if not (trainer.is_global_zero or trainer.strategy.shards_model):
         return {}
+    if getattr(assembly.model, HALVED, None):  # in memory they have lost bits
+        assembly.model.to("cpu")
+        assembly = _rebuild_whole(assembly, folder)
+        assembly.model.to(module.device)
     metrics: dict[str, float] = {}
     if evaluators:
         with results_folder(folder, trainer.is_global_zero) as results:
@@ -287,9 +295,3 @@ def _export_run(assembly: Any, folder: Path) -> None:
 def _write_status(folder: Path, **changes: Any) -> None:
     if process_rank() == 0:
         record.update_record(folder, **changes)
-
-
-def _write_parameters(folder: Path, policy: Any) -> None:
-    learned = ({"trainable": r.lr is not None, "lr": r.lr, "weight_decay": r.weight_decay} for r in policy.rows)
-    rows = [{"name": r.part, "parameters": r.parameters} | rates for r, rates in zip(policy.rows, learned, strict=True)]
-    record.write_json(RunFolder(folder).parameters, rows)

@@ -23,6 +23,7 @@ from vlm_train.checkpoint.save import CheckpointWriter, Keep
 from vlm_train.config.signatures import import_target
 from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.errors import ConfigError
+from vlm_train.models.precision import halve_frozen
 from vlm_train.runs.folder import RunFolder
 from vlm_train.training.callbacks.loop import AfterStep, Checkpoints, Evaluation
 from vlm_train.training.callbacks.progress import ProgressBar
@@ -95,6 +96,16 @@ def on_gpu(cfg: DictConfig) -> bool:
 def halves_weights(cfg: DictConfig, strategy: Any) -> bool:
     """Whether weights and optimizer are kept in 16 bits."""
     return cfg.trainer.precision == "bf16-true" and not strategy.keeps_fp32_copy
+
+
+def halve_parts(cfg: DictConfig, strategy: Any, *models: Any) -> None:
+    """Keep frozen layers of the models (None: there is none) in the 16 bits that they multiply with, if
+    `trainer.halve_frozen` says so and the strategy does not cast weights itself."""
+    casts = strategy.keeps_fp32_copy or strategy.compute_dtype is not None or strategy.shards_model
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.trainer.precision)
+    for model in models if dtype is not None and cfg.trainer.halve_frozen and not casts else ():
+        if model is not None:
+            halve_frozen(model, dtype)
 
 
 def _precision_plugin(cfg: DictConfig, strategy: Any) -> dict[str, Any]:
