@@ -103,7 +103,9 @@ def halve_parts(cfg: DictConfig, strategy: Any, *models: Any) -> None:
     `trainer.halve_frozen` says so and the strategy does not cast weights itself."""
     casts = strategy.keeps_fp32_copy or strategy.compute_dtype is not None or strategy.shards_model
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.trainer.precision)
-    for model in models if dtype is not None and cfg.trainer.halve_frozen and not casts else ():
+    if dtype is None or casts or not cfg.trainer.halve_frozen:
+        return
+    for model in models:
         if model is not None:
             halve_frozen(model, dtype)
 
