@@ -86,6 +86,21 @@ def test_a_run_says_what_its_first_step_learns(data: Path, tmp_path: Path, capsy
     assert "first step: " not in capsys.readouterr().out
 
 
+def test_the_text_side_of_a_q_former_is_compared_with_guessing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_train.models.families.blip2_qformer import Blip2QFormerModel
+
+    more = ["recipe=easyvqa_blip2_stage1", "batch.micro=4", "trainer.max_steps=1", "trainer.export=false"]
+    train([*command(data, tmp_path)[1:], *more])
+    said = capsys.readouterr().out
+    assert "loss itg 5." in said and "of guessing ln 2" in said and "warning: the loss" not in said
+    inner = Blip2QFormerModel.logits
+    monkeypatch.setattr(Blip2QFormerModel, "logits", lambda self, hidden: 1000 * inner(self, hidden))
+    train([*command(data, tmp_path, name="wide")[1:], *more])
+    assert "far above that of guessing, ln 2" in capsys.readouterr().out
+
+
 def test_a_run_whose_targets_can_be_read_off_is_warned(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

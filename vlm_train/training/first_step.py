@@ -204,11 +204,12 @@ class FirstSteps:
 def make_first_steps(settings: Any, model: Any, filled: Collection[str]) -> FirstSteps:
     """What a run looks at, by `trainer.guard`. `filled`: parameters that came from files, see `is_filled`."""
     llm = getattr(model, "llm", None)
-    unlike = hasattr(llm, "encoder_start")  # BLIP's, which begins as a BERT and has never predicted a next word
+    # BLIP's, and the text side of a Q-Former, begin as a BERT, which has never predicted a next word.
+    unlike = llm is None or hasattr(llm, "encoder_start")
     return FirstSteps(
         weights=settings.weights,
         first_step=settings.first_step,
         max_unknown=settings.max_unknown,
-        vocabulary=getattr(llm, "vocab_size", None),
+        vocabulary=getattr(model if llm is None else llm, "vocab_size", None),
         pretrained=None if unlike else is_filled(model, "llm", filled),
     )

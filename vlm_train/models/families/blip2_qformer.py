@@ -57,7 +57,7 @@ class Blip2QFormerModel(Family):
         self.image_projection, self.text_projection = nn.Linear(dim, embed_dim), nn.Linear(dim, embed_dim)
         self.match_head = nn.Linear(dim, 2)
         self.lm_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps=connector.qformer.norm.eps))
-        self.lm_bias = nn.Parameter(torch.zeros(words))
+        self.lm_bias, self.vocab_size = nn.Parameter(torch.zeros(words)), words
         self.lm_head.apply(first_weights)
         self.temperature = nn.Parameter(torch.tensor(init_temperature))
 
