@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -118,7 +119,8 @@ def check_same(output: Path, arguments: Mapping[str, Any]) -> None:
 def _compose_config(name: str, overrides: list[str], folders: Sequence[Path]) -> DictConfig:
     searched = [f'hydra.searchpath=["file://{folder}"]' for folder in folders if folder != CONF]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose(config_name=name, overrides=[*overrides, *searched], return_hydra_config=True)
+        given = [*map(_quote_text, overrides), *searched]
+        config = compose(config_name=name, overrides=given, return_hydra_config=True)
     with open_dict(config):
         choices = config.pop("hydra").runtime.choices
         if "source" in choices:
@@ -131,6 +133,19 @@ def _compose_config(name: str, overrides: list[str], folders: Sequence[Path]) ->
         raise DataError(f"not given: {', '.join(f'{key}=<value>' for key in missing)}")
     _check_values(OmegaConf.load(CONF / f"{name}.yaml"), config)
     return config
+
+
+def _quote_text(override: str) -> str:
+    """The override, its value as text where Hydra's grammar does not read it: `{000..099}.tar`, `a photo, {label}`."""
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        option, _, value = override.partition("=")
+        if value and re.fullmatch(r"\+{0,2}[\w.@]+", option):
+            # A backslash counts before a quote, and at the end.
+            value = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", value))
+            return f"{option}='{value}'"
+    return override
 
 
 def _check_values(defaults: Any, config: DictConfig) -> None:

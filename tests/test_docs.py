@@ -14,15 +14,19 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_pipelines.build import main as build_shards
+from data_pipelines.cli import CONF, _compose_config
 from tests.support import small_run
 from vlm_train import cli
 from vlm_train.build import build_evaluators
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import compose_config
+from vlm_train.config.run_file import save_config
 from vlm_train.config.schema import Root
 from vlm_train.contracts.evaluator import validation_metrics
 from vlm_train.dryrun.report import dry_run
 from vlm_train.errors import ConfigError
+from vlm_train.runs.schedule import plan_schedule
+from vlm_train.runs.single import from_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -110,6 +114,59 @@ def test_commands_of_the_scale_page_are_valid() -> None:
         except ConfigError as error:
             problems.append(f"{error}\n")
     assert problems == refused
+
+
+CHECKED = ["README", "faq", "data", "building", "evaluation", "contrastive", "capfilt", "qformer", "slurm", "sweeps"]
+"""Pages whose commands are composed; the commands of docs/extending.md need the parts that it adds, see its tests."""
+
+
+def list_commands(page: Path) -> list[tuple[str, str]]:
+    """(module, arguments) of the commands in the page's code blocks and text; without those of the reader's own
+    package, shortened ones, and those that ask the hub, which are tested with local folders."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(inline.split()) for inline in re.findall(r"`(python -m [^`]+)`", text)]
+    found = [one for line in lines for one in re.findall(r"python -m ([\w.]+) +(.*?)(?=;|$|&&)", line)]
+    left_out = r"\.\.\.|--config-dir|--help|=auto\b.*=auto\b|source=<|^mode=show$"
+    return [(module, words) for module, words in found if not re.search(left_out, words.partition("#")[0])]
+
+
+@pytest.mark.parametrize("page", CHECKED)
+def test_commands_compose(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes, keys and values are allowed where they are given; a run that is named has an evaluation of answers."""
+    monkeypatch.chdir(tmp_path)
+    save_config(compose_config(["recipe=easyvqa_stage2", "eval=easyvqa"]), tmp_path / "runs" / "x" / "config.yaml")
+    counted = 0
+    for module, text in list_commands(ROOT / "README.md" if page == "README" else ROOT / "docs" / f"{page}.md"):
+        text = text.rstrip("'") if text.count("'") % 2 else text  # build='python -m ...'
+        words = shlex.split(re.sub(r"<\w+>", "x", text), comments=True)
+        sweeps = "-m" in words
+        words = [word.split(",")[0] if sweeps and "[" not in word else word for word in words if word != "-m"]
+        if module.startswith("data_pipelines."):
+            _compose_config(module.partition(".")[2], words, [CONF])
+        elif module != "vlm_train" or any("(" in word for word in words):  # Optuna's distributions
+            continue
+        elif any(word.startswith("schedule=") for word in words):
+            plan_schedule([*words, "dry_run=true"])
+        elif any(word.startswith("run=") for word in words):
+            words = ["run=runs/x" if word.startswith("run=") else word for word in words]
+            check_config(from_run(words, [])[0], need_assets=False)
+        else:
+            check_config(compose_config(words), need_assets=False)
+        counted += 1
+    assert counted >= (0 if page in ("faq", "evaluation") else 1)
+
+
+def test_settings_of_the_questions_compose() -> None:
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    named = re.findall(r"`('?\+?[\w.]+=[^`]*)`", text)
+    given = [words.replace("<run>", "x").replace("<folder>", "models/x") for words in named if "source=" not in words]
+    assert len(given) > 8
+    for words in given:
+        more = ["logger=wandb"] if words.startswith("logger.wandb.") else []
+        more += ["run_name=x"] if words == "mode=import" else []
+        more += ["run=runs/x"] if words == "mode=export" else []
+        check_config(compose_config(["recipe=llava15_stage2", *more, *shlex.split(words)]), need_assets=False)
 
 
 def test_dry_run_of_the_scale_page(capsys: pytest.CaptureFixture[str]) -> None:

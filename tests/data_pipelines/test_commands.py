@@ -12,7 +12,7 @@ import pytest
 
 from data_pipelines.__main__ import main
 from data_pipelines.build import main as build
-from data_pipelines.cli import CONF
+from data_pipelines.cli import CONF, _compose_config
 from data_pipelines.index import main as index
 from data_pipelines.inspect import main as inspect
 from data_pipelines.shards.manifest import Manifest
@@ -114,6 +114,27 @@ def test_wrong_arguments_end_in_one_plain_error(arguments, message, tmp_path, mo
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "s3://bucket/laion/{00000..09999}.tar",
+        "a photo of a {label}",
+        "{a,b}.tar",
+        "it's {label}",
+        "C:\\data\\{label}\\",
+        "it\\'s {x",
+    ],
+)
+def test_values_that_are_no_yaml_are_text(value):
+    assert _compose_config("build", ["source=folder", "folder=x", "output=y", f"label={value}"], [CONF]).label == value
+
+
+def test_values_that_are_yaml_stay_what_they_are():
+    given = ["source=folder", "folder=x", "output=y", "workers=2", "label='a b'", "allow_targets=[my.]"]
+    config = _compose_config("build", given, [CONF])
+    assert (config.workers, config.label, config.allow_targets) == (2, "a b", ["my."])
 
 
 def test_help_shows_every_source(capsys):
