@@ -173,6 +173,8 @@ class ImageTransform:
             image = _expand_to_square(image, self.fill)
         if self.resize == "torch" and whole[0] * whole[1] <= MOST_PIXELS:
             image = resize_by_torch(image, whole, corner, (width, height))
+        elif whole == (width, height):
+            image = image.resize(whole, Image.Resampling.BICUBIC)
         else:
             image = resized_part(image, whole, corner, (width, height))
         if mirror:
