@@ -55,4 +55,6 @@ def test_the_head_computes_in_the_models_precision_and_the_loss_in_fp32() -> Non
     reference.backward()
     assert exact.weight.grad is not None and len(index) > 2
     assert abs(loss.sum - reference) <= 1e-2 * reference  # of the 8 bits of a logit
+    rounded = model.logits(model.hidden.flatten(0, 1)[index]).float()  # what is lost before the loss, and no more
+    assert abs(loss.sum - F.cross_entropy(rounded, stream.labels.flatten()[index], reduction="sum")) <= 1e-5 * loss.sum
     assert (model.weight.grad.float() - exact.weight.grad).abs().max() <= 2e-2 * exact.weight.grad.abs().max()
