@@ -45,6 +45,8 @@ def test_recipe_passes() -> None:
     ("override", "expected"),
     [
         ("optim.lr=abc", "optim.lr: expected float, got 'abc' (str)."),
+        ("optim.fused=banana", "optim.fused: expected bool | Literal['auto'] | None, got 'banana' (str)."),
+        ("image.resize=cv2", "image.resize: expected Literal['pillow', 'torch'], got 'cv2' (str)."),
         ("+connector.dept=3", "connector.dept: vlm_train.models.connectors.mlp.MLP has no such option. Did you mean"),
         ("connector._target_=vlm_train.models.connectors.mlp.MPL", "Did you mean vlm_train.models.connectors.mlp.MLP?"),
         ("connector._target_=os.system", "connector._target_: 'os.system' is not trusted."),

@@ -215,7 +215,8 @@ def _unknown_argument(path: str, key: str, target: str, known: list[str]) -> str
 
 def _check_type(path: str, value: Any, parameter: Parameter, signature: Signature) -> Iterator[str]:
     if parameter.annotation and not fits_annotation(value, parameter.annotation, signature.aliases):
-        yield f"{path}: expected {parameter.annotation}, got {shorten_value(value)} ({type(value).__name__})."
+        meant = signature.aliases(parameter.annotation) or parameter.annotation  # the values that a name stands for
+        yield f"{path}: expected {meant}, got {shorten_value(value)} ({type(value).__name__})."
 
 
 CHECKS: list[Check] = [

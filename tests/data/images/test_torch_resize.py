@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ def encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def rows_of(*args: Any) -> np.ndarray:
+    return resize_by_torch(*args).transpose(1, 2, 0)
 
 
 def assert_close(ours: np.ndarray, pillow: np.ndarray) -> None:
@@ -57,15 +62,15 @@ def test_what_is_drawn_is_the_same(more: dict) -> None:
 def test_a_part_is_that_of_the_whole() -> None:
     """The source is cropped first where that gives the same weights."""
     image = picture(120, 90)
-    whole = np.asarray(resize_by_torch(image, (56, 42)))
+    whole = rows_of(image, (56, 42))
     for corner, part in [((10, 3), (20, 30)), ((0, 0), (5, 42)), ((50, 40), (6, 2))]:
         columns, rows = (slice(at, at + count) for at, count in zip(corner, part, strict=True))
-        assert_close(np.asarray(resize_by_torch(image, (56, 42), corner, part)), whole[rows, columns])
+        assert_close(rows_of(image, (56, 42), corner, part), whole[rows, columns])
 
 
 def test_what_lies_outside_is_black_as_in_a_crop_by_pillow() -> None:
     image = picture(40, 30)
-    ours = np.asarray(resize_by_torch(image, (20, 15), (-2, -3), (24, 21)))
+    ours = rows_of(image, (20, 15), (-2, -3), (24, 21))
     assert not ours[:3].any() and not ours[:, :2].any() and not ours[18:].any() and not ours[:, 22:].any()
     assert_close(ours[3:18, 2:22], np.asarray(image.resize((20, 15), Image.Resampling.BICUBIC)))
 
@@ -85,6 +90,6 @@ def test_hard_edges_are_those_of_pillow_that_begins_with_the_rows(size: tuple[in
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
     image, bicubic = Image.fromarray(noise), Image.Resampling.BICUBIC
     assert_close(
-        np.asarray(resize_by_torch(image, view)),
+        rows_of(image, view),
         np.asarray(image.resize((view[0], size[1]), bicubic).resize(view, bicubic)),
     )

@@ -103,7 +103,7 @@ class NativeResolution:
             )
         size = self.view_size(MediaSize(width=width, height=height))
         if self.resize == "torch":
-            return np.asarray(resize_by_torch(picture, (size.width, size.height)))
+            return resize_by_torch(picture, (size.width, size.height)).transpose(1, 2, 0)
         return np.asarray(picture.resize((size.width, size.height), Image.Resampling.BICUBIC))
 
     def _cut(self, pictures: list[np.ndarray]) -> Views:

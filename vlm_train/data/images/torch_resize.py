@@ -19,8 +19,8 @@ MARGIN = 3
 """Pixels of the result, or of the source where it is the smaller one, that a cubic may reach beyond a part's border."""
 
 
-def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part: Size | None = None) -> Image.Image:
-    """The `part` (width, height) at `corner` (left, top) of the image in `size` (width, height).
+def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part: Size | None = None) -> np.ndarray:
+    """`[3, H, W]` uint8: the `part` (width, height) at `corner` (left, top) of the image in `size` (width, height).
 
     Args:
         corner, part: negative or beyond the border, as in a crop that is larger than the image: black there. None: all.
@@ -33,17 +33,16 @@ def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part:
     used = [_source_span(*axis) for axis in zip(image.size, size, inside, strict=True)]
     (left, right, first_column, columns), (top, bottom, first_row, rows) = used
     pixels = torch.from_numpy(np.array(np.asarray(image)[top:bottom, left:right]))
-    if pixels.shape[:2] != (rows, columns):
-        batch = pixels.permute(2, 0, 1)[None]
-        resized = interpolate(batch, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
-        pixels = resized[0].permute(1, 2, 0)
+    planes = pixels.permute(2, 0, 1)
+    if planes.shape[1:] != (rows, columns):
+        planes = interpolate(planes[None], size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)[0]
     (x0, x1), (y0, y1) = inside
-    cut = pixels[y0 - first_row : y1 - first_row, x0 - first_column : x1 - first_column].numpy()
-    if cut.shape[:2] != part[::-1]:
-        view = np.zeros((*part[::-1], 3), np.uint8)
-        view[y0 - corner[1] : y1 - corner[1], x0 - corner[0] : x1 - corner[0]] = cut
+    cut = planes[:, y0 - first_row : y1 - first_row, x0 - first_column : x1 - first_column]
+    if cut.shape[1:] != part[::-1]:
+        view = torch.zeros((3, *part[::-1]), dtype=torch.uint8)
+        view[:, y0 - corner[1] : y1 - corner[1], x0 - corner[0] : x1 - corner[0]] = cut
         cut = view
-    return Image.fromarray(np.ascontiguousarray(cut))
+    return cut.contiguous().numpy()
 
 
 def _clip_span(target: int, start: int, count: int) -> tuple[int, int]:

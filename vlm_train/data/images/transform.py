@@ -172,7 +172,10 @@ class ImageTransform:
                 image = image.resize((max(1, resized[0]), max(1, resized[1])), Image.Resampling.BICUBIC)
             image = _expand_to_square(image, self.fill)
         if self.resize == "torch" and whole[0] * whole[1] <= MOST_PIXELS:
-            image = resize_by_torch(image, whole, corner, (width, height))
+            pixels = resize_by_torch(image, whole, corner, (width, height))
+            if not (mirror or distortions):
+                return pixels
+            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
         elif whole == (width, height):
             image = image.resize(whole, Image.Resampling.BICUBIC)
         else:
