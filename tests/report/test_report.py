@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.report.fake import RESULTS, STAGES, write_run, write_schedule
+from vlm_train import report
 from vlm_train.errors import ConfigError
 from vlm_train.report import results_table, write_report
 from vlm_train.report.__main__ import main
@@ -291,6 +293,21 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert printed.endswith(f"report: {folder / 'report.html'}\n")
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("ConfigError: ")
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    folder = tmp_path / "runs"
+    write_schedule(folder)
+    assert main([str(folder), "--latest", "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!")
+    monkeypatch.setattr(report, "atomic_write", refuse)
+    assert main([str(folder), "--latest"]) == 1
+    assert "the page cannot be written there (Read-only file system); --output FILE" in capsys.readouterr().err
 
 
 def test_importing_the_report_imports_no_plotly() -> None:

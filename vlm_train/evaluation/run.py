@@ -18,7 +18,7 @@ from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
-from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.folder import RunFolder, require_writable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +40,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
         raise ConfigError("eval: no evaluator is configured. Choose one, for example eval=easyvqa.")
     folder = run_dir(cfg)
     require_own_weights(cfg, folder)
+    require_writable(folder)
     labels = labels_of(cfg, folder)
     skeleton = build_on_meta(cfg)
     if skeleton is not None and (problems := list(check_evaluators(evaluators, skeleton))):

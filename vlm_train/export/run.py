@@ -16,7 +16,7 @@ from vlm_train.config.run_identity import run_dir, run_id
 from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.evaluation.run import require_own_weights
-from vlm_train.runs.folder import RunFolder
+from vlm_train.runs.folder import RunFolder, require_writable
 
 if TYPE_CHECKING:
     from vlm_train.build import Assembly
@@ -29,6 +29,7 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
 
     folder = run_dir(cfg)
     require_own_weights(cfg, folder)
+    require_writable(folder)
     assembly = build_assembly(cfg)
     load_run_weights(assembly.model, cfg.init_from, folder)
     return {"export": str(write_export(assembly, folder, build_exporters(cfg)))}

@@ -9,8 +9,10 @@ from vlm_train.runs.folder import RunFolder
 from vlm_train.runs.sweep.records import SWEEP
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, path: Path | None = None) -> Path:
     """Write `report.html` into a run or schedule folder, or `sweep.html` into a sweep's, and return its path.
+
+    `path`: another place for the page.
 
     Reads `run.json` or `schedule.json`, `metrics.jsonl`, `config.yaml`, `params.json` and `eval/*/predictions.jsonl`;
     whatever is missing is left out. Raises `ConfigError` where the folder holds neither JSON file.
@@ -18,11 +20,11 @@ def write_report(folder: Path) -> Path:
     if is_sweep(folder):
         from vlm_train.report.sweep_page import write_page
 
-        return write_page(Path(folder))
+        return write_page(Path(folder), path)
     from vlm_train.report.page import render_page  # plotly and jinja2 only where a report is written
     from vlm_train.report.read import read_report
 
-    path = RunFolder(folder).report
+    path = path or RunFolder(folder).report
     with atomic_write(path) as file:
         file.write(render_page(read_report(Path(folder))))
     return path

@@ -29,13 +29,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--latest", action="store_true", help="take the newest schedule (or run) in FOLDER")
     parser.add_argument("--table", action="store_true", help="also print the results as a table")
+    parser.add_argument("--output", type=Path, help="file of the page, where FOLDER may not be written")
     options = parser.parse_args(arguments)
+    folder = options.folder
     try:
         folder = find_newest(options.folder) if options.latest else options.folder
-        path = write_report(folder)
+        path = write_report(folder, options.output)
         if options.table:
             print(results_table(folder) or f"no results in '{folder}'")
-    except (VLMTrainError, OSError) as error:
+    except OSError as error:
+        where = options.output or folder
+        said = f"{where}: the page cannot be written there ({error.strerror}); --output FILE writes it elsewhere"
+        print(said, file=sys.stderr)
+        return 1
+    except VLMTrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"report: {path}")

@@ -23,9 +23,10 @@ RANKED = "One line a run: the best is orange, the worst are grey. Drag along an 
 FRONT = "One point a run, with its job's number; the best is orange. No cheaper one beats those on the dotted line."
 
 
-def write_page(folder: Path) -> Path:
-    """Writes `sweep.html` into a sweep's folder and returns its path. Raises ConfigError for any other folder."""
-    path = folder / PAGE_NAME
+def write_page(folder: Path, path: Path | None = None) -> Path:
+    """Writes `sweep.html` into a sweep's folder, or `path`, and returns its path. Raises ConfigError for any other
+    folder."""
+    path = path or folder / PAGE_NAME
     with atomic_write(path) as file:
         file.write(render_page(records.read_sweep(folder), folder))
     return path

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
+
+from vlm_train.errors import ConfigError
 
 
 class RunFolder:
@@ -56,3 +59,15 @@ class RunFolder:
         for pattern in (self.quarantine_file(), self.skipped_steps_file(), self.stacks_file()):
             for file in self.path.glob(pattern.name):
                 file.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Raises ConfigError before work whose results would find no place in the folder of a run."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written ({error.strerror}), and results go there. Copy the run's folder to where "
+            "they can, and name the copy, run=<folder>."
+        ) from error
