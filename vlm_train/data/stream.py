@@ -28,7 +28,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.indexing.addresses import expand_addresses
 from data_pipelines.indexing.shard_index import Found, IndexJob, find_record, read_shard
 from data_pipelines.shards.layout import Layout
-from data_pipelines.shards.remote import PIPE, default_cache
+from data_pipelines.shards.remote import PIPE, default_cache, is_remote
 from vlm_train.data.order.lanes import LaneDeal
 from vlm_train.data.order.lengths import hash_content
 from vlm_train.data.order.permutation import Permutation
@@ -159,7 +159,8 @@ class StreamShards:
         )
         self.fetched = Path(fetched or default_cache())
         self.address = addresses[0] if len(addresses) == 1 else f"{addresses[0]} and {len(addresses) - 1} more"
-        self.fingerprint = hash_content(known, lanes, self.buffer, shuffle, version("webdataset"))
+        sizes = [0 if is_remote(one) else Path(one).stat().st_size for one in addresses]
+        self.fingerprint = hash_content(known, sizes, lanes, self.buffer, shuffle, version("webdataset"))
         self._lanes: dict[int, _Lane] = {}
         self._sizes: dict[int, int] = {}
         self._last = (0, "")  # shard and key of what was read last
