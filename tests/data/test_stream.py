@@ -142,7 +142,7 @@ def test_finished_shards_are_passed_over_unread(tars: Path, monkeypatch: pytest.
     monkeypatch.setattr(stream, "read_shard", lambda job, *more: read.append(more[0]) or inner(job, *more))
     again = open_shards(tars, lanes=1)
     assert read_keys(again, [59]) == keys[59:] and len(read) == 1
-    assert read_keys(again, [0]) == keys[:1]  # backwards as well
+    assert read_keys(again, range(5)) == keys[:5]  # backwards as well
 
 
 def open_data(tars: Path, *, workers: int = 0, first: int = 0, rank: int = 0, world: int = 1, **entry: Any) -> VLMData:
