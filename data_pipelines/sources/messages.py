@@ -18,7 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,15 +135,19 @@ class Album:
 
     def _make_turn(self, message: Mapping[str, Any], numbers: Mapping[str, Iterator[int]]) -> Turn:
         name = message["role"] if message.get("role") is not None else message["from"]
-        if name not in ROLES:
+        if not isinstance(name, str) or name not in ROLES:
             raise BadSample(f"turn of {name!r}; allowed: {', '.join(ROLES)}")
         content = message["content"] if message.get("content") is not None else message["value"]
         weight = read_weight(message, ROLES[name])
         if isinstance(content, str):
             return to_turn(Said(ROLES[name], content, weight), numbers)
+        if isinstance(content, Mapping) or not isinstance(content, Iterable):
+            raise BadSample(f"content of type {type(content).__name__}; allowed: text, or a list of parts")
         return Turn(role=ROLES[name], parts=tuple(self._make_part(part, numbers) for part in content), weight=weight)
 
     def _make_part(self, part: Mapping[str, Any], numbers: Mapping[str, Iterator[int]]) -> Part:
+        if not isinstance(part, Mapping):
+            raise BadSample(f"a part of type {type(part).__name__}; allowed: an object with type and text or image")
         match part["type"]:
             case "text":
                 if not isinstance(part.get("text"), str):

@@ -202,6 +202,9 @@ def test_sizes_of_images_follow_the_preprocessor(own: Path) -> None:
         cfg = compose_config(chosen(own, f"vision.image_size={size}"))
         model = build_model(cfg, list(range(300)), meta=True)
         assert (model.vision.image_size, model.vision.grid.size) == ((size, size), (size // 7) ** 2)
+    cut = {"height": 42, "width": 42}
+    write_preprocessor(own / "vision", size={"shortest_edge": 50}, crop_size=cut, do_center_crop=True)
+    assert compose_config(chosen(own)).vision.config.image_size == 42
     (own / "vision" / "preprocessor_config.json").unlink()
     with pytest.raises(AssetError, match=r"does not say it: .* vision.image_mean=\[0.5,0.5,0.5\]"):
         compose_config(chosen(own))

@@ -197,6 +197,22 @@ def test_what_is_not_learned_elsewhere_is_not_learned_here(read, field, weight):
 
 
 @pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ({"content": 3}, "content of type int; allowed: text, or a list of parts"),
+        ({"content": {"type": "text", "text": "q"}}, "content of type dict; allowed"),
+        ({"content": ["q"]}, "a part of type str; allowed: an object with type"),
+        ({"role": ["user"]}, "turn of ['user']; allowed: "),
+    ],
+)
+def test_turns_of_another_shape_are_named(read, field, reason):
+    talk = _talk("q", "a")
+    talk[0] |= field
+    (bad,) = read({"messages": talk})
+    assert isinstance(bad, BadSample) and reason in str(bad)
+
+
+@pytest.mark.parametrize(
     ("turn", "field", "reason"),
     [
         (1, {"weight": "0"}, "weight '0'; allowed: true, false, or a number from 0"),
