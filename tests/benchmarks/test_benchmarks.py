@@ -93,7 +93,7 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_line_of_the_trainer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert trainer.main(["lines=[wrong]"]) == 2
-    assert "no wrong; allowed: step, fixed" in capsys.readouterr().err
+    assert "no wrong; allowed: step, fused, fixed" in capsys.readouterr().err
 
 
 def sleeper(seconds: float, tick: Any) -> None:

@@ -56,7 +56,7 @@ def write_option(folder: Path, group: str, like: str, target: str) -> Path:
         content = OmegaConf.create({"broken": {"_target_": target}})
     else:
         content = OmegaConf.load(config_dir() / group / f"{like}.yaml")
-        OmegaConf.update(content, f"{like}._target_" if like in content else "_target_", target)
+        OmegaConf.update(content, "_target_" if "_target_" in content else f"{like}._target_", target)
     (folder / group).mkdir(parents=True)
     OmegaConf.save(content, folder / group / "broken.yaml")
     return folder

@@ -22,7 +22,7 @@ Model = tuple[DictConfig, Any]
 
 @pytest.fixture(scope="module")
 def llava() -> Model:
-    """LLaVA-1.5-7B, stage 2: 157 GiB of a GPU under DDP."""
+    """LLaVA-1.5-7B, stage 2: 156 GiB of a GPU under DDP."""
     cfg, _ = without_assets(compose_config(["recipe=llava15_stage2", "strategy=auto", "trainer.accelerator=auto"]))
     return cfg, build_model(cfg, meta=True)
 
@@ -46,7 +46,7 @@ def said(llava: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_a_strategy_that_fits_is_named(said: Any) -> None:
     found = said(80)
     assert found.startswith(
-        "warning: memory: this run is predicted to need 157 GiB of a GPU, which has 80 (strategy ddp"
+        "warning: memory: this run is predicted to need 156 GiB of a GPU, which has 80 (strategy ddp"
     )
     assert "(strategy ddp, 16 rows of 2048 tokens at once)" in found and "Predicted to fit: strategy=zero1." in found
     assert found.count("\n") == 1

@@ -256,8 +256,8 @@ def test_one_changed_bit_of_an_index_is_named_and_made_again(tmp_path, web, monk
     assert texts(shards) == ALL
     part.unlink()
     (tmp_path / "set" / "manifest.json").unlink()
-    read, inner = [], shard_index._index_file
-    monkeypatch.setattr(shard_index, "_index_file", lambda *job: read.append(job[1]) or inner(*job))
+    read, inner = [], shard_index.read_shard
+    monkeypatch.setattr(shard_index, "read_shard", lambda *job: read.append(job[1]) or inner(*job))
     index_shards(*arguments, workers=1)
     assert read == [1] and part.read_bytes() == whole
 
