@@ -141,7 +141,7 @@ def _quote_text(override: str) -> str:
         OverridesParser.create().parse_override(override)
     except HydraException:
         option, _, value = override.partition("=")
-        if value and re.fullmatch(r"\+{0,2}[\w.@]+", option):
+        if value and not value.startswith("[") and re.fullmatch(r"\+{0,2}[\w.@]+", option):
             # A backslash counts before a quote, and at the end.
             value = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", value))
             return f"{option}='{value}'"

@@ -3,10 +3,13 @@ whole. Who writes it, how often, and beside whom, does not change a byte of it."
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BufferedReader
@@ -28,6 +31,8 @@ from data_pipelines.shards.stats import Stats, measure_lengths
 
 Members = list[tuple[Member, bytes]]
 Found = tuple[Sample, list[bytes]]
+FORGOTTEN = 24 * 3600
+"""Seconds after which a shard that is still being fetched belongs to nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +98,9 @@ def index_shard(job: IndexJob, number: int) -> ShardRecord:
 def read_shard(job: IndexJob, number: int, fetched: Path) -> Iterator[tuple[str, Found | DataError]]:
     """The samples of shard `number` in file order: the key, and the sample and its media, or why it cannot be used.
 
-    Once all are taken, the shard's index and record are written, unless they are there. A remote shard is fetched whole
-    into the folder `fetched`, where its space is freed when it is closed. Raises `DataError` if it cannot be had.
+    Once all are taken, the shard's index and record are written, unless they are there and count the same. A remote
+    shard is fetched whole into the folder `fetched`, where its space is freed when it is closed. Raises `DataError` if
+    it cannot be had.
     """
     builder, stats, bad = IndexBuilder(), Stats(), list[tuple[str, str]]()
     with _open_shard(job.addresses[number], fetched) as file:
@@ -110,7 +116,8 @@ def read_shard(job: IndexJob, number: int, fetched: Path) -> Iterator[tuple[str,
                 continue
             stats.add_lengths(measure_lengths(*found))
             yield key, found
-        if find_record(job, number) is None:
+        known = find_record(job, number)
+        if known is None or (known.shard.samples, len(known.bad)) != (len(builder), len(bad)):
             _write_record(job, number, file, builder, stats, bad)
 
 
@@ -121,6 +128,9 @@ def _open_shard(address: str, fetched: Path) -> BufferedReader:
         except OSError as error:
             raise DataError(f"{address}: cannot be read: {error}") from error
     fetched.mkdir(parents=True, exist_ok=True)
+    for left in fetched.glob(".fetched-*"):  # of processes that were killed while they fetched
+        if left.stat().st_mtime < time.time() - FORGOTTEN:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=fetched, prefix=".fetched-") as folder:
         path = Path(folder) / "shard.tar"
         download_file(address, path)
@@ -146,7 +156,10 @@ def _write_record(
 
 
 def scan_samples(file: BufferedReader, layout: Layout) -> Iterator[tuple[str, Members | BadSample]]:
-    """The samples of a tar in file order: the key, and the members that `layout` reads, or why it has none."""
+    """The samples of a tar in file order: the key, and the members that `layout` reads, or why it has none.
+
+    What cannot be read of a damaged tar is a bad sample. Raises `DataError` where the disk does not give its bytes.
+    """
     try:
         with open_tar(file) as tar:
             for key, found in groupby(_read_members(tar, layout), key=itemgetter(0)):
@@ -162,6 +175,8 @@ def scan_samples(file: BufferedReader, layout: Layout) -> Iterator[tuple[str, Me
                 yield key, BadSample(f"sample {key!r}: {problems[0]}") if problems else members
             check_end(tar)
     except (tarfile.TarError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk, not of the tar; it may pass
+            raise DataError(f"{file.name}: cannot be read: {error}") from error
         yield "", BadSample(f"truncated or not an uncompressed tar, what follows is left out: {error}")
 
 

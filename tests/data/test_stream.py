@@ -3,6 +3,7 @@ indexes that are written in passing are those of the index command."""
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
@@ -232,7 +233,7 @@ def test_indexes_written_in_passing_are_those_of_the_command(
 def test_an_index_is_written_once_and_of_whole_shards_only(tars: Path) -> None:
     shards = open_shards(tars, lanes=1)
     shards.load_sample(0)
-    assert not (tars / "index").exists()
+    assert not list((tars / "index").iterdir())
     read_keys(shards, range(len(KEYS)))
     times = {path: path.stat().st_mtime_ns for path in (tars / "index").iterdir()}
     read_keys(shards, range(len(KEYS), 3 * len(KEYS)))
@@ -259,6 +260,31 @@ def test_a_damaged_tar_is_one_bad_sample(tars: Path, damage: Any) -> None:
     assert {key for key in KEYS if key[4] != "1"} <= set(good)
     again = open_shards(tars, lanes=1, shuffle=False)  # it holds its place when the run goes on
     assert read_keys(again, [last]) == good[-1:]
+
+
+def test_a_disk_that_fails_leaves_no_record(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = open_shards(tars, lanes=1, shuffle=False)
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shard_index, "_read_members", fail)
+        with pytest.raises(DataError, match=r"00000\.tar: cannot be read: .*Input/output error"):
+            shards.load_sample(0)
+    assert not list((shards.job.folder / "index").iterdir())
+    whole = read_keys(open_shards(tars, lanes=1, shuffle=False), range(len(KEYS)))
+    assert sorted(whole) == sorted(KEYS)
+
+
+def test_a_record_that_counts_otherwise_is_written_anew(tars: Path) -> None:
+    read_keys(open_shards(tars, lanes=1, shuffle=False), range(len(KEYS)))
+    job = open_shards(tars, lanes=1, shuffle=False).job
+    path = shard_index.record_path(job.folder, 0)
+    right = path.read_text()
+    path.write_text(json.dumps(json.loads(right) | {"bad": [["none", "made up"]]}))
+    shard_index.index_shard(job, 0)
+    assert path.read_text() == right
 
 
 def test_bad_samples_are_named_and_counted(tars: Path, tmp_path: Path) -> None:
@@ -337,3 +363,9 @@ def test_a_stream_is_the_only_entry(tars: Path) -> None:
         data({"stream": str(tars)}, {"shards": "x"}, shuffle="shards")
     with pytest.raises(DataError, match="an objective reads the columns a beside it"):
         data({"stream": str(tars)}, shuffle="shards", columns=["a"])
+
+
+def test_a_folder_that_takes_no_index_is_told_at_once(tars: Path) -> None:
+    (tars / "taken").write_text("a file")
+    with pytest.raises(DataError, match=r"stream: .*taken.*name a folder that can be written with index=<folder>"):
+        open_shards(tars, index=str(tars / "taken"))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -95,7 +96,7 @@ def test_a_run_with_halved_parts_is_the_same_run(tmp_path: Path) -> None:
     """Losses, norms and weights to the bit; the final numbers come from whole weights, read from the disk."""
     data = make_data(tmp_path / "data")
     more = ["params=connector_only", "trainer.precision=bf16-mixed", "trainer.val_every=2", "trainer.max_steps=3"]
-    more.append("trainer.guard.random_frozen=allow")
+    more += ["trainer.guard.random_frozen=allow", "trainer.export=true"]
     runs = [
         train(command(data, tmp_path, *more, f"trainer.halve_frozen={kind}", name=str(kind))) for kind in (True, False)
     ]
@@ -105,6 +106,16 @@ def test_a_run_with_halved_parts_is_the_same_run(tmp_path: Path) -> None:
         assert keys and {key: row[key] for key in keys} == {key: same[key] for key in keys}
     halved, whole = (load_file(run / "checkpoints/step-00000003/weights.safetensors") for run in runs)
     assert all(torch.equal(halved[name], whole[name]) for name in whole)
+    halved, whole = (load_file(run / "export" / "model.safetensors") for run in runs)
+    assert all(torch.equal(halved[name], whole[name]) for name in whole)
+
+
+def test_dora_reads_its_weights_whole() -> None:
+    model = make_llama().requires_grad_(False)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["up_proj"], use_dora=True), model.llm.inner)
+    halve_frozen(model, torch.bfloat16)
+    ups = [p for name, p in model.llm.inner.named_parameters() if "up_proj" in name]
+    assert len(ups) == 2 * 4 and all(p.dtype == torch.float32 for p in ups) and len(find_halvable(model)) == 14 - 2
 
 
 def test_it_names_no_other_run() -> None:

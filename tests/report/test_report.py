@@ -307,7 +307,7 @@ def test_a_folder_that_cannot_be_written(
     assert (tmp_path / "page.html").read_text().startswith("<!")
     monkeypatch.setattr(report, "atomic_write", refuse)
     assert main([str(folder), "--latest"]) == 1
-    assert "the page cannot be written there (Read-only file system); --output FILE" in capsys.readouterr().err
+    assert "the page cannot be made there (Read-only file system); --output FILE" in capsys.readouterr().err
 
 
 def test_importing_the_report_imports_no_plotly() -> None:

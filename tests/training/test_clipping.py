@@ -53,7 +53,7 @@ def test_a_poisoned_step_makes_no_update(
     read = watch_reads(monkeypatch)
     more = [POISON.format([3], 0), f"trainer.log_every={log_every}", "trainer.max_grad_norm=0.5", LATE]
     train(job(data, tmp_path, *more, f"trainer.save_every={log_every}"))
-    assert read == [1, 2, 3, 4, 5, 6]
+    assert read == [2, 3, 4, 5, 6]  # the host looks at the first step itself
     (line,) = skipped(tmp_path / "run", 0)
     assert line["step"] == 3 and line["reason"] == "gradient norm nan" and len(line["samples"]) == 4
     if log_every == 1:

@@ -157,6 +157,10 @@ class StreamShards:
         self.job = IndexJob(
             addresses=addresses, folder=Path(entry.get("index") or cache / f"stream-{known[:12]}"), layout=layout
         )
+        try:
+            (self.job.folder / "index").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"stream: {error}; name a folder that can be written with index=<folder>") from error
         self.fetched = Path(fetched or default_cache())
         self.address = addresses[0] if len(addresses) == 1 else f"{addresses[0]} and {len(addresses) - 1} more"
         sizes = [0 if is_remote(one) else Path(one).stat().st_size for one in addresses]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from data_pipelines.errors import BadSample
@@ -60,19 +60,25 @@ class Unusable:
             raise ConfigError(f"eval: none of the {count:,} samples of {self.shards.address} can be used: {first}")
 
 
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is restored afterwards."""
+def trained_precision(model: Any) -> AbstractContextManager[Any]:
+    """Autocast, where frozen layers are kept in 16 bits (`trainer.halve_frozen`) and compute under it only."""
     import torch
 
     from vlm_train.models.precision import HALVED
 
     halved = getattr(model, HALVED, None)
-    precision = torch.autocast(next(model.parameters()).device.type, halved) if halved else nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, halved) if halved else nullcontext()
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is restored afterwards."""
+    import torch
+
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode(), precision:
+        with torch.inference_mode(), trained_precision(model):
             yield
     finally:
         for module, training in modes.items():

@@ -18,6 +18,7 @@ from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
+from vlm_train.evaluation.common import trained_precision
 from vlm_train.runs.folder import RunFolder, require_writable
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def run_evaluator(
     Raises:
         ConfigError: it found a metric that it does not declare, or another direction.
     """
-    findings = evaluator.run(model, processor, folder, final=final)
+    with trained_precision(model):
+        findings = evaluator.run(model, processor, folder, final=final)
     declared, found = dict(evaluator.higher_is_better), dict(findings.higher_is_better)
     if (declared, evaluator.primary) != (found, findings.primary):
         raise ConfigError(

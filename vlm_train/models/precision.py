@@ -23,15 +23,18 @@ HALVED = "halved"
 
 
 def find_halvable(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers within numbered layers that are frozen and share no weight with anything else."""
+    """The linear layers within numbered layers that are frozen and share no weight with anything else. None of DoRA,
+    which takes the norm of the weight itself."""
     held = [parameter for module in model.modules() for parameter in module.parameters(recurse=False)]
     owners = Counter(map(id, held))
 
     def is_alone(module: nn.Module) -> bool:
         return all(not p.requires_grad and owners[id(p)] == 1 for p in module.parameters(recurse=False))
 
+    dora = {id(module.base_layer) for module in model.modules() if len(getattr(module, "lora_magnitude_vector", ()))}
     inside = (module for layer in find_layers(model).values() for module in layer.modules())
-    return [module for module in inside if type(module) is nn.Linear and is_alone(module)]  # not a quantized one
+    plain = (module for module in inside if type(module) is nn.Linear)  # not a quantized one
+    return [module for module in plain if id(module) not in dora and is_alone(module)]
 
 
 def halve_frozen(model: nn.Module, dtype: torch.dtype) -> int:

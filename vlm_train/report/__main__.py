@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.table:
             print(results_table(folder) or f"no results in '{folder}'")
     except OSError as error:
-        where = options.output or folder
-        said = f"{where}: the page cannot be written there ({error.strerror}); --output FILE writes it elsewhere"
+        where = error.filename or options.output or folder
+        said = f"{where}: the page cannot be made there ({error.strerror}); --output FILE writes it elsewhere"
         print(said, file=sys.stderr)
         return 1
     except VLMTrainError as error:

@@ -1,9 +1,9 @@
 """Gradients before the update: their norm, whether they are numbers, and the clip.
 
-On a GPU the host reads the norm one step late, so that no step waits for the device. A fused optimizer takes
-`found_inf`, a number on the device, and makes no update where it is 1. So the device itself vetoes an update whose
-gradients are no numbers. The host learns of it when the next step is about to be made, or earlier where a step is
-logged, measured or saved.
+On a GPU the host reads the norm one step late, so that a step of one process does not wait for the device. A fused
+optimizer takes `found_inf`, a number on the device, and makes no update where it is 1. So the device itself vetoes an
+update whose gradients are no numbers. The host learns of it when the next step is about to be made, or earlier where a
+step is logged, measured or saved.
 """
 
 from __future__ import annotations
@@ -90,4 +90,5 @@ def _device_can_veto(optimizer: Any, strategy: Any, module: Any, step: int) -> b
     on_gpu = strategy.root_device.type == "cuda" and strategy.device_can_veto
     plain = guard.spike is None and not guard.scaled and not guard.is_told_to_skip(step)
     fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-    return on_gpu and plain and fused and module.first_steps.watch is None
+    looks = module.first_steps.watch is not None or getattr(module.first_steps, "is_first", False)
+    return on_gpu and plain and fused and not looks

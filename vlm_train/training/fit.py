@@ -238,7 +238,9 @@ def _finish_run(assembly: Any, module: Any, evaluators: dict[str, Any], folder: 
 
     if not (trainer.is_global_zero or trainer.strategy.shards_model):
         return {}
-    if getattr(assembly.model, HALVED, None):  # in memory they have lost bits
+    if getattr(assembly.model, HALVED, None) and (
+        evaluators or assembly.cfg.trainer.export
+    ):  # in memory they have lost bits
         assembly.model.to("cpu")
         assembly = _rebuild_whole(assembly, folder)
         assembly.model.to(module.device)

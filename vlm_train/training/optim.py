@@ -31,7 +31,7 @@ def adamw(
     """AdamW (Loshchilov and Hutter 2019). `lr` and `weight_decay` are the defaults that rules refer to.
 
     Args:
-        fused: update in one kernel, several times as fast; auto: where torch has one for every parameter. None: torch's
+        fused: update in one kernel; auto: where torch has one for every parameter. None: torch's
             own choice, which is not to, as in runs of before this setting. The rounding differs in the last bit.
 
     Raises:
