@@ -284,7 +284,9 @@ def test_a_multirun_takes_flags_behind_overrides(tmp_path: Path, monkeypatch: py
     assert seen == [["--config-dir", str(tmp_path), "-m", "recipe=mine", "seed=1,2"]]
 
 
-@pytest.mark.parametrize("flag", [["--config-name", "x"], ["--config-path", "x"], ["--config-dir", "/nonexistent/conf"]])
+@pytest.mark.parametrize(
+    "flag", [["--config-name", "x"], ["--config-path", "x"], ["--config-dir", "/nonexistent/conf"]]
+)
 def test_flags_that_would_be_ignored_are_refused(fails: Callable[..., str], flag: list[str]) -> None:
     assert flag[0] in fails(*flag, STAGE, "mode=config")
     assert flag[0] in fails(*flag, "-m", STAGE)

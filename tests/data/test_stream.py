@@ -148,7 +148,7 @@ def test_finished_shards_are_passed_over_unread(tars: Path, monkeypatch: pytest.
 
 def open_data(tars: Path, *, workers: int = 0, first: int = 0, rank: int = 0, world: int = 1, **entry: Any) -> VLMData:
     entry = {"stream": str(tars), "shuffle_buffer": 3, "index": str(tars / "out")} | entry
-    made = data(entry, shuffle="shards", workers=workers)
+    made = data(entry, shuffle="shards", workers=workers, cache=str(tars))
     made.plan = made.make_plan(batch=4, tokens=None, epochs=None, most=12, world=world, cost=Cost())
     made.trainer.global_step, made.trainer.global_rank, made.trainer.world_size = first, rank, world
     return made
@@ -355,14 +355,14 @@ def test_remote_shards_stream_and_leave_nothing(tars: Path, tmp_path: Path) -> N
 )
 def test_what_a_stream_cannot_is_refused(tars: Path, entry: dict[str, Any], options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        data({"stream": str(tars)} | entry, **{"shuffle": "shards"} | options)
+        data({"stream": str(tars)} | entry, **{"shuffle": "shards", "cache": str(tars)} | options)
 
 
 def test_a_stream_is_the_only_entry(tars: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train: a stream is the only entry, got 2 entries"):
-        data({"stream": str(tars)}, {"shards": "x"}, shuffle="shards")
+        data({"stream": str(tars)}, {"shards": "x"}, shuffle="shards", cache=str(tars))
     with pytest.raises(DataError, match="an objective reads the columns a beside it"):
-        data({"stream": str(tars)}, shuffle="shards", columns=["a"])
+        data({"stream": str(tars)}, shuffle="shards", cache=str(tars), columns=["a"])
 
 
 def test_a_folder_that_takes_no_index_is_told_at_once(tars: Path) -> None:
