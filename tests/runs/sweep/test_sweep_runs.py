@@ -33,8 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(data: Path, runs: Path, *more: str) -> list[str]:
-    fixed = [line for line in command(data, runs, *more) if not line.startswith(("run_name=", "trainer.max_steps="))]
-    return [*fixed, "trainer.export=false"]
+    fixed = [line for line in command(data, runs) if not line.startswith(("run_name=", "trainer.max_steps="))]
+    return [*fixed, *more, "trainer.export=false"]
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -108,7 +108,8 @@ def test_ctrl_c_saves_what_runs_and_starts_no_other(launcher: str, data: Path, t
     if launcher == "joblib":
         pytest.importorskip("joblib")
     running = 2 if launcher == "joblib" else 1
-    line = overrides(data, tmp_path, "trainer.max_steps=20000", "trainer.save_every=20000", "seed=1,2,3")
+    long = ("trainer.epochs=null", "trainer.max_steps=20000", "trainer.save_every=20000")
+    line = overrides(data, tmp_path, *long, "seed=1,2,3")
     process = start(*line, *LAUNCHERS[launcher])
     try:
         deadline = time.monotonic() + LIMIT
