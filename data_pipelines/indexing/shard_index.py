@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from itertools import groupby
@@ -129,8 +130,9 @@ def _open_shard(address: str, fetched: Path) -> BufferedReader:
             raise DataError(f"{address}: cannot be read: {error}") from error
     fetched.mkdir(parents=True, exist_ok=True)
     for left in fetched.glob(".fetched-*"):  # of processes that were killed while they fetched
-        if left.stat().st_mtime < time.time() - FORGOTTEN:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just fetched it
+            if left.stat().st_mtime < time.time() - FORGOTTEN:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=fetched, prefix=".fetched-") as folder:
         path = Path(folder) / "shard.tar"
         download_file(address, path)

@@ -30,8 +30,8 @@ def llava() -> Model:
 @pytest.fixture
 def said(llava: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     def look(gib: float | None, *, gpus: int = 8, host: float | None = 1024, **changes: Any) -> str:
-        monkeypatch.setattr(shortage, "device_memory", lambda: None if gib is None else gib * GIB)
-        monkeypatch.setattr(shortage, "host_memory", lambda: None if host is None else host * GIB)
+        monkeypatch.setattr(shortage, "read_device_memory", lambda: None if gib is None else gib * GIB)
+        monkeypatch.setattr(shortage, "read_host_memory", lambda: None if host is None else host * GIB)
         monkeypatch.setenv("WORLD_SIZE", str(gpus))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
         cfg = llava[0].copy()
@@ -85,16 +85,16 @@ def test_a_run_says_it_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = make_data(tmp_path / "data")
-    monkeypatch.setattr(shortage, "host_memory", lambda: 0.4 * GIB)
+    monkeypatch.setattr(shortage, "read_host_memory", lambda: 0.4 * GIB)
     assert main(command(data, tmp_path / "runs", "trainer.max_steps=1")) == 0
     printed = capsys.readouterr().out
     warning = printed.index("warning: memory: this run is predicted to need 0.5")
     assert warning < printed.index("first step: ") and printed.count("warning: memory") == 1
-    monkeypatch.setattr(shortage, "host_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(shortage, "read_host_memory", lambda: 16 * GIB)
     assert main(command(data, tmp_path / "runs", "trainer.max_steps=1", name="roomy")) == 0
     assert "warning: memory" not in capsys.readouterr().out
 
 
 def test_a_machine_has_some_memory() -> None:
-    here = shortage.host_memory()
+    here = shortage.read_host_memory()
     assert here is None or here > GIB

@@ -108,6 +108,7 @@ RANGES: dict[str, str] = {
     "target.text_tokens": ">= 1",
     "target.supervised_tokens": ">= 1",
 }
+"""Setting -> what its number must fulfil; `*` stands for every name or index. Absent and null ones are skipped."""
 for _part in ("llm", "vision", "vision.*"):  # with 0 layers, or a negative base, transformers builds a model, too
     RANGES |= {f"{_part}.config.{name}": ">= 1" for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -115,7 +116,6 @@ for _part in ("llm", "vision", "vision.*"):  # with 0 layers, or a negative base
     )}  # fmt: skip
     RANGES |= {f"{_part}.config.{name}": "> 0, < 1" for name in ("rms_norm_eps", "layer_norm_eps")}
     RANGES |= {f"{_part}.config.{name}": "> 0, <= 1e12" for name in ("rope_theta", "rope_parameters.rope_theta")}
-"""Setting -> what its number must fulfil; `*` stands for every name or index. Absent and null ones are skipped."""
 
 
 NAMES = (

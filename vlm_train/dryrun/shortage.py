@@ -23,8 +23,8 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 def say_shortage(cfg: DictConfig, skeleton: Any) -> None:
     """Print a warning where the model, on the meta device, is predicted not to fit. Leaves it and `cfg` as they are."""
-    host = host_memory()
-    device = device_memory() if cfg.trainer.accelerator != "cpu" else None
+    host = read_host_memory()
+    device = read_device_memory() if cfg.trainer.accelerator != "cpu" else None
     if device is None and host is None:
         return
     cfg = cfg.copy()
@@ -70,14 +70,14 @@ def _describe_shortage(cfg: DictConfig, advice: Advice, longest: int) -> str:
     return f"{said} Predicted to fit: {' '.join(changes)}. dry_run=true compares all of them."
 
 
-def device_memory() -> float | None:
+def read_device_memory() -> float | None:
     """Bytes of this machine's first GPU; None without one."""
     import torch
 
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def host_memory() -> float | None:
+def read_host_memory() -> float | None:
     """Bytes of memory of this machine, or of what its container may take; None where nothing says it."""
     found = []
     with suppress(AttributeError, OSError, ValueError):  # Windows

@@ -132,9 +132,7 @@ def _describe_run(
     from vlm_train.evaluation.run import describe_evaluators
 
     print(policy.format_table(), flush=True)
-    learned = ({"trainable": r.lr is not None, "lr": r.lr, "weight_decay": r.weight_decay} for r in policy.rows)
-    rows = [{"name": r.part, "parameters": r.parameters} | rates for r, rates in zip(policy.rows, learned, strict=True)]
-    record.write_json(RunFolder(folder).parameters, rows)
+    record.write_json(RunFolder(folder).parameters, policy.list_parts())
     assembly.processor.tokenizer.save_pretrained(RunFolder(folder).tokenizer)
     names = {"run_id": identity, "recipe": cfg.recipe_name, "total_steps": trainer.max_steps}
     names["evaluators"] = describe_evaluators(evaluators, {name: name for name in evaluators})

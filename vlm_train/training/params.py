@@ -90,6 +90,19 @@ class Policy:
         """Number of all parameters."""
         return sum(row.parameters for row in self.rows)
 
+    def list_parts(self) -> list[dict[str, Any]]:
+        """The rows as plain JSON data."""
+        return [
+            {
+                "name": row.part,
+                "parameters": row.parameters,
+                "trainable": row.lr is not None,
+                "lr": row.lr,
+                "weight_decay": row.weight_decay,
+            }
+            for row in self.rows
+        ]
+
     def format_table(self) -> str:
         """The rows as aligned text, printed at the start of every run."""
         lines = [("part", "parameters", "lr", "weight decay", "rule")]

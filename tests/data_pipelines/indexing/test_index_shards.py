@@ -4,6 +4,7 @@ unusable left out and named."""
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from zipfile import ZipFile
@@ -305,3 +306,15 @@ def test_wrong_arguments_end_in_plain_words(tmp_path, web, capsys):
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error, arguments
     assert shard_lists.index_shards(str(tars), out, Layout(), workers=1) is not None
+
+
+def test_what_a_killed_process_was_fetching_is_removed(tmp_path, monkeypatch):
+    old, new = tmp_path / ".fetched-old", tmp_path / ".fetched-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "shard.tar").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(shard_index, "download_file", lambda _, path: path.write_bytes(b"whole"))
+    with shard_index._open_shard("https://example.org/0.tar", tmp_path) as file:
+        assert file.read() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == [new.name]

@@ -29,7 +29,8 @@ def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part:
     from torch.nn.functional import interpolate
 
     part = part or size
-    inside = [_clip_span(*axis) for axis in zip(size, corner, part, strict=True)]  # of the result, per axis
+    axes = zip(size, corner, part, strict=True)
+    inside = [(max(start, 0), min(start + count, whole)) for whole, start, count in axes]  # of the result
     used = [_source_span(*axis) for axis in zip(image.size, size, inside, strict=True)]
     (left, right, first_column, columns), (top, bottom, first_row, rows) = used
     pixels = torch.from_numpy(np.array(np.asarray(image)[top:bottom, left:right]))
@@ -43,10 +44,6 @@ def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part:
         view[:, y0 - corner[1] : y1 - corner[1], x0 - corner[0] : x1 - corner[0]] = cut
         cut = view
     return cut.contiguous().numpy()
-
-
-def _clip_span(target: int, start: int, count: int) -> tuple[int, int]:
-    return max(start, 0), min(start + count, target)
 
 
 def _source_span(source: int, target: int, span: tuple[int, int]) -> tuple[int, int, int, int]:
