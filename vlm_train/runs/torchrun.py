@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlm_train.distributed import exit_with_parent
-from vlm_train.errors import ENDING, PREEMPTED, REPEATED, Interrupted, exit_code
+from vlm_train.errors import ENDING, REPEATED, Interrupted, exit_code
 
 PID, ERRORS = "VLM_TRAIN_AGENT", "VLM_TRAIN_ERRORS"
 """Variables that tell workers the id of their agent, and the folder where a failing worker writes its error."""
@@ -111,7 +111,7 @@ def _end_survivors(first: FirstFailure, received: Sequence[int], errors: Path) -
             first.pid, first.code = ended.si_pid, ended.si_status * (1 if ended.si_code == os.CLD_EXITED else -1)
         else:
             time.sleep(0.02)  # torchrun looks every 0.1 s
-    if first.code in (PREEMPTED, exit_code(signal.SIGINT)):  # all workers save and end themselves
+    if first.code in {exit_code(number) for number in ENDING}:  # all workers save and end themselves
         return
     time.sleep(PATIENCE)
     for pid in [] if received else _list_children():
