@@ -77,6 +77,16 @@ CASES: dict[str, tuple[Case, int, list[str]]] = {
         2,
         ["llm.config.intermediate_size: expected a number >= 1, got -5"],
     ),
+    "activation of no name": (
+        override("+llm.config.hidden_act=none"),
+        2,
+        ["llm: ", "HFCausalLM cannot be made", "config.hidden_act=none", "KeyError", "VLM_TRAIN_TRACEBACK"],
+    ),
+    "activation of no name, dry run": (
+        override("dry_run=true", "+vision.config.hidden_act=none"),
+        2,
+        ["vision: ", "config.hidden_act=none", "KeyError", "activations.py"],
+    ),
     "no configuration of a part": (override("llm.config=null"), 2, ["llm.config: expected Mapping", "got None"]),
     "no attention head": (
         override("dry_run=true", "vision.config.num_attention_heads=0"),
