@@ -13,7 +13,7 @@ from vlm_train.config import origins
 from vlm_train.config.compose import compose_config, compose_tiny, describe_replaced_data
 from vlm_train.config.folders import config_dir
 from vlm_train.config.run_file import load_config, save_config
-from vlm_train.config.run_identity import run_dir, run_id
+from vlm_train.config.run_identity import run_dir, run_id, training_hash
 from vlm_train.config.size import SIZED_GROUPS, TINY
 from vlm_train.errors import ConfigError
 
@@ -48,12 +48,24 @@ def test_recipe_name_is_derived_from_the_choice(mine: Path) -> None:
 def test_run_id_ignores_what_does_not_change_the_weights(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = run_id(compose_config(["recipe=mine"], [mine]))
     assert base.startswith("mine-") and len(base) == len("mine-") + 8
-    for same in ("paths.runs=elsewhere", "paths.data=/data", "trainer.log_every=3", "launch.devices=2", "mode=show"):
+    for same in ("paths.runs=elsewhere", "paths.data=/data", "trainer.log_every=3", "launch.devices=2", "mode=show",
+                 "data.pack=4096", "batch.micro=2"):  # fmt: skip
         assert run_id(compose_config(["recipe=mine", same], [mine])) == base, same
     monkeypatch.chdir(mine)
     assert run_id(compose_config(["recipe=mine"], [mine])) == base
     for other in ("seed=1", "optim.lr=0.25", "batch.samples=8", "trainer.max_steps=3", "vision.layer=-1"):
         assert run_id(compose_config(["recipe=mine", other], [mine])) != base, other
+    budget = ["recipe=mine", "batch.samples=null", "batch.tokens=8192"]  # rows decide what fits into a step
+    ids = {run_id(compose_config([*budget, f"data.pack={pack}"], [mine])) for pack in (4096, 8192)}
+    assert len(ids) == 2
+
+
+def test_a_run_keeps_the_id_that_named_its_rows(mine: Path, tmp_path: Path) -> None:
+    cfg = compose_config(["recipe=mine", "data.pack=4096", f"paths.runs={tmp_path}"], [mine])
+    named = f"mine-{training_hash(cfg, with_rows=True)}"
+    assert run_id(cfg) != named
+    (tmp_path / named).mkdir()
+    assert run_id(cfg) == named
 
 
 def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,6 +417,18 @@ def test_a_run_that_began_in_a_stored_order_goes_on_in_it(root: Path, monkeypatc
     assert now.hash_order() == recorded and windows_of(now, 3) == [one for one in whole if one[0] >= 3]
 
 
+def test_rows_are_no_part_of_an_order_of_samples(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_length": 64, "cache": str(tmp_path)}
+    plain, packed = (data(root / "train", root / "val", pack=pack, **options) for pack in (None, 128))
+    assert plain.hash_order() == packed.hash_order()
+    recorded = packed._hash_order_of(packed.mixture, (128, None))  # as it was once
+    assert recorded != packed.hash_order()
+    packed.keep_order({"order": recorded})
+    assert packed.hash_order() == recorded
+    plain.keep_order({"order": recorded})
+    assert plain.hash_order() != recorded, "rows of 128 tokens are not those of this run"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_token_steps_that_are_estimated_resume_exactly(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int

@@ -137,3 +137,4 @@ def test_a_quantized_base_is_stored_small() -> None:
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # all of Vicuna-7B's but the head
     assert plan.needs.quantized == linears
     assert plan.needs.quantized_bytes == pytest.approx(linears * NF4, rel=1e-3)
+    assert plan.needs.halved <= plan.needs.parameters - linears, "what has 4 bits is not kept in 16"

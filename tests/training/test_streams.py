@@ -56,6 +56,22 @@ def test_packed_training_is_unpacked_training(normalize: str, data: Path, tmp_pa
     assert rows[1][0]["padding_share"] < 0.2
 
 
+def test_a_run_that_began_unpacked_goes_on_packed(data: Path, tmp_path: Path) -> None:
+    """Rows only share out the samples of a step: the run keeps its name and its order, and learns the same."""
+    more = [*SGD, "batch.samples=8", "trainer.max_steps=4", "trainer.save_every=2", "data.max_length=120"]
+    whole, begun = (command(data, tmp_path / name, *more) for name in ("whole", "begun"))
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        stop_after(patch, 3)
+        train(begun)
+    resumed = train([*begun, *PACKED])
+    apart, packed = ([row["padding_share"] for row in metrics(run)] for run in (tmp_path / "whole/run", resumed))
+    assert apart[:2] == packed[:2] and apart[2:] != packed[2:], "only the end of it is packed"
+    one, other = (load_file(checkpoint_of(run, 4) / "weights.safetensors") for run in (tmp_path / "whole/run", resumed))
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+
+
 @pytest.mark.parametrize(
     "more",
     [

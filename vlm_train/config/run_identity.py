@@ -43,8 +43,13 @@ LATER_IMAGE_KEYS = {"upright": True, "background": [255, 255, 255], "resize": "p
 """Keys of an image plan that came later, with their first values: runs of before keep their ids."""
 
 
-def training_config(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved part of `cfg` that decides the trained weights. It does not depend on where folders lie."""
+def training_config(cfg: DictConfig, with_rows: bool = False) -> dict[str, Any]:
+    """The resolved part of `cfg` that decides the trained weights. It does not depend on where folders lie.
+
+    Args:
+        with_rows: `data.pack` and `data.pack_patches` are part of it even if `batch.samples` says what a step learns
+            from. They were once.
+    """
     cfg = cfg.copy()
     for name in Paths.__dataclass_fields__:
         cfg.paths[name] = name
@@ -61,6 +66,9 @@ def training_config(cfg: DictConfig) -> dict[str, Any]:
         plain["optim"].pop("fused", None)  # a kernel, chosen by the device or by what a run began with
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
         plain["batch"].pop("micro")
+        for key in ("pack", "pack_patches") if isinstance(plain["data"], dict) and not with_rows else ():
+            if key in plain["data"]:
+                plain["data"][key] = None  # rows that share out the same samples
     for group, keys in COSMETIC_KEYS.items():
         for key in keys if isinstance(plain[group], dict) else ():
             plain[group].pop(key, None)
@@ -82,9 +90,9 @@ def _drop_neutral(plain: Any, path: list[str], neutral: Any) -> None:
             del plain[first]
 
 
-def training_hash(cfg: DictConfig) -> str:
-    """Eight hexadecimal digits that name the training-relevant configuration."""
-    plain = training_config(cfg)
+def training_hash(cfg: DictConfig, with_rows: bool = False) -> str:
+    """Eight hexadecimal digits that name the training-relevant configuration, see `training_config`."""
+    plain = training_config(cfg, with_rows)
     restore_first_names(plain)  # a renamed key makes no other run, nor does a renamed component
     text = json.dumps(restore_first_targets(plain), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -92,7 +100,12 @@ def training_hash(cfg: DictConfig) -> str:
 
 def run_id(cfg: DictConfig) -> str:
     """`run_name`, or `<recipe>-<hash of the training-relevant configuration>`. No clock: the same command resumes."""
-    return cfg.run_name or f"{cfg.recipe_name}-{training_hash(cfg)}"
+    if cfg.run_name:
+        return str(cfg.run_name)
+    earlier = f"{cfg.recipe_name}-{training_hash(cfg, with_rows=True)}"
+    if (Path(cfg.paths.runs) / earlier).is_dir():  # began when `data.pack` was part of the id
+        return earlier
+    return f"{cfg.recipe_name}-{training_hash(cfg)}"
 
 
 def run_dir(cfg: DictConfig) -> Path:

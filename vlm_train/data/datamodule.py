@@ -119,6 +119,7 @@ class VLMData(pl.LightningDataModule):
         self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
         self.max_length, self.over_length, self.workers, self.prefetch = max_length, over_length, workers, prefetch
         self.estimates_steps = self._counts_steps = False
+        self.rows_in_order = (pack, pack_patches) if batch.tokens is not None else (None, None)  # decide what fits
 
     def _divide_samples(self, val_share: float, val_limit: int | None) -> None:
         """Hold out `val_share` of the training samples, if any, and cut long samples of both sets into pieces."""
@@ -135,21 +136,25 @@ class VLMData(pl.LightningDataModule):
 
     def hash_order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
-        return self._hash_order_of(self.mixture)
+        return self._hash_order_of(self.mixture, self.rows_in_order)
 
-    def _hash_order_of(self, mixture: Mixture) -> str:
-        how = (self.batch, self.pack, self.pack_patches, self.group_by, self.block_samples, self.train.options)
+    def _hash_order_of(self, mixture: Mixture, rows: tuple[int | None, int | None]) -> str:
+        how = (self.batch, *rows, self.group_by, self.block_samples, self.train.options)
         return hash_content(ORDER_VERSION, mixture, *how)
 
     def keep_order(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on in the order of a checkpoint, whose manifest this is, where an earlier version stored what is computed
-        now, or counted the steps that are estimated now. To be called before `make_plan`."""
+        now, counted the steps that are estimated now, or took rows for a part of the order. To be called before
+        `make_plan`."""
         self._counts_steps = "total_steps" not in checkpoint
-        if self.mixture.shuffle == "computed":
-            stored = replace(self.mixture, shuffle="full")
-            if checkpoint.get("order") == self._hash_order_of(stored):
-                print("data.shuffle=full: this run goes on in the stored order that it began in", flush=True)
-                self.mixture = stored
+        stored = replace(self.mixture, shuffle="full") if self.mixture.shuffle == "computed" else self.mixture
+        packed = (self.pack, self.pack_patches)
+        for mixture, rows in ((self.mixture, packed), (stored, self.rows_in_order), (stored, packed)):
+            if checkpoint.get("order") == self._hash_order_of(mixture, rows):
+                if mixture is not self.mixture:
+                    print("data.shuffle=full: this run goes on in the stored order that it began in", flush=True)
+                self.mixture, self.rows_in_order = mixture, rows
+                return
 
     def note_estimate(self) -> dict[str, str]:
         """What a checkpoint says of the plan, for `keep_order`."""

@@ -33,7 +33,7 @@ def find_halvable(model: nn.Module) -> list[nn.Linear]:
 
     dora = {id(module.base_layer) for module in model.modules() if len(getattr(module, "lora_magnitude_vector", ()))}
     inside = (module for layer in find_layers(model).values() for module in layer.modules())
-    plain = (module for module in inside if type(module) is nn.Linear)  # not a quantized one
+    plain = (module for module in inside if type(module) is nn.Linear and not hasattr(module, "quantized"))
     return [module for module in plain if id(module) not in dora and is_alone(module)]
 
 
