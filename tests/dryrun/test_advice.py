@@ -18,6 +18,8 @@ from vlm_train.dryrun.report import format_plan, without_assets
 
 Planned = tuple[DictConfig, Plan]
 
+UNPACKED = ("recipe=llava15_stage2", "data.pack=null", "batch.micro=16", "trainer.activation_checkpointing=full")
+
 
 def planned(*overrides: str) -> Planned:
     cfg, _ = without_assets(compose_config(["dry_run=true", *overrides]))
@@ -27,7 +29,7 @@ def planned(*overrides: str) -> Planned:
 @pytest.fixture(scope="module")
 def full() -> Planned:
     """LLaVA-1.5-7B, stage 2: 16 rows of 2048 tokens, with activation checkpointing; the whole language model learns."""
-    return planned("recipe=llava15_stage2", "strategy=auto")
+    return planned(*UNPACKED, "strategy=auto")
 
 
 def given(one: Planned, **target: Any) -> tuple[Advice, str]:
@@ -68,13 +70,26 @@ def test_smaller_micro_batches_come_before_offload(full: Planned) -> None:
 
 
 def test_checkpointing_comes_first(full: Planned) -> None:
-    cfg, plan = planned("recipe=llava15_stage2", "trainer.activation_checkpointing=none")
+    cfg, plan = planned(*UNPACKED, "trainer.activation_checkpointing=none")
     assert plan.needs.activations == 16 * plan.activations["none"]
     assert plan.activations == full[1].activations
     found, printed = given((cfg, plan), gpus=8, memory_gib=48)
     assert [one.flag for one in found.suggestions] == ["trainer.activation_checkpointing=full"]
     assert found.suggestions[0].strategy == "zero2" and found.best is None
     assert "trainer.activation_checkpointing=none: 183 GiB; selective 106 GiB, full 14.9 GiB." in printed
+
+
+def test_shorter_rows_come_after_recomputed_layers() -> None:
+    cfg, plan = planned("recipe=llava15_stage2", "strategy=zero3", "data.pack=32768")
+    assert plan.needs.activations == plan.activations["none"]
+    found, printed = given((cfg, plan), gpus=8, memory_gib=24)
+    assert [one.flag for one in found.suggestions] == ["trainer.activation_checkpointing=full", "data.pack=2048"]
+    assert found.suggestions[1].fits and "data.pack=2048" in printed
+    row = found.suggestions[1].peak.activations
+    assert row == plan.activations["full"] * 2048 // 32768
+    cfg.batch.samples, cfg.batch.tokens = None, 32768 * 64
+    flags = [one.flag for one in given((cfg, plan), gpus=8, memory_gib=20)[0].suggestions]
+    assert "data.pack=2048" not in flags, "rows decide what such a step learns"
 
 
 def test_adapters_come_last(full: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

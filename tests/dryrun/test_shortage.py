@@ -19,11 +19,13 @@ from vlm_train.dryrun.report import without_assets
 
 Model = tuple[DictConfig, Any]
 
+UNPACKED = ("recipe=llava15_stage2", "data.pack=null", "batch.micro=16", "trainer.activation_checkpointing=full")
+
 
 @pytest.fixture(scope="module")
 def llava() -> Model:
     """LLaVA-1.5-7B, stage 2: 156 GiB of a GPU under DDP."""
-    cfg, _ = without_assets(compose_config(["recipe=llava15_stage2", "strategy=auto", "trainer.accelerator=auto"]))
+    cfg, _ = without_assets(compose_config([*UNPACKED, "strategy=auto", "trainer.accelerator=auto"]))
     return cfg, build_model(cfg, meta=True)
 
 

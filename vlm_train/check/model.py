@@ -99,7 +99,7 @@ def check_packing(cfg: DictConfig, model: Family) -> Iterator[str]:
     if packed_row_length(cfg) and mixers:
         yield (
             f"data.pack: {cfg.llm.config.model_type!r} has {', '.join(mixers)}, which no mask reaches: samples of a "
-            "row would see each other. Use data.pack=null, or another llm."
+            "row would see each other. Use data.pack=null and a larger batch.micro, or another llm."
         )
 
 
@@ -204,7 +204,7 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     world = cfg.target.gpus if cfg.dry_run else count_processes(cfg)
     samples, micro = (resolve_key(cfg.batch, name) for name in ("samples", "micro"))
     if packed_row_length(cfg):
-        yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
+        yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null and batch.micro for all of a process."
     if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
         advice = (
             f"Gradient caching bounds its memory: model.cache_chunk={micro}."
@@ -254,7 +254,7 @@ def check_streams(cfg: DictConfig, model: Family) -> Iterator[str]:
     reads = f"the model reads the streams {' and '.join(streams)}"
     if len(streams) > 1:
         if data.get("pack") is not None:
-            yield f"data.pack: {reads}, which do not line up in packed rows; use data.pack=null."
+            yield f"data.pack: {reads}, which do not line up in packed rows; use data.pack=null and a larger batch.micro."
         if data.get("over_length") == "split":
             yield f"data.over_length: {reads}, which are not cut at turns; use truncate, drop or error, got split."
         if data.get("rejected"):

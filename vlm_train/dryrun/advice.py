@@ -149,6 +149,10 @@ def _possible_changes(
             if find_cheapest(_peaks_of_strategies(cfg, needs, hardware, offload=offload), hardware):
                 break
         yield f"batch.micro={micro}", needs, True
+    pack, longest = cfg.data.get("pack"), cfg.data.get("max_length")
+    if pack and longest and longest < pack and cfg.batch.samples is not None:  # only shares the samples out otherwise
+        needs = replace(needs, activations=kept * micro * longest // pack)
+        yield f"data.pack={longest}", needs, True
     options = {file.stem: OmegaConf.load(file) for file in (config_dir() / "peft").glob("*.yaml")}
     if cfg.peft is None and plan.llm.learned and "lora" in options:
         added = options["lora"].rank * plan.llm.per_rank
