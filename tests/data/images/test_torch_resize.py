@@ -28,8 +28,8 @@ def encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def rows_of(*args: Any) -> np.ndarray:
-    return resize_by_torch(*args).transpose(1, 2, 0)
+def rows_of(image: Image.Image, *args: Any) -> np.ndarray:
+    return resize_by_torch(np.asarray(image), *args).transpose(1, 2, 0)
 
 
 def assert_close(ours: np.ndarray, pillow: np.ndarray) -> None:
