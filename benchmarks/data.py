@@ -1,7 +1,7 @@
 """Benchmarks of the data half: `python -m benchmarks.data [key=value ...]`, or `make bench ARGS="..."`.
 
-Options: quick=true (2 minutes; default) or false; lines=[loader,torch_resize,scaled,raw,position,resume,planner,peers]
-(by default all, when quick all but peers);
+Options: quick=true (2 minutes; default) or false; lines=[loader,torch_resize,simplejpeg,scaled,raw,position,resume,
+planner,peers] (by default all, when quick all but peers);
 peers_python=<interpreter with the peers installed>; folder=<where the made pictures are kept>; output=<file>.json.
 """
 
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def torch_resize(settings: Settings) -> Iterator[Line]:
     yield _against_webdataset("loader, torch's resize", settings, "small", resize="torch", must=1.3, aim=1.5)
 
 
+def simplejpeg(settings: Settings) -> Iterator[Line]:
+    """The same with torch's resize, and JPEG files decoded by simplejpeg (the same pixels of the files)."""
+    if find_spec("simplejpeg") is None:
+        yield Line(name="loader, simplejpeg", note="simplejpeg is not installed")
+        return
+    image: dict[str, Any] = {"decode": "simplejpeg", "resize": "torch"}
+    check_pixels(settings.shards("small"), decode="simplejpeg")
+    yield _against_webdataset("loader, simplejpeg and torch's resize", settings, "small", must=1.3, aim=1.5, **image)
+
+
 def scaled(settings: Settings) -> Iterator[Line]:
     """The same with our scaled decoding: other pixels."""
     for size, must, aim in (("medium", 1.7, 2.0), ("large", 3.0, 4.0)):
@@ -87,10 +98,10 @@ def _against_webdataset(
     return paired(name, ours, theirs, pairs=settings.pairs, must=must, aim=aim, unit="samples/s")
 
 
-def check_pixels(folder: Path) -> None:
+def check_pixels(folder: Path, **image: Any) -> None:
     """Both sides make the same pixels of the same samples, in every mode."""
     for mode in ("crop", "pad", "resize"):
-        ours = next(our_loader(folder, 1, mode=mode, shuffle=False)).media.inputs["vision"].values
+        ours = next(our_loader(folder, 1, mode=mode, shuffle=False, **image)).media.inputs["vision"].values
         assert torch.equal(ours, next(iter(webdataset_loader(folder, mode=mode)))), f"pixels differ, mode {mode}"
 
 
@@ -205,7 +216,7 @@ def peers(settings: Settings) -> Iterator[Line]:
 
 
 LINES: dict[str, Callable[[Settings], Iterator[Line]]] = {
-    one.__name__: one for one in (loader, torch_resize, scaled, raw, position, resume, planner, peers)
+    one.__name__: one for one in (loader, torch_resize, simplejpeg, scaled, raw, position, resume, planner, peers)
 }
 
 

@@ -26,6 +26,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import GridLayout, MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.datamodule import VLMData
+from vlm_train.data.images.jpeg import Decoder
 from vlm_train.data.images.transform import ImageTransform, Mode, Resizer
 from vlm_train.data.order.cost import Cost
 from vlm_train.data.processor import Processor
@@ -48,6 +49,7 @@ def our_data(
     workers: int = 0,
     mode: Mode = "crop",
     draft: bool = False,
+    decode: Decoder = "pillow",
     resize: Resizer = "pillow",
     shuffle: bool = True,
 ) -> VLMData:
@@ -55,7 +57,7 @@ def our_data(
     data = VLMData(
         train=[{"shards": str(folder)}],
         val=[],
-        processor=our_processor(mode, draft, resize),
+        processor=our_processor(mode, draft, decode, resize),
         batch=BatchSize(samples=BATCH, micro=BATCH),
         shuffle="full" if shuffle else "none",
         workers=workers,
@@ -68,10 +70,12 @@ def our_data(
     return data
 
 
-def our_processor(mode: Mode = "crop", draft: bool = False, resize: Resizer = "pillow") -> Processor:
+def our_processor(
+    mode: Mode = "crop", draft: bool = False, decode: Decoder = "pillow", resize: Resizer = "pillow"
+) -> Processor:
     """That of the run."""
     options = yaml.safe_load((CONF / "template" / "vicuna_v1.yaml").read_text(encoding="utf-8"))
-    about: dict[str, Any] = {"patch_grid": patch_grid, "jpeg_draft": draft, "resize": resize}
+    about: dict[str, Any] = {"patch_grid": patch_grid, "jpeg_draft": draft, "decode": decode, "resize": resize}
     plan = ImageTransform(mode=mode, size=(SIDE, SIDE), mean=MEAN, **about)
     return Processor(
         template=ChatTemplate(**{name: value for name, value in options.items() if name != "_target_"}),

@@ -70,8 +70,8 @@ def _explain_damage(error: Exception) -> str:
 
 def _count_exif(data: bytes) -> int:
     """The Exif segments before the pixels of a JPEG file, counted up to one more than are read."""
-    count, place = 0, 2
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda" and count <= MAX_EXIF:
+    count, place, ends = 0, 2, (b"", b"\xda")
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in ends and count <= MAX_EXIF:
         if data[place + 1] in (0xFF, 0x01) or 0xD0 <= data[place + 1] <= 0xD8:  # fill bytes and markers without length
             place += 1 if data[place + 1] == 0xFF else 2
             continue

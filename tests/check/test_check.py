@@ -47,6 +47,7 @@ def test_recipe_passes() -> None:
         ("optim.lr=abc", "optim.lr: expected float, got 'abc' (str)."),
         ("optim.fused=banana", "optim.fused: expected bool | Literal['auto'] | None, got 'banana' (str)."),
         ("image.resize=cv2", "image.resize: expected Literal['pillow', 'torch'], got 'cv2' (str)."),
+        ("image.decode=cv2", "image.decode: expected Literal['pillow', 'simplejpeg'], got 'cv2' (str)."),
         ("+connector.dept=3", "connector.dept: vlm_train.models.connectors.mlp.MLP has no such option. Did you mean"),
         ("connector._target_=vlm_train.models.connectors.mlp.MPL", "Did you mean vlm_train.models.connectors.mlp.MLP?"),
         ("connector._target_=os.system", "connector._target_: 'os.system' is not trusted."),
@@ -403,6 +404,18 @@ def test_without_a_recipe_that_is_what_is_said() -> None:
         check_config(compose_config([]), need_assets=False)
     assert any(one.startswith("recipe: none is chosen. Type for example python") for one in caught.value.problems)
     assert not any(problem.startswith("batch: give exactly") for problem in caught.value.problems)
+
+
+def test_a_decoder_that_is_not_installed_is_named_in_a_dry_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["image.decode=simplejpeg", "dry_run=true"]
+    monkeypatch.setattr("vlm_train.check.parts.find_spec", lambda name: object())
+    assert problems(*asked) == []
+    monkeypatch.setattr("vlm_train.check.parts.find_spec", lambda name: None)
+    assert problems() == []
+    assert problems(*asked) == [
+        "image.decode: got simplejpeg, which is not installed: pip install 'vlm-train[jpeg]'. "
+        "Allowed without it: pillow."
+    ]
 
 
 def test_recipe_may_leave_assets_to_its_user(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.support.small_run import make_data
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import compose_config
+from vlm_train.config.run_identity import training_hash
 from vlm_train.errors import AssetError, ConfigError
 
 RECIPE = """# @package _global_
@@ -44,6 +45,14 @@ def test_two_encoders_of_two_files_are_composed(folder: Path) -> None:
     cfg = compose_config(["recipe=two", "size=tiny", "vision.dino.config.image_size=48"], [folder])
     sizes = {name: (one.config.image_size, one.config.num_hidden_layers) for name, one in cfg.vision.items()}
     assert sizes == {"clip": (32, 3), "dino": (48, 3)}
+
+
+def test_every_image_plan_is_asked_what_it_decodes_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_train.check.parts.find_spec", lambda name: None)
+    (said,) = problems(folder, "image.dino.decode=simplejpeg")
+    assert said.startswith("image.dino.decode: got simplejpeg, which is not installed")
+    plain, asked = (compose_config(["recipe=two", *more], [folder]) for more in ([], ["image.dino.decode=simplejpeg"]))
+    assert training_hash(plain) == training_hash(asked), "it changes no pixel, so no run"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from data_pipelines.nearest import did_you_mean, find_nearest
 from vlm_train.check.assets import missing_assets
-from vlm_train.check.parts import check_columns, check_encoders, check_groups, check_peft, shorten_value
+from vlm_train.check.parts import check_columns, check_decoders, check_encoders, check_groups, check_peft, shorten_value
 from vlm_train.check.settings import (
     check_batch,
     check_data,
@@ -222,6 +222,6 @@ def _check_type(path: str, value: Any, parameter: Parameter, signature: Signatur
 CHECKS: list[Check] = [
     check_values, check_groups, check_auto, check_encoders, check_targets, check_unsafe_keys, check_literals,
     check_numbers, check_texts, check_data, check_stream, check_batch, check_length, check_warmup, check_columns,
-    check_peft, check_launch, check_zero, check_own_strategy, check_run,
+    check_peft, check_decoders, check_launch, check_zero, check_own_strategy, check_run,
 ]  # fmt: skip
 """Every check that needs no import of other packages. Append to extend."""

@@ -204,7 +204,7 @@ def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     world = cfg.target.gpus if cfg.dry_run else count_processes(cfg)
     samples, micro = (resolve_key(cfg.batch, name) for name in ("samples", "micro"))
     if packed_row_length(cfg):
-        yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null and batch.micro for all of a process."
+        yield f"{path}: contrasts samples with each other, and packed rows do not tell them apart; use data.pack=null."
     if world and isinstance(samples, int) and isinstance(micro, int) and 0 < micro < samples // world:
         advice = (
             f"Gradient caching bounds its memory: model.cache_chunk={micro}."

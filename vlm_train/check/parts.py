@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 from vlm_train.config.resolve import resolve_key
 from vlm_train.config.schema import DICT_GROUPS, MODEL_PARTS, PART_GROUPS, SEVERAL
 from vlm_train.config.signatures import UnknownTarget, is_ours, read_signature
+from vlm_train.config.trust import iterate_components
 
 ALWAYS = ("model", "tokenizer", "template", "data", "optim", "lr_schedule")
 """Groups that every run needs; those of `MODEL_PARTS` follow from the model, and `image` from a vision tower."""
@@ -48,6 +50,16 @@ def check_groups(cfg: DictConfig) -> Iterator[str]:
     objectives = resolve_key(cfg, "objective") or {}
     if isinstance(objectives, dict) and not any(node is not None for node in objectives.values()):
         yield "objective is empty: there is no loss. Choose an option, objective=<option> (--help lists them)."
+
+
+def check_decoders(cfg: DictConfig) -> Iterator[str]:
+    """The package that an image plan decodes with is installed: what its constructor would refuse later."""
+    for path, group, node in iterate_components(cfg):
+        if group == "image" and node.get("decode") == "simplejpeg" and find_spec("simplejpeg") is None:
+            yield (
+                f"{path}.decode: got simplejpeg, which is not installed: pip install 'vlm-train[jpeg]'. "
+                "Allowed without it: pillow."
+            )
 
 
 def _is_component(node: Any) -> bool:

@@ -39,6 +39,9 @@ LATER_KEYS = {
 """Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
 
 
+COSMETIC_IMAGE_KEYS = ("decode",)
+"""Keys of an image plan that change no pixel."""
+
 LATER_IMAGE_KEYS = {"upright": True, "background": [255, 255, 255], "resize": "pillow"}
 """Keys of an image plan that came later, with their first values: runs of before keep their ids."""
 
@@ -59,6 +62,8 @@ def training_config(cfg: DictConfig, with_rows: bool = False) -> dict[str, Any]:
     if not plain["parts"]:  # so do those
         del plain["parts"]
     for plan in (plain["image"], *plain["image"].values()) if isinstance(plain["image"], dict) else ():
+        for key in COSMETIC_IMAGE_KEYS if isinstance(plan, dict) else ():
+            plan.pop(key, None)
         for key, first in LATER_IMAGE_KEYS.items():
             if isinstance(plan, dict) and plan.get(key) == first:
                 del plan[key]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_train.data.images import transform
 from vlm_train.data.images.native import NativeResolution
 from vlm_train.data.images.torch_resize import resize_by_torch
 from vlm_train.data.images.transform import ImageTransform, one_patch
 
-SIZES = [(64, 48), (48, 64), (33, 50), (60, 90), (20, 20), (61, 7), (7, 61), (32, 32), (1, 1), (1, 9), (400, 3)]
+SIZES = [(64, 48), (48, 64), (33, 50), (51, 34), (60, 90), (20, 20), (61, 7), (7, 61), (32, 32), (1, 9), (400, 3)]
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -28,8 +29,8 @@ def encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def rows_of(*args: Any) -> np.ndarray:
-    return resize_by_torch(*args).transpose(1, 2, 0)
+def rows_of(image: Image.Image, *args: Any) -> np.ndarray:
+    return resize_by_torch(np.asarray(image), *args).transpose(1, 2, 0)
 
 
 def assert_close(ours: np.ndarray, pillow: np.ndarray) -> None:
@@ -57,6 +58,17 @@ def test_what_is_drawn_is_the_same(more: dict) -> None:
             for kind in ("torch", "pillow")
         )
         assert np.abs(ours.astype(int) - pillow.astype(int)).mean() < 1.0
+
+
+@pytest.mark.parametrize("size", [(60, 3), (3, 60)])
+def test_a_long_picture_is_padded_where_it_is_small(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transform, "MOST_PIXELS", 900)
+    made, full = [], np.full
+    monkeypatch.setattr(np, "full", lambda shape, *more: made.append(shape) or full(shape, *more))
+    data = encode(picture(*size))
+    ours, pillow = (ImageTransform(mode="pad", size=(16, 16), resize=kind)(data) for kind in ("torch", "pillow"))
+    assert made == [(16, 16, 3)]
+    assert_close(ours.values, pillow.values)
 
 
 def test_a_part_is_that_of_the_whole() -> None:

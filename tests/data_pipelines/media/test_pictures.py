@@ -154,6 +154,12 @@ def test_many_exif_segments_are_refused_before_they_are_read():
         check_pixels(plain[:2] + segment * (MAX_EXIF + 1) + plain[2:])
 
 
+def test_a_jpeg_that_ends_in_the_middle_of_a_marker_is_a_bad_sample():
+    plain = encode(Image.new("RGB", (8, 8)), "JPEG")
+    with pytest.raises(BadSample, match="damaged JPEG"):
+        open_picture(plain[: plain.index(b"\xff\xdb") + 1])
+
+
 def test_sides_are_bounded():
     with pytest.raises(BadSample, match="70000 x 1 pixels; a side has at most 65535"):
         read_header(encode(Image.new("RGB", (70_000, 1))))

@@ -13,6 +13,7 @@ from data_pipelines.media.pictures import WHITE
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
+from vlm_train.data.images.jpeg import Decoder, check_decoder, decode_jpeg
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.torch_resize import resize_by_torch
 from vlm_train.data.images.transform import Resizer, check_background, decode_image
@@ -31,7 +32,8 @@ class NativeResolution:
         patch_grid: the encoder's patch grid of a view; given by `build.py`.
         merge: sides are multiples of so many patches, for connectors that join `merge` x `merge` of them.
         min_pixels, max_pixels: least and most pixels of a view; images outside are scaled, their aspect kept.
-        resize: "pillow" or "torch", as in `ImageTransform`.
+        decode: "pillow" or "simplejpeg", as in `ImageTransform`.
+        resize: "pillow" or "torch", likewise.
         background: the color behind transparent pictures, 0 to 255 for red, green and blue; null: whatever color the
             file has there, black mostly.
         frames: most frames of a video that are used, evenly spaced.
@@ -47,11 +49,13 @@ class NativeResolution:
         merge: int = 2,
         min_pixels: int = 3136,
         max_pixels: int = 1_003_520,
+        decode: Decoder = "pillow",
         resize: Resizer = "pillow",
         background: Sequence[int] | None = WHITE,
         frames: int = 8,
     ) -> None:
         check_background(background)
+        check_decoder(decode)
         self.side = patch_size * merge
         if merge < 1 or frames < 1:
             raise ConfigError(f"image: merge {merge}, frames {frames}; allowed: at least 1 each")
@@ -62,7 +66,8 @@ class NativeResolution:
             )
         self.patch_size, self.patch_grid, self.frames = patch_size, patch_grid, frames
         self.background = None if background is None else tuple(background)
-        self.min_pixels, self.max_pixels, self.resize = min_pixels, max_pixels, resize
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.decode, self.resize = decode, resize
 
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
         """Patch grids of the views of an image (one) or a video (one a used frame)."""
@@ -87,15 +92,18 @@ class NativeResolution:
 
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The flat patches `[P, 3 * p * p]` of an image or a video, see `ImagePlan`. Nothing is random."""
-        if not is_video(data):
-            pictures = [decode_image(data, where, background=self.background)[0]]
+        pictures: list[Image.Image | np.ndarray]
+        if is_video(data):
+            pictures = [*decode_frames(data, count=self.frames, where=where)]
+        elif self.decode == "simplejpeg" and (pixels := decode_jpeg(data)) is not None:
+            pictures = [pixels]
         else:
-            pictures = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
+            pictures = [decode_image(data, where, background=self.background)[0]]
         return self._cut([self._resize(picture, where) for picture in pictures])
 
-    def _resize(self, picture: Image.Image, where: str) -> np.ndarray:
+    def _resize(self, picture: Image.Image | np.ndarray, where: str) -> np.ndarray:
         """`[H, W, 3]` in the size of its view."""
-        width, height = picture.size
+        height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
         if max(width, height) > MOST_ELONGATED * min(width, height):
             raise BadSample(
                 f"{where}: image of {width} x {height} pixels; one side is at most {MOST_ELONGATED} times the other",
@@ -103,8 +111,9 @@ class NativeResolution:
             )
         size = self.view_size(MediaSize(width=width, height=height))
         if self.resize == "torch":
-            return resize_by_torch(picture, (size.width, size.height)).transpose(1, 2, 0)
-        return np.asarray(picture.resize((size.width, size.height), Image.Resampling.BICUBIC))
+            return resize_by_torch(np.asarray(picture), (size.width, size.height)).transpose(1, 2, 0)
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        return np.asarray(image.resize((size.width, size.height), Image.Resampling.BICUBIC))
 
     def _cut(self, pictures: list[np.ndarray]) -> Views:
         """Patches of pictures `[H, W, 3]`, row by row."""

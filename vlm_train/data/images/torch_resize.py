@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
 
 Size = tuple[int, int]
 MARGIN = 3
 """Pixels of the result, or of the source where it is the smaller one, that a cubic may reach beyond a part's border."""
 
 
-def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part: Size | None = None) -> np.ndarray:
+def resize_by_torch(pixels: np.ndarray, size: Size, corner: Size = (0, 0), part: Size | None = None) -> np.ndarray:
     """`[3, H, W]` uint8: the `part` (width, height) at `corner` (left, top) of the image in `size` (width, height).
 
     Args:
+        pixels: uint8 `[H, W, 3]`.
         corner, part: negative or beyond the border, as in a crop that is larger than the image: black there. None: all.
     """
     import torch
@@ -31,10 +31,10 @@ def resize_by_torch(image: Image.Image, size: Size, corner: Size = (0, 0), part:
     part = part or size
     axes = zip(size, corner, part, strict=True)
     inside = [(max(start, 0), min(start + count, whole)) for whole, start, count in axes]  # of the result
-    used = [_source_span(*axis) for axis in zip(image.size, size, inside, strict=True)]
+    source = (pixels.shape[1], pixels.shape[0])
+    used = [_source_span(*axis) for axis in zip(source, size, inside, strict=True)]
     (left, right, first_column, columns), (top, bottom, first_row, rows) = used
-    pixels = torch.from_numpy(np.array(np.asarray(image)[top:bottom, left:right]))
-    planes = pixels.permute(2, 0, 1)
+    planes = torch.from_numpy(np.array(pixels[top:bottom, left:right])).permute(2, 0, 1)
     if planes.shape[1:] != (rows, columns):
         planes = interpolate(planes[None], size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)[0]
     (x0, x1), (y0, y1) = inside

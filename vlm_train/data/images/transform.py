@@ -27,6 +27,7 @@ from data_pipelines.media.pictures import (
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
+from vlm_train.data.images.jpeg import Decoder, check_decoder, decode_jpeg
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.rand_augment import LEVELS, distort_image, draw_distortions
 from vlm_train.data.images.resize import MOST_PIXELS, resized_part
@@ -69,6 +70,8 @@ class ImageTransform:
             Faster for images of twice that size and more, but other pixels. Differences of 255 seen at 1024 x 768 and
             2048 x 1536 -> 336: noise with the spectrum of photographs 1 to 2 on average, at most 13; small text 4 to 7,
             at most 56.
+        decode: "pillow"; "simplejpeg": ordinary JPEG files by that package, to the same pixels, faster with
+            `resize="torch"`. Pillow decodes the others, and those that `jpeg_draft` may scale.
         resize: "pillow": to the bit what the CLIP processor of `transformers` makes on Pillow; "torch": faster, and all
             but the same pixels, see `torch_resize`.
         upright: turn pictures as their Exif orientation says; false: as they are stored, as LLaVA's code trains them.
@@ -88,6 +91,7 @@ class ImageTransform:
         random_resized_crop: Sequence[float] | None = None,
         rand_augment: Mapping[str, int] | None = None,
         jpeg_draft: bool = False,
+        decode: Decoder = "pillow",
         resize: Resizer = "pillow",
         upright: bool = True,
         background: Sequence[int] | None = WHITE,
@@ -110,13 +114,14 @@ class ImageTransform:
                 "or null"
             )
         check_background(background)
+        check_decoder(decode)
         self.mode = mode
         self.size = size
         self.view_grid = patch_grid(MediaSize(width=size[1], height=size[0]))
         self.fill = tuple(int(channel * 255) for channel in mean)
         self.flip = flip
         self.random_resized_crop, self.rand_augment = random_resized_crop, rand_augment
-        self.jpeg_draft, self.resize = jpeg_draft, resize
+        self.jpeg_draft, self.decode, self.resize = jpeg_draft, decode, resize
         self.upright, self.background = upright, None if background is None else tuple(background)
         self.frames = frames
 
@@ -136,56 +141,82 @@ class ImageTransform:
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         crop = self.random_resized_crop if generator is not None else None
-        if not is_video(data):
-            draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
-            image, size = decode_image(data, where, draft, upright=self.upright, background=self.background)
-            pictures = [(image, self._resized_size(*size))]
+        draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
+        by_simplejpeg = self.decode == "simplejpeg" and draft is None
+        pictures: list[Image.Image | np.ndarray]
+        if is_video(data):
+            frames = decode_frames(data, count=self.frames, where=where)
+            pictures, size = [*frames], (frames.shape[2], frames.shape[1])
+        elif by_simplejpeg and (pixels := decode_jpeg(data, upright=self.upright)) is not None:
+            pictures, size = [pixels], (pixels.shape[1], pixels.shape[0])
         else:
-            frames = [Image.fromarray(frame) for frame in decode_frames(data, count=self.frames, where=where)]
-            pictures = [(frame, self._resized_size(*frame.size)) for frame in frames]
+            image, size = decode_image(data, where, draft, upright=self.upright, background=self.background)
+            pictures = [image]
         mirror, part, distortions = False, None, list[tuple[str, float]]()
         if generator is not None:
             mirror = self.flip and generator.random() < 0.5
-            part = random_part(pictures[0][0].size, crop, generator) if crop else None
+            part = random_part(size, crop, generator) if crop else None
             if self.rand_augment:
                 distortions = draw_distortions(**self.rand_augment, generator=generator)
-        views = [self._make_view(image, resized, mirror, part, distortions) for image, resized in pictures]
+        resized = self._resized_size(*size)
+        views = [self._make_view(image, resized, mirror, part, distortions) for image in pictures]
         return Views(np.stack(views) if len(views) > 1 else views[0][None], (self.view_grid,) * len(views))
 
     def _make_view(
         self,
-        image: Image.Image,
+        image: Image.Image | np.ndarray,
         resized: tuple[int, int],
         mirror: bool,
         part: Rectangle | None,
         distortions: Sequence[tuple[str, float]],
     ) -> np.ndarray:
-        """`[3, H, W]` of one decoded image, or of a part of it, after the distortions that were drawn."""
+        """`[3, H, W]` of one decoded image (`[H, W, 3]`, or Pillow's), or of a part of it, after the distortions that
+        were drawn."""
         height, width = self.size
         whole, corner = (width, height), (0, 0)
-        if part is not None:
-            image = image.crop(part)
-        elif self.mode == "crop":
+        if part is None and self.mode == "crop":
             whole, corner = resized, ((resized[0] - width) // 2, (resized[1] - height) // 2)
-        elif self.mode == "pad":
-            if max(image.size) ** 2 > MOST_PIXELS:
-                image = image.resize((max(1, resized[0]), max(1, resized[1])), Image.Resampling.BICUBIC)
-            image = _expand_to_square(image, self.fill)
         if self.resize == "torch" and whole[0] * whole[1] <= MOST_PIXELS:
-            pixels = resize_by_torch(image, whole, corner, (width, height))
+            source = self._choose_source(np.asarray(image), resized, part)
+            pixels = resize_by_torch(source, whole, corner, (width, height))
             if not (mirror or distortions):
                 return pixels
             image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-        elif whole == (width, height):
-            image = image.resize(whole, Image.Resampling.BICUBIC)
         else:
-            image = resized_part(image, whole, corner, (width, height))
+            if isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            if part is not None:
+                image = image.crop(part)
+            elif self.mode == "pad":
+                if max(image.size) ** 2 > MOST_PIXELS:
+                    image = image.resize((max(1, resized[0]), max(1, resized[1])), Image.Resampling.BICUBIC)
+                image = _expand_to_square(image, self.fill)
+            if whole == (width, height):
+                image = image.resize(whole, Image.Resampling.BICUBIC)
+            else:
+                image = resized_part(image, whole, corner, (width, height))
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if distortions:
             image = distort_image(image, distortions)
         planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")
         return np.frombuffer(planes, np.uint8).reshape(3, *image.size[::-1])
+
+    def _choose_source(self, pixels: np.ndarray, resized: tuple[int, int], part: Rectangle | None) -> np.ndarray:
+        """What of an image `[H, W, 3]` is resized: a part, or all of it, or that in the middle of a square."""
+        if part is not None:
+            left, top, right, bottom = part
+            return pixels[top:bottom, left:right]
+        if self.mode != "pad":
+            return pixels
+        if max(pixels.shape) ** 2 > MOST_PIXELS:
+            size = (max(1, resized[0]), max(1, resized[1]))
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        h, w, _ = pixels.shape
+        side = max(h, w)
+        square = np.full((side, side, 3), self.fill, np.uint8)
+        square[(side - h) // 2 :, (side - w) // 2 :][:h, :w] = pixels
+        return square
 
     def _resized_size(self, w: int, h: int) -> tuple[int, int]:
         """Width and height that the resize makes of an image of `w` x `h` pixels: before the crop, without padding."""
