@@ -18,7 +18,7 @@ import webdataset
 from data_pipelines.build import main as build
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import main as index
-from data_pipelines.indexing import shard_index
+from data_pipelines.indexing import shard_index, tar_samples
 from data_pipelines.shards.shard_set import ShardSet
 from tests.data.test_datamodule import data
 from tests.data_pipelines.shards.test_remote import Server
@@ -269,7 +269,7 @@ def test_a_disk_that_fails_leaves_no_record(tars: Path, monkeypatch: pytest.Monk
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(shard_index, "_read_members", fail)
+        broken.setattr(tar_samples, "_read_members", fail)
         with pytest.raises(DataError, match=r"00000\.tar: cannot be read: .*Input/output error"):
             shards.load_sample(0)
     assert not list((shards.job.folder / "index").iterdir())

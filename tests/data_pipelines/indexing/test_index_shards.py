@@ -315,6 +315,6 @@ def test_what_a_killed_process_was_fetching_is_removed(tmp_path, monkeypatch):
         (folder / "shard.tar").write_bytes(b"half")
     os.utime(old, (0, 0))
     monkeypatch.setattr(shard_index, "download_file", lambda _, path: path.write_bytes(b"whole"))
-    with shard_index._open_shard("https://example.org/0.tar", tmp_path) as file:
+    with shard_index.open_shard("https://example.org/0.tar", tmp_path) as file:
         assert file.read() == b"whole"
     assert [path.name for path in tmp_path.iterdir()] == [new.name]
