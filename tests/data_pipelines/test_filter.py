@@ -375,7 +375,8 @@ def test_a_view_of_a_set_with_one_index_a_shard(parts, tmp_path, capsys, folder)
         assert "3 of 6 samples kept" in out and "2  text_length: characters below 2" in out
         view = ShardSet(output)
         assert list(view) == [shards.load_sample(i) for i in (0, 2, 4)] and view.keys() == ["k0", "k2", "k0"]
-        assert isinstance(view.index, IndexParts) and view.shard_starts.tolist() == view.find_runs().tolist() == [0, 2]
+        assert view.manifest.layout == shards.manifest.layout and isinstance(view.index, IndexParts)
+        assert view.shard_starts.tolist() == view.find_runs().tolist() == [0, 2]
         assert [Path(view.shard_path(i)).name for i in range(3)] == ["0.tar", "0.tar", "2.tar"]
         assert [info.samples for info in view.manifest.shards] == [2, 1] and view.fingerprint != shards.fingerprint
         assert view.manifest.stats["media"]["count"] == 3 and sum(view.manifest.dropped.values()) == 3
