@@ -22,11 +22,12 @@ from data_pipelines.building import engines
 from data_pipelines.building.progress import Progress
 from data_pipelines.cli import run_command
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.indexing.tar_samples import scan_samples
 from data_pipelines.media.limits import check_media, check_pixels, is_stored_size
 from data_pipelines.media.pictures import list_traits
 from data_pipelines.sample import Annotation, Box, Media, Sample, Text, Turn, is_weight
+from data_pipelines.shards.layout import OwnLayout
 from data_pipelines.shards.manifest import FileInfo
-from data_pipelines.shards.members import scan_tar
 from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_set import ShardSet
 
@@ -158,31 +159,37 @@ def _check_shards(folder: Path, infos: Sequence[FileInfo], workers: int | None) 
     seen: dict[str, Path] = {}
     results = engines.run_jobs(_check_shard, (folder, infos), range(len(infos)), workers=workers)
     with closing(results), Progress(f"{folder}: shards", len(infos), "shards") as progress:
-        for info, (keys, found) in zip(infos, engines.in_order(results), strict=True):
+        for info, (keys, as_indexed, found) in zip(infos, engines.in_order(results), strict=True):
             path = folder / info.name
             for key in keys:
-                if key in seen:
+                if key in seen and not as_indexed:
                     yield Problem("duplicate key", f"{path}, key {key!r}: duplicate, also in {seen[key]}")
                 seen[key] = path
             yield from found
             progress.add_records(len(keys))
 
 
-def _check_shard(shared: tuple[Path, Sequence[FileInfo]], number: int) -> tuple[list[str], list[Problem]]:
-    """The keys of a shard, and what is wrong with it."""
+def _check_shard(shared: tuple[Path, Sequence[FileInfo]], number: int) -> tuple[list[str], bool, list[Problem]]:
+    """The keys of a shard, whether it is as it was indexed, and what is wrong with it. A sample that is unusable there,
+    or a duplicate, is not in the set."""
     folder, info = shared[0], shared[1][number]
-    path, keys, found = folder / info.name, list[str](), list[Problem]()
+    path, keys, found, as_indexed = folder / info.name, list[str](), list[Problem](), False
     try:
-        if info.sha256:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != info.sha256:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            as_indexed = digest == info.sha256
+            if info.sha256 and not as_indexed:
                 text = f"{path}: sha256 {digest[:12]}, manifest says {info.sha256[:12]}"
                 found.append(Problem("damaged shard", text))
-        keys.extend(key for key, _ in scan_tar(path))
+            file.seek(0)
+            for key, members in scan_samples(file, OwnLayout()):
+                if not isinstance(members, BadSample):
+                    keys.append(key)
+                elif not as_indexed:
+                    found.append(Problem("damaged shard", f"{path}: {members}"))
     except (DataError, OSError) as error:
         found.append(Problem("damaged shard", str(error)))
-    return keys, found
+    return keys, as_indexed, found
 
 
 def lint_set(config: DictConfig) -> int:

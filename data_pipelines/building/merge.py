@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.atomic_write import atomic_write
 from data_pipelines.building.parts import Part, part_folder
 from data_pipelines.errors import DataError, common_reason
 from data_pipelines.shards.index_file import INDEX, Index, IndexBuilder
@@ -77,7 +78,8 @@ def bad_rows(parts: Mapping[int, Part], *, empty: bool = True) -> list[dict[str,
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def count_kinds(reasons: Iterable[str]) -> dict[str, int]:

@@ -46,14 +46,25 @@ def _find_tars(address: str) -> list[str]:
         return [address] if address.endswith(".tar") else _list_remote(address)
     path = Path(os.path.abspath(local_path(address)))
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-    else:
-        tars = sorted(path.parent.glob(path.name)) if has_magic(path.name) else [path]
+        return list(map(str, list_tars(path)))
+    tars = sorted(path.parent.glob(path.name)) if has_magic(path.name) else [path]
     if not tars or not all(tar.is_file() for tar in tars):
         raise DataError(
             f"shards: {address}: no such tar; expected a tar, a folder of tars, or a pattern of their names"
         )
     return [str(tar) for tar in tars]
+
+
+def list_tars(folder: Path) -> list[Path]:
+    """The tars in a folder by name, but for hidden ones. Raises `DataError` if there is none."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    tars = [path for path in found if path.suffix == ".tar" and not path.name.startswith(".") and path.is_file()]
+    if not tars:
+        packed = next((path.name for path in found if ".tar." in path.name or path.suffix == ".tgz"), None)
+        more = f"; {packed} is compressed, and samples can be found in an unpacked .tar only" if packed else ""
+        wrong = f"no *.tar files to index{more}" if folder.is_dir() else "no such folder; expected one of *.tar files"
+        raise DataError(f"{folder}: {wrong}")
+    return tars
 
 
 def _list_remote(address: str) -> list[str]:

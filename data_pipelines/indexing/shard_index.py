@@ -3,35 +3,30 @@ whole. Who writes it, how often, and beside whom, does not change a byte of it."
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BufferedReader
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.atomic_write import atomic_write
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.indexing.tar_samples import scan_samples
 from data_pipelines.sample import Sample
-from data_pipelines.shards.checksum import crc32
 from data_pipelines.shards.index_file import IndexBuilder
 from data_pipelines.shards.layout import Layout
 from data_pipelines.shards.manifest import FileInfo
-from data_pipelines.shards.members import MAX_MEMBER, Member, check_end, is_plain, open_tar, safe_key
 from data_pipelines.shards.remote import download_file, is_remote
 from data_pipelines.shards.stats import Stats, measure_lengths
 
-Members = list[tuple[Member, bytes]]
 Found = tuple[Sample, list[bytes]]
+KNOWN = "duplicate key, an earlier shard has it; with shards= keys are unique within their shard only"
 FORGOTTEN = 24 * 3600
 """Seconds after which a shard that is still being fetched belongs to nobody."""
 
@@ -67,6 +62,32 @@ class ShardRecord:
             return None
 
 
+class FoundSamples:
+    """What is found in one shard or several: the index and the lengths of the samples, key and reason of the bad."""
+
+    def __init__(self) -> None:
+        self.index, self.stats, self.bad = IndexBuilder(), Stats(), list[tuple[str, str]]()
+
+    def read_samples(
+        self, file: BufferedReader, layout: Layout, shard: int = 0
+    ) -> Iterator[tuple[str, Found | BadSample]]:
+        """The samples of a tar in file order: the key, and the sample and its media, or why it cannot be used."""
+        for key, members in scan_samples(file, layout):
+            try:
+                if isinstance(members, BadSample):
+                    raise members
+                if key in self.index:
+                    raise BadSample(f"sample {key!r}: {KNOWN}")
+                found = layout.read_sample(key, [(member.name, data) for member, data in members])
+            except BadSample as error:
+                self.bad.append((key, str(error)))
+                yield key, error
+                continue
+            self.index.add_sample(shard, found[0], [member for member, _ in members])
+            self.stats.add_lengths(measure_lengths(*found))
+            yield key, found
+
+
 def record_path(folder: Path, number: int) -> Path:
     """Where the record of shard `number` lies."""
     return folder / "index" / f"{number:06d}.json"
@@ -96,38 +117,29 @@ def index_shard(job: IndexJob, number: int) -> ShardRecord:
     return record
 
 
-def read_shard(job: IndexJob, number: int, fetched: Path) -> Iterator[tuple[str, Found | DataError]]:
+def read_shard(job: IndexJob, number: int, fetched: Path) -> Iterator[tuple[str, Found | BadSample]]:
     """The samples of shard `number` in file order: the key, and the sample and its media, or why it cannot be used.
 
     Once all are taken, the shard's index and record are written, unless they are there and count the same. A remote
     shard is fetched whole into the folder `fetched`, where its space is freed when it is closed. Raises `DataError` if
     it cannot be had.
     """
-    builder, stats, bad = IndexBuilder(), Stats(), list[tuple[str, str]]()
-    with _open_shard(job.addresses[number], fetched) as file:
-        for key, members in scan_samples(file, job.layout):
-            try:
-                if isinstance(members, BadSample):
-                    raise members
-                found = job.layout.read_sample(key, [(member.name, data) for member, data in members])
-                builder.add_sample(0, found[0], [member for member, _ in members])
-            except DataError as error:
-                bad.append((key, str(error)))
-                yield key, error
-                continue
-            stats.add_lengths(measure_lengths(*found))
-            yield key, found
+    found = FoundSamples()
+    with open_shard(job.addresses[number], fetched) as file:
+        yield from found.read_samples(file, job.layout)
         known = find_record(job, number)
-        if known is None or (known.shard.samples, len(known.bad)) != (len(builder), len(bad)):
-            _write_record(job, number, file, builder, stats, bad)
+        if known is None or (known.shard.samples, len(known.bad)) != (len(found.index), len(found.bad)):
+            _write_record(job, number, file, found)
 
 
-def _open_shard(address: str, fetched: Path) -> BufferedReader:
+def open_shard(address: str, fetched: Path | None = None) -> BufferedReader:
+    """The bytes of a shard; a remote one is fetched into `fetched` first. Raises `DataError` if it cannot be had."""
     if not is_remote(address):
         try:
             return open(address, "rb")
         except OSError as error:
             raise DataError(f"{address}: cannot be read: {error}") from error
+    assert fetched is not None, "of a remote shard"
     fetched.mkdir(parents=True, exist_ok=True)
     for left in fetched.glob(".fetched-*"):  # of processes that were killed while they fetched
         with suppress(FileNotFoundError):  # another process has just fetched it
@@ -139,65 +151,22 @@ def _open_shard(address: str, fetched: Path) -> BufferedReader:
         return open(path, "rb")
 
 
-def _write_record(
-    job: IndexJob, number: int, file: BufferedReader, builder: IndexBuilder, stats: Stats, bad: list[tuple[str, str]]
-) -> None:
-    (job.folder / "index").mkdir(parents=True, exist_ok=True)
-    part = builder.write_file(record_path(job.folder, number).with_suffix(".npz"))
+def describe_shard(name: str, file: BufferedReader, samples: int) -> FileInfo:
+    """The manifest's line of a shard that was read."""
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileInfo(name, file.tell(), digest, samples)
+
+
+def _write_record(job: IndexJob, number: int, file: BufferedReader, found: FoundSamples) -> None:
+    (job.folder / "index").mkdir(parents=True, exist_ok=True)
+    part = found.index.write_file(record_path(job.folder, number).with_suffix(".npz"))
     record = ShardRecord(
-        shard=FileInfo(job.addresses[number], file.tell(), digest, len(builder)),
-        index=FileInfo(f"index/{part.name}", part.bytes, part.sha256, len(builder)),
-        stats=stats.export_state(),
-        bad=tuple(bad),
+        shard=describe_shard(job.addresses[number], file, len(found.index)),
+        index=FileInfo(f"index/{part.name}", part.bytes, part.sha256, len(found.index)),
+        stats=found.stats.export_state(),
+        bad=tuple(found.bad),
         layout=job.layout.to_json(),
     )
     with atomic_write(record_path(job.folder, number), sync=True) as out:
         json.dump(asdict(record), out)
-
-
-def scan_samples(file: BufferedReader, layout: Layout) -> Iterator[tuple[str, Members | BadSample]]:
-    """The samples of a tar in file order: the key, and the members that `layout` reads, or why it has none.
-
-    What cannot be read of a damaged tar is a bad sample. Raises `DataError` where the disk does not give its bytes.
-    """
-    try:
-        with open_tar(file) as tar:
-            for key, found in groupby(_read_members(tar, layout), key=itemgetter(0)):
-                members, problems = Members(), list[str]()
-                for _, member in found:
-                    if isinstance(member, str):
-                        problems.append(member)
-                    elif member is not None:
-                        members.append(member)
-                names = [member.name for member, _ in members]
-                if len(set(names)) < len(names):
-                    problems.append(f"members {names}: one comes twice")
-                yield key, BadSample(f"sample {key!r}: {problems[0]}") if problems else members
-            check_end(tar)
-    except (tarfile.TarError, OSError) as error:
-        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk, not of the tar; it may pass
-            raise DataError(f"{file.name}: cannot be read: {error}") from error
-        yield "", BadSample(f"truncated or not an uncompressed tar, what follows is left out: {error}")
-
-
-def _read_members(tar: tarfile.TarFile, layout: Layout) -> Iterator[tuple[str, tuple[Member, bytes] | str | None]]:
-    """The key of every member, and the member: a text says what is wrong with it, None that the layout has no use for
-    it. Nothing else of it is read."""
-    for info in tar:
-        if info.isdir():
-            continue
-        folder, _, base = info.name.removeprefix("./").rpartition("/")
-        stem, _, name = base.partition(".")
-        key = safe_key(f"{folder}/{stem}" if folder else stem)
-        if not layout.is_used(name):
-            yield key, None
-        elif not is_plain(info) or info.size > MAX_MEMBER:
-            yield key, f"member {name!r} of {info.size} bytes is no plain file of at most {MAX_MEMBER} bytes"
-        else:
-            file = tar.extractfile(info)
-            data = file.read() if file else b""
-            if len(data) != info.size:
-                raise tarfile.ReadError(f"{info.name!r} has {len(data)} of {info.size} bytes")
-            yield key, (Member(name, info.offset_data, info.size, crc32(data)), data)

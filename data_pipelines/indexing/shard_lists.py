@@ -13,14 +13,16 @@ from data_pipelines.atomic_write import atomic_write
 from data_pipelines.building import engines
 from data_pipelines.building.merge import QUARANTINE, count_kinds, write_lines
 from data_pipelines.building.progress import Progress
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, common_reason
 from data_pipelines.indexing.addresses import expand_addresses
-from data_pipelines.indexing.shard_index import IndexJob, ShardRecord, find_record, index_shard
+from data_pipelines.indexing.shard_index import IndexJob, find_record, index_shard
 from data_pipelines.shards.checksum import hash_file
 from data_pipelines.shards.index_parts import PARTS, format_parts
 from data_pipelines.shards.layout import Layout
 from data_pipelines.shards.manifest import FileInfo, Manifest
 from data_pipelines.shards.stats import Stats
+
+MAX_SHOWN = 5  # kinds of unusable samples in an error
 
 
 def index_shards(
@@ -66,24 +68,42 @@ def index_shards(
     return _write_set(job, max_bad_share, about) if nodes == 1 else None
 
 
+def note_bad_samples(
+    folder: Path, rows: Sequence[dict[str, Any]], samples: int, max_bad_share: float
+) -> dict[str, int]:
+    """Write `rows` (shard, key and reason of what was left out) into `folder`; returns how many there are by reason.
+
+    Raises `DataError` if they are more than `max_bad_share` of these, and of the `samples` that are used.
+    """
+    write_lines(folder / QUARANTINE, rows)
+    if len(rows) > max_bad_share * (samples + len(rows)):
+        first: dict[str, str] = {}
+        for row in rows:
+            first.setdefault(common_reason(row["reason"]), f"\n  {row['shard']}: {row['reason']}")
+        raise DataError(
+            f"{len(rows)} of {samples + len(rows)} samples are unusable, max_bad_share={max_bad_share:g}; is the "
+            f"layout another? All in {folder / QUARANTINE}, first of each kind:"
+            + "".join(list(first.values())[:MAX_SHOWN])
+        )
+    return count_kinds(row["reason"] for row in rows)
+
+
 def _write_set(job: IndexJob, max_bad_share: float, about: dict[str, Any]) -> Manifest:
     """Index and manifest of the whole set, from the records of its shards, of which one is held at a time."""
     stats, shards, files, bad = Stats(), list[FileInfo](), list[FileInfo](), list[dict[str, Any]]()
     for number in range(len(job.addresses)):
         record = find_record(job, number)
-        assert record is not None, "written above"
+        if record is None:
+            raise DataError(
+                f"{job.addresses[number]}: it, or its index, has changed since it was indexed; nothing else may write "
+                "them meanwhile. The same command reads it again"
+            )
         stats.merge_state(record.stats)
         shards.append(record.shard)
         files.append(record.index)
-        bad += _bad_rows(record)
+        bad += bad_rows(record.shard.name, record.bad)
     samples = sum(info.samples for info in shards)
-    write_lines(job.folder / QUARANTINE, bad)
-    if len(bad) > max_bad_share * (samples + len(bad)):
-        first = "\n".join(f"  {row['shard']}: {row['reason']}" for row in bad[:3])
-        raise DataError(
-            f"{len(bad)} of {samples + len(bad)} samples are unusable, max_bad_share={max_bad_share:g}; is the layout "
-            f"another? All in {job.folder / QUARANTINE}, first:\n{first}"
-        )
+    kinds = note_bad_samples(job.folder, bad, samples, max_bad_share)
     with atomic_write(job.folder / PARTS) as file:
         file.write(format_parts(files))
     beside = all(Path(info.name).parent == job.folder for info in shards)
@@ -93,7 +113,7 @@ def _write_set(job: IndexJob, max_bad_share: float, about: dict[str, Any]) -> Ma
         index=FileInfo(PARTS, (job.folder / PARTS).stat().st_size, hash_file(job.folder / PARTS)),
         command="index",
         stats=stats.to_json(),
-        bad=count_kinds(row["reason"] for row in bad),
+        bad=kinds,
         layout=job.layout.to_json(),
         elsewhere=not beside,
         **about,
@@ -102,5 +122,6 @@ def _write_set(job: IndexJob, max_bad_share: float, about: dict[str, Any]) -> Ma
     return manifest
 
 
-def _bad_rows(record: ShardRecord) -> list[dict[str, Any]]:
-    return [{"shard": record.shard.name, "key": key, "reason": reason} for key, reason in record.bad]
+def bad_rows(shard: str, bad: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The lines of `quarantine.jsonl` for a shard of which these keys were left out, for these reasons."""
+    return [{"shard": shard, "key": key, "reason": reason} for key, reason in bad]

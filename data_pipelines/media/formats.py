@@ -25,6 +25,9 @@ STARTS = (
     (b"0&\xb2u", "Windows Media video"),
     (b"PK\x03\x04", "ZIP"),
     (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"version https://git-lfs", "a Git LFS pointer"),
 )
 MARKUP = ((b"<svg", "SVG"), (b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "XML"))

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipelines.errors import DataError
 from data_pipelines.shards.index_file import Index, IndexEntry
-from data_pipelines.shards.manifest import MANIFEST, FileInfo
+from data_pipelines.shards.manifest import FileInfo
 
 PARTS = "index.json"
 PART_NAME = re.compile(r"index/\d{6,9}\.npz")
@@ -25,13 +25,13 @@ MAX_OPEN_PARTS = 128  # mapped files: each holds a file descriptor
 
 class IndexParts:
     """N samples, shard by shard, as `Index` has them: `files` are the index files of the shards, in their order, and
-    `locate` says where one lies on this machine.
+    `locate` says where one lies on this machine, `remedy` what helps if it is damaged.
 
     Raises `DataError` for a file that is not there, damaged, or of another number of samples.
     """
 
-    def __init__(self, files: Sequence[FileInfo], locate: Callable[[FileInfo], Path]) -> None:
-        self.files, self.locate = tuple(files), locate
+    def __init__(self, files: Sequence[FileInfo], locate: Callable[[FileInfo], Path], remedy: str) -> None:
+        self.files, self.locate, self.remedy = tuple(files), locate, remedy
         self.starts = np.concatenate([[0], np.cumsum([info.samples for info in files], dtype=np.int64)])
         self._open: OrderedDict[int, Index] = OrderedDict()
         self._checked = np.zeros(len(files), bool)  # against their checksums, once in a process
@@ -41,7 +41,7 @@ class IndexParts:
 
     def keys(self) -> list[str]:
         """The keys of all samples in order."""
-        parts = map(self._open_part, range(len(self.files)))
+        parts = map(self.open_part, range(len(self.files)))
         return list(chain.from_iterable(part.keys() for part in parts))
 
     @property
@@ -62,19 +62,20 @@ class IndexParts:
     def locate_sample(self, i: int) -> IndexEntry:
         """All that the index says of sample i. Raises `IndexError` if there is none."""
         shard = self.find_shard(i)
-        return self._open_part(shard).locate_sample(i - int(self.starts[shard]))._replace(shard=shard)
+        return self.open_part(shard).locate_sample(i - int(self.starts[shard]))._replace(shard=shard)
 
     def read_media(self, i: int) -> list[tuple[int, int, int, float]]:
         """Width, height, frames and seconds of each media item of sample i."""
         shard = self.find_shard(i)
-        return self._open_part(shard).read_media(i - int(self.starts[shard]))
+        return self.open_part(shard).read_media(i - int(self.starts[shard]))
 
     def count_annotations(self, i: int) -> int:
         """Number of annotations of sample i."""
         shard = self.find_shard(i)
-        return self._open_part(shard).count_annotations(i - int(self.starts[shard]))
+        return self.open_part(shard).count_annotations(i - int(self.starts[shard]))
 
-    def _open_part(self, shard: int) -> Index:
+    def open_part(self, shard: int) -> Index:
+        """The index of one shard, whose number is 0 in it."""
         if shard not in self._open:
             part = self._load_part(shard)
             if len(self._open) >= MAX_OPEN_PARTS:
@@ -93,22 +94,18 @@ class IndexParts:
             if len(part) != info.samples:
                 raise DataError(f"{path}: {len(part)} samples, {PARTS} says {info.samples}")
         except DataError as error:
-            folder = path.parent.parent  # of the set, unless this is the copy of a remote one
-            remedy = "Delete it; it is fetched again."
-            if (folder / PARTS).is_file():
-                remedy = f"Delete it and {folder / MANIFEST}, and index the set again: only this shard is read."
-            raise DataError(f"{error}. {remedy}") from error
+            raise DataError(f"{error}. {self.remedy}") from error
         self._checked[shard] = True
         return part
 
     @classmethod
-    def load(cls, path: Path, locate: Callable[[FileInfo], Path]) -> IndexParts:
+    def load(cls, path: Path, locate: Callable[[FileInfo], Path], remedy: str) -> IndexParts:
         """Read the list of the files. Raises `DataError` if it is missing or malformed."""
         try:
             files = [FileInfo(*row) for row in json.loads(path.read_text(encoding="utf-8"))["files"]]
             if not all(PART_NAME.fullmatch(info.name) for info in files):
                 raise ValueError("a file name is not index/<number>.npz")
-            return cls(files, locate)
+            return cls(files, locate, remedy)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: not a readable index: {type(error).__name__}: {error}") from error
 

@@ -11,9 +11,18 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.media.limits import media_item
+from data_pipelines.media.limits import check_media, media_item
 from data_pipelines.sample import Sample
-from data_pipelines.shards.members import JSON, MEDIA, caption_annotation, member_extension, parse_object
+from data_pipelines.shards.members import (
+    ALLOWED,
+    JSON,
+    MEDIA,
+    caption_annotation,
+    list_names,
+    member_extension,
+    parse_object,
+    to_sample,
+)
 
 LAYOUTS = Path(__file__).parents[1] / "conf" / "layout"
 
@@ -70,10 +79,12 @@ class Layout:
         """The sample of members `(name, bytes)`, and the bytes of its media. Raises `BadSample`."""
         members = dict(parts)
         if self._text_member not in members:
-            raise BadSample(f"sample {key!r}: no member {self._text_member!r} for its text; it has {list(members)}")
+            raise BadSample(
+                f"sample {key!r}: no member {self._text_member!r} for its text; it has {list_names(list(members))}"
+            )
         blobs = [members[name] for name in self._order_media(list(members))]
         if not blobs:
-            raise BadSample(f"sample {key!r}: no picture or video among {list(members)}")
+            raise BadSample(f"sample {key!r}: no picture or video among {list_names(list(members))}")
         media = tuple(media_item(number, blob) for number, blob in enumerate(blobs))
         texts = self._read_texts(key, members[self._text_member])
         annotations = tuple(caption_annotation(text, images=len(media)) for text in texts)
@@ -113,3 +124,18 @@ class Layout:
             return {}
         found = parse_object(key, members[JSON]) if JSON in members else {}
         return {name: found.get(name) for name in self.meta}
+
+
+class OwnLayout(Layout):
+    """Samples as `data_pipelines.build` writes them, and captions, whose JSON becomes `meta`: sets without a layout."""
+
+    def is_used(self, name: str) -> bool:
+        """Whether a sample may have a member of this name."""
+        return member_extension(name) in ALLOWED
+
+    def read_sample(self, key: str, parts: Sequence[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
+        """As of any layout; what a sample's JSON says of its media has to be so."""
+        sample, blobs = to_sample(key, list(parts))
+        for item, blob in zip(sample.media, blobs, strict=True):
+            check_media(item, blob)
+        return sample, blobs

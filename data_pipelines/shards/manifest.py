@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,6 +86,16 @@ class Manifest:
             content.append(dict(self.layout))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    def describe_remedy(self, folder: Path) -> str:
+        """What makes the set in `folder` again, as a sentence or a command."""
+        options = " ".join(_format_option(name, value) for name, value in self.build.items() if name != "_target_")
+        if options:
+            return f"Rebuild with: python -m data_pipelines.{self.command} {options} output={folder} force=true"
+        if self.layout:
+            damaged = f"delete what is damaged and {folder / MANIFEST}"
+            return f"Restore the files, or {damaged}, and index the set again: only what is missing is read."
+        return f"Restore the files, then: python -m data_pipelines.index folder={folder} force=true"
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json` under another name first, so that a half-written one is never seen."""
         with atomic_write(folder / MANIFEST, sync=True) as file:
@@ -129,6 +140,11 @@ def _file_info(data: Mapping[str, Any], *, shared: bool = False, anywhere: bool 
     if not plain and not (shared and SHARED.fullmatch(info.name)):
         raise ValueError(f"file name {info.name!r} is a path; only ../<folder>/<shard>.tar may lie outside the folder")
     return info
+
+
+def _format_option(name: str, value: object) -> str:
+    """A recorded build argument as it is typed in a shell."""
+    return shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
 
 
 def _describe_missing(folder: Path) -> str:

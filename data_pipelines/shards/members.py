@@ -1,6 +1,6 @@
 """The tar level of a shard: consecutive members `<key>.<name>` form one sample (the WebDataset convention).
 
-Only JSON, text, image and video members are read. Anything else (pickles, tensors, links) is refused, never decoded.
+Only JSON, text, image and video members are read. Anything else (pickles, tensors, links) is left alone.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data_pipelines.errors import BadSample, DataError
+from data_pipelines.errors import BadSample
 from data_pipelines.media.limits import media_item
 from data_pipelines.media.video import DEMUXERS
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
-from data_pipelines.shards.checksum import crc32
 
 JSON, TEXT = "json", "txt"
 MEDIA = ("jpg", "jpeg", "png", "webp", *DEMUXERS)
 ALLOWED = (JSON, TEXT, *MEDIA)
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 BLOCK = 512  # tar block size
+SHOWN = 6  # names of members in a message
 MAX_MEMBER = 2**30
 """Bytes of one file of a sample."""
 MAX_HEADER = 2**20
@@ -78,37 +78,6 @@ def member_extension(name: str) -> str:
     return name.rsplit(".", 1)[-1].lower()
 
 
-def scan_tar(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
-    """All samples of a tar in file order: key, and every member with its bytes.
-
-    Raises `DataError` for a truncated or compressed tar, a refused member, and a key whose members are not adjacent.
-    """
-    done: set[str] = set()
-    key, members, names = "", list[tuple[Member, bytes]](), set[str]()
-    try:
-        with open_tar(path) as tar:
-            for info in tar:
-                if info.isdir():
-                    continue
-                member_key, member = _read_member(path, tar, info)
-                if member_key != key and members:
-                    yield key, members
-                    done.add(key)
-                    members, names = [], set()
-                if member_key in done:
-                    raise DataError(f"{path}: key {member_key!r} occurs again later: duplicate or interleaved sample")
-                key = member_key
-                if member[0].name in names:
-                    raise DataError(f"{path}: duplicate member {info.name!r}")
-                names.add(member[0].name)
-                members.append(member)
-            check_end(tar)
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: truncated or not an uncompressed tar: {error}") from error
-    if members:
-        yield key, members
-
-
 def check_end(tar: tarfile.TarFile) -> None:
     """Raise `tarfile.ReadError` unless the walk over a tar's members came to its end mark: a damaged header, or a cut
     between two members, ends it as quietly."""
@@ -123,19 +92,11 @@ def is_plain(info: tarfile.TarInfo) -> bool:
     return info.isreg() and not info.issparse()
 
 
-def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> tuple[str, tuple[Member, bytes]]:
-    folder, _, base = info.name.removeprefix("./").rpartition("/")
-    stem, dot, name = base.partition(".")
-    if info.size > MAX_MEMBER:
-        raise DataError(f"{path}: member {info.name!r} of {info.size} bytes refused; at most {MAX_MEMBER} are read")
-    if not is_plain(info) or not dot or member_extension(name) not in ALLOWED:
-        raise DataError(f"{path}: member {info.name!r} refused; only files named <key>.<{'|'.join(ALLOWED)}> are read")
-    file = tar.extractfile(info)
-    data = file.read() if file else b""
-    if len(data) != info.size:
-        raise DataError(f"{path}: truncated: member {info.name!r} has {len(data)} of {info.size} bytes")
-    key = unique_key(f"{folder}/{stem}" if folder else stem)
-    return key, (Member(name, info.offset_data, info.size, crc32(data)), data)
+def list_names(names: Sequence[str]) -> str:
+    """The members of a sample as messages name them: the first few."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    alike = len({member_extension(name) for name in names}) < len(names)
+    return f"{list(names[:SHOWN])}{more}{' (a key ends at the first dot of a name)' if alike else ''}"
 
 
 def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[bytes]]:
@@ -150,7 +111,7 @@ def to_sample(key: str, parts: list[tuple[str, bytes]]) -> tuple[Sample, list[by
         return _caption_sample(key, parts, sample)
     expected, got = [JSON, *(item.name for item in sample.media)], list(by_name)
     if sorted(expected) != sorted(got):
-        raise BadSample(f"sample {key!r}: members {got}, its JSON names {expected}")
+        raise BadSample(f"sample {key!r}: members {list_names(got)}, its JSON names {list_names(expected)}")
     return sample, [by_name[item.name] for item in sample.media]
 
 
@@ -175,7 +136,7 @@ def _caption_sample(key: str, parts: list[tuple[str, bytes]], meta: dict[str, An
     texts = [data for name, data in parts if member_extension(name) == TEXT]
     blobs = [data for name, data in parts if member_extension(name) in MEDIA]
     if len(texts) != 1 or not blobs:
-        names = [name for name, _ in parts]
+        names = list_names([name for name, _ in parts])
         raise BadSample(f"sample {key!r}: members {names}; expected our json, or one txt and some media")
     try:
         caption = texts[0].decode("utf-8").strip()

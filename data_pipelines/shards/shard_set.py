@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -247,7 +245,9 @@ class ShardSet:
             with self._open_file(info) as file:
                 self._cache.drop_damaged(file, info)
         path = self._locate_file(info)
-        return IndexParts.load(path, self._locate_file) if info.name == PARTS else Index.load(path, shards)
+        if info.name == PARTS:
+            return IndexParts.load(path, self._locate_file, self._rebuild_command())
+        return Index.load(path, shards)
 
     def _locate_file(self, info: FileInfo) -> Path:
         """A file of the index on this machine."""
@@ -273,14 +273,7 @@ class ShardSet:
     def _rebuild_command(self) -> str:
         if self._cache:
             return f"Remove the copies in {self._cache.folder}; if that does not help, upload the set again"
-        options = " ".join(
-            _format_option(name, value) for name, value in self.manifest.build.items() if name != "_target_"
-        )
-        if not options:
-            return f"Restore the files, then: python -m data_pipelines.index folder={self.folder} force=true"
-        return (
-            f"Rebuild with: python -m data_pipelines.{self.manifest.command} {options} output={self.folder} force=true"
-        )
+        return self.manifest.describe_remedy(self.folder)
 
     def _path_of_shard(self, info: FileInfo) -> str:
         if self.manifest.elsewhere and is_remote(info.name):
@@ -291,8 +284,3 @@ class ShardSet:
         if self._copies and is_remote(path := self._path_of_shard(info)):
             return self._copies.open_cached(path, info)
         return open(self.folder / info.name, "rb", buffering=0)
-
-
-def _format_option(name: str, value: object) -> str:
-    """A recorded build argument as it is typed in a shell."""
-    return shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")

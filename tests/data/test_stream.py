@@ -18,7 +18,7 @@ import webdataset
 from data_pipelines.build import main as build
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import main as index
-from data_pipelines.indexing import shard_index
+from data_pipelines.indexing import shard_index, tar_samples
 from data_pipelines.shards.shard_set import ShardSet
 from tests.data.test_datamodule import data
 from tests.data_pipelines.shards.test_remote import Server
@@ -54,7 +54,7 @@ def tars(tmp_path: Path) -> Path:
 
 
 def open_shards(tars: Path, *, seed: int = 0, batch: int = 4, shuffle: bool = True, **entry: Any) -> StreamShards:
-    entry = {"stream": f"{tars}/{{00000..0000{len(SIZES) - 1}}}.tar", "shuffle_buffer": 3, "index": str(tars)} | entry
+    entry = {"tars": f"{tars}/{{00000..0000{len(SIZES) - 1}}}.tar", "shuffle_buffer": 3, "index": str(tars)} | entry
     return StreamShards(entry, seed=seed, shuffle=shuffle, batch=batch, cache=tars)
 
 
@@ -147,7 +147,7 @@ def test_finished_shards_are_passed_over_unread(tars: Path, monkeypatch: pytest.
 
 
 def open_data(tars: Path, *, workers: int = 0, first: int = 0, rank: int = 0, world: int = 1, **entry: Any) -> VLMData:
-    entry = {"stream": str(tars), "shuffle_buffer": 3, "index": str(tars / "out")} | entry
+    entry = {"tars": str(tars), "shuffle_buffer": 3, "index": str(tars / "out")} | entry
     made = data(entry, shuffle="shards", workers=workers, cache=str(tars))
     made.plan = made.make_plan(batch=4, tokens=None, epochs=None, most=12, world=world, cost=Cost())
     made.trainer.global_step, made.trainer.global_rank, made.trainer.world_size = first, rank, world
@@ -269,7 +269,7 @@ def test_a_disk_that_fails_leaves_no_record(tars: Path, monkeypatch: pytest.Monk
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(shard_index, "_read_members", fail)
+        broken.setattr(tar_samples, "_read_members", fail)
         with pytest.raises(DataError, match=r"00000\.tar: cannot be read: .*Input/output error"):
             shards.load_sample(0)
     assert not list((shards.job.folder / "index").iterdir())
@@ -320,7 +320,7 @@ def test_remote_shards_stream_and_leave_nothing(tars: Path, tmp_path: Path) -> N
     try:
         address = f"{server.address}/{{00000..00003}}.tar"
         shards = StreamShards(
-            {"stream": address, "shuffle_buffer": 3},
+            {"tars": address, "shuffle_buffer": 3},
             seed=0, shuffle=True, batch=4, cache=tmp_path / "cache", fetched=tmp_path / "fetched",
         )  # fmt: skip
         assert read_keys(shards, range(40)) == local
@@ -335,18 +335,22 @@ def test_remote_shards_stream_and_leave_nothing(tars: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("entry", "options", "message"),
     [
-        ({"lanse": 2}, {}, r"a stream has no lanse; keys of its entry: stream, layout"),
-        ({"columns": "x"}, {}, r"a stream has no columns"),
-        ({"lanes": 0}, {}, r"lanes of a stream is a whole number from 1 to 1048576, got 0"),
-        ({"shuffle_buffer": True}, {}, r"shuffle_buffer of a stream is a whole number"),
+        ({"lanse": 2}, {}, r"an entry of tars has no lanse; its keys: tars, layout"),
+        ({"columns": "x"}, {}, r"an entry of tars has no columns"),
+        ({"lanes": 0}, {}, r"lanes is a whole number from 1 to 1048576, got 0"),
+        ({"shuffle_buffer": True}, {}, r"shuffle_buffer is a whole number"),
         ({"layout": "laion"}, {}, r"layout: got 'laion'; allowed: captions, img2dataset"),
         ({"layout": {"txt": "a"}}, {}, r"layout: got .*; expected text"),
         ({"layout": None}, {}, r"layout: got None; allowed"),
-        ({"stream": "pipe:cat a.tar"}, {}, r"pipe: runs a shell command, which is refused"),
-        ({"stream": 3}, {}, r"stream: expected addresses of tars.* got 3"),
-        ({"stream": []}, {}, r"stream: expected addresses of tars"),
-        ({}, {"shuffle": "full"}, r"data\.shuffle: a stream is shuffled by shards and a buffer; use shards, or none"),
-        ({}, {"pack": 64}, r"data\.pack: needs an index of all samples, which a stream has not, got 64"),
+        ({"tars": "pipe:cat a.tar"}, {}, r"pipe: runs a shell command, which is refused"),
+        ({"tars": 3}, {}, r"tars: expected addresses of tars.* got 3"),
+        ({"tars": []}, {}, r"tars: expected addresses of tars"),
+        (
+            {},
+            {"shuffle": "full"},
+            r"data\.shuffle: tars are shuffled by shards and a buffer; use shards, or none",
+        ),
+        ({}, {"pack": 64}, r"data\.pack: needs an index of all samples, which tars have not, got 64"),
         ({}, {"group_by": "modality"}, r"data\.group_by: needs an index"),
         ({}, {"val_share": 0.1}, r"data\.val_share: needs an index"),
         ({}, {"limit": 3}, r"data\.limit: needs an index"),
@@ -355,17 +359,17 @@ def test_remote_shards_stream_and_leave_nothing(tars: Path, tmp_path: Path) -> N
 )
 def test_what_a_stream_cannot_is_refused(tars: Path, entry: dict[str, Any], options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        data({"stream": str(tars)} | entry, **{"shuffle": "shards", "cache": str(tars)} | options)
+        data({"tars": str(tars)} | entry, **{"shuffle": "shards", "cache": str(tars)} | options)
 
 
 def test_a_stream_is_the_only_entry(tars: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.train: a stream is the only entry, got 2 entries"):
-        data({"stream": str(tars)}, {"shards": "x"}, shuffle="shards", cache=str(tars))
+    with pytest.raises(ConfigError, match=r"data\.train: an entry of tars is the only one, got 2 entries"):
+        data({"tars": str(tars)}, {"shards": "x"}, shuffle="shards", cache=str(tars))
     with pytest.raises(DataError, match="an objective reads the columns a beside it"):
-        data({"stream": str(tars)}, shuffle="shards", cache=str(tars), columns=["a"])
+        data({"tars": str(tars)}, shuffle="shards", cache=str(tars), columns=["a"])
 
 
 def test_a_folder_that_takes_no_index_is_told_at_once(tars: Path) -> None:
     (tars / "taken").write_text("a file")
-    with pytest.raises(DataError, match=r"stream: .*taken.*name a folder that can be written with index=<folder>"):
+    with pytest.raises(DataError, match=r"tars: .*taken.*name a folder that can be written with index=<folder>"):
         open_shards(tars, index=str(tars / "taken"))

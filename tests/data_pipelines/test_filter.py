@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,18 @@ from PIL import Image, ImageDraw
 
 from data_pipelines.cli import CONF
 from data_pipelines.errors import DataError
-from data_pipelines.filter import Verdicts, judge_samples, write_view
 from data_pipelines.filter import main as filter_command
 from data_pipelines.filters.common import Duplicates, Scores
 from data_pipelines.filters.image import AspectRatio, Corrupt, ImageSize, SimilarImages
+from data_pipelines.filters.judging import Verdicts, judge_samples
 from data_pipelines.filters.text import Language, SimilarTexts, TextLength
+from data_pipelines.filters.views import write_view
+from data_pipelines.index import main as index_command
+from data_pipelines.lint import main as lint
 from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Sample, Text, Turn
+from data_pipelines.shards.index_file import IndexBuilder
+from data_pipelines.shards.index_parts import IndexParts
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.shards.stats import Stats
@@ -336,3 +342,81 @@ def test_every_filter_is_reached_by_name(made, tmp_path, path):
     built = dict(Manifest.read(tmp_path / "view").build)
     again = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in built.items()]
     assert filter_command([*again, f"output={tmp_path / 'view'}"]) == 0  # the recorded arguments are a command
+
+
+@pytest.fixture
+def parts(tmp_path, tar):
+    """`parts(*texts of a shard)`: a set of captions with one index a shard; keys come again in every shard."""
+
+    def make(*shards: list[str], output: str = "set") -> ShardSet:
+        for number, texts in enumerate(shards):
+            members = [
+                (f"k{i}.{name}", data)
+                for i, text in enumerate(texts)
+                for name, data in (("png", _png(shift=i)), ("txt", text.encode()))
+            ]
+            tar(tmp_path / "tars" / f"{number}.tar", members)
+        assert index_command([f"shards={tmp_path / 'tars'}", f"output={tmp_path / output}", "workers=1"]) == 0
+        return ShardSet(tmp_path / output)
+
+    return make
+
+
+@pytest.mark.parametrize("folder", ["set", "tars"])
+def test_a_view_of_a_set_with_one_index_a_shard(parts, tmp_path, capsys, folder):
+    shards = parts(["aaaa", "b", "cccc"], ["d"], ["eeee", "aaaa"], output=folder)  # `tars`: indexes beside the tars
+    output = tmp_path / "view" if folder == "tars" else tmp_path / "deep" / "view"  # addresses reach from anywhere
+    (tmp_path / "deep").mkdir()
+    command = [f"folder={tmp_path / folder}", "filter=[text_length,duplicates]", "filters.text_length.min_chars=2"]
+    command.append("filters.duplicates.media=false")
+    for workers in (1, 2):
+        assert filter_command([*command, f"output={output}", f"workers={workers}", "force=true"]) == 0
+        out = capsys.readouterr().out
+        assert "3 of 6 samples kept" in out and "2  text_length: characters below 2" in out
+        view = ShardSet(output)
+        assert list(view) == [shards.load_sample(i) for i in (0, 2, 4)] and view.keys() == ["k0", "k2", "k0"]
+        assert view.manifest.layout == shards.manifest.layout and isinstance(view.index, IndexParts)
+        assert view.shard_starts.tolist() == view.find_runs().tolist() == [0, 2]
+        assert [Path(view.shard_path(i)).name for i in range(3)] == ["0.tar", "0.tar", "2.tar"]
+        assert [info.samples for info in view.manifest.shards] == [2, 1] and view.fingerprint != shards.fingerprint
+        assert view.manifest.stats["media"]["count"] == 3 and sum(view.manifest.dropped.values()) == 3
+        rows = [json.loads(line) for line in (output / "dropped.jsonl").read_text().splitlines()]
+        assert [(Path(row["shard"]).name, row["key"]) for row in rows] == [
+            ("0.tar", "k1"), ("1.tar", "k0"), ("2.tar", "k1"),
+        ]  # fmt: skip
+        view.verify_hashes()
+        assert lint([f"folder={output}", "max_problems=0"]) == 0
+    assert filter_command([*command, f"output={output}"]) == 0 and "already filtered (3" in capsys.readouterr().out
+    again = [f"folder={output}", f"output={output.with_name('again')}", "filter=[duplicates]"]
+    assert filter_command(again) == 0 and list(ShardSet(output.with_name("again"))) == list(view)
+    part = output / "index" / "000001.npz"
+    part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(DataError, match=r"000001.npz: not a readable index.*pipelines.filter folder=.* force=true"):
+        ShardSet(output).load_sample(2)
+
+
+def test_such_a_view_holds_the_keys_of_one_shard(parts, tmp_path, monkeypatch):
+    parts(*(["x" * n] * 9 for n in range(1, 5)))
+    held, inner = [], IndexBuilder.add_index
+    monkeypatch.setattr(IndexBuilder, "add_index", lambda self, *more: inner(self, *more) or held.append(len(self)))
+    for name in ("keys", "shard"):
+        monkeypatch.setattr(IndexParts, name, None)  # of all samples
+    command = [f"folder={tmp_path / 'set'}", f"output={tmp_path / 'view'}", "workers=1", "filter=[text_length]"]
+    assert filter_command([*command, "filters.text_length.min_chars=2"]) == 0 and held == [9, 9, 9]
+
+
+def test_such_a_view_that_keeps_nothing_or_fails_leaves_nothing(parts, tmp_path, monkeypatch, capsys):
+    parts(["a"], ["b"])
+    command = [f"folder={tmp_path / 'set'}", f"output={tmp_path / 'view'}", "workers=1", "filter=[text_length]"]
+    assert filter_command([*command, "filters.text_length.min_chars=9"]) == 2
+    assert "no sample is left: {'text_length: characters below 9': 2}" in capsys.readouterr().err
+    monkeypatch.setattr(IndexBuilder, "write_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert filter_command(command) == 2 and "disk full" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "tars"]
+
+
+def test_where_no_view_can_be_is_said_before_the_work(made, tmp_path, monkeypatch, capsys):
+    made(_sample("a"))
+    monkeypatch.setattr("data_pipelines.filter.judge_samples", None)
+    command = [f"folder={tmp_path / 'set'}", f"output={tmp_path / 'deep' / 'view'}", "filter=[text_length]"]
+    assert filter_command(command) == 2 and "has to lie beside the set" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_duplicate_members_and_truncation_name_the_shard(tmp_path, tar, picture)
     assert list(find_problems(tmp_path)) == []
     tar(tmp_path / "1.tar", [("b.png", picture()), ("b.png", picture())])
     found = [problem.text for problem in find_problems(tmp_path)]
-    assert any("1.tar: duplicate member 'b.png'" in text for text in found)
+    assert any("1.tar: sample 'b': member 'png' comes twice" in text for text in found)
     assert any("1.tar: sha256" in text for text in found) and any("key 'b': member" in text for text in found)
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:600])
     assert any("0.tar: truncated" in problem.text for problem in find_problems(tmp_path))

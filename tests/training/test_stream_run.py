@@ -39,7 +39,7 @@ def write_tars(root: Path, bad: int = 0) -> None:
 
 
 def streaming(data: Path, runs: Path, *more: str) -> list[str]:
-    entry = f"data.train=[{{stream: '{data}/{{0..2}}.tar', shuffle_buffer: 3, index: {runs}/index}}]"
+    entry = f"data.train=[{{tars: '{data}/{{0..2}}.tar', shuffle_buffer: 3, index: {runs}/index}}]"
     fixed = ["data.shuffle=shards", "data.annotations=first", "trainer.epochs=null", "batch.samples=4"]
     return command(data, runs, entry, *fixed, *more)
 
@@ -88,14 +88,15 @@ def test_bad_samples_are_kept_apart_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.epochs=1", "trainer.epochs: a stream knows no size of a pass; use trainer.epochs=null"),
-        ("trainer.largest_first=true", "trainer.largest_first: a stream knows no lengths"),
-        ("data.shuffle=full", "data.shuffle: a stream is shuffled by shards and a buffer; use shards, or none"),
-        ("mode=lengths", "mode=lengths: a stream has no index of its samples"),
-        ("data.train=[{stream: /nowhere/0.tar}]", "data.train: /nowhere/0.tar: no such tar"),
-        ("data.train=[{stream: 'pipe:cat 0.tar'}]", "pipe: runs a shell command, which is refused"),
-        ("data.train=[{stream: 0.tar, laylout: x}]", "a stream has no laylout; keys of its entry: stream, layout"),
-        ("data.val=[{stream: 0.tar}]", "data.val.0.stream: unknown key"),
+        ("trainer.epochs=1", "trainer.epochs: tars tell no size of a pass; use trainer.epochs=null"),
+        ("trainer.largest_first=true", "trainer.largest_first: tars tell no lengths"),
+        ("data.shuffle=full", "data.shuffle: tars are shuffled by shards and a buffer; use shards, or none"),
+        ("mode=lengths", "mode=lengths: tars have no index of their samples"),
+        ("data.train=[{tars: /nowhere/0.tar}]", "data.train: /nowhere/0.tar: no such tar"),
+        ("data.train=[{tars: 'pipe:cat 0.tar'}]", "pipe: runs a shell command, which is refused"),
+        ("data.train=[{tars: 0.tar, laylout: x}]", "an entry of tars has no laylout; its keys: tars, layout"),
+        ("data.val=[{tars: 0.tar}]", "data.val.0.tars: unknown key"),
+        ("data.train=[{stream: 0.tar}]", "data.train.0.stream: it is data.train.0.tars now"),
     ],
 )
 @pytest.mark.parametrize("dry", [False, True])

@@ -107,7 +107,7 @@ def _missing_tars(cfg: DictConfig) -> Iterator[str]:
     from vlm_train.data.stream import list_addresses
 
     for entry in (resolve_key(cfg, "data") or {}).get("train") or [] if cfg.mode == "fit" else []:
-        texts = list_addresses(entry) if "stream" in entry else []
+        texts = list_addresses(entry) if "tars" in entry else []
         here = [one for one in texts if "://" not in one or one.endswith(".tar")]  # others have to be listed
         try:
             expand_addresses(here) if here else []

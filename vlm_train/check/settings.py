@@ -114,14 +114,17 @@ def check_data(cfg: DictConfig) -> Iterator[str]:
         if name == "train" and entries == []:
             yield "data.train: expected at least one entry, {shards: <folder>}, got none."
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            if name == "train" and isinstance(entry, dict) and "stream" in entry:
+            if name == "train" and isinstance(entry, dict) and "tars" in entry:
                 continue  # `check_stream` judges it
+            if isinstance(entry, dict) and "stream" in entry:
+                yield f"data.{name}.{index}.stream: it is data.{name}.{index}.tars now."
+                continue
             yield from _check_entry(f"data.{name}.{index}", entry, TRAIN_KEYS if name == "train" else VAL_KEYS)
     yield from _check_mixture(data) if isinstance(data, dict) else ()
 
 
 def check_stream(cfg: DictConfig) -> Iterator[str]:
-    """A stream is asked for nothing that only an index knows."""
+    """Tars that are read as a stream are asked for nothing that only an index knows."""
     from vlm_train.data.stream import NO_BUDGET, is_stream, list_problems  # imports numpy
 
     data = resolve_key(cfg, "data")
@@ -131,11 +134,11 @@ def check_stream(cfg: DictConfig) -> Iterator[str]:
     if cfg.batch.tokens is not None:
         yield NO_BUDGET
     if cfg.trainer.epochs is not None or cfg.trainer.max_steps is None:
-        yield "trainer.epochs: a stream knows no size of a pass; use trainer.epochs=null trainer.max_steps=<steps>."
+        yield "trainer.epochs: tars tell no size of a pass; use trainer.epochs=null trainer.max_steps=<steps>."
     if cfg.trainer.largest_first:
-        yield "trainer.largest_first: a stream knows no lengths to find the largest by; use false."
+        yield "trainer.largest_first: tars tell no lengths to find the largest by; use false."
     if cfg.mode == "lengths":
-        yield "mode=lengths: a stream has no index of its samples; write one with python -m data_pipelines.index."
+        yield "mode=lengths: tars have no index of their samples; write one with python -m data_pipelines.index."
 
 
 def _check_mixture(data: dict[str, Any]) -> Iterator[str]:

@@ -46,7 +46,7 @@ class VLMData(pl.LightningDataModule):
         train, val: shard sets, `{shards: folder, name, limit, loss_weight}`; `columns`, a folder of numbers beside it,
             where an objective reads some; and, for train, how each takes part in the mixture: `repeat`, `weight`,
             `share` (`vlm_train.data.order.mixture.Share`), and `samples`, its published size, which only a dry run
-            reads; or one `{stream: addresses of tars without index}`, see `vlm_train.data.stream.StreamShards`.
+            reads; or one `{tars: addresses of tars without index}`, see `vlm_train.data.stream.StreamShards`.
         mixture, temperature, shuffle: the order, see `vlm_train.data.order.mixture.Mixture`.
         block_samples: its `block`; shuffle_buffer_shards: its `pool`.
         group_by: modality | length | modality_length | null, see `vlm_train.data.order.sample_plan.SamplePlan`.
@@ -275,7 +275,7 @@ def _check_settings(train: Any, val: Any, val_share: float, **least_one: int | N
     problems = [] if train else ["data.train: names no shard set; allowed: a list of {shards: <folder>}"]
     for name, entries in (("train", train), ("val", val)):
         for number, one in enumerate(entries):
-            if not one.get("shards") and not (name == "train" and "stream" in one):
+            if not one.get("shards") and not (name == "train" and "tars" in one):
                 problems.append(f"data.{name}[{number}]: got {one}; it must name a folder as `shards`")
     if not 0.0 <= val_share < 1.0:
         problems.append(f"data.val_share: {val_share}; allowed: 0 (none) to below 1")

@@ -1,4 +1,4 @@
-"""A set of tars without an index, trained on while it streams: `data.train=[{stream: <addresses>}]`.
+"""A set of tars without an index, trained on while it streams: `data.train=[{tars: <addresses>}]`.
 
 Every pass deals the shards to a fixed number of lanes, in another order. A lane reads its shards one after another,
 each from start to end through a shuffle buffer, and then goes on to its shards of the next pass by itself. Which lane
@@ -36,29 +36,29 @@ from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
 
 ENDLESS = 2**62
-"""Samples of a stream: nobody knows how many, and they go on in another order."""
+"""Samples of such a set: nobody knows how many, and they go on in another order."""
 
-ENTRY_KEYS = ("stream", "layout", "index", "name", "loss_weight", "lanes", "shuffle_buffer")
-"""What an entry of `data.train` that is a stream says."""
+ENTRY_KEYS = ("tars", "layout", "index", "name", "loss_weight", "lanes", "shuffle_buffer")
+"""What an entry of `data.train` that names tars says."""
 
 LAYOUT, LANES, SHUFFLE_BUFFER = "captions", 16, 256
 
-NO_BUDGET = "batch.tokens: a stream knows no lengths to fill a budget with; use batch.samples."
+NO_BUDGET = "batch.tokens: fills a budget by lengths, which tars do not tell; use batch.samples."
 
 EMPTY_PASSES = 64
 """Passes in a row in which a lane may get shards without any sample; only empty shards are so unlucky."""
 
 
 def is_stream(train: Any) -> bool:
-    """Whether an entry of `data.train` is a stream."""
-    return isinstance(train, list) and any(isinstance(entry, dict) and "stream" in entry for entry in train)
+    """Whether an entry of `data.train` names tars, which are read as a stream."""
+    return isinstance(train, list) and any(isinstance(entry, dict) and "tars" in entry for entry in train)
 
 
 def list_addresses(entry: Mapping[str, Any]) -> list[str]:
-    """The addresses of a stream as they are written. Raises `DataError` for what is none, and for `pipe:`."""
-    given = [entry["stream"]] if isinstance(entry["stream"], str) else entry["stream"]
+    """The addresses of the tars as they are written. Raises `DataError` for what is none, and for `pipe:`."""
+    given = [entry["tars"]] if isinstance(entry["tars"], str) else entry["tars"]
     if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given) or not given:
-        raise DataError(f"stream: expected addresses of tars, such as /data/{{000..099}}.tar, got {entry['stream']!r}")
+        raise DataError(f"tars: expected addresses of tars, such as /data/{{000..099}}.tar, got {entry['tars']!r}")
     for text in given:
         if any(PIPE.match(part.strip()) for part in text.split("::")):
             expand_addresses(text)  # says what to do
@@ -68,16 +68,14 @@ def list_addresses(entry: Mapping[str, Any]) -> list[str]:
 def list_problems(data: Mapping[str, Any]) -> list[str]:
     """What keeps the stream of `data.train` from being one: unknown options of its entry, and settings of `data` that
     need the number of samples or their lengths."""
-    entry, problems = next(one for one in data["train"] if isinstance(one, dict) and "stream" in one), []
+    entry, problems = next(one for one in data["train"] if isinstance(one, dict) and "tars" in one), []
     if len(data["train"]) > 1:
-        problems.append(f"data.train: a stream is the only entry, got {len(data['train'])} entries.")
+        problems.append(f"data.train: an entry of tars is the only one, got {len(data['train'])} entries.")
     if unknown := [str(key) for key in entry if key not in ENTRY_KEYS]:
-        problems.append(
-            f"data.train: a stream has no {', '.join(unknown)}; keys of its entry: {', '.join(ENTRY_KEYS)}."
-        )
+        problems.append(f"data.train: an entry of tars has no {', '.join(unknown)}; its keys: {', '.join(ENTRY_KEYS)}.")
     for name in ("lanes", "shuffle_buffer"):
         if name in entry and not (type(entry[name]) is int and 1 <= entry[name] <= 2**20):
-            problems.append(f"data.train: {name} of a stream is a whole number from 1 to {2**20}, got {entry[name]!r}.")
+            problems.append(f"data.train: {name} is a whole number from 1 to {2**20}, got {entry[name]!r}.")
     for judge in (list_addresses, lambda entry: Layout.from_option(entry.get("layout", LAYOUT))):
         try:
             judge(entry)
@@ -85,12 +83,12 @@ def list_problems(data: Mapping[str, Any]) -> list[str]:
             problems.append(f"data.train: {error}.")
     if data.get("shuffle") not in ("shards", "none"):
         got = f"got {data.get('shuffle')}"
-        problems.append(f"data.shuffle: a stream is shuffled by shards and a buffer; use shards, or none, {got}.")
+        problems.append(f"data.shuffle: tars are shuffled by shards and a buffer; use shards, or none, {got}.")
     unfit = {"over_length": data.get("over_length") == "split"}
     unfit |= {name: data.get(name) is not None for name in ("pack", "group_by", "limit")}
     unfit |= {"val_share": bool(data.get("val_share"))}
     for name in [name for name, found in unfit.items() if found]:
-        problems.append(f"data.{name}: needs an index of all samples, which a stream has not, got {data[name]}.")
+        problems.append(f"data.{name}: needs an index of all samples, which tars have not, got {data[name]}.")
     return problems
 
 
@@ -125,7 +123,7 @@ class StreamShards:
     only. Picklable: a process opens its own shards.
 
     Args:
-        entry: that of `data.train`: `stream`, addresses as `expand_addresses` reads them; `layout`, a name or its
+        entry: that of `data.train`: `tars`, addresses as `expand_addresses` reads them; `layout`, a name or its
             options; `index`, the folder that takes the indexes, null: one in `cache`; `lanes`, shards that are mixed
             with each other; `shuffle_buffer`, samples of each that are held for it.
         seed, shuffle: of the order; without `shuffle`, every lane has its shards, and a shard its samples, as they lie.
@@ -160,7 +158,7 @@ class StreamShards:
         try:
             (self.job.folder / "index").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"stream: {error}; name a folder that can be written with index=<folder>") from error
+            raise DataError(f"tars: {error}; name a folder that can be written with index=<folder>") from error
         self.fetched = Path(fetched or default_cache())
         self.address = addresses[0] if len(addresses) == 1 else f"{addresses[0]} and {len(addresses) - 1} more"
         sizes = [0 if is_remote(one) else Path(one).stat().st_size for one in addresses]

@@ -46,7 +46,7 @@ def _count_samples(cfg: DictConfig) -> int | None:
     None where nothing says it."""
     total = 0
     for source in cfg.data.train:
-        if "stream" in source:
+        if "tars" in source:
             return None
         folder = Path(str(source.shards))
         count = Manifest.read(folder).samples if (folder / MANIFEST).is_file() else source.get("samples")

@@ -24,11 +24,11 @@ def show_sample(cfg: DictConfig) -> None:
 
 
 def _open_first(cfg: DictConfig) -> Any:
-    """The shards of the first entry of `data.train`, a stream in the order of its files."""
+    """The shards of the first entry of `data.train`, tars without an index in the order of their files."""
     from vlm_train.data.stream import open_stream
 
     entry = cfg.data.train[0]
-    if "stream" not in entry:
+    if "tars" not in entry:
         return ShardSet(entry.shards)
     how = {"seed": cfg.seed, "cache": cfg.data.cache, "fetched": cfg.data.get("shard_cache")}
     return open_stream(OmegaConf.to_container(entry, resolve=True), 1, "none", **how)["shards"]  # type: ignore[arg-type]
