@@ -254,7 +254,8 @@ def check_streams(cfg: DictConfig, model: Family) -> Iterator[str]:
     reads = f"the model reads the streams {' and '.join(streams)}"
     if len(streams) > 1:
         if data.get("pack") is not None:
-            yield f"data.pack: {reads}, which do not line up in packed rows; use data.pack=null and a larger batch.micro."
+            how = "use data.pack=null and a larger batch.micro"
+            yield f"data.pack: {reads}, which do not line up in packed rows; {how}."
         if data.get("over_length") == "split":
             yield f"data.over_length: {reads}, which are not cut at turns; use truncate, drop or error, got split."
         if data.get("rejected"):

@@ -68,6 +68,7 @@ class VLMData(pl.LightningDataModule):
     """
 
     plan: Plan | None = None
+    estimates_steps = _counts_steps = False
 
     def __init__(
         self,
@@ -118,7 +119,6 @@ class VLMData(pl.LightningDataModule):
         self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
         self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
         self.max_length, self.over_length, self.workers, self.prefetch = max_length, over_length, workers, prefetch
-        self.estimates_steps = self._counts_steps = False
         self.rows_in_order = (pack, pack_patches) if batch.tokens is not None else (None, None)  # decide what fits
 
     def _divide_samples(self, val_share: float, val_limit: int | None) -> None:
