@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import faults
+from tests.support.jobs import train_on_ranks
 from tests.support.small_run import command, make_data, train
 from vlm_train.checkpoint import files
 from vlm_train.checkpoint.files import verify_checkpoint
@@ -202,15 +203,30 @@ def test_a_run_that_fails_ends_the_save_under_way(data: Path, tmp_path: Path, mo
     assert steps(tmp_path / "run") == [2]
 
 
-def test_draws_of_others_go_on_too(data: Path, tmp_path: Path) -> None:
-    """A callback of the user's that draws from Python's, NumPy's and torch's generators."""
-    draw = "+callbacks.draw={{_target_: tests.support.audit.Draw, path: {}}}"
-    trusted = "allow_targets=[tests.]"
-    train(command(data, tmp_path, trusted, draw.format(tmp_path / "whole.txt"), name="whole"))
-    stop = "+callbacks.stop={_target_: tests.support.audit.Stop, after: 4}"
-    with pytest.raises(Interrupted):
-        train(command(data, tmp_path, trusted, draw.format(tmp_path / "cut.txt"), stop, name="cut"))
-    torch.manual_seed(1)
-    train(command(data, tmp_path, trusted, draw.format(tmp_path / "cut.txt"), name="cut"))
-    whole, cut = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("whole", "cut"))
+DRAW = ["allow_targets=[tests.]", "+callbacks.draw={{_target_: tests.support.audit.Draw, path: {}}}"]
+CUT = "+callbacks.stop={_target_: tests.support.audit.Stop, after: 4}"
+
+
+def drawing(data: Path, folder: Path, name: str, *more: str) -> list[str]:
+    """A run with a callback of the user's that draws from Python's, NumPy's and torch's generators."""
+    return command(data, folder, DRAW[0], DRAW[1].format(folder / f"{name}.txt"), *more, name=name)
+
+
+def assert_draws_go_on(folder: Path, rank: int) -> None:
+    whole, cut = ((folder / f"{name}.txt-{rank}").read_text().splitlines() for name in ("whole", "cut"))
     assert len(set(whole)) == 6 and cut[4:] == whole[4:]
+
+
+def test_draws_of_others_go_on_too(data: Path, tmp_path: Path) -> None:
+    train(drawing(data, tmp_path, "whole"))
+    with pytest.raises(Interrupted):
+        train(drawing(data, tmp_path, "cut", CUT))
+    torch.manual_seed(1)
+    train(drawing(data, tmp_path, "cut"))
+    assert_draws_go_on(tmp_path, 0)
+
+
+def test_every_rank_goes_on_with_its_own_draws(data: Path, tmp_path: Path) -> None:
+    train_on_ranks(*(drawing(data, tmp_path, *job) for job in (("cut", CUT), ("whole",), ("cut",))))
+    for rank in (0, 1):
+        assert_draws_go_on(tmp_path, rank)

@@ -93,10 +93,13 @@ def test_slots_are_where_the_placeholders_are(left):
 
 
 def test_features_follow_their_item_when_the_text_has_the_items_in_another_order():
-    batch = collate([item(stream(8, 1, ((4, 2), (1, 3))))], PLANS)  # item 0 stands after item 1
-    slots = batch.text["llm"].slots
-    assert batch.media.slot_counts == (2, 3)
-    assert slots.index.tolist() == [4, 5, 1, 2, 3] and slots.feature_index is None
+    swapped = stream(8, 1, ((4, 2), (1, 3)))  # item 0 stands after item 1
+    swapped = replace(swapped, slots=swapped.slots[::-1])  # slots are from left to right
+    batch = collate([item(swapped), item(stream(4, 1, ((0, 1),)), "b")], PLANS)
+    slots, shown = batch.text["llm"].slots, batch.media.inputs["vision"]
+    assert batch.media.slot_counts == (2, 3, 1) and batch.media.keys == ("a", "a", "b")
+    assert shown.view_counts == (1, 2, 1) and shown.values[:, 0, 0, 0].tolist() == [8, 9, 9, 4]
+    assert slots.index.tolist() == [1, 2, 3, 4, 5, 8] and slots.feature_index.tolist() == [2, 3, 4, 0, 1, 5]
 
 
 def test_every_stream_has_slots_of_its_own():

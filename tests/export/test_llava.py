@@ -73,6 +73,9 @@ def test_export_reload_and_import_back(tmp_path, name):
     import_llava(other, tmp_path)
     for (key, a), b in zip(other.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b), key
+    served = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    is_one = served.get_output_embeddings().weight is served.get_input_embeddings().weight
+    assert is_one == name.startswith("tied"), "a tied head stays one with the embedding"
 
 
 def test_a_served_prompt_gives_our_logits(tmp_path):

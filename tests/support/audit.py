@@ -137,19 +137,19 @@ class Poison(pl.Callback):
 
 
 class Draw(pl.Callback):
-    """Writes down a number of each global generator before every step."""
+    """Writes down a number of each global generator after every step, in `<path>-<rank>`."""
 
     def __init__(self, *, path: str) -> None:
-        self.path = Path(path)
+        self.path = path
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.global_step:
-            random.seed(7)
-            np.random.seed(7)
+            random.seed(7 + trainer.global_rank)
+            np.random.seed(7 + trainer.global_rank)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch.window.micro + 1 == batch.window.micro_count:
-            with open(self.path, "a") as file:
+            with open(f"{self.path}-{trainer.global_rank}", "a") as file:
                 file.write(f"{random.random()} {np.random.rand()} {torch.rand(()).item()}\n")

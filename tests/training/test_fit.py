@@ -485,9 +485,11 @@ def test_frozen_parts_stay_in_eval_mode(data: Path, tmp_path: Path, monkeypatch:
 
 def test_hand_over_must_cover_the_part(whole: Path, data: Path, tmp_path: Path) -> None:
     """Another connector of which only some tensors have the same names would start half trained."""
-    more = ["connector=mlp3x_gelu", f"init_from=[{{run: {whole}, parts: [connector]}}]"]
+    handed = f"init_from=[{{run: {whole}, parts: [connector]}}]"
     with pytest.raises(CheckpointError, match=r"connector\.\S+: not in the file"):
-        train(command(data, tmp_path, *more))
+        train(command(data, tmp_path, "connector=mlp3x_gelu", handed))
+    with pytest.raises(CheckpointError, match=r"connector\.layers\.2\.weight: not in the model"):
+        train(command(data, tmp_path, "connector.depth=1", handed))
 
 
 def test_hand_over_accepts_what_was_frozen(whole: Path, data: Path, tmp_path: Path) -> None:

@@ -159,12 +159,14 @@ def test_audit_of_a_killed_run(stream: list[str], workers: int, ranks: int, data
         command(data, tmp_path, *more, f"data.workers={count}", name=name)
         for name, count in (("whole", 0), ("killed", workers))
     )
-    whole, killed = tmp_path / "audit-whole", tmp_path / "audit-killed"
+    whole, killed, resumed = (tmp_path / f"audit-{name}" for name in ("whole", "killed", "resumed"))
     assert audited(one, whole) == 0
     assert audited(two, killed, kill_at=7, victim=ranks - 1) != 0
-    assert audited([*two, f"data.workers={(workers + 1) % 3}"], killed) == 0
+    assert audited([*two, f"data.workers={(workers + 1) % 3}"], resumed) == 0
     for rank in range(ranks):
-        assert drawn(killed, rank) == drawn(whole, rank)
+        every = drawn(whole, rank)
+        assert all(every[place] == keys for place, keys in drawn(killed, rank).items())
+        assert drawn(resumed, rank) == {place: keys for place, keys in every.items() if place[0] >= 6}  # the checkpoint
     seen = [drawn(whole, rank) for rank in range(ranks)]
     counts = Counter(key for one_rank in seen for rows in one_rank.values() for row in rows for key in row)
     assert len(counts) == 12

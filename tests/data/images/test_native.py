@@ -14,11 +14,15 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from data_pipelines.errors import BadSample
+from data_pipelines.sample import MediaItem
+from tests.data.text.rendering import load
 from tests.out_of_tree.my_vlm.native_vit import count_patches
 from tests.support.videos import video
 from vlm_train.build import build_image_plan
-from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.layout import MediaSize, NoMedia
 from vlm_train.data.images.native import NativeResolution
+from vlm_train.data.processor import Processor
+from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 
 
@@ -60,6 +64,15 @@ def test_grids_are_known_before_pixels_are_read() -> None:
     clip = native(video())
     assert clip.grids == native.grids(MediaSize(48, 40, frames=20)) and len(clip.grids) == 3
     assert len(native.blank().grids) == 1 and native.blank().grids == ((1, 2, 2),) and not native.blank().values.any()
+
+
+def test_a_picture_of_another_grid_than_planned_is_a_bad_sample() -> None:
+    images = {"vision": plan(8, min_pixels=1024, max_pixels=4096)}
+    processor = Processor(tokenizer=byte_level(), template=load("qa"), layout=NoMedia(), images=images)
+    lying, upright = (MediaItem(name="0.png", width=w, height=h) for w, h in ((64, 32), (32, 64)))
+    assert processor.make_views([encode(noise(32, 64))], media=[lying])["vision"][0].grids == ((1, 4, 8),)  # type: ignore[union-attr]
+    with pytest.raises(BadSample, match="here: 0.png is not 32 x 64 pixels upright, as its entry says"):
+        processor.make_views([encode(noise(32, 64))], media=[upright], where="here")
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -42,9 +42,11 @@ def test_crop_equals_the_clip_processor(size, side):
         image_std=list(STD),
     )
     expected = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
-    view = torch.from_numpy(ImageTransform(mode="crop", size=(side, side), mean=MEAN)(encode(image))[0])
+    transform = ImageTransform(mode="crop", size=(side, side), mean=MEAN)
+    view = torch.from_numpy(transform(encode(image))[0])
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     torch.testing.assert_close((view / 255 - mean) / std, expected, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(transform(encode(image), np.random.default_rng(0))[0], view)  # training
 
 
 def expand2square(image, background):
@@ -67,9 +69,11 @@ def test_pad_equals_llava(size):
     image = picture(*size)
     square = expand2square(image, tuple(int(x * 255) for x in MEAN))
     expected = np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    view = ImageTransform(mode="pad", size=(32, 32), mean=MEAN)(encode(image))
+    transform = ImageTransform(mode="pad", size=(32, 32), mean=MEAN)
+    view = transform(encode(image))
     assert view.dtype == np.uint8 and view.shape == (1, 3, 32, 32)
     assert np.array_equal(view[0], expected)
+    assert np.array_equal(transform(encode(image), np.random.default_rng(0)), view)  # training
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad", "resize"])

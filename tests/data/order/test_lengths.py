@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -11,7 +12,7 @@ import pytest
 
 from data_pipelines.errors import BadSample, DataError
 from tests.data.test_datamodule import data, write
-from tests.data.text.rendering import assistant, user
+from tests.data.text.rendering import assistant, load, user
 from tests.support.small_run import make_data
 from vlm_train.data.order import lengths
 from vlm_train.data.order.lengths import cached_lengths, hash_content
@@ -118,6 +119,15 @@ def test_lengths_follow_what_the_tokenizer_calls_its_tokens(root: Path, tmp_path
         tokens = made.train.measure_lengths(tmp_path).tokens.tolist()
         assert tokens == [len(made.train.load_example(SampleRef(n, 0), training=True).rendered.llm) for n in range(12)]
     assert len(list(tmp_path.glob("*.npz"))) == 4
+
+
+def test_lengths_follow_the_template(root: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("qa", "chatml"):  # which writes more around a turn
+        samples = data(root / "train", cache=str(tmp_path)).train
+        samples.processor = replace(samples.processor, template=load(name))
+        found.append(samples.measure_lengths(tmp_path).tokens)
+    assert (found[0] < found[1]).all()
 
 
 def test_patches_follow_the_image_plan_where_images_stand_in_no_text(root: Path, tmp_path: Path) -> None:

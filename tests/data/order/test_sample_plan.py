@@ -26,7 +26,7 @@ def step_of(which: SamplePlan, step: int) -> list[SampleRef]:
     return [share[row] for row in range(max(map(len, shares))) for share in shares if row < len(share)]
 
 
-@pytest.mark.parametrize("shuffle", ["full", "shards", "none"])
+@pytest.mark.parametrize("shuffle", ["full", "computed", "shards", "none"])
 def test_each_sample_is_drawn_once_in_each_epoch(shuffle):
     drawn = [a for step in range(plan().steps) for a in step_of(plan(shuffle=shuffle), step)]
     assert len(drawn) == 30

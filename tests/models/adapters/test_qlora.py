@@ -293,12 +293,15 @@ def test_export_merges_into_a_fresh_base(data: Path, tmp_path: Path, capsys: pyt
     cfg = load_config(RunFolder(run).config)
     built = build_assembly(cfg)
     load_run_weights(built.model, cfg.init_from, run)
-    merged = merged_state(unquantize_model(built).model)
+    layer = built.model.get_submodule("llm.model.model.layers.0.mlp.up_proj")
+    plain = build_assembly(compose_config(command(data, tmp_path))).model  # as the run's base began, without adapters
+    base = plain.get_parameter("llm.model.model.layers.0.mlp.up_proj.weight")
     exported: dict[str, torch.Tensor] = {}
     for file in (run / "export").glob("*.safetensors"):
         exported |= load_file(file)
     (name,) = [name for name in exported if name.endswith("layers.0.mlp.up_proj.weight")]
-    assert torch.equal(exported[name], merged["llm.model.model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(exported[name], base + layer.get_delta_weight("default"))
+    assert not torch.equal(dequantize_weight(layer.base_layer), base)
 
 
 def test_unquantized_keeps_what_was_learned() -> None:

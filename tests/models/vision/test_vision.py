@@ -137,6 +137,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     saved.model.save_pretrained(tmp_path / "missing", state_dict=state)
     with pytest.raises(AssetError, match=r"missing 2 \(.*layers\.1\.mlp\.fc1"):
         tiny_vision(weights=str(tmp_path / "missing")).load_weights()
+    more = saved.model.state_dict() | {"encoder.layers.9.mlp.fc1.weight": torch.zeros(2)}
+    saved.model.save_pretrained(tmp_path / "more", state_dict=more)
+    with pytest.raises(AssetError, match=r"missing none, unexpected 1 \(.*layers\.9\.mlp\.fc1"):
+        tiny_vision(weights=str(tmp_path / "more")).load_weights()
     with pytest.raises(AssetError, match="num_attention_heads = 4, the config says 2"):
         tiny_vision(clip_config(num_attention_heads=2), weights=str(tmp_path / "good")).load_weights()
     with pytest.raises(AssetError, match="vision.weights"):

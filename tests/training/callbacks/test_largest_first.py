@@ -74,7 +74,7 @@ def test_it_leaves_no_trace(
     other = train(job(data, tmp_path, name="other"))
     assert "largest first" not in capsys.readouterr().out
     assert_same_end(one, other)
-    assert (tmp_path / "one-draws").read_text() == (tmp_path / "other-draws").read_text()
+    assert (tmp_path / "one-draws-0").read_text() == (tmp_path / "other-draws-0").read_text()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
         stop_after(patch, 5)
         train(job(data, tmp_path, name="resumed"))
