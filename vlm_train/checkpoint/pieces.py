@@ -44,5 +44,5 @@ class HasState(Protocol):
     def whole(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
         """Every learning parameter as a whole, in its most exact form. A collective: every rank goes through it."""
 
-    def allocate(self, kinds: Mapping[str, bool]) -> None:
+    def allocate_state(self, kinds: Mapping[str, bool]) -> None:
         """Make the optimizer hold states of these kinds, which `pieces` then gives; True: one number a parameter."""

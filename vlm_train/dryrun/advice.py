@@ -74,6 +74,12 @@ def advise_run(cfg: DictConfig, plan: MemoryPlan) -> Advice:
     )
 
 
+def describe_rows(cfg: DictConfig, longest: int) -> str:
+    """What a device computes at once: `16 rows of 2048 tokens`."""
+    rows = rows_at_once(cfg)
+    return f"{rows} {'row' if rows == 1 else 'rows'} of {longest} tokens"
+
+
 def hardware_of(cfg: DictConfig) -> Hardware:
     """The hardware that `target` describes."""
     return Hardware(

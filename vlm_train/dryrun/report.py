@@ -15,7 +15,7 @@ from vlm_train.check.model import check_model
 from vlm_train.checkpoint.weights import is_in_parts
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.trust import iterate_components
-from vlm_train.dryrun.advice import Advice, Suggestion, advise_run
+from vlm_train.dryrun.advice import Advice, Suggestion, advise_run, describe_rows
 from vlm_train.dryrun.memory import GIB, Peak
 from vlm_train.dryrun.plan import Plan, checkpointing_mode, make_plan, rows_at_once
 from vlm_train.training.filled import find_random_parts
@@ -179,7 +179,7 @@ def _format_verdict(cfg: DictConfig, plan: Plan, advice: Advice, device: str) ->
     """The verdict of the table: the cheapest that fits, whether the run's own does, and what to change if none does."""
     target, own = cfg.target, advice.configured
     lines = [
-        f"Predicted for {rows_at_once(cfg)} rows of the longest kind on {target.gpus} x {target.memory_gib:g} GiB.",
+        f"Predicted for {describe_rows(cfg, plan.longest)} at once on {target.gpus} x {target.memory_gib:g} GiB.",
         f"Cheapest that fits: {advice.best} (strategy={advice.best})" if advice.best else "Nothing fits.",
     ]
     if any(one.cpu for one in advice.peaks.values()):

@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train.distributed import count_started, say_once
-from vlm_train.dryrun.advice import Advice, advise_run
+from vlm_train.dryrun.advice import Advice, advise_run, describe_rows
 from vlm_train.dryrun.memory import GIB
-from vlm_train.dryrun.plan import predict_memory, rows_at_once
+from vlm_train.dryrun.plan import predict_memory
 from vlm_train.training.params import make_policy
 
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -52,10 +52,9 @@ def _describe_shortage(cfg: DictConfig, advice: Advice, longest: int) -> str:
     needed, there = peak.total / GIB, cfg.target.memory_gib
     if peak.total <= advice.hardware.memory:
         needed, there, place = peak.cpu / GIB, cfg.target.cpu_gib, "node's CPU memory"
-    rows = rows_at_once(cfg)
     said = (
         f"memory: this run is predicted to need {needed:.3g} GiB of a {place}, which has {there:.3g} (strategy {own}, "
-        f"{rows} {'row' if rows == 1 else 'rows'} of {longest} tokens at once)."
+        f"{describe_rows(cfg, longest)} at once)."
     )
     helping = next((place for place, one in enumerate(advice.suggestions) if one.fits), None)
     if advice.best is not None:

@@ -114,6 +114,7 @@ def test_members_in_another_order_and_dots_in_keys_are_explained(tmp_path, tar, 
         (b"BZh9" + bytes(600), "bzip2"), (b"\xfd7zXZ\0" + bytes(600), "xz"), (b"\x28\xb5\x2f\xfd" + bytes(600), "zstd"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     ],
+    ids=["empty", "text", "gzip", "bzip2", "xz", "zstd", "lfs"],
 )  # fmt: skip
 def test_what_is_no_tar_is_named(tmp_path, tar, captions, content, found):
     tar(tmp_path / "tars" / "0.tar", captions("a"))
