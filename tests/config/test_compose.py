@@ -62,7 +62,7 @@ def test_run_id_ignores_what_does_not_change_the_weights(mine: Path, monkeypatch
 
 def test_a_run_keeps_the_id_that_named_its_rows(mine: Path, tmp_path: Path) -> None:
     cfg = compose_config(["recipe=mine", "data.pack=4096", f"paths.runs={tmp_path}"], [mine])
-    named = f"mine-{training_hash(cfg, with_rows=True)}"
+    named = f"mine-{training_hash(cfg, with_packing=True)}"
     assert run_id(cfg) != named
     (tmp_path / named).mkdir()
     assert run_id(cfg) == named

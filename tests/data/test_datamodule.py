@@ -192,6 +192,13 @@ def test_validation_has_workers_and_their_number_changes_nothing(root: Path) -> 
     assert module.val_dataloader().num_workers == 1
 
 
+def test_validation_takes_no_more_than_a_packed_row_holds(root: Path, tmp_path: Path) -> None:
+    val = [{"shards": str(root / "train")}]
+    for pack, rows in ((None, 2), (64, 2), (128, 4), (200, 6)):  # 2 rows of 200 tokens hold 6 samples of 64
+        module = data(root / "val", val=val, pack=pack, max_length=64, cache=str(tmp_path))
+        assert len(next(iter(module.val_dataloader())).keys) == rows
+
+
 def test_a_rank_without_samples_names_the_same_sums(root: Path) -> None:
     """Ranks reduce `Window.sums` by name: a short last step must not leave one of them with fewer."""
     module = data(root / "train", rejected=True)

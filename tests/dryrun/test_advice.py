@@ -79,6 +79,11 @@ def test_checkpointing_comes_first(full: Planned) -> None:
     assert "trainer.activation_checkpointing=none: 183 GiB; selective 106 GiB, full 14.9 GiB." in printed
 
 
+def test_memory_is_that_of_all_pictures_of_a_row() -> None:
+    one, packed = (planned("recipe=llava15_stage2", "params=all", f"data.pack={n}")[1] for n in (2048, 8192))
+    assert packed.activations["none"] == pytest.approx(4 * one.activations["none"], rel=0.1)
+
+
 def test_shorter_rows_come_after_recomputed_layers() -> None:
     cfg, plan = planned("recipe=llava15_stage2", "strategy=zero3", "data.pack=32768")
     assert plan.needs.activations == plan.activations["none"]

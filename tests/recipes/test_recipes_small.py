@@ -60,12 +60,17 @@ def kind_of(recipe: str) -> str:
 def test_recipe_trains_small(name: str, data: Path, tmp_path: Path) -> None:
     overrides = [f"recipe={name}", "size=tiny", "trainer.max_steps=2", f"paths.data={data / kind_of(name)}"]
     overrides += ["run_name=small", f"paths.runs={tmp_path}", "init_from=[]", "trainer.log_every=1"]
+    packed = compose_config([f"recipe={name}"]).data.get("pack")
+    if packed:  # one row of all samples, as at full size
+        overrides += ["batch.micro=1"]
     assert cli.main(overrides) == 0
     run = tmp_path / "small"
     assert json.loads((run / "run.json").read_text())["status"] == "done"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["split"] == "train" and "loss" in line]
     assert losses and all(math.isfinite(loss) for loss in losses)
+    if packed:
+        assert lines[0]["padding_share"] == 0, "4 samples of several lengths in a row"
     assert (run / "checkpoints" / "LATEST").is_file()
 
 

@@ -74,6 +74,14 @@ def test_tflop_per_sample(recipe: str, text: int, supervised: int, tflop: float)
     assert parts["vision"].forward / 1e12 == pytest.approx(0.365, rel=0.01)
 
 
+def test_a_packed_row_has_as_many_pictures_as_samples() -> None:
+    cfg, model = model_of("recipe=llava15_stage1")
+    one, three = (trace_step(cfg, model, text_tokens=n * 44, supervised=n * 40, images=n) for n in (1, 3))
+    of_one, of_three = (count_flops(seen.products) for seen in (one, three))
+    assert of_three["vision"].forward == 3 * of_one["vision"].forward
+    assert of_three["connector"].total == 3 * of_one["connector"].total
+
+
 def test_a_gradient_passing_costs_the_same_again() -> None:
     part = Flops(forward=2.0, input_grad=2.0, weight_grad=2.0)
     assert part.total == 6.0

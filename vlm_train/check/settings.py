@@ -116,7 +116,7 @@ def check_data(cfg: DictConfig) -> Iterator[str]:
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if name == "train" and isinstance(entry, dict) and "tars" in entry:
                 continue  # `check_stream` judges it
-            if isinstance(entry, dict) and "stream" in entry:
+            if name == "train" and isinstance(entry, dict) and "stream" in entry:
                 yield f"data.{name}.{index}.stream: it is data.{name}.{index}.tars now."
                 continue
             yield from _check_entry(f"data.{name}.{index}", entry, TRAIN_KEYS if name == "train" else VAL_KEYS)
@@ -156,12 +156,14 @@ def _check_mixture(data: dict[str, Any]) -> Iterator[str]:
         allowed = "null, modality or modality_length"
         yield f"data.group_by: packed rows are evened out by themselves; use {allowed}, got length."
     if pack is not None and (longest is None or _is_number(longest) and _is_number(pack) and longest > pack):
-        yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; lower data.max_length."
+        how = "raise data.pack, or lower data.max_length, or use data.pack=null and a larger batch.micro"
+        yield f"data.pack: rows of {pack} tokens must hold samples of data.max_length={longest}; {how}."
     by_length = pack is not None or data.get("group_by") in ("length", "modality_length")
     if data.get("annotations") == "drawn" and (by_length or data.get("over_length") == "split"):
         yield (
             "data.annotations: drawn gives a sample another length in every pass, and data.pack, groups by length and "
-            "data.over_length=split need one; use first, independent or dialogue."
+            "data.over_length=split need one; use first, independent or dialogue (or data.pack=null and a larger "
+            "batch.micro)."
         )
     if data.get("rejected") and data.get("over_length") == "split":
         yield "data.over_length: pairs of answers (data.rejected) are not cut; use truncate, drop or error, got split."

@@ -46,11 +46,11 @@ LATER_IMAGE_KEYS = {"upright": True, "background": [255, 255, 255], "resize": "p
 """Keys of an image plan that came later, with their first values: runs of before keep their ids."""
 
 
-def training_config(cfg: DictConfig, with_rows: bool = False) -> dict[str, Any]:
+def training_config(cfg: DictConfig, with_packing: bool = False) -> dict[str, Any]:
     """The resolved part of `cfg` that decides the trained weights. It does not depend on where folders lie.
 
     Args:
-        with_rows: `data.pack` and `data.pack_patches` are part of it even if `batch.samples` says what a step learns
+        with_packing: `data.pack` and `data.pack_patches` are part of it even if `batch.samples` says what a step learns
             from. They were once.
     """
     cfg = cfg.copy()
@@ -71,7 +71,7 @@ def training_config(cfg: DictConfig, with_rows: bool = False) -> dict[str, Any]:
         plain["optim"].pop("fused", None)  # a kernel, chosen by the device or by what a run began with
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches
         plain["batch"].pop("micro")
-        for key in ("pack", "pack_patches") if isinstance(plain["data"], dict) and not with_rows else ():
+        for key in ("pack", "pack_patches") if isinstance(plain["data"], dict) and not with_packing else ():
             if key in plain["data"]:
                 plain["data"][key] = None  # rows that share out the same samples
     for group, keys in COSMETIC_KEYS.items():
@@ -95,19 +95,20 @@ def _drop_neutral(plain: Any, path: list[str], neutral: Any) -> None:
             del plain[first]
 
 
-def training_hash(cfg: DictConfig, with_rows: bool = False) -> str:
+def training_hash(cfg: DictConfig, with_packing: bool = False) -> str:
     """Eight hexadecimal digits that name the training-relevant configuration, see `training_config`."""
-    plain = training_config(cfg, with_rows)
+    plain = training_config(cfg, with_packing)
     restore_first_names(plain)  # a renamed key makes no other run, nor does a renamed component
     text = json.dumps(restore_first_targets(plain), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run_id(cfg: DictConfig) -> str:
-    """`run_name`, or `<recipe>-<hash of the training-relevant configuration>`. No clock: the same command resumes."""
+    """`run_name`, or `<recipe>-<hash of the training-relevant configuration>`. No clock: the same command resumes. A
+    folder that an earlier version named otherwise is kept."""
     if cfg.run_name:
         return str(cfg.run_name)
-    earlier = f"{cfg.recipe_name}-{training_hash(cfg, with_rows=True)}"
+    earlier = f"{cfg.recipe_name}-{training_hash(cfg, with_packing=True)}"
     if (Path(cfg.paths.runs) / earlier).is_dir():  # began when `data.pack` was part of the id
         return earlier
     return f"{cfg.recipe_name}-{training_hash(cfg)}"

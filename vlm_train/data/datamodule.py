@@ -119,7 +119,7 @@ class VLMData(pl.LightningDataModule):
         self.pack, self.pack_patches, self.group_by, self.block_samples = pack, pack_patches, group_by, block_samples
         self.micro, self.normalize, self.batch = batch.micro, batch.normalize, (batch.samples, batch.tokens)
         self.max_length, self.over_length, self.workers, self.prefetch = max_length, over_length, workers, prefetch
-        self.rows_in_order = (pack, pack_patches) if batch.tokens is not None else (None, None)  # decide what fits
+        self.packing_in_order = (pack, pack_patches) if batch.tokens is not None else (None, None)  # decide what fits
 
     def _divide_samples(self, val_share: float, val_limit: int | None) -> None:
         """Hold out `val_share` of the training samples, if any, and cut long samples of both sets into pieces."""
@@ -136,7 +136,7 @@ class VLMData(pl.LightningDataModule):
 
     def hash_order(self) -> str:
         """Hash of what decides which samples a step holds. The number of ranks, micro-batches and steps does not."""
-        return self._hash_order_of(self.mixture, self.rows_in_order)
+        return self._hash_order_of(self.mixture, self.packing_in_order)
 
     def _hash_order_of(self, mixture: Mixture, rows: tuple[int | None, int | None]) -> str:
         how = (self.batch, *rows, self.group_by, self.block_samples, self.train.options)
@@ -149,11 +149,11 @@ class VLMData(pl.LightningDataModule):
         self._counts_steps = "total_steps" not in checkpoint
         stored = replace(self.mixture, shuffle="full") if self.mixture.shuffle == "computed" else self.mixture
         packed = (self.pack, self.pack_patches)
-        for mixture, rows in ((self.mixture, packed), (stored, self.rows_in_order), (stored, packed)):
+        for mixture, rows in ((self.mixture, packed), (stored, self.packing_in_order), (stored, packed)):
             if checkpoint.get("order") == self._hash_order_of(mixture, rows):
                 if mixture is not self.mixture:
                     print("data.shuffle=full: this run goes on in the stored order that it began in", flush=True)
-                self.mixture, self.rows_in_order = mixture, rows
+                self.mixture, self.packing_in_order = mixture, rows
                 return
 
     def note_estimate(self) -> dict[str, str]:
@@ -253,7 +253,8 @@ class VLMData(pl.LightningDataModule):
         if not len(self.val) or self.trainer is None:
             return []
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        stream = ValidationStream(self.val, self.micro, rank, world, self.normalize)
+        many = self.pack // self.max_length if self.pack and self.max_length else 1  # as long as a packed row at most
+        stream = ValidationStream(self.val, self.micro * many, rank, world, self.normalize)
         return self._make_loader(stream, min(self.workers, stream.batches))
 
     def _make_loader(self, stream: IterableDataset, workers: int) -> DataLoader[Any]:

@@ -88,7 +88,8 @@ def list_problems(data: Mapping[str, Any]) -> list[str]:
     unfit |= {name: data.get(name) is not None for name in ("pack", "group_by", "limit")}
     unfit |= {"val_share": bool(data.get("val_share"))}
     for name in [name for name, found in unfit.items() if found]:
-        problems.append(f"data.{name}: needs an index of all samples, which tars have not, got {data[name]}.")
+        how = "; use data.pack=null and a larger batch.micro" if name == "pack" else ""
+        problems.append(f"data.{name}: needs an index of all samples, which tars have not, got {data[name]}{how}.")
     return problems
 
 

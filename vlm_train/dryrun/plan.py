@@ -103,11 +103,13 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
 
 def predict_memory(cfg: DictConfig, model: Any, policy: Policy) -> MemoryPlan:
     """What training a model on the meta device holds in memory. Casts it to 16 bits where training computes in them."""
-    visual = visual_tokens(model)
-    longest = cfg.data.get("pack") or cfg.data.get("max_length") or visual + cfg.target.text_tokens
+    visual, pack = visual_tokens(model), cfg.data.get("pack")
+    longest = pack or cfg.data.get("max_length") or visual + cfg.target.text_tokens
+    images = max(pack // (visual + cfg.target.text_tokens), 1) if pack else 1  # a packed row has as many as samples
+    text = max(longest - images * visual, 1)
     if not cfg.trainer.precision.startswith("32"):
         model.to(torch.bfloat16)
-    biggest = trace_step(cfg, model, text_tokens=max(longest - visual, 1), supervised=max(longest - visual, 1))
+    biggest = trace_step(cfg, model, text_tokens=text, supervised=text, images=images)
     activations = {"none": biggest.activations, "selective": biggest.selective, "full": biggest.checkpointed}
     needs = _memory_needs(cfg, model, policy, activations[checkpointing_mode(cfg)], optimizer_states(cfg))
     return MemoryPlan(needs, activations, longest, _count_linears(model))

@@ -235,9 +235,10 @@ def meta_batch(
     rows: int,
     text_tokens: int,
     supervised: int,
+    images: int = 1,
     columns: Iterable[str] = (),
 ) -> Batch:
-    """A batch of shapes: one image (if the model sees any) and `text_tokens` a row, the last `supervised` learned.
+    """A batch of shapes: `images` (if the model sees any) and `text_tokens` a row, the last `supervised` learned.
 
     `streams` and `columns` are those of the objectives; what else the model reads is added. A decoder's stream holds
     what is learned, and a stream that is only read the rest.
@@ -250,12 +251,12 @@ def meta_batch(
         for name, alignment in aligned.items():
             length = {"causal": text_tokens, "seq2seq": supervised, "none": asked}[alignment]
             shown = slots if alignment == "causal" or name == "llm" else 0
-            text[name] = _meta_stream(rows, length, shown, 0 if alignment == "none" else supervised)
+            text[name] = _meta_stream(rows, length, shown * images, 0 if alignment == "none" else supervised)
         media = MediaBatch(
-            inputs={name: blank_input(encoder, rows) for name, encoder in find_encoders(model).items()},
-            slot_counts=(slots,) * rows,
-            row=torch.arange(rows),
-            keys=("meta",) * rows,
+            inputs={name: blank_input(encoder, rows * images) for name, encoder in find_encoders(model).items()},
+            slot_counts=(slots,) * (rows * images),
+            row=torch.arange(rows).repeat_interleave(images),
+            keys=("meta",) * (rows * images),
         )
         numbers = {name: torch.zeros(rows) for name in columns}
     return Batch(text=text, media=media, columns=numbers)
@@ -277,12 +278,12 @@ def _meta_stream(rows: int, text_tokens: int, slots: int, supervised: int) -> To
     )
 
 
-def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int) -> Trace:
-    """Trace the losses of one sample."""
+def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int, images: int = 1) -> Trace:
+    """Trace the losses of one row: a sample, or a packed row of so many images."""
     objectives = build_objectives(cfg).values()
     streams = [name for objective in objectives for name in objective.streams]
     columns = [name for objective in objectives for name in getattr(objective, "columns", ())]
-    sizes = {"rows": 1, "text_tokens": text_tokens, "supervised": supervised}
+    sizes = {"rows": 1, "text_tokens": text_tokens, "supervised": supervised, "images": images}
     batch = meta_batch(model, streams=streams, columns=columns, **sizes)
     context = StepContext(reference=None if cfg.reference.model is None else partial(frozen, model))
 

@@ -240,8 +240,8 @@ class HFCausalLM(nn.Module):
         if self.unmasked_mixers:
             raise ConfigError(
                 f"llm.config.model_type: {name!r} has {', '.join(self.unmasked_mixers)}, which no mask reaches: "
-                "samples of a packed row, or independent annotations, would see each other. Use data.pack=null and "
-                "data.annotations=dialogue, first or drawn, or another model."
+                "samples of a packed row, or independent annotations, would see each other. Use data.pack=null (and a "
+                "larger batch.micro) and data.annotations=dialogue, first or drawn, or another model."
             )
         if unknown := self.layer_kinds - MASKED_LAYERS:
             raise ConfigError(
