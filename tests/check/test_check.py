@@ -221,7 +221,7 @@ def test_parts_that_the_model_needs_are_there() -> None:
 
 
 def test_batches_that_cannot_be_trained_are_refused_before_weights_are_read() -> None:
-    (found,) = problems("batch.samples=null", "batch.tokens=4096", "dry_run=true")
+    (found,) = problems("batch.samples=null", "batch.tokens=4096", "data.pack=null", "dry_run=true")
     assert found.startswith("batch.tokens: ") and "data.pack" in found
 
 
@@ -434,7 +434,9 @@ def test_settings_of_the_order_that_would_be_ignored_are_refused() -> None:
     weighted = "data.train=[{shards: a, weight: 2.0}]"
     assert found(weighted).startswith("data.train: a weight counts only with data.mixture=weights")
     assert "it is data.pack_patches now" in unknown_key("data.pack_views", [], [])
-    assert found("data.pack_patches=4").startswith("data.pack_patches: bounds packed rows, but data.pack is null")
+    assert found("data.pack_patches=4", "data.pack=null").startswith(
+        "data.pack_patches: bounds packed rows, but data.pack is null"
+    )
     assert found("data.pack=1024").startswith(
         "data.pack: rows of 1024 tokens must hold samples of data.max_length=2048"
     )

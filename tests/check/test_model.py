@@ -23,7 +23,7 @@ from vlm_train.models.connectors.pool import pooled_grid
 from vlm_train.models.families.prefix_seq2seq import PrefixSeq2Seq
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 
-PAIR = ["model=prefix_seq2seq", "llm=flant5_xl", "template=seq2seq"]
+PAIR = ["model=prefix_seq2seq", "llm=flant5_xl", "template=seq2seq", "data.pack=null"]
 MINE = ["allow_targets=[tests.]", "~objective.lm"]
 
 
@@ -172,7 +172,7 @@ def test_rejected_answers_can_be_learned_where_the_data_has_them() -> None:
 def test_families_of_other_packages_bring_their_streams() -> None:
     own = ["allow_targets=[tests.]", f"model._target_={__name__}.AnswersOnItsOwn", "objective.lm.stream=decoder"]
     assert problems(*PAIR[1:], *own, "data.prefix_split=true") == []
-    deaf = ["allow_targets=[tests.]", f"model._target_={__name__}.Deaf"]
+    deaf = ["allow_targets=[tests.]", f"model._target_={__name__}.Deaf", "data.pack=null"]
     assert problems(*deaf, "instruction=bert") == []
     (missing,) = problems(*deaf)
     assert missing.startswith("instruction is empty: the model's Q-Former reads one")

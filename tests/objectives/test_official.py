@@ -95,16 +95,17 @@ def test_blip2_stage1_has_the_losses_and_gradients_of_lavis() -> None:
     model = Blip2QFormerModel(
         vision=Tower(vision), connector=connector, embed_dim=shared, start_id=facts["start"]
     ).eval()
-    model._encode_images = lambda batch: tensors["batch.image"]  # type: ignore[method-assign]
+    model._encode_images = lambda batch: tensors["batch.image"].double()  # type: ignore[method-assign]
     theirs = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
     named = {own: tensor for name, tensor in theirs.items() if (own := lavis_name(name)) is not None}
     named["connector.qformer.queries"] = named["connector.qformer.queries"][0]
     model.load_state_dict(named, strict=True)
+    model.double()  # in fp32 each machine rounds sums otherwise, and some gradients cancel; so did those of LAVIS
     found = losses("blip2_stage1", model, captions(tensors))
     expected = {"itc": "loss_itc", "itm": "loss_itm", "itg": "loss_lm"}
     for ours, other in expected.items():
         assert found[ours].item() == pytest.approx(facts["losses"][other], rel=2e-6), ours
-    total = torch.stack(list(found.values())).sum()
+    total = torch.stack([loss.double() for loss in found.values()]).sum()
     total.backward()
     gradients = {lavis_name(n.removeprefix("gradients.")): t for n, t in tensors.items() if n.startswith("gradients.")}
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -113,8 +114,10 @@ def test_blip2_stage1_has_the_losses_and_gradients_of_lavis() -> None:
     for name, gradient in own.items():
         other = gradients[name].reshape(gradient.shape)
         if other.abs().max() > 1e-6 * largest:  # keys' biases have none
-            cancels = name.startswith("image_projection.")  # a sum over like queries that comes to a thousandth of them
-            assert_close(gradient, other, name, tolerance=1e-3 if cancels else 1e-5)
+            # The distance of LAVIS's fp32 from the exact value: at most 5.4e-5, and 2.9e-3 for a sum over like queries
+            # that comes to a thousandth of them.
+            cancels = name.startswith("image_projection.")
+            assert_close(gradient, other.double(), name, tolerance=4e-3 if cancels else 1e-4)
 
 
 @torch.no_grad()

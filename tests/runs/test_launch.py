@@ -272,6 +272,8 @@ def test_the_first_error_is_named_last_and_those_that_wait_end_soon(cfg: DictCon
         folder /= os.environ["RANK"]
         folder.mkdir()
         if os.environ["RANK"] == "1":
+            while not (folder.parent / "0").is_dir():
+                time.sleep(0.1)
             with torchrun.record_error():
                 raise ValueError("the original error")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

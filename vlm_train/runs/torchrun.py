@@ -127,7 +127,11 @@ def _report_first_failure(failures: Mapping[int, Any], first: FirstFailure, erro
     found = [json.loads(path.read_text(encoding="utf-8")) for path in errors.glob("*.json")]
     found = sorted((error for error in found if error["rank"] in failures), key=lambda error: error["time"])
     by_pid = {failure.pid: rank for rank, failure in failures.items()}
-    rank = by_pid.get(first.pid, min(failures, key=lambda one: failures[one].timestamp))
+    # torchrun ends those that are left by SIGTERM. On a busy machine we may see that before what was the cause of it.
+    causes = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM} or failures
+    rank = by_pid.get(first.pid, -1)
+    if rank not in causes:
+        rank = min(causes, key=lambda one: causes[one].timestamp)
     code = failures[rank].exitcode
     # torchrun may have collected the first one before we saw it: then we saw a survivor, which was killed afterwards.
     survivor = found and (not first.pid or code == -signal.SIGTERM or first.time > found[0]["time"] + AFTERWARDS)
