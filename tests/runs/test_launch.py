@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import DictConfig
@@ -18,7 +19,7 @@ from vlm_train.config.compose import compose_config
 from vlm_train.config.run_file import load_config, save_config
 from vlm_train.config.run_identity import run_dir
 from vlm_train.errors import ConfigError, Interrupted
-from vlm_train.runs import launch, process, record
+from vlm_train.runs import launch, process, record, torchrun
 
 FAKE_CHILD = """
 import json, os, signal, sys, time
@@ -294,6 +295,19 @@ def test_the_first_error_is_named_last_and_those_that_wait_end_soon(cfg: DictCon
     ):
         launch.run_child(cfg, 2)
     assert int((run_dir(cfg) / "0" / "ticks").read_text()) < 200, "torchrun takes 30 s"
+
+
+def test_a_worker_that_torchrun_ended_is_not_the_first_failure(tmp_path, capsys) -> None:
+    """On a busy machine torchrun collects the killed worker, and ends the other, before we see either."""
+    failures = {
+        0: SimpleNamespace(pid=10, exitcode=-signal.SIGTERM, timestamp=2),
+        1: SimpleNamespace(pid=11, exitcode=-signal.SIGKILL, timestamp=2),
+    }
+    first = torchrun.FirstFailure(pid=10, code=-signal.SIGTERM, time=1)
+    assert torchrun._report_first_failure(failures, first, tmp_path) == 137
+    assert "Rank 1 was killed by SIGKILL" in capsys.readouterr().err
+    alone = {0: failures[0]}
+    assert torchrun._report_first_failure(alone, first, tmp_path) == 143, "somebody else's SIGTERM"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torchrun's choice stands")
