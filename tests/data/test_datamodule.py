@@ -197,6 +197,8 @@ def test_validation_takes_no_more_than_a_packed_row_holds(root: Path, tmp_path: 
     for pack, rows in ((None, 2), (64, 2), (128, 4), (200, 6)):  # 2 rows of 200 tokens hold 6 samples of 64
         module = data(root / "val", val=val, pack=pack, max_length=64, cache=str(tmp_path))
         assert len(next(iter(module.val_dataloader())).keys) == rows
+    module = data(root / "val", val=val, pack=128, max_length=256, cache=str(tmp_path))
+    assert len(next(iter(module.val_dataloader())).keys) == 2, "rows that no sample fills"
 
 
 def test_a_rank_without_samples_names_the_same_sums(root: Path) -> None:

@@ -253,7 +253,7 @@ class VLMData(pl.LightningDataModule):
         if not len(self.val) or self.trainer is None:
             return []
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        many = self.pack // self.max_length if self.pack and self.max_length else 1  # as long as a packed row at most
+        many = max(self.pack // self.max_length, 1) if self.pack and self.max_length else 1  # no more than a packed row
         stream = ValidationStream(self.val, self.micro * many, rank, world, self.normalize)
         return self._make_loader(stream, min(self.workers, stream.batches))
 
