@@ -143,9 +143,8 @@ class VLMData(pl.LightningDataModule):
         return hash_content(ORDER_VERSION, mixture, *how)
 
     def keep_order(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on in the order of a checkpoint, whose manifest this is, where an earlier version stored what is computed
-        now, counted the steps that are estimated now, or took rows for a part of the order. To be called before
-        `make_plan`."""
+        """Go on in the order of a checkpoint, whose manifest this is: an earlier version stored what is computed now,
+        counted steps that are estimated now, and took rows for a part of it. To be called before `make_plan`."""
         self._counts_steps = "total_steps" not in checkpoint
         stored = replace(self.mixture, shuffle="full") if self.mixture.shuffle == "computed" else self.mixture
         packed = (self.pack, self.pack_patches)
