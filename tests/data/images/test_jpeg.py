@@ -13,9 +13,10 @@ from PIL import Image
 from data_pipelines.errors import BadSample
 from tests.data.arrays import ImageTransform
 from vlm_train.data.images import jpeg
+from vlm_train.data.images.decode import decode_image
 from vlm_train.data.images.jpeg import decode_jpeg
 from vlm_train.data.images.native import NativeResolution
-from vlm_train.data.images.transform import decode_image, one_patch
+from vlm_train.data.images.transform import one_patch
 from vlm_train.errors import ConfigError
 
 simplejpeg = pytest.importorskip("simplejpeg")
@@ -203,8 +204,7 @@ def test_native_resolution_takes_it_too(resize: Any) -> None:
 
 
 def test_it_is_simplejpeg_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_train.data.images.transform.decode_image", lambda *_, **__: pytest.fail("Pillow"))
-    monkeypatch.setattr("vlm_train.data.images.native.decode_image", lambda *_, **__: pytest.fail("Pillow"))
+    monkeypatch.setattr("vlm_train.data.images.decode.decode_image", lambda *_, **__: pytest.fail("Pillow"))
     data = encode(picture(40, 30))
     assert ImageTransform(size=(16, 16), decode="simplejpeg")(data).shape == (1, 3, 16, 16)
     NativeResolution(patch_size=14, patch_grid=one_patch, decode="simplejpeg")(data)

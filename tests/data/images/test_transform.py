@@ -12,7 +12,8 @@ from transformers import CLIPImageProcessorPil
 
 from data_pipelines.errors import BadSample
 from tests.data.arrays import ImageTransform
-from vlm_train.data.images.transform import decode_image, random_part
+from vlm_train.data.images.decode import decode_image
+from vlm_train.data.images.transform import random_part
 from vlm_train.errors import ConfigError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -208,7 +209,7 @@ def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded,
         return image, size
 
     monkeypatch.setattr(Image.Image, "resize", spy)
-    monkeypatch.setattr("vlm_train.data.images.transform.decode_image", spy_decode)
+    monkeypatch.setattr("vlm_train.data.images.decode.decode_image", spy_decode)
     view = ImageTransform(mode=mode, size=(32, 32), jpeg_draft=True)(encode(picture(*size), "JPEG"))
     assert seen[:2] == [decoded, resized] and view.shape == (1, 3, 32, 32)
 

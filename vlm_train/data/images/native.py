@@ -10,14 +10,13 @@ from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.media.pictures import WHITE
-from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.images.jpeg import Decoder, check_decoder, decode_jpeg
+from vlm_train.data.images.decode import Picture, check_background, decode_pictures
+from vlm_train.data.images.jpeg import Decoder, check_decoder
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.torch_resize import resize_by_torch
-from vlm_train.data.images.transform import Resizer, check_background, decode_image
-from vlm_train.data.images.video import decode_frames
+from vlm_train.data.images.transform import Resizer
 from vlm_train.errors import ConfigError
 
 MOST_ELONGATED = 200
@@ -92,16 +91,10 @@ class NativeResolution:
 
     def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
         """The flat patches `[P, 3 * p * p]` of an image or a video, see `ImagePlan`. Nothing is random."""
-        pictures: list[Image.Image | np.ndarray]
-        if is_video(data):
-            pictures = [*decode_frames(data, count=self.frames, where=where)]
-        elif self.decode == "simplejpeg" and (pixels := decode_jpeg(data)) is not None:
-            pictures = [pixels]
-        else:
-            pictures = [decode_image(data, where, background=self.background)[0]]
+        pictures, _ = decode_pictures(data, where, frames=self.frames, decode=self.decode, background=self.background)
         return self._cut([self._resize(picture, where) for picture in pictures])
 
-    def _resize(self, picture: Image.Image | np.ndarray, where: str) -> np.ndarray:
+    def _resize(self, picture: Picture, where: str) -> np.ndarray:
         """`[H, W, 3]` in the size of its view."""
         height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
         if max(width, height) > MOST_ELONGATED * min(width, height):

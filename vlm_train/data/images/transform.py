@@ -1,38 +1,26 @@
 """Image and video bytes -> the uint8 views that a vision tower sees. Normalization happens on the device, in the tower.
 
-Decoding is bounded (`Image.MAX_IMAGE_PIXELS`, no truncated files), and any random choice comes from the given
-generator, so that it depends on the sample's address only.
+Any random choice comes from the given generator, so that it depends on the sample's address only.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from data_pipelines.errors import BadSample
-from data_pipelines.media.pictures import (
-    SWAPPING,
-    UNREADABLE,
-    WHITE,
-    open_picture,
-    read_orientation,
-    to_rgb,
-    turn_upright,
-)
-from data_pipelines.media.video import is_video
+from data_pipelines.media.pictures import WHITE
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3
-from vlm_train.data.images.jpeg import Decoder, check_decoder, decode_jpeg
+from vlm_train.data.images.decode import Picture, check_background, decode_pictures
+from vlm_train.data.images.jpeg import Decoder, check_decoder
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.rand_augment import LEVELS, distort_image, draw_distortions
 from vlm_train.data.images.resize import MOST_PIXELS, resized_part
 from vlm_train.data.images.torch_resize import resize_by_torch
-from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
 Mode = Literal["crop", "pad", "resize"]
@@ -142,16 +130,15 @@ class ImageTransform:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         crop = self.random_resized_crop if generator is not None else None
         draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
-        by_simplejpeg = self.decode == "simplejpeg" and draft is None
-        pictures: list[Image.Image | np.ndarray]
-        if is_video(data):
-            frames = decode_frames(data, count=self.frames, where=where)
-            pictures, size = [*frames], (frames.shape[2], frames.shape[1])
-        elif by_simplejpeg and (pixels := decode_jpeg(data, upright=self.upright)) is not None:
-            pictures, size = [pixels], (pixels.shape[1], pixels.shape[0])
-        else:
-            image, size = decode_image(data, where, draft, upright=self.upright, background=self.background)
-            pictures = [image]
+        pictures, size = decode_pictures(
+            data,
+            where,
+            frames=self.frames,
+            decode=self.decode,
+            draft=draft,
+            upright=self.upright,
+            background=self.background,
+        )
         mirror, part, distortions = False, None, list[tuple[str, float]]()
         if generator is not None:
             mirror = self.flip and generator.random() < 0.5
@@ -164,7 +151,7 @@ class ImageTransform:
 
     def _make_view(
         self,
-        image: Image.Image | np.ndarray,
+        image: Picture,
         resized: tuple[int, int],
         mirror: bool,
         part: Rectangle | None,
@@ -243,43 +230,6 @@ def random_part(size: tuple[int, int], area: Sequence[float], generator: np.rand
     width, height = min(w, max(1, round(h * wide))), min(h, max(1, round(w / narrow)))
     left, top = (w - width) // 2, (h - height) // 2
     return left, top, left + width, top + height
-
-
-def decode_image(
-    data: bytes,
-    where: str = "image",
-    draft: Callable[[int, int], tuple[int, int]] | None = None,
-    *,
-    upright: bool = True,
-    background: Sequence[int] | None = WHITE,
-) -> tuple[Image.Image, tuple[int, int]]:
-    """An image file as 8-bit RGB, and the width and height that its header names.
-
-    `draft` maps these to the least width and height that are needed: the JPEG decoder may scale down to no less.
-    `upright`, `background`: see `ImageTransform`.
-
-    Raises:
-        BadSample: the file is corrupt, truncated, too large or of another format.
-    """
-    try:
-        file = open_picture(data)
-        orientation = read_orientation(file) if upright else 1
-        width, height = file.size[::-1] if orientation in SWAPPING else file.size
-        if draft is not None:
-            needed = draft(width, height)
-            file.draft("RGB", needed[::-1] if orientation in SWAPPING else needed)  # does nothing to other than JPEG
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's texts name neither file nor sample
-            file.load()
-            return turn_upright(to_rgb(file, background), orientation), (width, height)
-    except (BadSample, *UNREADABLE, MemoryError, OverflowError) as error:
-        raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
-
-
-def check_background(background: Sequence[int] | None) -> None:
-    """Raise `ConfigError` for what is no color."""
-    if background is not None and not (len(background) == 3 and all(0 <= value <= 255 for value in background)):
-        raise ConfigError(f"image.background: {[*background]}; allowed: [red, green, blue] of 0 to 255 each, or null")
 
 
 def _expand_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
