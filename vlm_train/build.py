@@ -21,7 +21,7 @@ from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.given import GIVEN
-from vlm_train.contracts.layout import GridLayout, MediaLayout, NoMedia
+from vlm_train.contracts.layout import GridLayout, MediaLayout, NoMedia, StitchedLayout, untiled_shape
 from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
@@ -228,6 +228,9 @@ def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
             "say where their features stand in the text."
         )
     (image,) = images.values()
+    if (stitcher := getattr(model, "stitcher", None)) is not None:
+        shape = getattr(image, "shape", untiled_shape)
+        return StitchedLayout(image.grids, connector.token_grid, shape, stitcher.count_tokens)
     return GridLayout(image.grids, connector.token_grid)
 
 

@@ -282,7 +282,7 @@ class GreedyImporter:
 class RandomPixels(ImageTransform):
     """Draws without its generator."""
 
-    def __call__(self, data: bytes, generator: Any = None, where: str = "image") -> Views:
+    def __call__(self, data: bytes, generator: Any = None, where: str = "image", *, images: int = 1) -> Views:
         views = super().__call__(data, generator, where)
         noise = np.random.default_rng().integers(0, 2, views.values.shape, dtype=np.uint8)
         return Views(views.values ^ noise, views.grids)

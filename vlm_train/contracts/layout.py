@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlm_train.contracts.media import Grid3
+from vlm_train.contracts.media import Grid3, MediaShape
 
 PLACEHOLDER_ID = -200
 """Token id of every placeholder position: outside any vocabulary, so it can never be mistaken for text."""
@@ -18,12 +18,14 @@ PLACEHOLDER_ID = -200
 
 @dataclass(frozen=True, slots=True)
 class MediaSize:
-    """What a layout may know of a media item: pixels, and frames and seconds for a video."""
+    """What a layout may know of a media item: pixels, and frames and seconds for a video; and how many `images`
+    its sample has."""
 
     width: int
     height: int
     frames: int = 1
     seconds: float = 0.0
+    images: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,32 @@ class GridLayout:
             slot = Slot(item, count, joined, size.seconds or None)
             layouts.append([*self.before, slot, *self.after])
         return layouts
+
+
+@dataclass(frozen=True)
+class StitchedLayout:
+    """One run of placeholders an item: as many as the stitcher makes of the tokens of its views.
+
+    `patch_grids` and `token_grid` as in `GridLayout`; `shape(size)` tells how an item is made up of its views, and
+    `count_tokens(shape, grids)` how many tokens a stitcher makes of them.
+    """
+
+    patch_grids: Callable[[MediaSize], Sequence[Grid3]]
+    token_grid: Callable[[Grid3], Grid3]
+    shape: Callable[[MediaSize], MediaShape]
+    count_tokens: Callable[[MediaShape, Sequence[Grid3]], int]
+
+    def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
+        layouts: list[list[Piece]] = []
+        for item, size in enumerate(sizes):
+            grids = [self.token_grid(grid) for grid in self.patch_grids(size)]
+            layouts.append([Slot(item, self.count_tokens(self.shape(size), grids), seconds=size.seconds or None)])
+        return layouts
+
+
+def untiled_shape(size: MediaSize) -> MediaShape:
+    """The shape of an item under plans that make no tiles."""
+    return MediaShape(frames=size.frames if size.seconds else 0)
 
 
 class NoMedia:

@@ -33,6 +33,22 @@ class Grid3(NamedTuple):
         return self.t * self.h * self.w
 
 
+class MediaShape(NamedTuple):
+    """How the views of a media item make it up.
+
+    Attributes:
+        width, height: pixels of the image, where its tiles have a margin.
+        rows, columns: tiles of the image, row by row behind a view of all of it; 0: there are none.
+        frames: views of a video; 0: an image.
+    """
+
+    width: int = 0
+    height: int = 0
+    rows: int = 0
+    columns: int = 0
+    frames: int = 0
+
+
 @dataclass(frozen=True)
 class MediaInput:
     """What one vision encoder is given of a batch.
@@ -43,11 +59,13 @@ class MediaInput:
             empty: a batch without images carries one blank view, so that every rank makes the same tower calls.
         grids: patch grid of every view, the blank one included. Empty: `values` are views, and the encoder knows.
         view_counts: views of each media item, in order; their sum is `views_total`. These views come first.
+        shapes: how the views of each media item make it up.
     """
 
     values: Tensor
     grids: tuple[Grid3, ...] = ()
     view_counts: tuple[int, ...] = ()
+    shapes: tuple[MediaShape, ...] = ()
 
     def __len__(self) -> int:
         """Views, the blank one included."""

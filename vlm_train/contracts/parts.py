@@ -5,7 +5,7 @@ Legend: B rows, T tokens, A position axes, D_v / D_t widths of vision encoder an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlm_train.contracts.batch import SequenceMask, TokenStream
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.layout import MediaSize
-from vlm_train.contracts.media import Features, Grid3, MediaInput
+from vlm_train.contracts.media import Features, Grid3, MediaInput, MediaShape
 
 
 class VisionEncoder(Protocol):
@@ -48,6 +48,21 @@ class Connector(Protocol):
     token_grid: Callable[[Grid3], Grid3]
 
     def __call__(self, features: Features) -> Features: ...
+
+
+class Stitcher(Protocol):
+    """The tokens of a media item's views, as a connector made them, to those that stand for it in the text.
+
+    Attributes:
+        count_tokens: module-level function or partial: how an item is made up, token grids of its views -> tokens.
+    """
+
+    count_tokens: Callable[[MediaShape, Sequence[Grid3]], int]
+
+    def __call__(self, features: Features, media: MediaInput) -> Features:
+        """One grid `(1, 1, tokens)` for each media item of the batch, in order. What belongs to none comes behind:
+        the tokens of a blank view, and those of the stitcher's own, so that all ranks learn alike."""
+        ...
 
 
 class LanguageModel(Protocol):

@@ -140,6 +140,7 @@ def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
         values=joined,
         grids=tuple(grid for views in parts for grid in views.grids),
         view_counts=tuple(len(views.grids) for views in items),
+        shapes=tuple(views.shape for views in items),
     )
 
 

@@ -20,11 +20,10 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Sample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.shard_set import ShardSet
-from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.collate import Example
 from vlm_train.data.order.lengths import VERSION, Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import SampleRef, Share
-from vlm_train.data.processor import Processor
+from vlm_train.data.processor import Processor, measure_media
 from vlm_train.data.stream import StreamShards
 from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.data.text.split import NoPiece
@@ -236,10 +235,8 @@ class Samples:
 
     def _measure_piece(self, rendered: TokenizedSample, sample: Sample) -> tuple[int, int]:
         tokens = max(len(stream) for stream in rendered.streams.values())
-        media = [sample.media[one] for one in rendered.media]
-        sizes = [MediaSize(one.width, one.height, one.frames, one.seconds) for one in media]
-        plans = self.processor.images.values()
-        return tokens, sum(grid.size for plan in plans for one in sizes for grid in plan.grids(one))
+        sizes, plans = measure_media(sample.media), self.processor.images.values()
+        return tokens, sum(grid.size for plan in plans for one in rendered.media for grid in plan.grids(sizes[one]))
 
     def _require_planned(self, index: int, rendered: TokenizedSample, source: Source, number: int) -> None:
         assert self.lengths is not None

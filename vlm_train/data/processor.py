@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import BadSample
+from data_pipelines.media.video import is_video
 from data_pipelines.sample import MediaItem, Sample
 from vlm_train.contracts.layout import MediaLayout, MediaSize
 from vlm_train.contracts.streams import CAUSAL, Alignment
@@ -56,7 +57,7 @@ class Processor:
             BadSample: nothing to learn, too long, or annotations that cannot share a prefix. Names the sample.
             ConfigError: layout, template and tokenizer do not fit each other; or too long with `error`.
         """
-        pieces = self.layout([MediaSize(m.width, m.height, m.frames, m.seconds) for m in sample.media])
+        pieces = self.layout(measure_media(sample.media))
         positions = getattr(self.layout, "positions", None)
         conversation = ConversationTokenizer(self.template, self.tokenizer, pieces, positions)
         try:
@@ -92,6 +93,7 @@ class Processor:
         Raises:
             BadSample: see `ImagePlan`.
         """
+        images = sum(not is_video(blob) for blob in blobs)
         found: dict[str, list[Views | None]] = {}
         for name, plan in self.images.items():
             generator = None
@@ -99,10 +101,14 @@ class Processor:
                 seed, epoch, index = address
                 generator = np.random.default_rng(derive_seed(seed, "sample", epoch, index))
             wanted = range(len(blobs)) if shown is None else shown
-            found[name] = [plan(blob, generator, where) if n in wanted else None for n, blob in enumerate(blobs)]
-            for item, views in zip(media or (), found[name]):
-                size = MediaSize(item.width, item.height, item.frames, item.seconds)
-                if views is not None and views.grids != tuple(plan.grids(size)):
+            found[name] = [
+                plan(blob, generator, where, images=images) if n in wanted else None for n, blob in enumerate(blobs)
+            ]
+            shape = getattr(plan, "shape", None)
+            for item, size, views in zip(media or (), measure_media(media or ()), found[name]):
+                if views is None:
+                    continue
+                if views.grids != tuple(plan.grids(size)) or (shape is not None and views.shape != shape(size)):
                     raise BadSample(
                         f"{where}: {item.name} is not {item.width} x {item.height} pixels upright, as its entry says; "
                         "build or index the shard set again",
@@ -133,6 +139,12 @@ class Processor:
         text = str(self.tokenizer.decode(list(ids[:stop]), skip_special_tokens=True))
         suffix = self.template.answer_end(self.tokenizer).strip()
         return text.partition(suffix)[0] if suffix else text
+
+
+def measure_media(media: Sequence[MediaItem]) -> list[MediaSize]:
+    """What layouts and image plans know of all media items of a sample."""
+    images = sum(one.kind == "image" for one in media)
+    return [MediaSize(one.width, one.height, one.frames, one.seconds, images) for one in media]
 
 
 def _find_token(tokenizer: Any, suffix: str) -> int | None:

@@ -89,7 +89,9 @@ class NativeResolution:
         side = self.side
         return self._cut([np.zeros((side, side, 3), np.uint8)])
 
-    def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
+    def __call__(
+        self, data: bytes, generator: np.random.Generator | None = None, where: str = "image", *, images: int = 1
+    ) -> Views:
         """The flat patches `[P, 3 * p * p]` of an image or a video, see `ImagePlan`. Nothing is random."""
         pictures, _ = decode_pictures(data, where, frames=self.frames, decode=self.decode, background=self.background)
         return self._cut([self._resize(picture, where) for picture in pictures])

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from vlm_train.contracts.layout import MediaSize
-from vlm_train.contracts.media import Grid3
+from vlm_train.contracts.media import Grid3, MediaShape
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Views:
     Attributes:
         values: uint8, views of one size `[V, 3, H, W]`, or flat patches, view by view, `[P, C * p * p]`.
         grids: patch grid of every view.
+        shape: how the views make up the item.
     """
 
     values: np.ndarray
     grids: tuple[Grid3, ...]
+    shape: MediaShape = MediaShape()
 
     def pictures(self) -> list[np.ndarray]:
         """Every view as uint8 `[3, H, W]`, put together from its patches where they are flat."""
@@ -36,7 +38,8 @@ class Views:
 
 
 class ImagePlan(Protocol):
-    """How media become what an encoder is given. Picklable: data workers run it.
+    """How media become what an encoder is given. Picklable: data workers run it. A plan that makes tiles also has a
+    method `shape(size)`, which gives the `MediaShape` of an item before its pixels are read.
 
     Attributes:
         random: whether training makes random choices.
@@ -53,13 +56,16 @@ class ImagePlan(Protocol):
         """One small view of zeros, for batches without media."""
         ...
 
-    def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
+    def __call__(
+        self, data: bytes, generator: np.random.Generator | None = None, where: str = "image", *, images: int = 1
+    ) -> Views:
         """Decode and transform one image, or the used frames of one video; its first bytes tell which it is.
 
         Args:
             data: the encoded file.
             generator: source of randomness while training; None: deterministic.
             where: shard and key, for the message.
+            images: how many images its sample has.
 
         Raises:
             BadSample: the bytes are not a sound JPEG, PNG or WebP image, or MP4, WebM or Matroska video, of acceptable

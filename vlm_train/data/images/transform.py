@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.media.pictures import WHITE
+from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
-from vlm_train.contracts.media import Grid3
+from vlm_train.contracts.media import Grid3, MediaShape
 from vlm_train.data.images.decode import Picture, check_background, decode_pictures
 from vlm_train.data.images.jpeg import Decoder, check_decoder
 from vlm_train.data.images.plan import Views
@@ -126,7 +127,9 @@ class ImageTransform:
         """A black view."""
         return Views(np.zeros((1, 3, *self.size), np.uint8), (self.view_grid,))
 
-    def __call__(self, data: bytes, generator: np.random.Generator | None = None, where: str = "image") -> Views:
+    def __call__(
+        self, data: bytes, generator: np.random.Generator | None = None, where: str = "image", *, images: int = 1
+    ) -> Views:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         crop = self.random_resized_crop if generator is not None else None
         draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
@@ -147,7 +150,8 @@ class ImageTransform:
                 distortions = draw_distortions(**self.rand_augment, generator=generator)
         resized = self._resized_size(*size)
         views = [self._make_view(image, resized, mirror, part, distortions) for image in pictures]
-        return Views(np.stack(views) if len(views) > 1 else views[0][None], (self.view_grid,) * len(views))
+        shape = MediaShape(frames=len(views) if is_video(data) else 0)
+        return Views(np.stack(views) if len(views) > 1 else views[0][None], (self.view_grid,) * len(views), shape)
 
     def _make_view(
         self,

@@ -18,18 +18,20 @@ from vlm_train.models.layers.passes import decode_stream, generate_from
 
 
 class PrefixVLM(Family):
-    """vision -> connector -> merge -> llm.
+    """vision -> connector -> stitcher -> merge -> llm.
 
     Args:
         vision: a `VisionEncoder`.
         connector: a `Connector` to width D.
         llm: a `LanguageModel` of width D.
+        stitcher: a `Stitcher` of width D, for images of several views; None: their tokens stand one after the other.
     """
 
-    def __init__(self, *, vision: Any, connector: Any, llm: Any) -> None:
+    def __init__(self, *, vision: Any, connector: Any, llm: Any, stitcher: Any = None) -> None:
         super().__init__()
         self.vision = vision
         self.connector = connector
+        self.stitcher = stitcher
         self.llm = llm
 
     def forward(self, batch: Batch, stream: str = "llm") -> Tensor:
@@ -43,8 +45,10 @@ class PrefixVLM(Family):
             BatchError: a media item has another number of features than placeholders, or a placeholder gets none.
         """
         text, shown = batch.text[stream], batch.media.inputs["vision"]
-        embeds = self.llm.embed(text.ids)
-        return merge_features(embeds, self.features(batch), shown.view_counts, text.slots, batch.media)
+        embeds, features, counts = self.llm.embed(text.ids), self.features(batch), shown.view_counts
+        if self.stitcher is not None:
+            features, counts = self.stitcher(features, shown), (1,) * len(counts)
+        return merge_features(embeds, features, counts, text.slots, batch.media)
 
     def features(self, batch: Batch) -> Features:
         """Features of width D of every view, the blank one of a batch without images included: always one tower
