@@ -320,7 +320,7 @@ def test_schedule_hands_over_what_its_recipes_wait_for(name: str) -> None:
         assert stage.recipe in RECIPES
         recipe = compose_config([f"recipe={stage.recipe}"])
         assert all(source.run in earlier for source in stage.init_from)
-        assert [list(s.parts) for s in stage.init_from] == [list(s.parts) for s in recipe.init_from]
+        assert [s.parts for s in stage.init_from] == [s.parts for s in recipe.init_from]
         earlier.append(stage.recipe)
     assert len(earlier) > 1
 

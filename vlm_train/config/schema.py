@@ -171,6 +171,8 @@ class Target:
     memory_gib: float = 80.0  # of one GPU
     gpus_per_node: int = 8
     cpu_gib: float = 1024.0  # CPU memory of one node, for strategies that offload
+    image_width: int = 640  # pixels of a typical image, for image plans that follow its size
+    image_height: int = 480
     text_tokens: int = 128  # text tokens of a typical sample, besides its image's
     supervised_tokens: int = 64  # how many of them are learned
 

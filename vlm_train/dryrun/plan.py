@@ -11,12 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vlm_train.build import build_model, build_objectives, build_optimizer
+from vlm_train.build import build_images, build_model, build_objectives, build_optimizer
 from vlm_train.check.model import check_reference
 from vlm_train.config.part_error import name_failing_code
 from vlm_train.config.schema import MODEL_PARTS
 from vlm_train.config.size import list_unsized
-from vlm_train.contracts.model_parts import find_layers
+from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.model_parts import find_encoders, find_layers
 from vlm_train.dryrun.length import Disk, Length, predict_disk, predict_length
 from vlm_train.dryrun.memory import MemoryNeeds
 from vlm_train.dryrun.round_trip import round_trip
@@ -25,7 +26,7 @@ from vlm_train.models.precision import find_halvable
 from vlm_train.training.flops import Flops, count_flops
 from vlm_train.training.params import Policy, make_policy
 from vlm_train.training.reference import START, reference_config
-from vlm_train.training.trace import trace_step, visual_tokens
+from vlm_train.training.trace import ExampleImage, trace_step, visual_tokens
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Plan(MemoryPlan):
     recipe: str
     policy: Policy
     visual_tokens: int
+    image_size: MediaSize | None
     flops: dict[str, Flops]
     length: Length
     disk: Disk
@@ -83,15 +85,18 @@ class Linears:
 def make_plan(cfg: DictConfig, model: Any) -> Plan:
     """The plan of a model on the meta device."""
     policy = make_policy(cfg, model)
-    visual = visual_tokens(model)
+    image = typical_image(cfg, model)
+    visual = visual_tokens(model, image)
     with name_failing_code("model: no step can be computed with the settings of its parts"):
-        typical = trace_step(cfg, model, text_tokens=cfg.target.text_tokens, supervised=cfg.target.supervised_tokens)
+        text, supervised = cfg.target.text_tokens, cfg.target.supervised_tokens
+        typical = trace_step(cfg, model, text_tokens=text, supervised=supervised, image=image)
     memory = predict_memory(cfg, model, policy)
     unsized = list_unsized(cfg, cfg.tiny, (*MODEL_PARTS, "parts"))
     return Plan(
         recipe=cfg.recipe_name,
         policy=policy,
         visual_tokens=visual,
+        image_size=image.size if _follow_sizes(model, image) else None,
         flops=count_flops(typical.products),
         length=predict_length(cfg, visual + cfg.target.text_tokens),
         disk=predict_disk(cfg, policy.trainable, memory.needs.states),
@@ -101,15 +106,28 @@ def make_plan(cfg: DictConfig, model: Any) -> Plan:
     )
 
 
+def typical_image(cfg: DictConfig, model: Any) -> ExampleImage:
+    """An image of `target.image_width` x `target.image_height` under the image plans of the configuration."""
+    size = MediaSize(width=cfg.target.image_width, height=cfg.target.image_height)
+    return ExampleImage(size, build_images(cfg, model))
+
+
+def _follow_sizes(model: Any, image: ExampleImage) -> bool:
+    """Whether the tokens of an image depend on its size."""
+    native = any(encoder.image_size is None for encoder in find_encoders(model).values())
+    return native or any(hasattr(plan, "shape") for plan in image.plans.values())
+
+
 def predict_memory(cfg: DictConfig, model: Any, policy: Policy) -> MemoryPlan:
     """What training a model on the meta device holds in memory. Casts it to 16 bits where training computes in them."""
-    visual, pack = visual_tokens(model), cfg.data.get("pack")
+    image = typical_image(cfg, model)
+    visual, pack = visual_tokens(model, image), cfg.data.get("pack")
     longest = pack or cfg.data.get("max_length") or visual + cfg.target.text_tokens
     images = max(pack // (visual + cfg.target.text_tokens), 1) if pack else 1  # a packed row has as many as samples
     text = max(longest - images * visual, 1)
     if not cfg.trainer.precision.startswith("32"):
         model.to(torch.bfloat16)
-    biggest = trace_step(cfg, model, text_tokens=text, supervised=text, images=images)
+    biggest = trace_step(cfg, model, text_tokens=text, supervised=text, images=images, image=image)
     activations = {"none": biggest.activations, "selective": biggest.selective, "full": biggest.checkpointed}
     needs = _memory_needs(cfg, model, policy, activations[checkpointing_mode(cfg)], optimizer_states(cfg))
     return MemoryPlan(needs, activations, longest, _count_linears(model))

@@ -141,7 +141,8 @@ def _format_round_trip(plan: Plan) -> str:
 def _format_tokens(cfg: DictConfig, plan: Plan) -> str:
     longest = cfg.data.get("max_length")
     budget = "no limit" if longest is None else f"{longest} tokens a row, {longest - plan.visual_tokens} of them text"
-    return f"Tokens      {plan.visual_tokens} visual tokens an image; {budget}"
+    of_size = f" of {plan.image_size.width} x {plan.image_size.height} pixels" if plan.image_size else ""
+    return f"Tokens      {plan.visual_tokens} visual tokens an image{of_size}; {budget}"
 
 
 def _format_flops(plan: Plan) -> str:

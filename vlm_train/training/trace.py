@@ -20,10 +20,16 @@ from torch.overrides import TorchFunctionMode
 
 from vlm_train.build import build_layout, build_objectives
 from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
-from vlm_train.contracts.layout import Slot
+from vlm_train.contracts.layout import MediaSize, Slot
 from vlm_train.contracts.model_parts import find_encoders, find_layers, find_parts, name_part
 from vlm_train.contracts.objective import StepContext
-from vlm_train.models.vision.example import OneView, blank_input, count_typical_patches, typical_size
+from vlm_train.models.vision.example import (
+    NATIVE_SIZE,
+    OneView,
+    blank_images,
+    count_typical_patches,
+    typical_size,
+)
 from vlm_train.training.reference import frozen
 
 _MATMULS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
@@ -215,12 +221,27 @@ def _watch_saved(own: set[int], layers: _Layers) -> Iterator[dict[int, int]]:
         yield outside
 
 
-def visual_tokens(model: Any) -> int:
-    """Placeholder tokens that one image of the tower's own size takes in the text; 0 where images stay out of it."""
+@dataclass(frozen=True)
+class ExampleImage:
+    """The image that stands for all: its size, and the plan that makes views of it for every encoder."""
+
+    size: MediaSize
+    plans: Mapping[str, Any]
+
+
+def one_view(model: Any) -> ExampleImage:
+    """An image of the tower's own size as one view."""
     encoders = find_encoders(model)
-    layout = build_layout(model, {name: OneView(encoder) for name, encoder in encoders.items()})
-    sizes = [typical_size(encoder) for encoder in encoders.values()][:1]
-    return sum(piece.count for pieces in layout(sizes) for piece in pieces if isinstance(piece, Slot))
+    sizes = [typical_size(encoder) for encoder in encoders.values()] or [NATIVE_SIZE]
+    return ExampleImage(sizes[0], {name: OneView(encoder) for name, encoder in encoders.items()})
+
+
+def visual_tokens(model: Any, image: ExampleImage | None = None) -> int:
+    """Placeholder tokens that an image (None: one view) takes in the text; 0 where images stay out of it."""
+    image = image or one_view(model)
+    sizes = [image.size] if image.plans else []
+    pieces = build_layout(model, image.plans)(sizes)
+    return sum(piece.count for laid in pieces for piece in laid if isinstance(piece, Slot))
 
 
 def count_patches(model: Any) -> int:
@@ -236,14 +257,17 @@ def meta_batch(
     text_tokens: int,
     supervised: int,
     images: int = 1,
+    image: ExampleImage | None = None,
     columns: Iterable[str] = (),
 ) -> Batch:
-    """A batch of shapes: `images` (if the model sees any) and `text_tokens` a row, the last `supervised` learned.
+    """A batch of shapes: `images` (if the model sees any) and `text_tokens` a row, the last `supervised` learned. Every
+    image is like `image`; None: one view.
 
     `streams` and `columns` are those of the objectives; what else the model reads is added. A decoder's stream holds
     what is learned, and a stream that is only read the rest.
     """
-    slots = visual_tokens(model)
+    image = image or one_view(model)
+    slots, encoders = visual_tokens(model, image), find_encoders(model)
     aligned = dict.fromkeys(streams, "causal") | dict(model.streams)
     asked = max(text_tokens - supervised, 1)
     text = {}
@@ -253,7 +277,10 @@ def meta_batch(
             shown = slots if alignment == "causal" or name == "llm" else 0
             text[name] = _meta_stream(rows, length, shown * images, 0 if alignment == "none" else supervised)
         media = MediaBatch(
-            inputs={name: blank_input(encoder, rows * images) for name, encoder in find_encoders(model).items()},
+            inputs={
+                name: blank_images(encoder, image.plans[name], image.size, rows * images)
+                for name, encoder in encoders.items()
+            },
             slot_counts=(slots,) * (rows * images),
             row=torch.arange(rows).repeat_interleave(images),
             keys=("meta",) * (rows * images),
@@ -278,13 +305,21 @@ def _meta_stream(rows: int, text_tokens: int, slots: int, supervised: int) -> To
     )
 
 
-def trace_step(cfg: DictConfig, model: nn.Module, *, text_tokens: int, supervised: int, images: int = 1) -> Trace:
-    """Trace the losses of one row: a sample, or a packed row of so many images."""
+def trace_step(
+    cfg: DictConfig,
+    model: nn.Module,
+    *,
+    text_tokens: int,
+    supervised: int,
+    images: int = 1,
+    image: ExampleImage | None = None,
+) -> Trace:
+    """Trace the losses of one row: a sample, or a packed row of so many images, all like `image` (None: one view)."""
     objectives = build_objectives(cfg).values()
     streams = [name for objective in objectives for name in objective.streams]
     columns = [name for objective in objectives for name in getattr(objective, "columns", ())]
     sizes = {"rows": 1, "text_tokens": text_tokens, "supervised": supervised, "images": images}
-    batch = meta_batch(model, streams=streams, columns=columns, **sizes)
+    batch = meta_batch(model, streams=streams, columns=columns, image=image, **sizes)
     context = StepContext(reference=None if cfg.reference.model is None else partial(frozen, model))
 
     def run_objectives() -> list[Any]:

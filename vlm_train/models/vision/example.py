@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.layout import MediaSize, untiled_shape
 from vlm_train.contracts.media import Grid3, MediaInput
 
 NATIVE_SIZE = MediaSize(width=448, height=448)
@@ -37,6 +37,17 @@ class OneView:
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
         """Patch grid of the view."""
         return (self.vision.patch_grid(typical_size(self.vision)),)
+
+
+def blank_images(vision: Any, plan: Any, size: MediaSize, count: int) -> MediaInput:
+    """What an encoder is given of `count` images of one size under an image plan, all zeros; on the default device."""
+    grids = tuple(plan.grids(size))
+    if vision.image_size is None:
+        shape: tuple[int, ...] = (count * sum(grid.size for grid in grids), 3 * vision.patch_size**2)
+    else:
+        shape = (count * len(grids), 3, *vision.image_size)
+    made_up = getattr(plan, "shape", untiled_shape)(size)
+    return MediaInput(torch.zeros(shape, dtype=torch.uint8), grids * count, (len(grids),) * count, (made_up,) * count)
 
 
 def blank_input(vision: Any, views: int = 1, sizes: Sequence[MediaSize] = ()) -> MediaInput:
