@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_train.contracts.media import MediaInput
 from vlm_train.data.processor import Processor
@@ -60,27 +61,39 @@ def write_llava(
         image_mode: `crop`, `pad` or `resize`, see `ImageTransform`.
         eos_ids: end-of-turn token ids for `generation_config.json`; empty: the tokenizer's end-of-text.
     """
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    folder = Path(folder)
+    tokenizer = add_image_token(tokenizer)
+    options = describe_parts(model, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    state = llava_state(model, options["text_config"]["vocab_size"])
+    save_model(LlavaForConditionalGeneration, LlavaConfig(**options), state, tokenizer, eos_ids, Path(folder))
+    make_processor(model.vision, tokenizer, image_mode).save_pretrained(folder)
+
+
+def add_image_token(tokenizer: Any) -> Any:
+    """A copy of a tokenizer that knows `<image>`, and has no chat template."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = None
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return tokenizer
 
-    config = _llava_config(model, image_token_id)
+
+def save_model(
+    kind: Any, config: Any, state: dict[str, Tensor], tokenizer: Any, eos_ids: Sequence[int], folder: Path
+) -> None:
+    """Write a model of `transformers` of class `kind` with the weights `state`."""
+    from transformers import GenerationConfig
+
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
-    llava.load_state_dict(_llava_state(model, config.text_config.vocab_size), strict=True, assign=True)
-    llava.tie_weights()
+        model = kind(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
     eos = list(eos_ids) or tokenizer.eos_token_id
-    llava.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    llava.save_pretrained(folder)
-    make_processor(model.vision, tokenizer, image_mode).save_pretrained(folder)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    model.save_pretrained(folder)
 
 
-@torch.no_grad()
 def verify_llava(model: PrefixVLM, folder: str | Path) -> float:
     """Read `folder` with plain `transformers` and compare logits on a random image and text.
 
@@ -89,27 +102,33 @@ def verify_llava(model: PrefixVLM, folder: str | Path) -> float:
     """
     from transformers import LlavaForConditionalGeneration
 
+    loaded = load_served(LlavaForConditionalGeneration, model, folder)
+    height, width = model.vision.image_size
+    pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return compare_logits(model, loaded, MediaInput(pixels, view_counts=(1,)), folder)
+
+
+def load_served(kind: Any, model: PrefixVLM, folder: str | Path) -> Any:
+    """The model in `folder`, of class `kind`. Raises `AssetError` if weights are missing or too many."""
     parameter = next(model.llm.parameters())
-    loaded, report = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=parameter.dtype, output_loading_info=True
-    )
+    loaded, report = kind.from_pretrained(folder, dtype=parameter.dtype, output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"]:
         raise AssetError(
             f"export: {folder} is missing {report['missing_keys']}, has {report['unexpected_keys']} too many"
         )
-    loaded = loaded.to(parameter.device).eval()
-    theirs, ours = _compare_logits(model, loaded)
-    difference = ((theirs - ours).abs().max() / ours.abs().max()).item()
-    tolerance = _TOLERANCE.get(parameter.dtype, 1e-5)
-    if not difference <= tolerance:
-        raise AssetError(
-            f"export: logits of {folder} differ by {difference:.2e} of their maximum, allowed {tolerance:.0e}"
-        )
-    return difference
+    return loaded.to(parameter.device).eval()
 
 
 def find_problems(model: Any) -> list[str]:
     """Every reason why LLaVA cannot express `model`. Reads no weight: it may be on meta."""
+    problems = find_part_problems(model)
+    if getattr(model, "stitcher", None) is not None:
+        problems.append(f"parts.stitcher: {type(model.stitcher).__name__}; LLaVA joins no tiles")
+    return problems
+
+
+def find_part_problems(model: Any) -> list[str]:
+    """Every reason why LLaVA and its successors cannot express the parts of `model` but for its stitcher."""
     if type(model) is not PrefixVLM:  # one that derives from it computes something else
         return [f"model: {type(model).__name__} has no LLaVA equivalent; only PrefixVLM does"]
     problems = []
@@ -132,26 +151,30 @@ def find_problems(model: Any) -> list[str]:
     return problems
 
 
-def _llava_config(model: PrefixVLM, image_token_id: int) -> Any:
-    from transformers import LlavaConfig
-
+def describe_parts(model: PrefixVLM, image_token_id: int) -> dict[str, Any]:
+    """The options of a `LlavaConfig`, and of those of LLaVA's successors."""
     vision, text = model.vision, copy.deepcopy(model.llm.model.config)
     text.vocab_size = rows_with(image_token_id, model.llm.vocab_size)
     text.dtype = next(model.llm.parameters()).dtype
-    return LlavaConfig(
-        vision_config=vision.model.config.to_dict(),
-        text_config=text.to_dict(),
-        image_token_index=image_token_id,
-        image_seq_length=vision.grid.size + (vision.prefix_tokens if vision.keep_cls else 0),
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="full" if vision.keep_cls or not vision.prefix_tokens else "default",
-        vision_feature_layer=vision.layer if isinstance(vision.layer, int) else list(vision.layer),
-        tie_word_embeddings=text.tie_word_embeddings,
-        dtype=text.dtype,
-    )
+    return {
+        "vision_config": vision.model.config.to_dict(),
+        "text_config": text.to_dict(),
+        "image_token_index": image_token_id,
+        "image_seq_length": vision.grid.size + (vision.prefix_tokens if vision.keep_cls else 0),
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": choose_select_strategy(vision),
+        "vision_feature_layer": vision.layer if isinstance(vision.layer, int) else list(vision.layer),
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "dtype": text.dtype,
+    }
 
 
-def _llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
+def choose_select_strategy(vision: HFVision) -> str:
+    """LLaVA's word for whether the tokens in front of the patches are kept; "full" too where there are none."""
+    return "full" if vision.keep_cls or not vision.prefix_tokens else "default"
+
+
+def llava_state(model: PrefixVLM, rows: int) -> dict[str, Tensor]:
     """Our weights under LLaVA's names, the vocabulary filled up with mean rows."""
     name = embedding_name(model.llm)
     state = {f"model.vision_tower.{key}": value for key, value in merged_state(model.vision.model).items()}
@@ -202,29 +225,48 @@ def make_processor(vision: HFVision, tokenizer: Any, image_mode: str) -> Any:
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=height // vision.grid.h,
-        vision_feature_select_strategy="full" if vision.keep_cls or not vision.prefix_tokens else "default",
+        vision_feature_select_strategy=choose_select_strategy(vision),
         num_additional_image_tokens=vision.prefix_tokens,
         image_token=IMAGE_TOKEN,
     )
 
 
-def _compare_logits(model: PrefixVLM, llava: nn.Module) -> tuple[Tensor, Tensor]:
-    """Logits of both for the same random image and text: theirs `[T, V]`, ours `[T, V]`."""
-    config: Any = llava.config
+@torch.no_grad()
+def compare_logits(model: PrefixVLM, served: Any, media: MediaInput, folder: str | Path, **inputs: Any) -> float:
+    """The largest difference between the logits of both for one image and a text, relative to the largest logit.
+
+    Args:
+        served: as `transformers` reads it from `folder`.
+        media: uint8 views `[V, 3, H, W]` of the image.
+        inputs: what `served` is given besides ids and pixels.
+
+    Raises:
+        AssetError: it is too large.
+    """
+    parameter, image_token = next(model.llm.parameters()), served.config.image_token_index
+    media = replace(media, values=media.values.to(parameter.device))
+    features = model.connector(model.vision.encode(media))
+    if model.stitcher is not None:
+        features = model.stitcher(features, media)
+    image = features.values[None, : features.lengths[0]] if model.stitcher else features.values[None]
     generator = torch.Generator().manual_seed(0)
-    device = next(model.llm.parameters()).device
-    height, width = model.vision.image_size
-    pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator).to(device)
-    text = torch.randint(0, min(model.llm.vocab_size, config.image_token_index), (1, 8), generator=generator).to(device)
-    slots = torch.full((1, config.image_seq_length), config.image_token_index, device=device)
+    text = torch.randint(0, min(model.llm.vocab_size, image_token), (1, 8), generator=generator).to(parameter.device)
+    slots = torch.full(image.shape[:2], image_token, device=parameter.device)
     ids = torch.cat([text[:, :4], slots, text[:, 4:]], dim=1)
+
     dtype = next(model.vision.parameters()).dtype
     mean, std = (model.vision.get_buffer(name).to(dtype) for name in ("mean", "std"))
-    theirs = llava(input_ids=ids, pixel_values=(pixels.to(dtype) / 255 - mean) / std).logits
+    pixels = (media.values.to(dtype) / 255 - mean) / std
+    theirs = served(input_ids=ids, pixel_values=pixels[None] if inputs else pixels, **inputs).logits
 
-    features = model.connector(model.vision.encode(MediaInput(pixels))).rectangular()
-    embeds = model.llm.embed(torch.where(ids == config.image_token_index, 0, ids))
-    embeds = torch.cat([embeds[:, :4], features.to(embeds.dtype), embeds[:, 4 + features.shape[1] :]], dim=1)
-    positions = torch.arange(ids.shape[1], device=device)[None, None]
-    ours = model.llm.head(model.llm.decode(embeds, positions, None))
-    return theirs[0, :, : model.llm.vocab_size].float(), ours[0].float()
+    embeds = model.llm.embed(torch.where(ids == image_token, 0, ids))
+    embeds = torch.cat([embeds[:, :4], image.to(embeds.dtype), embeds[:, 4 + image.shape[1] :]], dim=1)
+    positions = torch.arange(ids.shape[1], device=parameter.device)[None, None]
+    ours = model.llm.head(model.llm.decode(embeds, positions, None)).float()
+    difference = ((theirs[..., : model.llm.vocab_size].float() - ours).abs().max() / ours.abs().max()).item()
+    tolerance = _TOLERANCE.get(parameter.dtype, 1e-5)
+    if not difference <= tolerance:
+        raise AssetError(
+            f"export: logits of {folder} differ by {difference:.2e} of their maximum, allowed {tolerance:.0e}"
+        )
+    return float(difference)

@@ -1,4 +1,4 @@
-"""From the native LLaVA of `transformers`: every key and shape is checked."""
+"""From LLaVA and LLaVA-NeXT of `transformers`: every key and shape is checked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.llava import embedding_name, find_problems
+from vlm_train.export.llava_next import find_tile_problems
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.runs.record import read_json
@@ -21,21 +22,49 @@ class LlavaImporter:
     """Reads local folders of a `LlavaForConditionalGeneration`: config.json, safetensors and tokenizer."""
 
     def problems(self, folder: Path) -> list[str]:
-        path = folder / "config.json"
-        if not path.is_file():
-            return [f"{folder} has no config.json; download a LlavaForConditionalGeneration first"]
-        kind = read_json(path).get("model_type")
-        return [] if kind == "llava" else [f"{path}: model_type is {kind!r}, not 'llava'"]
+        return find_wrong_kind(folder, "llava", "LlavaForConditionalGeneration")
 
     def adapt(self, cfg: DictConfig, folder: Path) -> None:
-        for part in ("vision", "llm"):
-            cfg[part].weights = None
-        if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
-            cfg.tokenizer.name = str(folder.absolute())
-        OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
+        read_parts_later(cfg, folder)
 
     def read(self, model: Any, folder: Path) -> None:
         import_llava(model, folder)
+
+
+class LlavaNextImporter:
+    """The same of a `LlavaNextForConditionalGeneration`. The recipe's `image` has to name its grids."""
+
+    def problems(self, folder: Path) -> list[str]:
+        return find_wrong_kind(folder, "llava_next", "LlavaNextForConditionalGeneration")
+
+    def adapt(self, cfg: DictConfig, folder: Path) -> None:
+        read_parts_later(cfg, folder)
+
+    def read(self, model: Any, folder: Path) -> None:
+        from transformers import LlavaNextForConditionalGeneration
+
+        if problems := find_tile_problems(model):
+            raise ConfigError(problems)
+        state = read_weights(model, folder, LlavaNextForConditionalGeneration)
+        model.stitcher.newline.data.copy_(state["model.image_newline"])
+
+
+def find_wrong_kind(folder: Path, kind: str, name: str) -> list[str]:
+    """Why a folder holds no model whose `model_type` is `kind`; `name` is its class."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return [f"{folder} has no config.json; download a {name} first"]
+    found = read_json(path).get("model_type")
+    return [] if found == kind else [f"{path}: model_type is {found!r}, not {kind!r}"]
+
+
+def read_parts_later(cfg: DictConfig, folder: Path) -> None:
+    """Let the parts of a configuration be built without weights of their own; the tokenizer is that of the folder."""
+    for part in ("vision", "llm"):
+        cfg[part].weights = None
+    if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
+        cfg.tokenizer.name = str(folder.absolute())
+    OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use
 
 
 def import_llava(model: PrefixVLM, folder: str | Path) -> None:
@@ -51,9 +80,14 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
         raise ConfigError(problems)
     from transformers import LlavaForConditionalGeneration
 
+    read_weights(model, folder, LlavaForConditionalGeneration)
+
+
+def read_weights(model: PrefixVLM, folder: str | Path, kind: Any) -> dict[str, Tensor]:
+    """Load the parts of a local folder of class `kind` into `model`; the whole state. Raises: see `import_llava`."""
     dtype = next(model.llm.parameters()).dtype
     try:
-        llava = LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+        llava = kind.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise AssetError(f"import: {str(folder)!r} is not a LLaVA checkpoint: {error}") from error
     state = llava.state_dict()
@@ -70,6 +104,7 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
     if unexpected or any(not key.startswith(embedding) for key in missing):
         raise AssetError(f"import: {str(folder)!r}: missing {missing}, unexpected {unexpected}")
     _fill_rows(model.llm, table, state["lm_head.weight"])
+    return dict(state)
 
 
 @torch.no_grad()

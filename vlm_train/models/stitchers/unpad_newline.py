@@ -89,6 +89,11 @@ def count_tokens(
 
 def _find_image(shape: MediaShape, grid: Grid3, max_tiles: int | None) -> tuple[slice, slice, int, int]:
     """Which rows and columns of the tiles' tokens show the image, and to how many of each they are scaled."""
+    if grid.h == 1 and grid.w > 1:
+        raise ConfigError(
+            f"parts.stitcher: the {grid.w} tokens of a tile have no rows, so that tiles cannot be joined. Choose a "
+            "connector that keeps the patch grid, and vision.keep_cls=false; or parts=none"
+        )
     whole_height, whole_width = shape.rows * grid.h, shape.columns * grid.w
     top, left = 0, 0
     if shape.width / shape.height > whole_width / whole_height:
