@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
-from tests.data.images.test_anyres import encode, noise
 from tests.export.test_llava import tokenizer_of
 from tests.models.families.test_anyres_parity import make_plan, tiny_anyres
+from tests.support.parity import encode, noise
 from tests.support.tiny_models import assert_close, text_stream, tiny_vlm
 from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch, MediaBatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from functools import partial
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from tests.support.parity import encode, noise
 from tests.support.videos import video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
@@ -39,16 +39,6 @@ SIZES = [
 def plan(**options) -> AnyRes:
     grid = partial(fixed_grid, grid=Grid3(1, SIDE // PATCH, SIDE // PATCH))
     return AnyRes(size=(SIDE, SIDE), patch_grid=grid, **options)
-
-
-def encode(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
-
-
-def noise(width: int, height: int) -> np.ndarray:
-    return np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def pinpoints(grids) -> list[list[int]]:

@@ -17,28 +17,22 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
 )
 
-from tests.data.images.test_anyres import encode, noise
-from tests.support.tiny_models import assert_close, clip_config, siglip_config, text_stream, tiny_llm, tiny_vision
-from tests.support.videos import video
+from tests.support.parity import Media, assert_same_step, encode, lay_out, noise
+from tests.support.tiny_models import clip_config, siglip_config, tiny_llm, tiny_vision
 from vlm_train.build import build_layout
-from vlm_train.contracts.batch import Batch, MediaBatch
+from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.contracts.media import Grid3
-from vlm_train.contracts.objective import StepContext
 from vlm_train.data.collate import join_views
 from vlm_train.data.images.anyres import AnyRes
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.stitchers.unpad_newline import UnpadNewline, count_tokens
 from vlm_train.models.vision.hf import fixed_grid
-from vlm_train.objectives.lm import LanguageModeling
 
 IMAGE_TOKEN, VIDEO_TOKEN = 96, 95
 NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 FRAMES = 3
-
-Media = tuple[int, int] | str
-"""Width and height of a picture; or "video"."""
 
 ROWS: dict[str, list[list[Media]]] = {
     "one image": [[(90, 60)]],
@@ -76,26 +70,7 @@ def make_plan(model: Any, family: str) -> AnyRes:
 
 
 def make_batch(model: Any, family: str, rows: Sequence[Sequence[Media]], *, left: bool = False) -> Batch:
-    """Text with the media of every row in it, laid out and cut as in training."""
-    plan = make_plan(model, family)
-    layout = build_layout(model, {"vision": plan})
-    texts, items = [], []
-    for row in rows:
-        ids = [5, 6]
-        for medium in row:
-            data = video(10, (64, 48)) if medium == "video" else encode(noise(*medium))
-            size = MediaSize(64, 48, frames=10, seconds=1.0) if medium == "video" else MediaSize(*medium)
-            ((slot,),) = layout([size])
-            ids += [PLACEHOLDER_ID] * slot.count + [7]
-            items.append((plan(data), slot.count, len(texts)))
-        texts.append([*ids, 8, 9, 10])
-    media = MediaBatch(
-        inputs={"vision": join_views([views for views, _, _ in items], plan)},
-        slot_counts=tuple(count for _, count, _ in items),
-        row=torch.tensor([row for _, _, row in items], dtype=torch.long),
-        keys=tuple(f"sample{row}" for _, _, row in items),
-    )
-    return Batch(text={"llm": text_stream(texts, learn_from=1, left=left)}, media=media)
+    return lay_out(model, make_plan(model, family), rows, left=left)
 
 
 def make_reference(model: Any, family: str) -> Any:
@@ -161,38 +136,16 @@ def compare(family: str, rows: Sequence[Sequence[Media]]) -> None:
     model = tiny_anyres(family)
     reference = make_reference(model, family)
     batch = make_batch(model, family, rows)
-    stream, seen = batch.text["llm"], batch.text["llm"].segment_ids != 0
-    output = reference(**reference_inputs(model, batch, rows))
-    assert_close(model.logits(model(batch))[seen], output.logits[seen], "logits")
-
-    expected = torch.nn.functional.cross_entropy(
-        output.logits.flatten(0, 1), stream.labels.flatten(), ignore_index=-100
-    )
-    expected.backward()
-    loss = LanguageModeling()(model, batch, StepContext())["lm"]
-    (loss.sum / loss.count).backward()
-    assert_close(loss.sum / loss.count, expected, "loss")
-
-    ours, inner = dict(model.named_parameters()), reference.model
-    pairs: dict[str, Any] = {
+    inner = reference.model
+    modules = {
         "vision.model.": inner.vision_tower,
         "connector.layers.0.": inner.multi_modal_projector.linear_1,
         "connector.layers.2.": inner.multi_modal_projector.linear_2,
+        "stitcher.newline": inner.image_newline,
         "llm.model.model.": inner.language_model,
         "llm.model.lm_head.": reference.lm_head,
     }
-    theirs = {prefix + key: one for prefix, module in pairs.items() for key, one in module.named_parameters()}
-    theirs["stitcher.newline"] = inner.image_newline
-    assert set(theirs) == set(ours)
-    for key, parameter in theirs.items():
-        got, wanted = ours[key].grad, parameter.grad
-        if wanted is None:
-            assert got is None or not got.any(), key
-        elif key.endswith("k_proj.bias"):  # shifts all scores of a query alike: structurally zero
-            assert got is not None and got.abs().max() < 1e-6 and wanted.abs().max() < 1e-6, key
-        else:
-            assert got is not None
-            assert_close(got, wanted, key)
+    assert_same_step(model, batch, reference(**reference_inputs(model, batch, rows)).logits, modules)
 
 
 @pytest.mark.parametrize("family", ["next", "onevision"])

@@ -6,21 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.media.pictures import WHITE
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.decode import Picture, decode_pictures
+from vlm_train.data.images.decode import decode_pictures
 from vlm_train.data.images.jpeg import Decoder
 from vlm_train.data.images.plan import Views
-from vlm_train.data.images.torch_resize import resize_by_torch
+from vlm_train.data.images.tiles import TileGrid, cut_tiles, resize_picture, stack_views
 from vlm_train.data.images.transform import ImageTransform, Resizer, one_patch
 from vlm_train.errors import ConfigError
-
-TileGrid = tuple[int, int]
-"""Rows and columns of tiles."""
 
 
 class AnyRes:
@@ -106,7 +102,7 @@ class AnyRes:
         pictures, (w, h) = decode_pictures(
             data, where, frames=self.frames, decode=self.decode, upright=self.upright, background=self.background
         )
-        whole = [self._resize(picture, width, height) for picture in pictures]
+        whole = [resize_picture(picture, width, height, self.resize) for picture in pictures]
         if is_video(data):
             return self._make_views(whole, MediaShape(frames=len(whole)))
         shape = self.shape(MediaSize(width=w, height=h))
@@ -114,21 +110,12 @@ class AnyRes:
         canvas = np.zeros((rows * height, columns * width, 3), np.uint8)
         inner_width, inner_height = fit_inside((w, h), (columns * width, rows * height))
         top, left = (canvas.shape[0] - inner_height) // 2, (canvas.shape[1] - inner_width) // 2
-        image = self._resize(pictures[0], inner_width, inner_height)
+        image = resize_picture(pictures[0], inner_width, inner_height, self.resize)
         canvas[top : top + inner_height, left : left + inner_width] = image
-        tiles = canvas.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)
-        return self._make_views([*whole, *tiles], shape)
-
-    def _resize(self, picture: Picture, width: int, height: int) -> np.ndarray:
-        """`[height, width, 3]`, its aspect ignored."""
-        if self.resize == "torch":
-            return resize_by_torch(np.asarray(picture), (width, height)).transpose(1, 2, 0)
-        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        return self._make_views([*whole, *cut_tiles(canvas, rows, columns)], shape)
 
     def _make_views(self, pictures: Sequence[np.ndarray], shape: MediaShape) -> Views:
-        values = np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
-        return Views(values, (self.view_grid,) * len(pictures), shape)
+        return Views(stack_views(pictures), (self.view_grid,) * len(pictures), shape)
 
 
 def choose_tile_grid(size: tuple[int, int], view: tuple[int, int], grids: Sequence[TileGrid]) -> TileGrid:

@@ -9,13 +9,14 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.grids import same_grid
 
 
-def make_mlp(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
-    """`depth` linear layers with exact GELU between them, the first one changing the width."""
+def make_mlp(in_dim: int, out_dim: int, depth: int, *, bias: bool = True, hidden: int | None = None) -> nn.Sequential:
+    """`depth` linear layers with exact GELU between them; `hidden` is the width between them, None: `out_dim`."""
     if depth < 1:
         raise ConfigError(f"connector.depth: needs at least 1 layer, got {depth}")
-    layers: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
-    for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
+    widths = [in_dim, *[hidden or out_dim] * (depth - 1), out_dim]
+    layers: list[nn.Module] = [nn.Linear(widths[0], widths[1], bias=bias)]
+    for one, following in zip(widths[1:], widths[2:], strict=False):
+        layers += [nn.GELU(), nn.Linear(one, following, bias=bias)]
     return nn.Sequential(*layers)
 
 
