@@ -194,7 +194,8 @@ def build_images(cfg: DictConfig, model: Any) -> dict[str, ImagePlan]:
 
 
 def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
-    """The image plan of a configuration for an encoder, which gives `size`, `mean`, `patch_grid` and `patch_size`.
+    """The image plan of a configuration for an encoder, which gives `size`, `mean`, `patch_grid`,
+    `patch_size` and `frames_per_patch`.
 
     Raises:
         ConfigError: the plan makes views of one size, and the encoder takes native resolution, or the other way round.
@@ -207,6 +208,7 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
         raise ConfigError(f"image: {node._target_} makes {makes}, but the vision encoder takes {takes}")
     given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
     given["patch_size"] = getattr(vision, "patch_size", None)
+    given["frames_per_patch"] = getattr(vision, "frames_per_patch", 1)
     given = {name: value for name, value in given.items() if name in wanted}
     return cast(ImagePlan, instantiate_part("image", node, **given))
 

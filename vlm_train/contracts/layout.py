@@ -27,6 +27,11 @@ class MediaSize:
     seconds: float = 0.0
     images: int = 1
 
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video."""
+        return self.frames > 1 or self.seconds > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -111,7 +116,7 @@ class StitchedLayout:
 
 def untiled_shape(size: MediaSize) -> MediaShape:
     """The shape of an item under plans that make no tiles."""
-    return MediaShape(frames=size.frames if size.seconds else 0)
+    return MediaShape(frames=size.frames if size.is_video else 0)
 
 
 class NoMedia:

@@ -107,7 +107,7 @@ def count_over_packs(streams: list[TokenStream], *, gradients: bool) -> int:
 def kernel(monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", flash)
-    monkeypatch.setattr(attention_module, "_kernel_fits", lambda *_: True)
+    monkeypatch.setattr(attention_module, "kernel_fits", lambda *_: True)
 
 
 def test_packs_need_two_graphs_with_the_kernel(kernel):

@@ -380,7 +380,7 @@ def old_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None
 def test_the_kernel_is_asked_for_the_same(monkeypatch, llm, flash):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", flash)
-    monkeypatch.setattr(attention_module, "_kernel_fits", lambda *_: True)
+    monkeypatch.setattr(attention_module, "kernel_fits", lambda *_: True)
     assert_packed_equals_alone(tiny_model(llm, "packed"), SAMPLES)
 
 

@@ -76,7 +76,7 @@ class AnyRes:
 
     def shape(self, size: MediaSize) -> MediaShape:
         """How the views of an item make it up."""
-        if size.seconds:
+        if size.is_video:
             return MediaShape(frames=min(size.frames, self.frames))
         if size.images > 1 and not self.tile_several:
             return MediaShape()

@@ -23,18 +23,21 @@ class Views:
         values: uint8, views of one size `[V, 3, H, W]`, or flat patches, view by view, `[P, C * p * p]`.
         grids: patch grid of every view.
         shape: how the views make up the item.
+        patch_frames: frames of a flat patch, `[P, C * frames * p * p]`.
     """
 
     values: np.ndarray
     grids: tuple[Grid3, ...]
     shape: MediaShape = MediaShape()
+    patch_frames: int = 1
 
     def pictures(self) -> list[np.ndarray]:
-        """Every view as uint8 `[3, H, W]`, put together from its patches where they are flat."""
+        """Every view as uint8 `[3, H, W]`, put together from (the first frames of) its patches where they are flat."""
         if self.values.ndim == 4:
             return list(self.values)
         ends = np.cumsum([grid.size for grid in self.grids])[:-1]
-        return [_picture(patches, grid) for patches, grid in zip(np.split(self.values, ends), self.grids, strict=True)]
+        flat = self.values.reshape(len(self.values), 3, self.patch_frames, -1)[:, :, 0]
+        return [_picture(patches, grid) for patches, grid in zip(np.split(flat, ends), self.grids, strict=True)]
 
 
 class ImagePlan(Protocol):
@@ -84,7 +87,7 @@ def collect_pictures(views: MediaViews) -> list[np.ndarray]:
 
 
 def _picture(patches: np.ndarray, grid: Grid3) -> np.ndarray:
-    """`[P, 3 * p * p]` of one view -> `[3, H, W]`, its times below each other."""
-    side = round((patches.shape[1] / 3) ** 0.5)
+    """`[P, 3, p * p]` of one view -> `[3, H, W]`, its times below each other."""
+    side = round(patches.shape[2] ** 0.5)
     image = patches.reshape(grid.t * grid.h, grid.w, 3, side, side).transpose(2, 0, 3, 1, 4)
     return np.ascontiguousarray(image.reshape(3, grid.t * grid.h * side, grid.w * side))

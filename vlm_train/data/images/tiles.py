@@ -79,7 +79,7 @@ class Tiles:
 
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
         """Patch grids of the views of an image (its tiles, then all of it) or a video (one a used frame)."""
-        if size.seconds:
+        if size.is_video:
             return (self.view_grid,) * min(size.frames, self.frames)
         rows, columns = self.tile_grid(size)
         return (self.view_grid,) * (rows * columns + (self.thumbnail and rows * columns > 1))

@@ -183,7 +183,7 @@ def attend_causal(
 ) -> Tensor:
     """Tokens of the causal sequences: `[N, H, C]`, twice `[N, K, C]` -> `[N, H, C]`."""
     assert mask.causal is not None
-    if _kernel_fits(query, value, dropout):
+    if kernel_fits(query, value, dropout):
         return _by_kernel(query, key, value, mask, scaling)
     return attend_one_by_one(query, key, value, mask.causal, window=mask.window, dropout=dropout, scaling=scaling)
 
@@ -211,7 +211,7 @@ def autocast_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
-def _kernel_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
+def kernel_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether torch's FlashAttention takes it: 16 bits on Ampere or newer, equal heads of 8, 16, ..., 256 channels."""
     channels = query.shape[-1]
     return (

@@ -28,6 +28,12 @@ def count_typical_patches(vision: Any) -> int:
     return size
 
 
+def flat_width(vision: Any) -> int:
+    """Numbers of a flat patch of an encoder of native resolution."""
+    held: int = getattr(vision, "frames_per_patch", 1)
+    return 3 * held * int(vision.patch_size) ** 2
+
+
 class OneView:
     """What a media layout asks of an image plan: every image is one view of its encoder's own size."""
 
@@ -43,7 +49,7 @@ def blank_images(vision: Any, plan: Any, size: MediaSize, count: int) -> MediaIn
     """What an encoder is given of `count` images of one size under an image plan, all zeros; on the default device."""
     grids = tuple(plan.grids(size))
     if vision.image_size is None:
-        shape: tuple[int, ...] = (count * sum(grid.size for grid in grids), 3 * vision.patch_size**2)
+        shape: tuple[int, ...] = (count * sum(grid.size for grid in grids), flat_width(vision))
     else:
         shape = (count * len(grids), 3, *vision.image_size)
     made_up = getattr(plan, "shape", untiled_shape)(size)
@@ -59,7 +65,7 @@ def blank_input(vision: Any, views: int = 1, sizes: Sequence[MediaSize] = ()) ->
     sizes = sizes or [typical_size(vision)] * views
     grids = tuple(vision.patch_grid(size) for size in sizes)
     if vision.image_size is None:
-        shape: tuple[int, ...] = (sum(grid.size for grid in grids), 3 * vision.patch_size**2)
+        shape: tuple[int, ...] = (sum(grid.size for grid in grids), flat_width(vision))
     else:
         shape = (len(sizes), 3, *vision.image_size)
     return MediaInput(torch.zeros(shape, dtype=torch.uint8), grids, (1,) * len(sizes))
