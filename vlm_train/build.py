@@ -26,6 +26,7 @@ from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.data.processor import Processor
+from vlm_train.data.text.mrope import MRopeLayout
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError, PartError
 from vlm_train.models.adapters.lora import describe_adapters
@@ -214,6 +215,14 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
 
 
 def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
+    """The media layout of a model, with positions on as many axes as its language model has. Raises: see `_lay_out`."""
+    layout, llm = _lay_out(model, images), getattr(model, "llm", None)
+    if getattr(llm, "position_axes", 1) == 1 or hasattr(layout, "positions"):
+        return layout
+    return MRopeLayout(layout, getattr(llm, "tokens_per_second", None))
+
+
+def _lay_out(model: Family, images: Mapping[str, Any]) -> MediaLayout:
     """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own.
 
     Raises:

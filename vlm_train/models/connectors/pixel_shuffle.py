@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -27,7 +27,8 @@ class PixelShuffleMLP(nn.Module):
 
     Args:
         factor: side of the square of patches that becomes a token.
-        norm: LayerNorm of the joined token ("joined", InternVL), of every patch before ("patch", Qwen2-VL), or null.
+        norm: LayerNorm of the joined token ("joined", InternVL) or of every patch before ("patch", Qwen2-VL), RMSNorm
+            of every patch ("patch_rms", Qwen2.5-VL), or null.
         depth: linear layers, with exact GELU between them.
         wide: the first layer keeps the joined width, and the last one changes it (Qwen2-VL).
         bias: of the linear layers.
@@ -40,7 +41,7 @@ class PixelShuffleMLP(nn.Module):
         in_dim: int,
         out_dim: int,
         factor: int = 2,
-        norm: Literal["joined", "patch"] | None = "joined",
+        norm: Literal["joined", "patch", "patch_rms"] | None = "joined",
         depth: int = 2,
         wide: bool = False,
         bias: bool = True,
@@ -52,7 +53,8 @@ class PixelShuffleMLP(nn.Module):
         joined = in_dim * factor**2
         self.factor = factor
         self.token_grid = partial(shuffled_grid, factor=factor)
-        self.patch_norm = nn.LayerNorm(in_dim, eps=eps) if norm == "patch" else None
+        of_patch: Any = {"patch": nn.LayerNorm, "patch_rms": nn.RMSNorm}.get(norm or "")
+        self.patch_norm = None if of_patch is None else of_patch(in_dim, eps=eps)
         self.norm = nn.LayerNorm(joined, eps=eps) if norm == "joined" else None
         self.layers = make_mlp(joined, out_dim, depth, bias=bias, hidden=joined if wide else out_dim)
 

@@ -58,6 +58,8 @@ def generate_from(
     token_mask = stream.segment_ids != 0
     order = token_mask.int().argsort(dim=1, stable=True)  # padding to the left, real tokens in their order
     embeds = embeds.gather(1, order[..., None].expand_as(embeds))
+    if len(stream.positions) > 1:
+        settings["positions"] = stream.positions.gather(2, order[None].expand_as(stream.positions))
     if cross_states is not None:
         settings["cross_states"] = cross_states.reorder_tokens(order)
     return llm.generate(embeds, token_mask.gather(1, order), **settings)

@@ -24,6 +24,8 @@ from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained, with_vocabulary
 
 LAYER_LISTS = ("layers", "h", "blocks")
+WITHOUT_HEAD = ("qwen2_vl_text", "qwen2_5_vl_text")
+"""`model_type` of language models that the library has only inside whole models."""
 MASKED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -38,6 +40,8 @@ class HFCausalLM(nn.Module):
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
         attention: `packed` (as `sdpa`, but packed samples each by themselves), `flash` (that by the flash-attn
             package), `sdpa` or `eager`.
+        tokens_per_second: of a model whose positions have three axes: positions of time that a second of a video takes
+            (Qwen2.5-VL: 2); None: one for every row of its grid.
     """
 
     def __init__(
@@ -48,10 +52,15 @@ class HFCausalLM(nn.Module):
         vocab_size: int | None = None,
         new_tokens: int = 0,
         attention: str = PACKED,
+        tokens_per_second: float | None = None,
     ) -> None:
         super().__init__()
         from transformers import AutoModelForCausalLM
 
+        if config.get("model_type") in WITHOUT_HEAD:
+            from vlm_train.models.llms.qwen_vl import register_qwen_text
+
+            register_qwen_text()
         self.numbers = with_vocabulary(config, vocab_size)
         self.weights = weights
         self.new_tokens = new_tokens
@@ -62,6 +71,8 @@ class HFCausalLM(nn.Module):
         if self.takes_packed and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
             other = "sdpa" if self.model._supports_sdpa else "eager"
             raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run {attention}; choose {other}")
+        rotary = getattr(self.model.config, "rope_parameters", None) or {}
+        self.position_axes, self.tokens_per_second = 3 if "mrope_section" in rotary else 1, tokens_per_second
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
@@ -155,6 +166,7 @@ class HFCausalLM(nn.Module):
         repetition_penalty: float = 1.0,
         min_new_tokens: int = 0,
         num_beams: int = 1,
+        positions: Tensor | None = None,
         cross_states: CrossStates | None = None,
     ) -> Tensor:
         """Continue prompts with a key-value cache.
@@ -164,6 +176,7 @@ class HFCausalLM(nn.Module):
             mask: `[B, T]`, True at real tokens.
             temperature: 0 is greedy.
             repetition_penalty, min_new_tokens: as in `Sampling`; the penalty does not see the prompt.
+            positions: `[A, B, T]` of a model with several position axes; None: they count real tokens.
             cross_states: as in `decode`, for the tokens of the padded prompts.
 
         Returns:
@@ -184,7 +197,10 @@ class HFCausalLM(nn.Module):
             **sampling,
         )
         with self.inserter.given(cross_states), self.inserter.following_cache(self.decoder):
-            return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings)
+            given = {} if positions is None else {"position_ids": positions}
+            return self.model.generate(
+                inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings, **given
+            )
 
     def head_parameters(self) -> list[str]:
         """Names of the parameters that only `head` reads (none where it shares the embedding's)."""
@@ -225,8 +241,7 @@ class HFCausalLM(nn.Module):
 
     def _check_position_axes(self, axes: int) -> None:
         """Raise `ConfigError` unless the model's rotations have several axes."""
-        rotary = getattr(self.model.config, "rope_parameters", None) or {}
-        if "mrope_section" not in rotary:
+        if self.position_axes == 1:
             raise ConfigError(
                 f"llm.config.model_type: {self.numbers.get('model_type')!r} has 1 position axis, but the media layout "
                 f"gives {axes}; choose a model with M-RoPE (rope_parameters.mrope_section) or another layout"
