@@ -114,8 +114,8 @@ def test_views_together_are_those_alone(kind: str) -> None:
 def test_windows_keep_frames_together() -> None:
     order = arrange_patches((Grid3(2, 3, 5),), 2)
     assert order.frames == [15, 15] and order.windows == [4, 4, 2, 2, 2, 1] * 2
-    assert order.index is not None and order.index[:6].tolist() == [0, 1, 5, 6, 2, 3]
-    assert sorted(order.index.tolist()) == list(range(30)) and order.index[15:].min() == 15
+    assert order.permutation is not None and order.permutation[:6].tolist() == [0, 1, 5, 6, 2, 3]
+    assert sorted(order.permutation.tolist()) == list(range(30)) and order.permutation[15:].min() == 15
 
 
 def test_weights_are_read_from_a_whole_model(tmp_path: Path) -> None:

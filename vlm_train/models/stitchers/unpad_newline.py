@@ -67,7 +67,7 @@ class UnpadNewline(nn.Module):
             return [*views, newline]
         grid = grids[1]
         rows, columns, height, width = _find_image(shape, grid, self.max_tiles)
-        tiles = torch.stack(views[1:]).unflatten(0, (shape.rows, shape.columns)).unflatten(2, (grid.h, grid.w))
+        tiles = torch.stack([*views[1:]]).unflatten(0, (shape.rows, shape.columns)).unflatten(2, (grid.h, grid.w))
         image = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[rows, columns]  # [R, C, h, w, D] -> [H, W, D]
         if (height, width) != image.shape[:2]:
             image = _scale(image.flatten(0, 1), Grid3(1, *image.shape[:2]), (height, width)).view(height, width, -1)

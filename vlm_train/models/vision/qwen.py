@@ -111,14 +111,14 @@ class QwenVision(nn.Module):
         hidden = self.patch_embed(pixels.flatten(1))
         order = arrange_patches(media.grids, self.window)
         places = order.places.to(hidden.device, non_blocking=True)
-        if order.index is not None:
-            index = order.index.to(hidden.device, non_blocking=True)
+        if order.permutation is not None:
+            index = order.permutation.to(hidden.device, non_blocking=True)
             hidden = hidden.index_select(0, index)
         positions = rotate_by(places, self.channels)
         frames, windows = (pack_lengths(one, hidden.device) for one in (order.frames, order.windows))
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, positions, frames if number in self.full_layers else windows)
-        if order.index is not None:
+        if order.permutation is not None:
             hidden = torch.empty_like(hidden).index_copy(0, index, hidden)
         return Features(hidden, media.grids)
 
@@ -141,13 +141,13 @@ class PatchOrder(NamedTuple):
     """The order in which layers see the patches, and which of them see each other.
 
     Attributes:
-        index: `[F]`, the number of every patch in the order of the views; None: that order.
+        permutation: `[F]`, the number of every patch in the order of the views; None: that order.
         places: `[F, 2]`, row and column of every patch in its frame.
         frames: patches of every frame (pair).
         windows: patches of every window.
     """
 
-    index: Tensor | None
+    permutation: Tensor | None
     places: Tensor
     frames: list[int]
     windows: list[int]
