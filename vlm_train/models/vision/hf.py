@@ -16,6 +16,7 @@ from torch import nn
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Features, Grid3, MediaInput
 from vlm_train.errors import ConfigError
+from vlm_train.models.layers.drop_path import add_drop_path
 from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.weights.clip_init import init_vision
 from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained
@@ -61,6 +62,7 @@ class HFVision(nn.Module):
             tower interpolates its positions.
         attention: `sdpa`, `flash` (the flash-attn package) or `eager`.
         init: random weights as `transformers` has them (`library`), or as CLIP's training started (`clip`).
+        drop_path: probability that training leaves out a branch of the last layer, see `add_drop_path`.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class HFVision(nn.Module):
         image_size: int | Sequence[int] | None = None,
         attention: str = "sdpa",
         init: str = "library",
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.numbers = dict(config)
@@ -88,6 +91,8 @@ class HFVision(nn.Module):
         blocks = "layers" if hasattr(self.tower.encoder, "layers") else "layer"
         self.layers_path = f"{self.tower_path}.encoder.{blocks}".lstrip(".")
         self.depth = len(self.layers)
+        self.drop_path = drop_path
+        add_drop_path(self.layers, drop_path, setting="vision.drop_path")
         # Some layers take a mask as their second argument, in some releases only.
         takes_mask = "attention_mask" in inspect.signature(type(self.layers[0]).forward).parameters
         self._no_mask = (None,) if takes_mask else ()
@@ -179,6 +184,7 @@ class HFVision(nn.Module):
         self.model = load_pretrained(
             self.model, self.weights, setting="vision.weights", declared=_NOT_VISION, config=self.numbers
         )
+        add_drop_path(self.layers, self.drop_path, setting="vision.drop_path")  # on the copy that was read
         self._register_statistics(next(self.model.parameters()).device)
 
     def _register_statistics(self, device: torch.device) -> None:
