@@ -275,10 +275,13 @@ def test_the_first_error_is_named_last_and_those_that_wait_end_soon(cfg: DictCon
         if os.environ["RANK"] == "1":
             while not (folder.parent / "0").is_dir():
                 time.sleep(0.1)
-            with torchrun.record_error():
-                raise ValueError("the original error")
+            try:
+                with torchrun.record_error():
+                    raise ValueError("the original error")
+            finally:
+                (folder / "raised").touch()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        while not (folder.parent / "1").is_dir():
+        while not (folder.parent / "1" / "raised").exists():
             time.sleep(0.1)
         try:
             with torchrun.record_error():
