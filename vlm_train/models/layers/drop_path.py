@@ -21,7 +21,7 @@ BRANCHES = ("self_attn", "attention", "attn", "mlp")
 def add_drop_path(layers: Iterable[nn.Module], rate: float, *, setting: str) -> None:
     """Leave out every branch of every layer with a probability that grows from 0 at the first to `rate` at the last.
 
-    What stays is divided by the probability that it does, so that its mean is as without. Evaluation leaves nothing out.
+    What stays is divided by the probability that it does, so that its mean is as without. Evaluation drops nothing.
 
     Args:
         setting: dotted path of `rate`, for messages.
