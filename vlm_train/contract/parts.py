@@ -27,6 +27,7 @@ from vlm_train.contract.finding import (
 )
 from vlm_train.contracts.layout import GridLayout, MediaSize
 from vlm_train.contracts.media import Features, Grid3, MediaInput
+from vlm_train.errors import ConfigError
 from vlm_train.models.vision.example import blank_input
 
 WIDTHS: dict[str, Any] = {"in_dim": 48, "out_dim": 32}
@@ -90,11 +91,22 @@ def check_connector(component: Component) -> Iterator[Finding]:
     if not isinstance(tokens := connector(_make_features(GRIDS[0])), Features):
         yield Finding("forward returns Features", f"got {type(tokens).__name__}")
         return
-    for grids in GRIDS:
+    batches = _choose_batches(connector)
+    for grids in batches:
         yield from _check_tokens(component.make_small(**WIDTHS), grids)
     yield _check_layout(connector)
-    features = _make_features(GRIDS[-1])
+    features = _make_features(batches[-1])
     yield check_state(connector, component.make_small(**WIDTHS), lambda one: one(features).values)
+
+
+def _choose_batches(connector: Any) -> tuple[tuple[Grid3, ...], ...]:
+    """`GRIDS`; for a connector that refuses sides which do not divide, those of four times the sides."""
+    try:
+        for grid in {grid for grids in GRIDS for grid in grids}:
+            connector.token_grid(grid)
+    except ConfigError:
+        return tuple(tuple(Grid3(t, 4 * h, 4 * w) for t, h, w in grids) for grids in GRIDS)
+    return GRIDS
 
 
 def _check_tokens(connector: Any, grids: tuple[Grid3, ...]) -> Iterator[Finding]:
