@@ -59,10 +59,10 @@ class LlavaNextExporter:
 
 def find_tile_problems(model: Any) -> list[str]:
     """Every reason why neither LLaVA-NeXT nor LLaVA-OneVision can express `model`. Reads no weight."""
-    problems = find_part_problems(model)
     if not isinstance(stitcher := getattr(model, "stitcher", None), UnpadNewline):
         kind = "null" if stitcher is None else type(stitcher).__name__
-        return [*problems, f"parts.stitcher: {kind}; tiles are joined by UnpadNewline (parts=unpad_newline)"]
+        return [f"parts.stitcher: {kind}; tiles are joined by UnpadNewline (parts=unpad_newline)"]
+    problems = find_part_problems(model)
     if not problems and model.vision.image_size[0] != model.vision.image_size[1]:
         problems.append("vision.image_size: tiles are square")
     return problems
