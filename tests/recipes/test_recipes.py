@@ -68,8 +68,24 @@ BLIP = {
 }
 
 
+# LLaVA-NeXT: scripts/train/{pretrain_clip,direct_finetune_clip}.sh, and Open-LLaVA-NeXT where nothing official is known.
+# LLaVA-OneVision: arXiv 2408.03326, Table 1; scripts/train/finetune_{si,ov}.sh.
+TILED = {
+    # recipe: (learning rate, that of the tower, samples a step, max length, template, grids, most tiles, frames)
+    "llava_next_vicuna7b": (2e-5, 2e-6, 128, 4096, "vicuna_v1", 5, None, 8),
+    "llava_next_mistral7b": (2e-5, 2e-6, 128, 4096, "mistral", 5, None, 8),
+    "llava_next_llama3_8b": (1e-5, 2e-6, 128, 8192, "llama3", 5, None, 8),
+    "llava_onevision_7b_stage15": (1e-5, 2e-6, 256, 32768, "chatml", 5, None, 8),
+    "llava_onevision_7b_single": (1e-5, 2e-6, 256, 32768, "chatml", 6, 9, 8),
+    "llava_onevision_7b": (1e-5, 2e-6, 256, 32768, "chatml", 6, 9, 32),
+    "llava_onevision_0_5b_stage15": (1e-5, 2e-6, 512, 32768, "chatml", 5, None, 8),
+    "llava_onevision_0_5b_single": (1e-5, 2e-6, 512, 32768, "chatml", 6, 9, 8),
+    "llava_onevision_0_5b": (1e-5, 2e-6, 512, 32768, "chatml", 6, 9, 32),
+}
+
+
 def test_there_are_recipes() -> None:
-    assert {*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
+    assert {*PUBLISHED, *TILED, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
 
@@ -85,7 +101,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     assert "hydra" not in text
 
 
-@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TWO_TOWERS, *QFORMER_LINE]))
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TILED, *TWO_TOWERS, *QFORMER_LINE]))
 def test_every_number_names_its_source(name: str) -> None:
     path = recipes_dir() / "recipe" / f"{name}.yaml"
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -116,6 +132,28 @@ def test_says_what_was_published(name: str) -> None:
     assert (cfg.data.pack, cfg.batch.micro) == (4096, 1), "not published, and changes no loss"
     for group, option in (("template", template), ("image", image)):
         assert cfg[group] == OmegaConf.load(config_dir() / group / f"{option}.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(TILED))
+def test_tiled_ones_say_what_was_published(name: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    lr, tower, samples, length, template, grids, most, frames = TILED[name]
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs) == (lr, samples, 1)
+    assert [(rule.match, rule.lr) for rule in cfg.params.rules] == [(r"vision\..*", tower), (".*", lr)]
+    assert (cfg.lr_schedule.warmup_ratio, cfg.optim.weight_decay, cfg.trainer.max_grad_norm) == (0.03, 0.0, 1.0)
+    assert cfg.data.max_length == length
+    assert (grids if isinstance(cfg.image.grids, int) else len(cfg.image.grids)) == grids
+    assert (cfg.parts.stitcher.max_tiles, cfg.image.frames) == (most, frames)
+    assert cfg.image.tile_several == (most is None)
+    named = OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
+    assert cfg.template.user_prefix == named.user_prefix
+
+
+@pytest.mark.parametrize("name", ["llava_onevision_7b_stage1", "llava_onevision_0_5b_stage1"])
+def test_onevision_aligns_as_published(name: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs) == (1e-3, 512, 1)
+    assert cfg.image.mode == "resize" and cfg.vision.layer == -2
 
 
 @pytest.mark.parametrize("name", sorted(TWO_TOWERS))

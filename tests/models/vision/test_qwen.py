@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -14,13 +15,21 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from tests.support.tiny_models import MEAN, STD, assert_close
+from vlm_train.config.folders import config_dir
 from vlm_train.contracts.media import Features, Grid3, MediaInput
 from vlm_train.errors import AssetError, ConfigError
+from vlm_train.models.connectors.pixel_shuffle import PixelShuffleMLP
+from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.models.vision.qwen import QwenVision, arrange_patches, name_ours, name_theirs
 
 PATCH = 4
 GRIDS = (Grid3(1, 4, 6), Grid3(1, 2, 2), Grid3(3, 10, 4), Grid3(1, 6, 14))
 """Images of several sizes, and a video of three pairs of frames."""
+
+
+def make_llm(name: str) -> HFCausalLM:
+    node = OmegaConf.load(config_dir() / "llm" / f"{name}.yaml")
+    return HFCausalLM(config=OmegaConf.to_container(node.config))  # type: ignore[arg-type]
 
 
 def ours(kind: str, **options: Any) -> QwenVision:
@@ -153,3 +162,19 @@ def test_wrong_numbers_are_refused(options: dict[str, Any], message: str) -> Non
 def test_features_keep_their_grids() -> None:
     features = ours("qwen2").encode(media())
     assert isinstance(features, Features) and features.grids == GRIDS and features.lengths == [24, 4, 120, 84]
+
+
+def test_counts_are_the_published_ones() -> None:
+    """Qwen2-VL-2B and 7B, encoder and merger, and the whole (transformers 5.23 on the meta device)."""
+    with torch.device("meta"):
+        encoder = QwenVision(image_mean=MEAN, image_std=STD)
+        mergers = {dim: PixelShuffleMLP(in_dim=1280, out_dim=dim, norm="patch", wide=True) for dim in (1536, 3584)}
+        small, large = (make_llm(name) for name in ("qwen2_vl_2b", "qwen2_vl_7b"))
+
+    def count(*parts: torch.nn.Module) -> int:
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+    assert count(encoder, mergers[1536]) == 665_271_296
+    assert count(encoder, mergers[3584]) == 675_759_104
+    assert count(encoder, mergers[1536], small) == 2_208_985_600
+    assert count(encoder, mergers[3584], large) == 8_291_375_616
