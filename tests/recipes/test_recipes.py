@@ -68,7 +68,7 @@ BLIP = {
 }
 
 
-# LLaVA-NeXT: scripts/train/{pretrain_clip,direct_finetune_clip}.sh, and Open-LLaVA-NeXT where nothing official is known.
+# LLaVA-NeXT: scripts/train/direct_finetune_clip.sh, and Open-LLaVA-NeXT where nothing official is known.
 # LLaVA-OneVision: arXiv 2408.03326, Table 1; scripts/train/finetune_{si,ov}.sh.
 TILED = {
     # recipe: (learning rate, that of the tower, samples a step, max length, template, grids, most tiles, frames)
