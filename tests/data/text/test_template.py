@@ -24,6 +24,7 @@ LEARNED = {
     "llama2": " {} <eos>",
     "llama3": "{}<|eot_id|>",
     "chatml": "{}<|im_end|>",
+    "qwen2_vl": "{}<|im_end|>",
     "mistral": " {}<eos>",
     "generic": "{}<|im_end|>",
     "caption": "{}<eos>",
