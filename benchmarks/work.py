@@ -17,8 +17,8 @@ from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStr
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.models.vision.example import blank_input
+from vlm_train.training.meta_batch import visual_tokens
 from vlm_train.training.params import Policy, apply_policy
-from vlm_train.training.trace import visual_tokens
 
 LOG_EVERY = 10
 CLIP = 1.0

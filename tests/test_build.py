@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import vlm_train
-from vlm_train.build import build_layout
 from vlm_train.contracts.family import Family
+from vlm_train.data.media_layout import make_layout
 
 PACKAGE = Path(vlm_train.__file__).parent
 
@@ -48,4 +48,4 @@ def test_a_family_may_lay_out_its_media_itself() -> None:
         def media_layout(self, images: Mapping[str, Any]) -> Any:
             return ("its own", images)
 
-    assert build_layout(Own(), {}) == ("its own", {})
+    assert make_layout(Own(), {}) == ("its own", {})

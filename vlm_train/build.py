@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,12 +20,11 @@ from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.given import GIVEN
-from vlm_train.contracts.layout import GridLayout, MediaLayout, NoMedia, StitchedLayout, untiled_shape
 from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.contracts.objective import Objective
 from vlm_train.data.images.plan import ImagePlan
+from vlm_train.data.media_layout import make_layout
 from vlm_train.data.processor import Processor
-from vlm_train.data.text.mrope import MRopeLayout
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError, PartError
 from vlm_train.models.adapters.lora import describe_adapters
@@ -81,7 +79,7 @@ def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: An
     return Processor(
         tokenizer=tokenizer,
         template=template,
-        layout=build_layout(model, images),
+        layout=make_layout(model, images),
         images=images,
         instruction=None if cfg.instruction is None else instantiate_part("instruction", cfg.instruction),
         streams=dict(model.streams),
@@ -212,37 +210,6 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
     given["frames_per_patch"] = getattr(vision, "frames_per_patch", 1)
     given = {name: value for name, value in given.items() if name in wanted}
     return cast(ImagePlan, instantiate_part("image", node, **given))
-
-
-def build_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
-    """The media layout of a model, with positions on as many axes as its language model has. Raises: see `_lay_out`."""
-    layout, llm = _lay_out(model, images), getattr(model, "llm", None)
-    if getattr(llm, "position_axes", 1) == 1 or hasattr(layout, "positions"):
-        return layout
-    return MRopeLayout(layout, getattr(llm, "tokens_per_second", None))
-
-
-def _lay_out(model: Family, images: Mapping[str, Any]) -> MediaLayout:
-    """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own.
-
-    Raises:
-        ConfigError: the features of several encoders go through connectors, and the family does not say where to.
-    """
-    if (own := model.media_layout(images)) is not None:
-        return own
-    connector: Any = getattr(model, "connector", None)
-    if connector is None or not images:
-        return NoMedia()
-    if len(images) > 1:
-        raise ConfigError(
-            f"model: {type(model).__name__} has several vision encoders: {', '.join(images)}. Its media_layout has to "
-            "say where their features stand in the text."
-        )
-    (image,) = images.values()
-    if (stitcher := getattr(model, "stitcher", None)) is not None:
-        shape = getattr(image, "shape", untiled_shape)
-        return StitchedLayout(image.grids, connector.token_grid, shape, stitcher.count_tokens)
-    return GridLayout(image.grids, connector.token_grid)
 
 
 def build_tokenizer(cfg: DictConfig) -> Any:

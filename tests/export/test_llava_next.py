@@ -14,10 +14,10 @@ from tests.export.test_llava import tokenizer_of
 from tests.models.families.test_anyres_parity import make_plan, tiny_anyres
 from tests.support.parity import encode, noise
 from tests.support.tiny_models import assert_close, text_stream, tiny_vlm
-from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch, MediaBatch
 from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.data.collate import join_views
+from vlm_train.data.media_layout import make_layout
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.template import ChatTemplate
 from vlm_train.errors import AssetError
@@ -28,7 +28,7 @@ from vlm_train.export.llava_next import LlavaNextExporter
 
 def processor_of(model: Any) -> Processor:
     plan = make_plan(model, "next")
-    layout = build_layout(model, {"vision": plan})
+    layout = make_layout(model, {"vision": plan})
     template = ChatTemplate(system=None, user_prefix="w2 ", user_suffix=" w3 ", media="first", media_suffix=" ")
     return Processor(tokenizer=tokenizer_of(96), template=template, layout=layout, images={"vision": plan})
 
@@ -52,7 +52,7 @@ def test_a_served_image_gives_our_logits_and_answers(exported: tuple[Any, Path],
     inputs = processor(images=Image.fromarray(pixels), text="w5 <image> w6 w7", return_tensors="pt")
 
     plan = make_plan(model, "next")
-    ((slot,),) = build_layout(model, {"vision": plan})([MediaSize(*size)])
+    ((slot,),) = make_layout(model, {"vision": plan})([MediaSize(*size)])
     shown = join_views([plan(encode(pixels))], plan)
     media = MediaBatch(
         inputs={"vision": shown}, slot_counts=(slot.count,), row=torch.zeros(1, dtype=torch.long), keys=("one",)

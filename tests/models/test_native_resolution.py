@@ -15,12 +15,12 @@ from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Tu
 from tests.data.text.rendering import load
 from tests.out_of_tree.my_vlm.native_vit import NativeViT
 from tests.support.tiny_models import assert_close, llama_config, tiny_llm
-from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.media import Features
 from vlm_train.contracts.objective import StepContext
 from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.images.native import NativeResolution
+from vlm_train.data.media_layout import make_layout
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import BatchError
@@ -30,7 +30,7 @@ from vlm_train.models.connectors.pool import PooledMLP
 from vlm_train.models.connectors.qformer import QFormerConnector
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.objectives.lm import LanguageModeling
-from vlm_train.training.trace import meta_batch, visual_tokens
+from vlm_train.training.meta_batch import meta_batch, visual_tokens
 
 SIZES = [(64, 32), (32, 32), (40, 84), (64, 32)]
 QFORMER: dict[str, Any] = {
@@ -58,7 +58,7 @@ def make(connector: str = "mlp") -> tuple[PrefixVLM, Processor]:
                 parameter.mul_(3)
     plan = NativeResolution(patch_size=8, patch_grid=vision.patch_grid, min_pixels=256, max_pixels=4096)
     images = {"vision": plan}
-    processor = Processor(tokenizer=tokenizer, template=load("qa"), layout=build_layout(model, images), images=images)
+    processor = Processor(tokenizer=tokenizer, template=load("qa"), layout=make_layout(model, images), images=images)
     return model, pickle.loads(pickle.dumps(processor))
 
 

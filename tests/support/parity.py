@@ -12,11 +12,11 @@ from PIL import Image
 
 from tests.support.tiny_models import assert_close, text_stream
 from tests.support.videos import video
-from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch, MediaBatch
 from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.contracts.objective import StepContext
 from vlm_train.data.collate import join_views
+from vlm_train.data.media_layout import make_layout
 from vlm_train.objectives.lm import LanguageModeling
 
 Media = tuple[int, int] | str
@@ -37,7 +37,7 @@ def noise(width: int, height: int) -> np.ndarray:
 
 def lay_out(model: Any, plan: Any, rows: Sequence[Sequence[Media]], *, left: bool = False) -> Batch:
     """Text with the media of every row in it, cut and laid out as in training."""
-    layout = build_layout(model, {"vision": plan})
+    layout = make_layout(model, {"vision": plan})
     texts, items = [], []
     for row in rows:
         ids = [5, 6]

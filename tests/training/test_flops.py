@@ -15,8 +15,9 @@ from vlm_train.config.compose import compose_config
 from vlm_train.contracts.objective import StepContext
 from vlm_train.dryrun.report import without_assets
 from vlm_train.training.flops import Flops, count_flops
+from vlm_train.training.meta_batch import meta_batch
 from vlm_train.training.params import apply_policy
-from vlm_train.training.trace import meta_batch, trace_step
+from vlm_train.training.trace import trace_step
 
 FULL_SIZE = ["llava1_stage1", "llava1_stage2", "llava15_stage1", "llava15_stage2", "llava15_lora"]
 TEXT, SUPERVISED = 184, 40

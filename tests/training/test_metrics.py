@@ -23,10 +23,11 @@ from vlm_train.dryrun.report import without_assets
 from vlm_train.training import device, fit, metrics
 from vlm_train.training.flops import count_flops
 from vlm_train.training.loss_sums import Sums
+from vlm_train.training.meta_batch import count_patches
 from vlm_train.training.metrics import Meter, part_norms
 from vlm_train.training.module import VLMModule
 from vlm_train.training.step_flops import Work, work_of
-from vlm_train.training.trace import count_patches, trace_step
+from vlm_train.training.trace import trace_step
 
 CPU = torch.device("cpu")
 

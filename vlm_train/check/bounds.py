@@ -105,6 +105,8 @@ RANGES: dict[str, str] = {
     "target.gpus_per_node": ">= 1",
     "target.cpu_gib": "> 0, <= 1e6",
     "target.memory_gib": "> 0, <= 1e6",
+    "target.image_width": ">= 1",
+    "target.image_height": ">= 1",
     "target.text_tokens": ">= 1",
     "target.supervised_tokens": ">= 1",
 }

@@ -24,9 +24,10 @@ from vlm_train.dryrun.round_trip import round_trip
 from vlm_train.models.adapters.quantize import quantized_layers
 from vlm_train.models.precision import find_halvable
 from vlm_train.training.flops import Flops, count_flops
+from vlm_train.training.meta_batch import ExampleImage, visual_tokens
 from vlm_train.training.params import Policy, make_policy
 from vlm_train.training.reference import START, reference_config
-from vlm_train.training.trace import ExampleImage, trace_step, visual_tokens
+from vlm_train.training.trace import trace_step
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from vlm_train.training.flops import count_flops
+from vlm_train.training.meta_batch import count_patches, visual_tokens
 from vlm_train.training.params import make_policy
-from vlm_train.training.trace import count_patches, trace_step, visual_tokens
+from vlm_train.training.trace import trace_step
 
 TEXTS = (32, 64, 128)
 """Text tokens of the traced samples: as many as a parabola needs."""

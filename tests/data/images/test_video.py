@@ -18,12 +18,12 @@ from tests.data.text.rendering import load
 from tests.support.small_run import picture
 from tests.support.tiny_models import llama_config, tiny_llm, tiny_vision, with_views
 from tests.support.videos import numbers, video
-from vlm_train.build import build_layout
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.collate import collate_rows
 from vlm_train.data.datamodule import Samples
 from vlm_train.data.images import transform as images_transform
 from vlm_train.data.images.video import decode_frames
+from vlm_train.data.media_layout import make_layout
 from vlm_train.data.order.sample_plan import SampleRef
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
@@ -96,7 +96,7 @@ def test_a_prefix_model_reads_a_video(tmp_path, clip):
     images = {
         "vision": images_transform.ImageTransform(mode="resize", size=(32, 32), frames=3, patch_grid=vision.patch_grid)
     }
-    layout = pickle.loads(pickle.dumps(build_layout(model, images)))
+    layout = pickle.loads(pickle.dumps(make_layout(model, images)))
     processor = Processor(template=load("qa"), tokenizer=tokenizer, layout=layout, images=images)
     samples = Samples([{"shards": str(write(tmp_path / "set", clip))}], processor, {}, seed=0, limit=None)
     items = [samples.load_example(SampleRef(index, 0), training=True) for index in range(2)]

@@ -19,12 +19,12 @@ from transformers import (
 
 from tests.support.parity import Media, assert_same_step, encode, lay_out, noise
 from tests.support.tiny_models import clip_config, siglip_config, tiny_llm, tiny_vision
-from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.collate import join_views
 from vlm_train.data.images.anyres import AnyRes
+from vlm_train.data.media_layout import make_layout
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.stitchers.unpad_newline import UnpadNewline, count_tokens
@@ -164,7 +164,7 @@ def test_generation_equals_transformers(family: str) -> None:
 def test_counts_that_data_knows_are_those_that_the_model_makes(family: str) -> None:
     model = tiny_anyres(family)
     plan = make_plan(model, family)
-    layout = build_layout(model, {"vision": plan})
+    layout = make_layout(model, {"vision": plan})
     sizes = np.random.default_rng(0).integers(1, 400, (60, 2))
     items = [plan(encode(noise(int(width), int(height)))) for width, height in sizes]
     shown = join_views(items, plan)

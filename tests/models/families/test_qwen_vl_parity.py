@@ -22,11 +22,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.models.vision.test_qwen import in_blocks, ours, theirs
 from tests.support.parity import Media, assert_same_step, encode, lay_out, noise
 from tests.support.tiny_models import MEAN, STD, llama_config, tiny_llm
-from vlm_train.build import build_layout
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize, Slot
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.native import NativeResolution
+from vlm_train.data.media_layout import make_layout
 from vlm_train.data.text.mrope import MRopeLayout
 from vlm_train.data.text.streams import PlacedSlot
 from vlm_train.models.connectors.pixel_shuffle import PixelShuffleMLP
@@ -147,7 +147,7 @@ def with_positions(
     """The batch with the positions of its layout, which are those of the library."""
     stream = batch.text["llm"]
     plan = make_plan(model)
-    layout: Any = build_layout(model, {"vision": plan})
+    layout: Any = make_layout(model, {"vision": plan})
     positions = torch.zeros(3, *stream.ids.shape, dtype=torch.long)
     for number, row in enumerate(rows):
         real = (stream.segment_ids[number] != 0).nonzero().squeeze(1)

@@ -114,7 +114,7 @@ def test_position_axes_reach_models_that_have_them(monkeypatch):
     with pytest.raises(ConfigError, match=r"'llama' has 1 position axis, but the media layout gives 3"):
         decode_stream(llm, llm.embed(stream.ids), three)
     given = []
-    monkeypatch.setattr(llm.model.config, "rope_parameters", {"mrope_section": [2, 2, 2]})
+    monkeypatch.setattr(llm, "position_axes", 3)
     monkeypatch.setattr(llm.decoder, "forward", lambda **kw: given.append(kw) or SimpleNamespace(last_hidden_state=0))
     decode_stream(llm, llm.embed(stream.ids), three)
     assert given[0]["position_ids"] is three.positions

@@ -81,8 +81,7 @@ class HFVision(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.numbers = dict(config)
-        self.weights = weights
+        self.numbers, self.weights = dict(config), weights
         self.model = build_model(_auto_model(config.get("model_type")), "vision", config, attention, ATTENTIONS)
         _init_weights(self.model, init)
         tower_config = self.model.config
@@ -90,8 +89,7 @@ class HFVision(nn.Module):
         _check_tower(self.tower, tower_config)
         blocks = "layers" if hasattr(self.tower.encoder, "layers") else "layer"
         self.layers_path = f"{self.tower_path}.encoder.{blocks}".lstrip(".")
-        self.depth = len(self.layers)
-        self.drop_path = drop_path
+        self.depth, self.drop_path = len(self.layers), drop_path
         add_drop_path(self.layers, drop_path, setting="vision.drop_path")
         # Some layers take a mask as their second argument, in some releases only.
         takes_mask = "attention_mask" in inspect.signature(type(self.layers[0]).forward).parameters
@@ -113,8 +111,7 @@ class HFVision(nn.Module):
         self.kept_grid = Grid3(1, 1, self.grid.size + self.prefix_tokens) if keep_cls else self.grid
         self.patch_grid = partial(fixed_grid, grid=self.kept_grid)
         self.out_dim = tower_config.hidden_size * len(self.chosen)
-        self.image_mean = _to_triple("image_mean", image_mean)
-        self.image_std = _to_triple("image_std", image_std)
+        self.image_mean, self.image_std = _to_triple("image_mean", image_mean), _to_triple("image_std", image_std)
         if min(self.image_std) <= 0:
             raise ConfigError(f"vision.image_std: got {self.image_std}; allowed: numbers above 0")
         self._register_statistics(torch.empty(0).device)

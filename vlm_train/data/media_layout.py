@@ -1,0 +1,42 @@
+"""Where the media of a model stand in its text, as its parts say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_train.contracts.family import Family
+from vlm_train.contracts.layout import GridLayout, MediaLayout, NoMedia, StitchedLayout, untiled_shape
+from vlm_train.data.text.mrope import MRopeLayout
+from vlm_train.errors import ConfigError
+
+
+def make_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
+    """The media layout of a model, with positions on as many axes as its language model has. Raises: see `_lay_out`."""
+    layout, llm = _lay_out(model, images), getattr(model, "llm", None)
+    if getattr(llm, "position_axes", 1) == 1 or hasattr(layout, "positions"):
+        return layout
+    return MRopeLayout(layout, getattr(llm, "tokens_per_second", None))
+
+
+def _lay_out(model: Family, images: Mapping[str, Any]) -> MediaLayout:
+    """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own.
+
+    Raises:
+        ConfigError: the features of several encoders go through connectors, and the family does not say where to.
+    """
+    if (own := model.media_layout(images)) is not None:
+        return own
+    connector: Any = getattr(model, "connector", None)
+    if connector is None or not images:
+        return NoMedia()
+    if len(images) > 1:
+        raise ConfigError(
+            f"model: {type(model).__name__} has several vision encoders: {', '.join(images)}. Its media_layout has to "
+            "say where their features stand in the text."
+        )
+    (image,) = images.values()
+    if (stitcher := getattr(model, "stitcher", None)) is not None:
+        shape = getattr(image, "shape", untiled_shape)
+        return StitchedLayout(image.grids, connector.token_grid, shape, stitcher.count_tokens)
+    return GridLayout(image.grids, connector.token_grid)
