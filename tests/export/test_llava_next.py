@@ -20,7 +20,7 @@ from vlm_train.data.collate import join_views
 from vlm_train.data.media_layout import make_layout
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.template import ChatTemplate
-from vlm_train.errors import AssetError
+from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.llava import LlavaExporter
 from vlm_train.export.llava_import import LlavaImporter, LlavaNextImporter
 from vlm_train.export.llava_next import LlavaNextExporter
@@ -87,6 +87,16 @@ def test_another_newline_is_not_accepted(exported: tuple[Any, Path]) -> None:
         model.stitcher.newline.add_(0.1)
     with pytest.raises(AssetError, match=r"logits of .* differ by"):
         LlavaNextExporter().verify(model, folder)
+
+
+def test_images_that_the_exported_processor_would_not_make_are_refused(tmp_path: Path) -> None:
+    model = tiny_anyres("next").eval()
+    processor = processor_of(model)
+    with pytest.raises(ConfigError, match=r"image: AnyRes; this export takes one view an image"):
+        LlavaExporter().write(model, processor, tmp_path)
+    processor.images["vision"].tile_several = False  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"image\.tile_several: got false; LLaVA-NeXT tiles every image"):
+        LlavaNextExporter().write(model, processor, tmp_path)
 
 
 def test_compositions_without_an_equivalent_have_problems() -> None:

@@ -15,6 +15,7 @@ from vlm_train.contracts.media import MediaInput
 from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError
 from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
+from vlm_train.export.llava import require_image_mode
 from vlm_train.export.merged import merged_state
 from vlm_train.export.vocabulary import pad_rows, rows_with
 from vlm_train.models.connectors.qformer import QFormerConnector
@@ -45,7 +46,7 @@ class Blip2Exporter:
             model,
             processor.tokenizer,
             folder,
-            image_mode=getattr(processor.images.get("vision"), "mode", "resize"),
+            image_mode=require_image_mode(processor, "resize"),
             eos_ids=processor.end_ids,
             instruction=getattr(processor.instruction, "tokenizer", None),
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm_train.contracts.media import MediaInput
 from vlm_train.data.processor import Processor
-from vlm_train.errors import AssetError
+from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_template
 from vlm_train.export.merged import find_quantized, merged_state
 from vlm_train.export.vocabulary import pad_rows, rows_with
@@ -34,12 +34,26 @@ class LlavaExporter:
         return find_problems(model)
 
     def write(self, model: Any, processor: Processor, folder: Path) -> str:
-        mode = getattr(processor.images.get("vision"), "mode", "pad")
+        mode = require_image_mode(processor, "pad")
         write_llava(model, processor.tokenizer, folder, image_mode=mode, eos_ids=processor.end_ids)
         return describe_chat_template(add_chat_template(folder, processor, typical_size(model.vision)))
 
     def verify(self, model: Any, folder: Path) -> float:
         return verify_llava(model, folder)
+
+
+def require_image_mode(processor: Processor, default: str) -> str:
+    """How the images of a processor become one view each: `crop`, `pad` or `resize`; `default` where it has none.
+
+    Raises:
+        ConfigError: its plan makes other views, which the exported processor would not make.
+    """
+    plan = processor.images.get("vision")
+    if plan is None:
+        return default
+    if (mode := getattr(plan, "mode", None)) is None:
+        raise ConfigError(f"image: {type(plan).__name__}; this export takes one view an image: crop, pad or resize")
+    return str(mode)
 
 
 def write_llava(

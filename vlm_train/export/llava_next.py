@@ -73,6 +73,8 @@ def require_plan(processor: Processor) -> AnyRes:
     plan = processor.images["vision"]
     if not isinstance(plan, AnyRes):
         raise ConfigError(f"image: {type(plan).__name__}; LLaVA-NeXT's images are tiles (image=anyres)")
+    if not plan.tile_several:
+        raise ConfigError("image.tile_several: got false; LLaVA-NeXT tiles every image; allowed: true")
     return plan
 
 

@@ -82,6 +82,12 @@ def test_what_cannot_be_is_refused() -> None:
         plan()(encode(noise(4, 1000)), where="here")
 
 
+def test_a_damaged_video_names_its_place() -> None:
+    with pytest.raises(BadSample, match=r"^shard 3, key a: cannot decode video") as caught:
+        plan()(video()[:200], None, "shard 3, key a")
+    assert caught.value.kind == "video"
+
+
 def test_a_plan_fits_its_encoder() -> None:
     """Both kinds are built with what their encoder says; the wrong kind is named."""
     native, crop = (OmegaConf.load(f"conf/image/{name}.yaml") for name in ("native", "crop"))

@@ -34,7 +34,6 @@ class AnyRes:
             all from 1 x 1 to n x n.
         decode: "pillow" or "simplejpeg", as in `ImageTransform`.
         resize: "pillow" or "torch", likewise.
-        upright: turn pictures as their Exif orientation says.
         tile_several: false: an image of a sample with several is one view, padded to a square of the tower's mean
             color, as LLaVA-OneVision takes them.
         background: the color behind transparent pictures, 0 to 255 for red, green and blue; null: whatever color the
@@ -53,7 +52,6 @@ class AnyRes:
         grids: Sequence[Sequence[int]] | int = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
         decode: Decoder = "pillow",
         resize: Resizer = "pillow",
-        upright: bool = True,
         background: Sequence[int] | None = WHITE,
         tile_several: bool = True,
         frames: int = 8,
@@ -65,13 +63,12 @@ class AnyRes:
             patch_grid=patch_grid,
             decode=decode,
             resize=resize,
-            upright=upright,
             background=background,
             frames=frames,
         )
         self.size, self.view_grid = size, self.padded.view_grid
         self.tile_grids, self.tile_several = _list_tile_grids(grids), tile_several
-        self.decode, self.resize, self.upright, self.frames = decode, resize, upright, frames
+        self.decode, self.resize, self.frames = decode, resize, frames
         self.background = self.padded.background
 
     def shape(self, size: MediaSize) -> MediaShape:
@@ -100,7 +97,7 @@ class AnyRes:
         if images > 1 and not self.tile_several and not is_video(data):
             return self.padded(data, None, where)
         pictures, (w, h) = decode_pictures(
-            data, where, frames=self.frames, decode=self.decode, upright=self.upright, background=self.background
+            data, where, frames=self.frames, decode=self.decode, background=self.background
         )
         whole = [resize_picture(picture, width, height, self.resize) for picture in pictures]
         if is_video(data):
@@ -123,13 +120,13 @@ def choose_tile_grid(size: tuple[int, int], view: tuple[int, int], grids: Sequen
     the one with the fewest pixels of margin; the first of several."""
     (width, height), (view_height, view_width) = size, view
 
-    def judge(grid: TileGrid) -> tuple[int, int]:
+    def judge_grid(grid: TileGrid) -> tuple[int, int]:
         whole_width, whole_height = grid[1] * view_width, grid[0] * view_height
         scale = min(whole_width / width, whole_height / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - whole_width * whole_height
 
-    return max(grids, key=judge)
+    return max(grids, key=judge_grid)
 
 
 def fit_inside(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipelines.errors import BadSample
 from data_pipelines.media.pictures import WHITE
-from data_pipelines.media.video import is_video, read_video_header
+from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
 from vlm_train.data.images.decode import check_background, decode_pictures
@@ -17,6 +17,7 @@ from vlm_train.data.images.jpeg import Decoder, check_decoder
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.tiles import resize_picture
 from vlm_train.data.images.transform import Resizer
+from vlm_train.data.images.video import measure_video
 from vlm_train.errors import ConfigError
 
 MOST_ELONGATED = 200
@@ -127,7 +128,7 @@ class NativeResolution:
         """The flat patches `[P, 3 * frames_per_patch * p * p]` of an image or a video, see `ImagePlan`."""
         size, frames = None, 0
         if is_video(data):
-            header = read_video_header(data)
+            header = measure_video(data, where)
             size = MediaSize(header.width, header.height, header.frames, header.seconds)
             frames = self.count_frames(size)
         pictures, (width, height) = decode_pictures(

@@ -37,7 +37,6 @@ class Tiles:
         thumbnail: add the view of all of an image that has several tiles.
         decode: "pillow" or "simplejpeg", as in `ImageTransform`.
         resize: "pillow" or "torch", likewise.
-        upright: turn pictures as their Exif orientation says.
         background: the color behind transparent pictures, 0 to 255 for red, green and blue; null: whatever color the
             file has there, black mostly.
         frames: most frames of a video that are used, evenly spaced.
@@ -56,7 +55,6 @@ class Tiles:
         thumbnail: bool = True,
         decode: Decoder = "pillow",
         resize: Resizer = "pillow",
-        upright: bool = True,
         background: Sequence[int] | None = WHITE,
         frames: int = 8,
     ) -> None:
@@ -69,7 +67,7 @@ class Tiles:
             )
         self.size, self.view_grid = size, patch_grid(MediaSize(width=size[1], height=size[0]))
         self.min_tiles, self.max_tiles, self.share_tiles = min_tiles, max_tiles, share_tiles
-        self.thumbnail, self.decode, self.resize, self.upright = thumbnail, decode, resize, upright
+        self.thumbnail, self.decode, self.resize = thumbnail, decode, resize
         self.background, self.frames = None if background is None else tuple(background), frames
 
     def tile_grid(self, size: MediaSize) -> TileGrid:
@@ -94,7 +92,7 @@ class Tiles:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         height, width = self.size
         pictures, (w, h) = decode_pictures(
-            data, where, frames=self.frames, decode=self.decode, upright=self.upright, background=self.background
+            data, where, frames=self.frames, decode=self.decode, background=self.background
         )
         if is_video(data):
             views = [resize_picture(picture, width, height, self.resize) for picture in pictures]

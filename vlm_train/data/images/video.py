@@ -7,10 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipelines.errors import BadSample
-from data_pipelines.media.video import frames_at, read_frames, read_video_header, spread_frames
+from data_pipelines.media.video import VideoHeader, frames_at, read_frames, read_video_header, spread_frames
 
 MAX_DECODED = 2**29
 """Most pixels of all decoded frames together (1.5 GB as RGB)."""
+
+
+def measure_video(data: bytes, where: str = "video") -> VideoHeader:
+    """Size, frames and seconds of an encoded video. Raises `BadSample`, which names `where`, for a broken one."""
+    try:
+        return read_video_header(data)
+    except BadSample as error:
+        raise BadSample(f"{where}: cannot decode video ({len(data)} bytes): {error}", kind="video") from error
 
 
 def decode_frames(

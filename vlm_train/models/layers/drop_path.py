@@ -40,10 +40,10 @@ def add_drop_path(layers: Iterable[nn.Module], rate: float, *, setting: str) -> 
             raise ConfigError(f"{setting}: {type(layer).__name__} has no branch called {', '.join(BRANCHES)}; use 0")
         dropped = rate * number / max(len(found) - 1, 1)
         for branch in branches:
-            branch.register_forward_hook(partial(_drop, rate=dropped))
+            branch.register_forward_hook(partial(_drop_samples, rate=dropped))
 
 
-def _drop(module: nn.Module, args: Any, output: Any, *, rate: float) -> Any:
+def _drop_samples(module: nn.Module, args: Any, output: Any, *, rate: float) -> Any:
     """The branch's output `[N, P, D]`, alone or first of a tuple, without that of the dropped samples."""
     if rate == 0 or not module.training:
         return output

@@ -15,10 +15,16 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedMode
 
 
 class _WithHead(GenerationMixin):
-    """Logits of a decoder, for models with `model` and `lm_head`."""
+    """A decoder of class `decoder_class`, and the logits of its hidden states."""
 
-    model: Any
-    lm_head: Any
+    decoder_class: type[nn.Module]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the library's own form
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model: Any = self.decoder_class(config)
+        self.lm_head: Any = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def forward(
         self,
@@ -49,26 +55,14 @@ class Qwen2VLForCausalLM(_WithHead, Qwen2VLPreTrainedModel):
     """Qwen2-VL's."""
 
     config_class = Qwen2VLTextConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the library's own form
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = Qwen2VLTextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = Qwen2VLTextModel
 
 
 class Qwen25VLForCausalLM(_WithHead, Qwen2_5_VLPreTrainedModel):
     """Qwen2.5-VL's."""
 
     config_class = Qwen2_5_VLTextConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the library's own form
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = Qwen2_5_VLTextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = Qwen2_5_VLTextModel
 
 
 def register_qwen_text() -> None:

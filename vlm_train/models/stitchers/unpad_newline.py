@@ -62,7 +62,10 @@ class UnpadNewline(nn.Module):
     ) -> list[Tensor]:
         """The tokens of an item, from `[P, D]` of each of its views."""
         if shape.frames and self.video_pool:
-            return [*(_scale(one, grid, _pool(grid, self.video_pool)) for one, grid in zip(views, grids)), newline]
+            return [
+                *(_scale_tokens(one, grid, _pool_grid(grid, self.video_pool)) for one, grid in zip(views, grids)),
+                newline,
+            ]
         if not shape.rows:
             return [*views, newline]
         grid = grids[1]
@@ -70,7 +73,8 @@ class UnpadNewline(nn.Module):
         tiles = torch.stack([*views[1:]]).unflatten(0, (shape.rows, shape.columns)).unflatten(2, (grid.h, grid.w))
         image = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[rows, columns]  # [R, C, h, w, D] -> [H, W, D]
         if (height, width) != image.shape[:2]:
-            image = _scale(image.flatten(0, 1), Grid3(1, *image.shape[:2]), (height, width)).view(height, width, -1)
+            flat = _scale_tokens(image.flatten(0, 1), Grid3(1, *image.shape[:2]), (height, width))
+            image = flat.unflatten(0, (height, width))
         lines = torch.cat([image, newline.expand(height, 1, -1)], dim=1)
         return [views[0], lines.flatten(0, 1)]
 
@@ -80,7 +84,7 @@ def count_tokens(
 ) -> int:
     """How many tokens `UnpadNewline` makes of an item, whose views have `grids` of tokens."""
     if shape.frames and video_pool:
-        return sum(math.prod(_pool(grid, video_pool)) for grid in grids) + 1
+        return sum(math.prod(_pool_grid(grid, video_pool)) for grid in grids) + 1
     if not shape.rows:
         return sum(grid.size for grid in grids) + 1
     _, _, height, width = _find_image(shape, grids[1], max_tiles)
@@ -109,11 +113,11 @@ def _find_image(shape: MediaShape, grid: Grid3, max_tiles: int | None) -> tuple[
     return rows, columns, height, width
 
 
-def _pool(grid: Grid3, factor: int) -> tuple[int, int]:
+def _pool_grid(grid: Grid3, factor: int) -> tuple[int, int]:
     return math.ceil(grid.h / factor), math.ceil(grid.w / factor)
 
 
-def _scale(tokens: Tensor, grid: Grid3, size: tuple[int, int]) -> Tensor:
+def _scale_tokens(tokens: Tensor, grid: Grid3, size: tuple[int, int]) -> Tensor:
     """`[P, D]` of one grid -> `[Q, D]` of another one, bilinear."""
     image = tokens.unflatten(0, (grid.h, grid.w)).permute(2, 0, 1)[None]
     return F.interpolate(image, size, mode="bilinear")[0].flatten(1).transpose(0, 1)
