@@ -21,12 +21,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.corpus import tars
+from data_pipelines.media.pictures import Decoder
 from vlm_train.config.schema import BatchSize
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.layout import GridLayout, MediaSize
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.datamodule import VLMData
-from vlm_train.data.images.jpeg import Decoder
 from vlm_train.data.images.transform import ImageTransform, Mode, Resizer
 from vlm_train.data.order.cost import Cost
 from vlm_train.data.processor import Processor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,10 @@ MAX_EXIF = 16
 """Exif segments of a JPEG file: Pillow copies all of them for each, at every look."""
 WHITE = (255, 255, 255)
 JPEG_START = b"\xff\xd8\xff"
+
+Decoder = Literal["pillow", "simplejpeg"]
+Picture = Image.Image | np.ndarray
+"""8-bit RGB, `[H, W, 3]` where it is an array."""
 
 ORIENTATION = 0x0112  # the Exif tag
 TURNS = {
@@ -121,15 +126,64 @@ def to_rgb(image: Image.Image, background: Sequence[int] | None = WHITE) -> Imag
     return shown.convert("RGB")
 
 
-def decode_picture(data: bytes) -> Image.Image:
-    """A picture file upright, in 8-bit RGB on white. Raises `BadSample`."""
-    with open_picture(data) as image:
-        orientation = read_orientation(image)
-        try:
-            image.load()
-        except UNREADABLE as error:
-            raise BadSample(f"image does not decode: {error}", kind="image") from error
-        return turn_upright(to_rgb(image), orientation)
+def decode_picture(
+    data: bytes,
+    where: str = "image",
+    *,
+    decode: Decoder = "pillow",
+    draft: Callable[[int, int], tuple[int, int]] | None = None,
+    upright: bool = True,
+    background: Sequence[int] | None = WHITE,
+) -> tuple[Picture, tuple[int, int]]:
+    """A picture file in 8-bit RGB, and the width and height that its header names.
+
+    Args:
+        data: the encoded file.
+        where: shard and key, for the message.
+        decode: "pillow"; "simplejpeg": ordinary JPEG files by that package, to the same pixels.
+        draft: maps width and height to the least that are needed: the JPEG decoder may scale down to no less.
+        upright: turn the picture as its Exif orientation says.
+        background: see `to_rgb`.
+
+    Raises:
+        BadSample: the file is corrupt, truncated, too large or of another format.
+    """
+    if decode == "simplejpeg" and draft is None and (pixels := decode_ordinary_jpeg(data, upright=upright)) is not None:
+        return pixels, (pixels.shape[1], pixels.shape[0])
+    try:
+        file = open_picture(data)
+        orientation = read_orientation(file) if upright else 1
+        width, height = file.size[::-1] if orientation in SWAPPING else file.size
+        if draft is not None:
+            needed = draft(width, height)
+            file.draft("RGB", needed[::-1] if orientation in SWAPPING else needed)  # does nothing to other than JPEG
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's texts name neither file nor sample
+            file.load()
+            return turn_upright(to_rgb(file, background), orientation), (width, height)
+    except (BadSample, *UNREADABLE, MemoryError, OverflowError) as error:
+        raise BadSample(f"{where}: cannot decode image ({len(data)} bytes): {error}", kind="image") from error
+
+
+def decode_ordinary_jpeg(data: bytes, *, upright: bool = True) -> np.ndarray | None:
+    """`[H, W, 3]` uint8 of an ordinary JPEG file by simplejpeg, which leaves out Pillow's copies of the pixels. The
+    pixels are the same: both call libjpeg-turbo, by the same rules.
+
+    None for all others, which Pillow has to read or to refuse: other formats, CMYK, pictures to be turned or too large,
+    and files with the least damage. libjpeg-turbo mends some damage with a warning; `strict` makes that an error.
+    """
+    import simplejpeg
+
+    if not data.startswith(JPEG_START):
+        return None
+    try:
+        file = open_picture(data)
+        if file.mode not in ("RGB", "L") or (upright and read_orientation(file) != 1):
+            return None
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except (BadSample, ValueError, MemoryError):
+        return None
+    return pixels if pixels.shape == (file.height, file.width, 3) else None
 
 
 def list_traits(data: bytes) -> list[str]:

@@ -143,8 +143,10 @@ class Processor:
 
 def measure_media(media: Sequence[MediaItem]) -> list[MediaSize]:
     """What layouts and image plans know of all media items of a sample."""
-    images = sum(one.kind == "image" for one in media)
-    return [MediaSize(one.width, one.height, one.frames, one.seconds, images) for one in media]
+    return [
+        MediaSize(one.width, one.height, one.frames, one.seconds, images=sum(other.kind == "image" for other in media))
+        for one in media
+    ]
 
 
 def _find_token(tokenizer: Any, suffix: str) -> int | None:

@@ -11,10 +11,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import BadSample
+from data_pipelines.media.pictures import decode_ordinary_jpeg, decode_picture
 from tests.data.arrays import ImageTransform
-from vlm_train.data.images import jpeg
-from vlm_train.data.images.decode import decode_image
-from vlm_train.data.images.jpeg import decode_jpeg
 from vlm_train.data.images.native import NativeResolution
 from vlm_train.data.images.transform import one_patch
 from vlm_train.errors import ConfigError
@@ -43,8 +41,8 @@ def exif(orientation: int) -> Image.Exif:
 
 def assert_same(data: bytes) -> None:
     """simplejpeg takes it, and gives Pillow's pixels."""
-    pixels = decode_jpeg(data)
-    assert pixels is not None and np.array_equal(pixels, np.asarray(decode_image(data)[0]))
+    pixels = decode_ordinary_jpeg(data)
+    assert pixels is not None and np.array_equal(pixels, np.asarray(decode_picture(data)[0]))
 
 
 @pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "Gray"])
@@ -105,7 +103,7 @@ def left_to_pillow() -> Iterator[tuple[str, bytes]]:
 
 @pytest.mark.parametrize(("kind", "data"), left_to_pillow(), ids=lambda value: value if isinstance(value, str) else "")
 def test_other_files_are_read_or_refused_by_pillow(kind: str, data: bytes) -> None:
-    assert decode_jpeg(data) is None, kind
+    assert decode_ordinary_jpeg(data) is None, kind
     plans: list[dict[str, Any]] = [{"size": (16, 16), "mode": "crop"}, {"size": (16, 20), "mode": "pad"}]
     for plan in plans:
         assert seen(data, decode="simplejpeg", **plan) == seen(data, decode="pillow", **plan)
@@ -128,9 +126,9 @@ def test_damaged_files_are_the_same_picture_or_the_same_error() -> None:
             damaged = bytearray(data)
             for at in generator.integers(2, len(data), 2):
                 damaged[at] = generator.integers(0, 256)
-            pixels = decode_jpeg(bytes(damaged))
+            pixels = decode_ordinary_jpeg(bytes(damaged))
             if pixels is not None:
-                assert np.array_equal(pixels, np.asarray(decode_image(bytes(damaged))[0]))
+                assert np.array_equal(pixels, np.asarray(decode_picture(bytes(damaged))[0]))
                 taken += 1
     assert 50 < taken < 550
 
@@ -146,13 +144,13 @@ def test_a_decompression_bomb_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch, l
 
 def test_a_picture_of_another_size_than_its_header_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: np.zeros((8, 9, 3), np.uint8))
-    assert decode_jpeg(encode(picture(8, 8))) is None
+    assert decode_ordinary_jpeg(encode(picture(8, 8))) is None
 
 
 def test_a_lying_picture_stays_so_where_asked() -> None:
     data = encode(picture(24, 20), exif=exif(6))
-    pixels = decode_jpeg(data, upright=False)
-    assert pixels is not None and np.array_equal(pixels, np.asarray(decode_image(data, upright=False)[0]))
+    pixels = decode_ordinary_jpeg(data, upright=False)
+    assert pixels is not None and np.array_equal(pixels, np.asarray(decode_picture(data, upright=False)[0]))
     for upright in (False, True):
         plan: dict[str, Any] = {"size": (16, 16), "upright": upright}
         assert seen(data, decode="simplejpeg", **plan) == seen(data, decode="pillow", **plan)
@@ -204,7 +202,7 @@ def test_native_resolution_takes_it_too(resize: Any) -> None:
 
 
 def test_it_is_simplejpeg_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_train.data.images.decode.decode_image", lambda *_, **__: pytest.fail("Pillow"))
+    monkeypatch.setattr("data_pipelines.media.pictures.to_rgb", lambda *_, **__: pytest.fail("Pillow"))
     data = encode(picture(40, 30))
     assert ImageTransform(size=(16, 16), decode="simplejpeg")(data).shape == (1, 3, 16, 16)
     NativeResolution(patch_size=14, patch_grid=one_patch, decode="simplejpeg")(data)
@@ -212,7 +210,7 @@ def test_it_is_simplejpeg_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("plan", [ImageTransform, NativeResolution])
 def test_a_plan_without_the_package_is_refused(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jpeg, "find_spec", lambda name: None)
+    monkeypatch.setattr("vlm_train.data.images.plan.find_spec", lambda name: None)
     given = {"size": (8, 8)} if plan is ImageTransform else {"patch_size": 14, "patch_grid": one_patch}
     plan(**given)
     with pytest.raises(ConfigError, match=r"^image.decode: got simplejpeg.*pip install 'vlm-train\[jpeg\]'"):

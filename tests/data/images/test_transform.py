@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from data_pipelines.errors import BadSample
+from data_pipelines.media.pictures import decode_picture
 from tests.data.arrays import ImageTransform
-from vlm_train.data.images.decode import decode_image
 from vlm_train.data.images.transform import random_part
 from vlm_train.errors import ConfigError
 
@@ -101,7 +101,7 @@ def test_corrupt_bytes_decode_or_are_a_bad_sample(form):
         for at in generator.integers(0, min(len(data), 200), 3):
             damaged[at] = generator.integers(0, 256)
         try:
-            decode_image(bytes(damaged), "here")
+            decode_picture(bytes(damaged), "here")
         except BadSample as error:
             assert str(error).startswith("here: ")
 
@@ -109,7 +109,7 @@ def test_corrupt_bytes_decode_or_are_a_bad_sample(form):
 def test_other_formats_are_bad_samples():
     for data in (b"", b"not an image", encode(picture(8, 8), "BMP"), encode(picture(8, 8), "GIF")):
         with pytest.raises(BadSample, match="^here: "):
-            decode_image(data, "here")
+            decode_picture(data, "here")
 
 
 @pytest.mark.parametrize("limit", [30, 40, 63])  # above twice the limit Pillow raises, above the limit it warns
@@ -204,12 +204,12 @@ def test_scaled_decoding_stays_above_the_size_of_the_resize(mode, size, decoded,
         return resize(image, target, *more)
 
     def spy_decode(*arguments, **options):
-        image, size = decode_image(*arguments, **options)
+        image, size = decode_picture(*arguments, **options)
         seen.append(image.size)
         return image, size
 
     monkeypatch.setattr(Image.Image, "resize", spy)
-    monkeypatch.setattr("vlm_train.data.images.decode.decode_image", spy_decode)
+    monkeypatch.setattr("vlm_train.data.images.transform.decode_picture", spy_decode)
     view = ImageTransform(mode=mode, size=(32, 32), jpeg_draft=True)(encode(picture(*size), "JPEG"))
     assert seen[:2] == [decoded, resized] and view.shape == (1, 3, 32, 32)
 

@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines.media.pictures import WHITE
+from data_pipelines.media.pictures import WHITE, Decoder, decode_picture
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.decode import decode_pictures
-from vlm_train.data.images.jpeg import Decoder
 from vlm_train.data.images.plan import Views
 from vlm_train.data.images.tiles import TileGrid, cut_tiles, resize_picture, stack_views
 from vlm_train.data.images.transform import ImageTransform, Resizer, one_patch
+from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
 
@@ -94,22 +93,22 @@ class AnyRes:
     ) -> Views:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         height, width = self.size
-        if images > 1 and not self.tile_several and not is_video(data):
-            return self.padded(data, None, where)
-        pictures, (w, h) = decode_pictures(
-            data, where, frames=self.frames, decode=self.decode, background=self.background
-        )
-        whole = [resize_picture(picture, width, height, self.resize) for picture in pictures]
         if is_video(data):
-            return self._make_views(whole, MediaShape(frames=len(whole)))
+            frames = decode_frames(data, count=self.frames, where=where)
+            views = [resize_picture(frame, width, height, self.resize) for frame in frames]
+            return self._make_views(views, MediaShape(frames=len(views)))
+        if images > 1 and not self.tile_several:
+            return self.padded(data, None, where)
+        picture, (w, h) = decode_picture(data, where, decode=self.decode, background=self.background)
         shape = self.shape(MediaSize(width=w, height=h))
         rows, columns = shape.rows, shape.columns
         canvas = np.zeros((rows * height, columns * width, 3), np.uint8)
         inner_width, inner_height = fit_inside((w, h), (columns * width, rows * height))
         top, left = (canvas.shape[0] - inner_height) // 2, (canvas.shape[1] - inner_width) // 2
-        image = resize_picture(pictures[0], inner_width, inner_height, self.resize)
+        image = resize_picture(picture, inner_width, inner_height, self.resize)
         canvas[top : top + inner_height, left : left + inner_width] = image
-        return self._make_views([*whole, *cut_tiles(canvas, rows, columns)], shape)
+        whole = resize_picture(picture, width, height, self.resize)
+        return self._make_views([whole, *cut_tiles(canvas, rows, columns)], shape)
 
     def _make_views(self, pictures: Sequence[np.ndarray], shape: MediaShape) -> Views:
         return Views(stack_views(pictures), (self.view_grid,) * len(pictures), shape)

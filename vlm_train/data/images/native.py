@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from data_pipelines.errors import BadSample
-from data_pipelines.media.pictures import WHITE
+from data_pipelines.media.pictures import WHITE, Decoder, Picture, decode_picture
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.decode import check_background, decode_pictures
-from vlm_train.data.images.jpeg import Decoder, check_decoder
-from vlm_train.data.images.plan import Views
+from vlm_train.data.images.plan import Views, check_background, check_decoder
 from vlm_train.data.images.tiles import resize_picture
 from vlm_train.data.images.transform import Resizer
-from vlm_train.data.images.video import measure_video
+from vlm_train.data.images.video import decode_frames, measure_video
 from vlm_train.errors import ConfigError
 
 MOST_ELONGATED = 200
@@ -126,20 +124,22 @@ class NativeResolution:
         self, data: bytes, generator: np.random.Generator | None = None, where: str = "image", *, images: int = 1
     ) -> Views:
         """The flat patches `[P, 3 * frames_per_patch * p * p]` of an image or a video, see `ImagePlan`."""
-        size, frames = None, 0
+        frames = 0
         if is_video(data):
             header = measure_video(data, where)
             size = MediaSize(header.width, header.height, header.frames, header.seconds)
             frames = self.count_frames(size)
-        pictures, (width, height) = decode_pictures(
-            data, where, frames=frames, decode=self.decode, background=self.background
-        )
+            pictures: Sequence[Picture] = [*decode_frames(data, count=frames, where=where)]
+        else:
+            picture, (width, height) = decode_picture(data, where, decode=self.decode, background=self.background)
+            size, pictures = MediaSize(width=width, height=height), [picture]
+        width, height = size.width, size.height
         if max(width, height) > MOST_ELONGATED * min(width, height):
             raise BadSample(
                 f"{where}: image of {width} x {height} pixels; one side is at most {MOST_ELONGATED} times the other",
                 kind="image",
             )
-        view = self.view_size(size or MediaSize(width=width, height=height))
+        view = self.view_size(size)
         resized = [resize_picture(picture, view.width, view.height, self.resize) for picture in pictures]
         if frames == 0:
             resized *= self.frames_per_patch

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 
+from data_pipelines.media.pictures import Decoder
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
+from vlm_train.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,21 @@ class ImagePlan(Protocol):
 
 MediaViews = Mapping[str, Sequence[Views | None]]
 """Name of an encoder -> its views of every media item of a sample; None: the sample does not show the item."""
+
+
+def check_decoder(decode: Decoder) -> None:
+    """Raise `ConfigError` where simplejpeg is asked for and not installed."""
+    if decode == "simplejpeg" and find_spec("simplejpeg") is None:
+        raise ConfigError(
+            "image.decode: got simplejpeg, which is not installed: pip install 'vlm-train[jpeg]'. "
+            "Allowed without it: pillow."
+        )
+
+
+def check_background(background: Sequence[int] | None) -> None:
+    """Raise `ConfigError` for what is no color."""
+    if background is not None and not (len(background) == 3 and all(0 <= value <= 255 for value in background)):
+        raise ConfigError(f"image.background: {[*background]}; allowed: [red, green, blue] of 0 to 255 each, or null")
 
 
 def collect_pictures(views: MediaViews) -> list[np.ndarray]:

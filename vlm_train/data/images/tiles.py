@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from data_pipelines.media.pictures import WHITE
+from data_pipelines.media.pictures import WHITE, Decoder, Picture, decode_picture
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.decode import Picture, check_background, decode_pictures
-from vlm_train.data.images.jpeg import Decoder, check_decoder
-from vlm_train.data.images.plan import Views
+from vlm_train.data.images.plan import Views, check_background, check_decoder
 from vlm_train.data.images.torch_resize import resize_by_torch
 from vlm_train.data.images.transform import Resizer, one_patch
+from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
 TileGrid = tuple[int, int]
@@ -91,17 +90,16 @@ class Tiles:
     ) -> Views:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         height, width = self.size
-        pictures, (w, h) = decode_pictures(
-            data, where, frames=self.frames, decode=self.decode, background=self.background
-        )
         if is_video(data):
-            views = [resize_picture(picture, width, height, self.resize) for picture in pictures]
+            frames = decode_frames(data, count=self.frames, where=where)
+            views = [resize_picture(frame, width, height, self.resize) for frame in frames]
             return Views(stack_views(views), (self.view_grid,) * len(views), MediaShape(frames=len(views)))
+        picture, (w, h) = decode_picture(data, where, decode=self.decode, background=self.background)
         rows, columns = self.tile_grid(MediaSize(width=w, height=h, images=images))
-        whole = resize_picture(pictures[0], columns * width, rows * height, self.resize)
+        whole = resize_picture(picture, columns * width, rows * height, self.resize)
         views = [*cut_tiles(whole, rows, columns)]
         if self.thumbnail and len(views) > 1:
-            views.append(resize_picture(pictures[0], width, height, self.resize))
+            views.append(resize_picture(picture, width, height, self.resize))
         return Views(stack_views(views), (self.view_grid,) * len(views))
 
 

@@ -12,16 +12,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from data_pipelines.media.pictures import WHITE
+from data_pipelines.media.pictures import WHITE, Decoder, Picture, decode_picture
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.decode import Picture, check_background, decode_pictures
-from vlm_train.data.images.jpeg import Decoder, check_decoder
-from vlm_train.data.images.plan import Views
+from vlm_train.data.images.plan import Views, check_background, check_decoder
 from vlm_train.data.images.rand_augment import LEVELS, distort_image, draw_distortions
 from vlm_train.data.images.resize import MOST_PIXELS, resized_part
 from vlm_train.data.images.torch_resize import resize_by_torch
+from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 
 Mode = Literal["crop", "pad", "resize"]
@@ -133,15 +132,15 @@ class ImageTransform:
         """The views `[V, 3, H, W]` of an image or a video, see `ImagePlan`."""
         crop = self.random_resized_crop if generator is not None else None
         draft = self._resized_size if self.jpeg_draft and crop is None else None  # a part is cut from all pixels
-        pictures, size = decode_pictures(
-            data,
-            where,
-            frames=self.frames,
-            decode=self.decode,
-            draft=draft,
-            upright=self.upright,
-            background=self.background,
-        )
+        pictures: Sequence[Picture]
+        if is_video(data):
+            frames = decode_frames(data, count=self.frames, where=where)
+            pictures, size = [*frames], (frames.shape[2], frames.shape[1])
+        else:
+            picture, size = decode_picture(
+                data, where, decode=self.decode, draft=draft, upright=self.upright, background=self.background
+            )
+            pictures = [picture]
         mirror, part, distortions = False, None, list[tuple[str, float]]()
         if generator is not None:
             mirror = self.flip and generator.random() < 0.5
