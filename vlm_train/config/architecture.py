@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from vlm_train.config.hub_files import find_local_file, read_json_file
+from vlm_train.config.own_code_models import translate_config
 from vlm_train.errors import AssetError, ConfigError
 
 Side = Literal["vision", "text"]
@@ -89,7 +90,7 @@ def select_numbers(raw: Mapping[str, Any], side: Side, where: str) -> dict[str, 
 
     mapping: Any = transformers.CONFIG_MAPPING
     key = next((name for name in NESTED[side] if isinstance(raw.get(name), dict)), None)
-    part = dict(raw if key is None else raw[key])
+    part = translate_config(raw if key is None else raw[key])
     whole = raw.get("model_type")
     if key is not None and "model_type" not in part and whole in mapping:
         part["model_type"] = getattr(mapping[whole].sub_configs.get(key), "model_type", None)

@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 
 from vlm_train.config.architecture import CONFIG_JSON, NESTED, Side, build_config, list_contradictions
 from vlm_train.config.hub_files import read_json_file
+from vlm_train.config.own_code_models import find_own_code_type
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.layers.flash import FLASH, REGISTERED, load_kernels, register_flash
+from vlm_train.models.weights.own_code_names import OWN_NAMES
 
 ATTENTION = ("sdpa", "eager")
 
@@ -193,7 +195,8 @@ def _locate_file(source: str, name: str) -> Path:
 
 
 def load_inside(model: Any, source: str, *, side: Side, setting: str, config: Mapping[str, Any]) -> bool:
-    """Load a part from the checkpoint of a whole model, reading nothing else of it.
+    """Load a part from the checkpoint of a whole model, reading nothing else of it; or a model that brings code of its
+    own, which is not executed.
 
     Args:
         model: a `transformers` model, a vision tower or a language model with its head; one on meta is left alone.
@@ -201,21 +204,31 @@ def load_inside(model: Any, source: str, *, side: Side, setting: str, config: Ma
         config: the architecture numbers the user gave.
 
     Returns:
-        Whether `source` is a whole model that holds the part in one place. Raises `AssetError` if its numbers or shapes
+        Whether `source` is such a model and holds the part in one place. Raises `AssetError` if its numbers or shapes
         are other ones.
     """
     if next(model.parameters()).is_meta or Path(resolve_package_file(source)).expanduser().is_file():
         return False
     whole = read_json_file(source, CONFIG_JSON, setting)
-    if whole is None or not any(isinstance(whole.get(key), dict) for key in NESTED[side]):
+    if whole is None:
+        return False
+    part = next((whole[key] for key in NESTED[side] if isinstance(whole.get(key), dict)), None)
+    names = OWN_NAMES.get(find_own_code_type(part or whole))
+    if part is None and names is None:
         return False
     own = model.state_dict()
-    places = find_places(own, list_tensors(source, setting=setting), f"{model.base_model_prefix}.")
+    theirs = {name: name if names is None else names.name_in_checkpoint(name) for name in own}
+    wanted = {theirs[name]: tensor for name, tensor in own.items()}
+    places = find_places(wanted, list_tensors(source, setting=setting), f"{model.base_model_prefix}.")
     if places is None:
         return False
     _require_same_numbers(source, config, setting)
     found = read_state(source, setting=setting, wanted=set(places.values()).__contains__)
-    state = {name: found[place] for name, place in places.items()}
+    state = {name: found[places[other]] for name, other in theirs.items() if other in places}
+    if names is not None:
+        heads = model.config.num_attention_heads
+        shared = getattr(model.config, "num_key_value_heads", heads)
+        state = {name: names.cut(name, tensor, heads, shared) for name, tensor in state.items()}
     if other := [name for name, tensor in state.items() if own[name].shape != tensor.shape]:
         raise AssetError(f"{setting}: {source!r} does not fit {type(model).__name__}: other shape {_list_some(other)}")
     model.load_state_dict(state, strict=False)  # a tied head is not there
