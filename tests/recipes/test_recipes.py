@@ -15,6 +15,7 @@ from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import config_dir, recipes_dir
 from vlm_train.dryrun.length import predict_length
 
+PARTS = ("vision", "connector", "llm")
 RECIPES = sorted(path.stem for path in (recipes_dir() / "recipe").glob("*.yaml"))
 SCHEDULES = sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml"))
 FILES = sorted(recipes_dir().glob("*/*.yaml"))
@@ -83,9 +84,21 @@ TILED = {
     "llava_onevision_0_5b": (1e-5, 2e-6, 512, 32768, "chatml", 6, 9, 32),
 }
 
+# arXiv 2412.05271, Table 3 (InternVL 2.5); internvl_chat/shell/internvl{1.5,2.5} of github.com/OpenGVLab/InternVL.
+INTERNVL = {
+    # recipe: (frozen, rate, weight decay, samples or packs a step, steps, warm-up, drop path, max length, template)
+    "internvl25_8b_stage1": (["vision", "llm"], 2e-4, 0.05, 512, 100_000, 100, 0.0, 16384, "internvl25"),
+    "internvl25_8b_stage15": (["llm"], 1e-5, 0.05, 1024, 100_000, 100, 0.1, 16384, "internvl25"),
+    "internvl25_8b": ([], 4e-5, 0.05, 512, 5500, 0.03, 0.1, 16384, "internvl25"),
+    "internvl25_2b_stage1": (["vision", "llm"], 2e-4, 0.01, 512, 100_000, 100, 0.0, 16384, "internvl25"),
+    "internvl25_2b": ([], 4e-5, 0.01, 512, 22_000, 0.03, 0.1, 16384, "internvl25"),
+    "internvl15_2b_stage1": (["llm"], 2e-5, 0.01, 2048, None, 100, 0.1, 4096, "internlm2_chat"),
+    "internvl15_2b": ([], 4e-5, 0.01, 1024, None, 0.03, 0.1, 8192, "internlm2_chat"),
+}
+
 
 def test_there_are_recipes() -> None:
-    assert {*PUBLISHED, *TILED, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
+    assert {*PUBLISHED, *TILED, *INTERNVL, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
 
@@ -101,7 +114,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     assert "hydra" not in text
 
 
-@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TILED, *TWO_TOWERS, *QFORMER_LINE]))
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TILED, *INTERNVL, *TWO_TOWERS, *QFORMER_LINE]))
 def test_every_number_names_its_source(name: str) -> None:
     path = recipes_dir() / "recipe" / f"{name}.yaml"
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -154,6 +167,27 @@ def test_onevision_aligns_as_published(name: str) -> None:
     cfg = compose_config([f"recipe={name}"])
     assert (cfg.optim.lr, cfg.batch.samples, cfg.trainer.epochs) == (1e-3, 512, 1)
     assert cfg.image.mode == "resize" and cfg.vision.layer == -2
+
+
+@pytest.mark.parametrize("name", sorted(INTERNVL))
+def test_internvl_says_what_was_published(name: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    frozen, lr, decay, samples, steps, warmup, drop_path, length, template = INTERNVL[name]
+    rates = {part: next(r.lr for r in cfg.params.rules if re.fullmatch(r.match, f"{part}.w")) for part in PARTS}
+    assert rates == {part: None if part in frozen else lr for part in PARTS}
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.params.decay_norms_and_biases) == (lr, decay, True)
+    packed = cfg.data.pack is not None
+    assert (cfg.batch.tokens / length if packed else cfg.batch.samples) == samples
+    assert (cfg.trainer.max_steps, cfg.trainer.epochs) == (steps, None if steps else 1)
+    assert warmup in (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.warmup_ratio)
+    assert (cfg.lr_schedule.warmup_steps is None) == (warmup < 1)
+    assert (cfg.get("vision").get("drop_path", 0.0), cfg.data.max_length) == (drop_path, length)
+    assert cfg.batch.normalize == ("sqrt_length" if packed else "token")
+    assert (cfg.data.pack, cfg.data.pack_patches) == ((length, 48 * 1024) if packed else (None, None))
+    assert (cfg.image.max_tiles, cfg.image.share_tiles, cfg.image.thumbnail) == (12, packed, True)
+    assert (cfg.trainer.max_grad_norm, cfg.trainer.precision) == (1.0, "bf16-mixed")
+    named = OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
+    assert (cfg.template.system, cfg.template.user_suffix) == (named.system, named.user_suffix)
 
 
 @pytest.mark.parametrize("name", sorted(TWO_TOWERS))

@@ -25,6 +25,8 @@ LEARNED = {
     "llama3": "{}<|eot_id|>",
     "chatml": "{}<|im_end|>",
     "qwen2_vl": "{}<|im_end|>",
+    "internlm2_chat": "{}<|im_end|>",
+    "internvl25": "{}<|im_end|>",
     "mistral": " {}<eos>",
     "generic": "{}<|im_end|>",
     "caption": "{}<eos>",
@@ -48,7 +50,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_level()
+    return byte_level(add=["<img>", "</img>"])  # of InternVL's templates
 
 
 def learned(stream: Stream, tokenizer) -> str:
