@@ -27,6 +27,7 @@ def count(module) -> int:
     [
         ("vision", "clip_vit_l14_336", 303_507_456),
         ("vision", "eva_clip_vit_g", 985_952_256),
+        ("vision", "intern_vit_300m", 304_012_288),
         ("llm", "opt_2_7b", 2_651_596_800),
         ("llm", "opt_6_7b", 6_658_473_984),
         ("llm", "vicuna_7b_v15", 6_738_415_616),
@@ -38,6 +39,9 @@ def count(module) -> int:
         ("llm", "mistral_7b", 7_241_732_096),
         ("llm", "qwen2_7b", 7_615_616_512),
         ("llm", "smollm2_135m", 134_515_008),
+        ("llm", "internlm2_1_8b", 1_889_110_016),
+        ("llm", "internlm25_1_8b", 1_889_110_016),
+        ("llm", "internlm25_7b", 7_737_708_544),
     ],
 )
 def test_parts(group, option, expected):
@@ -52,6 +56,9 @@ def test_parts(group, option, expected):
         ("mlp2x_gelu", 4096, 20_979_712),
         ("mlp2x_gelu", 5120, 31_467_520),
         ("pool2x2_mlp", 4096, 20_979_712),
+        ("pixel_shuffle_mlp", 896, 4_482_816),
+        ("pixel_shuffle_mlp", 2048, 12_595_200),
+        ("pixel_shuffle_mlp", 4096, 33_570_816),
     ],
 )
 def test_connectors(option, dim, expected):

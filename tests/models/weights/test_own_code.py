@@ -180,6 +180,33 @@ def test_other_numbers_are_refused(change: dict[str, Any], tmp_path: Path) -> No
         HFCausalLM(config=LLM, weights=source).load_weights()
 
 
+def test_rope_grows_with_long_texts_alone() -> None:
+    ours, theirs = (random_llm().eval() for _ in range(2))
+    limit = LLM["max_position_embeddings"]
+    rotary = ours.decoder.rotary_emb
+    for tokens, kind in ((8, "default"), (limit, "default"), (limit + 20, "dynamic"), (8, "dynamic"), (8, "default")):
+        ids = torch.arange(tokens)[None] % 97
+        positions = torch.arange(tokens)[None, None]
+        with torch.no_grad():
+            expected = theirs.decoder(input_ids=ids, position_ids=positions[0], use_cache=False).last_hidden_state
+            found = ours.decode(ours.embed(ids), positions, None)
+        assert rotary.rope_type == kind, "what asks the device for the largest position"
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with torch.device("meta"):
+        model = tiny_llm(LLM)
+        model.decode(torch.empty(1, 8, model.dim), torch.empty(1, 1, 8, dtype=torch.int64), None)
+
+
+def test_generation_goes_on_beyond_the_limit() -> None:
+    ours, theirs = (random_llm().eval() for _ in range(2))
+    embeds = ours.embed(torch.arange(LLM["max_position_embeddings"] - 4)[None] % 97).detach()
+    found = ours.generate(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool), max_new_tokens=8, eos_ids=[])
+    expected = theirs.model.generate(
+        inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(found, expected)
+
+
 def test_a_missing_tensor_is_an_error(tmp_path: Path) -> None:
     state = write_llm(random_llm())
     del state["model.layers.1.attention.wqkv.weight"]

@@ -8,12 +8,12 @@ DYNAMIC = "dynamic"
 
 
 def skip_rope_growth(decoder: Any, tokens: int) -> None:
-    """Let `decoder` leave its frequencies alone in passes over at most `tokens` positions, if these are below its limit.
+    """Let `decoder` leave its frequencies alone where passes over at most `tokens` positions stay below its limit.
 
     `transformers` compares the largest position with the limit in every pass: the device would be asked each time, and
     a model without memory (meta) has no answer. After a longer text it has to be asked once more.
     """
-    rotary = getattr(decoder, "rotary_emb", None)
+    rotary: Any = getattr(decoder, "rotary_emb", None)
     config = getattr(rotary, "config", None)
     if config is None or (getattr(config, "rope_parameters", None) or {}).get("rope_type") != DYNAMIC:
         return
