@@ -184,7 +184,7 @@ def test_internvl_says_what_was_published(name: str) -> None:
     assert (cfg.get("vision").get("drop_path", 0.0), cfg.data.max_length) == (drop_path, length)
     assert cfg.batch.normalize == ("sqrt_length" if packed else "token")
     assert (cfg.data.pack, cfg.data.pack_patches) == ((length, 48 * 1024) if packed else (None, None))
-    assert (cfg.image.max_tiles, cfg.image.share_tiles, cfg.image.thumbnail) == (12, packed, True)
+    assert (cfg.image.max_tiles, cfg.image.share_tiles, cfg.image.thumbnail) == (12, True, True)
     assert (cfg.trainer.max_grad_norm, cfg.trainer.precision) == (1.0, "bf16-mixed")
     named = OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
     assert (cfg.template.system, cfg.template.user_suffix) == (named.system, named.user_suffix)

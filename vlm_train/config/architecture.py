@@ -90,7 +90,8 @@ def select_numbers(raw: Mapping[str, Any], side: Side, where: str) -> dict[str, 
 
     mapping: Any = transformers.CONFIG_MAPPING
     key = next((name for name in NESTED[side] if isinstance(raw.get(name), dict)), None)
-    part = translate_config(raw if key is None else raw[key])
+    described = raw if key is None else raw[key]
+    part = translate_config(described)
     whole = raw.get("model_type")
     if key is not None and "model_type" not in part and whole in mapping:
         part["model_type"] = getattr(mapping[whole].sub_configs.get(key), "model_type", None)
@@ -101,7 +102,7 @@ def select_numbers(raw: Mapping[str, Any], side: Side, where: str) -> dict[str, 
             f"{where} names the model_type {model_type!r}, which transformers {transformers.__version__} does not "
             f"know.{code} Choose a model of the library, or write the part yourself (docs/extending.md)."
         )
-    if "quantization_config" in raw or "quantization_config" in part:
+    if "quantization_config" in raw or "quantization_config" in described:
         raise AssetError(f"{where}: its weights are quantized. Give the model that it was made from; see peft=qlora.")
     config_class = mapping[model_type]
     if side == "vision" and not {"image_size", "patch_size"} <= list_fields(config_class):

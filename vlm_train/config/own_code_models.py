@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vlm_train.errors import AssetError
+
 INTERNLM2, INTERN_VIT = "internlm2", "intern_vit_6b"
 """`model_type` of InternLM2 and 2.5; of InternViT in every size."""
 
@@ -20,7 +22,11 @@ def find_own_code_type(part: Mapping[str, Any]) -> str:
 
 
 def translate_config(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config.json under the names of `transformers`; that of a model which it knows as it is."""
+    """The content of a config.json under the names of `transformers`; that of a model which it knows as it is.
+
+    Raises:
+        AssetError: a kind of RoPE that the model's own code does not have.
+    """
     translate = _TRANSLATIONS.get(find_own_code_type(part))
     return dict(part) if translate is None else translate(part)
 
@@ -29,13 +35,17 @@ def _internlm2(part: Mapping[str, Any]) -> dict[str, Any]:
     """A Llama; what is left out has the defaults of `InternLM2Config`, not of Llama
     (internvl_chat/internvl/model/internlm2/configuration_internlm2.py of github.com/OpenGVLab/InternVL)."""
     rope = dict(part.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "dynamic"):
+        raise AssetError(f"config.json: rope_scaling: got {kind!r}; InternLM2 has linear, dynamic, or none")
     kept = {name: part[name] for name in _LLAMA_FIELDS if name in part}
     return kept | {
         "model_type": "llama",
+        "vocab_size": part.get("vocab_size", 103_168),
         "num_key_value_heads": part.get("num_key_value_heads") or part.get("num_attention_heads"),
         "attention_bias": part.get("bias", True),
         "rope_parameters": {
-            "rope_type": rope.get("type", "default"),
+            "rope_type": kind,
             "rope_theta": float(part.get("rope_theta", 10_000)),
             **({"factor": float(rope["factor"])} if "factor" in rope else {}),
         },
@@ -63,7 +73,6 @@ def _intern_vit(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LLAMA_FIELDS = (
-    "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",

@@ -114,6 +114,18 @@ def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenize
             "### Assistant: yes\n### Human: Why?\n### Assistant: No idea — ok.\n###",
         ),
         ("mistral", "<bos>[INST] \nWhat? [/INST] yes<eos>[INST] Why? [/INST] No idea — ok.<eos>"),
+        (
+            "internlm2_chat",
+            f"<bos><|im_start|>system\n{load('internlm2_chat').system}<|im_end|><|im_start|>user\n<img></img>\nWhat?"
+            "<|im_end|><|im_start|>assistant\nyes<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n"
+            "No idea — ok.<|im_end|>",
+        ),
+        (
+            "internvl25",
+            f"<bos><|im_start|>system\n{load('internvl25').system}<|im_end|>\n<|im_start|>user\n<img></img>\nWhat?"
+            "<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+            "<|im_start|>assistant\nNo idea — ok.<|im_end|>",
+        ),
         ("interleaved", "<bos>What?yes<eos>Why?No idea — ok.<eos>"),
         ("qa", "<bos>What? yes<eos>Why? No idea — ok.<eos>"),
         ("caption", "<bos>yes<eos>No idea — ok.<eos>"),

@@ -167,9 +167,10 @@ def test_both_are_read_out_of_a_whole_internvl(tmp_path: Path) -> None:
 
 
 def test_what_the_configuration_leaves_out_is_internlm2s(tmp_path: Path) -> None:
-    few = {name: INTERNLM2[name] for name in ("model_type", "vocab_size", "hidden_size", "num_attention_heads")}
+    few = {name: INTERNLM2[name] for name in ("model_type", "hidden_size", "num_attention_heads")}
     numbers = read_architecture(write(tmp_path, {}, few), "text", "llm.weights")
     assert numbers["num_key_value_heads"] == HEADS and numbers["attention_bias"] is True
+    assert numbers["vocab_size"] == 103_168
     assert numbers["rope_parameters"] == {"rope_type": "default", "rope_theta": 10_000.0}
 
 
@@ -178,6 +179,37 @@ def test_other_numbers_are_refused(change: dict[str, Any], tmp_path: Path) -> No
     source = write(tmp_path, write_llm(random_llm()), INTERNLM2 | change)
     with pytest.raises(AssetError, match="the config says"):
         HFCausalLM(config=LLM, weights=source).load_weights()
+
+
+def test_tensors_that_nothing_takes_are_an_error(tmp_path: Path) -> None:
+    state = write_llm(random_llm(), "language_model.") | {"vision_model.any": torch.zeros(1)}
+    state["language_model.model.layers.0.attention.wqkv.bias"] = torch.zeros(4)
+    source = write(tmp_path, state, {"model_type": "internvl_chat", "llm_config": INTERNLM2})
+    with pytest.raises(AssetError, match=r"unexpected 1 \(language_model.model.layers.0.attention.wqkv.bias\)"):
+        HFCausalLM(config=LLM, weights=source).load_weights()
+
+
+def test_a_tensor_of_another_shape_is_an_error(tmp_path: Path) -> None:
+    state = write_llm(random_llm())
+    state["model.layers.0.attention.wqkv.weight"] = torch.zeros(7, 48)
+    with pytest.raises(AssetError, match="does not fit"):
+        HFCausalLM(config=LLM, weights=write(tmp_path, state, INTERNLM2)).load_weights()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_quantized_weights_are_refused(nested: bool, tmp_path: Path) -> None:
+    config = INTERNLM2 | {"quantization_config": {"quant_method": "awq"}}
+    source = write(tmp_path, {}, {"model_type": "internvl_chat", "llm_config": config} if nested else config)
+    with pytest.raises(AssetError, match="its weights are quantized"):
+        read_architecture(source, "text", "llm.weights")
+
+
+def test_rope_is_read_under_both_names_and_no_other_kind(tmp_path: Path) -> None:
+    newer = INTERNLM2 | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    assert read_architecture(write(tmp_path, {}, newer), "text", "llm.weights")["rope_parameters"] == ROPE
+    source = write(tmp_path, {}, INTERNLM2 | {"rope_scaling": {"type": "yarn", "factor": 2.0}})
+    with pytest.raises(AssetError, match="rope_scaling: got 'yarn'; InternLM2 has linear, dynamic, or none"):
+        read_architecture(source, "text", "llm.weights")
 
 
 def test_rope_grows_with_long_texts_alone() -> None:

@@ -7,6 +7,7 @@ and treats every key that the model misses, or does not know, as an error unless
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from vlm_train.config.own_code_models import find_own_code_type
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.layers.flash import FLASH, REGISTERED, load_kernels, register_flash
-from vlm_train.models.weights.own_code_names import OWN_NAMES
+from vlm_train.models.weights.own_code_names import CHECKPOINT_NAMES
 
 ATTENTION = ("sdpa", "eager")
 
@@ -213,27 +214,38 @@ def load_inside(model: Any, source: str, *, side: Side, setting: str, config: Ma
     if whole is None:
         return False
     part = next((whole[key] for key in NESTED[side] if isinstance(whole.get(key), dict)), None)
-    names = OWN_NAMES.get(find_own_code_type(part or whole))
+    names = CHECKPOINT_NAMES.get(find_own_code_type(part or whole))
     if part is None and names is None:
         return False
-    own = model.state_dict()
-    theirs = {name: name if names is None else names.name_in_checkpoint(name) for name in own}
-    wanted = {theirs[name]: tensor for name, tensor in own.items()}
-    places = find_places(wanted, list_tensors(source, setting=setting), f"{model.base_model_prefix}.")
+    ours, listed = model.state_dict(), list_tensors(source, setting=setting)
+    theirs = {name: name if names is None else names.name_in_checkpoint(name) for name in ours}
+    places = find_places({theirs[name]: ours[name] for name in ours}, listed, f"{model.base_model_prefix}.")
     if places is None:
         return False
     _require_same_numbers(source, config, setting)
     found = read_state(source, setting=setting, wanted=set(places.values()).__contains__)
     state = {name: found[places[other]] for name, other in theirs.items() if other in places}
     if names is not None:
+        _refuse_unknown(places, listed, source, setting)
         heads = model.config.num_attention_heads
-        shared = getattr(model.config, "num_key_value_heads", heads)
-        state = {name: names.cut(name, tensor, heads, shared) for name, tensor in state.items()}
-    if other := [name for name, tensor in state.items() if own[name].shape != tensor.shape]:
+        key_heads = getattr(model.config, "num_key_value_heads", heads)
+        try:
+            state = {name: names.cut(name, tensor, heads, key_heads) for name, tensor in state.items()}
+        except RuntimeError as error:
+            raise AssetError(f"{setting}: {source!r} does not fit {type(model).__name__}: {error}") from error
+    if other := [name for name, tensor in state.items() if ours[name].shape != tensor.shape]:
         raise AssetError(f"{setting}: {source!r} does not fit {type(model).__name__}: other shape {_list_some(other)}")
     model.load_state_dict(state, strict=False)  # a tied head is not there
     model.tie_weights()
     return True
+
+
+def _refuse_unknown(places: Mapping[str, str], listed: set[str], source: str, setting: str) -> None:
+    """Raises `AssetError` for tensors beside those at `places` that no parameter takes, such as biases."""
+    inside = os.path.commonprefix([*places.values()]).rpartition(".")[0]
+    unknown = [name for name in listed - set(places.values()) if name.startswith(f"{inside}." if inside else "")]
+    if unknown := [name for name in unknown if not name.endswith("inv_freq")]:
+        raise AssetError(f"{setting}: {source!r} does not fit: unexpected {_list_some(unknown)}")
 
 
 def find_places(own: Mapping[str, torch.Tensor], names: Collection[str], base: str) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ from vlm_train.config.own_code_models import INTERN_VIT, INTERNLM2
 
 
 @dataclass(frozen=True)
-class OwnNames:
+class CheckpointNames:
     """How a checkpoint names and joins the parameters of a model of `transformers`.
 
     Attributes:
@@ -30,25 +30,25 @@ class OwnNames:
         return name
 
 
-def _cut_by_groups(name: str, joined: Tensor, heads: int, shared: int) -> Tensor:
+def _cut_by_groups(name: str, joined: Tensor, heads: int, key_heads: int) -> Tensor:
     """InternLM2's `wqkv` `[(G + 2) * S * d, ...]`: for each of S heads its G queries, key and value."""
     if not (kind := re.search(r"self_attn\.([qkv])_proj", name)):
         return joined
-    groups = joined.unflatten(0, (shared, heads // shared + 2, -1))
+    groups = joined.unflatten(0, (key_heads, heads // key_heads + 2, -1))
     part = {"q": groups[:, :-2], "k": groups[:, -2:-1], "v": groups[:, -1:]}[kind[1]]
     return part.flatten(0, 2)
 
 
-def _cut_in_three(name: str, joined: Tensor, heads: int, shared: int) -> Tensor:
+def _cut_in_three(name: str, joined: Tensor, heads: int, key_heads: int) -> Tensor:
     """InternViT's `qkv` `[3 * D, ...]`: queries, keys, values."""
-    del heads, shared
+    del heads, key_heads
     if not (kind := re.search(r"attention\.([qkv])_proj", name)):
         return joined
     return joined.chunk(3)["qkv".index(kind[1])]
 
 
-OWN_NAMES = {
-    INTERNLM2: OwnNames(
+CHECKPOINT_NAMES = {
+    INTERNLM2: CheckpointNames(
         renames=(
             (r"embed_tokens", "tok_embeddings"),
             (r"self_attn\.[qkv]_proj", "attention.wqkv"),
@@ -62,7 +62,7 @@ OWN_NAMES = {
         ),
         cut=_cut_by_groups,
     ),
-    INTERN_VIT: OwnNames(
+    INTERN_VIT: CheckpointNames(
         renames=(
             (r"cls_token", "class_embedding"),
             (r"patch_embeddings\.projection", "patch_embedding"),
