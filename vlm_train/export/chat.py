@@ -6,8 +6,9 @@ written this way, or gives other ids than our own renderer, is left out: no temp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,37 @@ from vlm_train.data.text.template import ChatTemplate, TokenizerTemplate
 IMAGE_TOKEN = "<image>"
 
 
-def add_chat_template(folder: Path, ours: Processor, image_size: MediaSize) -> str | None:
+def load_processor(folder: Path) -> Any:
+    """The processor of an exported folder, as its users load it."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class ServedImages:
+    """How the processor of an exported folder reads the images of a text.
+
+    Attributes:
+        token: what stands for an image.
+        marks: what the processor itself writes before and behind an image.
+        load: reads the processor of a folder.
+    """
+
+    token: str = IMAGE_TOKEN
+    marks: tuple[str, str] = ("", "")
+    load: Callable[[Path], Any] = load_processor
+
+
+def add_chat_template(
+    folder: Path, ours: Processor, image_size: MediaSize, served: ServedImages = ServedImages()
+) -> str | None:
     """Give the exported processor in `folder` the chat template that reproduces the one of training.
 
     Args:
         ours: the run's processor.
         image_size: that of the images which are compared.
+        served: how the processor in `folder` reads images.
 
     Returns:
         None, or why the folder has no chat template; its tokenizer then adds the bos token if training did.
@@ -35,14 +61,25 @@ def add_chat_template(folder: Path, ours: Processor, image_size: MediaSize) -> s
     template: Any = ours.template
     tokenizer = ours.tokenizer
     problem: str | None = f"{type(template).__name__} cannot be written as one"
-    for jinja in jinja_templates(template, tokenizer):
-        _save_processor(folder, jinja, add_bos=False)
-        problem = find_difference(_load_processor(folder), ours, image_size)
+    for jinja in jinja_templates(_leave_out_marks(template, served.marks), tokenizer):
+        _save_tokenizer(folder, jinja.replace(IMAGE_TOKEN, served.token), served, add_bos=False)
+        problem = find_difference(served.load(folder), ours, image_size)
         if problem is None:
             return None
     given = getattr(template, "lead_given", False) and template.answer_lead == "{bos}"  # behind the image
-    _save_processor(folder, None, add_bos=(template.bos or given) and tokenizer.bos_token is not None)
+    _save_tokenizer(folder, None, served, add_bos=(template.bos or given) and tokenizer.bos_token is not None)
     return problem
+
+
+def _leave_out_marks(template: Any, marks: tuple[str, str]) -> Any:
+    """A template without those marks around an image that another one writes."""
+    style: ContentStyle | None = getattr(template, "style", None)
+    if style is None or not (style.media_prefix.endswith(marks[0]) and style.media_suffix.startswith(marks[1])):
+        return template
+    prefix, suffix = style.media_prefix.removesuffix(marks[0]), style.media_suffix.removeprefix(marks[1])
+    template = copy.copy(template)
+    template.style = replace(style, media_prefix=prefix, media_suffix=suffix)
+    return template
 
 
 def describe_chat_template(problem: str | None) -> str:
@@ -186,22 +223,16 @@ def quote_jinja(text: str) -> str:
     return "'" + text.encode("unicode_escape").decode("ascii").replace("'", "\\'") + "'"
 
 
-def _save_processor(folder: Path, jinja: str | None, *, add_bos: bool) -> None:
-    """Save the processor in `folder` anew with this chat template, or none, and a tokenizer that adds bos, or not."""
+def _save_tokenizer(folder: Path, jinja: str | None, served: ServedImages, *, add_bos: bool) -> None:
+    """Save the tokenizer in `folder` anew with this chat template, or none, and so that it adds bos, or not."""
     for old in ("chat_template.jinja", "chat_template.json"):
         (folder / old).unlink(missing_ok=True)
-    processor = _load_processor(folder)
-    processor.chat_template = processor.tokenizer.chat_template = jinja
-    if processor.tokenizer.add_eos_token:
-        processor.tokenizer.add_eos_token = False
-    processor.tokenizer.add_bos_token = add_bos  # also drops whatever else the tokenizer puts around a text
-    processor.save_pretrained(folder)
-
-
-def _load_processor(folder: Path) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(folder)
+    tokenizer = served.load(folder).tokenizer
+    tokenizer.chat_template = jinja
+    if tokenizer.add_eos_token:
+        tokenizer.add_eos_token = False
+    tokenizer.add_bos_token = add_bos  # also drops whatever else the tokenizer puts around a text
+    tokenizer.save_pretrained(folder)
 
 
 def _sample_conversations() -> Iterator[tuple[Turn, ...]]:

@@ -143,23 +143,29 @@ def find_problems(model: Any) -> list[str]:
 
 def find_part_problems(model: Any) -> list[str]:
     """Every reason why LLaVA and its successors cannot express the parts of `model` but for its stitcher."""
+    problems = find_end_problems(model, "LLaVA")
+    if type(model) is PrefixVLM and not (isinstance(model.connector, MLP) and len(model.connector.layers) == 3):
+        problems.append(f"connector: {type(model.connector).__name__}; LLaVA has only the two-layer MLP (mlp2x_gelu)")
+    return problems
+
+
+def find_end_problems(model: Any, name: str) -> list[str]:
+    """Every reason why the models called `name` cannot express the tower and the language model of `model`."""
     if type(model) is not PrefixVLM:  # one that derives from it computes something else
-        return [f"model: {type(model).__name__} has no LLaVA equivalent; only PrefixVLM does"]
+        return [f"model: {type(model).__name__} has no {name} equivalent; only PrefixVLM does"]
     problems = []
     if not isinstance(model.vision, HFVision) or model.vision.final_norm:
-        problems.append("vision: LLaVA takes a transformers tower without its final norm")
+        problems.append(f"vision: {name} takes a transformers tower without its final norm")
     elif model.vision.interpolates:
-        problems.append("vision.image_size: LLaVA does not interpolate positions; use null")
-    if not (isinstance(model.connector, MLP) and len(model.connector.layers) == 3):
-        problems.append(f"connector: {type(model.connector).__name__}; LLaVA has only the two-layer MLP (mlp2x_gelu)")
+        problems.append(f"vision.image_size: {name} does not interpolate positions; use null")
     if not isinstance(model.llm, HFCausalLM):
-        problems.append("llm: LLaVA takes a transformers causal language model")
+        problems.append(f"llm: {name} takes a transformers causal language model")
     else:
         config, head = model.llm.model.config, model.llm.model.get_output_embeddings()
-        if scaled := [name for name in _LOGIT_SCALES if getattr(config, name, None) is not None]:
-            problems.append(f"llm.config.{scaled[0]}: LLaVA does not scale its logits")
+        if scaled := [one for one in _LOGIT_SCALES if getattr(config, one, None) is not None]:
+            problems.append(f"llm.config.{scaled[0]}: {name} does not scale its logits")
         if getattr(head, "bias", None) is not None:
-            problems.append("llm: LLaVA's head has no bias")
+            problems.append(f"llm: {name}'s head has no bias")
     if layer := find_quantized(model):
         problems.append(f"{layer}: is quantized; its adapter can only be merged into an unquantized base model")
     return problems
@@ -257,7 +263,8 @@ def compare_logits(model: PrefixVLM, served: Any, media: MediaInput, folder: str
     Raises:
         AssetError: it is too large.
     """
-    parameter, image_token = next(model.llm.parameters()), served.config.image_token_index
+    parameter, config = next(model.llm.parameters()), served.config
+    image_token = config.image_token_index if hasattr(config, "image_token_index") else config.image_token_id
     media = replace(media, values=media.values.to(parameter.device))
     features = model.connector(model.vision.encode(media))
     if model.stitcher is not None:
