@@ -15,11 +15,13 @@ AROUND = {
     "objective=itc_itm": "blip_filter",
     "objective=itc_itm_itg": "blip2_stage1",
     "objective=itc_itm_lm": "blip_base",
+    "template=internlm2_chat": "internvl15_2b_stage1",
+    "template=internvl25": "internvl25_8b_stage1",
     "eval=easyvqa_alignment": "blip2_stage1",
     "eval=easyvqa_captions": "easyvqa_clip",
     "eval=easyvqa_zero_shot": "easyvqa_clip",
 }
-"""Component -> a recipe whose model it needs. Families are checked in the first recipe that names each."""
+"""Component -> a recipe whose model or tokenizer it needs. Families are checked in the first recipe that names each."""
 
 
 def first_recipes() -> dict[str, str]:

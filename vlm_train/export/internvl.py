@@ -64,9 +64,10 @@ class InternVLExporter:
         from transformers import InternVLForConditionalGeneration
 
         served = load_served(InternVLForConditionalGeneration, model, folder)
-        views = (3, 3, *model.vision.image_size)
+        height, width = model.vision.image_size
+        views = (3, 3, height, width)  # two tiles and all of the image
         pixels = torch.randint(0, 256, views, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        media = MediaInput(pixels, (model.vision.patch_grid(MediaSize(*views[:1:-1])),) * 3, (3,))
+        media = MediaInput(pixels, (model.vision.patch_grid(MediaSize(width=width, height=height)),) * 3, (3,))
         return compare_logits(model, served, media, folder)
 
 
@@ -94,22 +95,21 @@ class InternVLImporter:
 
 def find_problems(model: Any) -> list[str]:
     """Every reason why InternVL cannot express `model`. Reads no weight: it may be on meta."""
-    problems = find_end_problems(model, "InternVL")
-    connector = getattr(model, "connector", None)
+    if problems := find_end_problems(model, "InternVL"):
+        return problems
+    vision, connector = model.vision, model.connector
     if not isinstance(connector, PixelShuffleMLP) or connector.norm is None or len(connector.layers) != 3:
         kind = type(connector).__name__
-        problems.append(f"connector: {kind}; InternVL has only the pixel shuffle with its norm and two layers")
-        return problems
+        return [f"connector: {kind}; InternVL has only the pixel shuffle with its norm and two layers"]
     if connector.layers[0].bias is None or connector.layers[0].out_features != connector.layers[2].out_features:
         problems.append("connector: InternVL's layers have a bias, and the width of the language model (wide=false)")
     if connector.norm.eps != 1e-5:
         problems.append(f"connector.eps: got {connector.norm.eps}; InternVL has 1e-5")
-    if getattr(model, "stitcher", None) is not None:
+    if model.stitcher is not None:
         problems.append(f"parts.stitcher: {type(model.stitcher).__name__}; InternVL joins no tiles")
-    vision = getattr(model, "vision", None)
-    if not problems and (vision.model.config.model_type != "internvl_vision" or not isinstance(vision.layer, int)):
+    if vision.model.config.model_type != "internvl_vision" or not isinstance(vision.layer, int):
         problems.append("vision: InternVL has one layer of a tower of its own (vision=intern_vit_300m)")
-    if not problems and vision.keep_cls:
+    if vision.keep_cls:
         problems.append("vision.keep_cls: true; InternVL joins patches alone")
     return problems
 
@@ -152,7 +152,7 @@ def write_processor(folder: Path, vision: Any, plan: Tiles, tokenizer: Any, toke
     from transformers import GotOcr2ImageProcessorPil
 
     height, width = vision.image_size
-    whole = {"size": {"height": height, "width": width}}
+    whole: dict[str, Any] = {"size": {"height": height, "width": width}}
     whole |= {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
     images = GotOcr2ImageProcessorPil(
         crop_to_patches=True, min_patches=plan.min_tiles, max_patches=plan.max_tiles, use_thumbnail=True, **whole

@@ -19,7 +19,7 @@ from vlm_train.models.layers.attention import PACKED, decoding, register_packed
 from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
 from vlm_train.models.layers.masks import within_window
-from vlm_train.models.llms.growing_rope import skip_rope_growth
+from vlm_train.models.llms.growing_rope import has_growing_rope, skip_rope_growth
 from vlm_train.models.llms.mixers import mixers_without_mask
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained, with_vocabulary
@@ -78,6 +78,7 @@ class HFCausalLM(nn.Module):
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.base_vocab_size + new_tokens
         self.layer_kinds = frozenset(getattr(self.model.config, "layer_types", None) or ())
+        self.rope_grows = has_growing_rope(self.decoder)
         self.unmasked_mixers = mixers_without_mask(self._find_layers() or (), self.layer_kinds)
         self._add_tokens()
 
@@ -122,7 +123,8 @@ class HFCausalLM(nn.Module):
             self._check_mask(mask)
         if len(positions) > 1:
             self._check_position_axes(len(positions))
-        skip_rope_growth(self.decoder, embeds.shape[1])
+        if self.rope_grows:
+            skip_rope_growth(self.decoder, embeds.shape[1])
         if self.takes_packed and not isinstance(mask, Tensor):
             # Packed attention gets the sequences by itself. Given no mask at all, the library guesses from position ids
             # what is packed, and asks the device: a mask of tokens, which nothing reads, keeps it from guessing.
@@ -186,7 +188,8 @@ class HFCausalLM(nn.Module):
         """
         from transformers import GenerationConfig
 
-        skip_rope_growth(self.decoder, embeds.shape[1] + max_new_tokens)
+        if self.rope_grows:
+            skip_rope_growth(self.decoder, embeds.shape[1] + max_new_tokens)
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
