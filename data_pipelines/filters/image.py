@@ -85,7 +85,7 @@ class SimilarImages(Filter):
         for item, blob in zip(sample.media, blobs, strict=True):
             if item.kind == "image":
                 check_pixels(blob)
-                hashes.append(int(str(require_module("imagehash").phash(decode_picture(blob)[0])), 16))
+                hashes.append(int(str(require_module("imagehash").phash(decode_picture(blob, item.name)[0])), 16))
         return hashes
 
     def verdict(self, key: str, measured: list[int]) -> Drop | None:

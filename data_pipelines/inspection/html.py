@@ -177,7 +177,7 @@ def _picture_url(item: MediaItem, blob: bytes) -> str:
     check_pixels(blob)
     if max(item.width, item.height) <= MAX_SIDE:
         return _data_url(f"image/{member_extension(item.name).replace('jpg', 'jpeg')}", blob)
-    image, file = Image.fromarray(np.asarray(decode_picture(blob)[0])), io.BytesIO()
+    image, file = Image.fromarray(np.asarray(decode_picture(blob, item.name)[0])), io.BytesIO()
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     image.save(file, "JPEG", quality=85)
     return _data_url("image/jpeg", file.getvalue())

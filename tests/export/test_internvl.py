@@ -17,6 +17,7 @@ from tests.models.families.test_internvl_parity import INTERN_VIT
 from tests.support.components import component
 from tests.support.parity import encode, noise
 from tests.support.tiny_models import assert_close, llama_config, tiny_llm, tiny_vision, tiny_vlm
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.collate import collate_prompts
 from vlm_train.data.images.tiles import Tiles
 from vlm_train.data.media_layout import make_layout
@@ -122,6 +123,16 @@ def test_a_template_without_the_marks_is_not_written(tmp_path: Path) -> None:
     model = tiny_internvl()
     said = InternVLExporter().write(model, processor_of(model, "chatml"), tmp_path)
     assert said.startswith("no chat template: its ids for a user conversation differ from training's")
+
+
+def test_images_that_shared_their_tiles_in_training_are_told_of(tmp_path: Path) -> None:
+    model = tiny_internvl()
+    said = InternVLExporter().write(model, processor_of(model, share_tiles=True), tmp_path)
+    assert said.endswith("; its processor gives each of several images 6 tiles, training let them share")
+    pictures = [Image.fromarray(noise(150, 90))] * 2
+    served = load_images_only(tmp_path).image_processor(pictures, return_tensors="pt")["num_patches"]
+    size = MediaSize(width=150, height=90, images=2)
+    assert int(served[0]) > len(processor_of(model, share_tiles=True).images["vision"].grids(size))
 
 
 def test_what_the_exported_processor_would_not_make_is_refused(tmp_path: Path) -> None:

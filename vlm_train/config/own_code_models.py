@@ -31,7 +31,7 @@ def translate_config(part: Mapping[str, Any]) -> dict[str, Any]:
     return dict(part) if translate is None else translate(part)
 
 
-def _internlm2(part: Mapping[str, Any]) -> dict[str, Any]:
+def _translate_internlm2(part: Mapping[str, Any]) -> dict[str, Any]:
     """A Llama; what is left out has the defaults of `InternLM2Config`, not of Llama
     (internvl_chat/internvl/model/internlm2/configuration_internlm2.py of github.com/OpenGVLab/InternVL)."""
     rope = dict(part.get("rope_scaling") or {})
@@ -52,7 +52,7 @@ def _internlm2(part: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _intern_vit(part: Mapping[str, Any]) -> dict[str, Any]:
+def _translate_intern_vit(part: Mapping[str, Any]) -> dict[str, Any]:
     """InternVL's tower; defaults are those of `InternVisionConfig` (configuration_intern_vit.py, likewise)."""
     size, patch = part.get("image_size", 224), part.get("patch_size", 14)
     return {
@@ -86,6 +86,6 @@ _LLAMA_FIELDS = (
     "pad_token_id",
 )
 _TRANSLATIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    INTERNLM2: _internlm2,
-    INTERN_VIT: _intern_vit,
+    INTERNLM2: _translate_internlm2,
+    INTERN_VIT: _translate_intern_vit,
 }

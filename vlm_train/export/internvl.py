@@ -58,7 +58,10 @@ class InternVLExporter:
         write_processor(folder, model.vision, plan, tokenizer, tokens)
         size = MediaSize(width=plan.size[1] * 5 // 3, height=plan.size[0])
         served = ServedImages(CONTEXT, MARKS, load_images_only)
-        return describe_chat_template(add_chat_template(folder, processor, size, served))
+        said = describe_chat_template(add_chat_template(folder, processor, size, served))
+        if not plan.share_tiles:
+            return said
+        return f"{said}; its processor gives each of several images {plan.max_tiles} tiles, training let them share"
 
     def verify(self, model: Any, folder: Path) -> float:
         from transformers import InternVLForConditionalGeneration

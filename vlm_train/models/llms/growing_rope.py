@@ -1,4 +1,7 @@
-"""RoPE whose frequencies change for texts beyond a limit (`rope_type: dynamic`), where no text can be so long."""
+"""RoPE whose frequencies change for texts beyond a limit (`rope_type: dynamic`).
+
+The library looks for such a text in every pass; here only where a text can be so long.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ def has_growing_rope(decoder: Any) -> bool:
 
 
 def skip_rope_growth(decoder: Any, tokens: int) -> None:
-    """Let a decoder whose RoPE grows leave it alone where at most `tokens` positions stay below its limit.
+    """Let a decoder with such a RoPE keep its frequencies in a pass over at most `tokens` positions below the limit.
 
-    `transformers` compares the largest position with the limit in every pass: the device would be asked each time, and
-    a model without memory (meta) has no answer. After a longer text it has to be asked once more.
+    `transformers` compares the largest position with the limit: the device would be asked in every pass, and a model on
+    the meta device has no answer. After a longer text the library compares once more, and goes back.
     """
     rotary = decoder.rotary_emb
     limit = rotary.config.max_position_embeddings
