@@ -170,6 +170,8 @@ def find_problems(model: Any) -> list[str]:
         windows = vision.window is not None
         if not isinstance(layer.norm1, norm) or hasattr(layer.mlp, "gate_proj") == older or (older and windows):
             problems.append(f"vision: norm, gated and window are not those of {kind}")
+        elif older and layer.mlp.fc1.out_features % vision.out_dim:
+            problems.append("vision.mlp_dim: Qwen2-VL's is a multiple of vision.dim")
     if (
         not isinstance(connector, PixelShuffleMLP)
         or not isinstance(connector.patch_norm, norm)
@@ -227,7 +229,7 @@ def describe_tower(model: PrefixVLM) -> dict[str, Any]:
         "spatial_merge_size": factor,
     }
     if not hasattr(layer.mlp, "gate_proj"):
-        ratio = layer.mlp.fc1.out_features / vision.out_dim
+        ratio = layer.mlp.fc1.out_features // vision.out_dim
         return common | {"embed_dim": vision.out_dim, "hidden_size": model.llm.dim, "mlp_ratio": ratio}
     windows = {} if vision.window is None else {"window_size": vision.window * vision.patch_size}
     return (
