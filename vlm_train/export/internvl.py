@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,19 @@ from vlm_train.data.images.tiles import Tiles
 from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.export.chat import ServedImages, add_chat_template, describe_chat_template
-from vlm_train.export.llava import compare_logits, find_end_problems, llava_state, load_served, save_model
+from vlm_train.export.llava import llava_state
 from vlm_train.export.llava_import import find_wrong_kind, read_parts_later, read_weights
+from vlm_train.export.shared import (
+    compare_logits,
+    find_end_problems,
+    load_served,
+    load_without_videos,
+    save_model,
+    write_json_files,
+)
 from vlm_train.export.vocabulary import rows_with
 from vlm_train.models.connectors.pixel_shuffle import PixelShuffleMLP
+from vlm_train.runs.record import read_json
 
 MARKS = ("<img>", "</img>")
 CONTEXT, VIDEO = "<IMG_CONTEXT>", "<video>"
@@ -164,25 +172,13 @@ def write_processor(folder: Path, vision: Any, plan: Tiles, tokenizer: Any, toke
     tokenizer.save_pretrained(folder)
     videos = {"video_processor_type": "InternVLVideoProcessor", "num_frames": plan.frames, **whole}
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": tokens}
-    for name, content in (("video_preprocessor_config", videos), ("processor_config", processor)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json_files(folder, video_preprocessor_config=videos, processor_config=processor)
 
 
 def load_images_only(folder: Path) -> Any:
-    """The InternVL processor of a folder without its videos, which it reads by torchvision."""
-    from transformers import AutoTokenizer, GotOcr2ImageProcessorPil, InternVLProcessor
+    """The InternVL processor of a folder without its videos."""
+    from transformers import GotOcr2ImageProcessorPil, InternVLProcessor
 
-    class ImagesOnly(InternVLProcessor):
-        """Looks for no class of videos."""
-
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return type(argument)
-
-    written = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return ImagesOnly(
-        image_processor=GotOcr2ImageProcessorPil.from_pretrained(folder),
-        tokenizer=tokenizer,
-        image_seq_length=written["image_seq_length"],
-        chat_template=tokenizer.chat_template,
-    )
+    images = GotOcr2ImageProcessorPil.from_pretrained(folder)
+    tokens = read_json(folder / "processor_config.json")["image_seq_length"]
+    return load_without_videos(InternVLProcessor, folder, images, image_seq_length=tokens)

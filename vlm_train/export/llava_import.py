@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.export.llava import embedding_name, find_problems
+from vlm_train.export.llava import find_problems
 from vlm_train.export.llava_next import find_tile_problems
+from vlm_train.export.shared import embedding_name
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
 from vlm_train.runs.record import read_json
@@ -85,26 +86,38 @@ def import_llava(model: PrefixVLM, folder: str | Path) -> None:
 
 def read_weights(model: PrefixVLM, folder: str | Path, kind: Any) -> dict[str, Tensor]:
     """Load the parts of a local folder of class `kind` into `model`; the whole state. Raises: see `import_llava`."""
+    state = read_whole(model, folder, kind)
+    try:
+        model.vision.model.load_state_dict(take_prefix(state, "model.vision_tower."))
+        model.connector.layers[0].load_state_dict(take_prefix(state, "model.multi_modal_projector.linear_1."))
+        model.connector.layers[2].load_state_dict(take_prefix(state, "model.multi_modal_projector.linear_2."))
+    except RuntimeError as error:
+        raise AssetError(f"import: {str(folder)!r} does not fit the model: {error}") from error
+    fill_language_model(model.llm, state, folder)
+    return state
+
+
+def read_whole(model: PrefixVLM, folder: str | Path, kind: Any) -> dict[str, Tensor]:
+    """The weights of a local folder of class `kind`, in the type of `model`. Raises `AssetError`."""
     dtype = next(model.llm.parameters()).dtype
     try:
-        llava = kind.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+        whole = kind.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise AssetError(f"import: {str(folder)!r} is not a LLaVA checkpoint: {error}") from error
-    state = llava.state_dict()
-    embedding = f"{embedding_name(model.llm)}."
+        raise AssetError(f"import: {str(folder)!r} is no {kind.__name__}: {error}") from error
+    return dict(whole.state_dict())
+
+
+def fill_language_model(llm: HFCausalLM, state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Copy the language model of a whole model's weights into ours. Raises `AssetError` if it does not fit."""
+    embedding, body = f"{embedding_name(llm)}.", take_prefix(state, "model.language_model.")
+    table = body.pop(f"{embedding}weight")
     try:
-        model.vision.model.load_state_dict(_take_prefix(state, "model.vision_tower."))
-        model.connector.layers[0].load_state_dict(_take_prefix(state, "model.multi_modal_projector.linear_1."))
-        model.connector.layers[2].load_state_dict(_take_prefix(state, "model.multi_modal_projector.linear_2."))
-        body = _take_prefix(state, "model.language_model.")
-        table = body.pop(f"{embedding}weight")
-        missing, unexpected = model.llm.decoder.load_state_dict(body, strict=False)
+        missing, unexpected = llm.decoder.load_state_dict(body, strict=False)
     except RuntimeError as error:
         raise AssetError(f"import: {str(folder)!r} does not fit the model: {error}") from error
     if unexpected or any(not key.startswith(embedding) for key in missing):
         raise AssetError(f"import: {str(folder)!r}: missing {missing}, unexpected {unexpected}")
-    _fill_rows(model.llm, table, state["lm_head.weight"])
-    return dict(state)
+    _fill_rows(llm, table, state["lm_head.weight"])
 
 
 @torch.no_grad()
@@ -122,5 +135,6 @@ def _fill_rows(llm: HFCausalLM, embedding: Tensor, head: Tensor) -> None:
             getattr(module, new).copy_(table[base : llm.vocab_size])
 
 
-def _take_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def take_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

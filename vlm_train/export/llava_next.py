@@ -17,13 +17,11 @@ from vlm_train.export.chat import IMAGE_TOKEN, add_chat_template, describe_chat_
 from vlm_train.export.llava import (
     add_image_token,
     choose_select_strategy,
-    compare_logits,
     describe_parts,
     find_part_problems,
     llava_state,
-    load_served,
-    save_model,
 )
+from vlm_train.export.shared import compare_logits, load_served, save_model
 from vlm_train.models.stitchers.unpad_newline import UnpadNewline
 
 

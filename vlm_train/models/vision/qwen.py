@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ class QwenVision(nn.Module):
             return
         state = read_state(self.weights, setting="vision.weights", wanted=_is_ours)
         try:
-            self.load_state_dict({name_ours(key): _flatten_kernel(value) for key, value in state.items()})
+            self.load_state_dict({name_ours(key): flatten_kernel(value) for key, value in state.items()})
         except RuntimeError as error:
             raise AssetError(f"vision.weights: {self.weights!r} does not fit the encoder: {error}") from error
 
@@ -254,6 +254,6 @@ def name_theirs(key: str) -> str:
     return key.replace(".qkv.", ".attn.qkv.").replace(".proj.", ".attn.proj.")
 
 
-def _flatten_kernel(value: Tensor) -> Any:
+def flatten_kernel(value: Tensor) -> Tensor:
     """The kernel of a convolution over patches `[D, 3, T, p, p]` as the matrix that computes the same."""
     return value.flatten(1) if value.ndim == 5 else value
