@@ -158,5 +158,5 @@ def test_imports_that_do_not_fit_are_refused(tmp_path):
         import_llava(compose(tiny_vision(), tiny_llm(llama_config(vocab_size=200))), tmp_path / "good")
     with pytest.raises(AssetError, match="does not fit the model"):
         import_llava(compose(tiny_vision(), tiny_llm(llama_config(hidden_size=32))), tmp_path / "good")
-    with pytest.raises(AssetError, match="is not a LLaVA checkpoint"):
+    with pytest.raises(AssetError, match="cannot be read as LlavaForConditionalGeneration"):
         import_llava(tiny_vlm(), tmp_path / "nowhere")

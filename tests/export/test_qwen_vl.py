@@ -24,7 +24,8 @@ from vlm_train.data.processor import Processor
 from vlm_train.data.text.render import RenderOptions
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.export.qwen_vl import QwenVLExporter, QwenVLImporter, choose_classes, load_images_only
+from vlm_train.export.qwen_vl import QwenVLExporter, choose_classes, load_images_only
+from vlm_train.export.qwen_vl_import import QwenVLImporter
 from vlm_train.models.connectors.pixel_shuffle import PixelShuffleMLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 

@@ -103,7 +103,7 @@ def read_whole(model: PrefixVLM, folder: str | Path, kind: Any) -> dict[str, Ten
     try:
         whole = kind.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise AssetError(f"import: {str(folder)!r} is no {kind.__name__}: {error}") from error
+        raise AssetError(f"import: {str(folder)!r} cannot be read as {kind.__name__}: {error}") from error
     return dict(whole.state_dict())
 
 

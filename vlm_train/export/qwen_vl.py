@@ -1,4 +1,4 @@
-"""To Qwen2-VL and Qwen2.5-VL of `transformers`, and back."""
+"""To Qwen2-VL and Qwen2.5-VL of `transformers`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from vlm_train.contracts.layout import MediaSize
@@ -16,9 +15,8 @@ from vlm_train.data.images.native import NativeResolution
 from vlm_train.data.media_layout import make_layout
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.streams import PlacedSlot
-from vlm_train.errors import AssetError, ConfigError
+from vlm_train.errors import ConfigError
 from vlm_train.export.chat import ServedImages, add_chat_template, describe_chat_template
-from vlm_train.export.llava_import import fill_language_model, read_parts_later, read_whole, take_prefix
 from vlm_train.export.merged import find_quantized, merged_state
 from vlm_train.export.shared import (
     language_state,
@@ -32,18 +30,18 @@ from vlm_train.export.vocabulary import rows_with
 from vlm_train.models.connectors.pixel_shuffle import PixelShuffleMLP
 from vlm_train.models.families.prefix_vlm import PrefixVLM
 from vlm_train.models.llms.hf import HFCausalLM
-from vlm_train.models.vision.qwen import QwenVision, flatten_kernel, name_ours, name_theirs
-from vlm_train.runs.record import read_json
+from vlm_train.models.vision.qwen import QwenVision, name_theirs
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 START, END = "<|vision_start|>", "<|vision_end|>"
-NORMS = {"qwen2_vl_text": torch.nn.LayerNorm, "qwen2_5_vl_text": torch.nn.RMSNorm}
+NORMS: dict[str, Any] = {"qwen2_vl_text": torch.nn.LayerNorm, "qwen2_5_vl_text": torch.nn.RMSNorm}
 """`model_type` of the language model -> the norm of tower and merger."""
 
 
 class QwenVLExporter:
-    """Writes Qwen2-VL or Qwen2.5-VL, as its language model says. The processor needs torchvision where it is used; its
-    video processor was not run here."""
+    """Writes Qwen2-VL or Qwen2.5-VL, as its language model says.
+
+    The processor needs torchvision where it is used. No test runs its video processor."""
 
     def problems(self, model: Any) -> list[str]:
         return find_problems(model)
@@ -104,36 +102,6 @@ class QwenVLExporter:
         return require_same_logits(ours, theirs, folder)
 
 
-class QwenVLImporter:
-    """Reads local folders of Qwen2-VL and Qwen2.5-VL: config.json, safetensors and tokenizer."""
-
-    def problems(self, folder: Path) -> list[str]:
-        path = folder / "config.json"
-        if not path.is_file():
-            return [f"{folder} has no config.json; download a Qwen2-VL or Qwen2.5-VL first"]
-        found = read_json(path).get("model_type")
-        return [] if found in ("qwen2_vl", "qwen2_5_vl") else [f"{path}: model_type is {found!r}, not 'qwen2_5_vl'"]
-
-    def adapt(self, cfg: DictConfig, folder: Path) -> None:
-        read_parts_later(cfg, folder)
-
-    def read(self, model: Any, folder: Path) -> None:
-        if problems := find_problems(model):
-            raise ConfigError(problems)
-        state = read_whole(model, folder, choose_classes(model.llm.model.config.model_type)[0])
-        visual = take_prefix(state, "model.visual.")
-        tower = {
-            name_ours(key): flatten_kernel(value) for key, value in visual.items() if not key.startswith("merger.")
-        }
-        try:
-            model.vision.load_state_dict(tower)
-            model.connector.patch_norm.load_state_dict(take_prefix(visual, "merger.ln_q."))
-            model.connector.layers.load_state_dict(take_prefix(visual, "merger.mlp."))
-        except RuntimeError as error:
-            raise AssetError(f"import: {str(folder)!r} does not fit the model: {error}") from error
-        fill_language_model(model.llm, state, folder)
-
-
 class _OneGrid:
     """An image plan that gives every image the same patches."""
 
@@ -158,7 +126,8 @@ def find_problems(model: Any) -> list[str]:
     """Every reason why neither Qwen2-VL nor Qwen2.5-VL can express `model`. Reads no weight: it may be on meta."""
     if type(model) is not PrefixVLM:
         return [f"model: {type(model).__name__} has no Qwen-VL equivalent; only PrefixVLM does"]
-    vision, connector, llm, problems = model.vision, model.connector, model.llm, list[str]()
+    vision, llm, problems = model.vision, model.llm, list[str]()
+    connector: Any = model.connector
     kind = llm.model.config.model_type if isinstance(llm, HFCausalLM) else type(llm).__name__
     if kind not in NORMS:
         return [f"llm: {kind}; Qwen-VL has qwen2_vl_text and qwen2_5_vl_text (llm=qwen25_vl_3b)"]

@@ -155,7 +155,7 @@ def load_without_videos(kind: Any, folder: Path, images: Any, **options: Any) ->
     which needs torchvision."""
     from transformers import AutoTokenizer
 
-    class ImagesOnly(kind):  # type: ignore[misc]
+    class ImagesOnly(kind):
         """Looks for no class of videos."""
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
