@@ -109,6 +109,16 @@ def test_what_was_exported_comes_back(exported: tuple[str, PrefixVLM, Path]) -> 
         assert torch.equal(a, b), key
 
 
+@pytest.mark.parametrize("part", ["vision", "connector"])
+def test_a_part_reads_its_own_weights_out_of_it(exported: tuple[str, PrefixVLM, Path], part: str) -> None:
+    kind, model, folder = exported
+    mine, other = getattr(model, part), getattr(tiny_qwen(kind, seed=1), part)
+    other.weights = str(folder)
+    other.load_weights()
+    for (key, a), b in zip(other.named_parameters(), mine.parameters(), strict=True):
+        assert torch.equal(a, b), key
+
+
 def test_the_files_are_those_of_the_published_models(exported: tuple[str, PrefixVLM, Path]) -> None:
     kind, _, folder = exported
     read = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}

@@ -9,10 +9,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vlm_train.build import build_lr_schedule
+from data_pipelines.sample import Annotation, Sample, Text, Turn
+from vlm_train.build import build_assembly, build_lr_schedule
 from vlm_train.check.check import check_config
-from vlm_train.config.compose import compose_config
+from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.folders import config_dir, recipes_dir
+from vlm_train.data.text.streams import IGNORE
 from vlm_train.dryrun.length import predict_length
 
 PARTS = ("vision", "connector", "llm")
@@ -94,11 +96,15 @@ INTERNVL = {
     "internvl25_2b": ([], 4e-5, 0.01, 512, 22_000, 0.03, 0.1, 16384, "internvl25"),
     "internvl15_2b_stage1": (["llm"], 2e-5, 0.01, 2048, None, 100, 0.1, 4096, "internlm2_chat"),
     "internvl15_2b": ([], 4e-5, 0.01, 1024, None, 0.03, 0.1, 8192, "internlm2_chat"),
+    "internvl35_2b": ([], 8e-5, 0.05, 512, 8000, 0.03, 0.0, 32768, "internvl25"),
+    "internvl35_8b": ([], 8e-5, 0.05, 512, 8000, 0.03, 0.1, 32768, "internvl25"),
 }
+
+QWEN_VL = ["qwen25_vl_3b", "qwen25_vl_7b"]
 
 
 def test_there_are_recipes() -> None:
-    assert {*PUBLISHED, *TILED, *INTERNVL, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
+    assert {*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, *TWO_TOWERS, *QFORMER_LINE, *BLIP} < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
 
@@ -114,7 +120,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     assert "hydra" not in text
 
 
-@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TILED, *INTERNVL, *TWO_TOWERS, *QFORMER_LINE]))
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, *TWO_TOWERS, *QFORMER_LINE]))
 def test_every_number_names_its_source(name: str) -> None:
     path = recipes_dir() / "recipe" / f"{name}.yaml"
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -183,11 +189,35 @@ def test_internvl_says_what_was_published(name: str) -> None:
     assert (cfg.lr_schedule.warmup_steps is None) == (warmup < 1)
     assert (cfg.get("vision").get("drop_path", 0.0), cfg.data.max_length) == (drop_path, length)
     assert cfg.batch.normalize == ("sqrt_length" if packed else "token")
-    assert (cfg.data.pack, cfg.data.pack_patches) == ((length, 48 * 1024) if packed else (None, None))
+    assert (cfg.data.pack, cfg.data.pack_patches) == ((length, 3 * length) if packed else (None, None)), (
+        "48 or 96 tiles"
+    )
     assert (cfg.image.max_tiles, cfg.image.share_tiles, cfg.image.thumbnail) == (12, True, True)
     assert (cfg.trainer.max_grad_norm, cfg.trainer.precision) == (1.0, "bf16-mixed")
     named = OmegaConf.load(config_dir() / "template" / f"{template}.yaml")
     assert (cfg.template.system, cfg.template.user_suffix) == (named.system, named.user_suffix)
+
+
+@pytest.mark.parametrize("name", QWEN_VL)
+def test_qwen_vl_says_what_was_published(name: str) -> None:
+    """qwen-vl-finetune/scripts/sft.sh, sft_7b.sh and qwenvl/train/argument.py of github.com/QwenLM/Qwen3-VL."""
+    cfg = compose_config([f"recipe={name}"])
+    assert [(rule.match, rule.lr) for rule in cfg.params.rules] == [(r"vision\..*", None), (".*", 2e-7)]
+    assert (cfg.optim.weight_decay, cfg.lr_schedule.warmup_ratio, cfg.trainer.max_grad_norm) == (0.0, 0.03, 1.0)
+    assert (cfg.batch.samples, cfg.batch.micro, cfg.trainer.epochs, cfg.data.max_length) == (4 * 4 * 8, 4, 0.5, 8192)
+    assert (cfg.image.min_pixels, cfg.image.max_pixels) == (784, 50176)
+    assert (cfg.image.frames, cfg.image.min_frames, cfg.image.fps) == (8, 4, 2.0)
+    assert (cfg.image.frame_min_pixels, cfg.image.frame_max_pixels) == (256 * 28 * 28, 1024 * 28 * 28)
+    assert {cfg.vision.weights, cfg.connector.weights, cfg.llm.weights, cfg.tokenizer.name} == {cfg.llm.weights}
+
+
+def test_qwen_vl_learns_the_line_end_behind_an_answer() -> None:
+    """qwenvl/data/data_processor.py: labels go to the token behind <|im_end|>."""
+    assembly = build_assembly(compose_tiny("recipe=qwen25_vl_3b"), meta=True)
+    turns = [Turn(role=role, parts=(Text(text=text),)) for role, text in (("user", "Why?"), ("assistant", "So."))]
+    stream = assembly.processor.render(Sample(key="one", annotations=(Annotation(turns=(*turns, *turns)),))).llm
+    learned = stream.labels[stream.labels != IGNORE]
+    assert assembly.processor.tokenizer.decode(learned.tolist()) == "So.<|im_end|>\n" * 2
 
 
 @pytest.mark.parametrize("name", sorted(TWO_TOWERS))

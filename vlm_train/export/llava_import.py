@@ -61,8 +61,9 @@ def find_wrong_kind(folder: Path, kind: str, name: str) -> list[str]:
 
 def read_parts_later(cfg: DictConfig, folder: Path) -> None:
     """Let the parts of a configuration be built without weights of their own; the tokenizer is that of the folder."""
-    for part in ("vision", "llm"):
-        cfg[part].weights = None
+    for part in ("vision", "connector", "llm"):
+        if cfg[part].get("weights") is not None:
+            cfg[part].weights = None
     if str(cfg.tokenizer.get("_target_")).endswith(".pretrained"):
         cfg.tokenizer.name = str(folder.absolute())
     OmegaConf.update(cfg, "llm.new_tokens", 0, force_add=True)  # its <image> and <pad> are ids that we never use

@@ -120,6 +120,15 @@ def test_views_together_are_those_alone(kind: str) -> None:
         first += grid.size
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2.5"])
+def test_it_is_traced_without_memory(kind: str) -> None:
+    """A dry run counts its work so."""
+    with torch.device("meta"):
+        encoder, shown = ours(kind), MediaInput(torch.empty(media().values.shape, dtype=torch.uint8), GRIDS)
+        features = encoder.encode(shown)
+    assert features.values.is_meta and features.values.shape == (len(shown.values), 32)
+
+
 def test_windows_keep_frames_together() -> None:
     order = arrange_patches((Grid3(2, 3, 5),), 2)
     assert order.frames == [15, 15] and order.windows == [4, 4, 2, 2, 2, 1] * 2

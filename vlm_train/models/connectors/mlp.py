@@ -7,6 +7,7 @@ from torch import nn
 from vlm_train.contracts.media import Features
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.grids import same_grid
+from vlm_train.models.weights.connector_names import LLAVA, LLAVA_OWN, load_connector
 
 
 def make_mlp(in_dim: int, out_dim: int, depth: int, *, bias: bool = True, hidden: int | None = None) -> nn.Sequential:
@@ -21,12 +22,23 @@ def make_mlp(in_dim: int, out_dim: int, depth: int, *, bias: bool = True, hidden
 
 
 class MLP(nn.Module):
-    """Width in_dim -> out_dim; one token a patch. Initialised as torch's Linear, as in LLaVA."""
+    """Width in_dim -> out_dim; one token a patch. Initialised as torch's Linear, as in LLaVA.
 
-    def __init__(self, *, in_dim: int, out_dim: int, depth: int = 2) -> None:
+    Args:
+        depth: linear layers, with exact GELU between them.
+        weights: the LLaVA that it is taken from, a hub name or a local folder.
+    """
+
+    def __init__(self, *, in_dim: int, out_dim: int, depth: int = 2, weights: str | None = None) -> None:
         super().__init__()
+        self.weights = weights
         self.token_grid = same_grid
         self.layers = make_mlp(in_dim, out_dim, depth)
+
+    def load_weights(self) -> None:
+        """Read `weights`. Raises `AssetError` if they hold no MLP of this depth and width."""
+        if self.weights is not None:
+            load_connector(self, self.weights, (LLAVA, LLAVA_OWN))
 
     def forward(self, features: Features) -> Features:
         """Patches are projected one by one."""

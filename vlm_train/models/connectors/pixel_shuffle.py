@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlm_train.contracts.media import Features, Grid3, map_grids
 from vlm_train.errors import ConfigError
 from vlm_train.models.connectors.mlp import make_mlp
+from vlm_train.models.weights.connector_names import INTERNVL, INTERNVL_OWN, QWEN_VL, load_connector
 
 
 def shuffled_grid(grid: Grid3, factor: int) -> Grid3:
@@ -33,6 +34,7 @@ class PixelShuffleMLP(nn.Module):
         wide: the first layer keeps the joined width, and the last one changes it (Qwen2-VL).
         bias: of the linear layers.
         eps: of the LayerNorm.
+        weights: the whole model that it is taken from, InternVL, Qwen2-VL or Qwen2.5-VL: a hub name or a local folder.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class PixelShuffleMLP(nn.Module):
         wide: bool = False,
         bias: bool = True,
         eps: float = 1e-5,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
+        self.weights = weights
         if factor < 1:
             raise ConfigError(f"connector.factor: {factor}; allowed: at least 1")
         joined = in_dim * factor**2
@@ -57,6 +61,11 @@ class PixelShuffleMLP(nn.Module):
         self.patch_norm = None if of_patch is None else of_patch(in_dim, eps=eps)
         self.norm = nn.LayerNorm(joined, eps=eps) if norm == "joined" else None
         self.layers = make_mlp(joined, out_dim, depth, bias=bias, hidden=joined if wide else out_dim)
+
+    def load_weights(self) -> None:
+        """Read `weights`. Raises `AssetError` if they hold no connector of these modules and shapes."""
+        if self.weights is not None:
+            load_connector(self, self.weights, (INTERNVL, INTERNVL_OWN, QWEN_VL))
 
     def forward(self, features: Features) -> Features:
         """Patches are joined grid by grid, and projected all at once."""

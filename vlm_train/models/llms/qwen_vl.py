@@ -51,14 +51,14 @@ class _WithHead(GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
 
-class Qwen2VLForCausalLM(_WithHead, Qwen2VLPreTrainedModel):
+class Qwen2VLForCausalLM(_WithHead, Qwen2VLPreTrainedModel, GenerationMixin):
     """Qwen2-VL's."""
 
     config_class = Qwen2VLTextConfig
     decoder_class = Qwen2VLTextModel
 
 
-class Qwen25VLForCausalLM(_WithHead, Qwen2_5_VLPreTrainedModel):
+class Qwen25VLForCausalLM(_WithHead, Qwen2_5_VLPreTrainedModel, GenerationMixin):
     """Qwen2.5-VL's."""
 
     config_class = Qwen2_5_VLTextConfig

@@ -157,10 +157,11 @@ def arrange_patches(grids: Sequence[Grid3], window: int | None) -> PatchOrder:
     """Patches frame by frame; with `window` (a side in patches) window by window in every frame. On the CPU."""
     places, index, frames, windows, first = [], [], [], [], 0
     for t, h, w in grids:
-        rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+        rows, columns = (torch.arange(side, device="cpu") for side in (h, w))  # also where a model is only traced
+        rows, columns = rows.repeat_interleave(w), columns.repeat(h)
         frame = torch.stack([rows, columns], dim=1)
         frames += [h * w] * t
-        order = torch.arange(h * w)
+        order = torch.arange(h * w, device="cpu")
         sizes = [h * w]
         if window is not None:
             across = -(-w // window)
