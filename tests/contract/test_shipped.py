@@ -17,6 +17,7 @@ AROUND = {
     "objective=itc_itm_lm": "blip_base",
     "template=internlm2_chat": "internvl15_2b_stage1",
     "template=internvl25": "internvl25_8b_stage1",
+    "template=nanovlm": "nanovlm",
     "eval=easyvqa_alignment": "blip2_stage1",
     "eval=easyvqa_captions": "easyvqa_clip",
     "eval=easyvqa_zero_shot": "easyvqa_clip",

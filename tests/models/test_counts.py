@@ -42,6 +42,8 @@ def count(module) -> int:
         ("llm", "internlm2_1_8b", 1_889_110_016),
         ("llm", "internlm25_1_8b", 1_889_110_016),
         ("llm", "internlm25_7b", 7_737_708_544),
+        ("vision", "siglip2_base_512", 93_520_128),
+        ("llm", "smollm2_360m", 361_821_120),
         ("llm", "qwen3_1_7b", 1_720_574_976),
         ("llm", "qwen3_4b", 4_022_468_096),
         ("llm", "qwen3_8b", 8_190_735_360),

@@ -10,10 +10,11 @@ import torch
 from omegaconf import OmegaConf
 
 from data_pipelines.sample import Annotation, Sample, Text, Turn
-from vlm_train.build import build_assembly, build_lr_schedule
+from vlm_train.build import build_assembly, build_images, build_lr_schedule, build_model
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.folders import config_dir, recipes_dir
+from vlm_train.contracts.layout import MediaSize
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.dryrun.length import predict_length
 
@@ -120,7 +121,9 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     assert "hydra" not in text
 
 
-@pytest.mark.parametrize("name", sorted([*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, *TWO_TOWERS, *QFORMER_LINE]))
+@pytest.mark.parametrize(
+    "name", sorted([*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, "nanovlm", *TWO_TOWERS, *QFORMER_LINE])
+)
 def test_every_number_names_its_source(name: str) -> None:
     path = recipes_dir() / "recipe" / f"{name}.yaml"
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -209,6 +212,34 @@ def test_qwen_vl_says_what_was_published(name: str) -> None:
     assert (cfg.image.frames, cfg.image.min_frames, cfg.image.fps) == (8, 4, 2.0)
     assert (cfg.image.frame_min_pixels, cfg.image.frame_max_pixels) == (256 * 28 * 28, 1024 * 28 * 28)
     assert {cfg.vision.weights, cfg.connector.weights, cfg.llm.weights, cfg.tokenizer.name} == {cfg.llm.weights}
+
+
+def test_nanovlm_says_what_was_published() -> None:
+    """models/config.py, train.py and slurm/nanoVLM.slurm of github.com/huggingface/nanoVLM."""
+    cfg = compose_config(["recipe=nanovlm"])
+    assert [(rule.match, rule.lr) for rule in cfg.params.rules] == [(r"connector\..*", 0.00512), (".*", 5e-5)]
+    assert (cfg.optim.weight_decay, list(cfg.optim.betas), cfg.params.decay_norms_and_biases) == (
+        0.01,
+        [0.9, 0.999],
+        True,
+    )
+    assert (cfg.lr_schedule.warmup_ratio, cfg.lr_schedule.min_ratio, cfg.trainer.max_steps) == (0.03, 0.1, 40_000)
+    assert (cfg.batch.tokens, cfg.batch.micro, cfg.target.gpus) == (2 * 8 * 32 * 4096, 2, 32)
+    assert (cfg.data.pack, cfg.data.max_length, cfg.trainer.max_grad_norm) == (4096, 4096, 1.0)
+    assert (cfg.image.longest_side, cfg.image.enlarge, cfg.connector.factor) == (2048, True, 4)
+    assert len(cfg.tokenizer.add) == 66 and cfg.tokenizer.add[-1] == "<row_8_col_8>"
+    assert (cfg.vision.image_mean, cfg.vision.image_std, cfg.vision.final_norm) == ([0.0] * 3, [1.0] * 3, True)
+
+
+def test_nanovlm_counts_its_tokens() -> None:
+    """64 a tile, at most 4 x 4 of them and one view of all (mp_image_token_length of models/config.py)."""
+    cfg = compose_config(["recipe=nanovlm", "vision.weights=null", "llm.weights=null", "tokenizer=byte_level"])
+    model = build_model(cfg, meta=True)
+    plan = build_images(cfg, model)["vision"]
+    for size, views in (((2048, 2048), 17), ((512, 512), 17), ((640, 480), 13), ((4000, 100), 5)):
+        grids = plan.grids(MediaSize(*size))
+        assert (len(grids), sum(model.connector.token_grid(grid).size for grid in grids)) == (views, 64 * views), size
+    assert sum(p.numel() for p in model.connector.parameters()) == 16 * 768 * 960
 
 
 def test_qwen_vl_learns_the_line_end_behind_an_answer() -> None:

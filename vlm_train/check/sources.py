@@ -42,11 +42,17 @@ def check_sources(cfg: DictConfig) -> Iterator[str]:
         if "model_type" not in numbers or find_local_file(source, CONFIG_JSON) is None:
             continue
         yield from list_contradictions(f"{path}.weights", source, numbers, side_of(group))
-        said = read_image_settings(source, f"{path}.weights", local=True) if "image_mean" in node else None
+        told = "image_mean" in node and not _leaves_pixels(node)
+        said = read_image_settings(source, f"{path}.weights", local=True) if told else None
         for key in STATISTICS if said else ():
             theirs, ours = (said or {}).get(key), node.get(key)
             if theirs and ours and any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=False)):
                 yield f"{path}.weights: {source!r} has {key} = {theirs}, the config says {ours}"
+
+
+def _leaves_pixels(node: dict[str, Any]) -> bool:
+    """Whether pixels stay in [0, 1], which a part is told on purpose: no files of a model say so."""
+    return not any(node.get("image_mean") or ()) and all(one == 1 for one in node.get("image_std") or ())
 
 
 def describe_weightless(node: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from vlm_train.contracts.media import Grid3, MediaShape
 
@@ -33,6 +33,21 @@ class MediaSize:
         return self.frames > 1 or self.seconds > 0
 
 
+class ViewName(NamedTuple):
+    """Which view of a media item one is.
+
+    Attributes:
+        kind: "whole" (all of an image), "tile" or "frame".
+        row, column: of a tile, from 1.
+        number: of a frame, from 1.
+    """
+
+    kind: Literal["whole", "tile", "frame"]
+    row: int = 0
+    column: int = 0
+    number: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A run of placeholders. `Slot(item, 0)` takes no place: it says that the item stands here, for models that read
@@ -43,12 +58,14 @@ class Slot:
         count: placeholders.
         grid: their arrangement, if any.
         seconds: how long the video lasts that `grid.t` divides; None: an image.
+        view: the one view of the item that they show; None: all of it.
     """
 
     item: int
     count: int
     grid: Grid3 | None = None
     seconds: float | None = None
+    view: ViewName | None = None
 
 
 Piece = str | Slot
@@ -69,27 +86,33 @@ class MediaLayout(Protocol):
 @dataclass(frozen=True)
 class GridLayout:
     """One run of placeholders an item, optionally between literal boundary tokens. Views of several shapes are laid in
-    one row.
+    one row. With `name_views` every view has a run of its own, and a template can write text between them.
 
-    `patch_grids(size)` are the patch grids of an item's views, as its image plan makes them, `token_grid(grid)` what
-    the connector makes of each. Both are functions that pickle without weights.
+    `patch_grids(size)` are the patch grids of an item's views, as its image plan makes them, and `name_views(size)`
+    their names; `token_grid(grid)` is what the connector makes of each. All are functions that pickle without weights.
     """
 
     patch_grids: Callable[[MediaSize], Sequence[Grid3]]
     token_grid: Callable[[Grid3], Grid3]
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    name_views: Callable[[MediaSize], Sequence[ViewName]] | None = None
 
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
         layouts: list[list[Piece]] = []
         for item, size in enumerate(sizes):
             grids = [self.token_grid(one) for one in self.patch_grids(size)]
+            seconds = size.seconds or None
+            if self.name_views is not None:
+                views = zip(grids, self.name_views(size), strict=True)
+                slots = [Slot(item, grid.size, grid, seconds, view) for grid, view in views]
+                layouts.append([*self.before, *slots, *self.after])
+                continue
             count = sum(grid.size for grid in grids)
             joined = Grid3(1, 1, count)
             if len(shapes := {(grid.h, grid.w) for grid in grids}) == 1:  # one view after the other, as frames are
                 joined = Grid3(sum(grid.t for grid in grids), *shapes.pop())
-            slot = Slot(item, count, joined, size.seconds or None)
-            layouts.append([*self.before, slot, *self.after])
+            layouts.append([*self.before, Slot(item, count, joined, seconds), *self.after])
         return layouts
 
 

@@ -11,19 +11,24 @@ from vlm_train.data.text.mrope import MRopeLayout
 from vlm_train.errors import ConfigError
 
 
-def make_layout(model: Family, images: Mapping[str, Any]) -> MediaLayout:
-    """The media layout of a model, with positions on as many axes as its language model has. Raises: see `_lay_out`."""
-    layout, llm = _lay_out(model, images), getattr(model, "llm", None)
+def make_layout(model: Family, images: Mapping[str, Any], *, views_apart: bool = False) -> MediaLayout:
+    """The media layout of a model, with positions on as many axes as its language model has.
+
+    `views_apart`: every view of an item has a run of its own, for templates that write text between them. Raises: see
+    `_lay_out`.
+    """
+    layout, llm = _lay_out(model, images, views_apart), getattr(model, "llm", None)
     if getattr(llm, "position_axes", 1) == 1 or hasattr(layout, "positions"):
         return layout
     return MRopeLayout(layout, getattr(llm, "tokens_per_second", None))
 
 
-def _lay_out(model: Family, images: Mapping[str, Any]) -> MediaLayout:
+def _lay_out(model: Family, images: Mapping[str, Any], views_apart: bool) -> MediaLayout:
     """The media layout: a picklable object without weights. A family whose media stand otherwise brings its own.
 
     Raises:
-        ConfigError: the features of several encoders go through connectors, and the family does not say where to.
+        ConfigError: the features of several encoders go through connectors, and the family does not say where to; or
+            views are to stand apart that have no names, or that a stitcher joins.
     """
     if (own := model.media_layout(images)) is not None:
         return own
@@ -36,7 +41,11 @@ def _lay_out(model: Family, images: Mapping[str, Any]) -> MediaLayout:
             "say where their features stand in the text."
         )
     (image,) = images.values()
+    name_views = getattr(image, "name_views", None) if views_apart else None
+    if views_apart and (name_views is None or getattr(model, "stitcher", None) is not None):
+        why = f"image: {type(image).__name__} does not name them" if name_views is None else "parts.stitcher joins them"
+        raise ConfigError(f"template: it writes text between the views of an image or a video, but {why}")
     if (stitcher := getattr(model, "stitcher", None)) is not None:
         shape = getattr(image, "shape", untiled_shape)
         return StitchedLayout(image.grids, connector.token_grid, shape, stitcher.count_tokens)
-    return GridLayout(image.grids, connector.token_grid)
+    return GridLayout(image.grids, connector.token_grid, name_views=name_views)

@@ -32,6 +32,8 @@ from vlm_train.runs.record import read_json
 MARKS = ("<img>", "</img>")
 CONTEXT, VIDEO = "<IMG_CONTEXT>", "<video>"
 NAME = "InternVLForConditionalGeneration"
+FRAME = "Frame{{number}}: {}"
+"""What `InternVLProcessor` writes before a frame, whose first mark follows."""
 
 
 class InternVLExporter:
@@ -66,10 +68,12 @@ class InternVLExporter:
         write_processor(folder, model.vision, plan, tokenizer, tokens)
         size = MediaSize(width=plan.size[1] * 5 // 3, height=plan.size[0])
         served = ServedImages(CONTEXT, MARKS, load_images_only)
-        said = describe_chat_template(add_chat_template(folder, processor, size, served))
-        if not plan.share_tiles:
-            return said
-        return f"{said}; its processor gives each of several images {plan.max_tiles} tiles, training let them share"
+        said = [describe_chat_template(add_chat_template(folder, processor, size, served))]
+        if plan.share_tiles:
+            said.append(f"its processor gives each of several images {plan.max_tiles} tiles, training let them share")
+        if (before := processor.template.style.frame_prefix) != (theirs := FRAME.format(MARKS[0])):
+            said.append(f"its processor writes {theirs!r} before a frame of a video, training {before!r}")
+        return "; ".join(said)
 
     def verify(self, model: Any, folder: Path) -> float:
         from transformers import InternVLForConditionalGeneration

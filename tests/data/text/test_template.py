@@ -27,6 +27,7 @@ LEARNED = {
     "qwen2_vl": "{}<|im_end|>",
     "internlm2_chat": "{}<|im_end|>",
     "internvl25": "{}<|im_end|>",
+    "nanovlm": "{}<|im_end|>\n",
     "mistral": " {}<eos>",
     "generic": "{}<|im_end|>",
     "caption": "{}<eos>",
@@ -50,7 +51,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_level(add=["<img>", "</img>"])  # of InternVL's templates
+    marks = ["<img>", "</img>"], ["<|global_image|>", "<row_1_col_1>", "<row_8_col_8>"]  # of InternVL, of nanoVLM
+    return byte_level(add=[*marks[0], *marks[1]])
 
 
 def learned(stream: Stream, tokenizer) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 from data_pipelines.errors import BadSample
 from data_pipelines.media.pictures import WHITE, Decoder, Picture, decode_picture
 from data_pipelines.media.video import is_video
-from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.layout import MediaSize, ViewName
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.plan import Views, check_background, check_decoder
+from vlm_train.data.images.plan import Views, check_background, check_decoder, name_frames
 from vlm_train.data.images.tiles import resize_picture
 from vlm_train.data.images.transform import Resizer
 from vlm_train.data.images.video import decode_frames, measure_video
@@ -114,6 +114,10 @@ class NativeResolution:
             grow = math.sqrt(least / pixels)
             width, height = (math.ceil(length * grow / side) * side for length in (size.width, size.height))
         return MediaSize(width=width, height=height)
+
+    def name_views(self, size: MediaSize) -> tuple[ViewName, ...]:
+        """Which view of an image or a video each of `grids` is; a frame is as many as a patch holds."""
+        return name_frames(len(self.grids(size))) if size.is_video else (ViewName("whole"),)
 
     def blank(self) -> Views:
         """A black view of the smallest size."""

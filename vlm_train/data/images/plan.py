@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from data_pipelines.media.pictures import Decoder
-from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.layout import MediaSize, ViewName
 from vlm_train.contracts.media import Grid3, MediaShape
 from vlm_train.errors import ConfigError
 
@@ -45,7 +45,8 @@ class Views:
 
 class ImagePlan(Protocol):
     """How media become what an encoder is given. Picklable: data workers run it. A plan that makes tiles also has a
-    method `shape(size)`, which gives the `MediaShape` of an item before its pixels are read.
+    method `shape(size)`, which gives the `MediaShape` of an item before its pixels are read. A plan with a method
+    `name_views(size)`, the `ViewName` of every view, goes with templates that write text between views.
 
     Attributes:
         random: whether training makes random choices.
@@ -82,6 +83,16 @@ class ImagePlan(Protocol):
 
 MediaViews = Mapping[str, Sequence[Views | None]]
 """Name of an encoder -> its views of every media item of a sample; None: the sample does not show the item."""
+
+
+def name_frames(count: int) -> tuple[ViewName, ...]:
+    """The names of the views of a video."""
+    return tuple(ViewName("frame", number=number) for number in range(1, count + 1))
+
+
+def name_tiles(rows: int, columns: int) -> tuple[ViewName, ...]:
+    """The names of the tiles of an image, row by row."""
+    return tuple(ViewName("tile", row, column) for row in range(1, rows + 1) for column in range(1, columns + 1))
 
 
 def check_decoder(decode: Decoder) -> None:

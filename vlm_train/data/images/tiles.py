@@ -9,9 +9,9 @@ from PIL import Image
 
 from data_pipelines.media.pictures import WHITE, Decoder, Picture, decode_picture
 from data_pipelines.media.video import is_video
-from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.layout import MediaSize, ViewName
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.plan import Views, check_background, check_decoder
+from vlm_train.data.images.plan import Views, check_background, check_decoder, name_frames, name_tiles
 from vlm_train.data.images.torch_resize import resize_by_torch
 from vlm_train.data.images.transform import Resizer, one_patch
 from vlm_train.data.images.video import decode_frames
@@ -81,6 +81,15 @@ class Tiles:
         rows, columns = self.tile_grid(size)
         return (self.view_grid,) * (rows * columns + (self.thumbnail and rows * columns > 1))
 
+    def name_views(self, size: MediaSize) -> tuple[ViewName, ...]:
+        """Which view of an image or a video each of `grids` is."""
+        if size.is_video:
+            return name_frames(min(size.frames, self.frames))
+        rows, columns = self.tile_grid(size)
+        if rows * columns == 1:
+            return (ViewName("whole"),)
+        return name_tiles(rows, columns) + (ViewName("whole"),) * self.thumbnail
+
     def blank(self) -> Views:
         """A black view."""
         return Views(np.zeros((1, 3, *self.size), np.uint8), (self.view_grid,))
@@ -123,7 +132,7 @@ def choose_closest_grid(size: tuple[int, int], view: tuple[int, int], least: int
 
 
 def resize_picture(picture: Picture, width: int, height: int, resize: Resizer) -> np.ndarray:
-    """`[height, width, 3]`, its aspect ignored."""
+    """`[height, width, 3]`, its aspect ignored, by bicubic resampling."""
     if resize == "torch":
         return resize_by_torch(np.asarray(picture), (width, height)).transpose(1, 2, 0)
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture

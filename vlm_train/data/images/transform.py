@@ -14,9 +14,9 @@ from PIL import Image
 
 from data_pipelines.media.pictures import WHITE, Decoder, Picture, decode_picture
 from data_pipelines.media.video import is_video
-from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.layout import MediaSize, ViewName
 from vlm_train.contracts.media import Grid3, MediaShape
-from vlm_train.data.images.plan import Views, check_background, check_decoder
+from vlm_train.data.images.plan import Views, check_background, check_decoder, name_frames
 from vlm_train.data.images.rand_augment import LEVELS, distort_image, draw_distortions
 from vlm_train.data.images.resize import MOST_PIXELS, resized_part
 from vlm_train.data.images.torch_resize import resize_by_torch
@@ -121,6 +121,10 @@ class ImageTransform:
     def grids(self, size: MediaSize) -> tuple[Grid3, ...]:
         """Patch grids of the views of an image (one) or a video (one a used frame)."""
         return (self.view_grid,) * min(size.frames, self.frames)
+
+    def name_views(self, size: MediaSize) -> tuple[ViewName, ...]:
+        """Which view of an image or a video each of `grids` is."""
+        return name_frames(min(size.frames, self.frames)) if size.is_video else (ViewName("whole"),)
 
     def blank(self) -> Views:
         """A black view."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from data_pipelines.sample import Box, Media, Turn
+from vlm_train.contracts.layout import Piece, Slot
 from vlm_train.errors import ConfigError
 
 MediaPlace = Literal["first", "inline", "drop"]
+COUNTED = {
+    "several_prefix": ("number", "index"),
+    "whole_prefix": (),
+    "tile_prefix": ("row", "column"),
+    "frame_prefix": ("number",),
+    "frame_suffix": ("number",),
+}
+"""Texts of a style that count -> what `{...}` in them may say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +37,23 @@ class TextSpan:
 
 @dataclass(frozen=True, slots=True)
 class MediaSpan:
-    """Where media item `item` stands."""
+    """Where media item `item` stands, between the texts `before` and `after`."""
 
     item: int
+    before: str = ""
+    after: str = ""
 
 
 Span = TextSpan | MediaSpan
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRun:
+    """What a layout lays for media item `item`, or for one view of it, whose features begin at `offset`."""
+
+    item: int
+    pieces: tuple[Piece, ...]
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +65,12 @@ class ContentStyle:
         media_prefix, media_suffix: text around every media item.
         media_suffix_alone: text behind the last media item of a turn that has no text, with `first`; None:
             `media_suffix`.
+        several_prefix: text before `media_prefix` where a sample has several media items; `{number}` counts them from
+            1, `{index}` from 0.
+        whole_prefix, tile_prefix: text before the view of all of an image, and before a tile of it, whose `{row}` and
+            `{column}` count from 1.
+        frame_prefix, frame_suffix: text around every frame of a video, in place of `media_prefix` and `media_suffix`
+            around all of it; `{number}` counts from 1. None: none.
         strip: strip white space around every turn.
         box, box_scale: `str.format` pattern of a box and the factor on its fractions.
         caption_words: clean the answers as BLIP cleans captions, and keep at most so many words of each, see
@@ -55,6 +82,11 @@ class ContentStyle:
     media_prefix: str = ""
     media_suffix: str = "\n"
     media_suffix_alone: str | None = None
+    several_prefix: str = ""
+    whole_prefix: str = ""
+    tile_prefix: str = ""
+    frame_prefix: str | None = None
+    frame_suffix: str | None = None
     strip: bool = False
     box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]"
     box_scale: float = 1.0
@@ -66,13 +98,49 @@ class ContentStyle:
             raise ConfigError(f"template.media: {self.media!r}; allowed: {', '.join(get_args(MediaPlace))}")
         if self.caption_words is not None and self.caption_words < 1:
             raise ConfigError(f"template.caption_words: {self.caption_words}; allowed: 1 or more, or null")
+        if (self.frame_prefix is None) != (self.frame_suffix is None):
+            raise ConfigError("template: frame_prefix and frame_suffix go together; set both, or neither")
+        for name, known in COUNTED.items():
+            try:
+                (getattr(self, name) or "").format(**dict.fromkeys(known, 1))
+            except (KeyError, IndexError, ValueError) as error:
+                counts = " and ".join(f"{{{one}}}" for one in known) or "no counts"
+                raise ConfigError(f"template.{name}: {getattr(self, name)!r}; allowed in it: {counts}") from error
+
+    @property
+    def marks_views(self) -> bool:
+        """Whether it writes text between the views of an item."""
+        return bool(self.whole_prefix or self.tile_prefix or self.frame_prefix is not None)
+
+    def write_media(
+        self, span: MediaSpan, pieces: Sequence[Piece], *, several: bool = False
+    ) -> list[TextSpan | MediaRun]:
+        """The text around and between what a layout lays for an item. `several`: its sample has others."""
+        count = self.several_prefix.format(number=span.item + 1, index=span.item) if several else ""
+        views = [piece for piece in pieces if isinstance(piece, Slot) and piece.view is not None]
+        if not views:
+            return [TextSpan(count + span.before), MediaRun(span.item, tuple(pieces)), TextSpan(span.after)]
+        framed = self.frame_prefix is not None and views[0].view is not None and views[0].view.kind == "frame"
+        written: list[TextSpan | MediaRun] = [TextSpan(count), TextSpan("" if framed else span.before)]
+        offset = 0
+        for piece in pieces:
+            if not isinstance(piece, Slot) or piece.view is None:
+                written.append(MediaRun(span.item, (piece,), offset))
+                continue
+            before = {"whole": self.whole_prefix, "tile": self.tile_prefix, "frame": self.frame_prefix or ""}
+            counts = {name: getattr(piece.view, name) for name in ("row", "column", "number")}
+            written.append(TextSpan(before[piece.view.kind].format(**counts)))
+            written.append(MediaRun(span.item, (piece,), offset))
+            written.append(TextSpan((self.frame_suffix or "").format(**counts) if framed else ""))
+            offset += piece.count
+        return [*written, TextSpan("" if framed else span.after)]
 
     def make_spans(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Span]:
         """The spans of one turn's parts; `weight` is the loss weight of its text; `text=False` keeps only media."""
         spans: list[Span] = []
         for part in turn.parts:
             if isinstance(part, Media):
-                spans += [] if self.media == "drop" else [MediaSpan(part.item)]
+                spans += [] if self.media == "drop" else [MediaSpan(part.item, self.media_prefix, self.media_suffix)]
             elif not text:
                 continue
             elif isinstance(part, Box):
@@ -93,11 +161,9 @@ class ContentStyle:
                     break
                 rest.pop(index)
         spans = [*front, *rest]
-        before, after = TextSpan(self.media_prefix), TextSpan(self.media_suffix)
-        framed = [one for span in spans for one in ((before, span, after) if isinstance(span, MediaSpan) else (span,))]
-        if self.media == "first" and self.media_suffix_alone is not None and framed and framed[-1] is after:
-            framed[-1] = TextSpan(self.media_suffix_alone)
-        return framed
+        if self.media == "first" and self.media_suffix_alone is not None and spans and isinstance(spans[-1], MediaSpan):
+            spans[-1] = replace(spans[-1], after=self.media_suffix_alone)
+        return spans
 
 
 def special_pattern(tokenizer: Any, literals: tuple[str, ...] = ()) -> re.Pattern[str]:

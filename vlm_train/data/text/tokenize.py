@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data_pipelines.errors import BadSample
 from data_pipelines.sample import Turn
 from vlm_train.contracts.layout import PLACEHOLDER_ID, Piece, Slot
-from vlm_train.data.text.spans import MediaSpan, Span, TextSpan, special_pattern
+from vlm_train.data.text.spans import MediaRun, MediaSpan, Span, TextSpan, special_pattern
 from vlm_train.data.text.streams import PlacedSlot, Positions, Tokens
 from vlm_train.data.text.template import Template
 from vlm_train.errors import ConfigError
@@ -64,7 +64,7 @@ class ConversationTokenizer:
         ids, weights = [np.array(start, np.int64)], [np.zeros(len(start), np.float32)]
         slots, ends, length = list[PlacedSlot](), [len(start)], len(start)
         texts: list[TextSpan] = []
-        for span in [*spans, None]:
+        for span in [*self._write_media(spans), None]:
             if isinstance(span, TextSpan) and not span.apart:
                 texts.append(span)
                 continue
@@ -73,11 +73,11 @@ class ConversationTokenizer:
                 weights.append(new_weights * np.float32(weight))
                 length += len(new_ids)
             texts = [span] if isinstance(span, TextSpan) else []
-            if span is None or isinstance(span, TextSpan) or not (pieces := self.pieces[span.item]):
+            if span is None or isinstance(span, TextSpan) or not (pieces := span.pieces):
                 continue
-            if not any(isinstance(piece, Slot) for piece in pieces):  # literals that mark where the item stands
-                pieces = [Slot(span.item, 0), *pieces]
-            offset = 0
+            if not any(isinstance(piece, Slot) for piece in self.pieces[span.item]):  # literals mark where it stands
+                pieces = (Slot(span.item, 0), *pieces)
+            offset = span.offset
             for piece in pieces:
                 if isinstance(piece, Slot):
                     slots.append(PlacedSlot(length, piece, offset))
@@ -90,6 +90,13 @@ class ConversationTokenizer:
             ends.append(length)
         positions = None if self.positions is None else self.positions(length, slots)
         return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions)
+
+    def _write_media(self, spans: Sequence[Span]) -> Iterator[TextSpan | MediaRun]:
+        for span in spans:
+            if isinstance(span, TextSpan):
+                yield span
+            else:
+                yield from self.template.style.write_media(span, self.pieces[span.item], several=len(self.pieces) > 1)
 
     def _literal_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)

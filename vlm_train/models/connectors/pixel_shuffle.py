@@ -34,6 +34,7 @@ class PixelShuffleMLP(nn.Module):
         wide: the first layer keeps the joined width, and the last one changes it (Qwen2-VL).
         bias: of the linear layers.
         eps: of the LayerNorm.
+        init_std: the linear layers start as normal numbers of this deviation; null: as torch's Linear.
         weights: the whole model that it is taken from, InternVL, Qwen2-VL or Qwen2.5-VL: a hub name or a local folder.
     """
 
@@ -48,6 +49,7 @@ class PixelShuffleMLP(nn.Module):
         wide: bool = False,
         bias: bool = True,
         eps: float = 1e-5,
+        init_std: float | None = None,
         weights: str | None = None,
     ) -> None:
         super().__init__()
@@ -61,6 +63,10 @@ class PixelShuffleMLP(nn.Module):
         self.patch_norm = None if of_patch is None else of_patch(in_dim, eps=eps)
         self.norm = nn.LayerNorm(joined, eps=eps) if norm == "joined" else None
         self.layers = make_mlp(joined, out_dim, depth, bias=bias, hidden=joined if wide else out_dim)
+        if init_std is not None:
+            for layer in self.layers.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=init_std)
 
     def load_weights(self) -> None:
         """Read `weights`. Raises `AssetError` if they hold no connector of these modules and shapes."""
