@@ -64,8 +64,8 @@ def exported(tmp_path: Path) -> tuple[PrefixVLM, Path]:
     assert exporter.problems(model) == []
     said = exporter.write(model, processor_of(model), tmp_path)
     assert said == (
-        "a chat template that gives the prompts of training; its processor writes 'Frame{number}: <img>' before a frame "
-        "of a video, training 'Frame-{number}: <img>'"
+        "a chat template that gives the prompts of training; its processor writes 'Frame{number}: <img>' before a "
+        "frame of a video, training 'Frame-{number}: <img>'"
     )
     assert exporter.verify(model, tmp_path) < 1e-5
     return model, tmp_path

@@ -37,7 +37,7 @@ FRAME = "Frame{{number}}: {}"
 
 
 class InternVLExporter:
-    """Writes InternVL. Its processor needs torchvision where it is used; its video processor was not run here."""
+    """Writes InternVL. Its processor needs torchvision where it is used. No test runs its video processor."""
 
     def problems(self, model: Any) -> list[str]:
         return find_problems(model)
