@@ -29,7 +29,16 @@ def tiny(*more: str) -> Assembly:
 def test_the_first_without_problems_is_taken() -> None:
     linear, mlp = tiny("connector=linear", *OWN), tiny(*OWN)
     exporters = build_exporters(mlp.cfg)
-    assert list(exporters) == ["blip", "blip2", "internvl", "llava", "llava_next", "qwen_vl", "plain"]
+    assert list(exporters) == [
+        "blip",
+        "blip2",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "qwen_vl",
+        "plain",
+    ]
     assert choose_exporter(linear.model, exporters) == "plain" and choose_exporter(mlp.model, exporters) == "llava"
     everything = {"plain": exporters["plain"], **exporters}
     assert choose_exporter(mlp.model, everything) == "llava", "an earlier one has a problem"
@@ -45,6 +54,7 @@ def test_problems_of_all_are_listed_where_none_fits() -> None:
         "exporter.internvl: connector: Linear; InternVL has only the pixel shuffle with its norm and two layers",
         "exporter.llava: connector: Linear; LLaVA has only the two-layer MLP (mlp2x_gelu)",
         "exporter.llava_next: parts.stitcher: null; tiles are joined by UnpadNewline (parts=unpad_newline)",
+        "exporter.llava_onevision: parts.stitcher: null; tiles are joined by UnpadNewline (parts=unpad_newline)",
         "exporter.qwen_vl: llm: llama; Qwen-VL has qwen2_vl_text and qwen2_5_vl_text (llm=qwen25_vl_3b)",
     ]
     with pytest.raises(ConfigError, match="exporter is empty.*exporter=default"):
