@@ -44,6 +44,30 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     return file.getvalue()
 
 
+def clip(root: Path, seconds: int = 60, size: tuple[int, int] = (1280, 720), rate: int = 30) -> Path:
+    """An MP4 of a photograph that moves, H.264 with the encoder's own settings, written if it is not there."""
+    import av
+
+    path = root / f"clip-{seconds}s-{size[0]}x{size[1]}.mp4"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width, height = size
+    picture = np.asarray(Image.open(io.BytesIO(photograph(2 * width, 2 * height, 0))))
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(seconds * rate):
+            angle = 2 * np.pi * number / (20 * rate)
+            left, top = (int((1 + turn(angle)) / 2 * side) for turn, side in ((np.cos, width), (np.sin, height)))
+            view = np.ascontiguousarray(picture[top : top + height, left : left + width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(view, "rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(file.getvalue())
+    return path
+
+
 def shard_set(root: Path, size: str, samples: int) -> Path:
     """The folder of a set of `samples` pictures, written by `ShardWriter` if it is not there."""
     folder = root / f"{size}-{samples}"

@@ -1,12 +1,13 @@
 """Benchmarks of the data half: `python -m benchmarks.data [key=value ...]`, or `make bench ARGS="..."`.
 
-Options: quick=true (2 minutes; default) or false; lines=[loader,torch_resize,simplejpeg,scaled,raw,position,resume,
-planner,peers] (by default all, when quick all but peers);
+Options: quick=true (2 minutes; default) or false; lines=[loader,torch_resize,simplejpeg,scaled,video,raw,position,
+resume,planner,peers] (by default all, when quick all but peers);
 peers_python=<interpreter with the peers installed>; folder=<where the made pictures are kept>; output=<file>.json.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -17,14 +18,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 
 from benchmarks import packing
-from benchmarks.corpus import SIZES, shard_set, tars
+from benchmarks.corpus import SIZES, clip, shard_set, tars
 from benchmarks.loaders import BATCH, CONF, PREFETCH, our_data, our_loader, webdataset_loader
 from benchmarks.measure import Line, Report, paired, rate
 from benchmarks.peers import PEERS, Peer
+from data_pipelines.media.video import read_frames, read_video_header, spread_frames
 from data_pipelines.shards.shard_set import ShardSet
 
 
@@ -103,6 +106,36 @@ def check_pixels(folder: Path, **image: Any) -> None:
     for mode in ("crop", "pad", "resize"):
         ours = next(our_loader(folder, 1, mode=mode, shuffle=False, **image)).media.inputs["vision"].values
         assert torch.equal(ours, next(iter(webdataset_loader(folder, mode=mode)))), f"pixels differ, mode {mode}"
+
+
+def video(settings: Settings) -> Iterator[Line]:
+    """16 frames of a one-minute clip of 1280 x 720 pixels: ours / every frame decoded, one after the other, by PyAV."""
+    if find_spec("av") is None:
+        yield Line(name="video, 16 frames", note="PyAV is not installed")
+        return
+    import av
+
+    data = clip(Path(settings.folder)).read_bytes()
+    numbers = spread_frames(read_video_header(data).frames, 16)
+
+    def ours() -> list[np.ndarray]:
+        return list(read_frames(data, numbers))
+
+    def theirs() -> list[np.ndarray]:
+        wanted = {*numbers}
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            frames = enumerate(container.decode(stream))
+            return [frame.to_ndarray(format="rgb24") for number, frame in frames if number in wanted]
+
+    assert all(np.array_equal(a, b) for a, b in zip(ours(), theirs(), strict=True)), "frames differ"
+
+    def clips_a_second(read: Callable[[], list[np.ndarray]]) -> Callable[[], float]:
+        return lambda: rate((read() for _ in range(2)), lambda _: 1, skip=0)
+
+    sides = clips_a_second(ours), clips_a_second(theirs)
+    yield paired("video, 16 frames of a minute", *sides, pairs=settings.pairs, must=2.0, aim=3.0, unit="clips/s")
 
 
 def raw(settings: Settings) -> Iterator[Line]:
@@ -216,7 +249,8 @@ def peers(settings: Settings) -> Iterator[Line]:
 
 
 LINES: dict[str, Callable[[Settings], Iterator[Line]]] = {
-    one.__name__: one for one in (loader, torch_resize, simplejpeg, scaled, raw, position, resume, planner, peers)
+    one.__name__: one
+    for one in (loader, torch_resize, simplejpeg, scaled, video, raw, position, resume, planner, peers)
 }
 
 

@@ -98,8 +98,8 @@ class _Video:
         self._fed = 0
 
     def decode_frames(self, times: Sequence[int]) -> Iterator[np.ndarray]:
-        """The first frame at or after each of the ascending `times`."""
-        frames, frame = self._iterate_frames(), None
+        """The frame at each of the ascending `times`."""
+        frames, frame = self._iterate_frames({*times}), None
         for time in times:
             while frame is None or frame.pts is None or frame.pts < time:
                 start = self._find_start(time)
@@ -111,10 +111,13 @@ class _Video:
                     raise BadSample(f"no frame at time {time}, though the video has {len(self.times)} frames")
             yield self._to_pixels(frame)
 
-    def _iterate_frames(self) -> Iterator[Any]:
+    def _iterate_frames(self, wanted: set[int]) -> Iterator[Any]:
+        """Frames as they are decoded; those that are not wanted and that no other one refers to are left out."""
         while self._fed < len(self.packets):
+            packet = self.packets[self._fed]
+            self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             self._fed += 1
-            yield from self._context.decode(self.packets[self._fed - 1])
+            yield from self._context.decode(packet)
         yield from self._context.decode(None)
 
     def _find_start(self, time: int) -> int:
