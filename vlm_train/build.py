@@ -79,7 +79,7 @@ def build_processor(cfg: DictConfig, model: Family, tokenizer: Any, template: An
     return Processor(
         tokenizer=tokenizer,
         template=template,
-        layout=make_layout(model, images, views_apart=template.style.marks_views),
+        layout=make_layout(model, images, views_apart=bool(template.style.views)),
         images=images,
         instruction=None if cfg.instruction is None else instantiate_part("instruction", cfg.instruction),
         streams=dict(model.streams),

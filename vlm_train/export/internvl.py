@@ -71,7 +71,7 @@ class InternVLExporter:
         said = [describe_chat_template(add_chat_template(folder, processor, size, served))]
         if plan.share_tiles:
             said.append(f"its processor gives each of several images {plan.max_tiles} tiles, training let them share")
-        if (before := processor.template.style.frame_prefix) != (theirs := FRAME.format(MARKS[0])):
+        if (before := processor.template.style.views.get("frame")) != (theirs := FRAME.format(MARKS[0])):
             said.append(f"its processor writes {theirs!r} before a frame of a video, training {before!r}")
         return "; ".join(said)
 

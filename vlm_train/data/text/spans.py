@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -14,14 +14,13 @@ from vlm_train.contracts.layout import Piece, Slot
 from vlm_train.errors import ConfigError
 
 MediaPlace = Literal["first", "inline", "drop"]
-COUNTED = {
-    "several_prefix": ("number", "index"),
-    "whole_prefix": (),
-    "tile_prefix": ("row", "column"),
-    "frame_prefix": ("number",),
-    "frame_suffix": ("number",),
+VIEWS: dict[str, tuple[str, ...]] = {
+    "whole": (),
+    "tile": ("row", "column"),
+    "frame": ("number",),
+    "frame_end": ("number",),
 }
-"""Texts of a style that count -> what `{...}` in them may say."""
+"""Texts beside views -> what `{...}` in them may say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +66,9 @@ class ContentStyle:
             `media_suffix`.
         several_prefix: text before `media_prefix` where a sample has several media items; `{number}` counts them from
             1, `{index}` from 0.
-        whole_prefix, tile_prefix: text before the view of all of an image, and before a tile of it, whose `{row}` and
-            `{column}` count from 1.
-        frame_prefix, frame_suffix: text around every frame of a video, in place of `media_prefix` and `media_suffix`
-            around all of it; `{number}` counts from 1. None: none.
+        views: text before the view of all of an image (`whole`) and before every tile of it (`tile`, whose `{row}` and
+            `{column}` count from 1); text around every frame of a video (`frame`, `frame_end`, `{number}` counts from
+            1), in place of `media_prefix` and `media_suffix` around all of it.
         strip: strip white space around every turn.
         box, box_scale: `str.format` pattern of a box and the factor on its fractions.
         caption_words: clean the answers as BLIP cleans captions, and keep at most so many words of each, see
@@ -83,10 +81,7 @@ class ContentStyle:
     media_suffix: str = "\n"
     media_suffix_alone: str | None = None
     several_prefix: str = ""
-    whole_prefix: str = ""
-    tile_prefix: str = ""
-    frame_prefix: str | None = None
-    frame_suffix: str | None = None
+    views: Mapping[str, str] = field(default_factory=dict)
     strip: bool = False
     box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]"
     box_scale: float = 1.0
@@ -98,42 +93,37 @@ class ContentStyle:
             raise ConfigError(f"template.media: {self.media!r}; allowed: {', '.join(get_args(MediaPlace))}")
         if self.caption_words is not None and self.caption_words < 1:
             raise ConfigError(f"template.caption_words: {self.caption_words}; allowed: 1 or more, or null")
-        if (self.frame_prefix is None) != (self.frame_suffix is None):
-            raise ConfigError("template: frame_prefix and frame_suffix go together; set both, or neither")
-        for name, known in COUNTED.items():
+        if unknown := self.views.keys() - VIEWS.keys():
+            raise ConfigError(f"template.views: {', '.join(sorted(unknown))}; allowed: {', '.join(VIEWS)}")
+        if ("frame" in self.views) != ("frame_end" in self.views):
+            raise ConfigError("template.views: frame and frame_end go together; set both, or neither")
+        known = {f"views.{name}": (text, VIEWS[name]) for name, text in self.views.items()}
+        for name, (text, counts) in {"several_prefix": (self.several_prefix, ("number", "index")), **known}.items():
             try:
-                (getattr(self, name) or "").format(**dict.fromkeys(known, 1))
+                text.format(**dict.fromkeys(counts, 1))
             except (KeyError, IndexError, ValueError) as error:
-                counts = " and ".join(f"{{{one}}}" for one in known) or "no counts"
-                raise ConfigError(f"template.{name}: {getattr(self, name)!r}; allowed in it: {counts}") from error
-
-    @property
-    def marks_views(self) -> bool:
-        """Whether it writes text between the views of an item."""
-        return bool(self.whole_prefix or self.tile_prefix or self.frame_prefix is not None)
+                allowed = " and ".join(f"{{{one}}}" for one in counts) or "no counts"
+                raise ConfigError(f"template.{name}: {text!r}; allowed in it: {allowed}") from error
 
     def write_media(
         self, span: MediaSpan, pieces: Sequence[Piece], *, several: bool = False
     ) -> list[TextSpan | MediaRun]:
         """The text around and between what a layout lays for an item. `several`: its sample has others."""
         count = self.several_prefix.format(number=span.item + 1, index=span.item) if several else ""
-        views = [piece for piece in pieces if isinstance(piece, Slot) and piece.view is not None]
+        views = [piece.view for piece in pieces if isinstance(piece, Slot) and piece.view is not None]
+        framed = "frame" in self.views and any(view.kind == "frame" for view in views)
+        before, after = ("", "") if framed else (span.before, span.after)
         if not views:
-            return [TextSpan(count + span.before), MediaRun(span.item, tuple(pieces)), TextSpan(span.after)]
-        framed = self.frame_prefix is not None and views[0].view is not None and views[0].view.kind == "frame"
-        written: list[TextSpan | MediaRun] = [TextSpan(count), TextSpan("" if framed else span.before)]
-        offset = 0
+            return [TextSpan(count + before), MediaRun(span.item, tuple(pieces)), TextSpan(after)]
+        written, offset = list[TextSpan | MediaRun]([TextSpan(count + before)]), 0
         for piece in pieces:
-            if not isinstance(piece, Slot) or piece.view is None:
-                written.append(MediaRun(span.item, (piece,), offset))
-                continue
-            before = {"whole": self.whole_prefix, "tile": self.tile_prefix, "frame": self.frame_prefix or ""}
-            counts = {name: getattr(piece.view, name) for name in ("row", "column", "number")}
-            written.append(TextSpan(before[piece.view.kind].format(**counts)))
-            written.append(MediaRun(span.item, (piece,), offset))
-            written.append(TextSpan((self.frame_suffix or "").format(**counts) if framed else ""))
-            offset += piece.count
-        return [*written, TextSpan("" if framed else span.after)]
+            view = piece.view if isinstance(piece, Slot) else None
+            text, end = ("", "") if view is None else (self.views.get(view.kind, ""), self.views.get("frame_end", ""))
+            counts = {} if view is None else view._asdict()
+            written += [TextSpan(text.format(**counts)), MediaRun(span.item, (piece,), offset)]
+            written.append(TextSpan(end.format(**counts) if framed else ""))
+            offset += piece.count if isinstance(piece, Slot) else 0
+        return [*written, TextSpan(after)]
 
     def make_spans(self, turn: Turn, weight: float = 0.0, *, text: bool = True) -> list[Span]:
         """The spans of one turn's parts; `weight` is the loss weight of its text; `text=False` keeps only media."""

@@ -7,7 +7,7 @@ stretch of text, and reads from the spans which characters are learned.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -54,8 +54,8 @@ class ChatTemplate:
         separator: text between an answer and the next user turn; not learned.
         user_text: false leaves the questions out and keeps only their media.
         special: tokens that the strings rely on; the tokenizer must have each as one token.
-        media, media_prefix, media_suffix, media_suffix_alone, several_prefix, whole_prefix, tile_prefix, frame_prefix,
-            frame_suffix, strip, box, box_scale, caption_words, keep_end: see `ContentStyle`.
+        media, media_prefix, media_suffix, media_suffix_alone, several_prefix, views, strip, box, box_scale,
+            caption_words, keep_end: see `ContentStyle`.
     """
 
     def __init__(
@@ -81,10 +81,7 @@ class ChatTemplate:
         media_suffix: str = "\n",
         media_suffix_alone: str | None = None,
         several_prefix: str = "",
-        whole_prefix: str = "",
-        tile_prefix: str = "",
-        frame_prefix: str | None = None,
-        frame_suffix: str | None = None,
+        views: Mapping[str, str] | None = None,
         strip: bool = False,
         box: str = "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]",
         box_scale: float = 1.0,
@@ -104,10 +101,7 @@ class ChatTemplate:
             media_suffix=media_suffix,
             media_suffix_alone=media_suffix_alone,
             several_prefix=several_prefix,
-            whole_prefix=whole_prefix,
-            tile_prefix=tile_prefix,
-            frame_prefix=frame_prefix,
-            frame_suffix=frame_suffix,
+            views=dict(views or {}),
             strip=strip,
             box=box,
             box_scale=box_scale,
@@ -140,7 +134,13 @@ class ChatTemplate:
             answered = turn.role == "assistant"
         if generation:
             spans += [TextSpan(self.assistant_prefix), *([TextSpan(self.answer_lead)] if self.lead_given else [])]
-        return [_fill_span(span, tokenizer) for span in spans]
+        for number, span in enumerate(spans):
+            if isinstance(span, MediaSpan):
+                before, after = (_fill_tokens(text, tokenizer) for text in (span.before, span.after))
+                spans[number] = replace(span, before=before, after=after)
+            elif not span.content and "{" in span.text:
+                spans[number] = replace(span, text=_fill_tokens(span.text, tokenizer))
+        return spans
 
     def answer_end(self, tokenizer: Any) -> str:
         """See `Template`."""
@@ -160,14 +160,6 @@ class ChatTemplate:
             problems.append("template: writes {eos}, but the tokenizer has no eos token")
         if problems:
             raise ConfigError(problems)
-
-
-def _fill_span(span: Span, tokenizer: Any) -> Span:
-    if isinstance(span, MediaSpan):
-        return replace(span, before=_fill_tokens(span.before, tokenizer), after=_fill_tokens(span.after, tokenizer))
-    if span.content or "{" not in span.text:
-        return span
-    return replace(span, text=_fill_tokens(span.text, tokenizer))
 
 
 def _fill_tokens(text: str, tokenizer: Any) -> str:

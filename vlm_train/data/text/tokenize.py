@@ -57,6 +57,16 @@ class ConversationTokenizer:
 
     def tokenize_spans(self, spans: Sequence[Span], weight: float, *, bos: bool = True) -> Tokens:
         """Spans of a template; `weight` multiplies those of their text."""
+        style, several = self.template.style, len(self.pieces) > 1
+        laid: list[TextSpan | MediaRun] = []
+        for span in spans:
+            if isinstance(span, TextSpan):
+                laid.append(span)
+            elif style.views or (several and style.several_prefix):
+                laid += style.write_media(span, self.pieces[span.item], several=several)
+            else:
+                run = MediaRun(span.item, tuple(self.pieces[span.item]))
+                laid += [TextSpan(span.before), run, TextSpan(span.after)]
         literals = {piece for item in self.pieces for piece in item if isinstance(piece, str)}
         special = special_pattern(self.tokenizer, tuple(sorted(literals)))
         bos = bos and self.template.bos and self.tokenizer.bos_token_id is not None
@@ -64,20 +74,20 @@ class ConversationTokenizer:
         ids, weights = [np.array(start, np.int64)], [np.zeros(len(start), np.float32)]
         slots, ends, length = list[PlacedSlot](), [len(start)], len(start)
         texts: list[TextSpan] = []
-        for span in [*self._write_media(spans), None]:
-            if isinstance(span, TextSpan) and not span.apart:
-                texts.append(span)
+        for one in [*laid, None]:
+            if isinstance(one, TextSpan) and not one.apart:
+                texts.append(one)
                 continue
             for new_ids, new_weights in _encode_text(texts, self.tokenizer, special):
                 ids.append(new_ids)
                 weights.append(new_weights * np.float32(weight))
                 length += len(new_ids)
-            texts = [span] if isinstance(span, TextSpan) else []
-            if span is None or isinstance(span, TextSpan) or not (pieces := span.pieces):
+            texts = [one] if isinstance(one, TextSpan) else []
+            if one is None or isinstance(one, TextSpan) or not (pieces := one.pieces):
                 continue
-            if not any(isinstance(piece, Slot) for piece in self.pieces[span.item]):  # literals mark where it stands
-                pieces = (Slot(span.item, 0), *pieces)
-            offset = span.offset
+            if not any(isinstance(piece, Slot) for piece in self.pieces[one.item]):  # literals mark where it stands
+                pieces = (Slot(one.item, 0), *pieces)
+            offset = one.offset
             for piece in pieces:
                 if isinstance(piece, Slot):
                     slots.append(PlacedSlot(length, piece, offset))
@@ -90,13 +100,6 @@ class ConversationTokenizer:
             ends.append(length)
         positions = None if self.positions is None else self.positions(length, slots)
         return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions)
-
-    def _write_media(self, spans: Sequence[Span]) -> Iterator[TextSpan | MediaRun]:
-        for span in spans:
-            if isinstance(span, TextSpan):
-                yield span
-            else:
-                yield from self.template.style.write_media(span, self.pieces[span.item], several=len(self.pieces) > 1)
 
     def _literal_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)
