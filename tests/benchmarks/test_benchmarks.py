@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import corpus, data, sides, trainer, work
+from benchmarks import corpus, data, native, sides, trainer, work
 from benchmarks.measure import Line, in_turns, paired, rate
 
 
@@ -39,6 +39,13 @@ def test_both_sides_make_the_same_pixels(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(corpus.SIZES, "small", (360, 345))
     monkeypatch.setattr(corpus, "PICTURES", 2)
     data.check_pixels(corpus.shard_set(tmp_path, "small", 8))
+
+
+def test_a_padded_tower_gives_the_features_of_a_packed_one() -> None:
+    tower, media = native.make_tower(), native.make_media(4)
+    with torch.no_grad():
+        packed, padded = tower.encode(media).values, native.encode_padded(tower, media)
+    assert (packed - padded).abs().max() <= 1e-5 * packed.abs().max()
 
 
 def test_an_unknown_line_is_named(capsys: pytest.CaptureFixture[str]) -> None:
