@@ -47,6 +47,26 @@ def test_chunked_loss_equals_the_full_loss(settings):
         assert_close(a.grad, b.grad, name)
 
 
+@pytest.mark.parametrize("chunk", [2, 1000])
+def test_z_loss_is_added_to_every_token(chunk):
+    """z times the square of the log-sum-exp, weighted as the token (olmo/train of github.com/allenai/molmo2)."""
+    batch, model, reference = weighted_batch(), tiny_vlm(), tiny_vlm()
+    loss = LanguageModeling(chunk=chunk, z_loss=0.01)(model, batch, StepContext())["lm"]
+    stream = batch.text["llm"]
+    squares = reference.logits(reference(batch)).float().flatten(0, 1).logsumexp(-1).square()
+    expected = full_loss(reference, batch) + 0.01 * (squares * stream.weights.flatten()).sum()
+    assert_close(loss.sum, expected, tolerance=1e-6)
+    assert_close(loss.metrics["z"], squares[stream.supervised].mean(), tolerance=1e-6)
+    loss.sum.backward()
+    expected.backward()
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if b.grad is not None and not name.endswith("k_proj.bias"):
+            assert_close(a.grad, b.grad, name)
+    assert "z" not in LanguageModeling()(model, batch, StepContext())["lm"].metrics
+    with pytest.raises(ConfigError, match=r"z_loss: got -1"):
+        LanguageModeling(z_loss=-1)
+
+
 def test_logits_never_exceed_a_chunk():
     model, sizes = tiny_vlm(), []
     model.llm.model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[0]))

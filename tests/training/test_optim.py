@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from vlm_train.checkpoint.files import MANIFEST, OWN_HASH
 from vlm_train.config.compose import compose_config
 from vlm_train.config.run_identity import run_id
 from vlm_train.errors import ConfigError
-from vlm_train.training.optim import adamw, cosine, epoch_decay
+from vlm_train.training.optim import adamw, constant, cosine, epoch_decay, linear
 
 
 def rates(steps: int, **settings) -> list[float]:
@@ -55,6 +57,30 @@ def test_a_cosine_may_count_the_warm_up() -> None:
 def test_a_warm_up_may_start_above_0() -> None:
     assert ratios(100, 0, 5, 10, 100, warmup_steps=10, start_ratio=0.01) == pytest.approx([0.01, 0.505, 1.0, 0.0])
     assert ratios(100, 0, 5, 10, 100, warmup_steps=10) == pytest.approx([0.0, 0.5, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("make", [cosine, linear, constant, partial(epoch_decay, epochs=1, factor=0.5)])
+def test_a_group_with_its_own_warm_up_follows_the_schedule_of_one(make: Any) -> None:
+    """Molmo2: 200 steps for the connector, 2,000 for the others (olmo/train/optim.py)."""
+
+    def follow(own: list[int | None], warmup: int) -> list[list[float]]:
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 2.0} for _ in own]
+        groups = [
+            one | ({} if steps is None else {"warmup_steps": steps}) for one, steps in zip(groups, own, strict=True)
+        ]
+        optimizer = torch.optim.SGD(groups)
+        schedule = make(optimizer, total_steps=20, warmup_steps=warmup)
+        found = []
+        for _ in range(20):
+            found.append([one["lr"] for one in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    several = follow([2, None, 0], 8)
+    for number, warmup in enumerate((2, 8, 0)):
+        (alone,) = zip(*follow([None], warmup), strict=True)
+        assert [row[number] for row in several] == pytest.approx(alone), warmup
 
 
 def group(*parameters: torch.Tensor) -> list[dict]:

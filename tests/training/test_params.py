@@ -182,3 +182,9 @@ def test_layer_decay_of_a_part_with_one_layer():
     model, policy = apply(Rule(".*", lr=1.0, layer_decay=0.5), model=nn.ModuleDict({"llm": tower}))
     found = {one: lr for one, (lr, _) in settings(model, policy).items()}
     assert found["llm.layers.0.layer.0.weight"] == 0.5 and found["llm.embed.weight"] == 0.25
+
+
+def test_a_rule_has_a_warm_up_of_its_own() -> None:
+    _, policy = apply(Rule(r"connector\..*", lr=1.0, warmup_steps=3), Rule(".*", lr=1.0))
+    warmups = {group.name: group.as_dict().get("warmup_steps") for group in policy.groups}
+    assert warmups == {"connector": 3, "vision": None, "llm": None}

@@ -35,6 +35,7 @@ RANGES: dict[str, str] = {
     "params.rules.*.lr": ">= 0, <= 1000",
     "params.rules.*.weight_decay": ">= 0, <= 1000",
     "params.rules.*.layer_decay": "> 0, <= 1",
+    "params.rules.*.warmup_steps": ">= 0",
     "lr_schedule.warmup_ratio": ">= 0, <= 1",
     "lr_schedule.warmup_steps": ">= 0",
     "lr_schedule.min_ratio": ">= 0, <= 1",

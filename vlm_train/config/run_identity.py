@@ -33,11 +33,15 @@ COSMETIC_KEYS = {
 LATER_KEYS = {
     "params.rules.*.decay_norms_and_biases": None,
     "params.rules.*.frozen_mode": None,
+    "params.rules.*.warmup_steps": None,
+    "objective.lm.z_loss": 0.0,
     "lr_schedule.start_ratio": 0.0,
     "lr_schedule.warmup_counts": False,
 }
 """Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
 
+LATER_CONNECTOR_KEYS = {"weights": None, "init_std": None}
+"""Keys of connectors that came later, but for those of Q-Formers, whose weights could always be named."""
 
 COSMETIC_IMAGE_KEYS = ("decode",)
 """Keys of an image plan that change no pixel."""
@@ -67,6 +71,9 @@ def training_config(cfg: DictConfig, with_packing: bool = False) -> dict[str, An
         for key, first in LATER_IMAGE_KEYS.items():
             if isinstance(plan, dict) and plan.get(key) == first:
                 del plan[key]
+    for key, first in LATER_CONNECTOR_KEYS.items() if isinstance(plain["connector"], dict) else ():
+        if plain["connector"].get(key) == first and "QFormer" not in str(plain["connector"].get("_target_")):
+            plain["connector"].pop(key, None)
     if isinstance(plain["optim"], dict) and plain["optim"].get("fused") in ("auto", None):
         plain["optim"].pop("fused", None)  # a kernel, chosen by the device or by what a run began with
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches

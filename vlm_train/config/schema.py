@@ -38,6 +38,7 @@ class Rule:
     lr: float | None = None  # absolute learning rate; null: frozen
     weight_decay: float | None = None  # null: optim.weight_decay
     layer_decay: float | None = None  # LR factor per layer, counted from the last one
+    warmup_steps: int | None = None  # its own warm-up, in optimizer steps; null: that of lr_schedule
     decay_norms_and_biases: bool | None = None  # null: params.decay_norms_and_biases
     frozen_mode: str | None = None  # eval, train: the mode of what is frozen, train keeps its dropout; null: eval
 

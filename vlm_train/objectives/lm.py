@@ -33,6 +33,8 @@ class LanguageModeling(Objective):
         chunks: a fixed number of head calls instead. ZeRO-3 gathers the head at every call, so ranks must agree on it.
         label_smoothing: share of every target that is spread evenly over the whole vocabulary, as torch's
             `cross_entropy` does.
+        z_loss: factor on the square of the logits' log-sum-exp, which is added to every token's loss and keeps logits
+            from growing (PaLM, arXiv 2204.02311, section 5; Molmo2); its mean without the factor is logged.
         name: of its lines in the log, where several objectives are at work.
     """
 
@@ -46,16 +48,19 @@ class LanguageModeling(Objective):
         chunk: int = 1024,
         chunks: int | None = None,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         name: str = "lm",
     ) -> None:
         if chunk < 1 or (chunks is not None and chunks < 1):
             raise ConfigError(f"objective.lm: chunk and chunks must be positive, got {chunk} and {chunks}")
+        if z_loss < 0:
+            raise ConfigError(f"objective.lm.z_loss: got {z_loss}; allowed: 0 or more")
         self.weight = weight
         self.stream = stream
         self.streams = (stream,)
         self.chunk = chunk
         self.chunks = chunks
-        self.label_smoothing, self.name = label_smoothing, name
+        self.label_smoothing, self.z_loss, self.name = label_smoothing, z_loss, name
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{name: Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
@@ -66,23 +71,34 @@ class LanguageModeling(Objective):
         labels, weights = stream.labels.flatten()[index], stream.weights.flatten()[index]
         # A batch without supervised tokens still runs the head once: its loss is 0, attached to the graph.
         pieces = self.chunks or max(1, -(-len(index) // self.chunk))
-        total = correct = hidden.new_zeros((), dtype=torch.float32)
+        total = correct = squares = hidden.new_zeros((), dtype=torch.float32)
         losses = []
-        compute: Callable[..., tuple[Tensor, Tensor]] = _token_loss
+        compute: Callable[..., tuple[Tensor, Tensor, Tensor]] = _token_loss
         if torch.is_grad_enabled():
             compute = partial(checkpoint, _token_loss, use_reentrant=False, preserve_rng_state=False)
         for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
-            loss, hits = compute(model, self.label_smoothing, *part)
-            total, correct = total + loss.sum(), correct + hits
+            loss, hits, square = compute(model, self.label_smoothing, self.z_loss, *part)
+            total, correct, squares = total + loss.sum(), correct + hits, squares + square
             losses.append(loss.detach())
-        accuracy = correct / max(len(index), 1)
+        logged = {"accuracy": (correct / max(len(index), 1)).detach()}
+        if self.z_loss:
+            logged["z"] = squares / max(len(index), 1)
         sources = batch.sum_by_source(stream, index, torch.stack([torch.cat(losses), weights], dim=1))
-        return {self.name: Loss(total, weights.sum(), self.weight, {"accuracy": accuracy.detach()}, sources)}
+        return {self.name: Loss(total, weights.sum(), self.weight, logged, sources)}
 
 
-def _token_loss(model: Any, smoothing: float, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted cross entropies `[S]` and number of correct predictions of `[S, D]` hidden states."""
+def _token_loss(
+    model: Any, smoothing: float, z_loss: float, hidden: Tensor, labels: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted losses `[S]`, number of correct predictions, and sum of the squared log-sum-exps (0 without z-loss), of
+    `[S, D]` hidden states."""
     logits = model.logits(hidden).float()
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    losses, squares = (
+        F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing),
+        weights.new_zeros(()),
+    )
+    if z_loss:
+        square = logits.logsumexp(dim=-1).square()
+        losses, squares = losses + z_loss * square, square.detach().sum()
     hits = (logits.detach().argmax(dim=-1) == labels).sum().float()
-    return losses * weights, hits
+    return losses * weights, hits, squares

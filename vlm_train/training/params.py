@@ -28,23 +28,26 @@ class RuleLike(Protocol):
     lr: float | None
     weight_decay: float | None
     layer_decay: float | None
+    warmup_steps: int | None
     decay_norms_and_biases: bool | None
     frozen_mode: str | None
 
 
 @dataclass
 class Group:
-    """Parameters that share a learning rate and a weight decay."""
+    """Parameters that share a learning rate, a weight decay and a warm-up (None: that of the schedule)."""
 
     name: str
     lr: float
     weight_decay: float
     parameters: list[nn.Parameter] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    warmup_steps: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The group as `torch.optim` takes it."""
-        return {"params": self.parameters, "lr": self.lr, "weight_decay": self.weight_decay, "name": self.name}
+        own = {} if self.warmup_steps is None else {"warmup_steps": self.warmup_steps}
+        return {"params": self.parameters, "lr": self.lr, "weight_decay": self.weight_decay, "name": self.name, **own}
 
 
 @dataclass
@@ -166,7 +169,8 @@ def apply_policy(
             decay = _find_decay(parameter, rule, weight_decay, decay_norms_and_biases)
             scaled = lr * _layer_factor(name, rule, depth.get(part, 0))
             key = (part, rule.match, scaled, decay)
-            group = groups.setdefault(key, Group(name=part, lr=scaled, weight_decay=decay))
+            new = Group(name=part, lr=scaled, weight_decay=decay, warmup_steps=rule.warmup_steps)
+            group = groups.setdefault(key, new)
             group.parameters.append(parameter)
             group.names.append(name)
         note = "not used by the chosen layers" if name in unused else ""
