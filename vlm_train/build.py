@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils.logging import disable_progress_bar
 
 from vlm_train.config.part_error import name_failing_code, name_failing_part
@@ -261,8 +262,27 @@ def build_optimizer(cfg: DictConfig, groups: list[dict[str, Any]]) -> torch.opti
 
 
 def build_lr_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, *, total_steps: int) -> Any:
-    """The learning rate schedule of an optimizer over a run of `total_steps`."""
-    return instantiate_part("lr_schedule", cfg.lr_schedule, optimizer=optimizer, total_steps=total_steps)
+    """The learning rate schedule of an optimizer over a run of `total_steps`; groups with a warm-up of their own
+    (`params.rules`) follow the same schedule with that.
+
+    Raises:
+        ConfigError: there are such groups, and the schedule cannot be changed group by group.
+    """
+    schedule = instantiate_part("lr_schedule", cfg.lr_schedule, optimizer=optimizer, total_steps=total_steps)
+    for number, group in enumerate(optimizer.param_groups):
+        if (own := group.get("warmup_steps")) is None:
+            continue
+        if not isinstance(schedule, LambdaLR):
+            raise ConfigError(
+                f"params.rules: warmup_steps {own}, but lr_schedule makes a {type(schedule).__name__}; allowed with "
+                "it: schedules that give a LambdaLR"
+            )
+        node: Any = OmegaConf.merge(cfg.lr_schedule, {"warmup_steps": own, "warmup_ratio": 0.0})
+        other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        same = instantiate_part("lr_schedule", node, optimizer=other, total_steps=total_steps)
+        schedule.lr_lambdas[number] = same.lr_lambdas[0]
+        group["lr"] = group["initial_lr"] * same.lr_lambdas[0](schedule.last_epoch)
+    return schedule
 
 
 def build_callbacks(cfg: DictConfig) -> list[Any]:

@@ -26,6 +26,8 @@ MATROSKA = b"\x1aE\xdf\xa3"
 """The first bytes of Matroska and WebM."""
 DEMUXERS = {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}
 """The file name extensions that videos are stored under, and what reads each."""
+SKIPPING = ("h264", "hevc", "vp8", "vp9")
+"""Decoders that are told packet by packet whether to leave a frame out. AV1's is told once, when it opens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class _Video:
         self._fed = 0
 
     def decode_frames(self, times: Sequence[int]) -> Iterator[np.ndarray]:
-        """The frame at each of the ascending `times`."""
+        """The first frame at or after each of the ascending `times`."""
         frames, frame = self._iterate_frames({*times}), None
         for time in times:
             while frame is None or frame.pts is None or frame.pts < time:
@@ -113,9 +115,11 @@ class _Video:
 
     def _iterate_frames(self, wanted: set[int]) -> Iterator[Any]:
         """Frames as they are decoded; those that are not wanted and that no other one refers to are left out."""
+        skips = self._context.name in SKIPPING
         while self._fed < len(self.packets):
             packet = self.packets[self._fed]
-            self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            if skips:
+                self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             self._fed += 1
             yield from self._context.decode(packet)
         yield from self._context.decode(None)

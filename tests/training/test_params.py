@@ -188,3 +188,6 @@ def test_a_rule_has_a_warm_up_of_its_own() -> None:
     _, policy = apply(Rule(r"connector\..*", lr=1.0, warmup_steps=3), Rule(".*", lr=1.0))
     warmups = {group.name: group.as_dict().get("warmup_steps") for group in policy.groups}
     assert warmups == {"connector": 3, "vision": None, "llm": None}
+    assert "warm-up of 3 steps" in policy.format_table()
+    with pytest.raises(ConfigError, match=r"params\.rules\[0\]\.warmup_steps: 'vision\\..*' is frozen"):
+        apply(Rule(r"vision\..*", warmup_steps=3), Rule(".*", lr=1.0))

@@ -40,8 +40,8 @@ LATER_KEYS = {
 }
 """Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
 
-LATER_CONNECTOR_KEYS = {"weights": None, "init_std": None}
-"""Keys of connectors that came later, but for those of Q-Formers, whose weights could always be named."""
+LATER_CONNECTOR_KEYS = {"mlp.MLP": ("weights",), "pixel_shuffle.PixelShuffleMLP": ("weights", "init_std")}
+"""Connectors below `vlm_train.models.connectors` -> their keys that came later, null at first."""
 
 COSMETIC_IMAGE_KEYS = ("decode",)
 """Keys of an image plan that change no pixel."""
@@ -71,9 +71,12 @@ def training_config(cfg: DictConfig, with_packing: bool = False) -> dict[str, An
         for key, first in LATER_IMAGE_KEYS.items():
             if isinstance(plan, dict) and plan.get(key) == first:
                 del plan[key]
-    for key, first in LATER_CONNECTOR_KEYS.items() if isinstance(plain["connector"], dict) else ():
-        if plain["connector"].get(key) == first and "QFormer" not in str(plain["connector"].get("_target_")):
-            plain["connector"].pop(key, None)
+    connector = plain["connector"] if isinstance(plain["connector"], dict) else {}
+    for key in LATER_CONNECTOR_KEYS.get(
+        str(connector.get("_target_")).removeprefix("vlm_train.models.connectors."), ()
+    ):
+        if connector.get(key) is None:
+            connector.pop(key, None)
     if isinstance(plain["optim"], dict) and plain["optim"].get("fused") in ("auto", None):
         plain["optim"].pop("fused", None)  # a kernel, chosen by the device or by what a run began with
     if plain["batch"].get("samples") is not None:  # a token budget is rounded to whole micro-batches

@@ -39,7 +39,7 @@ class ViewName(NamedTuple):
     Attributes:
         kind: "whole" (all of an image), "tile" or "frame".
         row, column: of a tile, from 1.
-        number: of a frame, from 1.
+        number: of a view of a video, from 1: a frame, or as many as a patch of the encoder holds.
     """
 
     kind: Literal["whole", "tile", "frame"]

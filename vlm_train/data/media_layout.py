@@ -28,9 +28,12 @@ def _lay_out(model: Family, images: Mapping[str, Any], views_apart: bool) -> Med
 
     Raises:
         ConfigError: the features of several encoders go through connectors, and the family does not say where to; or
-            views are to stand apart that have no names, or that a stitcher joins.
+            views are to stand apart that have no names, that a stitcher joins, or that share positions on three axes. A
+            layout of a family's own that sets `Slot.view` says so with an attribute `names_views`.
     """
     if (own := model.media_layout(images)) is not None:
+        if views_apart and not getattr(own, "names_views", False):
+            raise ConfigError(f"template.views: {type(model).__name__} lays its media out itself, without their views")
         return own
     connector: Any = getattr(model, "connector", None)
     if connector is None or not images:
@@ -44,7 +47,12 @@ def _lay_out(model: Family, images: Mapping[str, Any], views_apart: bool) -> Med
     name_views = getattr(image, "name_views", None) if views_apart else None
     if views_apart and (name_views is None or getattr(model, "stitcher", None) is not None):
         why = f"image: {type(image).__name__} does not name them" if name_views is None else "parts.stitcher joins them"
-        raise ConfigError(f"template: it writes text between the views of an image or a video, but {why}")
+        raise ConfigError(f"template.views: it writes text between the views of an image or a video, but {why}")
+    if views_apart and getattr(getattr(model, "llm", None), "position_axes", 1) > 1:
+        raise ConfigError(
+            "template.views: it writes text between the views of an image or a video, but llm counts positions inside "
+            "them on three axes; use a template without views"
+        )
     if (stitcher := getattr(model, "stitcher", None)) is not None:
         shape = getattr(image, "shape", untiled_shape)
         return StitchedLayout(image.grids, connector.token_grid, shape, stitcher.count_tokens)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.shards.shard_set import ShardSet
+from vlm_train.contracts.layout import ViewName
 from vlm_train.contracts.streams import QFORMER
 from vlm_train.data.images.plan import collect_pictures
 from vlm_train.data.processor import Processor
@@ -63,7 +64,8 @@ def format_tokens(
 
 
 def _format_stream(name: str, stream: Stream, tokenizer: Any, color: bool) -> str:
-    lines = [f"stream {name}: {len(stream)} tokens, {stream.supervised} learned, {len(stream.slots)} media"]
+    media = len({placed.slot.item for placed in stream.slots})
+    lines = [f"stream {name}: {len(stream)} tokens, {stream.supervised} learned, {media} media"]
     learned = learned_tokens(stream)
     for group, start, end in _group_runs(stream):
         first, last = (",".join(map(str, stream.positions[:, t])) for t in (start, end - 1))
@@ -88,6 +90,13 @@ def _group_runs(stream: Stream) -> Iterator[tuple[int, int, int]]:
         yield int(groups[start]), start, end
 
 
+def describe_view(view: ViewName) -> str:
+    """A view in words: "whole", "row 1, column 2" or "frame 3"."""
+    if view.kind == "tile":
+        return f"row {view.row}, column {view.column}"
+    return f"frame {view.number}" if view.kind == "frame" else view.kind
+
+
 def _decode_pieces(
     stream: Stream, learned: NDArray[np.bool_], tokenizer: Any, start: int, end: int, color: bool
 ) -> Iterator[str]:
@@ -98,7 +107,8 @@ def _decode_pieces(
         if position in slots:
             slot = slots[position].slot
             size = f" x{slot.count}" if slot.count else ""  # without placeholders it stands before the next token
-            yield _paint_text(f"[image {slot.item}{size}]", DIM, color)
+            view = "" if slot.view is None else f" {describe_view(slot.view)}"
+            yield _paint_text(f"[image {slot.item}{view}{size}]", DIM, color)
             position += slot.count
             if slot.count:
                 continue

@@ -34,7 +34,8 @@ class LanguageModeling(Objective):
         label_smoothing: share of every target that is spread evenly over the whole vocabulary, as torch's
             `cross_entropy` does.
         z_loss: factor on the square of the logits' log-sum-exp, which is added to every token's loss and keeps logits
-            from growing (PaLM, arXiv 2204.02311, section 5; Molmo2); its mean without the factor is logged.
+            from growing (PaLM, arXiv 2204.02311, section 5; Molmo2). It counts in the loss that is logged and
+            validated; its mean without the factor is logged as `z`.
         name: of its lines in the log, where several objectives are at work.
     """
 
@@ -93,10 +94,8 @@ def _token_loss(
     """Weighted losses `[S]`, number of correct predictions, and sum of the squared log-sum-exps (0 without z-loss), of
     `[S, D]` hidden states."""
     logits = model.logits(hidden).float()
-    losses, squares = (
-        F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing),
-        weights.new_zeros(()),
-    )
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    squares = weights.new_zeros(())
     if z_loss:
         square = logits.logsumexp(dim=-1).square()
         losses, squares = losses + z_loss * square, square.detach().sum()

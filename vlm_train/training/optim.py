@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_train.errors import ConfigError
@@ -81,19 +80,6 @@ def warmup_length(total_steps: int, *, warmup_ratio: float, warmup_steps: int | 
     return math.ceil(total_steps * warmup_ratio) if warmup_steps is None else warmup_steps
 
 
-def own_warmups(optimizer: Optimizer, warmup: int, ratio: Callable[..., float]) -> LRScheduler | None:
-    """The schedule whose groups have warm-ups of their own (`params.rules`); None: no group has.
-
-    `ratio(step, warmup)` is the factor on the rate of a group whose warm-up is as long; `warmup` that of the others.
-    """
-    from torch.optim.lr_scheduler import LambdaLR
-
-    warmups = [group.get("warmup_steps", warmup) for group in optimizer.param_groups]
-    if set(warmups) <= {warmup}:
-        return None
-    return LambdaLR(optimizer, [partial(ratio, warmup=length) for length in warmups])
-
-
 def cosine(
     optimizer: Optimizer,
     *,
@@ -114,20 +100,18 @@ def cosine(
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    length = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    if not start_ratio and not warmup_counts:
+        return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total_steps, min_lr_rate=min_ratio)
+    first = 0 if warmup_counts else warmup
 
-    def ratio(step: int, warmup: int) -> float:
+    def ratio(step: int) -> float:
         if step < warmup:
             return start_ratio + (1 - start_ratio) * step / warmup
-        first = 0 if warmup_counts else warmup
         done = min((step - first) / max(total_steps - first, 1), 1.0)
         return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * done)) / 2
 
-    if (several := own_warmups(optimizer, length, ratio)) is not None:
-        return several
-    if not start_ratio and not warmup_counts:
-        return get_cosine_with_min_lr_schedule_with_warmup(optimizer, length, total_steps, min_lr_rate=min_ratio)
-    return LambdaLR(optimizer, partial(ratio, warmup=length))
+    return LambdaLR(optimizer, ratio)
 
 
 def linear(
@@ -136,12 +120,8 @@ def linear(
     """Linear warm-up from 0, then linear decay to 0."""
     from transformers import get_linear_schedule_with_warmup
 
-    length = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
-
-    def ratio(step: int, warmup: int) -> float:
-        return step / warmup if step < warmup else max(0.0, (total_steps - step) / max(total_steps - warmup, 1))
-
-    return own_warmups(optimizer, length, ratio) or get_linear_schedule_with_warmup(optimizer, length, total_steps)
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    return get_linear_schedule_with_warmup(optimizer, warmup, total_steps)
 
 
 def constant(
@@ -150,12 +130,8 @@ def constant(
     """Linear warm-up from 0, then constant."""
     from transformers import get_constant_schedule_with_warmup
 
-    length = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
-
-    def ratio(step: int, warmup: int) -> float:
-        return min(step / warmup, 1.0) if warmup else 1.0
-
-    return own_warmups(optimizer, length, ratio) or get_constant_schedule_with_warmup(optimizer, length)
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    return get_constant_schedule_with_warmup(optimizer, warmup)
 
 
 def epoch_decay(
@@ -176,10 +152,10 @@ def epoch_decay(
     """
     from torch.optim.lr_scheduler import LambdaLR
 
-    length = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+    warmup = warmup_length(total_steps, warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
     one_pass = total_steps / (epochs or 1)
 
-    def ratio(step: int, warmup: int) -> float:
+    def ratio(step: int) -> float:
         return min(step / warmup if warmup else 1.0, max(min_ratio, factor ** int(step / one_pass)))
 
-    return own_warmups(optimizer, length, ratio) or LambdaLR(optimizer, partial(ratio, warmup=length))
+    return LambdaLR(optimizer, ratio)

@@ -173,16 +173,22 @@ def apply_policy(
             group = groups.setdefault(key, new)
             group.parameters.append(parameter)
             group.names.append(name)
-        note = "not used by the chosen layers" if name in unused else ""
+        note = "not used by the chosen layers" if name in unused else _describe_rule(rule)
         if lr is None and rule.frozen_mode == "train":
             trains.add(name)
-            note = note or "in training mode: dropout is on"
         row = rows.setdefault((part, rule.match, note), Row(part, rule.match, 0, 0, lr, decay, note))
         row.tensors += 1
         row.parameters += stored[name].weights if name in stored else parameter.numel()
         if decay is not None:
             row.weight_decay = max(decay, row.weight_decay or 0.0)  # norms and biases have none
     return Policy(groups=list(groups.values()), rows=list(rows.values()), in_train_mode=frozenset(trains))
+
+
+def _describe_rule(rule: RuleLike) -> str:
+    """What else a rule does to what it matches."""
+    if rule.lr is None:
+        return "in training mode: dropout is on" if rule.frozen_mode == "train" else ""
+    return "" if rule.warmup_steps is None else f"warm-up of {rule.warmup_steps} steps"
 
 
 def _find_decay(parameter: nn.Parameter, rule: RuleLike, weight_decay: float, decay_norms_and_biases: bool) -> float:
@@ -211,6 +217,8 @@ def _decide_rules(model: nn.Module, rules: Sequence[RuleLike]) -> dict[str, tupl
             problems.append(f"params.rules[{index}].frozen_mode: {rule.frozen_mode!r}; allowed: eval, train, null")
         elif rule.frozen_mode is not None and rule.lr is not None:
             problems.append(f"params.rules[{index}].frozen_mode: '{rule.match}' learns; it is for lr: null only")
+        if rule.warmup_steps is not None and rule.lr is None:
+            problems.append(f"params.rules[{index}].warmup_steps: '{rule.match}' is frozen; it is for what learns")
         patterns.append((pattern, rule))
     decided: dict[str, tuple[nn.Parameter, RuleLike]] = {}
     missed: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from vlm_train.build import Assembly, build_assembly, instantiate_part
 from vlm_train.config.compose import compose_tiny
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.data.collate import Example, collate_rows
+from vlm_train.data.show import format_tokens
 from vlm_train.data.text.render import RenderOptions
 from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.errors import ConfigError
@@ -95,15 +97,20 @@ def test_features_go_to_their_views(nanovlm: Assembly) -> None:
     sizes = [(64, 30), (64, 64)]
     media = [picture(*size, number) for number, size in enumerate(sizes)]
     views = processor.make_views([encode(noise(*size)) for size in sizes], media=media)
-    batch = collate_rows([[Example(processor.render(sample(*media)), views)]], processor.images)
+    plans = processor.images
+    batch = collate_rows([[Example(processor.render(sample(*media)), views)]], plans)
     stream = batch.text["llm"]
     assert stream.slots.feature_index is None, "view by view, in the order of the text"
     places = torch.nonzero(stream.ids.flatten() == PLACEHOLDER_ID).flatten()
     assert torch.equal(stream.slots.index, places) and len(places) == 3 + 5
+    changed = views["vision"][1].values.copy()
+    changed[3] = 255 - changed[3]  # the third tile of the second image: all of it, then four tiles
+    other = replace(views["vision"][1], values=changed)
+    again = collate_rows([[Example(processor.render(sample(*media)), {"vision": [views["vision"][0], other]})]], plans)
     with torch.no_grad():
-        features = model.connector(model.vision.encode(batch.media.inputs["vision"])).values
-        whole = model.vision.encode(batch.media.inputs["vision"])
-    assert features.shape[0] == 8 and len(whole.grids) == 8
+        before, after = (model.embed(one) for one in (batch, again))
+    moved = (before[0] != after[0]).any(dim=-1)
+    assert torch.nonzero(moved).flatten().tolist() == [int(places[3 + 3])]
 
 
 def test_annotations_share_all_views_of_an_image(nanovlm: Assembly) -> None:
@@ -137,6 +144,7 @@ def make_template(**options: Any) -> Any:
         ({"views": {"tiles": "a"}}, r"template\.views: tiles; allowed: whole, tile, frame, frame_end"),
         ({"views": {"tile": "{number}"}}, r"template\.views\.tile: .* allowed in it: \{row\} and \{column\}"),
         ({"views": {"whole": "{"}}, r"template\.views\.whole: .* allowed in it: no counts"),
+        ({"several_prefix": "{number.x}"}, r"template\.several_prefix: .* allowed in it: \{number\} and \{index\}"),
         ({"several_prefix": "{}"}, r"template\.several_prefix: .* allowed in it: \{number\} and \{index\}"),
     ],
 )
@@ -149,3 +157,24 @@ def test_views_that_have_no_names_or_are_joined_are_refused() -> None:
     marks = ["+template.views.tile=a"]
     with pytest.raises(ConfigError, match=r"text between the views .* AnyRes does not name them"):
         build_assembly(compose_tiny("recipe=llava_next_vicuna7b", "init_from=[]", *marks), meta=True)
+
+
+def test_a_mark_that_is_no_token_is_refused(nanovlm: Assembly) -> None:
+    """Else its letters would be read one by one."""
+    processor = build_assembly(compose_tiny("recipe=nanovlm", "image.longest_side=288")).processor
+    with pytest.raises(ConfigError, match=r"has the token '<row_1_col_9>', which is not in the tokenizer's vocabulary"):
+        processor.render(sample(picture(288, 32)))
+    assert nanovlm.processor.render(sample(picture(64, 64)))
+
+
+def test_positions_on_three_axes_take_no_text_between_views() -> None:
+    """Qwen2.5-VL's count seconds inside a video."""
+    marks = ["+template.views={frame: a, frame_end: b}"]
+    with pytest.raises(ConfigError, match=r"template\.views: .* llm counts positions inside them on three axes"):
+        build_assembly(compose_tiny("recipe=qwen25_vl_3b", *marks), meta=True)
+
+
+def test_show_names_the_views(nanovlm: Assembly) -> None:
+    rendered = nanovlm.processor.render(sample(picture(64, 30)))
+    shown = format_tokens(rendered, nanovlm.processor.tokenizer, color=False)
+    assert "1 media" in shown and "[image 0 whole x1]" in shown and "[image 0 row 1, column 2 x1]" in shown

@@ -64,8 +64,8 @@ class ContentStyle:
         media_prefix, media_suffix: text around every media item.
         media_suffix_alone: text behind the last media item of a turn that has no text, with `first`; None:
             `media_suffix`.
-        several_prefix: text before `media_prefix` where a sample has several media items; `{number}` counts them from
-            1, `{index}` from 0.
+        several_prefix: text before `media_prefix` where a conversation shows several media items; `{number}` counts
+            them from 1, `{index}` from 0.
         views: text before the view of all of an image (`whole`) and before every tile of it (`tile`, whose `{row}` and
             `{column}` count from 1); text around every frame of a video (`frame`, `frame_end`, `{number}` counts from
             1), in place of `media_prefix` and `media_suffix` around all of it.
@@ -101,15 +101,18 @@ class ContentStyle:
         for name, (text, counts) in {"several_prefix": (self.several_prefix, ("number", "index")), **known}.items():
             try:
                 text.format(**dict.fromkeys(counts, 1))
-            except (KeyError, IndexError, ValueError) as error:
+            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
                 allowed = " and ".join(f"{{{one}}}" for one in counts) or "no counts"
                 raise ConfigError(f"template.{name}: {text!r}; allowed in it: {allowed}") from error
 
     def write_media(
-        self, span: MediaSpan, pieces: Sequence[Piece], *, several: bool = False
+        self, span: MediaSpan, pieces: Sequence[Piece], place: int | None = None
     ) -> list[TextSpan | MediaRun]:
-        """The text around and between what a layout lays for an item. `several`: its sample has others."""
-        count = self.several_prefix.format(number=span.item + 1, index=span.item) if several else ""
+        """The text around and between what a layout lays for an item.
+
+        `place`: which one it is of the several items that the conversation shows, from 0; None: the only one.
+        """
+        count = "" if place is None else self.several_prefix.format(number=place + 1, index=place)
         views = [piece.view for piece in pieces if isinstance(piece, Slot) and piece.view is not None]
         framed = "frame" in self.views and any(view.kind == "frame" for view in views)
         before, after = ("", "") if framed else (span.before, span.after)

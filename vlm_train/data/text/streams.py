@@ -91,7 +91,7 @@ class Tokens:
     """A tokenized conversation: ids and, aligned with them, the loss weight of each token as a target `[T]`.
 
     `ends` are the lengths at which a shared prefix may end: after the bos token (0 without one) and after every media
-    item. `positions` is `[A, T]`; None: one axis that counts from 0.
+    item, and every view of one that has a run of its own. `positions` is `[A, T]`; None: one axis that counts from 0.
     """
 
     ids: NDArray[np.int64]

@@ -7,6 +7,7 @@ cannot disagree.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -22,6 +23,9 @@ from vlm_train.data.text.spans import MediaRun, MediaSpan, Span, TextSpan, speci
 from vlm_train.data.text.streams import PlacedSlot, Positions, Tokens
 from vlm_train.data.text.template import Template
 from vlm_train.errors import ConfigError
+
+MARK = re.compile(r"<[^<>\s]+>")
+"""A text that can only be meant as one token."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,18 @@ class ConversationTokenizer:
 
     def tokenize_spans(self, spans: Sequence[Span], weight: float, *, bos: bool = True) -> Tokens:
         """Spans of a template; `weight` multiplies those of their text."""
-        style, several = self.template.style, len(self.pieces) > 1
-        laid: list[TextSpan | MediaRun] = []
+        style, laid = self.template.style, list[TextSpan | MediaRun]()
+        shown = list(dict.fromkeys(span.item for span in spans if isinstance(span, MediaSpan)))
         for span in spans:
             if isinstance(span, TextSpan):
                 laid.append(span)
-            elif style.views or (several and style.several_prefix):
-                laid += style.write_media(span, self.pieces[span.item], several=several)
+            elif style.views or style.several_prefix:
+                place = shown.index(span.item) if len(shown) > 1 else None
+                written = style.write_media(span, self.pieces[span.item], place)
+                for mark in written:
+                    if isinstance(mark, TextSpan) and MARK.fullmatch(mark.text):
+                        self._literal_id(mark.text)  # else its letters would stand there
+                laid += written
             else:
                 run = MediaRun(span.item, tuple(self.pieces[span.item]))
                 laid += [TextSpan(span.before), run, TextSpan(span.after)]
@@ -105,7 +114,7 @@ class ConversationTokenizer:
         found = self.tokenizer.convert_tokens_to_ids(token)
         if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise ConfigError(
-                f"the media layout writes the token {token!r}, which is not in the tokenizer's vocabulary; "
+                f"the text of an image has the token {token!r}, which is not in the tokenizer's vocabulary; "
                 f"add it with tokenizer.add=['{token}']"
             )
         return int(found)

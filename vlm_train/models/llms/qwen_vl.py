@@ -51,6 +51,7 @@ class _WithHead(GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
 
+# The library asks for GenerationMixin among the direct bases of a class that generates.
 class Qwen2VLForCausalLM(_WithHead, Qwen2VLPreTrainedModel, GenerationMixin):
     """Qwen2-VL's."""
 
