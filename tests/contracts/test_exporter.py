@@ -95,7 +95,7 @@ def test_a_folder_that_nobody_reads_is_refused(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert cli.main(["mode=import", *SMALL[:2], *OWN, f"init_from=[{{run: {tmp_path}}}]"]) == 2
     said = capsys.readouterr().err
-    assert f"importer.llava: {tmp_path}/config.json: model_type is 'gpt2', not 'llava'" in said
+    assert f"importer.llava: {tmp_path}/config.json: model_type is 'gpt2'; allowed: llava" in said
     assert f"importer.plain: {tmp_path} has no {FILE}" in said
 
 

@@ -91,7 +91,10 @@ def test_what_was_exported_comes_back(exported: tuple[Any, Path]) -> None:
         for parameter in other.parameters():
             parameter.add_(1.0)
     importer = LlavaOnevisionImporter()
-    assert importer.problems(folder) == [] and "not 'llava_next'" in LlavaNextImporter().problems(folder)[0]
+    assert (
+        importer.problems(folder) == []
+        and "'llava_onevision'; allowed: llava_next" in LlavaNextImporter().problems(folder)[0]
+    )
     importer.read(other, folder)
     for (key, a), b in zip(other.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b), key

@@ -90,7 +90,7 @@ class InternVLImporter:
     """Reads local folders of an `InternVLForConditionalGeneration`: config.json, safetensors and tokenizer."""
 
     def problems(self, folder: Path) -> list[str]:
-        return find_wrong_kind(folder, "internvl", NAME)
+        return find_wrong_kind(folder, ("internvl",), NAME)
 
     def adapt(self, cfg: DictConfig, folder: Path) -> None:
         read_parts_later(cfg, folder)

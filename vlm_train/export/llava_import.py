@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class LlavaImporter:
     """Reads local folders of a `LlavaForConditionalGeneration`: config.json, safetensors and tokenizer."""
 
     def problems(self, folder: Path) -> list[str]:
-        return find_wrong_kind(folder, "llava", "LlavaForConditionalGeneration")
+        return find_wrong_kind(folder, ("llava",), "LlavaForConditionalGeneration")
 
     def adapt(self, cfg: DictConfig, folder: Path) -> None:
         read_parts_later(cfg, folder)
@@ -36,7 +36,7 @@ class LlavaNextImporter:
     """The same of a `LlavaNextForConditionalGeneration`. The recipe's `image` has to name its grids."""
 
     def problems(self, folder: Path) -> list[str]:
-        return find_wrong_kind(folder, "llava_next", "LlavaNextForConditionalGeneration")
+        return find_wrong_kind(folder, ("llava_next",), "LlavaNextForConditionalGeneration")
 
     def adapt(self, cfg: DictConfig, folder: Path) -> None:
         read_parts_later(cfg, folder)
@@ -50,13 +50,13 @@ class LlavaNextImporter:
         model.stitcher.newline.data.copy_(state["model.image_newline"])
 
 
-def find_wrong_kind(folder: Path, kind: str, name: str) -> list[str]:
-    """Why a folder holds no model whose `model_type` is `kind`; `name` is its class."""
+def find_wrong_kind(folder: Path, kinds: Sequence[str], name: str) -> list[str]:
+    """Why a folder holds no model whose `model_type` is one of `kinds`; `name` is what to download."""
     path = folder / "config.json"
     if not path.is_file():
         return [f"{folder} has no config.json; download a {name} first"]
     found = read_json(path).get("model_type")
-    return [] if found == kind else [f"{path}: model_type is {found!r}, not {kind!r}"]
+    return [] if found in kinds else [f"{path}: model_type is {found!r}; allowed: {', '.join(kinds)}"]
 
 
 def read_parts_later(cfg: DictConfig, folder: Path) -> None:

@@ -66,7 +66,7 @@ class LlavaOnevisionImporter:
     """
 
     def problems(self, folder: Path) -> list[str]:
-        return find_wrong_kind(folder, "llava_onevision", NAME)
+        return find_wrong_kind(folder, ("llava_onevision",), NAME)
 
     def adapt(self, cfg: DictConfig, folder: Path) -> None:
         read_parts_later(cfg, folder)

@@ -8,21 +8,22 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.export.llava_import import fill_language_model, read_parts_later, read_whole, take_prefix
+from vlm_train.export.llava_import import (
+    fill_language_model,
+    find_wrong_kind,
+    read_parts_later,
+    read_whole,
+    take_prefix,
+)
 from vlm_train.export.qwen_vl import choose_classes, find_problems
 from vlm_train.models.vision.qwen import flatten_kernel, name_ours
-from vlm_train.runs.record import read_json
 
 
 class QwenVLImporter:
     """Reads local folders of Qwen2-VL and Qwen2.5-VL: config.json, safetensors and tokenizer."""
 
     def problems(self, folder: Path) -> list[str]:
-        path = folder / "config.json"
-        if not path.is_file():
-            return [f"{folder} has no config.json; download a Qwen2-VL or Qwen2.5-VL first"]
-        found = read_json(path).get("model_type")
-        return [] if found in ("qwen2_vl", "qwen2_5_vl") else [f"{path}: model_type is {found!r}, not 'qwen2_5_vl'"]
+        return find_wrong_kind(folder, ("qwen2_vl", "qwen2_5_vl"), "Qwen2-VL or Qwen2.5-VL")
 
     def adapt(self, cfg: DictConfig, folder: Path) -> None:
         read_parts_later(cfg, folder)
