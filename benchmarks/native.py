@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Line, Report, paired
 from vlm_train.contracts.media import Grid3, MediaInput
-from vlm_train.models.vision.qwen import QwenVision, arrange_patches, rotate_by
+from vlm_train.models.vision.qwen import QwenVision, arrange_patches, find_angles, rotate_by
 
 PATCH = 14
 SIDES = (4, 40)
@@ -61,9 +61,8 @@ def encode_padded(tower: QwenVision, media: MediaInput) -> Tensor:
     pixels = (media.values.unflatten(1, (3, -1)) / 255 - 0.5) / 0.5
     rows = nn.utils.rnn.pad_sequence(list(pixels.flatten(1).split(lengths)), batch_first=True)
     places = arrange_patches(media.grids, None).places
-    cosines, sines = rotate_by(
-        nn.utils.rnn.pad_sequence(list(places.split(lengths)), batch_first=True).flatten(0, 1), tower.channels
-    )
+    padded = nn.utils.rnn.pad_sequence(list(places.split(lengths)), batch_first=True).flatten(0, 1)
+    cosines, sines = rotate_by(find_angles(padded, tower.channels))
     real = torch.arange(rows.shape[1]) < torch.tensor(lengths)[:, None]
     hidden = tower.patch_embed(rows)
     for layer in tower.layers:

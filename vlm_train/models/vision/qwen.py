@@ -97,24 +97,17 @@ class QwenVision(nn.Module):
         make_mlp = partial(GatedMLP if gated else QuickMLP, dim, mlp_dim)
         self.patch_embed = nn.Linear(3 * frames_per_patch * patch_size**2, dim, bias=False)
         self.layers = nn.ModuleList(QwenLayer(dim, heads, make_norm, make_mlp) for _ in range(depth))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def encode(self, media: MediaInput) -> Features:
         """uint8 patches `[F, 3 * T * p * p]` -> features `[F, D]` with the same grids."""
-        weight = self.patch_embed.weight
-        mean, std = (weight.new_tensor(one).view(3, 1) for one in (self.image_mean, self.image_std))
-        pixels = (media.values.unflatten(1, (3, -1)).to(weight.dtype) / 255 - mean) / std
-        hidden = self.patch_embed(pixels.flatten(1))
+        hidden = self.patch_embed(standardize(media.values, self.patch_embed.weight, self.image_mean, self.image_std))
         order = arrange_patches(media.grids, self.window)
         places = order.places.to(hidden.device, non_blocking=True)
         if order.permutation is not None:
             index = order.permutation.to(hidden.device, non_blocking=True)
             hidden = hidden.index_select(0, index)
-        positions = rotate_by(places, self.channels)
+        positions = rotate_by(find_angles(places, self.channels))
         frames, windows = (pack_lengths(one, hidden.device) for one in (order.frames, order.windows))
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, positions, frames if number in self.full_layers else windows)
@@ -128,13 +121,8 @@ class QwenVision(nn.Module):
 
     def load_weights(self) -> None:
         """Read `weights`. Raises `AssetError` if they are not those of this architecture."""
-        if self.weights is None:
-            return
-        state = read_state(self.weights, setting="vision.weights", wanted=_is_ours)
-        try:
-            self.load_state_dict({name_ours(key): flatten_kernel(value) for key, value in state.items()})
-        except RuntimeError as error:
-            raise AssetError(f"vision.weights: {self.weights!r} does not fit the encoder: {error}") from error
+        if self.weights is not None:
+            load_encoder(self, self.weights)
 
 
 class PatchOrder(NamedTuple):
@@ -174,12 +162,32 @@ def arrange_patches(grids: Sequence[Grid3], window: int | None) -> PatchOrder:
     return PatchOrder(None if window is None else torch.cat(index), torch.cat(places), frames, windows)
 
 
-def rotate_by(places: Tensor, channels: int) -> Positions:
-    """Rotations of patches at `places` `[F, 2]`: the first half of the angles is the row's, the second the column's."""
+def find_angles(places: Tensor, channels: int) -> Tensor:
+    """Angles `[F, C / 2]` of patches at `places` `[F, 2]`: the first half is the row's, the second the column's."""
     frequencies = THETA ** -(torch.arange(0, channels // 2, 2, device=places.device) / (channels // 2))
-    angles = (places[..., None] * frequencies).flatten(1)
+    return (places[..., None] * frequencies).flatten(1)
+
+
+def rotate_by(angles: Tensor) -> Positions:
+    """Rotations by `angles` `[F, C / 2]`, of both halves of the channels alike."""
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
+
+
+def standardize(patches: Tensor, weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 patches `[F, 3 * T * p * p]` as the numbers that an embedding with `weight` takes, channel by channel."""
+    shift, scale = (weight.new_tensor(one).view(3, 1) for one in (mean, std))
+    pixels = patches.unflatten(1, (3, -1)).to(weight.dtype) / 255
+    return ((pixels - shift) / scale).flatten(1)
+
+
+def init_linear_layers(module: nn.Module) -> None:
+    """Weights of deviation 0.02, as `transformers` starts them, and no bias."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class QwenLayer(nn.Module):
@@ -256,5 +264,15 @@ def name_theirs(key: str) -> str:
 
 
 def flatten_kernel(value: Tensor) -> Tensor:
-    """The kernel of a convolution over patches `[D, 3, T, p, p]` as the matrix that computes the same."""
-    return value.flatten(1) if value.ndim == 5 else value
+    """The kernel of a convolution over patches, `[D, 3, T, p, p]` or `[D, 3, p, p]`, as the matrix that computes the
+    same."""
+    return value.flatten(1) if value.ndim >= 4 else value
+
+
+def load_encoder(encoder: nn.Module, source: str) -> None:
+    """Read an encoder out of the checkpoint of a whole model. Raises `AssetError` if it is of another architecture."""
+    state = read_state(source, setting="vision.weights", wanted=_is_ours)
+    try:
+        encoder.load_state_dict({name_ours(key): flatten_kernel(value) for key, value in state.items()})
+    except RuntimeError as error:
+        raise AssetError(f"vision.weights: {source!r} does not fit the encoder: {error}") from error
