@@ -20,6 +20,9 @@ NESTED: dict[Side, tuple[str, ...]] = {
 }
 """Where the config.json of a model of several parts describes each of them."""
 
+FLAT = ("qwen2_vl", "qwen2_5_vl")
+"""Models of several parts whose published config.json has the language model's numbers among those of the whole."""
+
 CONFIG_JSON = "config.json"
 
 ANY_SIZE = ("dinov2", "dinov2_with_registers")
@@ -89,8 +92,8 @@ def select_numbers(raw: Mapping[str, Any], side: Side, where: str) -> dict[str, 
     import transformers
 
     mapping: Any = transformers.CONFIG_MAPPING
-    key = next((name for name in NESTED[side] if isinstance(raw.get(name), dict)), None)
-    described = raw if key is None else raw[key]
+    key = find_nested_key(raw, side)
+    described = find_nested(raw, side) or raw
     part = translate_config(described)
     whole = raw.get("model_type")
     if key is not None and "model_type" not in part and whole in mapping:
@@ -121,6 +124,27 @@ def select_numbers(raw: Mapping[str, Any], side: Side, where: str) -> dict[str, 
     if side == "text":
         numbers.setdefault("vocab_size", config_class().vocab_size)  # left out, it would be the tokenizer's
     return {"model_type": model_type} | numbers
+
+
+def find_nested_key(raw: Mapping[str, Any], side: Side) -> str | None:
+    """The key of a config.json that describes one side of a model of several parts; None: no such key."""
+    return next((name for name in NESTED[side] if isinstance(raw.get(name), dict)), None)
+
+
+def find_nested(raw: Mapping[str, Any], side: Side) -> dict[str, Any] | None:
+    """What a config.json says of one side of a model of several parts; None: it describes one model alone."""
+    key = find_nested_key(raw, side)
+    if key is not None:
+        return dict(raw[key])
+    if side == "text" and raw.get("model_type") in FLAT:
+        from transformers import CONFIG_MAPPING
+
+        whole: Any = CONFIG_MAPPING[raw["model_type"]](**{k: v for k, v in raw.items() if k not in _INTERNAL})
+        numbers = whole.get_text_config().to_dict()
+        numbers["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings"))
+        (numbers.get("rope_parameters") or {}).pop("type", None)  # an older name of rope_type
+        return numbers
+    return None
 
 
 def list_contradictions(setting: str, source: str, wanted: Mapping[str, Any], side: Side) -> list[str]:

@@ -22,7 +22,8 @@ from vlm_train.models.layers.masks import within_window
 from vlm_train.models.llms.growing_rope import has_growing_rope, skip_rope_growth
 from vlm_train.models.llms.mixers import mixers_without_mask
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
-from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained, with_vocabulary
+from vlm_train.models.weights.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
+from vlm_train.models.weights.inside import load_inside
 
 LAYER_LISTS = ("layers", "h", "blocks")
 WITHOUT_HEAD = ("qwen2_vl_text", "qwen2_5_vl_text")

@@ -19,7 +19,8 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.layers.drop_path import add_drop_path
 from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.weights.clip_init import init_vision
-from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained
+from vlm_train.models.weights.hub import ATTENTION, build_model, load_pretrained
+from vlm_train.models.weights.inside import load_inside
 
 # Whole CLIP-type checkpoints also hold a text tower and the projections of the contrastive head.
 _NOT_VISION = (

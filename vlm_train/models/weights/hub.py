@@ -7,9 +7,8 @@ and treats every key that the model misses, or does not know, as an error unless
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from vlm_train.config.architecture import CONFIG_JSON, NESTED, Side, build_config, list_contradictions
+from vlm_train.config.architecture import CONFIG_JSON, build_config, list_contradictions
 from vlm_train.config.hub_files import read_json_file
-from vlm_train.config.own_code_models import find_own_code_type
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.layers.flash import FLASH, REGISTERED, load_kernels, register_flash
-from vlm_train.models.weights.own_code_names import CHECKPOINT_NAMES
 
 ATTENTION = ("sdpa", "eager")
 
@@ -109,7 +106,7 @@ def load_pretrained(
     if source.endswith(".gguf"):
         folder, arguments = str(Path(source).parent), {"gguf_file": Path(source).name}
     elif config is not None:
-        _require_same_numbers(source, config, setting)
+        require_same_numbers(source, config, setting)
     parameter = next(model.parameters())
     model_config = model.config
     try:
@@ -127,9 +124,9 @@ def load_pretrained(
     missing, mismatched = list(report["missing_keys"]), list(report["mismatched_keys"])
     if unexpected or missing or mismatched:
         raise AssetError(
-            f"{where} does not fit {type(model).__name__}: missing {_list_some(missing)}, "
-            f"unexpected {_list_some(unexpected)}, "
-            f"other shape {_list_some(mismatched)}"
+            f"{where} does not fit {type(model).__name__}: missing {list_some(missing)}, "
+            f"unexpected {list_some(unexpected)}, "
+            f"other shape {list_some(mismatched)}"
         )
     device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
     return loaded.to(device)
@@ -195,82 +192,7 @@ def _locate_file(source: str, name: str) -> Path:
     return folder / name if folder.is_dir() else Path(hf_hub_download(source, name))
 
 
-def load_inside(model: Any, source: str, *, side: Side, setting: str, config: Mapping[str, Any]) -> bool:
-    """Load a part from the checkpoint of a whole model, reading nothing else of it; or a model that brings code of its
-    own, which is not executed.
-
-    Args:
-        model: a `transformers` model, a vision tower or a language model with its head; one on meta is left alone.
-        side: which half of the whole model it is.
-        config: the architecture numbers the user gave.
-
-    Returns:
-        Whether `source` is such a model and holds the part in one place. Raises `AssetError` if its numbers or shapes
-        are other ones.
-    """
-    if next(model.parameters()).is_meta or Path(resolve_package_file(source)).expanduser().is_file():
-        return False
-    whole = read_json_file(source, CONFIG_JSON, setting)
-    if whole is None:
-        return False
-    part = next((whole[key] for key in NESTED[side] if isinstance(whole.get(key), dict)), None)
-    names = CHECKPOINT_NAMES.get(find_own_code_type(part or whole))
-    if part is None and names is None:
-        return False
-    ours, listed = model.state_dict(), list_tensors(source, setting=setting)
-    theirs = {name: name if names is None else names.name_in_checkpoint(name) for name in ours}
-    places = find_places({theirs[name]: ours[name] for name in ours}, listed, f"{model.base_model_prefix}.")
-    if places is None:
-        return False
-    _require_same_numbers(source, config, setting)
-    found = read_state(source, setting=setting, wanted=set(places.values()).__contains__)
-    state = {name: found[places[other]] for name, other in theirs.items() if other in places}
-    if names is not None:
-        _refuse_unknown(places, listed, source, setting)
-        heads = model.config.num_attention_heads
-        key_heads = getattr(model.config, "num_key_value_heads", heads)
-        try:
-            state = {name: names.cut(name, tensor, heads, key_heads) for name, tensor in state.items()}
-        except RuntimeError as error:
-            raise AssetError(f"{setting}: {source!r} does not fit {type(model).__name__}: {error}") from error
-    if other := [name for name, tensor in state.items() if ours[name].shape != tensor.shape]:
-        raise AssetError(f"{setting}: {source!r} does not fit {type(model).__name__}: other shape {_list_some(other)}")
-    model.load_state_dict(state, strict=False)  # a tied head is not there
-    model.tie_weights()
-    return True
-
-
-def _refuse_unknown(places: Mapping[str, str], listed: set[str], source: str, setting: str) -> None:
-    """Raises `AssetError` for tensors beside those at `places` that no parameter takes, such as biases."""
-    inside = os.path.commonprefix([*places.values()]).rpartition(".")[0]
-    unknown = [name for name in listed - set(places.values()) if name.startswith(f"{inside}." if inside else "")]
-    if unknown := [name for name in unknown if not name.endswith("inv_freq")]:
-        raise AssetError(f"{setting}: {source!r} does not fit: unexpected {_list_some(unknown)}")
-
-
-def find_places(own: Mapping[str, torch.Tensor], names: Collection[str], base: str) -> dict[str, str] | None:
-    """Own name -> name in a whole model's checkpoint; None unless all lie below one and the same prefix there.
-
-    The prefix stands before the name or in place of its `base`: `model.layers.0` may be `language_model.model.layers.0`
-    or `model.language_model.layers.0`. The head of a language model lies beside it, or, tied, nowhere.
-    """
-    body = {name: name.removeprefix(base) for name in own if name.startswith(base)} or {name: name for name in own}
-    first = next(iter(body.values()))
-    prefixes = {name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")}
-    prefixes = {one for one in prefixes if all(one + tail in names for tail in body.values())}
-    if len(prefixes) != 1:
-        return None
-    (prefix,) = prefixes
-    places = {name: prefix + tail for name, tail in body.items()}
-    for name in own.keys() - body.keys():
-        beside = (prefix.removesuffix(base) + name, name)
-        if place := next((one for one in beside if one in names), None):
-            places[name] = place
-    tied = {own[name].data_ptr() for name in body}
-    return None if any(own[name].data_ptr() not in tied for name in own.keys() - places.keys()) else places
-
-
-def _require_same_numbers(source: str, config: Mapping[str, Any], setting: str) -> None:
+def require_same_numbers(source: str, config: Mapping[str, Any], setting: str) -> None:
     """Raises `AssetError` where config.json of the weights is missing or contradicts `config`."""
     if read_json_file(source, CONFIG_JSON, setting) is None:
         raise AssetError(f"{setting}: {source!r} has no readable configuration: it holds no {CONFIG_JSON}")
@@ -278,6 +200,7 @@ def _require_same_numbers(source: str, config: Mapping[str, Any], setting: str) 
         raise AssetError(problems)
 
 
-def _list_some(keys: Sequence[Any], limit: int = 3) -> str:
+def list_some(keys: Sequence[Any], limit: int = 3) -> str:
+    """How many, and the first `limit` of them by name."""
     shown = ", ".join(str(key) for key in sorted(keys, key=str)[:limit])
     return f"{len(keys)} ({shown}{', ...' if len(keys) > limit else ''})" if keys else "none"
