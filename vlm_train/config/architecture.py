@@ -23,6 +23,9 @@ NESTED: dict[Side, tuple[str, ...]] = {
 FLAT = ("qwen2_vl", "qwen2_5_vl")
 """Models of several parts whose published config.json has the language model's numbers among those of the whole."""
 
+OF_ONE_AXIS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
+"""Language models whose positions have three axes -> the one that they start from, which computes the same of text."""
+
 CONFIG_JSON = "config.json"
 
 ANY_SIZE = ("dinov2", "dinov2_with_registers")
@@ -150,9 +153,9 @@ def find_nested(raw: Mapping[str, Any], side: Side) -> dict[str, Any] | None:
 def list_contradictions(setting: str, source: str, wanted: Mapping[str, Any], side: Side) -> list[str]:
     """A line for every number of `wanted` that config.json of `source` gives otherwise (a wrong RoPE base is silent).
 
-    Left out are how weights began, the activation of T5 (BLIP-2 runs it with another one), and the `model_type` of
-    vision towers, which go by several names. None where this machine has no config.json of it. Raises as `build_config`
-    and `read_architecture` do.
+    Left out are how weights began, the activation of T5 (BLIP-2 runs it with another one), the `model_type` of vision
+    towers, which go by several names, and the position axes of a language model that starts from one without. None
+    where this machine has no config.json of it. Raises as `build_config` and `read_architecture` do.
     """
     if find_local_file(source, CONFIG_JSON) is None:
         return []
@@ -160,6 +163,9 @@ def list_contradictions(setting: str, source: str, wanted: Mapping[str, Any], si
     expected = build_config(f"{setting.rpartition('.')[0]}.config", given)
     found = build_config(f"{setting}: {source!r}", read_architecture(source, side, setting))
     ignored = ("initializer", "dense_act_fn") + (("model_type",) if side == "vision" else ())
+    if OF_ONE_AXIS.get(expected.model_type) == found.model_type:
+        expected.rope_parameters.pop("mrope_section", None)
+        ignored = (*ignored, "model_type")
     names = [key for key in given if not key.startswith(ignored) and getattr(expected, key, None) is not None]
     return [
         f"{setting}: {source!r} has {key} = {getattr(found, key, None)!r}, the config says {getattr(expected, key)!r}"

@@ -29,6 +29,11 @@ RELEASES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, str]]] = {
         {"norm": "patch_rms", "wide": True},
         {name: f"model.{theirs}" for name, theirs in QWEN.items()},
     ),
+    "onevision15": (
+        PixelShuffleMLP,
+        {"norm": "patch", "wide": True, "eps": 1e-5},
+        {name: f"model.{theirs}" for name, theirs in QWEN.items()},
+    ),
 }
 
 

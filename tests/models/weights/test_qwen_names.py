@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
+from tests.support.tiny_models import assert_close
 from vlm_train.config.architecture import read_architecture
 from vlm_train.errors import AssetError
 from vlm_train.models.llms.hf import HFCausalLM
@@ -96,3 +99,19 @@ def test_a_missing_tensor_is_named(newer: bool, tmp_path: Path) -> None:
     write_release(tmp_path, "qwen2_5_vl", False, newer, leave_out="layers.1.mlp.up_proj.weight")
     with pytest.raises(AssetError, match=r"llm\.weights: .* missing .*layers\.1\.mlp\.up_proj\.weight"):
         read_llm(tmp_path, "qwen2_5_vl", False)
+
+
+def test_it_starts_from_a_model_of_one_axis(tmp_path: Path) -> None:
+    """Qwen2-VL from Qwen2 (arXiv 2409.12191): the same tensors and numbers, but for the sections of the rotations."""
+    torch.manual_seed(0)
+    rope = {key: value for key, value in ROPE.items() if key != "mrope_section"}
+    text = Qwen2ForCausalLM(Qwen2Config(**TEXT, rope_parameters=rope, tie_word_embeddings=True))
+    text.save_pretrained(tmp_path)
+    llm = read_llm(tmp_path, "qwen2_vl", True).eval()
+    ids = torch.arange(3, 11)[None]
+    positions = torch.arange(8).expand(3, 1, 8)
+    with torch.no_grad():
+        got = llm.head(llm.decode(llm.embed(ids), positions, None))[..., : TEXT["vocab_size"]]
+        assert_close(got, text.eval()(input_ids=ids).logits)
+    with pytest.raises(AssetError, match=r"rope_parameters = .*500000\.0.*the config says .*10000\.0"):
+        read_llm(tmp_path, "qwen2_vl", True, rope_parameters=ROPE | {"rope_theta": 1e4})
