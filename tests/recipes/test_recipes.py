@@ -147,7 +147,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     sorted(
-        [*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, "nanovlm", *TWO_TOWERS, *QFORMER_LINE]
+        [*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, "nanovlm", "tiled_gpt4v_style", *TWO_TOWERS, *QFORMER_LINE]
         + [*INTERNVL2, *QWEN2_VL, *ONEVISION_15]
     ),
 )

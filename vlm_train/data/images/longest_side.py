@@ -83,6 +83,15 @@ class LongestSide:
         rows, columns = self.tile_grid(size)
         return (ViewName("whole"), *(name_tiles(rows, columns) if rows * columns > 1 else ()))
 
+    def shape(self, size: MediaSize) -> MediaShape:
+        """How the views of an item make it up; tiles have no margin."""
+        if size.is_video:
+            return MediaShape(frames=min(size.frames, self.frames))
+        (height, width), (rows, columns) = self.size, self.tile_grid(size)
+        if rows * columns == 1:
+            return MediaShape()
+        return MediaShape(width=columns * width, height=rows * height, rows=rows, columns=columns)
+
     def blank(self) -> Views:
         """A black view."""
         return Views(np.zeros((1, 3, *self.size), np.uint8), (self.view_grid,))
@@ -97,10 +106,11 @@ class LongestSide:
             views = [resize_picture(frame, width, height, self.resize) for frame in frames]
             return Views(stack_views(views), (self.view_grid,) * len(views), MediaShape(frames=len(views)))
         picture, (w, h) = decode_picture(data, where, decode=self.decode, background=self.background)
-        rows, columns = self.tile_grid(MediaSize(width=w, height=h, images=images))
+        given = MediaSize(width=w, height=h, images=images)
+        rows, columns = self.tile_grid(given)
         resized = resize_picture(picture, columns * width, rows * height, self.resize)
         views = [resized]
         if rows * columns > 1:
             whole = Image.fromarray(resized).resize((width, height), Image.Resampling.BILINEAR)
             views = [np.asarray(whole), *cut_tiles(resized, rows, columns)]
-        return Views(stack_views(views), (self.view_grid,) * len(views))
+        return Views(stack_views(views), (self.view_grid,) * len(views), self.shape(given))
