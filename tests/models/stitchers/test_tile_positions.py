@@ -63,6 +63,13 @@ def test_random_images_equal_the_written_out_sum(kind: str) -> None:
     assert got.lengths == counted and got.lengths == [grid.w for grid in got.grids]
 
 
+@pytest.mark.parametrize("kind", sorted(PLANS))
+def test_a_wide_image_is_a_row_of_tiles(kind: str) -> None:
+    plan = make_plan(kind)
+    shape = plan(encode(noise(4 * SIDE, SIDE))).shape
+    assert (shape.rows, shape.columns) == (1, 4) and shape == plan.shape(MediaSize(4 * SIDE, SIDE))
+
+
 def test_a_batch_without_tiles_moves_nothing_and_learns_nothing() -> None:
     stitcher = TilePositions(out_dim=DIM)
     values = torch.randn(4, TOKENS.size, DIM)
