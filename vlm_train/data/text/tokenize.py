@@ -35,12 +35,14 @@ class ConversationTokenizer:
     Args:
         pieces: what the media layout lays for every media item of the sample.
         positions: position ids of a model with several axes; None: they count from 0.
+        both_ways: tokens that see each other and all placeholders in both directions; None: no token does.
     """
 
     template: Template
     tokenizer: Any
     pieces: list[list[Piece]]
     positions: Positions | None = None
+    both_ways: tuple[str, ...] | None = None
 
     def tokenize_exchange(self, turns: Sequence[Turn], weight: float) -> tuple[Tokens, Tokens]:
         """All before the last answer, and that answer.
@@ -108,7 +110,11 @@ class ConversationTokenizer:
                 length += len(ids[-1])
             ends.append(length)
         positions = None if self.positions is None else self.positions(length, slots)
-        return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions)
+        joined = np.concatenate(ids)
+        block = None
+        if self.both_ways is not None and slots:
+            block = np.isin(joined, [PLACEHOLDER_ID, *map(self._literal_id, self.both_ways)])
+        return Tokens(joined, np.concatenate(weights), slots, ends, positions, block)
 
     def _literal_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)
