@@ -103,7 +103,9 @@ def official_grid(width: int, height: int, most: int = 8) -> tuple[int, int]:
     """select_tiling of olmo/preprocessing/image_preprocessor.py, written out."""
     h, w = max(height - 112, 1), max(width - 112, 1)
     best, best_scale = (0, 0), None
-    grids = sorted(((i, j) for i in range(1, 9) for j in range(1, 9) if i * j <= most), key=lambda g: (g[0] * g[1], g[0]))
+    grids = sorted(
+        ((i, j) for i in range(1, 9) for j in range(1, 9) if i * j <= most), key=lambda g: (g[0] * g[1], g[0])
+    )
     scales = [min(np.float32(i * 266) / np.float32(h), np.float32(j * 266) / np.float32(w)) for i, j in grids]
     for grid, scale in zip(grids, scales, strict=True):
         if all(one < 1 for one in scales):
@@ -117,7 +119,13 @@ def official_grid(width: int, height: int, most: int = 8) -> tuple[int, int]:
 
 def test_grids_of_any_size_are_those_of_the_training_code_and_of_transformers() -> None:
     made, random = plan(), np.random.default_rng(0)
-    sizes = [*np.exp(random.uniform(0, 9, (300, 2))).astype(int).clip(1).tolist(), [1, 1], [1, 9000], [9000, 1], [112, 5]]
+    sizes = [
+        *np.exp(random.uniform(0, 9, (300, 2))).astype(int).clip(1).tolist(),
+        [1, 1],
+        [1, 9000],
+        [9000, 1],
+        [112, 5],
+    ]
     for width, height in sizes:
         found = made.tile_grid(MediaSize(width, height))
         assert found == official_grid(width, height), (width, height)
@@ -160,7 +168,10 @@ def test_names_and_counts_follow_from_the_size() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"side": 384}, r"image: overlapping tiles need square views of whole patches, but .* 384 x 384 pixels and 27 x"),
+        (
+            {"side": 384},
+            r"image: overlapping tiles need square views of whole patches, but .* 384 x 384 pixels and 27 x",
+        ),
         ({"margins": [14, 13]}, r"image\.margins: \[14, 13\]; allowed: .* less than the 27 patches"),
         ({"margins": [4]}, r"image\.margins: \[4\]; allowed: \[beginning, end\]"),
         ({"max_tiles": 0}, r"image: max_tiles 0, frames 8; allowed: at least 1"),
