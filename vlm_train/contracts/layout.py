@@ -145,7 +145,8 @@ FRAME_START, FRAME_END = "<frame_start>", "<frame_end>"
 @dataclass(frozen=True)
 class CropLayout:
     """An image as Molmo2 lays it: the view of all of it between marks, then the image that its overlapping tiles make
-    up, between marks and with one behind every row. Every frame of a video stands between marks.
+    up, between marks and with one behind every row. Every frame of a video, and every view of an image without tiles,
+    stands between marks.
 
     `patch_grids`, `shape` and `token_grid` as in `StitchedLayout`; `frame_grid` is what the connector makes of the
     patch grid of a frame.
@@ -167,6 +168,9 @@ class CropLayout:
             for grid in map(self.frame_grid, grids):
                 pieces += [FRAME_START, Slot(item, grid.size, grid, size.seconds / shape.frames), FRAME_END]
             return pieces
+        if not shape.rows:
+            slots = [Slot(item, grid.size, grid) for grid in map(self.token_grid, grids)]
+            return [piece for slot in slots for piece in (LOW_RES_START, slot, IMAGE_END)]
         whole, image = self.token_grid(grids[0]), self.token_grid(shape.join_grid(grids[0]))
         row: list[Piece] = [Slot(item, image.w, Grid3(1, 1, image.w)), ROW_END]
         return [LOW_RES_START, Slot(item, whole.size, whole), IMAGE_END, IMAGE_START, *row * image.h, IMAGE_END]

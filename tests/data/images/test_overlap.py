@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from tests.support.parity import encode, noise
 from tests.support.videos import video
-from vlm_train.contracts.layout import CropLayout, MediaSize, Slot, ViewName
+from vlm_train.contracts.layout import CropLayout, MediaSize, Slot, ViewName, untiled_shape
 from vlm_train.contracts.media import Grid3
 from vlm_train.data.images.overlap import OverlappingTiles
 from vlm_train.errors import ConfigError
@@ -143,13 +143,17 @@ def image_string(grid: list[int]) -> list[str | int]:
 @pytest.mark.parametrize("size", SIZES[:4])
 def test_layout_is_that_of_the_processor(size: tuple[int, int]) -> None:
     made = plan()
-    layout = CropLayout(made.grids, made.shape, partial(pooled_grid, pool=2), partial(pooled_grid, pool=3))
+    layout_grids = partial(pooled_grid, pool=2), partial(pooled_grid, pool=3)
+    layout = CropLayout(made.grids, made.shape, *layout_grids)
     pieces = layout([MediaSize(*size)])[0]
     _, grid, _ = reference(noise(*size), SIDE, PATCH)
     assert [one.count if isinstance(one, Slot) else one for one in pieces] == image_string(grid)
     (frames,) = layout([MediaSize(64, 48, frames=3, seconds=1.5)])
     counts = [one.count if isinstance(one, Slot) else one for one in frames]
     assert counts == ["<frame_start>", 81, "<frame_end>"] * 3
+    views = CropLayout(lambda size: (Grid3(1, 4, 4),) * 2, untiled_shape, *layout_grids)
+    counts = [one.count if isinstance(one, Slot) else one for one in views([MediaSize(9, 9)])[0]]
+    assert counts == ["<low_res_im_start>", 4, "<im_end>"] * 2, "a plan without tiles to join"
 
 
 def test_names_and_counts_follow_from_the_size() -> None:

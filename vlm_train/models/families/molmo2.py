@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_train.contracts.batch import Batch
-from vlm_train.contracts.layout import CropLayout, MediaLayout
+from vlm_train.contracts.layout import CropLayout, MediaLayout, untiled_shape
 from vlm_train.contracts.media import Features, MediaInput
 from vlm_train.errors import ConfigError
 from vlm_train.models.families.prefix_vlm import PrefixVLM
@@ -18,7 +18,7 @@ class Molmo2(PrefixVLM):
     see each other in both directions.
 
     Args:
-        vision: a `VisionEncoder`, behind an image plan whose `shape` tells of overlapping tiles.
+        vision: a `VisionEncoder`; tiles are joined where the `shape` of its image plan tells of them.
         connector: a `Connector` that pools frames of videos by themselves, such as `AttentionPool`.
         llm: a `LanguageModel`.
     """
@@ -31,9 +31,8 @@ class Molmo2(PrefixVLM):
     def media_layout(self, images: Mapping[str, Any]) -> MediaLayout:
         """Images and frames between marks, see `CropLayout`."""
         (image,) = images.values()
-        if not hasattr(image, "margins"):
-            raise ConfigError(f"image: Molmo2 joins overlapping tiles, {type(image).__name__} makes none")
-        return CropLayout(image.grids, image.shape, self.connector.token_grid, self.connector.frame_grid)
+        shape = getattr(image, "shape", untiled_shape)
+        return CropLayout(image.grids, shape, self.connector.token_grid, self.connector.frame_grid)
 
     def connect(self, patches: Features, batch: Batch) -> Features:
         """Width D_v -> D, of the view of all of an image and of the image that its tiles make up, and of frames."""
