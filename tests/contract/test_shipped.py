@@ -10,7 +10,6 @@ from vlm_train.config.folders import recipes_dir
 from vlm_train.contract.command import CONTRACTS, find_problems
 
 AROUND = {
-    "image=overlapping_tiles": "molmo2_4b_pretrain",  # margins of 4 patches
     "objective=contrastive": "easyvqa_clip",
     "objective=sigmoid": "siglip_so400m",
     "objective=itc_itm": "blip_filter",

@@ -92,7 +92,7 @@ class Tokens:
 
     `ends` are the lengths at which a shared prefix may end: after the bos token (0 without one) and after every media
     item, and every view of one that has a run of its own. `positions` is `[A, T]`; None: one axis that counts from 0.
-    `both_ways` `[T]` marks tokens that see each other in both directions; None: there are none.
+    `both_ways` are the ids of tokens that see each other in both directions.
     """
 
     ids: NDArray[np.int64]
@@ -100,7 +100,7 @@ class Tokens:
     slots: list[PlacedSlot]
     ends: list[int]
     positions: NDArray[np.int64] | None = None
-    both_ways: NDArray[np.bool_] | None = None
+    both_ways: tuple[int, ...] = ()
 
 
 def causal_stream(tokens: Tokens) -> Stream:
@@ -115,16 +115,9 @@ def causal_stream(tokens: Tokens) -> Stream:
         labels=labels,
         weights=weights,
         positions=np.arange(size, dtype=np.int64)[None] if tokens.positions is None else tokens.positions,
-        attention_group=_mark_block(tokens),
+        attention_group=np.where(np.isin(tokens.ids, tokens.both_ways), np.int32(BIDIRECTIONAL), np.int32(0)),
         slots=tuple(tokens.slots),
     )
-
-
-def _mark_block(tokens: Tokens) -> NDArray[np.int32]:
-    """The attention group of every token of one conversation."""
-    if tokens.both_ways is None:
-        return np.zeros(len(tokens.ids), np.int32)
-    return np.where(tokens.both_ways, np.int32(BIDIRECTIONAL), np.int32(0))
 
 
 def encoder_stream(tokens: Tokens) -> Stream:

@@ -96,8 +96,7 @@ class ChatTemplate:
         self.user_prefix, self.user_suffix, self.user_text = user_prefix, user_suffix, user_text
         self.assistant_prefix, self.assistant_suffix = assistant_prefix, assistant_suffix
         self.answer_lead, self.lead_given, self.separator = answer_lead, lead_given, separator
-        self.answer_apart = answer_apart
-        self.special = tuple(special)
+        self.answer_apart, self.special = answer_apart, tuple(special)
         self.style = ContentStyle(
             media=media,
             media_prefix=media_prefix,

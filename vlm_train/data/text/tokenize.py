@@ -110,11 +110,12 @@ class ConversationTokenizer:
                 length += len(ids[-1])
             ends.append(length)
         positions = None if self.positions is None else self.positions(length, slots)
-        joined = np.concatenate(ids)
-        block = None
-        if self.both_ways is not None and slots:
-            block = np.isin(joined, [PLACEHOLDER_ID, *map(self._literal_id, self.both_ways)])
-        return Tokens(joined, np.concatenate(weights), slots, ends, positions, block)
+        both_ways = self._list_both_ways() if slots else ()
+        return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions, both_ways)
+
+    def _list_both_ways(self) -> tuple[int, ...]:
+        marks = self.both_ways
+        return () if marks is None else (PLACEHOLDER_ID, *map(self._literal_id, marks))
 
     def _literal_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)

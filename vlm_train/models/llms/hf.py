@@ -19,7 +19,7 @@ from vlm_train.models.layers.attention import PACKED, decoding, register_packed
 from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
 from vlm_train.models.llms.growing_rope import has_growing_rope, skip_rope_growth
-from vlm_train.models.llms.library_masks import MASKED_LAYERS, make_library_mask, read_prompts
+from vlm_train.models.llms.library_masks import MASKED_LAYERS, make_library_mask, prompt_inputs
 from vlm_train.models.llms.mixers import mixers_without_mask
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 from vlm_train.models.weights.hub import ATTENTION, build_model, load_inside, load_pretrained, with_vocabulary
@@ -206,12 +206,8 @@ class HFCausalLM(nn.Module):
             **sampling,
         )
         with self.inserter.given(cross_states), self.inserter.following_cache(self.decoder):
-            given: dict[str, Any] = {} if positions is None else {"position_ids": positions}
-            if prompt_mask is not None:
-                given["past_key_values"] = read_prompts(self.model, embeds, mask, prompt_mask, num_beams)
-            return self.model.generate(
-                inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings, **given
-            )
+            inputs = prompt_inputs(self.model, embeds, mask, positions, prompt_mask, num_beams)
+            return self.model.generate(**inputs, generation_config=settings)
 
     def head_parameters(self) -> list[str]:
         """Names of the parameters that only `head` reads (none where it shares the embedding's)."""

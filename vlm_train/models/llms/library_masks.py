@@ -37,7 +37,19 @@ def make_library_mask(config: Any, mask: Tensor | SequenceMask | None, embeds: T
     return {"full_attention": None if plain and not eager else mask, "sliding_attention": near}
 
 
-def read_prompts(model: Any, embeds: Tensor, token_mask: Tensor, prompt_mask: Tensor, num_beams: int) -> Any:
+def prompt_inputs(
+    model: Any, embeds: Tensor, token_mask: Tensor, positions: Tensor | None, prompt_mask: Tensor | None, beams: int
+) -> dict[str, Any]:
+    """What the library's `generate` is given of prompts, see `HFCausalLM.generate`."""
+    inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": token_mask.long()}
+    if positions is not None:
+        inputs["position_ids"] = positions
+    if prompt_mask is not None:
+        inputs["past_key_values"] = read_prompts(model, embeds, token_mask, prompt_mask, beams)
+    return inputs
+
+
+def read_prompts(model: Any, embeds: Tensor, token_mask: Tensor, prompt_mask: Tensor, beams: int) -> Any:
     """The key-value cache, for every beam, of all but the last token of prompts `[B, T, D]`, which generation reads
     next. `token_mask` `[B, T]` marks tokens that are no padding; `prompt_mask` `[B, 1, T, T]` says who sees whom."""
     from transformers import DynamicCache
@@ -53,6 +65,6 @@ def read_prompts(model: Any, embeds: Tensor, token_mask: Tensor, prompt_mask: Te
             past_key_values=cache,
             use_cache=True,
         )
-    if num_beams > 1:
-        cache.batch_repeat_interleave(num_beams)
+    if beams > 1:
+        cache.batch_repeat_interleave(beams)
     return cache
