@@ -110,12 +110,10 @@ class ConversationTokenizer:
                 length += len(ids[-1])
             ends.append(length)
         positions = None if self.positions is None else self.positions(length, slots)
-        both_ways = self._list_both_ways() if slots else ()
-        return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions, both_ways)
+        return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions, self._list_both_ways(slots))
 
-    def _list_both_ways(self) -> tuple[int, ...]:
-        marks = self.both_ways
-        return () if marks is None else (PLACEHOLDER_ID, *map(self._literal_id, marks))
+    def _list_both_ways(self, slots: Sequence[PlacedSlot]) -> tuple[int, ...]:
+        return (PLACEHOLDER_ID, *map(self._literal_id, self.both_ways)) if slots and self.both_ways else ()
 
     def _literal_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)
