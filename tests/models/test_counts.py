@@ -46,6 +46,7 @@ def count(module) -> int:
         ("llm", "smollm2_360m", 361_821_120),
         ("llm", "qwen3_1_7b", 1_720_574_976),
         ("llm", "qwen3_4b", 4_022_468_096),
+        ("llm", "qwen3_4b_molmo2", 4_022_795_776),
         ("llm", "qwen3_8b", 8_190_735_360),
     ],
 )
@@ -83,12 +84,34 @@ def test_llava15_7b():
     assert unused == 12_596_224 + 2_048  # layer 24 and the final norm
 
 
+def test_molmo2_4b():
+    """As `Molmo2ForConditionalGeneration` with the numbers of Molmo2-4B counts: 25 layers of the tower, and one table
+    of embeddings for head and input."""
+    pytest.importorskip("transformers.models.molmo2")
+    from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+
+    model = build_model(compose_config(["recipe=molmo2_4b_pretrain"]), meta=True)
+    text = model.llm.model.config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    numbers = {name: getattr(text, name) for name in (*names, "head_dim", "vocab_size", "rope_parameters")}
+    adapter = {"intermediate_size": 9728, "text_hidden_size": 2560}
+    with torch.device("meta"):
+        theirs = Molmo2ForConditionalGeneration(Molmo2Config(text_config=numbers, adapter_config=adapter))
+    unused = sum(model.get_parameter(name).numel() for name in model.unused_parameters())
+    offset = model.connector.offset.numel()  # theirs: a row of the table
+    assert count(theirs.model.vision_tower) == count(model.vision) - unused == 382_505_936
+    assert count(theirs.model.multi_modal_projector) == count(model.connector) - offset == 56_611_328
+    assert count(theirs.model.language_model) == count(model.llm) == 4_022_795_776
+    assert count(model) == 4_507_635_264 and unused == 45_719_664
+
+
 @pytest.mark.parametrize(
     ("option", "tokens"),
     [
         ("clip_vit_l14", 256),
         ("clip_vit_l14_336", 576),
         ("siglip_so400m_384", 729),
+        ("siglip2_so400m_378", 729),
         ("eva_clip_vit_g", 257),
         ("gated", 256),
     ],

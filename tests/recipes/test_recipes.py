@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipelines.sample import Annotation, Sample, Text, Turn
+from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
 from vlm_train.build import build_assembly, build_images, build_lr_schedule, build_model
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.folders import config_dir, recipes_dir
-from vlm_train.contracts.layout import MediaSize
+from vlm_train.contracts.layout import PLACEHOLDER_ID, MediaSize
 from vlm_train.data.text.streams import IGNORE
 from vlm_train.dryrun.length import predict_length
 
@@ -125,9 +126,16 @@ ONEVISION_15 = {
 # internvl_chat/shell/internvl2.0/2nd_finetune/*_full.sh of github.com/OpenGVLab/InternVL.
 INTERNVL2 = {"internvl2_2b": 0.01, "internvl2_8b": 0.05}  # weight decay
 
+# launch_scripts/{pretrain,sft}.py of github.com/allenai/molmo2.
+MOLMO2 = {
+    # recipe: (rates and warm-ups of connector, new rows, tower, language model; steps, length, views a pack, weighting)
+    "molmo2_4b_pretrain": ([2e-4, 2e-4, 6e-6, 2e-5], [200, 200, 2000, 2000], 31_000, 2536, 16, "token"),
+    "molmo2_4b": ([5e-6, 5e-6, 5e-6, 1e-5], [None] * 4, 300_000, 16384, 128, "sqrt_length"),
+}
+
 
 def test_there_are_recipes() -> None:
-    newer = {*INTERNVL2, *QWEN2_VL, *ONEVISION_15}
+    newer = {*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2}
     assert {*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, *TWO_TOWERS, *QFORMER_LINE, *BLIP} | newer < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
@@ -148,7 +156,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     "name",
     sorted(
         [*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, "nanovlm", "tiled_gpt4v_style", *TWO_TOWERS, *QFORMER_LINE]
-        + [*INTERNVL2, *QWEN2_VL, *ONEVISION_15]
+        + [*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2]
     ),
 )
 def test_every_number_names_its_source(name: str) -> None:
@@ -306,6 +314,62 @@ def test_qwen_vl_says_what_was_published(name: str) -> None:
     assert (cfg.image.frames, cfg.image.min_frames, cfg.image.fps) == (8, 4, 2.0)
     assert (cfg.image.frame_min_pixels, cfg.image.frame_max_pixels) == (256 * 28 * 28, 1024 * 28 * 28)
     assert {cfg.vision.weights, cfg.connector.weights, cfg.llm.weights, cfg.tokenizer.name} == {cfg.llm.weights}
+
+
+@pytest.mark.parametrize("name", sorted(MOLMO2))
+def test_molmo2_says_what_was_published(name: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    rates, warmups, steps, length, views, weighting = MOLMO2[name]
+    assert [rule.lr for rule in cfg.params.rules] == rates
+    assert [rule.get("warmup_steps") for rule in cfg.params.rules] == warmups
+    assert cfg.lr_schedule.warmup_steps == (warmups[-1] or 200) and cfg.lr_schedule.min_ratio == 0.1
+    assert (list(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == ([0.9, 0.95], 1e-6, 0.0)
+    assert (cfg.batch.tokens, cfg.data.pack, cfg.data.max_length) == (128 * length, length, length)
+    assert (cfg.data.pack_patches, cfg.batch.normalize, cfg.trainer.max_steps) == (views * 27 * 27, weighting, steps)
+    assert (cfg.objective.lm.z_loss, cfg.trainer.max_grad_norm) == (1e-4, 1.0)
+    total = sum(source.weight for source in cfg.data.train)
+    assert total == pytest.approx(1.0 if name == "molmo2_4b_pretrain" else 1.1) and cfg.data.mixture == "weights"
+    assert list(cfg.vision.layer) == [-3, -9] and list(cfg.image.margins) == [4, 4] and cfg.image.max_tiles == 8
+    tokens = cfg.tokenizer.add  # ids of Molmo2Config in transformers
+    assert (cfg.tokenizer.first, tokens.index("<im_patch>"), tokens.index("<frame_end>")) == (151936, 2, 8)
+
+
+def test_molmo2_counts_its_tokens() -> None:
+    """14 x 14 of all of an image, and those of what its tiles make up; four marks and one a row."""
+    cfg = compose_config(["recipe=molmo2_4b_pretrain", "tokenizer=byte_level"])
+    model = build_model(cfg, meta=True)
+    plan = build_images(cfg, model)["vision"]
+    layout = model.media_layout({"vision": plan})
+    assert layout is not None
+    for size, (rows, columns) in (((378, 378), (14, 14)), ((640, 480), (23, 23)), ((4000, 2000), (23, 42))):
+        (pieces,) = layout([MediaSize(*size)])
+        slots = [one for one in pieces if not isinstance(one, str)]
+        assert sum(slot.count for slot in slots) == 196 + rows * columns, size
+        assert len(pieces) - len(slots) == 4 + rows and len(slots) == 1 + rows
+
+
+def test_molmo2_writes_what_its_preprocessor_writes() -> None:
+    """The end token first and, between turns, twice; images in front of the question, each of several with a number."""
+    assembly = build_assembly(compose_tiny("recipe=molmo2_4b_pretrain"), meta=True)
+    items = tuple(MediaItem(name=f"{number}.png", width=40, height=40) for number in range(2))
+    ask = Turn(role="user", parts=(Text(text="Why?"), Media(item=0), Media(item=1)))
+    answer, again = Turn(role="assistant", parts=(Text(text="So."),)), Turn(role="user", parts=(Text(text="And?"),))
+    sample = Sample(key="one", media=items, annotations=(Annotation(turns=(ask, answer, again, answer)),))
+    stream, tokenizer = assembly.processor.render(sample).llm, assembly.processor.tokenizer
+    rows = ("@" * 5 + "<im_col>") * 5
+    image = f"<low_res_im_start>{'@' * 25}<im_end><im_start>{rows}<im_end>"
+    asked = "<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
+    expected = (
+        f"<|im_end|>Image 1{image}Image 2{image}<|im_start|>user\nWhy?{asked}<|im_end|>\n<|im_start|>user\nAnd?{asked}"
+    )
+    assert "".join("@" if one == PLACEHOLDER_ID else tokenizer.decode([one]) for one in stream.ids.tolist()) == expected
+    marks = [
+        tokenizer.convert_tokens_to_ids(one) for one in ("<low_res_im_start>", "<im_start>", "<im_end>", "<im_col>")
+    ]
+    assert ((stream.attention_group == -1) == np.isin(stream.ids, [*marks, PLACEHOLDER_ID])).all()
+    assert not stream.attention_group[stream.attention_group != -1].any()
+    learned = stream.labels[stream.labels != IGNORE]
+    assert tokenizer.decode(learned.tolist()) == "So.<|im_end|>" * 2
 
 
 def test_nanovlm_says_what_was_published() -> None:

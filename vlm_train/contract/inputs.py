@@ -22,7 +22,7 @@ from vlm_train.contracts.media import Grid3
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.render import RenderOptions
 
-PATCH, SIDE = 8, 32
+PATCH, SIDE = 8, 128
 PICTURES = ((90, 60), (40, 120), (64, 64))
 ANSWER = "A cat sits here."
 

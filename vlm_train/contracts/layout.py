@@ -77,7 +77,8 @@ class MediaLayout(Protocol):
 
     Literals without a slot stand for an item as `Slot(item, 0)` before them would. An item without pieces takes no
     place in the text and is shown to the model all the same. A layout of a model with several position axes also has a
-    method `positions`, see `vlm_train.data.text.streams.Positions`.
+    method `positions`, see `vlm_train.data.text.streams.Positions`. A layout of a model in which the media of a sample
+    see each other in both directions has an attribute `both_ways`: the literal tokens that do so beside placeholders.
     """
 
     def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]: ...
@@ -135,6 +136,44 @@ class StitchedLayout:
             grids = [self.token_grid(grid) for grid in self.patch_grids(size)]
             layouts.append([Slot(item, self.count_tokens(self.shape(size), grids), seconds=size.seconds or None)])
         return layouts
+
+
+LOW_RES_START, IMAGE_START, IMAGE_END, ROW_END = "<low_res_im_start>", "<im_start>", "<im_end>", "<im_col>"
+FRAME_START, FRAME_END = "<frame_start>", "<frame_end>"
+
+
+@dataclass(frozen=True)
+class CropLayout:
+    """An image as Molmo2 lays it: the view of all of it between marks, then the image that its overlapping tiles make
+    up, between marks and with one behind every row. Every frame of a video, and every view of an image without tiles,
+    stands between marks.
+
+    `patch_grids`, `shape` and `token_grid` as in `StitchedLayout`; `frame_grid` is what the connector makes of the
+    patch grid of a frame.
+    """
+
+    patch_grids: Callable[[MediaSize], Sequence[Grid3]]
+    shape: Callable[[MediaSize], MediaShape]
+    token_grid: Callable[[Grid3], Grid3]
+    frame_grid: Callable[[Grid3], Grid3]
+    both_ways: tuple[str, ...] = (LOW_RES_START, IMAGE_START, IMAGE_END, ROW_END, FRAME_START, FRAME_END)
+
+    def __call__(self, sizes: Sequence[MediaSize]) -> list[list[Piece]]:
+        return [self._lay_out(item, size) for item, size in enumerate(sizes)]
+
+    def _lay_out(self, item: int, size: MediaSize) -> list[Piece]:
+        grids, shape = self.patch_grids(size), self.shape(size)
+        if shape.frames:
+            pieces = list[Piece]()
+            for grid in map(self.frame_grid, grids):
+                pieces += [FRAME_START, Slot(item, grid.size, grid, size.seconds / shape.frames), FRAME_END]
+            return pieces
+        if not shape.rows:
+            slots = [Slot(item, grid.size, grid) for grid in map(self.token_grid, grids)]
+            return [piece for slot in slots for piece in (LOW_RES_START, slot, IMAGE_END)]
+        whole, image = self.token_grid(grids[0]), self.token_grid(shape.join_grid(grids[0]))
+        row: list[Piece] = [Slot(item, image.w, Grid3(1, 1, image.w)), ROW_END]
+        return [LOW_RES_START, Slot(item, whole.size, whole), IMAGE_END, IMAGE_START, *row * image.h, IMAGE_END]
 
 
 def untiled_shape(size: MediaSize) -> MediaShape:

@@ -40,6 +40,8 @@ class MediaShape(NamedTuple):
         width, height: pixels of the image, where its tiles have a margin.
         rows, columns: tiles of the image, row by row behind a view of all of it; 0: there are none.
         frames: views of a video; 0: an image.
+        margins: patches at the beginning and the end of a tile that its neighbors show better; (0, 0): tiles do not
+            overlap.
     """
 
     width: int = 0
@@ -47,6 +49,12 @@ class MediaShape(NamedTuple):
     rows: int = 0
     columns: int = 0
     frames: int = 0
+    margins: tuple[int, int] = (0, 0)
+
+    def join_grid(self, tile: Grid3) -> Grid3:
+        """The patch grid of the image that overlapping tiles with the grid `tile` make up."""
+        margin = sum(self.margins)
+        return Grid3(1, self.rows * (tile.h - margin) + margin, self.columns * (tile.w - margin) + margin)
 
 
 @dataclass(frozen=True)

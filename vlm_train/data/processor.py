@@ -58,8 +58,8 @@ class Processor:
             ConfigError: layout, template and tokenizer do not fit each other; or too long with `error`.
         """
         pieces = self.layout(measure_media(sample.media))
-        positions = getattr(self.layout, "positions", None)
-        conversation = ConversationTokenizer(self.template, self.tokenizer, pieces, positions)
+        positions, both_ways = (getattr(self.layout, name, None) for name in ("positions", "both_ways"))
+        conversation = ConversationTokenizer(self.template, self.tokenizer, pieces, positions, both_ways)
         try:
             streams, reference = make_streams(sample, conversation, self.streams, self.instruction, options)
         except NoPiece:

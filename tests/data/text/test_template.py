@@ -28,6 +28,7 @@ LEARNED = {
     "internlm2_chat": "{}<|im_end|>",
     "internvl25": "{}<|im_end|>",
     "nanovlm": "{}<|im_end|>\n",
+    "molmo2": "{}<|im_end|>",
     "mistral": " {}<eos>",
     "generic": "{}<|im_end|>",
     "caption": "{}<eos>",

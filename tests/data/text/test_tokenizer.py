@@ -17,7 +17,7 @@ from vlm_train.data.text.tokenizer import (
     word_tokenizer,
     words_from_shards,
 )
-from vlm_train.errors import AssetError
+from vlm_train.errors import AssetError, ConfigError
 
 
 def test_byte_level_is_exact_and_stable() -> None:
@@ -133,3 +133,13 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pretrained(name=str(folder))
     assert "holds tokenizer.model but no tokenizer.json" in str(error.value)
     assert "pip install sentencepiece" in str(error.value) and "tiktoken" not in str(error.value)
+
+
+def test_added_tokens_may_begin_behind_a_padded_table(tmp_path: Path) -> None:
+    """As `build_tokenizer` of github.com/allenai/molmo2: unused tokens fill the rows between."""
+    byte_level().save_pretrained(tmp_path)
+    size = len(byte_level())
+    found = pretrained(name=str(tmp_path), add=["<im_patch>", "<im_col>"], first=size + 7)
+    assert found.convert_tokens_to_ids(["<im_patch>", "<im_col>"]) == [size + 7, size + 8] and len(found) == size + 9
+    with pytest.raises(ConfigError, match=rf"tokenizer\.first: 5; allowed: {size} or more"):
+        pretrained(name=str(tmp_path), first=5)

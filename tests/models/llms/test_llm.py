@@ -124,6 +124,20 @@ def test_placeholders_embed_to_something_finite():
     assert torch.isfinite(tiny_llm().embed(torch.tensor([[-200, 3]]))).all()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_may_be_only_read(tied, tmp_path):
+    """Rows of the embedding that have no logits (Molmo2), also after the weights of the base were read."""
+    tiny_llm(llama_config(tie_word_embeddings=tied)).model.save_pretrained(tmp_path)
+    given = {"weights": str(tmp_path), "new_tokens": 3, "predict_new_tokens": False}
+    llm = tiny_llm(llama_config(tie_word_embeddings=tied), **given)
+    llm.load_weights()
+    assert (llm.vocab_size, llm.base_vocab_size) == (97, 97)
+    hidden = llm.embed(torch.tensor([[1, 97, 99]]))
+    assert hidden.shape == (1, 3, 48) and llm.head(hidden).shape == (1, 3, 97)
+    assert [name for name, _ in llm.named_parameters() if "new" in name] == ["model.model.embed_tokens.new_embeddings"]
+    assert bool(llm.head_parameters()) == (not tied)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_tokens_are_parameters_of_their_own(tied):
     torch.manual_seed(0)

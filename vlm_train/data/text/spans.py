@@ -13,7 +13,7 @@ from data_pipelines.sample import Box, Media, Turn
 from vlm_train.contracts.layout import Piece, Slot
 from vlm_train.errors import ConfigError
 
-MediaPlace = Literal["first", "inline", "drop"]
+MediaPlace = Literal["first", "inline", "drop", "front"]
 VIEWS: dict[str, tuple[str, ...]] = {
     "whole": (),
     "tile": ("row", "column"),
@@ -60,7 +60,8 @@ class ContentStyle:
     """How the parts of a turn become spans: shared by all templates.
 
     Attributes:
-        media: first (to the front of their turn, the text stripped, as LLaVA does) | inline | drop.
+        media: first (to the front of their turn, the text stripped, as LLaVA does) | inline | drop | front (as first,
+            before their turn and its prefix).
         media_prefix, media_suffix: text around every media item.
         media_suffix_alone: text behind the last media item of a turn that has no text, with `first`; None:
             `media_suffix`.
@@ -145,7 +146,7 @@ class ContentStyle:
                 ):
                     factor = next((w for a, b, w in part.weights if a <= start < b), 1.0)
                     spans.append(TextSpan(part.text[start:end], weight * factor, content=True))
-        front = [span for span in spans if isinstance(span, MediaSpan)] if self.media == "first" else []
+        front = [span for span in spans if isinstance(span, MediaSpan)] if self.media in ("first", "front") else []
         rest = [span for span in spans if isinstance(span, TextSpan)] if front else spans
         for index, strip in ((0, str.lstrip), (-1, str.rstrip)):
             while (front or self.strip) and rest and isinstance(span := rest[index], TextSpan):  # up to a media item

@@ -63,8 +63,8 @@ class Stream:
             learned.
         weights: float32 weight of every target: annotation x turn x text segment; 0 where ignored.
         positions: int64 `[A, T]`; every branch goes on where the prefix ends.
-        attention_group: int32; 0 the prefix (or all of a single annotation), 1, 2, ... the branches, -1 all of a stream
-            that is read in both directions.
+        attention_group: int32; 0 the prefix (or all of a single annotation), 1, 2, ... the branches, -1 what is read in
+            both directions: a whole stream, or the media of a sample.
         slots: where media stand, from left to right; an item may stand in several places.
         alignment: how labels relate to ids, see `TokenStream`.
     """
@@ -92,6 +92,7 @@ class Tokens:
 
     `ends` are the lengths at which a shared prefix may end: after the bos token (0 without one) and after every media
     item, and every view of one that has a run of its own. `positions` is `[A, T]`; None: one axis that counts from 0.
+    `both_ways` are the ids of tokens that see each other in both directions.
     """
 
     ids: NDArray[np.int64]
@@ -99,6 +100,7 @@ class Tokens:
     slots: list[PlacedSlot]
     ends: list[int]
     positions: NDArray[np.int64] | None = None
+    both_ways: tuple[int, ...] = ()
 
 
 def causal_stream(tokens: Tokens) -> Stream:
@@ -113,7 +115,7 @@ def causal_stream(tokens: Tokens) -> Stream:
         labels=labels,
         weights=weights,
         positions=np.arange(size, dtype=np.int64)[None] if tokens.positions is None else tokens.positions,
-        attention_group=np.zeros(size, np.int32),
+        attention_group=np.where(np.isin(tokens.ids, tokens.both_ways), np.int32(BIDIRECTIONAL), np.int32(0)),
         slots=tuple(tokens.slots),
     )
 
@@ -140,12 +142,19 @@ def branched_stream(parts: Sequence[Tokens]) -> Stream:
             "data.annotations to first"
         )
     singles = [causal_stream(part) for part in parts]
+    if any(one.attention_group[size:].any() for one in singles):
+        raise BadSample(
+            "several annotations show media of their own, which would have to see each other in both directions; set "
+            "data.annotations to dialogue, first or drawn",
+            kind="template",
+        )
 
     def join_arrays(name: str) -> Any:
         arrays = [getattr(one, name) for one in singles]
         return np.concatenate([arrays[0][..., :size], *(array[..., size:] for array in arrays)], axis=-1)
 
-    groups = [np.zeros(size, np.int32), *(np.full(len(s) - size, n, np.int32) for n, s in enumerate(singles, 1))]
+    shared = singles[0].attention_group[:size]
+    groups = [shared, *(np.full(len(s) - size, n, np.int32) for n, s in enumerate(singles, 1))]
     slots, start = [s for s in singles[0].slots if s.start < size], size
     for one in singles:
         slots += [replace(s, start=s.start - size + start) for s in one.slots if s.start >= size]

@@ -40,12 +40,14 @@ class Template(Protocol):
 class ChatTemplate:
     """A template made of fixed strings. `{bos}` and `{eos}` in them stand for the tokenizer's tokens.
 
-    A conversation reads, with the learned text in capitals: system_prefix system system_suffix, then for every exchange
-    user_prefix question user_suffix assistant_prefix ANSWER_LEAD ANSWER ASSISTANT_SUFFIX, joined by `separator`.
+    A conversation reads, with the learned text in capitals: start system_prefix system system_suffix, then for every
+    exchange user_prefix question user_suffix assistant_prefix ANSWER_LEAD ANSWER ASSISTANT_SUFFIX, joined by
+    `separator`.
 
     Args:
         system: default system message; null: none, and no system strings. A sample's own system turn replaces it.
         bos: start with the tokenizer's bos token, if it has one.
+        start: text before everything.
         system_in_user: the system message stands inside the first user turn (Llama-2).
         answer_lead: what stands between the prompt and the answer and is generated with it (a space, for tokenizers
             that glue it to the first word).
@@ -63,6 +65,7 @@ class ChatTemplate:
         *,
         system: str | None = None,
         bos: bool = True,
+        start: str = "",
         system_prefix: str = "",
         system_suffix: str = "",
         system_in_user: bool = False,
@@ -88,13 +91,12 @@ class ChatTemplate:
         caption_words: int | None = None,
         keep_end: bool = False,
     ) -> None:
-        self.system, self.bos, self.system_in_user = system, bos, system_in_user
+        self.system, self.bos, self.start, self.system_in_user = system, bos, start, system_in_user
         self.system_prefix, self.system_suffix = system_prefix, system_suffix
         self.user_prefix, self.user_suffix, self.user_text = user_prefix, user_suffix, user_text
         self.assistant_prefix, self.assistant_suffix = assistant_prefix, assistant_suffix
         self.answer_lead, self.lead_given, self.separator = answer_lead, lead_given, separator
-        self.answer_apart = answer_apart
-        self.special = tuple(special)
+        self.answer_apart, self.special = answer_apart, tuple(special)
         self.style = ContentStyle(
             media=media,
             media_prefix=media_prefix,
@@ -119,11 +121,14 @@ class ChatTemplate:
         if system:
             system = [TextSpan(self.system_prefix), *system, TextSpan(self.system_suffix)]
         spans, in_user = ([], system) if self.system_in_user else (system, [])
+        spans = [TextSpan(self.start), *spans] if self.start else spans
         answered = False
         for turn in turns:
             if turn.role == "user":
-                spans += [TextSpan(self.separator if answered else ""), TextSpan(self.user_prefix), *in_user]
-                spans += [*self.style.make_spans(turn, text=self.user_text), TextSpan(self.user_suffix)]
+                asked = self.style.make_spans(turn, text=self.user_text)
+                front = [span for span in asked if isinstance(span, MediaSpan)] if self.style.media == "front" else []
+                spans += [TextSpan(self.separator if answered else ""), *front, TextSpan(self.user_prefix), *in_user]
+                spans += [*asked[len(front) :], TextSpan(self.user_suffix)]
                 in_user = []
             else:
                 spans += [

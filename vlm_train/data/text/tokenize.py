@@ -35,12 +35,14 @@ class ConversationTokenizer:
     Args:
         pieces: what the media layout lays for every media item of the sample.
         positions: position ids of a model with several axes; None: they count from 0.
+        both_ways: tokens that see each other and all placeholders in both directions; None: no token does.
     """
 
     template: Template
     tokenizer: Any
     pieces: list[list[Piece]]
     positions: Positions | None = None
+    both_ways: tuple[str, ...] | None = None
 
     def tokenize_exchange(self, turns: Sequence[Turn], weight: float) -> tuple[Tokens, Tokens]:
         """All before the last answer, and that answer.
@@ -108,7 +110,10 @@ class ConversationTokenizer:
                 length += len(ids[-1])
             ends.append(length)
         positions = None if self.positions is None else self.positions(length, slots)
-        return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions)
+        return Tokens(np.concatenate(ids), np.concatenate(weights), slots, ends, positions, self._list_both_ways(slots))
+
+    def _list_both_ways(self, slots: Sequence[PlacedSlot]) -> tuple[int, ...]:
+        return (PLACEHOLDER_ID, *map(self._literal_id, self.both_ways)) if slots and self.both_ways else ()
 
     def _literal_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)

@@ -45,15 +45,16 @@ CHATML = (
 )
 
 
-def pretrained(*, name: str | None, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def pretrained(*, name: str | None, add: Sequence[str] = (), first: int | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a local folder, a hub repository or a `.gguf` file.
 
     Args:
         name: what to load.
         add: further special tokens (such as the boundary tokens of a media layout), put at the end of the vocabulary.
+        first: the id of the first of them, behind a table with more rows than the vocabulary has words; null: the next.
 
     Raises:
-        AssetError: it cannot be had. ConfigError: it has no fast version.
+        AssetError: it cannot be had. ConfigError: it has no fast version, or `first` is the id of a word.
     """
     if name is None:
         raise AssetError(
@@ -61,7 +62,12 @@ def pretrained(*, name: str | None, add: Sequence[str] = ()) -> PreTrainedTokeni
         )
     if name.endswith(".gguf"):
         return gguf(file=name, add=add)
-    return _add_tokens(load_tokenizer("tokenizer.name", name), add)
+    tokenizer = load_tokenizer("tokenizer.name", name)
+    if first is not None:
+        if first < (size := len(tokenizer)):
+            raise ConfigError(f"tokenizer.first: {first}; allowed: {size} or more, the vocabulary's size, or null")
+        _add_tokens(tokenizer, [f"<|unused_{number}|>" for number in range(size, first)])
+    return _add_tokens(tokenizer, add)
 
 
 def gguf(*, file: str, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import Family
-from vlm_train.contracts.media import Features
+from vlm_train.contracts.media import Features, MediaInput
 from vlm_train.models.layers.merge import merge_features
 from vlm_train.models.layers.passes import decode_stream, generate_from
 
@@ -45,7 +45,7 @@ class PrefixVLM(Family):
             BatchError: a media item has another number of features than placeholders, or a placeholder gets none.
         """
         text, shown = batch.text[stream], batch.media.inputs["vision"]
-        embeds, features, counts = self.llm.embed(text.ids), self.features(batch), shown.view_counts
+        embeds, features, counts = self.llm.embed(text.ids), self.features(batch), self.count_views(shown)
         if self.stitcher is not None:
             features, counts = self.stitcher(features, shown), (1,) * len(counts)
         return merge_features(embeds, features, counts, text.slots, batch.media)
@@ -65,6 +65,10 @@ class PrefixVLM(Family):
     def connect(self, patches: Features, batch: Batch) -> Features:
         """Width D_v -> D. A family whose connector reads more than patches finds it in the batch."""
         return self.connector(patches)
+
+    def count_views(self, shown: MediaInput) -> tuple[int, ...]:
+        """Views of each media item, as `connect` leaves them."""
+        return shown.view_counts
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> `[..., V]`."""

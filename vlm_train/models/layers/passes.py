@@ -60,6 +60,11 @@ def generate_from(
     embeds = embeds.gather(1, order[..., None].expand_as(embeds))
     if len(stream.positions) > 1:
         settings["positions"] = stream.positions.gather(2, order[None].expand_as(stream.positions))
+    if stream.masked is not None:  # the groups of prompts: what is generated belongs to none
+        mask = attention_mask(stream.segment_ids, stream.attention_group)
+        for axis, places in ((2, order[:, None, :, None]), (3, order[:, None, None, :])):
+            mask = mask.gather(axis, places.expand_as(mask))
+        settings["prompt_mask"] = mask
     if cross_states is not None:
         settings["cross_states"] = cross_states.reorder_tokens(order)
     return llm.generate(embeds, token_mask.gather(1, order), **settings)

@@ -18,8 +18,8 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.layers.attention import PACKED, decoding, register_packed
 from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
-from vlm_train.models.layers.masks import within_window
 from vlm_train.models.llms.growing_rope import has_growing_rope, skip_rope_growth
+from vlm_train.models.llms.library_masks import MASKED_LAYERS, make_library_mask, prompt_inputs
 from vlm_train.models.llms.mixers import mixers_without_mask
 from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 from vlm_train.models.weights.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
@@ -28,7 +28,6 @@ from vlm_train.models.weights.inside import load_inside
 LAYER_LISTS = ("layers", "h", "blocks")
 WITHOUT_HEAD = ("qwen2_vl_text", "qwen2_5_vl_text")
 """`model_type` of language models that the library has only inside whole models."""
-MASKED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class HFCausalLM(nn.Module):
@@ -40,6 +39,7 @@ class HFCausalLM(nn.Module):
         weights: hub name, local folder or `*.gguf` file, read by `load_weights`; None: random.
         vocab_size: length of the tokenizer.
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
+        predict_new_tokens: false: new tokens are only read, and have no logits.
         attention: `packed` (as `sdpa`, but packed samples each by themselves), `flash` (that by the flash-attn
             package), `sdpa` or `eager`.
         tokens_per_second: of a model whose positions have three axes: positions of time that a second of a video takes
@@ -53,6 +53,7 @@ class HFCausalLM(nn.Module):
         weights: str | None = None,
         vocab_size: int | None = None,
         new_tokens: int = 0,
+        predict_new_tokens: bool = True,
         attention: str = PACKED,
         tokens_per_second: float | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class HFCausalLM(nn.Module):
             register_qwen_text()
         self.numbers = with_vocabulary(config, vocab_size)
         self.weights = weights
-        self.new_tokens = new_tokens
+        self.new_tokens, self.predict_new_tokens = new_tokens, predict_new_tokens
         self.inserter = BlockInserter()
         register_packed()
         self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, FLASH, *ATTENTION))
@@ -77,7 +78,7 @@ class HFCausalLM(nn.Module):
         self.position_axes, self.tokens_per_second = 3 if "mrope_section" in rotary else 1, tokens_per_second
         self.dim = self.model.get_input_embeddings().weight.shape[1]
         self.base_vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        self.vocab_size = self.base_vocab_size + new_tokens
+        self.vocab_size = self.base_vocab_size + (new_tokens if predict_new_tokens else 0)
         self.layer_kinds = frozenset(getattr(self.model.config, "layer_types", None) or ())
         self.rope_grows = has_growing_rope(self.decoder)
         self.unmasked_mixers = mixers_without_mask(self._find_layers() or (), self.layer_kinds)
@@ -131,7 +132,7 @@ class HFCausalLM(nn.Module):
             # what is packed, and asks the device: a mask of tokens, which nothing reads, keeps it from guessing.
             library_mask: Any = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         else:
-            library_mask = self._make_library_mask(mask, embeds)
+            library_mask = make_library_mask(self.model.config, mask, embeds)
         blocks = (
             nullcontext() if cross_states is None and not self.inserter.groups else self.inserter.given(cross_states)
         )
@@ -172,6 +173,7 @@ class HFCausalLM(nn.Module):
         min_new_tokens: int = 0,
         num_beams: int = 1,
         positions: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         cross_states: CrossStates | None = None,
     ) -> Tensor:
         """Continue prompts with a key-value cache.
@@ -182,6 +184,7 @@ class HFCausalLM(nn.Module):
             temperature: 0 is greedy.
             repetition_penalty, min_new_tokens: as in `Sampling`; the penalty does not see the prompt.
             positions: `[A, B, T]` of a model with several position axes; None: they count real tokens.
+            prompt_mask: `[B, 1, T, T]`, who may attend to whom inside the prompts; None: they are causal.
             cross_states: as in `decode`, for the tokens of the padded prompts.
 
         Returns:
@@ -204,10 +207,8 @@ class HFCausalLM(nn.Module):
             **sampling,
         )
         with self.inserter.given(cross_states), self.inserter.following_cache(self.decoder):
-            given = {} if positions is None else {"position_ids": positions}
-            return self.model.generate(
-                inputs_embeds=embeds, attention_mask=mask.long(), generation_config=settings, **given
-            )
+            inputs = prompt_inputs(self.model, embeds, mask, positions, prompt_mask, num_beams)
+            return self.model.generate(**inputs, generation_config=settings)
 
     def head_parameters(self) -> list[str]:
         """Names of the parameters that only `head` reads (none where it shares the embedding's)."""
@@ -230,6 +231,7 @@ class HFCausalLM(nn.Module):
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if isinstance(embedding, ExtendedEmbedding):
             self.model.set_input_embeddings(embedding.base)
+        if isinstance(head, ExtendedHead):
             self.model.set_output_embeddings(head.base)
 
     def _add_tokens(self) -> None:
@@ -242,9 +244,9 @@ class HFCausalLM(nn.Module):
             extended = ExtendedEmbedding(embedding, self.new_tokens)
             tied = head.weight is embedding.weight
             self.model.set_input_embeddings(extended)
-            self.model.set_output_embeddings(
-                ExtendedHead(head, self.new_tokens, extended.new_embeddings if tied else None)
-            )
+            if self.predict_new_tokens:
+                head = ExtendedHead(head, self.new_tokens, extended.new_embeddings if tied else None)
+                self.model.set_output_embeddings(head)
 
     def _check_position_axes(self, axes: int) -> None:
         """Raise `ConfigError` unless the model's rotations have several axes."""
@@ -271,22 +273,3 @@ class HFCausalLM(nn.Module):
             )
         if isinstance(mask, SequenceMask) and not self.takes_packed:
             raise ConfigError(f"llm.attention: {config._attn_implementation} takes no sequences; choose packed")
-
-    def _make_library_mask(self, mask: Tensor | SequenceMask | None, embeds: Tensor) -> Any:
-        """An explicit mask `[B, 1, T, T]`, or plain causal rows, in the form the library takes as is: boolean for sdpa,
-        additive for eager, one per kind of layer."""
-        length = embeds.shape[1]
-        config, kinds = self.model.config, self.layer_kinds
-        if kinds - MASKED_LAYERS:
-            return None  # plain rows; only the library knows what these layers take
-        eager, plain = config._attn_implementation == "eager", not isinstance(mask, Tensor)
-        if not isinstance(mask, Tensor):
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=embeds.device).tril()
-        near = within_window(mask, getattr(config, "sliding_window", None))
-        if eager:
-            least = torch.finfo(embeds.dtype).min
-            mask, near = (torch.zeros_like(one, dtype=embeds.dtype).masked_fill(~one, least) for one in (mask, near))
-        if not kinds:
-            return near
-        # sdpa is causal without a mask, and faster.
-        return {"full_attention": None if plain and not eager else mask, "sliding_attention": near}
