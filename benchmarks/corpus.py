@@ -44,11 +44,15 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     return file.getvalue()
 
 
-def clip(root: Path, seconds: int = 60, size: tuple[int, int] = (1280, 720), rate: int = 30) -> Path:
-    """An MP4 of a photograph that moves, H.264 with the encoder's own settings, written if it is not there."""
+def clip(
+    root: Path, seconds: int = 60, size: tuple[int, int] = (1280, 720), rate: int = 30, key_seconds: int | None = None
+) -> Path:
+    """An MP4 of a photograph that moves, H.264 with the encoder's own settings, or a key frame every `key_seconds`,
+    written if it is not there."""
     import av
 
-    path = root / f"clip-{seconds}s-{size[0]}x{size[1]}.mp4"
+    keys = "" if key_seconds is None else f"-key{key_seconds}s"
+    path = root / f"clip-{seconds}s-{size[0]}x{size[1]}{keys}.mp4"
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +62,8 @@ def clip(root: Path, seconds: int = 60, size: tuple[int, int] = (1280, 720), rat
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if key_seconds is not None:
+            stream.options = {"x264-params": f"keyint={key_seconds * rate}"}
         for number in range(seconds * rate):
             angle = 2 * np.pi * number / (20 * rate)
             left, top = (int((1 + turn(angle)) / 2 * side) for turn, side in ((np.cos, width), (np.sin, height)))

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from data_pipelines.errors import BadSample
@@ -151,8 +152,10 @@ def _chat_template(template: ChatTemplate, tokenizer: Any) -> str:
     system_prefix, system_suffix = quote_filled(template.system_prefix), quote_filled(template.system_suffix)
     default = "''" if template.system is None else f"{system_prefix} ~ {quote_jinja(template.system)} ~ {system_suffix}"
     head, in_user = ("", "ns.system ~ ") if template.system_in_user else ("{{- ns.system -}}", "")
+    head = f"{{{{- {quote_filled(template.start)} -}}}}{head}" if template.start else head
     question = f"content(message, {'true' if template.user_text else 'false'})"
-    user = f"{quote_filled(template.user_prefix)} ~ {in_user}{question} ~ {quote_filled(template.user_suffix)}"
+    front = "front(message) ~ " if style.media == "front" else ""
+    user = f"{front}{quote_filled(template.user_prefix)} ~ {in_user}{question} ~ {quote_filled(template.user_suffix)}"
     assistant = quote_filled(template.assistant_prefix)
     prompt = f"{assistant} ~ {quote_filled(template.answer_lead)}" if template.lead_given else assistant
     lead, suffix = quote_filled(template.answer_lead), quote_filled(template.assistant_suffix)
@@ -186,7 +189,8 @@ def _tokenizer_template(template: TokenizerTemplate, tokenizer: Any) -> str:
         first = f"[{{'role': 'system', 'content': {quote_jinja(template.system)}}}]"
         test = "not messages or messages[0]['role'] != 'system'"
         system = f"{{%- if {test} -%}}{{%- set messages = {first} + messages -%}}{{%- endif -%}}\n"
-    return f"""{_content_macro(template.style)}
+    style = replace(template.style, media="first") if template.style.media == "front" else template.style
+    return f"""{_content_macro(style)}
 {system}{{%- set ns = namespace(messages=[]) -%}}
 {{%- for message in messages -%}}
 {{%- set plain = {{'role': message['role'], 'content': content(message, true)}} -%}}
@@ -196,15 +200,28 @@ def _tokenizer_template(template: TokenizerTemplate, tokenizer: Any) -> str:
 
 
 def _content_macro(style: ContentStyle) -> str:
-    """Macro `content(message, with_text)`: `ContentStyle.make_spans` in Jinja."""
-    image = quote_jinja(style.media_prefix + IMAGE_TOKEN + style.media_suffix)
+    """Macros in Jinja: `content(message, with_text)` is `ContentStyle.make_spans`, `front(message)` media before it."""
+    image, count, numbered = quote_jinja(style.media_prefix + IMAGE_TOKEN + style.media_suffix), "", ""
+    if style.several_prefix:
+        image, count = f"({_several_prefix(style)} if shown.total > 1 else '') ~ {image}", _COUNT_IMAGES
+        numbered = "{%- set shown.number = shown.number + 1 -%}"
     trimmed = {
         "first": "c.media ~ (c.text | trim if c.media or STRIP else c.text)",
+        "front": "c.text | trim if c.media or STRIP else c.text",
         "drop": "c.text | trim if STRIP else c.text",
         "inline": f"(c.text | trim if STRIP else c.text) | replace('{IMAGE_TOKEN}', {image})",
     }[style.media].replace("STRIP", "true" if style.strip else "false")
-    placed = {"first": f"{{%- set c.media = c.media ~ {image} -%}}", "drop": ""}
-    return f"""{{%- macro content(message, with_text) -%}}
+    placed = {
+        "first": f"{numbered}{{%- set c.media = c.media ~ {image} -%}}",
+        "front": "{%- set c.media = 'before' -%}",
+        "drop": "",
+    }
+    return f"""{count}{{%- macro front(message) -%}}
+{{%- for part in message['content'] if part is mapping and part['type'] == 'image' -%}}
+{numbered}{{{{- {image} -}}}}
+{{%- endfor -%}}
+{{%- endmacro -%}}
+{{%- macro content(message, with_text) -%}}
 {{%- set c = namespace(media='', text='') -%}}
 {{%- for part in ([{{'type': 'text', 'text': message['content']}}] if message['content'] is string
     else message['content']) -%}}
@@ -216,6 +233,22 @@ def _content_macro(style: ContentStyle) -> str:
 {{%- endfor -%}}
 {{{{- {trimmed} -}}}}
 {{%- endmacro -%}}"""
+
+
+_COUNT_IMAGES = """{%- set shown = namespace(total=0, number=0) -%}
+{%- for message in messages -%}
+{%- for part in message['content'] if part is mapping and part['type'] == 'image' -%}
+{%- set shown.total = shown.total + 1 -%}
+{%- endfor -%}
+{%- endfor -%}
+"""
+
+
+def _several_prefix(style: ContentStyle) -> str:
+    """`several_prefix` of the image that was counted last, as an expression in Jinja."""
+    counts = {"number": "shown.number", "index": "(shown.number - 1)", None: "''"}
+    pieces = Formatter().parse(style.several_prefix)
+    return " ~ ".join(f"{quote_jinja(text)} ~ {counts[field]}" for text, field, _, _ in pieces)
 
 
 def quote_jinja(text: str) -> str:

@@ -60,7 +60,7 @@ def generate_from(
     embeds = embeds.gather(1, order[..., None].expand_as(embeds))
     if len(stream.positions) > 1:
         settings["positions"] = stream.positions.gather(2, order[None].expand_as(stream.positions))
-    if stream.masked is not None:  # the groups of prompts: what is generated belongs to none
+    if stream.masked is not None and stream.alignment != "none":  # what is generated belongs to no group of the prompt
         mask = attention_mask(stream.segment_ids, stream.attention_group)
         for axis, places in ((2, order[:, None, :, None]), (3, order[:, None, None, :])):
             mask = mask.gather(axis, places.expand_as(mask))
