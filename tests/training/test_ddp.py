@@ -34,8 +34,18 @@ OVERRIDES = [
         ),
         # Five samples in steps of four: in the last step one rank holds nothing.
         ("easyvqa_stage1", (2, 2), ["data.limit=5", "trainer.max_steps=2", "data.shuffle=none"]),
-        ("easyvqa_clip", (4, 2), ["data.limit=5", "trainer.max_steps=null", "trainer.epochs=1"]),
-        ("easyvqa_blip2_stage1", (4, 2), ["objective.itc.gather_grad=true", "optim.lr=0.005", "params=connector_llm"]),
+        pytest.param(
+            "easyvqa_clip",
+            (4, 2),
+            ["data.limit=5", "trainer.max_steps=null", "trainer.epochs=1"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "easyvqa_blip2_stage1",
+            (4, 2),
+            ["objective.itc.gather_grad=true", "optim.lr=0.005", "params=connector_llm"],
+            marks=pytest.mark.slow,
+        ),
         (
             "easyvqa_blip2_stage1",
             (4, 2),

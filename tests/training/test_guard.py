@@ -105,6 +105,7 @@ def test_both_processes_go_back(data: Path, tmp_path: Path) -> None:
     assert record.read_record(tmp_path / "run")["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_is_resumed_however_it_was_started(data: Path, tmp_path: Path) -> None:
     poison = [POISON.format([3, 4], 0), "trainer.guard={max_in_a_row: 1, rollback: 1}", "trainer.max_steps=5"]
     for resume in ("never", "restart"):
@@ -113,6 +114,7 @@ def test_a_run_that_goes_back_is_resumed_however_it_was_started(data: Path, tmp_
         assert record.read_record(tmp_path / resume)["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_only_so_often(data: Path, tmp_path: Path) -> None:
     poison = [POISON.format([3, 4, 6, 7], 0), "trainer.guard={max_in_a_row: 1, rollback: 1}", "trainer.max_steps=8"]
     assert cli.main(job(data, tmp_path, *poison)) == 1

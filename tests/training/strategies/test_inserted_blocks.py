@@ -43,7 +43,7 @@ def test_only_the_blocks_and_the_connector_learn(alone: Path) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "strategy", [pytest.param(s, marks=[] if s in ("zero3", "fsdp2") else pytest.mark.slow) for s in STRATEGIES]
+    "strategy", [pytest.param(s, marks=[] if s == "fsdp2" else pytest.mark.slow) for s in STRATEGIES]
 )
 def test_one_rank_has_text_only(strategy: str, data: Path, alone: Path, tmp_path: Path) -> None:
     train_on_ranks(job(data, tmp_path, strategy, *STRATEGIES[strategy], micro=1))

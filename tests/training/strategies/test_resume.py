@@ -82,6 +82,7 @@ def test_a_killed_run_ends_as_one_that_was_not(strategy: str, data: Path, tmp_pa
         assert_same_end(tmp_path / f"{way}-whole", tmp_path / f"{way}-killed")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_strategy_and_another_number_of_ranks(data: Path, tmp_path: Path) -> None:
     """Two ranks of ZeRO-2 -> one rank of DDP -> two ranks of FSDP2: a part each, and the same run in the end."""
     whole = job("ddp", data, tmp_path, "plain", "whole")
