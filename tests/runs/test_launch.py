@@ -145,6 +145,21 @@ def test_signals_reach_the_child(cfg: DictConfig, child, tmp_path: Path, number:
     assert record.read_record(folder) == {"status": "stopped", "signal": number}
 
 
+def test_a_signal_while_a_child_starts_reaches_it(cfg: DictConfig, child, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(subprocess.Popen):
+        """Sends us a signal as soon as the process exists."""
+
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    child("time.sleep(30)")
+    monkeypatch.setattr(launch.subprocess, "Popen", Started)
+    with pytest.raises(Interrupted) as caught:
+        launch.run_child(cfg)
+    assert caught.value.code == 130
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_child_dies_with_a_killed_supervisor(cfg: DictConfig, child, tmp_path: Path) -> None:
     child("(folder / 'pid').write_text(str(os.getpid())); time.sleep(30)")
@@ -347,7 +362,7 @@ def test_the_callers_handler_gets_the_signal_when_all_is_saved(cfg: DictConfig, 
 def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch._forward_signals(subprocess.Popen(["true"])):
+        with launch._collect_signals():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)

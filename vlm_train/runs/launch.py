@@ -202,20 +202,24 @@ def _supervise_child(command: Sequence[str], folder: Path | None) -> Ended:
         environment = FLIGHT_RECORDER | {"TORCH_FR_DUMP_TEMP_FILE": f"{folder.absolute()}/nccl-trace-"} | environment
     piped = not sys.stdout.isatty()
     sys.stdout.flush()
-    child = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE if piped else None,
-        stderr=subprocess.STDOUT if piped else None,
-        start_new_session=True,  # Ctrl-C reaches the child once, through us
-        preexec_fn=exit_with_parent if sys.platform == "linux" else None,
-    )
     last: deque[str] = deque(maxlen=LAST_LINES)
-    copying = threading.Thread(target=_copy_output, args=(child, folder, last), daemon=True)
-    with _forward_signals(child) as received:
+    with _collect_signals() as received:  # before the child exists: a signal in between would end us, and leave it
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE if piped else None,
+            stderr=subprocess.STDOUT if piped else None,
+            start_new_session=True,  # Ctrl-C reaches the child once, through us
+            preexec_fn=exit_with_parent if sys.platform == "linux" else None,
+        )
+        copying = threading.Thread(target=_copy_output, args=(child, folder, last), daemon=True)
         if piped:
             copying.start()
-        while child.poll() is None:  # a signal can miss a wait without end, just before it blocks
+        forwarded = 0
+        while child.poll() is None:
+            for number in received[forwarded:]:
+                child.send_signal(number)
+                forwarded += 1
             time.sleep(0.05)
         copying.join(DRAINING if piped else 0.0)  # a process that outlives the child may hold the pipe
     return Ended(child.returncode, [*last], received[0] if received else _stopping_signal(child.returncode))
@@ -227,19 +231,14 @@ def _stopping_signal(code: int) -> int:
 
 
 @contextmanager
-def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Sends the signals that reach us on to the child, and yields their list. Handlers need the main thread."""
+def _collect_signals() -> Iterator[list[int]]:
+    """Yields a list that the signals which would end us are added to. Handlers need the main thread."""
     previous = {}
     received: list[int] = []
-
-    def forward_signal(number: int, _: Any) -> None:
-        received.append(number)
-        child.send_signal(number)
-
     try:
         for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-                previous[number] = signal.signal(number, forward_signal)
+                previous[number] = signal.signal(number, lambda number, _: received.append(number))
     except ValueError:
         pass
     try:
