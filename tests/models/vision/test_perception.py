@@ -17,7 +17,12 @@ from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.vision.perception import PerceptionVision, resize_positions
 
 PATCH, DIM, SIDE = 4, 24, 12
-THEIRS = {"patch_embed.": "patch_embed.proj.", "class_token": "cls_token", "positions": "pos_embed", "layers.": "blocks."}
+THEIRS = {
+    "patch_embed.": "patch_embed.proj.",
+    "class_token": "cls_token",
+    "positions": "pos_embed",
+    "layers.": "blocks.",
+}
 
 
 def ours(**options: Any) -> PerceptionVision:
@@ -116,7 +121,9 @@ def to_timm(encoder: PerceptionVision) -> dict[str, torch.Tensor]:
 def test_weights_are_read_under_timm_s_names(prefix: str, tmp_path: Path) -> None:
     encoder = ours()
     beside = {"model.language_model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2)} if prefix else {}
-    save_file({prefix + name: value for name, value in to_timm(encoder).items()} | beside, tmp_path / "model.safetensors")
+    save_file(
+        {prefix + name: value for name, value in to_timm(encoder).items()} | beside, tmp_path / "model.safetensors"
+    )
     other = ours(weights=str(tmp_path), layer_scale=0.1)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
