@@ -1,5 +1,5 @@
-"""The Perception Encoder (arXiv 2504.13181) as PerceptionLM reads it: absolute and 2-D rotary positions, a number of its
-first layers, no final norm (core/vision_encoder/pe.py of github.com/facebookresearch/perception_models).
+"""The Perception Encoder (arXiv 2504.13181) as PerceptionLM reads it: absolute and 2-D rotary positions, a number of
+its first layers, no final norm (core/vision_encoder/pe.py of github.com/facebookresearch/perception_models).
 
 Legend: N views, P patches of a view, L = P plus the class token where there is one, p the side of a patch in pixels, H
 heads, C channels a head, D width.
@@ -25,6 +25,9 @@ from vlm_train.models.weights.hub import read_state
 
 EPS = 1e-5
 """Of all norms."""
+
+SCALES = ("gamma_1", "gamma_2")
+"""Names of a layer's scales."""
 
 NAMES = {
     "patch_embed.proj.": "patch_embed.",
@@ -155,10 +158,6 @@ class PerceptionVision(nn.Module):
         return angles.cos(), angles.sin()
 
 
-SCALES = ("gamma_1", "gamma_2")
-"""Layer scale."""
-
-
 class PerceptionLayer(nn.Module):
     """Attention, then an MLP, each behind a norm and, with `layer_scale`, before a factor on every channel."""
 
@@ -215,8 +214,8 @@ def cut_patches(views: Tensor, side: int) -> Tensor:
 
 
 def resize_positions(positions: Tensor, count: int, class_token: bool) -> Tensor:
-    """Positions `[L, D]` of a square grid as `count` of them, bilinearly (apps/plm/interpolate_PE_pos_embed.py); as they
-    are where either is no square."""
+    """Positions `[L, D]` of a square grid as `count` of them, bilinearly (apps/plm/interpolate_PE_pos_embed.py); as
+    they are where they are of no square."""
     first = positions[: int(class_token)]
     have, want = (round((one - len(first)) ** 0.5) for one in (len(positions), count))
     if have == want or have**2 + len(first) != len(positions):
