@@ -131,9 +131,9 @@ def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenize
         ),
         (
             "perceptionlm",
-            "<bos><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are "
-            "able to understand the visual content that the user provides, and assist the user with a variety of tasks "
-            "using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
+            "<bos><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You "
+            "are able to understand the visual content that the user provides, and assist the user with a variety of "
+            "tasks using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
             "Why?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nNo idea — ok.<|eot_id|>",
         ),

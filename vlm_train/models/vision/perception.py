@@ -161,6 +161,9 @@ class PerceptionVision(nn.Module):
 class PerceptionLayer(nn.Module):
     """Attention, then an MLP, each behind a norm and, with `layer_scale`, before a factor on every channel."""
 
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+
     def __init__(self, dim: int, heads: int, mlp_dim: int, layer_scale: float | None) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=EPS) for _ in range(2))
