@@ -23,6 +23,7 @@ LEARNED = {
     "vicuna_v1": " {}<eos>",
     "llama2": " {} <eos>",
     "llama3": "{}<|eot_id|>",
+    "perceptionlm": "{}<|eot_id|>",
     "chatml": "{}<|im_end|>",
     "qwen2_vl": "{}<|im_end|>",
     "internlm2_chat": "{}<|im_end|>",
@@ -128,6 +129,14 @@ def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenize
             f"<bos><|im_start|>system\n{load('internvl25').system}<|im_end|>\n<|im_start|>user\n<img></img>\nWhat?"
             "<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
             "<|im_start|>assistant\nNo idea — ok.<|im_end|>",
+        ),
+        (
+            "perceptionlm",
+            "<bos><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You "
+            "are able to understand the visual content that the user provides, and assist the user with a variety of "
+            "tasks using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+            "Why?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nNo idea — ok.<|eot_id|>",
         ),
         ("interleaved", "<bos>What?yes<eos>Why?No idea — ok.<eos>"),
         ("qa", "<bos>What? yes<eos>Why? No idea — ok.<eos>"),
