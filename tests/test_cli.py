@@ -477,8 +477,9 @@ def test_help_asks_no_composition(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     Path("mine/recipe/own.yaml").write_text("# @package _global_\n")
     assert cli.main(["--help", "--config-dir", "mine"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "image: anyres, anyres_max9, crop, longest_side, naflex, native, pad, qwen2, resize, tiles" in lines and not any(
-        line.startswith(("hydra:", "./")) for line in lines
+    assert (
+        "image: anyres, anyres_max9, crop, longest_side, naflex, native, pad, qwen2, resize, tiles" in lines
+        and not any(line.startswith(("hydra:", "./")) for line in lines)
     )
     (recipes,) = [line for line in lines if line.startswith("recipe: ")]
     assert "llava15_stage1, " in recipes and " own, " in recipes

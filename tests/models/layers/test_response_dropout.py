@@ -63,8 +63,8 @@ def gradients(llm: HFCausalLM) -> dict[str, torch.Tensor]:
 
 
 def write_out(llm: HFCausalLM, text: TokenStream) -> torch.Tensor:
-    """A Llama's layers, line by line, with Molmo's rule: numbers of a branch are kept with a probability that depends on
-    the position, and divided by it."""
+    """A Llama's layers, line by line, with Molmo's rule: numbers of a branch are kept with a probability of the
+    position, and divided by it."""
     decoder: Any = llm.decoder
     learned = (text.labels != IGNORE)[..., None]
     keep = torch.where(learned, 1 - RATE, 1.0)
