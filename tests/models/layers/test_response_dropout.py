@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.jobs import train_on_ranks
 from tests.support.small_run import command, make_data, train
 from tests.support.tiny_models import assert_close, llama_config, text_stream, tiny_llm
+from tests.training.strategies.test_resume import job, log
 from vlm_train.config.compose import compose_config
 from vlm_train.config.run_identity import training_hash
 from vlm_train.contracts.batch import IGNORE, TokenStream
@@ -180,6 +182,7 @@ def test_runs_without_it_keep_their_names(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_the_same(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     options = [f"+llm.response_residual_dropout={RATE}", "params=all", "data.workers=0", "trainer.export=false"]
@@ -190,3 +193,20 @@ def test_a_run_that_was_stopped_goes_on_the_same(tmp_path: Path) -> None:
     part = train(command(data, tmp_path / "runs", *options, name="part"))
     ends = [load_file(run / "checkpoints" / "step-00000006" / "weights.safetensors") for run in (whole, part)]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_sharded_layers_drop_the_same(strategy: str, tmp_path: Path) -> None:
+    """Two ranks, packed rows, layers that are computed again: the losses of DDP, whose ranks draw the same."""
+    data = make_data(tmp_path / "data")
+    options = [f"+llm.response_residual_dropout={RATE}", "trainer.max_steps=3"]
+    runs = [
+        job(one, data, tmp_path, "packed", one, *options, f"trainer.activation_checkpointing={again}")
+        for one, again in (("ddp", "none"), (strategy, "full"))
+    ]
+    train_on_ranks(*runs, limit=400)
+    rows = [log(tmp_path / one) for one in ("ddp", strategy)]
+    losses = [[row["loss"] for row in one if row["split"] == "train"] for one in rows]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
