@@ -45,6 +45,7 @@ def count(module) -> int:
         ("llm", "internlm25_1_8b", 1_889_110_016),
         ("llm", "internlm25_7b", 7_737_708_544),
         ("vision", "siglip2_base_512", 93_520_128),
+        ("vision", "siglip2_so400m_naflex", 412_649_712),
         ("llm", "smollm2_360m", 361_821_120),
         ("llm", "qwen3_1_7b", 1_720_574_976),
         ("llm", "qwen3_4b", 4_022_468_096),
