@@ -136,7 +136,7 @@ def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenize
             "are able to understand the visual content that the user provides, and assist the user with a variety of "
             "tasks using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-            "Why?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nNo idea — ok.<|eot_id|>",
+            "Why?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nNo idea — ok.<|eot_id|><|end_of_text|>",
         ),
         ("interleaved", "<bos>What?yes<eos>Why?No idea — ok.<eos>"),
         ("qa", "<bos>What? yes<eos>Why? No idea — ok.<eos>"),
