@@ -15,6 +15,8 @@ from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 
+# What a template learns behind a conversation.
+ENDS = {"perceptionlm": "<|end_of_text|>"}
 # What a template learns around an answer.
 LEARNED = {
     "plain": "{}\n",
@@ -23,7 +25,7 @@ LEARNED = {
     "vicuna_v1": " {}<eos>",
     "llama2": " {} <eos>",
     "llama3": "{}<|eot_id|>",
-    "perceptionlm": "{}<|eot_id|>",
+    "perceptionlm": "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
     "chatml": "{}<|im_end|>",
     "qwen2_vl": "{}<|im_end|>",
     "internlm2_chat": "{}<|im_end|>",
@@ -77,7 +79,7 @@ def test_learned_tokens_are_the_answers(name: str, case: str, tokenizer) -> None
     item = CASES[case]
     stream = render_sample(item, template, tokenizer, layout, annotations="dialogue").llm
     answers = [turn.text for a in item.annotations for turn in a.turns if turn.role == "assistant"]
-    expected = "".join(LEARNED[name].format(answer) for answer in answers)
+    expected = "".join(LEARNED[name].format(answer) for answer in answers) + ENDS.get(name, "")
     if stream.ids[0] == tokenizer.bos_token_id:  # nothing stands before it to learn it from
         expected = expected.removeprefix("<bos>")
     assert learned(stream, tokenizer) == expected
@@ -89,7 +91,7 @@ def test_learned_tokens_are_the_answers(name: str, case: str, tokenizer) -> None
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"plain", "caption_opt"} - WITHOUT_MEDIA))
 def test_independent_annotations_learn_the_same_answers(name: str, tokenizer) -> None:
     stream = render_sample(CASES["several_annotations"], load(name), tokenizer, layout).llm
-    assert learned(stream, tokenizer) == "".join(LEARNED[name].format(answer) for answer in ("a", "bb"))
+    assert learned(stream, tokenizer) == "".join(LEARNED[name].format(a) + ENDS.get(name, "") for a in ("a", "bb"))
 
 
 @pytest.mark.parametrize("name", ["plain", "caption"])
