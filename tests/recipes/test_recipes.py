@@ -133,9 +133,20 @@ MOLMO2 = {
     "molmo2_4b": ([5e-6, 5e-6, 5e-6, 1e-5], [None] * 4, 300_000, 16384, 128, "sqrt_length"),
 }
 
+# apps/plm/configs/stage_{1,2,3}/plm_{1b,8b}.yaml of github.com/facebookresearch/perception_models.
+PERCEPTIONLM = {
+    # recipe: (rate, weight decay, warm-up, samples a step, of a GPU, steps, length, most tiles, frames, pool, layers)
+    "perceptionlm_1b_stage1": (1e-4, 0.01, 20, 512, 16, 8000, 1280, None, 8, 1, 23),
+    "perceptionlm_1b_stage2": (4e-5, 0.01, 120, 2048, 8, 35_000, 6144, 16, 16, 2, 23),
+    "perceptionlm_1b_stage3": (4e-5, 0.01, 120, 1024, 4, 21_000, 11520, 36, 32, 2, 23),
+    "perceptionlm_8b_stage1": (1e-4, 0.05, 20, 512, 16, 8000, 1280, None, 8, 1, 47),
+    "perceptionlm_8b_stage2": (4e-5, 0.05, 120, 2048, 4, 35_000, 6144, 16, 16, 2, 47),
+    "perceptionlm_8b_stage3": (1e-5, 0.05, 120, 1024, 2, 21_000, 11520, 36, 32, 2, 47),
+}
+
 
 def test_there_are_recipes() -> None:
-    newer = {*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2}
+    newer = {*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2, *PERCEPTIONLM}
     assert {*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, *TWO_TOWERS, *QFORMER_LINE, *BLIP} | newer < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
@@ -156,7 +167,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     "name",
     sorted(
         [*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, "nanovlm", "tiled_gpt4v_style", *TWO_TOWERS, *QFORMER_LINE]
-        + [*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2]
+        + [*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2, *PERCEPTIONLM]
     ),
 )
 def test_every_number_names_its_source(name: str) -> None:
@@ -236,6 +247,30 @@ def test_onevision15_says_what_was_published(name: str) -> None:
     assert classes.lr is None, "buffers in aiak_training_llm/models/llavaov_1_5/rice_vision_model.py"
 
 
+@pytest.mark.parametrize("name", sorted(PERCEPTIONLM))
+def test_perceptionlm_says_what_was_published(name: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    lr, decay, warmup, samples, micro, steps, length, tiles, frames, pool, layers = PERCEPTIONLM[name]
+    first = name.endswith("stage1")
+    assert list_rates(cfg) == {"vision": None if first else lr, "connector": lr, "llm": None if first else lr}
+    assert (cfg.optim.weight_decay, cfg.params.decay_norms_and_biases) == (decay, True)
+    assert (list(cfg.optim.betas), cfg.optim.eps, cfg.seed) == ([0.9, 0.95], 1e-8, 777)
+    assert (cfg.lr_schedule.warmup_steps, cfg.lr_schedule.warmup_ratio, cfg.lr_schedule.min_ratio) == (warmup, 0, 0.01)
+    assert (cfg.batch.samples, cfg.batch.micro, cfg.batch.normalize) == (samples, micro, "token")
+    assert samples % (micro * cfg.target.gpus) == 0, "no accumulation on as many GPUs as published"
+    assert (cfg.trainer.max_steps, cfg.trainer.max_grad_norm) == (steps, 1.0)
+    assert (cfg.data.max_length, cfg.data.pack) == (length, None)
+    assert (cfg.image.get("max_tiles"), cfg.image.frames, cfg.image.get("mode")) == (
+        tiles, frames, "resize" if first else None,
+    )  # fmt: skip
+    assert (cfg.connector.pool, cfg.connector.project_first, cfg.get("vision").depth) == (pool, True, layers)
+    scale = (None, 0.0) if first else (0.1, 0.1)
+    assert (cfg.get("vision").layer_scale, cfg.get("vision").drop_path) == scale
+    assert (cfg.template.system is None, cfg.template.bos) == (first, not first)
+    longest = ((tiles or 0) + (not first)) * 1024 // pool**2
+    assert longest < length, "the largest image fits"
+
+
 @pytest.mark.parametrize("name", sorted(INTERNVL2))
 def test_internvl2_says_what_was_published(name: str) -> None:
     cfg = compose_config([f"recipe={name}"])
@@ -273,6 +308,9 @@ def test_qwen2_vl_says_what_was_published(name: str) -> None:
         ("qwen2vl_7b", 8_291_375_616),
         ("internvl2_2b", 2_205_754_368),
         ("internvl2_8b", 8_075_365_376),
+        ("perceptionlm_1b_stage1", 1_533_477_888),
+        ("perceptionlm_1b_stage3", 1_533_524_992),
+        ("perceptionlm_8b_stage3", 9_794_260_736),
     ],
 )
 def test_whole_models_have_their_size(name: str, expected: int) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from fractions import Fraction
 
 import av
 import numpy as np
 
 GRAY = 8  # step between frames; codecs change values by less than half of it
+MILLISECOND = Fraction(1, 1000)
 
 
 def video(
@@ -19,8 +22,10 @@ def video(
     gop: int = 5,
     rate: int = 10,
     index_first: bool = False,
+    times: Sequence[int] | None = None,
 ) -> bytes:
-    """`frames` grey frames of `size` (width, height) with a key frame every `gop`; `index_first`: before the frames."""
+    """`frames` grey frames of `size` (width, height) with a key frame every `gop`; `index_first`: before the frames;
+    `times`: milliseconds at which each is shown, whatever `rate` says."""
     file = io.BytesIO()
     options = {"moov_size": "4096"} if index_first else {}
     with av.open(file, "w", format=container, options=options) as output:
@@ -28,9 +33,14 @@ def video(
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size, stream.codec_context.thread_count = gop, 1
+        if times is not None:
+            stream.codec_context.time_base = MILLISECOND
         for number in range(frames):
             pixels = np.full((size[1], size[0], 3), GRAY * number, np.uint8)
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[number], MILLISECOND
+            output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return file.getvalue()
 

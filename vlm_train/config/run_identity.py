@@ -37,6 +37,7 @@ LATER_KEYS = {
     "objective.lm.z_loss": 0.0,
     "lr_schedule.start_ratio": 0.0,
     "lr_schedule.warmup_counts": False,
+    "llm.response_residual_dropout": 0.0,
 }
 """Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
 

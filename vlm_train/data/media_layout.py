@@ -44,6 +44,7 @@ def _lay_out(model: Family, images: Mapping[str, Any], views_apart: bool) -> Med
             "say where their features stand in the text."
         )
     (image,) = images.values()
+    _check_thin_grids(image, connector)
     name_views = getattr(image, "name_views", None) if views_apart else None
     if views_apart and (name_views is None or getattr(model, "stitcher", None) is not None):
         why = f"image: {type(image).__name__} does not name them" if name_views is None else "parts.stitcher joins them"
@@ -57,3 +58,17 @@ def _lay_out(model: Family, images: Mapping[str, Any], views_apart: bool) -> Med
         shape = getattr(image, "shape", untiled_shape)
         return StitchedLayout(image.grids, connector.token_grid, shape, stitcher.count_tokens)
     return GridLayout(image.grids, connector.token_grid, name_views=name_views)
+
+
+def _check_thin_grids(image: Any, connector: Any) -> None:
+    """Raises `ConfigError` where a plan makes views of any number of patches a side, and the connector takes some of
+    those only."""
+    for grid in getattr(image, "thin_grids", tuple)():
+        try:
+            connector.token_grid(grid)
+        except ConfigError as error:
+            raise ConfigError(
+                f"connector: {type(connector).__name__} does not take every view of {type(image).__name__}, whose "
+                f"sides are any multiple of image.merge={image.merge} patches: {error}. Choose connector=mlp2x_gelu, "
+                "or a larger image.merge"
+            ) from error

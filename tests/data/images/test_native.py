@@ -21,9 +21,11 @@ from tests.support.videos import video
 from vlm_train.build import build_image_plan
 from vlm_train.contracts.layout import MediaSize, NoMedia
 from vlm_train.data.images.native import NativeResolution
+from vlm_train.data.images.video import measure_video
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
+from vlm_train.models.vision.qwen import count_patches as qwen_patches
 
 
 def plan(patch_size: int = 14, **options: Any) -> NativeResolution:
@@ -64,6 +66,30 @@ def test_grids_are_known_before_pixels_are_read() -> None:
     clip = native(video())
     assert clip.grids == native.grids(MediaSize(48, 40, frames=20)) and len(clip.grids) == 3
     assert len(native.blank().grids) == 1 and native.blank().grids == ((1, 2, 2),) and not native.blank().values.any()
+
+
+def test_pairs_of_frames_of_a_variable_rate() -> None:
+    """`fps` counts by the container's seconds, counts are even, and the grids are those of the pixels."""
+    times = [0, 40, 80, 120, 160, 200, 240, 1000, 2000, 3000]
+    data = video(10, rate=25, times=times)
+    seconds = measure_video(data).seconds
+    grid = partial(qwen_patches, patch_size=8, frames_per_patch=2)
+    for fps, frames, used in ((None, 9, 8), (None, 3, 2), (1.0, 8, 2), (2.0, 8, 6), (25.0, 99, 10)):
+        pairs = NativeResolution(
+            patch_size=8, patch_grid=grid, frames_per_patch=2, min_pixels=256, max_pixels=1024, frames=frames, fps=fps
+        )
+        size = MediaSize(48, 40, frames=10, seconds=seconds)
+        assert pairs.count_frames(size) == used, (fps, frames)
+        views = pairs(data)
+        assert views.grids == pairs.grids(size) and len(views.grids) == used // 2
+        assert views.shape.frames == used and len(views.values) == sum(one.size for one in views.grids)
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_counts_of_frames_are_even_where_pairs_are_merged(count: int) -> None:
+    pairs = NativeResolution(patch_size=8, patch_grid=partial(count_patches, patch_size=8), frames_per_patch=2)
+    found = pairs.count_frames(MediaSize(48, 40, frames=count, seconds=count / 7))
+    assert found % 2 == 0 and 2 <= found <= count
 
 
 def test_a_picture_of_another_grid_than_planned_is_a_bad_sample() -> None:

@@ -15,6 +15,8 @@ from vlm_train.data.text.streams import IGNORE, Stream
 from vlm_train.data.text.tokenizer import byte_level
 from vlm_train.errors import ConfigError
 
+# What a template learns behind a conversation.
+ENDS = {"perceptionlm": "<|end_of_text|>"}
 # What a template learns around an answer.
 LEARNED = {
     "plain": "{}\n",
@@ -23,6 +25,7 @@ LEARNED = {
     "vicuna_v1": " {}<eos>",
     "llama2": " {} <eos>",
     "llama3": "{}<|eot_id|>",
+    "perceptionlm": "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
     "chatml": "{}<|im_end|>",
     "qwen2_vl": "{}<|im_end|>",
     "internlm2_chat": "{}<|im_end|>",
@@ -76,7 +79,7 @@ def test_learned_tokens_are_the_answers(name: str, case: str, tokenizer) -> None
     item = CASES[case]
     stream = render_sample(item, template, tokenizer, layout, annotations="dialogue").llm
     answers = [turn.text for a in item.annotations for turn in a.turns if turn.role == "assistant"]
-    expected = "".join(LEARNED[name].format(answer) for answer in answers)
+    expected = "".join(LEARNED[name].format(answer) for answer in answers) + ENDS.get(name, "")
     if stream.ids[0] == tokenizer.bos_token_id:  # nothing stands before it to learn it from
         expected = expected.removeprefix("<bos>")
     assert learned(stream, tokenizer) == expected
@@ -88,7 +91,7 @@ def test_learned_tokens_are_the_answers(name: str, case: str, tokenizer) -> None
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"plain", "caption_opt"} - WITHOUT_MEDIA))
 def test_independent_annotations_learn_the_same_answers(name: str, tokenizer) -> None:
     stream = render_sample(CASES["several_annotations"], load(name), tokenizer, layout).llm
-    assert learned(stream, tokenizer) == "".join(LEARNED[name].format(answer) for answer in ("a", "bb"))
+    assert learned(stream, tokenizer) == "".join(LEARNED[name].format(a) + ENDS.get(name, "") for a in ("a", "bb"))
 
 
 @pytest.mark.parametrize("name", ["plain", "caption"])
@@ -128,6 +131,14 @@ def test_first_token_learned_from_the_image_cannot_be_shared(name: str, tokenize
             f"<bos><|im_start|>system\n{load('internvl25').system}<|im_end|>\n<|im_start|>user\n<img></img>\nWhat?"
             "<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
             "<|im_start|>assistant\nNo idea — ok.<|im_end|>",
+        ),
+        (
+            "perceptionlm",
+            "<bos><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You "
+            "are able to understand the visual content that the user provides, and assist the user with a variety of "
+            "tasks using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+            "Why?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nNo idea — ok.<|eot_id|><|end_of_text|>",
         ),
         ("interleaved", "<bos>What?yes<eos>Why?No idea — ok.<eos>"),
         ("qa", "<bos>What? yes<eos>Why? No idea — ok.<eos>"),

@@ -119,6 +119,21 @@ def test_frames_by_time_and_evenly(clip):
             list(read_frames(clip, wrong))
 
 
+UNEVEN = [0, 40, 80, 120, 160, 200, 240, 1000, 2000, 3000]
+"""Milliseconds at which frames of a variable rate are shown: 25 in a second, then one."""
+
+
+@pytest.mark.parametrize(("codec", "container"), [kind[:2] for kind in KINDS])
+def test_times_are_those_of_the_container(codec, container):
+    """No rate is assumed: of 10 or 25 frames a second, the clip would last 1 s or 0.4 s."""
+    data = video(10, codec=codec, container=container, rate=25, times=[time + 500 for time in UNEVEN])
+    header = read_video_header(data)
+    assert header.frames == 10 and 3.0 <= header.seconds <= 4.0  # the last frame is shown for as long as the file says
+    assert media_item(0, data).seconds == header.seconds
+    assert frames_at(data, [0.0, 0.05, 0.23, 0.5, 0.99, 1.01, 1.9, 2.5, 3.0]) == [0, 1, 5, 6, 6, 7, 7, 8, 9]
+    assert numbers(read_frames(data, frames_at(data, [0.05, 1.01, 3.0]))) == [1, 7, 9]
+
+
 @pytest.mark.parametrize(
     ("limit", "value", "message"),
     [

@@ -45,6 +45,18 @@ def test_pooling_averages_neighbors_of_the_grid():
     assert connector.token_grid(Grid3(1, 3, 5)) == (1, 2, 3)
 
 
+def test_perceptionlm_projects_before_it_pools():
+    """MLPProjector of core/vision_projector/mlp.py: linear, GELU, linear, then the average."""
+    torch.manual_seed(0)
+    connector = PooledMLP(in_dim=6, out_dim=8, pool=2, project_first=True)
+    values = torch.randn(3, 16, 6)
+    image = connector.layers(values).transpose(1, 2).unflatten(2, (4, 4))
+    expected = torch.nn.functional.adaptive_avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+    assert_close(run(connector, values, Grid3(1, 4, 4)), expected)
+    whole = PooledMLP(in_dim=6, out_dim=8, pool=1, project_first=True)
+    assert_close(run(whole, values, Grid3(1, 4, 4)), whole.layers(values))
+
+
 def test_pooling_refuses_features_without_a_grid():
     connector = PooledMLP(in_dim=4, out_dim=4)
     with pytest.raises(ConfigError, match="connector.pool"):

@@ -28,6 +28,7 @@ FAMILIES = {
     "qwen25_vl": ["recipe=qwen25_vl_3b"],
     "nanovlm": ["recipe=nanovlm"],
     "molmo2": ["recipe=molmo2_4b_pretrain"],
+    "perceptionlm": ["recipe=perceptionlm_1b_stage3"],
 }
 SHOWN: list[list[tuple[int, int] | str]] = [[(90, 60)], [], [(61, 97), (32, 32)], ["video"], [(300, 5)]]
 """Images and videos of each sample: one, none, several, a video, a line."""

@@ -13,6 +13,7 @@ from torch import nn
 from vlm_train.errors import AssetError
 from vlm_train.models.connectors.mlp import MLP
 from vlm_train.models.connectors.pixel_shuffle import PixelShuffleMLP
+from vlm_train.models.connectors.pool import PooledMLP
 
 LINEAR = {"layers.0": "multi_modal_projector.linear_1", "layers.2": "multi_modal_projector.linear_2"}
 INTERNVL = {"norm": "multi_modal_projector.layer_norm", **LINEAR}
@@ -20,6 +21,11 @@ QWEN = {"patch_norm": "visual.merger.ln_q", "layers.0": "visual.merger.mlp.0", "
 RELEASES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, str]]] = {
     "llava": (MLP, {}, LINEAR),
     "llava_newer": (MLP, {}, {name: f"model.{theirs}" for name, theirs in LINEAR.items()}),
+    "perceptionlm": (
+        PooledMLP,
+        {"project_first": True},
+        {name: f"model.{theirs}" for name, theirs in LINEAR.items()},
+    ),
     "llava_own": (MLP, {}, {"layers.0": "model.mm_projector.0", "layers.2": "model.mm_projector.2"}),
     "internvl": (PixelShuffleMLP, {}, {name: f"model.{theirs}" for name, theirs in INTERNVL.items()}),
     "internvl_own": (PixelShuffleMLP, {}, {"norm": "mlp1.0", "layers.0": "mlp1.1", "layers.2": "mlp1.3"}),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from PIL import Image
 
 from data_pipelines.errors import BadSample
 from data_pipelines.media.pictures import WHITE, Decoder, Picture, decode_picture
@@ -44,6 +45,7 @@ class NativeResolution:
     """
 
     random = False
+    resample = Image.Resampling.BICUBIC
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class NativeResolution:
                 kind="image",
             )
         view = self.view_size(size)
-        resized = [resize_picture(picture, view.width, view.height, self.resize) for picture in pictures]
+        resized = [resize_picture(picture, view.width, view.height, self.resize, self.resample) for picture in pictures]
         if frames == 0:
             resized *= self.frames_per_patch
         return self._cut(resized + resized[-1:] * (frames - len(resized)), MediaShape(frames=frames))

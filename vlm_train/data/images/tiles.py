@@ -131,12 +131,18 @@ def choose_closest_grid(size: tuple[int, int], view: tuple[int, int], least: int
     return best
 
 
-def resize_picture(picture: Picture, width: int, height: int, resize: Resizer) -> np.ndarray:
-    """`[height, width, 3]`, its aspect ignored, by bicubic resampling."""
+def resize_picture(
+    picture: Picture,
+    width: int,
+    height: int,
+    resize: Resizer,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """`[height, width, 3]`, its aspect ignored; torch resamples by cubics only."""
     if resize == "torch":
         return resize_by_torch(np.asarray(picture), (width, height)).transpose(1, 2, 0)
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(image.resize((width, height), resample))
 
 
 def cut_tiles(image: np.ndarray, rows: int, columns: int) -> np.ndarray:

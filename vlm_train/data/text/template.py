@@ -42,7 +42,7 @@ class ChatTemplate:
 
     A conversation reads, with the learned text in capitals: start system_prefix system system_suffix, then for every
     exchange user_prefix question user_suffix assistant_prefix ANSWER_LEAD ANSWER ASSISTANT_SUFFIX, joined by
-    `separator`.
+    `separator`; behind the last answer CONVERSATION_END.
 
     Args:
         system: default system message; null: none, and no system strings. A sample's own system turn replaces it.
@@ -54,6 +54,7 @@ class ChatTemplate:
         lead_given: `answer_lead` is learned, but a prompt for an answer ends with it.
         answer_apart: tokenize every answer by itself, not together with the prompt before it (MiniGPT-4).
         separator: text between an answer and the next user turn; not learned.
+        conversation_end: what is learned behind the last answer.
         user_text: false leaves the questions out and keeps only their media.
         special: tokens that the strings rely on; the tokenizer must have each as one token.
         media, media_prefix, media_suffix, media_suffix_alone, several_prefix, views, strip, box, box_scale,
@@ -77,6 +78,7 @@ class ChatTemplate:
         answer_apart: bool = False,
         assistant_suffix: str = "",
         separator: str = "",
+        conversation_end: str = "",
         user_text: bool = True,
         special: Sequence[str] = (),
         media: MediaPlace = "first",
@@ -96,6 +98,7 @@ class ChatTemplate:
         self.user_prefix, self.user_suffix, self.user_text = user_prefix, user_suffix, user_text
         self.assistant_prefix, self.assistant_suffix = assistant_prefix, assistant_suffix
         self.answer_lead, self.lead_given, self.separator = answer_lead, lead_given, separator
+        self.conversation_end = conversation_end
         self.answer_apart, self.special = answer_apart, tuple(special)
         self.style = ContentStyle(
             media=media,
@@ -137,6 +140,8 @@ class ChatTemplate:
                 ]
                 spans += [*self.style.make_spans(turn, turn.weight), TextSpan(self.assistant_suffix, turn.weight)]
             answered = turn.role == "assistant"
+        if answered and self.conversation_end and not generation:
+            spans.append(TextSpan(self.conversation_end, turns[-1].weight))
         if generation:
             spans += [TextSpan(self.assistant_prefix), *([TextSpan(self.answer_lead)] if self.lead_given else [])]
         for number, span in enumerate(spans):

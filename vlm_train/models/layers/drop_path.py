@@ -18,12 +18,13 @@ BRANCHES = ("self_attn", "attention", "attn", "mlp")
 """Names of a layer's branches, whose output is added to its input."""
 
 
-def add_drop_path(layers: Iterable[nn.Module], rate: float, *, setting: str) -> None:
+def add_drop_path(layers: Iterable[nn.Module], rate: float, *, setting: str, growing: bool = True) -> None:
     """Leave out every branch of every layer with a probability that grows from 0 at the first to `rate` at the last.
 
     What stays is divided by the probability that it does, so that its mean is as without. Evaluation drops nothing.
 
     Args:
+        growing: false: `rate` in every layer.
         setting: dotted path of `rate`, for messages.
 
     Raises:
@@ -38,7 +39,7 @@ def add_drop_path(layers: Iterable[nn.Module], rate: float, *, setting: str) -> 
         branches = [getattr(layer, name) for name in BRANCHES if hasattr(layer, name)]
         if not branches:
             raise ConfigError(f"{setting}: {type(layer).__name__} has no branch called {', '.join(BRANCHES)}; use 0")
-        dropped = rate * number / max(len(found) - 1, 1)
+        dropped = rate * number / max(len(found) - 1, 1) if growing else rate
         for branch in branches:
             branch.register_forward_hook(partial(_drop_samples, rate=dropped))
 

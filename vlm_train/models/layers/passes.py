@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vlm_train.contracts.batch import Batch, SequenceMask, TokenStream
+from vlm_train.contracts.batch import IGNORE, Batch, SequenceMask, TokenStream
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.family import Family, Outputs
 from vlm_train.contracts.parts import Encoded
@@ -29,7 +29,7 @@ def outputs_of(model: Any, batch: Batch, stream: str) -> Outputs:
     return batch.shared[kept]
 
 
-def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossStates | Encoded) -> Tensor:
+def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossStates | Encoded | Tensor) -> Tensor:
     """Run `llm` over embeddings `[B, T, D]` with the stream's positions, segments and groups -> `[B, T, D]`.
 
     Who may attend to whom is said as cheaply as it can be: None for plain causal rows, a `SequenceMask` where the
@@ -48,6 +48,8 @@ def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossS
         mask = SequenceMask(causal=stream.causal, masked=stream.masked, groups=groups)
     else:
         mask = attention_mask(stream.segment_ids, stream.attention_group)
+    if getattr(llm, "response_dropout", None):
+        reads["response"] = stream.labels != IGNORE
     return llm.decode(embeds, stream.positions, mask, **reads)
 
 

@@ -18,6 +18,7 @@ from vlm_train.errors import ConfigError
 from vlm_train.models.layers.attention import PACKED, decoding, register_packed
 from vlm_train.models.layers.flash import FLASH
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
+from vlm_train.models.layers.response_dropout import ResponseDropout
 from vlm_train.models.llms.growing_rope import has_growing_rope, skip_rope_growth
 from vlm_train.models.llms.library_masks import MASKED_LAYERS, make_library_mask, prompt_inputs
 from vlm_train.models.llms.mixers import mixers_without_mask
@@ -44,6 +45,7 @@ class HFCausalLM(nn.Module):
             package), `sdpa` or `eager`.
         tokens_per_second: of a model whose positions have three axes: positions of time that a second of a video takes
             (Qwen2.5-VL: 2); None: one for every row of its grid.
+        response_residual_dropout: of the positions whose label is learned, see `ResponseDropout`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class HFCausalLM(nn.Module):
         predict_new_tokens: bool = True,
         attention: str = PACKED,
         tokens_per_second: float | None = None,
+        response_residual_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         from transformers import AutoModelForCausalLM
@@ -82,6 +85,7 @@ class HFCausalLM(nn.Module):
         self.layer_kinds = frozenset(getattr(self.model.config, "layer_types", None) or ())
         self.rope_grows = has_growing_rope(self.decoder)
         self.unmasked_mixers = mixers_without_mask(self._find_layers() or (), self.layer_kinds)
+        self.response_dropout = ResponseDropout(response_residual_dropout)
         self._add_tokens()
 
     @property
@@ -112,11 +116,13 @@ class HFCausalLM(nn.Module):
         mask: Tensor | SequenceMask | None,
         *,
         cross_states: CrossStates | None = None,
+        response: Tensor | None = None,
     ) -> Tensor:
         """Embeddings `[B, T, D]`, positions `[A, B, T]`, mask `[B, 1, T, T]` (True = attend) -> hidden `[B, T, D]`.
 
         Without a mask attention is plain causal (padding on the right does no harm then); with a `SequenceMask` each
-        sample attends by itself. Fast kernels run only so. The inserted blocks read `cross_states`.
+        sample attends by itself. Fast kernels run only so. The inserted blocks read `cross_states`, response dropout
+        `response` `[B, T]` (True = its label is learned).
 
         Raises:
             ConfigError: the model cannot take this mask, or these position axes.
@@ -136,7 +142,8 @@ class HFCausalLM(nn.Module):
         blocks = (
             nullcontext() if cross_states is None and not self.inserter.groups else self.inserter.given(cross_states)
         )
-        with blocks, decoding(mask if isinstance(mask, SequenceMask) else None):
+        sequences = mask if isinstance(mask, SequenceMask) else None
+        with blocks, self.response_dropout.given(response), decoding(sequences):
             output = self.model.get_decoder()(
                 inputs_embeds=embeds,
                 attention_mask=library_mask,
@@ -239,6 +246,7 @@ class HFCausalLM(nn.Module):
 
         # Settings shipped with weights are often invalid (temperature without sampling) and abort the final save.
         self.model.generation_config = GenerationConfig()
+        self.response_dropout.add_to(self)
         if self.new_tokens:
             embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
             extended = ExtendedEmbedding(embedding, self.new_tokens)
