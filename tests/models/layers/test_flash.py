@@ -75,7 +75,6 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reference]:
     kernels = Reference()
     monkeypatch.setattr(flash, "find_problem", lambda query, value: None)
     monkeypatch.setattr(flash, "load_kernels", lambda: FlashKernels(2, kernels.dense, kernels.varlen))
-    monkeypatch.setattr("vlm_train.models.weights.hub.load_kernels", lambda: None)
     yield kernels
     flash._parameters_of.cache_clear()
 

@@ -321,7 +321,7 @@ def test_blocks_equal_the_explicit_mask(monkeypatch, window, heads):
     states = [torch.randn(200, count, 16, generator=generator) for count in (heads[0], heads[1], heads[1])]
     results = []
     for flex in (True, False):
-        monkeypatch.setattr(attention_module, "_flex_runs", lambda groups, flex=flex: flex)
+        monkeypatch.setattr(attention_module, "blocks_run", lambda groups, flex=flex: flex)
         layer = layer_mask(mask, window)
         assert (layer.blocks is not None) == flex
         results.append(attention_module.attend_masked(*states, layer, 0.0, 0.3))

@@ -201,7 +201,7 @@ def test_vocabulary_comes_from_the_tokenizer_if_open():
 
 
 def test_refusals_name_the_setting():
-    with pytest.raises(ConfigError, match="llm.attention: 'quick'; allowed: packed, flash, sdpa, eager"):
+    with pytest.raises(ConfigError, match="llm.attention: 'quick'; allowed: packed, flash, flex, sdpa, eager"):
         tiny_llm(attention="quick")
     with pytest.raises(ConfigError, match="did you mean 'num_hidden_layers'"):
         tiny_llm(llama_config(num_hiden_layers=2))

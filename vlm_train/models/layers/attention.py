@@ -17,22 +17,18 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vlm_train.contracts.batch import PackedSequences, SequenceMask
 from vlm_train.errors import ConfigError
+from vlm_train.models.layers.block_sparse import attend_by_blocks, blocks_run, heads_fit, make_blocks
 from vlm_train.models.layers.masks import block_mask_rule
 from vlm_train.models.layers.one_by_one import attend_one_by_one
 
 PACKED = "packed"
-
-FLEX_CHANNELS = 16
-"""FlexAttention takes no heads of fewer channels."""
 
 
 @dataclass
@@ -54,6 +50,7 @@ class LayerMask:
         longest: `[max_length of causal]`, a tensor of that size without memory: `torch.compile` keeps sizes open, but
             compiles a layer again for another number.
         blocks: the `BlockMask` of `masked`, where FlexAttention runs.
+        causal_blocks: the same of `causal`, under the attention `flex`.
     """
 
     causal: PackedSequences | None
@@ -62,6 +59,7 @@ class LayerMask:
     window: int | None
     longest: Tensor | None
     blocks: Any
+    causal_blocks: Any = None
 
 
 @contextmanager
@@ -89,9 +87,13 @@ def packed_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    causal_blocks: bool = False,
     **options: Any,
 ) -> Any:
     """The mask function of `transformers`: once a forward for every kind of layer, `local_size` its sliding window.
+
+    Args:
+        causal_blocks: causal sequences get a `BlockMask` too.
 
     Raises:
         ConfigError: there are sequences, but the model wants anything but causal attention.
@@ -105,24 +107,31 @@ def packed_mask(
         )
     if not allow_is_causal_skip:  # the library's sign of a mask that `is_causal` cannot replace
         raise ConfigError("llm.attention: packed is causal, but this model wants another mask; choose sdpa or eager")
-    return layer_mask(_decoding.mask, local_size)
+    return layer_mask(_decoding.mask, local_size, causal_blocks)
 
 
-def layer_mask(mask: SequenceMask, window: int | None) -> LayerMask:
+def layer_mask(mask: SequenceMask, window: int | None, causal_blocks: bool = False) -> LayerMask:
     """What layers with this sliding window get: made once a forward for all of them."""
-    longest = blocks = None
+    longest = blocks = of_causal = None
     if mask.causal is not None:
         longest = mask.causal.cu_seqlens.new_empty(()).expand(mask.causal.max_length)
         _keep_size_open(longest, mask.causal.cu_seqlens, mask.causal.index)
+        if causal_blocks and blocks_run(mask.causal.cu_seqlens):
+            groups = mask.causal.cu_seqlens.new_zeros(sum(mask.causal.lengths))
+            of_causal = make_blocks(block_mask_rule(mask.causal, groups, window), groups)
     if mask.masked is not None:
         assert mask.groups is not None
         _keep_size_open(mask.masked.cu_seqlens, mask.masked.index, mask.groups)
-        if _flex_runs(mask.groups):
-            rule, total = block_mask_rule(mask.masked, mask.groups, window), len(mask.groups)
-            make = _compile_once(create_block_mask) if mask.groups.is_cuda else create_block_mask
-            blocks = make(rule, None, None, total, total, device=mask.groups.device)
+        if blocks_run(mask.groups):
+            blocks = make_blocks(block_mask_rule(mask.masked, mask.groups, window), mask.groups)
     return LayerMask(
-        causal=mask.causal, masked=mask.masked, groups=mask.groups, window=window, longest=longest, blocks=blocks
+        causal=mask.causal,
+        masked=mask.masked,
+        groups=mask.groups,
+        window=window,
+        longest=longest,
+        blocks=blocks,
+        causal_blocks=of_causal,
     )
 
 
@@ -193,8 +202,8 @@ def attend_masked(
 ) -> Tensor:
     """Tokens of the sequences with attention groups; shapes as in `attend_causal`."""
     assert mask.masked is not None
-    if mask.blocks is not None and dropout == 0.0 and min(query.shape[-1], value.shape[-1]) >= FLEX_CHANNELS:
-        return _by_blocks(query, key, value, mask.blocks, scaling)
+    if mask.blocks is not None and dropout == 0.0 and heads_fit(query, value):
+        return attend_by_blocks(query, key, value, mask.blocks, scaling)
     return attend_one_by_one(
         query, key, value, mask.masked, groups=mask.groups, window=mask.window, dropout=dropout, scaling=scaling
     )
@@ -240,26 +249,3 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, scali
     back = -1 if mask.window is None else mask.window - 1  # the kernel does not count the query's own token
     window = (back, 0)
     return kernel(query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **options)
-
-
-def _flex_runs(groups: Tensor) -> bool:
-    """Whether FlexAttention has gradients on this device."""
-    return groups.is_cuda
-
-
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float | None) -> Tensor:
-    """All sequences with attention groups in one call that skips blocks in which no token sees another."""
-    heads, shared = query.shape[1], query.shape[1] // key.shape[1]  # query heads, of a key head
-    if shared > 1 and heads & (heads - 1):  # it shares key heads among powers of two only
-        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
-    q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, H or K, N, C]
-    attend: Callable[..., Any] = flex_attention
-    if query.is_cuda and not torch.compiler.is_compiling():
-        attend = _compile_once(flex_attention)
-    return attend(q, k, v, block_mask=blocks, scale=scaling, enable_gqa=shared > 1)[0].transpose(0, 1)
-
-
-@cache
-def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """FlexAttention is fast only when compiled."""
-    return torch.compile(function)

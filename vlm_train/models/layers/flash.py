@@ -30,6 +30,8 @@ RELEASES = (("flash_attn.cute", 4, (9, 0)), ("flash_attn_interface", 3, (9, 0)),
 
 MOST_CHANNELS = 256
 
+OTHERS = "or choose llm.attention=packed and vision.attention=sdpa (packed at native resolution)."
+
 
 @dataclass(frozen=True)
 class FlashKernels:
@@ -67,7 +69,7 @@ def load_kernels() -> FlashKernels:
     asked = ", ".join(name for name, *_ in RELEASES)
     raise ConfigError(
         f"attention=flash: no flash-attn that runs here was found (looked for {asked}). Install it (pip install "
-        "flash-attn), or choose llm.attention=packed and vision.attention=sdpa."
+        f"flash-attn), {OTHERS}"
     )
 
 
@@ -89,7 +91,7 @@ def flash_attention(
     takes = not isinstance(attention_mask, Tensor) and not query.is_meta
     if takes and (problem := find_problem(query, value)) is not None:
         if module.training or torch.is_grad_enabled():
-            raise ConfigError(f"attention=flash: {problem}, or choose llm.attention=packed and vision.attention=sdpa.")
+            raise ConfigError(f"attention=flash: {problem}, {OTHERS}")
         takes = False
     if isinstance(attention_mask, LayerMask) or not takes:
         by = attend_sequences if takes else None

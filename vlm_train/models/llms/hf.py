@@ -17,6 +17,7 @@ from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.attention import PACKED, decoding, register_packed
 from vlm_train.models.layers.flash import FLASH
+from vlm_train.models.layers.flex import FLEX
 from vlm_train.models.layers.inserted_blocks import BlockInserter, MakeBlock
 from vlm_train.models.layers.response_dropout import ResponseDropout
 from vlm_train.models.llms.growing_rope import has_growing_rope, skip_rope_growth
@@ -26,6 +27,8 @@ from vlm_train.models.llms.new_tokens import ExtendedEmbedding, ExtendedHead
 from vlm_train.models.weights.hub import ATTENTION, build_model, load_pretrained, with_vocabulary
 from vlm_train.models.weights.inside import load_inside
 
+PACKS = (PACKED, FLASH, FLEX)
+"""Attentions that take packed samples each by itself."""
 LAYER_LISTS = ("layers", "h", "blocks")
 WITHOUT_HEAD = ("qwen2_vl_text", "qwen2_5_vl_text")
 """`model_type` of language models that the library has only inside whole models."""
@@ -42,7 +45,7 @@ class HFCausalLM(nn.Module):
         new_tokens: rows beyond the base vocabulary, as parameters of their own (`new_embeddings`, `new_head`).
         predict_new_tokens: false: new tokens are only read, and have no logits.
         attention: `packed` (as `sdpa`, but packed samples each by themselves), `flash` (that by the flash-attn
-            package), `sdpa` or `eager`.
+            package), `flex` (that by FlexAttention), `sdpa` or `eager`.
         tokens_per_second: of a model whose positions have three axes: positions of time that a second of a video takes
             (Qwen2.5-VL: 2); None: one for every row of its grid.
         response_residual_dropout: of the positions whose label is learned, see `ResponseDropout`.
@@ -72,8 +75,8 @@ class HFCausalLM(nn.Module):
         self.new_tokens, self.predict_new_tokens = new_tokens, predict_new_tokens
         self.inserter = BlockInserter()
         register_packed()
-        self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (PACKED, FLASH, *ATTENTION))
-        self.takes_packed = attention in (PACKED, FLASH)
+        self.model = build_model(AutoModelForCausalLM, "llm", self.numbers, attention, (*PACKS, *ATTENTION))
+        self.takes_packed = attention in PACKS
         if self.takes_packed and not (self.model._supports_sdpa and self.model.is_backend_compatible()):
             other = "sdpa" if self.model._supports_sdpa else "eager"
             raise ConfigError(f"llm.attention: {self.numbers['model_type']!r} cannot run {attention}; choose {other}")

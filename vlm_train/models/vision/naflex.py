@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.contracts.batch import PackedSequences
 from vlm_train.contracts.media import Features, Grid3, MediaInput
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.models.layers.both_ways import attend_both_ways, pack_lengths
+from vlm_train.models.layers.attention import PACKED
+from vlm_train.models.layers.both_ways import WholeSequences, attend_both_ways, check_attention, pack_lengths
 from vlm_train.models.vision.qwen import count_patches, init_linear_layers, standardize
 from vlm_train.models.weights.hub import read_state
 
@@ -41,6 +41,7 @@ class NaflexVision(nn.Module):
         num_patches: learned positions, those of a square grid.
         image_mean, image_std: per channel, of pixels in [0, 1].
         weights: hub name or local folder of the encoder or of a model that holds it; None: random.
+        attention: `packed`, `flash` or `flex`, see `WholeSequences`.
 
     Raises:
         ConfigError: `dim` is no such multiple, or `num_patches` no square.
@@ -61,6 +62,7 @@ class NaflexVision(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         weights: str | None = None,
+        attention: str = PACKED,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -70,7 +72,7 @@ class NaflexVision(nn.Module):
         self.out_dim, self.patch_size = dim, patch_size
         self.patch_grid = partial(count_patches, patch_size=patch_size, frames_per_patch=1)
         self.image_mean, self.image_std = tuple(map(float, image_mean)), tuple(map(float, image_std))
-        self.weights = weights
+        self.weights, self.attention = weights, check_attention(attention)
         self.patch_embedding = nn.Linear(3 * patch_size**2, dim)
         self.position_embedding = GridPositions(num_patches, dim)
         self.layers = nn.ModuleList(NaflexLayer(dim, heads, mlp_dim) for _ in range(depth))
@@ -84,7 +86,7 @@ class NaflexVision(nn.Module):
         pixels = pixels.unflatten(1, (3, -1)).transpose(1, 2).flatten(1)  # channels last, as the weights have them
         hidden = self.patch_embedding(pixels) + self.position_embedding(media.grids)
         frames = [grid.h * grid.w for grid in media.grids for _ in range(grid.t)]
-        sequences = pack_lengths(frames, hidden.device)
+        sequences = pack_lengths(frames, hidden.device, self.attention)
         for layer in self.layers:
             hidden = layer(hidden, sequences)
         return Features(self.post_layernorm(hidden), media.grids)
@@ -128,7 +130,7 @@ class NaflexLayer(nn.Module):
         self.self_attn = SelfAttention(dim, heads)
         self.mlp = TanhMLP(dim, mlp_dim)
 
-    def forward(self, hidden_states: Tensor, sequences: PackedSequences) -> Tensor:
+    def forward(self, hidden_states: Tensor, sequences: WholeSequences) -> Tensor:
         """`[F, D]` -> `[F, D]`."""
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), sequences)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -142,7 +144,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, hidden: Tensor, sequences: PackedSequences) -> Tensor:
+    def forward(self, hidden: Tensor, sequences: WholeSequences) -> Tensor:
         """`[F, D]` -> `[F, D]`."""
         query, key, value = (
             project(hidden).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)

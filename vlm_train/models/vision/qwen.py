@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_train.contracts.batch import PackedSequences
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Features, Grid3, MediaInput
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.models.layers.both_ways import attend_both_ways, pack_lengths
+from vlm_train.models.layers.attention import PACKED
+from vlm_train.models.layers.both_ways import WholeSequences, attend_both_ways, check_attention, pack_lengths
 from vlm_train.models.weights.hub import read_state
 
 EPS = 1e-6
@@ -54,6 +54,7 @@ class QwenVision(nn.Module):
         full_layers: those that attend inside whole frames all the same.
         image_mean, image_std: per channel, of pixels in [0, 1].
         weights: hub name or local folder of a whole model, whose encoder is read; None: random.
+        attention: `packed`, `flash` or `flex`, see `WholeSequences`.
 
     Raises:
         ConfigError: `dim` is no such multiple, `window` is not whole patches, or a layer does not exist.
@@ -77,6 +78,7 @@ class QwenVision(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         weights: str | None = None,
+        attention: str = PACKED,
     ) -> None:
         super().__init__()
         if dim % (4 * heads):
@@ -92,7 +94,7 @@ class QwenVision(nn.Module):
         self.patch_grid = partial(count_patches, patch_size=patch_size, frames_per_patch=frames_per_patch)
         self.image_mean = (float(image_mean[0]), float(image_mean[1]), float(image_mean[2]))
         self.image_std = (float(image_std[0]), float(image_std[1]), float(image_std[2]))
-        self.weights = weights
+        self.weights, self.attention = weights, check_attention(attention)
         make_norm = partial(nn.LayerNorm if norm == "layer" else nn.RMSNorm, dim, eps=EPS)
         make_mlp = partial(GatedMLP if gated else QuickMLP, dim, mlp_dim)
         self.patch_embed = nn.Linear(3 * frames_per_patch * patch_size**2, dim, bias=False)
@@ -108,7 +110,7 @@ class QwenVision(nn.Module):
             index = order.permutation.to(hidden.device, non_blocking=True)
             hidden = hidden.index_select(0, index)
         positions = rotate_by(find_angles(places, self.channels))
-        frames, windows = (pack_lengths(one, hidden.device) for one in (order.frames, order.windows))
+        frames, windows = (pack_lengths(one, hidden.device, self.attention) for one in (order.frames, order.windows))
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, positions, frames if number in self.full_layers else windows)
         if order.permutation is not None:
@@ -202,7 +204,7 @@ class QwenLayer(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = make_mlp()
 
-    def forward(self, hidden_states: Tensor, positions: Positions, sequences: PackedSequences) -> Tensor:
+    def forward(self, hidden_states: Tensor, positions: Positions, sequences: WholeSequences) -> Tensor:
         """`[F, D]` -> `[F, D]`."""
         query, key, value = self.qkv(self.norm1(hidden_states)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         query, key = (_rotate(one, positions) for one in (query, key))

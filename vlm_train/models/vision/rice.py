@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from vlm_train.contracts.media import Features, MediaInput
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.both_ways import pack_lengths
+from vlm_train.models.layers.attention import PACKED
+from vlm_train.models.layers.both_ways import check_attention, pack_lengths
 from vlm_train.models.vision.qwen import (
     QuickMLP,
     QwenLayer,
@@ -44,6 +45,7 @@ class RiceVision(nn.Module):
         eps: of all norms.
         image_mean, image_std: per channel, of pixels in [0, 1].
         weights: hub name or local folder of a whole LLaVA-OneVision-1.5, whose encoder is read; None: random.
+        attention: `packed`, `flash` or `flex`, see `WholeSequences`.
 
     Raises:
         ConfigError: `dim` is no such multiple.
@@ -64,6 +66,7 @@ class RiceVision(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         weights: str | None = None,
+        attention: str = PACKED,
     ) -> None:
         super().__init__()
         if dim % (4 * heads):
@@ -71,7 +74,7 @@ class RiceVision(nn.Module):
         self.out_dim, self.patch_size, self.channels = dim, patch_size, dim // heads
         self.patch_grid = partial(count_patches, patch_size=patch_size, frames_per_patch=1)
         self.image_mean, self.image_std = tuple(map(float, image_mean)), tuple(map(float, image_std))
-        self.weights = weights
+        self.weights, self.attention = weights, check_attention(attention)
         self.patch_embed = nn.Linear(3 * patch_size**2, dim, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.class_pos_emb = nn.Parameter(torch.randn(1, self.channels // 2))
@@ -91,7 +94,7 @@ class RiceVision(nn.Module):
         hidden = torch.cat([self.class_embedding[None], hidden]).index_select(0, index)
         angles = torch.cat([self.class_pos_emb, find_angles(places, self.channels)]).index_select(0, index)
         positions = rotate_by(angles)
-        sequences = pack_lengths([length + 1 for length in order.frames], hidden.device)
+        sequences = pack_lengths([length + 1 for length in order.frames], hidden.device, self.attention)
         hidden = self.pre_layernorm(hidden)
         for layer in self.layers:
             hidden = layer(hidden, positions, sequences)

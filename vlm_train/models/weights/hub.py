@@ -21,9 +21,11 @@ from vlm_train.config.architecture import CONFIG_JSON, build_config, list_contra
 from vlm_train.config.hub_files import read_json_file
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.errors import AssetError, ConfigError
-from vlm_train.models.layers.flash import FLASH, REGISTERED, load_kernels, register_flash
+from vlm_train.models.layers import flash, flex
 
 ATTENTION = ("sdpa", "eager")
+REGISTERED = {flash.FLASH: flash.REGISTERED, flex.FLEX: flex.REGISTERED}
+"""Names in `transformers` of attentions that are called otherwise there."""
 
 SINGLE = "model.safetensors"
 """The file of a model that is not cut into several."""
@@ -49,12 +51,14 @@ def build_model(
     """
     if attention not in allowed:
         raise ConfigError(f"{part}.attention: {attention!r}; allowed: {', '.join(allowed)}")
-    if attention == FLASH:
-        register_flash()
-        load_kernels()  # says at once if there are none
+    if attention == flash.FLASH:
+        flash.register_flash()
+        flash.load_kernels()  # says at once if there are none
+    if attention == flex.FLEX:
+        flex.register_flex()
     config = build_config(f"{part}.config", values)
     try:
-        model = auto_class.from_config(config, attn_implementation=REGISTERED if attention == FLASH else attention)
+        model = auto_class.from_config(config, attn_implementation=REGISTERED.get(attention, attention))
     except ValueError as error:
         if type(config) not in auto_class._model_mapping:  # the library lists every class that it has
             raise ConfigError(
@@ -64,8 +68,8 @@ def build_model(
         raise ConfigError(
             f"{part}: cannot build {config.model_type!r} with attention {attention!r}: {error}"
         ) from error
-    if attention == FLASH and not model.is_backend_compatible():  # it would attend by its own, without a word
-        raise ConfigError(f"{part}.attention: {config.model_type!r} cannot run flash; choose another")
+    if attention in REGISTERED and not model.is_backend_compatible():  # it would attend by its own, without a word
+        raise ConfigError(f"{part}.attention: {config.model_type!r} cannot run {attention}; choose another")
     return model
 
 
