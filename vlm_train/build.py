@@ -273,15 +273,14 @@ def build_lr_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, *, tota
         if (own := group.get("warmup_steps")) is None:
             continue
         if not isinstance(schedule, LambdaLR):
-            raise ConfigError(
-                f"params.rules: warmup_steps {own}, but lr_schedule makes a {type(schedule).__name__}; allowed with "
-                "it: schedules that give a LambdaLR"
-            )
+            kind = type(schedule).__name__
+            raise ConfigError(f"params.rules: warmup_steps {own}, but lr_schedule makes a {kind}; allowed: a LambdaLR")
         node: Any = OmegaConf.merge(cfg.lr_schedule, {"warmup_steps": own, "warmup_ratio": 0.0})
         other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         same = instantiate_part("lr_schedule", node, optimizer=other, total_steps=total_steps)
         schedule.lr_lambdas[number] = same.lr_lambdas[0]
         group["lr"] = group["initial_lr"] * same.lr_lambdas[0](schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]  # what `get_last_lr` and checkpoints say
     return schedule
 
 

@@ -38,6 +38,10 @@ LATER_KEYS = {
     "lr_schedule.start_ratio": 0.0,
     "lr_schedule.warmup_counts": False,
     "llm.response_residual_dropout": 0.0,
+    "vision.attention": "packed",
+    "vision.*.attention": "packed",
+    "vision.init_std": 0.02,
+    "vision.*.init_std": 0.02,
 }
 """Keys that came later, with the value that changes nothing: with it a run keeps the id that it had without them."""
 
@@ -94,10 +98,10 @@ def training_config(cfg: DictConfig, with_packing: bool = False) -> dict[str, An
 
 
 def _drop_neutral(plain: Any, path: list[str], neutral: Any) -> None:
-    """Remove a key whose value is `neutral`; `*` stands for every item of a list."""
+    """Remove a key whose value is `neutral`; `*` stands for every item of a list or a mapping."""
     first, *rest = path
     if first == "*":
-        for item in plain if isinstance(plain, list) else ():
+        for item in plain.values() if isinstance(plain, dict) else plain if isinstance(plain, list) else ():
             _drop_neutral(item, rest, neutral)
     elif isinstance(plain, dict) and first in plain:
         if rest:

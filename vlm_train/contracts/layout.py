@@ -166,7 +166,7 @@ class CropLayout:
         if shape.frames:
             pieces = list[Piece]()
             for grid in map(self.frame_grid, grids):
-                pieces += [FRAME_START, Slot(item, grid.size, grid, size.seconds / shape.frames), FRAME_END]
+                pieces += [FRAME_START, Slot(item, grid.size, grid, size.seconds / len(grids)), FRAME_END]
             return pieces
         if not shape.rows:
             slots = [Slot(item, grid.size, grid) for grid in map(self.token_grid, grids)]

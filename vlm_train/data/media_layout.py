@@ -31,11 +31,13 @@ def _lay_out(model: Family, images: Mapping[str, Any], views_apart: bool) -> Med
             views are to stand apart that have no names, that a stitcher joins, or that share positions on three axes. A
             layout of a family's own that sets `Slot.view` says so with an attribute `names_views`.
     """
+    connector: Any = getattr(model, "connector", None)
     if (own := model.media_layout(images)) is not None:
+        for image in images.values() if connector is not None else ():
+            _check_thin_grids(image, connector)
         if views_apart and not getattr(own, "names_views", False):
             raise ConfigError(f"template.views: {type(model).__name__} lays its media out itself, without their views")
         return own
-    connector: Any = getattr(model, "connector", None)
     if connector is None or not images:
         return NoMedia()
     if len(images) > 1:
@@ -63,9 +65,11 @@ def _lay_out(model: Family, images: Mapping[str, Any], views_apart: bool) -> Med
 def _check_thin_grids(image: Any, connector: Any) -> None:
     """Raises `ConfigError` where a plan makes views of any number of patches a side, and the connector takes some of
     those only."""
+    make = [getattr(connector, name) for name in ("token_grid", "frame_grid") if hasattr(connector, name)]
     for grid in getattr(image, "thin_grids", tuple)():
         try:
-            connector.token_grid(grid)
+            for one in make:
+                one(grid)
         except ConfigError as error:
             raise ConfigError(
                 f"connector: {type(connector).__name__} does not take every view of {type(image).__name__}, whose "

@@ -10,6 +10,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
 from vlm_train.build import Assembly, build_assembly
 from vlm_train.config.compose import compose_tiny
+from vlm_train.contracts.batch import IGNORE
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.data.text.render import RenderOptions
 from vlm_train.models.layers.masks import attention_mask
@@ -56,4 +57,18 @@ def test_media_of_single_annotations_are_refused(molmo2: Assembly) -> None:
     with pytest.raises(BadSample, match=r"annotations show media of their own.* dialogue, first or drawn"):
         molmo2.processor.render(told, RenderOptions(annotations="independent"))
     stream = molmo2.processor.render(told, RenderOptions(annotations="dialogue")).llm
-    assert (stream.attention_group == -1).sum() == 2 * (50 + 9), "both images are one block"
+    assert [(stream.attention_group == group).sum() for group in (-1, -2)] == [50 + 9, 50 + 9]
+
+
+def test_no_token_reaches_what_it_learns(molmo2: Assembly) -> None:
+    """Images of a later question are a block of their own: one with the first would show it the answer in between."""
+    first = annotation("What?", "A cat.", 0, 1)
+    told = sample(Annotation(turns=first.turns + annotation("Where?", "Here.", 2).turns), count=3)
+    stream = molmo2.processor.render(told, RenderOptions(annotations="dialogue")).llm
+    groups = torch.from_numpy(stream.attention_group)
+    assert [(groups == group).sum() for group in (-1, -2)] == [2 * (50 + 9), 50 + 9]
+    reached = attention_mask(torch.ones(1, len(groups), dtype=torch.int32), groups[None])[0, 0].float()
+    for _ in range(3):  # as deep as eight layers
+        reached = (reached @ reached > 0).float()
+    for place in np.flatnonzero(stream.labels != IGNORE):
+        assert not reached[place, place + 1], f"position {place} reads its own target"

@@ -219,6 +219,11 @@ def test_reference_is_the_answer_as_the_template_writes_it(tokenizer) -> None:
         assert render_sample(item, template, tokenizer, layout, generation=True).reference == expected
 
 
+def test_a_given_lead_needs_one() -> None:
+    with pytest.raises(ConfigError, match=r"template\.lead_given: true, but there is no template\.answer_lead"):
+        load("qa", lead_given=True, answer_lead="")
+
+
 def test_template_that_does_not_fit_the_tokenizer(tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"template\.special: '<nope>'"):
         load("chatml", special=["<nope>"]).check_tokenizer(tokenizer)

@@ -43,7 +43,7 @@ SHOWN: dict[str, list[list[tuple[int, int] | str]]] = {
 
 def make_assembly(layers: float) -> Assembly:
     """With weights large enough for images to matter; those of the language model's layers `layers` times as large."""
-    found = build_assembly(compose_tiny("recipe=molmo2_4b_pretrain"))
+    found = build_assembly(compose_tiny("recipe=molmo2_4b_pretrain", "llm.response_residual_dropout=0"))
     with torch.no_grad():
         for name, parameter in found.model.named_parameters():
             if parameter.ndim > 1 or name == "connector.offset":

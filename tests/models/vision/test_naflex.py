@@ -19,9 +19,12 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 from tests.models.test_counts import build, count
 from tests.support.parity import encode, noise
 from tests.support.tiny_models import assert_close
+from vlm_train.build import build_assembly
+from vlm_train.config.compose import compose_tiny
 from vlm_train.contracts.layout import MediaSize
 from vlm_train.contracts.media import Grid3, MediaInput
 from vlm_train.data.images.naflex import NaflexResolution
+from vlm_train.data.images.native import NativeResolution
 from vlm_train.data.media_layout import make_layout
 from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.connectors.mlp import MLP
@@ -156,6 +159,25 @@ def test_connectors_whose_grids_do_not_fit_are_refused() -> None:
     assert lay_out(shuffle, merge=2)([MediaSize(640, 480)])[0][0].count == 7 * 9
     with pytest.raises(ConfigError, match=r"image\.max_num_patches: got 3; allowed: at least 2 x 2"):
         plan(3, merge=2)
+
+
+@pytest.mark.parametrize(("merge", "factor"), [(1, 2), (2, 4), (3, 2)])
+def test_native_plans_and_connectors_have_to_fit(merge: int, factor: int) -> None:
+    """Before a picture of an odd size comes."""
+    native = NativeResolution(
+        patch_size=16, patch_grid=ours().patch_grid, merge=merge, min_pixels=64**2, max_pixels=512**2
+    )
+    model = PrefixVLM(
+        vision=ours(), connector=PixelShuffleMLP(in_dim=DIM, out_dim=8, factor=factor), llm=torch.nn.Linear(1, 1)
+    )
+    with pytest.raises(ConfigError, match=rf"connector.factor: {factor} does not divide.* larger image.merge"):
+        make_layout(model, {"vision": native})
+
+
+def test_a_family_with_a_layout_of_its_own_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match="AttentionPool does not take every view of NaflexResolution"):
+        overrides = ["vision=siglip2_so400m_naflex", "image=naflex"]
+        build_assembly(compose_tiny("recipe=molmo2_4b_pretrain", *overrides), meta=True)
 
 
 @pytest.mark.parametrize(("options", "message"), [({"heads": 3}, "the 3 heads"), ({"num_patches": 15}, "a square")])

@@ -22,7 +22,7 @@ class NaflexResolution(NativeResolution):
     """One view of every image, and of every used frame of a video, of at most `max_num_patches` patches.
 
     Small images grow. Sides are rounded up to whole patches, and resampling is bilinear: pixels to the bit those of
-    `Siglip2ImageProcessorPil` of `transformers`.
+    `Siglip2ImageProcessorPil` of `transformers`. Images of more than 200 to 1 are refused, as by `NativeResolution`.
 
     Args:
         patch_size, patch_grid, frames_per_patch, decode, background, frames, min_frames, fps: as in `NativeResolution`.
@@ -53,16 +53,12 @@ class NaflexResolution(NativeResolution):
             min_pixels=(patch_size * merge) ** 2, max_pixels=max_num_patches * patch_size**2,
             decode=decode, background=background, frames=frames, min_frames=min_frames, fps=fps,
         )  # fmt: skip
-        self.merge, self.most = merge, max_num_patches // merge**2
+        self.most = max_num_patches // merge**2
 
     def view_size(self, size: MediaSize) -> MediaSize:
         """The size of the view of an image, or of a video's frame."""
         width, height = fit_patches(size.width, size.height, self.side, self.most)
         return MediaSize(width=width, height=height)
-
-    def thin_grids(self) -> tuple[Grid3, ...]:
-        """Patch grids of long and small images, which a connector has to take like any other."""
-        return tuple(Grid3(1, rows * self.merge, columns * self.merge) for rows, columns in ((1, 1), (1, 3), (3, 1)))
 
 
 @lru_cache(maxsize=4096)

@@ -86,6 +86,7 @@ class NativeResolution:
                     f"least {prefix}min_pixels"
                 )
         self.patch_size, self.patch_grid, self.frames_per_patch = patch_size, patch_grid, frames_per_patch
+        self.merge = merge
         self.frames, self.min_frames, self.fps, self.video_max_pixels = frames, min_frames, fps, video_max_pixels
         self.background = None if background is None else tuple(background)
         self.decode, self.resize = decode, resize
@@ -94,6 +95,13 @@ class NativeResolution:
         """Patch grids of the views of an image (one) or a video (one for `frames_per_patch` used frames)."""
         views = self.count_frames(size) // self.frames_per_patch if size.is_video else 1
         return (self.patch_grid(self.view_size(size)),) * views
+
+    def thin_grids(self) -> tuple[Grid3, ...]:
+        """Patch grids of long and of small images, which a connector has to take like any other."""
+        least = -(-min(self.image_pixels[0], self.frame_pixels[0]) // self.side**2)
+        longest = max(least + 1 - least % 2, 3)
+        sides = ((1, 1),) * (least == 1) + ((1, longest), (longest, 1), (longest, longest))
+        return tuple(Grid3(1, rows * self.merge, columns * self.merge) for rows, columns in sides)
 
     def count_frames(self, size: MediaSize) -> int:
         """Used frames of a video, a multiple of `frames_per_patch`: as `smart_nframes` of qwen-vl-utils counts them."""

@@ -92,7 +92,7 @@ class Tokens:
 
     `ends` are the lengths at which a shared prefix may end: after the bos token (0 without one) and after every media
     item, and every view of one that has a run of its own. `positions` is `[A, T]`; None: one axis that counts from 0.
-    `both_ways` are the ids of tokens that see each other in both directions.
+    `both_ways` are the ids of tokens that see each other in both directions, up to the next learned token.
     """
 
     ids: NDArray[np.int64]
@@ -110,12 +110,16 @@ def causal_stream(tokens: Tokens) -> Stream:
     weights[:-1] = tokens.weights[1:]
     learned = np.flatnonzero(weights > 0)
     labels[learned] = tokens.ids[learned + 1]
+    both_ways = np.isin(tokens.ids, tokens.both_ways)
+    answers = np.cumsum(tokens.weights > 0)[both_ways]  # a block over an answer would show it to what comes before
+    groups = np.zeros(size, np.int32)
+    groups[both_ways] = BIDIRECTIONAL - np.unique(answers, return_inverse=True)[1]
     return Stream(
         ids=tokens.ids,
         labels=labels,
         weights=weights,
         positions=np.arange(size, dtype=np.int64)[None] if tokens.positions is None else tokens.positions,
-        attention_group=np.where(np.isin(tokens.ids, tokens.both_ways), np.int32(BIDIRECTIONAL), np.int32(0)),
+        attention_group=groups,
         slots=tuple(tokens.slots),
     )
 

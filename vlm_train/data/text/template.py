@@ -101,18 +101,12 @@ class ChatTemplate:
         self.conversation_end = conversation_end
         self.answer_apart, self.special = answer_apart, tuple(special)
         self.style = ContentStyle(
-            media=media,
-            media_prefix=media_prefix,
-            media_suffix=media_suffix,
-            media_suffix_alone=media_suffix_alone,
-            several_prefix=several_prefix,
-            views=dict(views or {}),
-            strip=strip,
-            box=box,
-            box_scale=box_scale,
-            caption_words=caption_words,
-            keep_end=keep_end,
-        )
+            media=media, media_prefix=media_prefix, media_suffix=media_suffix, media_suffix_alone=media_suffix_alone,
+            several_prefix=several_prefix, views=dict(views or {}), strip=strip, box=box, box_scale=box_scale,
+            caption_words=caption_words, keep_end=keep_end,
+        )  # fmt: skip
+        if lead_given and not answer_lead:
+            raise ConfigError("template.lead_given: true, but there is no template.answer_lead that could be given")
 
     def make_spans(self, turns: Sequence[Turn], tokenizer: Any, *, generation: bool = False) -> list[Span]:
         """See `Template`. Raises `BadSample` for a system turn that is not the first."""

@@ -16,10 +16,8 @@ from vlm_train.models.weights.connector_names import INTERNVL, INTERNVL_OWN, QWE
 def shuffled_grid(grid: Grid3, factor: int) -> Grid3:
     """The token grid after `factor` x `factor` patches became one token."""
     if grid.h % factor or grid.w % factor:
-        raise ConfigError(
-            f"connector.factor: {factor} does not divide the patch grid {grid.h} x {grid.w}; a row of features has no "
-            "grid: set vision.keep_cls=false"
-        )
+        flat = "; a row of features has no grid: set vision.keep_cls=false" if grid.h == 1 else ""
+        raise ConfigError(f"connector.factor: {factor} does not divide the patch grid {grid.h} x {grid.w}{flat}")
     return Grid3(grid.t, grid.h // factor, grid.w // factor)
 
 

@@ -146,7 +146,8 @@ class HFCausalLM(nn.Module):
             nullcontext() if cross_states is None and not self.inserter.groups else self.inserter.given(cross_states)
         )
         sequences = mask if isinstance(mask, SequenceMask) else None
-        with blocks, self.response_dropout.given(response), decoding(sequences):
+        dropping = self.response_dropout.given(response) if self.response_dropout else nullcontext()
+        with blocks, dropping, decoding(sequences):
             output = self.model.get_decoder()(
                 inputs_embeds=embeds,
                 attention_mask=library_mask,

@@ -110,7 +110,8 @@ class QwenVision(nn.Module):
             index = order.permutation.to(hidden.device, non_blocking=True)
             hidden = hidden.index_select(0, index)
         positions = rotate_by(find_angles(places, self.channels))
-        frames, windows = (pack_lengths(one, hidden.device, self.attention) for one in (order.frames, order.windows))
+        frames = pack_lengths(order.frames, hidden.device, self.attention)
+        windows = frames if self.window is None else pack_lengths(order.windows, hidden.device, self.attention)
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, positions, frames if number in self.full_layers else windows)
         if order.permutation is not None:
