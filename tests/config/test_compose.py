@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.support.components import options
+from tests.support.slow import run_few
 from vlm_train.config import origins
 from vlm_train.config.compose import compose_config, compose_tiny, describe_replaced_data
 from vlm_train.config.folders import config_dir
@@ -128,7 +129,9 @@ def test_size_tiny_lays_a_components_own_block_over_it() -> None:
     assert compose_tiny(RECIPE, "llm.tiny.config.hidden_size=32").llm.config.hidden_size == 32
 
 
-@pytest.mark.parametrize("group", [group for group in SIZED_GROUPS if group != "parts"])
+@pytest.mark.parametrize(
+    "group", run_few([group for group in SIZED_GROUPS if group != "parts"], ("connector", "vision"))
+)
 def test_every_component_says_how_it_becomes_small(group: str) -> None:
     for option in options(group):
         full, small = (compose_config([f"{group}={option}", *more]) for more in ([], ["size=tiny"]))

@@ -13,11 +13,17 @@ from PIL import Image
 from data_pipelines.media.limits import image_item
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
 from data_pipelines.shards.tar_writer import ShardWriter
+from tests.support.slow import run_few
 from vlm_train import cli
 from vlm_train.config.compose import compose_config
 from vlm_train.config.folders import recipes_dir
 
 RECIPES = sorted(path.stem for path in (recipes_dir() / "recipe").glob("*.yaml"))
+FEW = (
+    "blip_base", "blip2_stage1", "blip2_stage2_flant5", "clip_vitb32", "internvl25_2b", "llava15_lora",
+    "llava_onevision_7b", "minigpt4_stage2", "molmo2_4b", "qwen25_vl_3b",
+)  # fmt: skip
+"""One of each family; the others are slow tests."""
 SCHEDULES = sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml"))
 
 
@@ -56,7 +62,7 @@ def kind_of(recipe: str) -> str:
     return "captions" if "captions" in shards else "text" if "text" in shards else "questions"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", run_few(RECIPES, FEW))
 def test_recipe_trains_small(name: str, data: Path, tmp_path: Path) -> None:
     overrides = [f"recipe={name}", "size=tiny", "trainer.max_steps=2", f"paths.data={data / kind_of(name)}"]
     overrides += ["run_name=small", f"paths.runs={tmp_path}", "init_from=[]", "trainer.log_every=1"]

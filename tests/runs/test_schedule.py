@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from tests.support.slow import run_few
 from vlm_train import cli
 from vlm_train.config.folders import recipes_dir
 from vlm_train.config.run_identity import run_dir
 from vlm_train.errors import AssetError, ConfigError, Interrupted
 from vlm_train.runs import launch, process, schedule
+
+OURS = sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml"))
 
 FIRST = "# @package _global_\nbatch: {samples: 4}\noptim: {lr: 0.5}\n"
 SECOND = '# @package _global_\nbatch: {samples: 8}\ninit_from:\n  - {run: "???", parts: [connector]}\n'
@@ -202,7 +205,7 @@ def test_command_line(folder: Path, ran: list[DictConfig], capsys: pytest.Captur
     assert "init_from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given", sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml")))
+@pytest.mark.parametrize("given", run_few(OURS, ("blip2_opt", "easyvqa", "internvl25_8b")))
 def test_our_schedules_plan(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name, stages = schedule.plan_schedule([f"schedule={given}", "dry_run=true"])

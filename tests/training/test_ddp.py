@@ -25,8 +25,8 @@ OVERRIDES = [
 @pytest.mark.parametrize(
     "recipe, micro, more",
     [
-        ("easyvqa_stage1", (1, 1), []),
-        ("easyvqa_clip", (4, 2), []),
+        pytest.param("easyvqa_stage1", (1, 1), [], marks=pytest.mark.slow),
+        pytest.param("easyvqa_clip", (4, 2), [], marks=pytest.mark.slow),
         (
             "siglip_so400m",
             (4, 2),
