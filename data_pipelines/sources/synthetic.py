@@ -15,6 +15,7 @@ from data_pipelines.sources.common.drawing import (
     COLORS,
     SHAPES,
     Dice,
+    draw_digits,
     draw_motion,
     draw_picture,
     draw_scene,
@@ -27,6 +28,7 @@ from data_pipelines.sources.common.samples import check_choice, make_exchange, m
 TASKS = ("caption", "vqa", "count", "ocr", "box", "multi_image", "video", "preference", "interleaved", "text")
 SPLITS = ("train", "val", "test")
 DIRECTIONS = ("left", "right", "up", "down")
+QUARTERS = ("upper left", "upper right", "lower left", "lower right")
 ORDINALS = ("first", "second", "third")
 WORDS = (
     "apple",
@@ -68,12 +70,16 @@ class Synthetic(ListSource):
         seed: int = 0,
         frames: int = 8,
         video_as_images: bool = False,
+        side: int = 128,
     ) -> None:
-        makers = tasks_of(frames, video_as_images)
-        if unknown := sorted(set(tasks) - set(TASKS)):
-            raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
-        if count < 1 or frames < 2 or not tasks:
-            raise DataError(f"count {count}, frames {frames}, {len(tasks)} tasks; allowed: from 1, from 2, from 1")
+        makers = tasks_of(frames, video_as_images, side)
+        if unknown := sorted(set(tasks) - set(makers)):
+            raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(makers)}")
+        if count < 1 or frames < 2 or side < 64 or not tasks:
+            raise DataError(
+                f"count {count}, frames {frames}, side {side}, {len(tasks)} tasks; allowed: from 1, from 2, from 64, "
+                "from 1"
+            )
         if "video" in tasks and not video_as_images:
             require_module("av")
         self.split, self.count, self.seed = check_choice("split", split, SPLITS), count, seed
@@ -120,6 +126,12 @@ def _make_count(dice: Dice) -> Made:
 def _make_ocr(dice: Dice) -> Made:
     word = dice.pick_one(WORDS)
     return [encode_png(draw_word(dice, word))], [make_exchange("Which word is written in the picture?", word)]
+
+
+def _make_small_text(side: int, dice: Dice) -> Made:
+    digits = [str(dice.draw_below(10)) for _ in QUARTERS]
+    asked = [make_exchange(f"Which digit is {where}?", digit) for where, digit in zip(QUARTERS, digits, strict=True)]
+    return [encode_png(draw_digits(dice, digits, side))], asked
 
 
 def _make_box(dice: Dice) -> Made:
@@ -180,7 +192,7 @@ def _make_dialogue(dice: Dice) -> Made:
     return [], [Annotation(turns=tuple(turns))]
 
 
-def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], Made]]:
+def tasks_of(frames: int, video_as_images: bool, side: int = 128) -> dict[str, Callable[[Dice], Made]]:
     """What makes each task's samples, by the task's name."""
     return {
         "caption": _make_caption,
@@ -193,4 +205,5 @@ def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], M
         "preference": _make_preference,
         "interleaved": _make_interleaved,
         "text": _make_dialogue,
+        "small_text": partial(_make_small_text, side),
     }
