@@ -14,8 +14,8 @@ from data_pipelines.sources.common.documents import make_document
 from data_pipelines.sources.common.drawing import (
     COLORS,
     SHAPES,
+    SMALL_FONT,
     Dice,
-    draw_digits,
     draw_motion,
     draw_picture,
     draw_scene,
@@ -28,7 +28,6 @@ from data_pipelines.sources.common.samples import check_choice, make_exchange, m
 TASKS = ("caption", "vqa", "count", "ocr", "box", "multi_image", "video", "preference", "interleaved", "text")
 SPLITS = ("train", "val", "test")
 DIRECTIONS = ("left", "right", "up", "down")
-QUARTERS = ("upper left", "upper right", "lower left", "lower right")
 ORDINALS = ("first", "second", "third")
 WORDS = (
     "apple",
@@ -129,9 +128,9 @@ def _make_ocr(dice: Dice) -> Made:
 
 
 def _make_small_text(side: int, dice: Dice) -> Made:
-    digits = [str(dice.draw_below(10)) for _ in QUARTERS]
-    asked = [make_exchange(f"Which digit is {where}?", digit) for where, digit in zip(QUARTERS, digits, strict=True)]
-    return [encode_png(draw_digits(dice, digits, side))], asked
+    digit = str(dice.draw_below(10))
+    image = draw_word(dice, digit, side, SMALL_FONT)
+    return [encode_png(image)], [make_exchange("Which digit is written in the picture?", digit)]
 
 
 def _make_box(dice: Dice) -> Made:

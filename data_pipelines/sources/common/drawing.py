@@ -18,7 +18,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIDE = 96  # pixels of a picture
 CELL = 32  # pixels of a cell of its grid
 FONT = 20  # size of written words
-SMALL_FONT = 14  # of digits in large pictures, 10 pixels high
+SMALL_FONT = 14  # its digits are 10 pixels high
 RATE = 8  # frames a second
 
 T = TypeVar("T")
@@ -96,28 +96,13 @@ def draw_picture(things: Sequence[Thing], size: tuple[int, int] = (SIDE, SIDE)) 
     return image
 
 
-def draw_word(dice: Dice, word: str) -> Image.Image:
-    """A word somewhere on white, in PIL's own font."""
-    image = Image.new("RGB", (SIDE, SIDE), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
-    _, _, width, height = (int(edge) + 1 for edge in draw.textbbox((0, 0), word, font=font))
-    place = dice.draw_below(max(1, SIDE - width)), dice.draw_below(max(1, SIDE - height))
-    draw.text(place, word, fill="black", font=font)
-    return image
-
-
-def draw_digits(dice: Dice, digits: Sequence[str], side: int) -> Image.Image:
-    """Four small digits, one somewhere in each quarter of a white square of `side` pixels, row by row."""
+def draw_word(dice: Dice, word: str, side: int = SIDE, size: int = FONT) -> Image.Image:
+    """A word somewhere on a white square of `side` pixels, in PIL's own font of that size."""
     image = Image.new("RGB", (side, side), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(SMALL_FONT)
-    for number, digit in enumerate(digits):
-        left, top, right, bottom = (int(edge) for edge in draw.textbbox((0, 0), digit, font=font))
-        free = [side // 2 - (right - left) - 4, side // 2 - (bottom - top) - 4]
-        corner = [
-            side // 2 * at + 2 + dice.draw_below(room)
-            for at, room in zip(reversed(divmod(number, 2)), free, strict=True)
-        ]
-        draw.text((corner[0] - left, corner[1] - top), digit, fill="black", font=font)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size)
+    _, _, width, height = (int(edge) + 1 for edge in draw.textbbox((0, 0), word, font=font))
+    place = dice.draw_below(max(1, side - width)), dice.draw_below(max(1, side - height))
+    draw.text(place, word, fill="black", font=font)
     return image
 
 
