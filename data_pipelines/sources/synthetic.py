@@ -14,8 +14,8 @@ from data_pipelines.sources.common.documents import make_document
 from data_pipelines.sources.common.drawing import (
     COLORS,
     SHAPES,
-    SMALL_FONT,
     Dice,
+    draw_digits,
     draw_motion,
     draw_picture,
     draw_scene,
@@ -54,7 +54,8 @@ class Synthetic(ListSource):
     Tasks: caption, vqa, count, ocr (a written word), box (a region from its words and the reverse), multi_image, video
     (`frames` frames of a moving shape; needs PyAV, or comes as so many images with `video_as_images`), preference (the
     rejected answer names another colour; the differing words weigh 5), interleaved (a document), text (a dialogue
-    without an image). Another `seed` gives other samples.
+    without an image). Not among the default ones: digit (one of 10 pixels in 32 x 32, to be written off) and small_text (16
+    of them on a page of 128 x 128). Another `seed` gives other samples.
     """
 
     name = "synthetic"
@@ -69,16 +70,12 @@ class Synthetic(ListSource):
         seed: int = 0,
         frames: int = 8,
         video_as_images: bool = False,
-        side: int = 128,
     ) -> None:
-        makers = tasks_of(frames, video_as_images, side)
+        makers = tasks_of(frames, video_as_images)
         if unknown := sorted(set(tasks) - set(makers)):
             raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(makers)}")
-        if count < 1 or frames < 2 or side < 64 or not tasks:
-            raise DataError(
-                f"count {count}, frames {frames}, side {side}, {len(tasks)} tasks; allowed: from 1, from 2, from 64, "
-                "from 1"
-            )
+        if count < 1 or frames < 2 or not tasks:
+            raise DataError(f"count {count}, frames {frames}, {len(tasks)} tasks; allowed: from 1, from 2, from 1")
         if "video" in tasks and not video_as_images:
             require_module("av")
         self.split, self.count, self.seed = check_choice("split", split, SPLITS), count, seed
@@ -127,10 +124,10 @@ def _make_ocr(dice: Dice) -> Made:
     return [encode_png(draw_word(dice, word))], [make_exchange("Which word is written in the picture?", word)]
 
 
-def _make_small_text(side: int, dice: Dice) -> Made:
-    digit = str(dice.draw_below(10))
-    image = draw_word(dice, digit, side, SMALL_FONT)
-    return [encode_png(image)], [make_exchange("Which digit is written in the picture?", digit)]
+def _make_digits(rows: int, dice: Dice) -> Made:
+    digits = [dice.draw_below(10) for _ in range(rows**2)]
+    answer = " ".join(map(str, digits))
+    return [encode_png(draw_digits(dice, digits, columns=rows))], [make_exchange("Which digits are there?", answer)]
 
 
 def _make_box(dice: Dice) -> Made:
@@ -191,7 +188,7 @@ def _make_dialogue(dice: Dice) -> Made:
     return [], [Annotation(turns=tuple(turns))]
 
 
-def tasks_of(frames: int, video_as_images: bool, side: int = 128) -> dict[str, Callable[[Dice], Made]]:
+def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], Made]]:
     """What makes each task's samples, by the task's name."""
     return {
         "caption": _make_caption,
@@ -204,5 +201,6 @@ def tasks_of(frames: int, video_as_images: bool, side: int = 128) -> dict[str, C
         "preference": _make_preference,
         "interleaved": _make_interleaved,
         "text": _make_dialogue,
-        "small_text": partial(_make_small_text, side),
+        "digit": partial(_make_digits, 1),
+        "small_text": partial(_make_digits, 4),
     }

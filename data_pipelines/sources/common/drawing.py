@@ -96,13 +96,25 @@ def draw_picture(things: Sequence[Thing], size: tuple[int, int] = (SIDE, SIDE)) 
     return image
 
 
-def draw_word(dice: Dice, word: str, side: int = SIDE, size: int = FONT) -> Image.Image:
-    """A word somewhere on a white square of `side` pixels, in PIL's own font of that size."""
-    image = Image.new("RGB", (side, side), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size)
+def draw_word(dice: Dice, word: str) -> Image.Image:
+    """A word somewhere on white, in PIL's own font."""
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
     _, _, width, height = (int(edge) + 1 for edge in draw.textbbox((0, 0), word, font=font))
-    place = dice.draw_below(max(1, side - width)), dice.draw_below(max(1, side - height))
+    place = dice.draw_below(max(1, SIDE - width)), dice.draw_below(max(1, SIDE - height))
     draw.text(place, word, fill="black", font=font)
+    return image
+
+
+def draw_digits(dice: Dice, digits: Sequence[int], columns: int) -> Image.Image:
+    """White cells in rows of `columns`, with a small digit somewhere in every one."""
+    image = Image.new("RGB", (CELL * columns, CELL * (len(digits) // columns)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(SMALL_FONT)
+    for number, digit in enumerate(digits):
+        row, column = divmod(number, columns)
+        _, _, width, height = (int(edge) + 1 for edge in draw.textbbox((0, 0), str(digit), font=font))
+        left, top = CELL * column + dice.draw_below(CELL - width), CELL * row + dice.draw_below(CELL - height)
+        draw.text((left, top), str(digit), fill="black", font=font)
     return image
 
 
