@@ -15,6 +15,7 @@ from data_pipelines.sources.common.drawing import (
     COLORS,
     SHAPES,
     Dice,
+    draw_digits,
     draw_motion,
     draw_picture,
     draw_scene,
@@ -53,7 +54,8 @@ class Synthetic(ListSource):
     Tasks: caption, vqa, count, ocr (a written word), box (a region from its words and the reverse), multi_image, video
     (`frames` frames of a moving shape; needs PyAV, or comes as so many images with `video_as_images`), preference (the
     rejected answer names another colour; the differing words weigh 5), interleaved (a document), text (a dialogue
-    without an image). Another `seed` gives other samples.
+    without an image). Not among the default ones: digit (one of 10 pixels in 32 x 32, to be written off) and small_text (16
+    of them on a page of 128 x 128). Another `seed` gives other samples.
     """
 
     name = "synthetic"
@@ -70,8 +72,8 @@ class Synthetic(ListSource):
         video_as_images: bool = False,
     ) -> None:
         makers = tasks_of(frames, video_as_images)
-        if unknown := sorted(set(tasks) - set(TASKS)):
-            raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
+        if unknown := sorted(set(tasks) - set(makers)):
+            raise DataError(f"tasks: got {', '.join(unknown)}; allowed: {', '.join(makers)}")
         if count < 1 or frames < 2 or not tasks:
             raise DataError(f"count {count}, frames {frames}, {len(tasks)} tasks; allowed: from 1, from 2, from 1")
         if "video" in tasks and not video_as_images:
@@ -120,6 +122,12 @@ def _make_count(dice: Dice) -> Made:
 def _make_ocr(dice: Dice) -> Made:
     word = dice.pick_one(WORDS)
     return [encode_png(draw_word(dice, word))], [make_exchange("Which word is written in the picture?", word)]
+
+
+def _make_digits(rows: int, dice: Dice) -> Made:
+    digits = [dice.draw_below(10) for _ in range(rows**2)]
+    answer = " ".join(map(str, digits))
+    return [encode_png(draw_digits(dice, digits, columns=rows))], [make_exchange("Which digits are there?", answer)]
 
 
 def _make_box(dice: Dice) -> Made:
@@ -193,4 +201,6 @@ def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], M
         "preference": _make_preference,
         "interleaved": _make_interleaved,
         "text": _make_dialogue,
+        "digit": partial(_make_digits, 1),
+        "small_text": partial(_make_digits, 4),
     }

@@ -18,6 +18,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIDE = 96  # pixels of a picture
 CELL = 32  # pixels of a cell of its grid
 FONT = 20  # size of written words
+SMALL_FONT = 14  # its digits are 10 pixels high
 RATE = 8  # frames a second
 
 T = TypeVar("T")
@@ -102,6 +103,18 @@ def draw_word(dice: Dice, word: str) -> Image.Image:
     _, _, width, height = (int(edge) + 1 for edge in draw.textbbox((0, 0), word, font=font))
     place = dice.draw_below(max(1, SIDE - width)), dice.draw_below(max(1, SIDE - height))
     draw.text(place, word, fill="black", font=font)
+    return image
+
+
+def draw_digits(dice: Dice, digits: Sequence[int], columns: int) -> Image.Image:
+    """White cells in rows of `columns`, with a small digit somewhere in every one."""
+    image = Image.new("RGB", (CELL * columns, CELL * (len(digits) // columns)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(SMALL_FONT)
+    for number, digit in enumerate(digits):
+        row, column = divmod(number, columns)
+        _, _, width, height = (int(edge) + 1 for edge in draw.textbbox((0, 0), str(digit), font=font))
+        left, top = CELL * column + dice.draw_below(CELL - width), CELL * row + dice.draw_below(CELL - height)
+        draw.text((left, top), str(digit), fill="black", font=font)
     return image
 
 

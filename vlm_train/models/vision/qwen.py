@@ -55,6 +55,7 @@ class QwenVision(nn.Module):
         image_mean, image_std: per channel, of pixels in [0, 1].
         weights: hub name or local folder of a whole model, whose encoder is read; None: random.
         attention: `packed`, `flash` or `flex`, see `WholeSequences`.
+        init_std: deviation of random weights; a narrow encoder from scratch needs more than Qwen's 0.02.
 
     Raises:
         ConfigError: `dim` is no such multiple, `window` is not whole patches, or a layer does not exist.
@@ -79,6 +80,7 @@ class QwenVision(nn.Module):
         image_std: Sequence[float],
         weights: str | None = None,
         attention: str = PACKED,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         if dim % (4 * heads):
@@ -99,7 +101,7 @@ class QwenVision(nn.Module):
         make_mlp = partial(GatedMLP if gated else QuickMLP, dim, mlp_dim)
         self.patch_embed = nn.Linear(3 * frames_per_patch * patch_size**2, dim, bias=False)
         self.layers = nn.ModuleList(QwenLayer(dim, heads, make_norm, make_mlp) for _ in range(depth))
-        init_linear_layers(self)
+        init_linear_layers(self, init_std)
 
     def encode(self, media: MediaInput) -> Features:
         """uint8 patches `[F, 3 * T * p * p]` -> features `[F, D]` with the same grids."""
@@ -184,11 +186,11 @@ def standardize(patches: Tensor, weight: Tensor, mean: Sequence[float], std: Seq
     return ((pixels - shift) / scale).flatten(1)
 
 
-def init_linear_layers(module: nn.Module) -> None:
-    """Weights of deviation 0.02, as `transformers` starts them, and no bias."""
+def init_linear_layers(module: nn.Module, std: float = 0.02) -> None:
+    """Weights of this deviation (`transformers` starts with 0.02), and no bias."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
