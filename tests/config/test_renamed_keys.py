@@ -197,3 +197,10 @@ def test_a_key_that_came_later_leaves_the_id_of_runs_that_do_not_use_it() -> Non
         assert training_hash(compose_tiny("recipe=llava15_stage1", change)) != training_hash(cfg)
     cfg.params.rules[1].frozen_mode = "train"
     assert training_config(cfg)["params"]["rules"][1]["frozen_mode"] == "train"
+
+
+@pytest.mark.parametrize(("key", "other"), [("vision.attention", "flex"), ("vision.init_std", 0.1)])
+def test_keys_of_an_encoder_that_came_later_leave_ids_alone(key: str, other: Any) -> None:
+    cfg = compose_tiny("recipe=qwen25_vl_3b")
+    assert key.split(".")[1] in cfg.vision and key.split(".")[1] not in training_config(cfg)["vision"]
+    assert training_hash(compose_tiny("recipe=qwen25_vl_3b", f"{key}={other}")) != training_hash(cfg)

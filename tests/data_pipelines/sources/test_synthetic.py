@@ -114,6 +114,23 @@ def test_written_words_differ_and_are_black():
     assert all((image[:, -1] == 255).all() for image in images.values())  # none is cut off
 
 
+@pytest.mark.parametrize(("task", "rows"), [("digit", 1), ("small_text", 4)])
+def test_digits_stand_in_cells_of_their_own(task, rows):
+    """What a cell shows depends on its digit alone, apart from the place."""
+    shapes: dict[str, set[bytes]] = {}
+    for sample, (blob,) in of(task, 100):
+        image = pixels(blob)
+        assert image.shape == (32 * rows, 32 * rows, 3)
+        cells = image.reshape(rows, 32, rows, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
+        for digit, cell in zip(answers(sample)[0].split(), cells, strict=True):
+            places = np.argwhere((cell < 255).any(-1))
+            (top, left), (bottom, right) = places.min(0), places.max(0)
+            assert bottom - top == 9 and right - left < 10
+            shapes.setdefault(digit, set()).add(cell[top : bottom + 1, left : right + 1].tobytes())
+    assert len(shapes) == 10 and all(len(found) == 1 for found in shapes.values())
+    assert len(set.union(*shapes.values())) == 10
+
+
 def test_preferences_weigh_the_wrong_word():
     for sample, (blob,) in of("preference"):
         (annotation,) = sample.annotations
