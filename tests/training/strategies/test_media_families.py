@@ -22,11 +22,18 @@ FAMILIES = {
     "internvl": ["recipe=internvl25_8b", "init_from=[]", "vision.drop_path=0"],
     "qwen25": ["recipe=qwen25_vl_3b"],
 }
+SGD = ["~optim.betas", "~optim.eps"]
 OTHERS = {
-    "molmo2": ["recipe=molmo2_4b_pretrain", "llm.response_residual_dropout=0"],
-    "perceptionlm": ["recipe=perceptionlm_1b_stage2", "init_from=[]", "vision.drop_path=0"],
-    "onevision15": ["recipe=llava_onevision15_4b_stage15", "init_from=[]"],
-    "naflex": [*FAMILIES["qwen25"], "vision=siglip2_so400m_naflex", "image=naflex", "connector=mlp2x_gelu"],
+    "molmo2": ["recipe=molmo2_4b_pretrain", "llm.response_residual_dropout=0", *SGD],
+    "perceptionlm": ["recipe=perceptionlm_1b_stage2", "init_from=[]", "vision.drop_path=0", *SGD],
+    "onevision15": ["recipe=llava_onevision15_4b_stage15", "init_from=[]", *SGD],
+    "naflex": [
+        "recipe=llava15_stage2",
+        "init_from=[]",
+        "vision=siglip2_so400m_naflex",
+        "image=naflex",
+        "image.max_num_patches=64",
+    ],
 }
 """Families whose towers hold parameters of their own, or whose plans make other views."""
 EVERY = FAMILIES | OTHERS
