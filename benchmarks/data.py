@@ -114,7 +114,8 @@ def video(settings: Settings) -> Iterator[Line]:
     if find_spec("av") is None:
         yield Line(name="video, 16 frames", note="PyAV is not installed")
         return
-    for name, key_seconds in (("the encoder's key frames", None), ("a key frame every 2 s", 2)):
+    keys = {"the encoder's key frames": None, "a key frame every 2 s": 2, "a key frame every second": 1}
+    for name, key_seconds in keys.items():
         data = clip(Path(settings.folder), key_seconds=key_seconds).read_bytes()
         numbers = spread_frames(read_video_header(data).frames, 16)
         ours, theirs = partial(read_frames, data, numbers), partial(_decode_all, data, {*numbers})
