@@ -140,7 +140,11 @@ def _format_round_trip(plan: Plan) -> str:
 
 def _format_tokens(cfg: DictConfig, plan: Plan) -> str:
     longest = cfg.data.get("max_length")
-    budget = "no limit" if longest is None else f"{longest} tokens a row, {longest - plan.visual_tokens} of them text"
+    budget = "no limit" if longest is None else f"{longest} tokens a row"
+    if longest is not None and longest > plan.visual_tokens:
+        budget += f", {longest - plan.visual_tokens} of them text"
+    elif longest is not None:
+        budget += ": too few for such an image (data.max_length, or target.image_width and target.image_height)"
     of_size = f" of {plan.image_size.width} x {plan.image_size.height} pixels" if plan.image_size else ""
     return f"Tokens      {plan.visual_tokens} visual tokens an image{of_size}; {budget}"
 
