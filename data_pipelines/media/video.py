@@ -97,32 +97,49 @@ class _Video:
         self._context.thread_count = 1
         self._context.options = {"max_pixels": str(MAX_PIXELS)}
         self._keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
-        self._fed = 0
+        self._number = {packet.pts: number for number, packet in enumerate(packets)}
 
     def decode_frames(self, times: Sequence[int]) -> Iterator[np.ndarray]:
         """The first frame at or after each of the ascending `times`."""
-        frames, frame = self._iterate_frames({*times}), None
-        for time in times:
-            while frame is None or frame.pts is None or frame.pts < time:
-                start = self._find_start(time)
-                if start > self._fed:
-                    self._context.flush_buffers()
-                    self._fed = start
-                frame = next(frames, None)
-                if frame is None:
-                    raise BadSample(f"no frame at time {time}, though the video has {len(self.times)} frames")
-            yield self._to_pixels(frame)
+        for start, end, some in self._plan_runs(times):
+            frames, frame = self._iterate_frames(start, end, {*some}), None
+            for time in some:
+                while frame is None or frame.pts is None or frame.pts < time:
+                    frame = next(frames, None)
+                    if frame is None:
+                        raise BadSample(f"no frame at time {time}, though the video has {len(self.times)} frames")
+                yield self._to_pixels(frame)
 
-    def _iterate_frames(self, wanted: set[int]) -> Iterator[Any]:
-        """Frames as they are decoded; those that are not wanted and that no other one refers to are left out."""
-        skips = self._context.name in SKIPPING
-        while self._fed < len(self.packets):
-            packet = self.packets[self._fed]
-            if skips:
-                self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            self._fed += 1
-            yield from self._context.decode(packet)
-        yield from self._context.decode(None)
+    def _plan_runs(self, times: Sequence[int]) -> list[tuple[int, int, list[int]]]:
+        """The packets to decode, from a key frame to the last frame that is wanted before another key frame is nearer:
+        first and last packet, and the times."""
+        runs: list[tuple[int, int, list[int]]] = []
+        for time in times:
+            start, own = self._find_start(time), self._number[time]
+            if runs and start <= runs[-1][1]:
+                first, end, some = runs.pop()
+                runs.append((first, max(end, own), [*some, time]))
+            else:
+                runs.append((start, own, [time]))
+        return runs
+
+    def _iterate_frames(self, start: int, end: int, wanted: set[int]) -> Iterator[Any]:
+        """Frames as they are decoded; those that are not wanted and that no other one refers to are left out.
+
+        The decoder is told to end behind packet `end`, for it holds frames back until it has seen later packets, and
+        the next one may be a key frame, the most expensive of all. Where that does not give the last frame (a packet
+        may hold half of it), it begins once more and reads on to the end of the video.
+        """
+        skips, last = self._context.name in SKIPPING, max(wanted)
+        for stop in (end + 1, len(self.packets)):
+            self._context.flush_buffers()
+            for packet in [*self.packets[start:stop], None]:
+                if skips and packet is not None:
+                    self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                for frame in self._context.decode(packet):
+                    yield frame
+                    if frame.pts is not None and frame.pts >= last:
+                        return
 
     def _find_start(self, time: int) -> int:
         """The packet to decode from for a frame at `time`: the last key frame up to it."""

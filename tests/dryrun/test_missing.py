@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.small_run import make_data
 from vlm_train.config.compose import compose_config
-from vlm_train.dryrun.report import without_assets
+from vlm_train.dryrun.report import dry_run, without_assets
 
 
 def notes(*overrides: str) -> str:
@@ -27,3 +27,13 @@ def test_missing_shards_weights_and_runs_are_listed(tmp_path: Path, monkeypatch:
     assert "data.train.0.shards: /nowhere does not exist" in said
     assert "vision.weights: /nowhere/clip does not exist" in said and "some/model" not in said
     assert "init_from.0.run: /nowhere/run does not exist" in notes(data, "init_from=[{run: /nowhere/run}]")
+
+
+def test_an_image_that_leaves_no_room_for_text_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*overrides: str) -> str:
+        dry_run(compose_config(["recipe=small_text_native", "dry_run=true", *overrides]))
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Tokens"))
+
+    advice = "data.max_length, or target.image_width and target.image_height"
+    assert "16 visual tokens an image of 128 x 128 pixels; 256 tokens a row, 240 of them text" in said()
+    assert said("data.max_length=16").endswith(f"16 tokens a row: too few for such an image ({advice})")

@@ -59,12 +59,12 @@ def test_frames_between_are_not_decoded(clip, monkeypatch):
 
 
 CODECS = {
-    "libx264": {"bf": "3", "g": "250"},
-    "libx265": {"x265-params": "bframes=3:keyint=250:log-level=none"},
-    "libvpx-vp9": {"g": "250", "cpu-used": "8"},
-    "libsvtav1": {"g": "250", "preset": "12"},
+    "libx264": {"bf": "3", "g": "{key_every}"},
+    "libx265": {"x265-params": "bframes=3:keyint={key_every}:log-level=none"},
+    "libvpx-vp9": {"g": "{key_every}", "cpu-used": "8"},
+    "libsvtav1": {"g": "{key_every}", "preset": "12"},
 }
-"""Encoders and their settings: one key frame, and frames that no other refers to where the codec has them."""
+"""Encoders and their settings: frames that no other refers to, where the codec has them."""
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -84,13 +84,14 @@ def test_any_frame_of_any_codec_is_that_of_decoding_all(codec, monkeypatch):
     assert codec not in ("libx264", "libx265") or len(decoded) < 32, "of 40; the others are B-frames"
 
 
-def _moving_clip(codec: str) -> bytes:
+def _moving_clip(codec: str, key_every: int = 250) -> bytes:
     """40 frames of noise that moves."""
+    options = {name: value.format(key_every=key_every) for name, value in CODECS[codec].items()}
     file = io.BytesIO()
     base = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8).repeat(4, 0).repeat(4, 1)
     with av.open(file, "w", format="mp4") as container:
         try:
-            stream = container.add_stream(codec, rate=10, options=CODECS[codec])
+            stream = container.add_stream(codec, rate=10, options=options)
         except av.codec.codec.UnknownCodecError:
             pytest.skip(f"this build of PyAV has no {codec}")
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
@@ -103,12 +104,35 @@ def _moving_clip(codec: str) -> bytes:
 
 
 def _counting(function, decoded):
-    def frames(self, wanted):
-        for frame in function(self, wanted):
+    def frames(self, start, end, wanted):
+        for frame in function(self, start, end, wanted):
             decoded.append(frame)
             yield frame
 
     return frames
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_packets_behind_the_last_wanted_frame_are_not_decoded(codec, monkeypatch):
+    """A decoder gives frames late. It is told that the video ends, not fed from the next key frame on."""
+    moving = _moving_clip(codec, key_every=10)
+    runs, decoded, plan = [], [], module._Video._plan_runs
+    monkeypatch.setattr(module._Video, "_plan_runs", lambda self, times: runs.extend(plan(self, times)) or runs)
+    monkeypatch.setattr(module._Video, "_iterate_frames", _counting(module._Video._iterate_frames, decoded))
+    assert len(list(read_frames(moving, [3, 12, 14, 35]))) == 4
+    with module._open_video(moving) as opened:
+        keys = [number for number, packet in enumerate(opened.packets) if packet.is_keyframe]
+        own = [[packet.pts for packet in opened.packets].index(opened.times[number]) for number in (3, 14, 35)]
+    assert len(keys) == 4 and [run[:2] for run in runs] == [*zip([keys[0], keys[1], keys[3]], own, strict=True)]
+    assert len({frame.pts for frame in decoded}) == len(decoded) <= 4 + 5 + 6, (
+        "none twice: the first reading was enough"
+    )
+
+
+def test_frames_that_come_only_with_later_packets_are_read_on_for(clip, monkeypatch):
+    plan = module._Video._plan_runs
+    monkeypatch.setattr(module._Video, "_plan_runs", lambda self, times: [(0, 0, run[2]) for run in plan(self, times)])
+    assert numbers(read_frames(clip, [2, 4, 9, 19])) == [2, 4, 9, 19]
 
 
 def test_frames_by_time_and_evenly(clip):
