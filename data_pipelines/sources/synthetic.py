@@ -54,8 +54,8 @@ class Synthetic(ListSource):
     Tasks: caption, vqa, count, ocr (a written word), box (a region from its words and the reverse), multi_image, video
     (`frames` frames of a moving shape; needs PyAV, or comes as so many images with `video_as_images`), preference (the
     rejected answer names another colour; the differing words weigh 5), interleaved (a document), text (a dialogue
-    without an image). Not among the default ones: digit (one of 10 pixels in 32 x 32, to be written off) and small_text (16
-    of them on a page of 128 x 128). Another `seed` gives other samples.
+    without an image). Not among the default ones: digit (one of 10 pixels in 32 x 32, to be written off) and
+    small_text (16 of them on a page of 128 x 128). Another `seed` gives other samples.
     """
 
     name = "synthetic"
