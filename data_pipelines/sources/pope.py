@@ -12,7 +12,7 @@ from itertools import permutations
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.object_names import ObjectNames
-from data_pipelines.sample import Sample
+from data_pipelines.sample import Annotation, Sample
 from data_pipelines.shards.shard_set import ShardSet
 from data_pipelines.sources import ListSource
 from data_pipelines.sources.common.drawing import Dice
@@ -35,6 +35,7 @@ class Pope(ListSource):
         field: the list of what a picture shows is `meta[field]` instead. One of `objects` and `field` is given.
         present: objects asked for that a picture shows.
         question: with {} for the object and the article before it.
+        rejected: the wrong answer is the rejected one, for preference tuning.
         seed: another one draws other objects at random.
         limit: first pictures that have enough objects only.
 
@@ -51,13 +52,14 @@ class Pope(ListSource):
         field: str | None = None,
         present: int = 3,
         question: str = "Is there {} in the image?",
+        rejected: bool = False,
         seed: int = 0,
         name: str = "pope",
         split: str = "test",
         limit: int | None = 500,
     ) -> None:
         self.negatives, self.seed, self.present = check_choice("negatives", negatives, NEGATIVES), seed, present
-        self.name, self.split, self.question = name, split, question
+        self.name, self.split, self.question, self.rejected = name, split, question, rejected
         if (objects is None) == (field is None):
             raise DataError(
                 "objects, field: give one of them: a vocabulary, or the name of a list in the samples' meta"
@@ -115,7 +117,7 @@ class Pope(ListSource):
         for one in shown[: self.present]:
             absent = self._pick_absent(one, {*shown, *asked}, Dice("pope", self.seed, sample.key, one))
             asked.append(absent)
-            annotations += [make_exchange(self._ask(name), answer) for name, answer in ((one, "yes"), (absent, "no"))]
+            annotations += [self._make_question(one, "yes", "no"), self._make_question(absent, "no", "yes")]
         meta = {"objects": shown, "negatives": self.negatives}
         made, blobs = make_sample(self, sample.key, blobs, annotations, meta)
         return made, blobs
@@ -129,9 +131,10 @@ class Pope(ListSource):
             raise BadSample("the picture shows all objects of the set, so that none can be absent", kind="objects")
         return dice.pick_one(sorted(left)) if absent is None else absent
 
-    def _ask(self, name: str) -> str:
+    def _make_question(self, name: str, answer: str, other: str) -> Annotation:
         article = "an" if name[0].lower() in "aeiou" else "a"
-        return self.question.format(f"{article} {name}")
+        ask = self.question.format(f"{article} {name}")
+        return make_exchange(ask, answer, rejected=other if self.rejected else None)
 
 
 def _sort_by_count(counts: Counter[str]) -> list[str]:

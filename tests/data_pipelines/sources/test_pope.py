@@ -72,6 +72,12 @@ def test_half_of_the_questions_are_about_what_is_absent(shards, negatives):
                 assert (asked in shown) == (one.turns[-1].text == "yes")
 
 
+def test_the_wrong_answer_is_the_rejected_one(shards):
+    for sample, _ in Pope(shards=shards, objects=VOCABULARY, present=2, rejected=True):
+        pairs = [(one.turns[-1].text, one.rejected.text) for one in sample.annotations]
+        assert pairs == [("yes", "no"), ("no", "yes")] * 2
+
+
 def test_another_seed_asks_for_others(shards):
     found = [questions(Pope(shards=shards, objects=VOCABULARY, present=1, seed=seed)) for seed in range(6)]
     assert any(one != found[0] for one in found[1:])
