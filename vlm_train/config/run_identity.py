@@ -25,7 +25,7 @@ COSMETIC_KEYS = {
     "trainer": ("val_every", "save_every", "log_every", "async_save", "keep_last", "keep_best", "keep_every", "best",
                 "activation_checkpointing", "compile", "accelerator", "threads", "max_bad_samples", "max_bad_share",
                 "strict", "guard", "skip_steps", "largest_first", "export", "peak_tflops",
-                "watchdog_minutes", "halve_frozen"),
+                "watchdog_minutes", "halve_frozen", "evaluate_first"),
     "data": ("workers", "prefetch", "cache", "shard_cache", "shard_cache_bytes"),
 }  # fmt: skip
 """Keys below `TRAINING_KEYS` that may change while a run goes on: they say how to watch it or on what to run it."""

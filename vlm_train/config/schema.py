@@ -88,6 +88,7 @@ class Trainer:
     halve_frozen: bool = False  # *-mixed: frozen layers keep the 16-bit weights that they multiply with; ddp or one GPU
     max_grad_norm: float | None = None  # gradient norm clip; null: none
     val_every: int | None = None  # validation loss and evaluators; they also run at the end
+    evaluate_first: bool = False  # also run the evaluators before the first step, as at the end
     save_every: int | None = 500  # checkpoints; null: only at the end (and when the run is asked to stop)
     log_every: int = 10
     async_save: bool = False  # write checkpoints while training goes on, from a copy in memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,17 @@ from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.distributed import process_rank
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.common import trained_precision
+from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder, require_writable
 
 if TYPE_CHECKING:
     from torch import nn
 
     from vlm_train.data.processor import Processor
+
+
+BEFORE = "before this run"
+"""What tables call the values that a run began with."""
 
 
 def evaluate_run(cfg: DictConfig) -> dict[str, float]:
@@ -78,6 +83,24 @@ def run_evaluator(
     return kept
 
 
+def evaluate_before(
+    model: nn.Module, processor: Processor, evaluators: Mapping[str, Evaluator], folder: Path
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Run every evaluator as at the end, into `folder/<name>/before`, before a run has learned anything.
+
+    Returns:
+        `<name>/<metric>` -> value, and the rows for the results table.
+    """
+    metrics: dict[str, float] = {}
+    rows = []
+    for name, evaluator in evaluators.items():
+        found = run_evaluator(name, evaluator, model, processor, folder / name / "before", final=True)
+        metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
+        own = [row for row in found.rows if row.name == found.rows[0].name]
+        rows += [asdict(replace(row, name=BEFORE)) | {"eval": name} for row in own]
+    return metrics, rows
+
+
 def describe_evaluators(evaluators: Mapping[str, Evaluator], labels: Mapping[str, str]) -> dict[str, Any]:
     """What `run.json` says of each evaluation under its label: which metric is primary, and their directions."""
     return {
@@ -103,7 +126,13 @@ def run_evaluators(
         name: run_evaluator(name, one, model, processor, RunFolder(folder).evaluation / labels[name], final=True)
         for name, one in evaluators.items()
     }
-    rows = [asdict(row) | {"eval": labels[name]} for name, one in found.items() for row in one.rows]
+    earlier = record.read_record(folder).get("results_before") or []
+    rows: list[dict[str, Any]] = []
+    for name, one in found.items():
+        for row in one.rows:
+            own = asdict(row) | {"eval": labels[name]}
+            before = [other for other in earlier if (other["eval"], other["metric"]) == (labels[name], row.metric)]
+            rows += [own, *before] if row.name == one.rows[0].name else [own]
     metrics = {f"{labels[name]}/{key}": value for name, one in found.items() for key, value in one.metrics.items()}
     if process_rank() == 0:
         official = {name for name, label in labels.items() if name == label}
@@ -180,7 +209,6 @@ def save_results(
         evaluators: as `describe_evaluators` has them.
     """
     from vlm_train.report import write_report
-    from vlm_train.runs import record
 
     before = record.read_record(folder)
     kept = [row for row in before.get("results") or [] if row.get("eval") not in evaluators]

@@ -16,7 +16,8 @@ from vlm_train.runs.folder import RunFolder
 log = logging.getLogger("vlm_train")
 
 
-TYPES: dict[str, type] = {"status": str, "step": int, "total_steps": int, "metrics": dict, "results": list}
+TYPES: dict[str, type] = {"status": str, "step": int, "total_steps": int, "metrics": dict, "results": list,
+                         "results_before": list}  # fmt: skip
 """What the code reads of a run.json, and as which type."""
 
 

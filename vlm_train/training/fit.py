@@ -84,7 +84,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     facts |= {"rollbacks": len(read_rollbacks(folder)), "fused": cfg.optim.get("fused"), **data.note_estimate()}
     count_work = partial(_count_work, cfg, models.skeleton) if cfg.trainer.log_every <= data.plan.steps else None
     module = _make_module(cfg, models, policy, data.plan, folder, count_work if process_rank() == 0 else None)
-    evaluation = Evaluation(assembly.processor, evaluators, folder)
+    evaluation = Evaluation(assembly.processor, evaluators, folder, first=cfg.trainer.evaluate_first)
     callbacks = loop_callbacks(cfg, data.plan, module, evaluation, facts, resumed, held_out=len(data.val) > 0)
     if cfg.trainer.largest_first:
         callbacks.append(LargestFirst(data))

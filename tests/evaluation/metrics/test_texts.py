@@ -11,29 +11,39 @@ from vlm_train.contracts.evaluator import TextMetric
 from vlm_train.errors import ConfigError
 from vlm_train.evaluation.metrics.anls import ANLS
 from vlm_train.evaluation.metrics.bleu import BLEU
+from vlm_train.evaluation.metrics.chair import CHAIR
 from vlm_train.evaluation.metrics.character_error_rate import CharacterErrorRate
 from vlm_train.evaluation.metrics.contains import contains
 from vlm_train.evaluation.metrics.exact_match import ExactMatch
 from vlm_train.evaluation.metrics.texts import count_edits
 from vlm_train.evaluation.metrics.token_f1 import TokenF1, token_f1
 from vlm_train.evaluation.metrics.vqa_accuracy import measure_agreement
+from vlm_train.evaluation.metrics.yes_no import YesNo
 
 REFERENCES = {  # where a text of one word, or what one of two people says, is not all of it
     "bleu": [["a cat sat there", "one cat sat on it"], ["Stop and look at it"]],
     "vqa_accuracy": [["one cat"] * 4, ["Stop"]],
+    "yes_no": [["yes, a cat"], ["no"]],
 }
+GIVEN = {"chair": {"objects": {"cat": [], "bus stop": ["stop"], "dog": []}}}
+"""What an option leaves to the user."""
+UNBOUND = ("yes_share",)
+"""Values whose best one is neither 0 nor 1."""
 OPTIONS = sorted(path.stem for path in (config_dir() / "metric").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_a_metric(option: str) -> None:
     """It returns the values that it declares, the best ones for the references themselves, and worse ones else."""
-    metric = instantiate_part("metric", OmegaConf.load(config_dir() / "metric" / f"{option}.yaml"))
+    node = OmegaConf.load(config_dir() / "metric" / f"{option}.yaml")
+    metric = instantiate_part("metric", OmegaConf.merge(node, GIVEN.get(option, {})))
     assert isinstance(metric, TextMetric)
     references = REFERENCES.get(option, [["a cat", "one cat"], ["Stop"]])
-    right, wrong = metric([texts[-1] for texts in references], references), metric(["dogs", ""], references)
+    right, wrong = metric([texts[-1] for texts in references], references), metric(["no dogs", ""], references)
     assert list(right) == list(wrong) == list(metric.higher_is_better)
     for name, higher in metric.higher_is_better.items():
+        if name in UNBOUND:
+            continue
         assert isinstance(right[name], float) and right[name] == float(higher)
         assert (wrong[name] < right[name]) is higher
 
@@ -121,3 +131,22 @@ def test_bleu_is_that_of_the_corpus() -> None:
     assert BLEU(n_gram=2)(predictions, references) == pytest.approx({"bleu_2": (6 / 6 * 3 / 5) ** 0.5})
     with pytest.raises(ConfigError, match="n_gram: got 0"):
         BLEU(n_gram=0)
+
+
+def test_yes_no_counts_as_pope_does() -> None:
+    said = ["Yes, there is.", "No.", "There is not a dog. Yes", "yes", "Yes.", "A cat"]
+    true = [["yes"], ["yes"], ["no"], ["no"], ["no"], ["yes"]]
+    found = YesNo()(said, true)  # yes, no, no, yes, yes, yes against yes, yes, no, no, no, yes
+    assert found == pytest.approx({"accuracy": 0.5, "f1": 4 / 7, "precision": 0.5, "recall": 2 / 3, "yes_share": 2 / 3})
+    assert YesNo()(["no"], [["no"]]) == {"accuracy": 1.0, "f1": 0.0, "precision": 0.0, "recall": 0.0, "yes_share": 0.0}
+
+
+def test_chair_counts_every_mention() -> None:
+    metric = CHAIR(objects={"dog": ["puppy"], "hot dog": [], "cat": [], "bus": []})
+    said = ["A puppy and two dogs beside a bus.", "Hot dogs on a table", "Nothing at all"]
+    there = [["A dog sleeps", "a cat"], ["one hot dog"], ["two buses"]]
+    found = metric(said, there)  # 4 mentions, the bus is not there; 3 objects of 4 pictures are not named
+    assert found == pytest.approx({"chair_i": 1 / 4 + 0, "chair_s": 1 / 3, "object_recall": 2 / 4})
+    assert metric(["nothing"], [["a cat"]]) == {"chair_i": 0.0, "chair_s": 0.0, "object_recall": 0.0}
+    with pytest.raises(ConfigError, match="'puppy' names both 'dog' and 'puppy'"):
+        CHAIR(objects={"dog": ["puppy"], "puppy": []})

@@ -18,7 +18,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.evaluator import Evaluator
 from vlm_train.data.processor import Processor
 from vlm_train.errors import Interrupted
-from vlm_train.evaluation.run import run_evaluator
+from vlm_train.evaluation.run import evaluate_before, run_evaluator
 from vlm_train.runs import record
 from vlm_train.runs.folder import RunFolder
 from vlm_train.training.callbacks.watchdog import EVALUATION, begin_phase
@@ -89,8 +89,10 @@ class AfterStep(pl.Callback):
         module.meter.go_on()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make up for the validation that a stop cut off."""
+        """Evaluate what the run begins with, where that is asked for; make up for a validation that a stop cut off."""
         step = trainer.global_step
+        if not step and self.evaluation.first:
+            self.evaluation.run_first(trainer, pl_module)
         if step and (self._measures_loss(step) or self._evaluates(step)):
             held = {row["step"] for row in record.read_metrics(Path(trainer.default_root_dir)) if row["split"] == "val"}
             if trainer.strategy.broadcast(step not in held):
@@ -183,10 +185,16 @@ class Checkpoints(pl.Callback):
 
 
 class Evaluation:
-    """Runs the evaluators on their validation sets, but for those that run at the end only."""
+    """Runs the evaluators on their validation sets, but for those that run at the end only.
 
-    def __init__(self, processor: Processor, evaluators: Mapping[str, Evaluator], folder: Path) -> None:
-        self.processor, self.folder = processor, folder
+    Args:
+        first: also run all of them before the first step, as at the end.
+    """
+
+    def __init__(
+        self, processor: Processor, evaluators: Mapping[str, Evaluator], folder: Path, *, first: bool = False
+    ) -> None:
+        self.processor, self.folder, self.first, self.all = processor, folder, first and bool(evaluators), evaluators
         self.evaluators = {name: one for name, one in evaluators.items() if one.at_validation}
 
     def run(self, trainer: pl.Trainer, module: Any) -> None:
@@ -200,6 +208,17 @@ class Evaluation:
                 found = {f"{name}/{metric}": value for metric, value in findings.metrics.items()}
                 module.validation_metrics |= found
                 module.write_metrics("val", found)
+
+    def run_first(self, trainer: pl.Trainer, module: Any) -> None:
+        """All evaluators, as at the end. The results go to the log at step 0, and later into the table."""
+        begin_phase(trainer, EVALUATION)
+        if not (trainer.is_global_zero or cast(Any, trainer.strategy).shards_model):
+            return
+        with results_folder(RunFolder(self.folder).evaluation, trainer.is_global_zero) as folder:
+            found, rows = evaluate_before(module.model, self.processor, self.all, folder)
+        module.write_metrics("before", found)
+        if trainer.is_global_zero:
+            record.update_record(self.folder, results_before=rows)
 
 
 @contextmanager
