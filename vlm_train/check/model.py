@@ -126,6 +126,8 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
         yield from _check_whole_step(path, cfg)
     if objective.needs_whole_step and objective.normalized_by == "samples":
         yield from _check_weights(path, cfg)
+    if rules := getattr(objective, "weight_rules", ()):
+        yield from _check_weight_rules(path, cfg, rules)
 
 
 def _check_declarations(path: str, objective: Objective) -> Iterator[str]:
@@ -226,6 +228,16 @@ def _check_weights(path: str, cfg: DictConfig) -> Iterator[str]:
         for key, weight in select_settings(cfg, f"data.{split}.*.loss_weight"):
             if weight not in (None, 1):
                 yield f"{key}: {weight} {counts} 1, or leave it out."
+
+
+def _check_weight_rules(path: str, cfg: DictConfig, rules: Sequence[str]) -> Iterator[str]:
+    """A loss that reads the weights of tokens, such as log-likelihoods of answers, is not given scaled ones."""
+    if cfg.batch.normalize not in rules:
+        yield f"batch.normalize: {cfg.batch.normalize} scales the weights that {path} sums. Allowed: {', '.join(rules)}."
+    for split in ("train", "val"):
+        for key, weight in select_settings(cfg, f"data.{split}.*.loss_weight"):
+            if weight not in (None, 1):
+                yield f"{key}: {weight} scales the weights that {path} sums. Allowed: 1, or leave it out."
 
 
 def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:
