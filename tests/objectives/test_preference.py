@@ -1,14 +1,14 @@
 """DirectPreference: losses, rewards and gradients are TRL's, and the same however a step is cut, packed or chunked.
 
-`golden/preference.*` holds what `DPOTrainer` of TRL 1.16.0 computed of a tiny Llama; `golden/make_preference.py` made it.
+`golden/preference.*` holds what `DPOTrainer` of TRL 1.16.0 computed of a tiny Llama; `make_preference.py` made it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 

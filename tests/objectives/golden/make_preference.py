@@ -1,4 +1,4 @@
-"""Writes `preference.safetensors` and `preference.json`: what TRL's `DPOTrainer` computes of a tiny Llama and four pairs.
+"""Writes `preference.safetensors` and `preference.json`: what TRL's `DPOTrainer` computes of a tiny Llama and 4 pairs.
 
 TRL is not installed here; it and what it imports are put aside once, and nothing else reads them:
 
