@@ -4,7 +4,6 @@ objective reads in place of a reference model (`objective.dpo.reference_columns`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
