@@ -232,12 +232,13 @@ def _check_weights(path: str, cfg: DictConfig) -> Iterator[str]:
 
 def _check_weight_rules(path: str, cfg: DictConfig, rules: Sequence[str]) -> Iterator[str]:
     """A loss that reads the weights of tokens, such as log-likelihoods of answers, is not given scaled ones."""
+    scales = f"scales the weights that {path} sums. Allowed:"
     if cfg.batch.normalize not in rules:
-        yield f"batch.normalize: {cfg.batch.normalize} scales the weights that {path} sums. Allowed: {', '.join(rules)}."
+        yield f"batch.normalize: {cfg.batch.normalize} {scales} {', '.join(rules)}."
     for split in ("train", "val"):
         for key, weight in select_settings(cfg, f"data.{split}.*.loss_weight"):
             if weight not in (None, 1):
-                yield f"{key}: {weight} scales the weights that {path} sums. Allowed: 1, or leave it out."
+                yield f"{key}: {weight} {scales} 1, or leave it out."
 
 
 def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:

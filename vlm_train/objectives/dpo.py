@@ -28,8 +28,8 @@ SMOOTHED = ("sigmoid", "sigmoid_norm", "robust")
 class DirectPreference(Objective):
     """Losses of pairs of answers. The reward of an answer is beta (log p - log p of the reference).
 
-    Every loss is a sum over samples, so neither micro-batches, packing nor ranks change it. What MPO and LLaVA-OneVision
-    add as a third loss, next-token loss on the chosen answers, is the objective `lm` beside this one: it reads the same
+    Every loss is a sum over samples, so neither micro-batches, packing nor ranks change it. What MPO and
+    LLaVA-OneVision add, next-token loss on the chosen answers, is `LanguageModeling` beside this one: it reads the same
     pass of the model, and divides by the tokens of the whole step, as TRL's `sft` does within its micro-batch.
 
     A token counts with its loss weight. batch.normalize=token, which is required, leaves it 1; segments that the data
@@ -77,6 +77,7 @@ class DirectPreference(Objective):
         _check_tokens(gamma, chunk, chunks)
         _check_reference(reference_free, reference_columns)
         self.beta, self.label_smoothing, self.weights = beta, label_smoothing, dict(zip(loss_type, weights))
+        self.chunks = chunks
         self.reading: dict[str, Any] = {"gamma": gamma, "chunk": chunk, "chunks": chunks}
         self.reference_free, self.columns = reference_free, tuple(reference_columns)
         self.needs_reference = not (reference_free or self.columns)
