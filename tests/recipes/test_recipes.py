@@ -148,7 +148,8 @@ PERCEPTIONLM = {
 # internvl_chat/shell/internvl2.0_mpo/preference_optimization/*.sh, and internvl_chat_gpt_oss/shell/internvl3_5_qwen3/
 # internvl3_5_2b_mpo.sh with internvl_chat_gpt_oss/internvl/train/internvl_chat_mpo.py of github.com/OpenGVLab/InternVL.
 PREFERENCE = {
-    # recipe: (rate, weight decay, warm-up, samples a step, epochs, steps, length, frozen, drop path, losses, strategy)
+    # recipe: (rate, weight decay, warm-up, samples a step, epochs, steps of a run, length, frozen, drop path, losses,
+    # strategy). A pass over MMPR: 3 million pairs.
     "llava15_dpo": (5e-7, 0.01, 0.05, 8, None, 2672, 2048, ["vision"], 0.0, {"sigmoid": 1.0}, "zero2"),
     "llava_onevision_dpo": (5e-7, 0.0, 0.1, 64, 1, None, 32768, [], 0.0, {"sigmoid": 1.0, "sft": 1.0}, "zero3"),
     "internvl2_mpo": (
@@ -308,7 +309,9 @@ def test_preference_tuning_says_what_was_published(name: str) -> None:
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.lr_schedule.warmup_ratio) == (lr, decay, warmup)
     assert (cfg.batch.samples, cfg.batch.tokens, cfg.batch.normalize) == (samples, None, "token")
     assert (cfg.trainer.epochs, cfg.trainer.max_steps) == (epochs, steps)
-    assert (cfg.data.max_length, cfg.data.pack, cfg.data.rejected) == (length, None, True)
+    assert (cfg.data.max_length, cfg.data.pack, cfg.data.rejected, len(cfg.data.train)) == (length, None, True, 1)
+    of_pairs = {"rlaif_v", "preference_pairs"} if steps or name.startswith("llava") else {"mmpr"}
+    assert Path(cfg.data.train[0].shards).parent.name in of_pairs
     assert (cfg.get("vision").get("drop_path", 0.0), cfg.reference.model) == (drop_path, "start")
     assert cfg.params.get("decay_norms_and_biases", False) == name.startswith("internvl")
     objectives = build_objectives(cfg)

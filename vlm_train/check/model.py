@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines.nearest import did_you_mean
-from data_pipelines.shards.columns import COLUMNS, read_manifest
 from vlm_train.build import build_evaluators, build_objectives
+from vlm_train.check.columns import check_columns_beside
 from vlm_train.check.settings import count_processes, packed_row_length, select_settings
 from vlm_train.check.strategies import shards_weights
 from vlm_train.config.resolve import resolve_key
@@ -121,7 +120,7 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
             yield f"{path}: reads the stream {stream!r}.{did_you_mean(stream, allowed)} Allowed: {', '.join(allowed)}."
     if objective.needs_reference and cfg.reference.model is None:
         yield f"{path}: compares with a reference model. Use reference.model=start, or a run folder."
-    yield from _check_columns(path, cfg, getattr(objective, "columns", ()))
+    yield from check_columns_beside(path, cfg, objective)
     if objective.needs_whole_step:
         yield from _check_whole_step(path, cfg)
     if objective.needs_whole_step and objective.normalized_by == "samples":
@@ -186,19 +185,6 @@ def learned_streams(cfg: DictConfig, model: Family) -> list[str]:
     """The streams with labels: the model's, and the rejected answers where the data has them."""
     rejected = [REJECTED] if cfg.data.get("rejected") else []
     return [name for name, alignment in model.streams.items() if alignment != "none"] + rejected
-
-
-def _check_columns(path: str, cfg: DictConfig, columns: Sequence[str]) -> Iterator[str]:
-    """Every shard set of the run has the columns beside it that an objective reads."""
-    for split in ("train", "val") if columns else ():
-        for index, entry in enumerate(resolve_key(cfg.data, split) or []):
-            where = f"data.{split}.{index}.columns"
-            if (folder := entry.get("columns")) is None:
-                yield f"{path}: reads the columns {', '.join(columns)}. Set {where}=<folder>; it is not given."
-            elif (Path(folder) / COLUMNS).is_file():  # a missing one is told with the other missing files
-                names = read_manifest(Path(folder), where).names
-                for name in (name for name in columns if name not in names):
-                    yield f"{path}: reads the column {name!r}. {where}: {folder} has {', '.join(names)}."
 
 
 def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:

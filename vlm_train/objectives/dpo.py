@@ -77,7 +77,7 @@ class DirectPreference(Objective):
         _check_tokens(gamma, chunk, chunks)
         _check_reference(reference_free, reference_columns)
         self.beta, self.label_smoothing, self.weights = beta, label_smoothing, dict(zip(loss_type, weights))
-        self.chunks = chunks
+        self.gamma, self.chunks = gamma, chunks
         self.reading: dict[str, Any] = {"gamma": gamma, "chunk": chunk, "chunks": chunks}
         self.reference_free, self.columns = reference_free, tuple(reference_columns)
         self.needs_reference = not (reference_free or self.columns)

@@ -115,7 +115,7 @@ def test_columns_stand_for_a_live_reference(data: Path, whole: dict[str, Path], 
     data = make_data(tmp_path / "data", rejected=True)
     settings = [*SGD, "batch.micro=4", "trainer.val_every=3", "objective.dpo.gamma=2"]
     live = train(job("mpo", data, tmp_path, "live", *settings, f"reference.model={whole['dpo']}"))
-    columns = score(whole["dpo"], data)
+    columns = score(whole["dpo"], data, "columns.gamma=2")
     read = train(job("mpo", data, tmp_path, "read", *settings, *columns))
     for split in ("train", "val"):
         for row, same in zip(lines(live, split), lines(read, split), strict=True):
@@ -125,6 +125,56 @@ def test_columns_stand_for_a_live_reference(data: Path, whole: dict[str, Path], 
     for name, tensor in weights.items():
         assert (tensor - others[name]).abs().max() <= 1e-6 * tensor.abs().max() + 1e-9, name
     assert lines(live)[0]["sigmoid_loss"] != pytest.approx(math.log(2), abs=1e-4)  # the teacher has learned
+
+
+def test_columns_of_other_settings_are_refused(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data(tmp_path / "data", rejected=True)
+    columns = score(whole["dpo"], data)
+    run = job("dpo", data, tmp_path, "run", "batch.micro=4", *columns)
+    assert cli.main([*run, "dry_run=true"]) == 0
+    for setting, said in (
+        ("objective.dpo.gamma=1", "columns.gamma (None)"),
+        ("data.max_length=40", "data.max_length (512)"),
+        ("template=chatml", "template"),
+        ("image=pad", "image"),
+    ):
+        assert cli.main([*run, setting]) == 2
+        error = capsys.readouterr().err
+        assert f"data.train.0.columns: {data}/tiny/train.columns/answers was computed with another {said}." in error
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "batch.normalize=sample",
+            "batch.normalize: sample scales the weights that objective.dpo sums. Allowed: token.",
+        ),
+        ("+data.train.0.loss_weight=2", "data.train.0.loss_weight: 2 scales the weights that objective.dpo sums."),
+        ("data.rejected=false", "objective.dpo: reads the stream 'rejected'."),
+        ("reference.model=null", "objective.dpo: compares with a reference model. Use reference.model=start"),
+        ("objective.dpo.beta=0", "objective.dpo.beta: got 0; allowed: above 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    setting: str, said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*job("dpo", data, tmp_path, "run"), setting]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_answers_have_no_captions(whole: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored = ["mode=score", f"run={whole['dpo']}", f"columns.shards={data}/tiny/train"]
+    assert cli.main([*scored, "columns.scores=answers", "columns.captions=x"]) == 2
+    assert "columns.scores=answers scores no captions" in capsys.readouterr().err
+    assert cli.main([*scored, "columns.scores=answer"]) == 2
+    assert "columns.scores: got 'answer'. Did you mean" in capsys.readouterr().err
+    assert cli.main([*scored, "columns.scores=answers", "columns.gamma=0"]) == 2
+    assert "columns.gamma: expected a number > 0, got 0" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")
