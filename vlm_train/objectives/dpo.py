@@ -41,7 +41,7 @@ class DirectPreference(Objective):
             ericmitchell.ai/cdpo.pdf), `robust` subtracts them (Chowdhury et al. 2024, arXiv 2403.00409).
         loss_type: what is learned. `sigmoid`: -log sigmoid of the margin between the rewards; `sigmoid_norm`: of
             log-likelihoods divided by their answer's length; `robust`; `bco_pair`: a chosen reward is above 0 and a
-            rejected one below (without BCO's running mean of rewards, as in TRL from 1.0 on).
+            rejected one below (without BCO's running mean of rewards, as in TRL 1.16).
         loss_weights: factor of every loss in the total; empty: 1 each.
         gamma: weight of tokens in segments that the data weighs (RLHF-V: 5); 1: plain DPO; None: the data's weights.
         reference_free: compare with nothing: the reference gives every answer the same likelihood.
@@ -90,7 +90,7 @@ class DirectPreference(Objective):
         found = self._compute_losses(ratios, [length for _, length in answers])
         count = ratios[0].new_tensor(float(len(ratios[0])))
         metrics = self._describe_rewards([ratio.detach() for ratio in ratios], [own.detach() for own, _ in answers])
-        losses = {}
+        losses: dict[str, Loss] = {}
         for name, each in found.items():
             pairs = torch.stack([each.detach(), torch.ones_like(each)], dim=1)
             sources = sum_samples_by_source(batch, pairs)
