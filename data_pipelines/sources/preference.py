@@ -1,8 +1,10 @@
-"""Preference pairs: a question about an image, a chosen and a rejected answer.
+"""Preference pairs: a question about an image, or several, a chosen and a rejected answer.
 
 RLHF-V-Dataset (huggingface.co/datasets/openbmb/RLHF-V-Dataset, CC BY-NC 4.0): parquet with `ds_name`, `image`
 ({bytes, path}), `text` (JSON with question, chosen, rejected), `origin_dataset`, `origin_split`, `idx`, `image_path`.
-RLAIF-V-Dataset has question, chosen and rejected as columns; so have pairs of one's own, with `image` as a path.
+RLAIF-V-Dataset has question, chosen and rejected as columns; so have pairs of one's own, with `image` as a path, and
+MMPR (huggingface.co/datasets/OpenGVLab/MMPR): jsonl files in which `image` may be a list, and `<image>` in the question
+marks their places.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.inputs.files import MediaFolder, parse_json
 from data_pipelines.sample import Annotation, Sample, Text, Turn
 from data_pipelines.sources import FileSource
+from data_pipelines.sources.common.conversations import IMAGE, make_dialogue
 from data_pipelines.sources.common.samples import make_exchange, make_sample
 
 FIELDS = ("question", "chosen", "rejected")
@@ -58,16 +61,20 @@ class PreferencePairs(FileSource):
         for name in FIELDS:
             if not isinstance(pair[name], str) or not pair[name].strip():
                 raise BadSample(f"{name} is empty or no text")
-        image = record.get("image") or None
-        annotation = self._make_annotation(*(pair[name].strip() for name in FIELDS), shown=image is not None)
+        image = record.get("image") or []
+        images = image if isinstance(image, list) else [image]
+        annotation = self._make_annotation(*(pair[name].strip() for name in FIELDS), images=len(images))
         meta = {name: record[name] for name in ORIGIN if name in record}
-        blobs = [] if image is None else [self._read_image(image)]
+        blobs = [self._read_image(image) for image in images]
         return make_sample(self, f"{i:07d}-{record.get('idx', '')}", blobs, [annotation], meta)
 
-    def _make_annotation(self, ask: str, chosen: str, rejected: str, *, shown: bool) -> Annotation:
+    def _make_annotation(self, ask: str, chosen: str, rejected: str, *, images: int) -> Annotation:
         if chosen == rejected:
             raise BadSample("the chosen answer is the rejected one")
-        made = make_exchange(ask, chosen, items=(0,) if shown else (), rejected=rejected)
+        made = make_exchange(ask, chosen, items=range(images), rejected=rejected)
+        if IMAGE in ask:
+            said = [{"from": "human", "value": ask}, {"from": "gpt", "value": chosen}]
+            made = replace(made, turns=make_dialogue({"conversations": said}, images=images).turns)
         if self.changed_weight == 1.0:
             return made
         better, worse = find_changed_spans(chosen, rejected)

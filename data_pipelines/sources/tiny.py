@@ -1,4 +1,5 @@
-"""Made pictures for `size=tiny`: a coloured shape each, with a question that asks for both and one for the colour."""
+"""Made pictures for `size=tiny`: a coloured shape each, with a question that asks for both and one for the colour; each
+has a rejected answer, too, with another colour, for recipes that learn from pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ SIZE = (48, 40)  # width, height
 
 
 class Tiny(ListSource):
-    """`count` samples with one picture and two independent annotations; equal on every machine.
+    """`count` samples with one picture and two independent annotations, each a pair; equal on every machine.
 
     Sample n of a split is the same whatever `count` is.
     """
@@ -39,8 +40,9 @@ class Tiny(ListSource):
         color, shape = COLORS[draw[0] % len(COLORS)], SHAPES[draw[1] % len(SHAPES)]
         thing = Thing(color=color, shape=shape, left=draw[2] % 20, top=draw[3] % 16, side=12 + draw[4] % 12)
         blob = encode_png(draw_picture([thing], SIZE))
+        wrong = COLORS[(draw[0] + 1) % len(COLORS)]
         annotations = [
-            make_exchange("What is in the picture?", f"a {color} {shape}"),
-            make_exchange(f"Which colour is the {shape}?", color),
+            make_exchange("What is in the picture?", f"a {color} {shape}", rejected=f"a {wrong} {shape}"),
+            make_exchange(f"Which colour is the {shape}?", color, rejected=wrong),
         ]
         return make_sample(self, f"{self.split}-{i:05d}", [blob], annotations, {"color": color, "shape": shape})

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines.sample import Annotation, Media, MediaItem, Sample, Text, Turn
-from vlm_train.build import build_assembly, build_images, build_lr_schedule, build_model
+from vlm_train.build import build_assembly, build_images, build_lr_schedule, build_model, build_objectives
 from vlm_train.check.check import check_config
 from vlm_train.config.compose import compose_config, compose_tiny
 from vlm_train.config.folders import config_dir, recipes_dir
@@ -144,9 +144,25 @@ PERCEPTIONLM = {
     "perceptionlm_8b_stage3": (1e-5, 0.05, 120, 1024, 2, 21_000, 11520, 36, 32, 2, 47),
 }
 
+# script/train/llava15_train.sh of github.com/RLHF-V/RLAIF-V; scripts/train/dpo_ov7b.sh of LLaVA-VL/LLaVA-NeXT there;
+# internvl_chat/shell/internvl2.0_mpo/preference_optimization/*.sh, and internvl_chat_gpt_oss/shell/internvl3_5_qwen3/
+# internvl3_5_2b_mpo.sh with internvl_chat_gpt_oss/internvl/train/internvl_chat_mpo.py of github.com/OpenGVLab/InternVL.
+PREFERENCE = {
+    # recipe: (rate, weight decay, warm-up, samples a step, epochs, steps of a run, length, frozen, drop path, losses,
+    # strategy). A pass over MMPR: 3 million pairs.
+    "llava15_dpo": (5e-7, 0.01, 0.05, 8, None, 2672, 2048, ["vision"], 0.0, {"sigmoid": 1.0}, "zero2"),
+    "llava_onevision_dpo": (5e-7, 0.0, 0.1, 64, 1, None, 32768, [], 0.0, {"sigmoid": 1.0, "sft": 1.0}, "zero3"),
+    "internvl2_mpo": (
+        5e-6, 0.05, 0.03, 256, 1, None, 6144, [], 0.1, {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, "zero1",
+    ),
+    "internvl35_mpo": (
+        2e-7, 0.05, 0.03, 256, 1, None, 16384, [], 0.0, {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, "zero3",
+    ),
+}  # fmt: skip
+
 
 def test_there_are_recipes() -> None:
-    newer = {*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2, *PERCEPTIONLM}
+    newer = {*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2, *PERCEPTIONLM, *PREFERENCE}
     assert {*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, *TWO_TOWERS, *QFORMER_LINE, *BLIP} | newer < set(RECIPES)
     assert {"llava1", "llava15", "llava15_13b", "easyvqa"} <= set(SCHEDULES)
 
@@ -167,7 +183,7 @@ def test_is_a_short_list_of_deltas(path: Path) -> None:
     "name",
     sorted(
         [*PUBLISHED, *TILED, *INTERNVL, *QWEN_VL, "nanovlm", "tiled_gpt4v_style", *TWO_TOWERS, *QFORMER_LINE]
-        + [*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2, *PERCEPTIONLM]
+        + [*INTERNVL2, *QWEN2_VL, *ONEVISION_15, *MOLMO2, *PERCEPTIONLM, *PREFERENCE]
     ),
 )
 def test_every_number_names_its_source(name: str) -> None:
@@ -283,6 +299,27 @@ def test_internvl2_says_what_was_published(name: str) -> None:
     assert (cfg.image.max_tiles, cfg.image.thumbnail, cfg.batch.normalize) == (6, True, "token")
     assert cfg.template == OmegaConf.load(config_dir() / "template" / "internlm2_chat.yaml")
     assert {cfg.get("vision").weights, cfg.connector.weights} == {cfg.llm.weights} and cfg.init_from == []
+
+
+@pytest.mark.parametrize("name", sorted(PREFERENCE))
+def test_preference_tuning_says_what_was_published(name: str) -> None:
+    cfg = compose_config([f"recipe={name}"])
+    lr, decay, warmup, samples, epochs, steps, length, frozen, drop_path, losses, strategy = PREFERENCE[name]
+    assert list_rates(cfg) == {part: None if part in frozen else lr for part in PARTS}
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.lr_schedule.warmup_ratio) == (lr, decay, warmup)
+    assert (cfg.batch.samples, cfg.batch.tokens, cfg.batch.normalize) == (samples, None, "token")
+    assert (cfg.trainer.epochs, cfg.trainer.max_steps) == (epochs, steps)
+    assert (cfg.data.max_length, cfg.data.pack, cfg.data.rejected, len(cfg.data.train)) == (length, None, True, 1)
+    of_pairs = {"rlaif_v", "preference_pairs"} if steps or name.startswith("llava") else {"mmpr"}
+    assert Path(cfg.data.train[0].shards).parent.name in of_pairs
+    assert (cfg.get("vision").get("drop_path", 0.0), cfg.reference.model) == (drop_path, "start")
+    assert cfg.params.get("decay_norms_and_biases", False) == name.startswith("internvl")
+    objectives = build_objectives(cfg)
+    found = dict(objectives["dpo"].weights) | ({"sft": objectives["sft"].weight} if "sft" in objectives else {})
+    assert found == losses and (objectives["dpo"].beta, objectives["dpo"].label_smoothing) == (0.1, 0.0)
+    assert cfg.strategy == compose_config([f"recipe={name}", f"strategy={strategy}"]).strategy
+    if strategy == "zero3":  # else ranks with answers of other lengths would wait for each other
+        assert all(objective.chunks for objective in objectives.values())
 
 
 @pytest.mark.parametrize("name", sorted(QWEN2_VL))

@@ -20,15 +20,15 @@ from vlm_train.config.folders import recipes_dir
 
 RECIPES = sorted(path.stem for path in (recipes_dir() / "recipe").glob("*.yaml"))
 FEW = (
-    "blip_base", "blip2_stage1", "blip2_stage2_flant5", "clip_vitb32", "internvl25_2b", "llava15_lora",
-    "llava_onevision_7b", "minigpt4_stage2", "molmo2_4b", "qwen25_vl_3b",
+    "blip_base", "blip2_stage1", "blip2_stage2_flant5", "clip_vitb32", "internvl25_2b", "internvl35_mpo",
+    "llava15_lora", "llava_onevision_7b", "minigpt4_stage2", "molmo2_4b", "qwen25_vl_3b",
 )  # fmt: skip
 """One of each family; the others are slow tests."""
 SCHEDULES = sorted(path.stem for path in (recipes_dir() / "schedule").glob("*.yaml"))
 
 
 def sample(number: int, kind: str) -> tuple[Sample, list[bytes]]:
-    """A conversation of two questions, a text-only one, or a caption."""
+    """A conversation of two questions with worse answers, a text-only one, or a caption."""
     file = io.BytesIO()
     Image.new("RGB", (40, 30), (9 * number, 90, 200)).save(file, "PNG")
     blobs = [] if kind == "text" else [file.getvalue()]
@@ -38,7 +38,8 @@ def sample(number: int, kind: str) -> tuple[Sample, list[bytes]]:
     else:
         show = () if kind == "text" else (Media(item=0),)
         ask = Turn(role="user", parts=(*show, Text(text="What is it?")))
-        annotations = (Annotation(turns=(ask, answer)), Annotation(turns=(ask, answer)))
+        worse = Turn(role="assistant", parts=(Text(text=f"no shape, or number {number + 1}"),))
+        annotations = (Annotation(turns=(ask, answer), rejected=worse),) * 2
     media = tuple(image_item(i, blob) for i, blob in enumerate(blobs))
     return Sample(key=f"{kind}-{number:02d}", media=media, annotations=annotations, source=kind), blobs
 

@@ -15,6 +15,7 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "reference.which": ("last", "best"),
     "reference.init_from.*.which": ("last", "best"),
     "columns.which": ("last", "best"),
+    "columns.scores": ("captions", "answers"),
     "trainer.guard.random_frozen": ("refuse", "warn", "allow"),
 }
 
@@ -43,6 +44,7 @@ RANGES: dict[str, str] = {
     "lr_schedule.factor": "> 0, <= 1",
     "trainer.threads": ">= 1",
     "columns.batch": ">= 1",
+    "columns.gamma": "> 0",
     "columns.max_new_tokens": ">= 1",
     "columns.min_new_tokens": ">= 0",
     "columns.part": ">= 0",

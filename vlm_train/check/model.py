@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipelines.nearest import did_you_mean
-from data_pipelines.shards.columns import COLUMNS, read_manifest
 from vlm_train.build import build_evaluators, build_objectives
+from vlm_train.check.columns import check_columns_beside
 from vlm_train.check.settings import count_processes, packed_row_length, select_settings
 from vlm_train.check.strategies import shards_weights
 from vlm_train.config.resolve import resolve_key
@@ -121,11 +120,13 @@ def check_objective(path: str, cfg: DictConfig, model: Family, objective: Object
             yield f"{path}: reads the stream {stream!r}.{did_you_mean(stream, allowed)} Allowed: {', '.join(allowed)}."
     if objective.needs_reference and cfg.reference.model is None:
         yield f"{path}: compares with a reference model. Use reference.model=start, or a run folder."
-    yield from _check_columns(path, cfg, getattr(objective, "columns", ()))
+    yield from check_columns_beside(path, cfg, objective)
     if objective.needs_whole_step:
         yield from _check_whole_step(path, cfg)
     if objective.needs_whole_step and objective.normalized_by == "samples":
         yield from _check_weights(path, cfg)
+    if rules := getattr(objective, "weight_rules", ()):
+        yield from _check_weight_rules(path, cfg, rules)
 
 
 def _check_declarations(path: str, objective: Objective) -> Iterator[str]:
@@ -186,19 +187,6 @@ def learned_streams(cfg: DictConfig, model: Family) -> list[str]:
     return [name for name, alignment in model.streams.items() if alignment != "none"] + rejected
 
 
-def _check_columns(path: str, cfg: DictConfig, columns: Sequence[str]) -> Iterator[str]:
-    """Every shard set of the run has the columns beside it that an objective reads."""
-    for split in ("train", "val") if columns else ():
-        for index, entry in enumerate(resolve_key(cfg.data, split) or []):
-            where = f"data.{split}.{index}.columns"
-            if (folder := entry.get("columns")) is None:
-                yield f"{path}: reads the columns {', '.join(columns)}. Set {where}=<folder>; it is not given."
-            elif (Path(folder) / COLUMNS).is_file():  # a missing one is told with the other missing files
-                names = read_manifest(Path(folder), where).names
-                for name in (name for name in columns if name not in names):
-                    yield f"{path}: reads the column {name!r}. {where}: {folder} has {', '.join(names)}."
-
-
 def _check_whole_step(path: str, cfg: DictConfig) -> Iterator[str]:
     """Samples that are contrasted with each other cannot be packed, or cut into micro-batches."""
     world = cfg.target.gpus if cfg.dry_run else count_processes(cfg)
@@ -226,6 +214,17 @@ def _check_weights(path: str, cfg: DictConfig) -> Iterator[str]:
         for key, weight in select_settings(cfg, f"data.{split}.*.loss_weight"):
             if weight not in (None, 1):
                 yield f"{key}: {weight} {counts} 1, or leave it out."
+
+
+def _check_weight_rules(path: str, cfg: DictConfig, rules: Sequence[str]) -> Iterator[str]:
+    """A loss that reads the weights of tokens, such as log-likelihoods of answers, is not given scaled ones."""
+    scales = f"scales the weights that {path} sums. Allowed:"
+    if cfg.batch.normalize not in rules:
+        yield f"batch.normalize: {cfg.batch.normalize} {scales} {', '.join(rules)}."
+    for split in ("train", "val"):
+        for key, weight in select_settings(cfg, f"data.{split}.*.loss_weight"):
+            if weight not in (None, 1):
+                yield f"{key}: {weight} {scales} 1, or leave it out."
 
 
 def check_single_numbers(cfg: DictConfig, model: Family) -> Iterator[str]:

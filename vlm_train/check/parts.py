@@ -128,6 +128,8 @@ def check_columns(cfg: DictConfig) -> Iterator[str]:
         yield f"columns.shards is missing: mode={cfg.mode} needs columns.shards=<shard set>."
     if cfg.mode == "caption" and cfg.columns.captions:
         yield "columns.captions: only mode=score reads captions of other columns; leave it out."
+    if cfg.columns.scores == "answers" and cfg.columns.captions:
+        yield "columns.captions: columns.scores=answers scores no captions; leave one of them out."
     if not 0 <= cfg.columns.part < cfg.columns.parts:
         yield f"columns.part: got {cfg.columns.part} with columns.parts={cfg.columns.parts}; allowed: 0 to parts - 1."
 

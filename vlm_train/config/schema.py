@@ -153,6 +153,8 @@ class Columns:
 
     shards: str | None = None  # the shard set
     output: str | None = None  # folder of the columns; null: <shards>.columns/<mode>
+    scores: str = "captions"  # mode=score: how well captions fit, or log-likelihoods of pairs of answers: "answers"
+    gamma: float | None = None  # scores=answers: weight of tokens in weighed segments; as objective.dpo.gamma
     captions: str | None = None  # mode=score: the columns whose captions take the place of the samples' own
     which: str = "last"  # weights: last | best
     batch: int = 64  # pairs a call of the model

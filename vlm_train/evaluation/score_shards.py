@@ -1,5 +1,7 @@
 """`mode=caption` and `mode=score`: what a run's model says of a shard set, as columns that `data_pipelines` filters by.
 
+What it says of pairs of answers, which training reads, is in `score_answers`.
+
 A shard is the unit of work: after an interruption the same command goes on with those that have no columns yet.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """A usable sample: its key, its image as the model sees it, and its prompt, or every caption of it."""
+    """A usable sample: its key, its media as the model sees them, and its prompt, or every text that is scored."""
 
     key: str
     views: MediaViews
@@ -60,13 +63,14 @@ def write_captions(cfg: DictConfig) -> dict[str, Any]:
         return [processor.render(sample, RenderOptions(annotations="first", generation=True))]
 
     def caption_rows(assembly: Assembly, shown: Sequence[Shown]) -> list[Row]:
-        model, processor = _require_methods(assembly, (Generates,), cfg.mode), assembly.processor
+        model, processor = require_methods(assembly, (Generates,), cfg.mode), assembly.processor
         batch = _collate_items(assembly, [(one.texts[0], one.views) for one in shown])
         ids = model.generate(batch, eos_ids=processor.end_ids, **given)
         found = [processor.decode_answer(row) for row in ids.tolist()]
         return [{"key": one.key, "caption": text.strip()} for one, text in zip(shown, found, strict=True)]
 
-    return _write_columns(cfg, ("caption",), {"seed": cfg.seed, **given}, render_prompts, caption_rows)
+    about = {"seed": cfg.seed, **given}
+    return write_columns(cfg, ("caption",), about, partial(_show_caption, render_prompts), caption_rows)
 
 
 def score_captions(cfg: DictConfig) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def score_captions(cfg: DictConfig) -> dict[str, Any]:
         return [processor.render(sample, replace(first, annotation=n)) for n in range(len(sample.annotations))]
 
     def score_rows(assembly: Assembly, shown: Sequence[Shown]) -> list[Row]:
-        model = _require_methods(assembly, (AlignsPairs, MatchesPairs), cfg.mode)
+        model = require_methods(assembly, (AlignsPairs, MatchesPairs), cfg.mode)
         found: list[Row] = [{"key": one.key, "match": [], "similarity": []} for one in shown]
         pairs = [(row, text, one.views) for row, one in zip(found, shown, strict=True) for text in one.texts]
         for start in range(0, len(pairs), cfg.columns.batch):
@@ -89,7 +93,7 @@ def score_captions(cfg: DictConfig) -> dict[str, Any]:
                 row["similarity"].append(similarity)
         return found
 
-    return _write_columns(cfg, ("match", "similarity"), {}, render_captions, score_rows)
+    return write_columns(cfg, ("match", "similarity"), {}, partial(_show_caption, render_captions), score_rows)
 
 
 def _score_pairs(model: Any, batch: Batch) -> tuple[list[float], list[float]]:
@@ -102,14 +106,30 @@ def _score_pairs(model: Any, batch: Batch) -> tuple[list[float], list[float]]:
     return logits.float().softmax(dim=-1)[:, 1].tolist(), cosines.float().tolist()
 
 
-def _write_columns(
+def _show_caption(
+    texts: Callable[[Processor, Sample], list[TokenizedSample]],
+    processor: Processor,
+    sample: Sample,
+    blobs: Sequence[bytes],
+) -> Shown:
+    """A sample that is one image with captions. Raises `BadSample` for others."""
+    if len(sample.media) != 1 or sample.media[0].kind != "image":
+        raise BadSample(f"{len(sample.media)} media items; a caption is about one image", kind="media")
+    return Shown(sample.key, processor.make_views(blobs, media=sample.media), texts(processor, sample))
+
+
+def write_columns(
     cfg: DictConfig,
     names: Sequence[str],
     about: dict[str, Any],
-    texts: Callable[[Processor, Sample], list[TokenizedSample]],
+    show: Callable[[Processor, Sample, Sequence[bytes]], Shown],
     rows: Callable[[Assembly, Sequence[Shown]], list[Row]],
 ) -> dict[str, Any]:
-    """Write the columns `names` of all shards that have none: `texts` of every sample, and `rows` of some."""
+    """Write the columns `names` of all shards that have none: `show` makes every sample ready, `rows` scores some.
+
+    Args:
+        about: what the values depend on besides the run, its weights, template and image plan.
+    """
     from vlm_train.build import build_assembly
     from vlm_train.checkpoint.weights import load_run_weights
 
@@ -134,9 +154,8 @@ def _write_columns(
             for shard in missing:
                 _seed_generation(derive_seed(cfg.seed, "columns", shard))
                 found: list[Row] = []
-                for shown in _group_samples(
-                    assembly.processor, shards, shard, captions, texts, cfg.columns.batch, unusable
-                ):
+                prepare = partial(show, assembly.processor)
+                for shown in _group_samples(shards, shard, captions, prepare, cfg.columns.batch, unusable):
                     found += rows(assembly, shown)
                     step(len(shown))
                 writer.write_rows(shard, found)
@@ -158,6 +177,8 @@ def output_of(cfg: DictConfig) -> Path:
     if "://" in columns.shards:
         raise ConfigError(f"columns.output is missing: {columns.shards} is remote, so columns need a folder.")
     name = f"score-{Path(columns.captions).name}" if columns.captions else cfg.mode
+    if cfg.mode == "score" and columns.scores == "answers":
+        name = "answers"
     return Path(f"{columns.shards.rstrip('/')}.columns") / name
 
 
@@ -174,7 +195,7 @@ def _describe_model(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _require_methods(assembly: Assembly, needs: tuple[type, ...], mode: str) -> Any:
+def require_methods(assembly: Assembly, needs: tuple[type, ...], mode: str) -> Any:
     """The model, which offers all of `needs`."""
     if missing := [name for protocol in needs for name in missing_members(assembly.model, protocol)]:
         raise ConfigError(
@@ -198,25 +219,23 @@ def _seed_generation(seed: int) -> None:
 
 
 def _group_samples(
-    processor: Processor,
     shards: ShardSet,
     shard: int,
     captions: Columns | None,
-    texts: Callable[[Processor, Sample], list[TokenizedSample]],
+    prepare: Callable[[Sample, Sequence[bytes]], Shown],
     size: int,
     unusable: Unusable,
 ) -> Iterator[list[Shown]]:
-    """The usable samples of a shard, at most `size` at a time, with the captions that they are looked at with."""
+    """The usable samples of a shard, at most `size` at a time, made ready with the captions that take their own's
+    place."""
     first = int(shards.shard_starts[shard])
     group: list[Shown] = []
     for number in range(first, first + shards.manifest.shards[shard].samples):
         with unusable.catch_bad_sample(number):
             sample, blobs = shards.load_sample(number)
-            if len(sample.media) != 1 or sample.media[0].kind != "image":
-                raise BadSample(f"{len(sample.media)} media items; a caption is about one image", kind="media")
             if captions is not None:
                 sample = with_caption(sample, str(captions.read_row(number).get("caption") or ""))
-            group.append(Shown(sample.key, processor.make_views(blobs, media=sample.media), texts(processor, sample)))
+            group.append(prepare(sample, blobs))
         if len(group) == size:
             yield group
             group = []

@@ -5,20 +5,19 @@ Legend: B rows, T tokens, S supervised positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.passes import outputs_of
+from vlm_train.objectives.head import call_in_chunks
 
 
 class LanguageModeling(Objective):
@@ -71,14 +70,12 @@ class LanguageModeling(Objective):
         hidden = outputs_of(model, batch, self.stream).hidden.flatten(0, 1)[index]  # [S, D]
         labels, weights = stream.labels.flatten()[index], stream.weights.flatten()[index]
         # A batch without supervised tokens still runs the head once: its loss is 0, attached to the graph.
-        pieces = self.chunks or max(1, -(-len(index) // self.chunk))
         total = correct = squares = hidden.new_zeros((), dtype=torch.float32)
         losses = []
-        compute: Callable[..., tuple[Tensor, Tensor, Tensor]] = _token_loss
-        if torch.is_grad_enabled():
-            compute = partial(checkpoint, _token_loss, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(*(tensor.tensor_split(pieces) for tensor in (hidden, labels, weights)), strict=True):
-            loss, hits, square = compute(model, self.label_smoothing, self.z_loss, *part)
+        compute = partial(_token_loss, model, self.label_smoothing, self.z_loss)
+        for loss, hits, square in call_in_chunks(
+            compute, (hidden, labels, weights), chunk=self.chunk, chunks=self.chunks
+        ):
             total, correct, squares = total + loss.sum(), correct + hits, squares + square
             losses.append(loss.detach())
         logged = {"accuracy": (correct / max(len(index), 1)).detach()}

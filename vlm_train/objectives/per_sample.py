@@ -21,3 +21,14 @@ def sum_by_segment(batch: Batch, stream: TokenStream, index: Tensor, values: Ten
     first = (counts.cumsum(0) - counts).to(index.device, non_blocking=True)  # [B], the number of a row's first sample
     number = (first[:, None] + stream.segment_ids.long() - 1).flatten()[index]
     return values.new_zeros(sum(map(len, batch.keys))).index_add(0, number, values)
+
+
+def sum_samples_by_source(batch: Batch, values: Tensor) -> dict[str, Tensor]:
+    """Source -> `[K]`, its part of the sums of `values` `[M, K]`, one row a sample, as `Loss.sources`."""
+    of_sample = [source for row in batch.sources for source in row]
+    names = sorted(set(of_sample))
+    if len(names) < 2:
+        return {name: values.sum(dim=0) for name in names}
+    number = torch.tensor([names.index(source) for source in of_sample]).to(values.device, non_blocking=True)
+    sums = values.new_zeros(len(names), values.shape[1]).index_add_(0, number, values)
+    return dict(zip(names, sums, strict=True))

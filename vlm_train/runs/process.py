@@ -49,7 +49,7 @@ MODES = {
     "fit": "vlm_train.training.fit:fit_run",
     "eval": "vlm_train.evaluation.run:evaluate_run",
     "caption": "vlm_train.evaluation.score_shards:write_captions",
-    "score": "vlm_train.evaluation.score_shards:score_captions",
+    "score": "vlm_train.evaluation.score_answers:write_scores",
     "export": "vlm_train.export.run:export_run",
     "import": "vlm_train.export.run:import_run",
     "show": "vlm_train.runs.preview:show_sample",

@@ -67,6 +67,27 @@ def test_pairs_of_ones_own(tmp_path, picture):
     ]
 
 
+def test_tags_place_one_or_several_images(tmp_path, picture):
+    """MMPR: `<image>` in the question, and lists of images."""
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    rows = [
+        {**PAIR, "image": "0.png", "question": "<image>\nWhat is it?"},
+        {**PAIR, "image": ["0.png", "1.png"], "question": "First: <image> Second: <image> Which?"},
+        {**PAIR, "image": ["0.png"], "question": "<image> <image>?"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two, wrong = PreferencePairs(file=str(tmp_path / "pairs.jsonl"), images=str(tmp_path), changed_weight=5)
+    ask, chosen = one[0].annotations[0].turns
+    assert ask.parts[0] == Media(item=0) and ask.text.strip() == "What is it?"
+    assert chosen.parts == (Text(text="A red cat, asleep.", weights=((2, 9, 5.0),)),)
+    parts = two[0].annotations[0].turns[0].parts
+    assert [part.item for part in parts if isinstance(part, Media)] == [0, 1] and isinstance(parts[0], Text)
+    assert two[1] == [picture(0), picture(1)] and two[0].annotations[0].rejected.text == PAIR["rejected"]
+    with pytest.raises(BadSample, match="2 <image> tags in its user turns, 1 files"):
+        raise wrong
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -18,14 +18,12 @@ Made = TypeVar("Made")
 
 
 def outputs_of(model: Any, batch: Batch, stream: str) -> Outputs:
-    """`model(batch, stream)` as `Outputs`. A pass that gives auxiliary values is made once a batch, because one
-    objective reads its hidden states, and another one its auxiliary values."""
+    """`model(batch, stream)` as `Outputs`. A pass is made once a batch: several objectives read its hidden states, or
+    one these and another one its auxiliary values."""
     kept = (id(model), "outputs", stream, torch.is_grad_enabled(), model.plays_reference)
     if kept not in batch.shared:
         found = model(batch, stream=stream)
-        if isinstance(found, Tensor):
-            return Outputs(found, {})
-        batch.shared[kept] = found
+        batch.shared[kept] = Outputs(found, {}) if isinstance(found, Tensor) else found
     return batch.shared[kept]
 
 
