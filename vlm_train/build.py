@@ -209,6 +209,10 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
     given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
     given["patch_size"] = getattr(vision, "patch_size", None)
     given["frames_per_patch"] = getattr(vision, "frames_per_patch", 1)
+    given["processor"] = getattr(vision, "processor", None)  # that of a whole model
+    if (given["processor"] is not None) != ("processor" in wanted):
+        whole = "a whole model brings its own processor: image=library"
+        raise ConfigError(f"image: {node._target_}; {whole}; other encoders take other plans")
     given = {name: value for name, value in given.items() if name in wanted}
     return cast(ImagePlan, instantiate_part("image", node, **given))
 
