@@ -33,7 +33,9 @@ def make_processor(model: HFVLM, **options: Any) -> Processor:
     tokenizer = model.processor.tokenizer
     template: Any = LibraryTemplate()
     if not tokenizer.chat_template:
-        template = ChatTemplate(bos=True, media="front", media_suffix="", assistant_prefix="\n", assistant_suffix="{eos}")
+        template = ChatTemplate(
+            bos=False, media="front", media_suffix="", user_prefix="{bos}", assistant_prefix="\n", assistant_suffix="{eos}"
+        )
     return Processor(tokenizer=tokenizer, template=template, layout=make_layout(model, images), images=images)
 
 
@@ -64,6 +66,8 @@ def library_batch(model: HFVLM, batch: Batch, shown: Sequence[Sequence[tuple[int
     """What the model's own processor makes of the same texts and images: the text it is given is that of the batch, its
     images not expanded yet."""
     inner, tokenizer = model.processor.inner, model.processor.tokenizer
+    if not tokenizer.chat_template:
+        return _library_pairs(model, batch, shown)
     texts, images = [], []
     for row, sizes in enumerate(shown):
         real = batch.text["llm"].segment_ids[row] != 0
@@ -82,6 +86,19 @@ def library_batch(model: HFVLM, batch: Batch, shown: Sequence[Sequence[tuple[int
         return dict(inner(text=texts, images=flat or None, **options))
     except (ValueError, TypeError, IndexError):
         return dict(inner(text=texts, images=images if len(nested) < len(images) else nested, **options))
+
+
+def _library_pairs(model: HFVLM, batch: Batch, shown: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+    """The same of processors that put an image before a text by themselves, and know no conversation."""
+    images = [Image.open(io.BytesIO(encode(noise(*size)))) for ((size,),) in zip(shown, strict=True)]
+    texts = [f"What is {number}?" for number in range(len(images))]
+    answers = [f"It is number {number}." + " So." * number for number in range(len(images))]
+    options = {"images": images, "return_tensors": "pt", "padding": True, "padding_side": "right"}
+    if model.whole.config.model_type == "paligemma":
+        return dict(model.processor.inner(text=["<image>" + one for one in texts], suffix=answers, **options))
+    bos, eos = model.processor.tokenizer.bos_token, model.processor.tokenizer.eos_token
+    whole = [f"{bos}{text}\n{answer}{eos}" for text, answer in zip(texts, answers, strict=True)]
+    return dict(model.processor.inner(text=whole, **options))
 
 
 @lru_cache(maxsize=4)

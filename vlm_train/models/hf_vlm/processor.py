@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from vlm_train.config.hub_files import read_json_file
 from vlm_train.contracts.layout import MediaSize, Piece, Slot
 from vlm_train.errors import AssetError, ConfigError
 
+VIDEOS = "video_processor"
 KEPT_SIZES = 4096
 """Image sizes whose tokens are remembered: data sets repeat them."""
 
@@ -145,28 +147,46 @@ def _choose_class(source: str) -> Any:
     model_type = AutoConfig.from_pretrained(source).model_type
     name = named.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
     kind = getattr(transformers, str(name), None)
-    if kind is None or "video_processor" not in kind.get_attributes():
+    if kind is None or VIDEOS not in kind.get_attributes():
         return AutoProcessor
 
-    class FewerFiles(kind):  # type: ignore[misc]
-        """Reads all but the video processor."""
+    return without_videos(kind)
+
+
+def without_videos(kind: Any) -> Any:
+    """A processor class like `kind` that has no video processor, which cannot be made without torchvision."""
+
+    class ImagesOnly(kind):  # type: ignore[misc]
+        """Reads, holds and writes all but the video processor."""
+
+        fewer = False
 
         @classmethod
         def get_attributes(cls) -> list[str]:
-            return [one for one in kind.get_attributes() if one != "video_processor"]
-
-    class ImagesOnly(kind):  # type: ignore[misc]
-        """Has no video processor."""
+            return [one for one in kind.get_attributes() if one != VIDEOS or not cls.fewer]
 
         @classmethod
         def _get_arguments_from_pretrained(cls, *args: Any, **options: Any) -> Any:
-            return FewerFiles._get_arguments_from_pretrained(*args, **options)
+            found = _call_with_fewer(cls, super()._get_arguments_from_pretrained, *args, **options)
+            return [*found[: (place := kind.get_attributes().index(VIDEOS))], None, *found[place:]]
+
+        def save_pretrained(self, *args: Any, **options: Any) -> Any:
+            return _call_with_fewer(type(self), super().save_pretrained, *args, **options)
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return type(argument)
 
     ImagesOnly.__name__ = kind.__name__  # what saved files say
     return ImagesOnly
+
+
+def _call_with_fewer(kind: Any, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call the library while the class says that it has no videos: it counts arguments otherwise."""
+    kind.fewer = True
+    try:
+        return call(*args, **options)
+    finally:
+        kind.fewer = False
 
 
 def _expands_itself(processor: Any) -> bool:
