@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from transformers.processing_utils import ProcessorMixin
 
 from tests.support.tiny_models import llama_config
 from vlm_train.data.text.tokenizer import byte_level
@@ -199,6 +200,24 @@ def idefics(kind: str) -> Made:
     return config, processor
 
 
+class PixtralStandIn(ProcessorMixin):
+    """Pixtral's processor, whose own file cannot be imported without torchvision: the same expansion."""
+
+    def __init__(self, image_processor=None, tokenizer=None, patch_size=16, spatial_merge_size=1, chat_template=None):
+        self.patch_size, self.spatial_merge_size = patch_size, spatial_merge_size
+        self.image_token, self.image_token_id = "[IMG]", tokenizer.convert_tokens_to_ids("[IMG]")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        side = self.patch_size * self.spatial_merge_size
+        height, width = (int(one) // side for one in image_inputs["image_sizes"][image_idx])
+        rows = (["[IMG]"] * width + ["[IMG_BREAK]"]) * height
+        return "".join([*rows[:-1], "[IMG_END]"])
+
+
+tf.PixtralStandIn = PixtralStandIn
+
+
 def pixtral(kind: str = "Llava") -> Made:
     """Pixtral, a LLaVA with another tower, and Mistral 3."""
     tok = make_tokenizer("[IMG_BREAK]", "[IMG_END]", image="[IMG]")
@@ -211,9 +230,7 @@ def pixtral(kind: str = "Llava") -> Made:
         vision_config=tower("pixtral", image_size=64, head_dim=8), text_config=text("mistral", tok, sliding_window=None),
         vision_feature_layer=-1, image_token_id=tok.convert_tokens_to_ids("[IMG]"), **own,
     )  # fmt: skip
-    return config, tf.PixtralProcessor(
-        image, tok, patch_size=8, spatial_merge_size=merge, chat_template=tok.chat_template
-    )
+    return config, PixtralStandIn(image, tok, patch_size=8, spatial_merge_size=merge, chat_template=tok.chat_template)
 
 
 def blip2() -> Made:

@@ -93,7 +93,8 @@ class HFVLM(Family):
         from transformers import GenerationConfig
 
         text = batch.text[stream]
-        inputs = make_inputs(batch, text, self.wants, blank=False)
+        needs = inspect.signature(self.whole.forward).parameters["pixel_values"]  # BLIP-2's has no default
+        inputs = make_inputs(batch, text, self.wants, blank=needs.default is inspect.Parameter.empty)
         inputs.pop("position_ids", None)  # the library counts them as it goes on
         order = inputs["attention_mask"].argsort(dim=1, stable=True)  # padding to the left, real tokens in their order
         for name in ("input_ids", "attention_mask", "cross_attention_mask", *TYPES):
@@ -110,9 +111,11 @@ class HFVLM(Family):
             **drawn,
             **{key: value for key, value in sampling.items() if value},
         )
-        found = self.whole.generate(**inputs, generation_config=settings)
+        found = self.whole.generate(**inputs, generation_config=settings)[: len(text.ids)]
         length = inputs["input_ids"].shape[1]
-        repeats = found.shape[1] > length and torch.equal(found[:, :length], inputs["input_ids"])
+        repeats = found.shape[1] > length and torch.equal(
+            found[:, :length], inputs["input_ids"][: len(found)]
+        )
         return found[:, length:] if repeats or found.shape[1] > max_new_tokens else found
 
     def media_layout(self, images: Mapping[str, Any]) -> MediaLayout:

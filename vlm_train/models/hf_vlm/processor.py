@@ -15,6 +15,8 @@ from vlm_train.contracts.layout import MediaSize, Piece, Slot
 from vlm_train.errors import AssetError, ConfigError
 
 VIDEOS = "video_processor"
+OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What processors return of a text."""
 KEPT_SIZES = 4096
 """Image sizes whose tokens are remembered: data sets repeat them."""
 
@@ -55,8 +57,9 @@ class LibraryProcessor:
             found, texts = self.inner._process_images(nested, **options["images_kwargs"])
             ids = self.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
         else:
-            found = self.inner(images=[image], text="", return_tensors="pt")
-            written = found.pop("input_ids")[0].tolist()
+            found = dict(self.inner(images=[image], text="", return_tensors="pt"))
+            written = found["input_ids"][0].tolist()
+            found = {name: value for name, value in found.items() if name not in OF_TEXT}
             places = [place for place, one in enumerate(written) if one == self.image_id]
             ids = written[places[0] : places[-1] + 1] if places else []
         if self.image_id not in ids:
@@ -147,8 +150,10 @@ def _choose_class(source: str) -> Any:
     model_type = AutoConfig.from_pretrained(source).model_type
     name = named.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
     kind = getattr(transformers, str(name), None)
-    if kind is None or VIDEOS not in kind.get_attributes():
+    if kind is None:
         return AutoProcessor
+    if VIDEOS not in kind.get_attributes():
+        return kind
 
     return without_videos(kind)
 

@@ -1,0 +1,102 @@
+"""Whole models of `transformers` as the folder that the library reads: what it gave, with what was learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
+from vlm_train.contracts.layout import PLACEHOLDER_ID
+from vlm_train.contracts.media import Grid3, MediaInput
+from vlm_train.data.processor import Processor
+from vlm_train.errors import AssetError
+from vlm_train.export.merged import find_quantized, merged_state
+from vlm_train.export.shared import require_same_logits
+from vlm_train.models.families.hf_vlm import HFVLM, build_whole
+from vlm_train.models.hf_vlm.inputs import make_inputs
+from vlm_train.models.hf_vlm.parts import Part
+
+
+class HFVLMExporter:
+    """Writes the model's own class and its processor, adapters folded in."""
+
+    def problems(self, model: Any) -> list[str]:
+        if not isinstance(model, HFVLM):
+            return [f"model: {type(model).__name__} is no whole model of transformers"]
+        if layer := find_quantized(model):
+            return [f"{layer}: is quantized; its adapter can only be merged into an unquantized base model"]
+        return []
+
+    def write(self, model: Any, processor: Processor, folder: Path) -> str:
+        state = model.library_state({name: merged_state(part) for name, part in _list_parts(model)})
+        with torch.device("meta"):
+            whole, _ = build_whole(model.whole.config, "sdpa", "sdpa")
+        kept = {name: one for name, one in state.items() if name in whole.state_dict()}
+        missing = whole.load_state_dict(kept, strict=False, assign=True).missing_keys
+        whole.tie_weights()
+        if lost := [name for name in missing if whole.get_parameter(name).is_meta]:
+            raise AssetError(f"export: {type(whole).__name__} has parameters that no part holds: {', '.join(lost[:3])}")
+        whole.generation_config = _name_tokens(whole.generation_config, processor)
+        whole.save_pretrained(folder)
+        model.processor.inner.save_pretrained(folder)
+        return "the model's own processor and chat template"
+
+    @torch.no_grad()
+    def verify(self, model: Any, folder: Path) -> float:
+        from transformers import AutoModelForImageTextToText
+
+        parameter = next(model.llm.parameters())
+        served, report = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=parameter.dtype, output_loading_info=True
+        )
+        if report["missing_keys"] or report["unexpected_keys"]:
+            missing, more = sorted(report["missing_keys"])[:3], sorted(report["unexpected_keys"])[:3]
+            raise AssetError(f"export: {folder} is missing {missing}, has {more} too many")
+        served = served.to(parameter.device).eval()
+        batch = make_probe(model).to(parameter.device)
+        theirs = served(**make_inputs(batch, batch.text["llm"], model.wants, blank=True)).logits
+        return require_same_logits(model.logits(model(batch)), theirs, folder)
+
+
+def make_probe(model: HFVLM) -> Batch:
+    """One row: a gray image in the middle of eight words."""
+    fields, written = model.processor.prepare(Image.linear_gradient("L").convert("RGB").resize((48, 32)))
+    low = [one for one in range(8, 64) if one not in model.wants.type_ids][:8]
+    ids = torch.tensor([[*low[:4], *written, *low[4:]]])
+    index = (ids[0] == model.image_id).nonzero().flatten()
+    zeros = torch.zeros_like(ids)
+    stream = TokenStream(
+        ids=ids.masked_fill(ids == model.image_id, PLACEHOLDER_ID),
+        labels=torch.full_like(ids, IGNORE),
+        weights=zeros.float(),
+        positions=torch.arange(ids.shape[1])[None, None],
+        segment_ids=torch.ones_like(ids, dtype=torch.int32),
+        attention_group=zeros.int(),
+        slots=Slots(index=index, placeholders=len(index)),
+        supervised=zeros[0, :0],
+        plain_causal=True,
+    )
+    shown = MediaInput(
+        values=torch.zeros(1, 1, dtype=torch.uint8),
+        grids=(Grid3(1, 1, len(index)),),
+        view_counts=(1,),
+        fields={name: torch.from_numpy(one) for name, one in fields.items()},
+        field_counts={name: (len(one),) for name, one in fields.items()},
+    )
+    media = MediaBatch(inputs={"vision": shown}, slot_counts=(len(index),), row=torch.zeros(1, dtype=torch.int64))
+    return Batch(text={"llm": stream}, media=media)
+
+
+def _list_parts(model: nn.Module) -> list[tuple[str, Part]]:
+    return [(name, part) for name, part in model.named_children() if isinstance(part, Part)]
+
+
+def _name_tokens(config: Any, processor: Processor) -> Any:
+    tokenizer = processor.tokenizer
+    config.eos_token_id = list(processor.end_ids) or tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return config
