@@ -215,7 +215,13 @@ class PixtralStandIn(ProcessorMixin):
         return "".join([*rows[:-1], "[IMG_END]"])
 
 
-tf.PixtralStandIn = PixtralStandIn
+class _StandInConfig(tf.PretrainedConfig):
+    """Only names the processor: the library finds a class by its name among those of configurations."""
+
+    model_type = "pixtral_stand_in"
+
+
+tf.AutoProcessor.register(_StandInConfig, PixtralStandIn, exist_ok=True)
 
 
 def pixtral(kind: str = "Llava") -> Made:

@@ -6,12 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
-from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
-from vlm_train.contracts.layout import PLACEHOLDER_ID
-from vlm_train.contracts.media import Grid3, MediaInput
 from vlm_train.data.processor import Processor
 from vlm_train.errors import AssetError
 from vlm_train.export.merged import find_quantized, merged_state
@@ -19,6 +15,7 @@ from vlm_train.export.shared import require_same_logits
 from vlm_train.models.families.hf_vlm import HFVLM, build_whole
 from vlm_train.models.hf_vlm.inputs import make_inputs
 from vlm_train.models.hf_vlm.parts import Part
+from vlm_train.models.hf_vlm.probe import make_probe
 
 
 class HFVLMExporter:
@@ -60,35 +57,6 @@ class HFVLMExporter:
         batch = make_probe(model).to(parameter.device)
         theirs = served(**make_inputs(batch, batch.text["llm"], model.wants, blank=True)).logits
         return require_same_logits(model.logits(model(batch)), theirs, folder)
-
-
-def make_probe(model: HFVLM) -> Batch:
-    """One row: a gray image in the middle of eight words."""
-    fields, written = model.processor.prepare(Image.linear_gradient("L").convert("RGB").resize((48, 32)))
-    low = [one for one in range(8, 64) if one not in model.wants.type_ids][:8]
-    ids = torch.tensor([[*low[:4], *written, *low[4:]]])
-    index = (ids[0] == model.image_id).nonzero().flatten()
-    zeros = torch.zeros_like(ids)
-    stream = TokenStream(
-        ids=ids.masked_fill(ids == model.image_id, PLACEHOLDER_ID),
-        labels=torch.full_like(ids, IGNORE),
-        weights=zeros.float(),
-        positions=torch.arange(ids.shape[1])[None, None],
-        segment_ids=torch.ones_like(ids, dtype=torch.int32),
-        attention_group=zeros.int(),
-        slots=Slots(index=index, placeholders=len(index)),
-        supervised=zeros[0, :0],
-        plain_causal=True,
-    )
-    shown = MediaInput(
-        values=torch.zeros(1, 1, dtype=torch.uint8),
-        grids=(Grid3(1, 1, len(index)),),
-        view_counts=(1,),
-        fields={name: torch.from_numpy(one) for name, one in fields.items()},
-        field_counts={name: (len(one),) for name, one in fields.items()},
-    )
-    media = MediaBatch(inputs={"vision": shown}, slot_counts=(len(index),), row=torch.zeros(1, dtype=torch.int64))
-    return Batch(text={"llm": stream}, media=media)
 
 
 def _list_parts(model: nn.Module) -> list[tuple[str, Part]]:

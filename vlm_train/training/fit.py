@@ -78,6 +78,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     if not shares:
         require_filled(assembly.model, models.handed.filled, cfg.trainer.guard.random_frozen, resumes=bool(resumed))
     halve_parts(cfg, strategy, assembly.model, models.reference)
+    settle_packing(cfg, assembly.model, alone=world == 1 or not strategy.shards_model)
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
     facts = _collect_facts(cfg, models, data, identity, None if shares else resumed)
@@ -101,6 +102,20 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise its threads abort the process at exit
     return metrics
+
+
+def settle_packing(cfg: DictConfig, model: Any, *, alone: bool) -> None:
+    """Leave `data.pack` out where the model shows that samples of a row would see each other.
+
+    Args:
+        alone: every rank has the weights, and finds the same. Raises ConfigError otherwise.
+    """
+    if cfg.data.get("pack") is None or (problem := model.find_packing_problem()) is None:
+        return
+    if not alone:
+        raise ConfigError(f"data.pack: {problem}. Use data.pack=null and a larger batch.micro.")
+    say_once(f"data.pack: {problem}. Rows hold one sample each, padded.")
+    cfg.data.pack = None
 
 
 def _collect_facts(cfg: DictConfig, models: Any, data: Any, identity: str, resumed: Resume | None) -> dict[str, Any]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data_pipelines.media.pictures import WHITE, Picture, decode_picture
 from data_pipelines.media.video import is_video
 from vlm_train.contracts.layout import MediaSize
-from vlm_train.contracts.media import Grid3, MediaShape
+from vlm_train.contracts.media import Grid3, MediaInput, MediaShape
 from vlm_train.data.images.plan import Views, check_background, join_fields
 from vlm_train.data.images.video import decode_frames
 from vlm_train.errors import ConfigError
 from vlm_train.models.hf_vlm.processor import LibraryProcessor
+from vlm_train.models.hf_vlm.shapes import place_fields
 
 BLANK = MediaSize(width=32, height=32)
 PREVIEW = 224
@@ -58,6 +60,16 @@ class LibraryPlan:
     def blank(self) -> Views:
         """A small black image."""
         return self._prepare([Image.new("RGB", (BLANK.width, BLANK.height))], MediaShape())
+
+    def blank_input(self, size: MediaSize, count: int) -> MediaInput:
+        """`count` black images of one size; pixels on the default device, all else where it can be read."""
+        device = torch.get_default_device().type
+        with torch.device("cpu"):
+            fields, _ = self.processor.prepare(Image.new("RGB", (size.width, size.height)))
+            joined = place_fields(join_fields([fields] * count), device)
+        counts = {name: (len(one),) * count for name, one in fields.items()}
+        values = torch.zeros(count, 1, dtype=torch.uint8)
+        return MediaInput(values, self.grids(size) * count, (1,) * count, fields=joined, field_counts=counts)
 
     def __call__(
         self, data: bytes, generator: np.random.Generator | None = None, where: str = "image", *, images: int = 1

@@ -21,8 +21,9 @@ from vlm_train.errors import AssetError, ConfigError
 from vlm_train.models.hf_vlm.inputs import find_wants, make_inputs
 from vlm_train.models.hf_vlm.layout import LibraryLayout
 from vlm_train.models.hf_vlm.parts import Connector, Decoder, Part, Paths, Tower, detach_nested, find_paths
+from vlm_train.models.hf_vlm.probe import find_contamination
 from vlm_train.models.hf_vlm.processor import LibraryProcessor
-from vlm_train.models.hf_vlm.unused import find_unused
+from vlm_train.models.hf_vlm.shapes import find_unused, trace_shapes
 from vlm_train.models.layers.attention import PACKED, decoding, register_packed
 from vlm_train.models.layers.passes import make_sequence_mask
 from vlm_train.models.llms.library_masks import MASKED_LAYERS
@@ -76,6 +77,8 @@ class HFVLM(Family):
         """Final hidden states `[B, T, D]`: the library's own forward pass, all but its head."""
         text = batch.text[stream]
         rows, length = text.ids.shape
+        if text.ids.is_meta:
+            return trace_shapes(self.whole, text.ids, batch.media.inputs["vision"].fields)
         inputs = make_inputs(batch, text, self.wants, blank=True)
         with decoding(self._find_mask(text)), _without_head(self.whole) as found:
             self.whole(**inputs, **self._uncached)
@@ -139,6 +142,15 @@ class HFVLM(Family):
         for module in self._shells:
             module.training = mode
         return self
+
+    def find_packing_problem(self) -> str | None:
+        """Why samples of this model cannot share a row; None: they can. Tried on the model itself, where it has
+        weights."""
+        if not self.llm.takes_packed:
+            return f"{type(self.whole).__name__} runs model.attention={self.attention}, which takes one sample a row"
+        if self.llm.unmasked_mixers:
+            return f"{', '.join(self.llm.unmasked_mixers)} carry one sample's state into the next"
+        return None if next(self.llm.parameters()).is_meta else find_contamination(self)
 
     def library_state(self, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """States of parts, by their names here -> one by the names in the library's model."""

@@ -76,7 +76,8 @@ class LibraryProcessor:
         if key not in self._expanded:
             if len(self._expanded) >= KEPT_SIZES:
                 self._expanded.clear()
-            self._expanded[key] = self.prepare(Image.new("RGB", key))[1]
+            with torch.device("cpu"):  # dry runs ask inside `meta`
+                self._expanded[key] = self.prepare(Image.new("RGB", key))[1]
         return self._expanded[key]
 
     def count_tokens(self, size: MediaSize) -> int:

@@ -1,15 +1,23 @@
-"""Parameters of a whole model that nothing reaches: later layers of a tower, its pooling head."""
+"""A whole model without its weights: which parameters nothing reaches, and what a step computes.
+
+Models of the library ask for values (sizes of images, positions of tokens), which there are none of on the meta device.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from vlm_train.models.layers.attention import PACKED, decoding
+from vlm_train.models.llms.library_masks import make_library_mask
 
 
 def find_unused(model: Any) -> list[str]:
@@ -25,26 +33,72 @@ def find_unused(model: Any) -> list[str]:
     return unused + [f"vision.{name}" for name, _ in model.vision.named_parameters() if f"vision.{name}" not in read]
 
 
-def _names_read(model: Any) -> set[str] | None:
-    """Names of parameters that the features of an image are made with; None where it cannot be told."""
-    encode = getattr(model.whole, "get_image_features", None)
+def trace_shapes(whole: Any, ids: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states `[B, T, D]` on the meta device: tower and connector, where they can run there, and the decoder, each
+    by itself. Features are added with the factor 0, so that the graph holds them."""
+    features = encode_shapes(whole, fields) or []
+
+    def add_features(module: nn.Module, inputs: Any, embeds: Tensor) -> Tensor:
+        for one in features:
+            embeds = embeds + 0 * one.sum()
+        return embeds
+
+    hook = whole.get_input_embeddings().register_forward_hook(add_features)
+    decoder = whole.get_decoder()
+    while (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner  # BLIP-2 holds a language model with its head
+    mask = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    if decoder.config._attn_implementation != PACKED:
+        mask = make_library_mask(decoder.config, None, ids[..., None].to(whole.dtype))
+    try:
+        with decoding(None), _assume_nonzero():
+            output = decoder(input_ids=ids.clamp(min=0), attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+@contextmanager
+def _assume_nonzero() -> Iterator[None]:
+    """On the meta device, which has no values, a mask counts as true everywhere."""
+    from torch.fx.experimental import _config as config
+
+    before: Any = config.meta_nonzero_assume_all_nonzero
+    config.meta_nonzero_assume_all_nonzero = True
+    try:
+        yield
+    finally:
+        config.meta_nonzero_assume_all_nonzero = before
+
+
+def encode_shapes(whole: Any, fields: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """What the model reads of images, from `fields` whose pixels are on the device of its weights; None where its own
+    code cannot run so."""
+    encode = getattr(whole, "get_image_features", None)
     if encode is None:
         return None
-    fields, _ = model.processor.prepare(Image.fromarray(np.zeros((32, 32, 3), np.uint8)))
     taken = inspect.signature(encode).parameters
-    given = {key: torch.from_numpy(one) for key, one in fields.items() if key in taken}
+    try:
+        with _assume_nonzero():
+            return _list_tensors(encode(**{key: one for key, one in fields.items() if key in taken}))
+    except Exception:  # code of any model
+        return None
+
+
+def _names_read(model: Any) -> set[str] | None:
+    """Names of parameters that the features of an image are made with; None where it cannot be told."""
+    fields, _ = model.processor.prepare(Image.fromarray(np.zeros((32, 32, 3), np.uint8)))
     for device in ("meta", "cpu"):
         twin = _copy_shapes(model.whole, device)
-        try:
-            with torch.enable_grad():
-                output = twin.get_image_features(**{key: _place(one, device) for key, one in given.items()})
+        with torch.enable_grad():
+            output = encode_shapes(twin, place_fields(fields, device))
+        if output is not None:
             break
-        except Exception:  # code of any model: much of it asks for values, which there are none of on meta
-            continue
     else:
         return None
     names = {id(one): name for name, one in _list_library_parameters(model, twin)}
-    return {names[id(one)] for one in _find_leaves(_list_tensors(output)) if id(one) in names}
+    return {names[id(one)] for one in _find_leaves(output) if id(one) in names}
 
 
 def _copy_shapes(whole: nn.Module, device: str) -> Any:
@@ -59,9 +113,10 @@ def _copy_shapes(whole: nn.Module, device: str) -> Any:
     return copy.deepcopy(whole, memo)
 
 
-def _place(tensor: Tensor, device: str) -> Tensor:
+def place_fields(fields: Mapping[str, np.ndarray], device: str) -> dict[str, Tensor]:
     """Pixels on a device; grids and sizes stay where they can be read."""
-    return tensor.to(device) if tensor.is_floating_point() else tensor
+    tensors = {name: torch.from_numpy(one) for name, one in fields.items()}
+    return {name: one.to(device) if one.is_floating_point() else one for name, one in tensors.items()}
 
 
 def _list_library_parameters(model: Any, twin: nn.Module) -> list[tuple[str, nn.Parameter]]:
