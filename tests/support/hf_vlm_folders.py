@@ -294,6 +294,7 @@ MAKERS: dict[str, Callable[[], Made]] = {
 
 def make_folder(kind: str, folder: Path, seed: int = 0, spread: float = 2.0) -> Path:
     """A folder of this kind, with weights large enough for images to matter."""
+    spread = 1.5 if kind == "gemma4" else spread  # its norms make rounding large
     config, processor = MAKERS[kind]()
     torch.manual_seed(seed)
     model = tf.AutoModelForImageTextToText.from_config(config)
