@@ -126,6 +126,10 @@ def test_packed_is_each_alone_or_not_claimed(made: Made) -> None:
     packed = gradients(made.model, [make_batch(made.processor, [made.samples[:3], made.samples[3:]])])
     alone = gradients(made.model, [make_batch(made.processor, [[one]]) for one in made.samples])
     assert_same(packed, alone, 2e-5)
+    texts = make_examples(made.processor, [[], [], []])  # beside them a blank image, in a row of its own
+    packed = gradients(made.model, [make_batch(made.processor, [texts[:2], texts[2:]])])
+    alone = gradients(made.model, [make_batch(made.processor, [[one]]) for one in texts])
+    assert_same(packed, alone, 2e-5)
 
 
 def test_contamination_is_found(made: Made) -> None:

@@ -18,6 +18,7 @@ from vlm_train.contracts.batch import Batch, SequenceMask, TokenStream
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.layout import MediaLayout
 from vlm_train.errors import AssetError, ConfigError
+from vlm_train.models.hf_vlm.blank_row import extend_mask
 from vlm_train.models.hf_vlm.inputs import find_wants, make_inputs
 from vlm_train.models.hf_vlm.layout import LibraryLayout
 from vlm_train.models.hf_vlm.parts import Connector, Decoder, Part, Paths, Tower, detach_nested, find_paths
@@ -80,7 +81,10 @@ class HFVLM(Family):
         if text.ids.is_meta:
             return trace_shapes(self.whole, text.ids, batch.media.inputs["vision"].fields)
         inputs = make_inputs(batch, text, self.wants, blank=True)
-        with decoding(self._find_mask(text)), _without_head(self.whole) as found:
+        mask, (given, width) = self._find_mask(text), inputs["input_ids"].shape
+        if mask is not None and given > rows:
+            mask = extend_mask(mask, rows, length, width)
+        with decoding(mask), _without_head(self.whole) as found:
             self.whole(**inputs, **self._uncached)
         return found[0][:rows, :length]
 

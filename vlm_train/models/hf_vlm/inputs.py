@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, TokenStream
 from vlm_train.errors import BatchError
+from vlm_train.models.hf_vlm.blank_row import add_row
 from vlm_train.models.hf_vlm.row_images import CROSS_MASK, spread_over_rows
 
 ANSWERS = ("paligemma",)
@@ -68,18 +69,14 @@ def make_inputs(batch: Batch, stream: TokenStream, wants: Wants, *, blank: bool)
     shown = batch.media.inputs["vision"]
     check_order(stream, batch.media)
     ids = stream.ids.masked_fill(stream.ids < 0, wants.image_id)
-    real = stream.segment_ids != 0
-    answers = _mark_answers(stream)
+    segments, answers = stream.segment_ids, _mark_answers(stream)
     adds, shows = blank and not shown.views_total, blank or bool(shown.views_total)
     if adds:
-        count, length = shown.grids[0].size, ids.shape[1]
-        row = torch.full((1, max(count, 1)), wants.image_id, device=ids.device)
-        width = max(length, row.shape[1])
-        ids, real, answers = (
-            torch.cat([F.pad(one, (0, width - length)), F.pad(new, (0, width - row.shape[1]))])
-            for one, new in ((ids, row), (real, row >= 0), (answers, row < 0))
-        )
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long()}
+        row = torch.full((max(shown.grids[0].size, 1),), wants.image_id, device=ids.device)
+        width = max(ids.shape[1], len(row))
+        ids = add_row(ids, row, width)
+        segments, answers = add_row(segments, torch.ones_like(row), width), add_row(answers, row < 0, width)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": (segments != 0).long()}
     fields = {name: one for name, one in shown.fields.items() if name in wants.names} if shows else {}
     if CROSS_MASK in wants.names and shows:
         inputs |= spread_over_rows(shown, batch.media.row.tolist() or [len(ids) - 1], ids, wants.image_id)
@@ -91,14 +88,11 @@ def make_inputs(batch: Batch, stream: TokenStream, wants: Wants, *, blank: bool)
     if "token_type_ids" in wants.names:
         inputs["token_type_ids"] = answers.long() if wants.answers else types
     if wants.rope is not None and shows:
-        segments = stream.segment_ids
-        if adds:
-            segments = torch.cat([F.pad(segments, (0, ids.shape[1] - segments.shape[1])), real[-1:].to(segments.dtype)])
         given = {name: one for name, one in fields.items() if name in wants.rope_names}
         inputs["position_ids"] = find_rope_positions(wants.rope, ids, types, segments, given)
-    elif wants.rope is None and not stream.plain_causal and not adds and stream.sample_lengths is not None:
-        if any(len(row) > 1 for row in stream.sample_lengths) or stream.masked is not None:
-            inputs["position_ids"] = stream.positions[0]
+    elif wants.rope is None and shares_rows(stream):
+        positions = stream.positions[0]
+        inputs["position_ids"] = add_row(positions, torch.arange(len(row)), ids.shape[1]) if adds else positions
     return inputs
 
 
@@ -126,6 +120,12 @@ def find_rope_positions(rope: Any, ids: Tensor, types: Tensor, segments: Tensor,
     for number, (row, start, length) in enumerate(spans):
         positions[:, row, start : start + length] = found[:, number, :length]
     return positions.to(ids.device)
+
+
+def shares_rows(stream: TokenStream) -> bool:
+    """Whether samples share rows, or branch, so that positions are not those of padded rows."""
+    packed = any(len(row) > 1 for row in stream.sample_lengths or ())
+    return not stream.plain_causal and (packed or stream.masked is not None)
 
 
 def check_order(stream: TokenStream, media: MediaBatch) -> None:
