@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,17 +60,28 @@ def test_two_steps_leave_what_is_frozen_and_export_reloads(folder: Path, data: P
     learned = {name for name in weights_of(run)}
     assert learned and not any(name.startswith("vision.") for name in learned)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert len(changed) > 10 and not any(word in name for name in changed for word in ("vision", "visual.blocks"))
+    towers = ("vision_tower", "vision_model", "visual.blocks", "visual.patch_embed")
+    assert len(changed) > 10 and not any(word in name for name in changed for word in towers)
 
 
 def test_killed_run_ends_as_if_it_was_not(folder: Path, data: Path, tmp_path: Path) -> None:
     own = ["trainer.max_steps=6", "trainer.save_every=2", "trainer.keep_last=9", "trainer.export=false", "params=all"]
     jobs = {name: command(folder, data, tmp_path, *own, name=name) for name in ("whole", "killed")}
-    assert train_on_ranks([*jobs["killed"], *KILL], ranks=1, check=False) == [-9]
+    assert kill_within([*jobs["killed"], *KILL], folder.name) == -9
     assert not (tmp_path / "killed/checkpoints/step-00000004").exists()
     train(jobs["whole"])
     train(jobs["killed"])
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def kill_within(job: list[str], kind: str) -> int:
+    """The exit code of a process that trains, and kills itself."""
+    if kind not in ("pixtral", "mistral3"):
+        return train_on_ranks(job, ranks=1, check=False)[0]
+    if (child := os.fork()) == 0:  # only this process knows the processor that stands in for theirs
+        train(job)
+        os._exit(0)
+    return -os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
 def test_lora_changes_the_language_model_only(folder: Path, data: Path, tmp_path: Path) -> None:

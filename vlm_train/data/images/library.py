@@ -68,7 +68,7 @@ class LibraryPlan:
             fields, _ = self.processor.prepare(Image.new("RGB", (size.width, size.height)))
             joined = place_fields(join_fields([fields] * count), device)
         counts = {name: (len(one),) * count for name, one in fields.items()}
-        values = torch.zeros(count, 1, dtype=torch.uint8)
+        values = torch.zeros(count, 3, 1, 1, dtype=torch.uint8)
         return MediaInput(values, self.grids(size) * count, (1,) * count, fields=joined, field_counts=counts)
 
     def __call__(
@@ -85,7 +85,7 @@ class LibraryPlan:
         made = [self.processor.prepare(picture) for picture in pictures]
         count = sum(ids.count(self.processor.image_id) for _, ids in made)
         return Views(
-            values=np.zeros((1, 1), np.uint8),
+            values=np.zeros((1, 3, 1, 1), np.uint8),  # pixels are among the fields
             grids=(Grid3(1, 1, count),),
             shape=shape,
             fields=join_fields([fields for fields, _ in made]),

@@ -238,6 +238,8 @@ def build_whole(config: Any, attention: str, vision_attention: str) -> tuple[Any
             raise ConfigError(f"model.{setting}: {value!r}; allowed: {', '.join(allowed)}")
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ConfigError(f"model.name: {config.model_type!r} is no image-text-to-text model of transformers")
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise ConfigError(f"model.name: {config.model_type!r} is an encoder-decoder; allowed: causal language models")
     register_packed()
     try:
         whole = AutoModelForImageTextToText.from_config(config, attn_implementation=vision_attention)

@@ -52,7 +52,7 @@ def make_probe(model: Any, samples: Sequence[tuple[int, int]] = ((0, 0),)) -> Ba
         sample_lengths=(lengths,),
     )
     inputs = MediaInput(
-        values=torch.zeros(len(samples), 1, dtype=torch.uint8),
+        values=torch.zeros(len(samples), 3, 1, 1, dtype=torch.uint8),
         grids=tuple(Grid3(1, 1, count) for count in counts),
         view_counts=(1,) * len(samples),
         fields={name: torch.cat([one[name] for one in shown]) for name in shown[0]},

@@ -48,6 +48,10 @@ class LibraryProcessor:
         """Read again where it is sent to: the library makes classes that do not pickle."""
         return LibraryProcessor, (self.source, self.image_id)
 
+    def list_content(self) -> list[Any]:
+        """What decides how many tokens a sample has: for the cache of lengths."""
+        return [self.inner.to_json_string(), self.tokenizer, self.image_id]
+
     def prepare(self, picture: Image.Image | np.ndarray) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
         """An RGB picture -> what the model is given of it by name, and the ids of the tokens that stand for it."""
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
