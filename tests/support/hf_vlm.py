@@ -34,7 +34,12 @@ def make_processor(model: HFVLM, **options: Any) -> Processor:
     template: Any = LibraryTemplate()
     if not tokenizer.chat_template:
         template = ChatTemplate(
-            bos=False, media="front", media_suffix="", user_prefix="{bos}", assistant_prefix="\n", assistant_suffix="{eos}"
+            bos=False,
+            media="front",
+            media_suffix="",
+            user_prefix="{bos}",
+            assistant_prefix="\n",
+            assistant_suffix="{eos}",
         )
     return Processor(tokenizer=tokenizer, template=template, layout=make_layout(model, images), images=images)
 
@@ -43,7 +48,9 @@ def make_sample(number: int, sizes: Sequence[tuple[int, int]]) -> tuple[Sample, 
     """A question about its images, and an answer."""
     blobs = [encode(noise(*size)) for size in sizes]
     media = tuple(media_item(place, blob) for place, blob in enumerate(blobs))
-    ask = Turn(role="user", parts=(*(Media(item=place) for place in range(len(blobs))), Text(text=f"What is {number}?")))
+    ask = Turn(
+        role="user", parts=(*(Media(item=place) for place in range(len(blobs))), Text(text=f"What is {number}?"))
+    )
     answer = Turn(role="assistant", parts=(Text(text=f"It is number {number}." + " So." * number),))
     return Sample(key=f"s{number}", media=media, annotations=(Annotation(turns=(ask, answer)),), source="test"), blobs
 

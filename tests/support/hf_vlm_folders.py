@@ -233,7 +233,8 @@ def pixtral(kind: str = "Llava") -> Made:
         image = tf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
     own = {"spatial_merge_size": 2} if kind == "Mistral3" else {"vision_feature_select_strategy": "full"}
     config = getattr(tf, f"{kind}Config")(
-        vision_config=tower("pixtral", image_size=64, head_dim=8), text_config=text("mistral", tok, sliding_window=None),
+        vision_config=tower("pixtral", image_size=64, head_dim=8),
+        text_config=text("mistral", tok, sliding_window=None),
         vision_feature_layer=-1, image_token_id=tok.convert_tokens_to_ids("[IMG]"), **own,
     )  # fmt: skip
     return config, PixtralStandIn(image, tok, patch_size=8, spatial_merge_size=merge, chat_template=tok.chat_template)

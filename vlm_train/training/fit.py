@@ -61,6 +61,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.filled import require_filled
     from vlm_train.training.optim import keep_kernel
+    from vlm_train.training.packing import settle_packing
     from vlm_train.training.params import make_policy
     from vlm_train.training.prepare_models import prepare_models
     from vlm_train.training.trainer import halve_parts, halves_weights, loop_callbacks, make_strategy, make_trainer
@@ -102,20 +103,6 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise its threads abort the process at exit
     return metrics
-
-
-def settle_packing(cfg: DictConfig, model: Any, *, alone: bool) -> None:
-    """Leave `data.pack` out where the model shows that samples of a row would see each other.
-
-    Args:
-        alone: every rank has the weights, and finds the same. Raises ConfigError otherwise.
-    """
-    if cfg.data.get("pack") is None or (problem := model.find_packing_problem()) is None:
-        return
-    if not alone:
-        raise ConfigError(f"data.pack: {problem}. Use data.pack=null and a larger batch.micro.")
-    say_once(f"data.pack: {problem}. Rows hold one sample each, padded.")
-    cfg.data.pack = None
 
 
 def _collect_facts(cfg: DictConfig, models: Any, data: Any, identity: str, resumed: Resume | None) -> dict[str, Any]:

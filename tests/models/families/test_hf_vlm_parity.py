@@ -112,7 +112,10 @@ def test_every_parameter_belongs_to_one_part(made: Made) -> None:
     reference = reference_model(made.folder)
     theirs = {id(one): name for name, one in reference.named_parameters()}
     assert len(own) == len(theirs) == len({id(one) for one in own.values()})
-    counts = {part: sum(p.numel() for n, p in own.items() if n.startswith(f"{part}.")) for part in ("vision", "connector", "llm")}
+    counts = {
+        part: sum(p.numel() for n, p in own.items() if n.startswith(f"{part}."))
+        for part in ("vision", "connector", "llm")
+    }
     assert all(counts.values()) and sum(counts.values()) == sum(p.numel() for p in own.values())
 
 
@@ -182,7 +185,10 @@ def greedy(made: Made, batch: Any, reference: Any) -> list[int]:
                 inputs[name] = torch.cat([inputs[name], value], dim=1)
             for name in ("mm_token_type_ids", "token_type_ids"):
                 if name in inputs:
-                    inputs[name] = torch.cat([inputs[name], torch.ones_like(new) if made.kind == "paligemma" else torch.zeros_like(new)], dim=1)
+                    inputs[name] = torch.cat(
+                        [inputs[name], torch.ones_like(new) if made.kind == "paligemma" else torch.zeros_like(new)],
+                        dim=1,
+                    )
             if "cross_attention_mask" in inputs:
                 mask = inputs["cross_attention_mask"]
                 inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)

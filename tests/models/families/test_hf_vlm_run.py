@@ -39,7 +39,12 @@ def command(folder: Path, data: Path, runs: Path, *more: str, name: str = "run")
     own = ["recipe=hf_vlm_sft", f"model.name={folder}", f"data.train=[{{shards: {data}/tiny/train}}]", "data.workers=0"]
     own += ["trainer.precision=32-true", "trainer.accelerator=cpu", "batch.samples=4", "batch.micro=2", "optim.lr=1e-3"]
     own += ["trainer.epochs=null", "trainer.max_steps=2", "trainer.threads=1", "trainer.log_every=1"]
-    own += [f"paths.runs={runs}", f"run_name={name}", f"data.cache={runs}/lengths", "trainer.guard.random_frozen=refuse"]
+    own += [
+        f"paths.runs={runs}",
+        f"run_name={name}",
+        f"data.cache={runs}/lengths",
+        "trainer.guard.random_frozen=refuse",
+    ]
     if folder.name in PLAIN:
         own += ["template=paligemma"]
     return [*own, *more]
@@ -55,9 +60,11 @@ def test_two_steps_leave_what_is_frozen_and_export_reloads(folder: Path, data: P
 
     run = train(command(folder, data, tmp_path))
     before = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
-    after = AutoModelForImageTextToText.from_pretrained(run / "export").state_dict()  # verified logits as it was written
+    after = AutoModelForImageTextToText.from_pretrained(
+        run / "export"
+    ).state_dict()  # verified logits as it was written
     assert before.keys() == after.keys()
-    learned = {name for name in weights_of(run)}
+    learned = set(weights_of(run))
     assert learned and not any(name.startswith("vision.") for name in learned)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     towers = ("vision_tower", "vision_model", "visual.blocks", "visual.patch_embed")

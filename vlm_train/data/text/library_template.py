@@ -104,7 +104,9 @@ class LibraryTemplate(TokenizerTemplate):
     def check_tokenizer(self, tokenizer: Any) -> None:
         """See `Template`."""
         if getattr(tokenizer, "media_text", None) is None:
-            raise ConfigError("template: it writes images as the processor of a whole model does; use tokenizer=library")
+            raise ConfigError(
+                "template: it writes images as the processor of a whole model does; use tokenizer=library"
+            )
         super().check_tokenizer(tokenizer)
 
     def _render(self, messages: list[dict[str, Any]], tokenizer: Any, generation: bool) -> str:

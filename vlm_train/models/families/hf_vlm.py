@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.contracts.batch import Batch, SequenceMask, TokenStream
@@ -120,9 +120,7 @@ class HFVLM(Family):
         )
         found = self.whole.generate(**inputs, generation_config=settings)[: len(text.ids)]
         length = inputs["input_ids"].shape[1]
-        repeats = found.shape[1] > length and torch.equal(
-            found[:, :length], inputs["input_ids"][: len(found)]
-        )
+        repeats = found.shape[1] > length and torch.equal(found[:, :length], inputs["input_ids"][: len(found)])
         return found[:, length:] if repeats or found.shape[1] > max_new_tokens else found
 
     def media_layout(self, images: Mapping[str, Any]) -> MediaLayout:

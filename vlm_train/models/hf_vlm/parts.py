@@ -189,7 +189,7 @@ def detach_nested(whole: nn.Module, paths: Paths) -> None:
 
 def _find(whole: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     """The outermost module whose own name is one of `names`, the first of them first."""
-    found = {name: module for name, module in reversed([*_walk(whole)])}
+    found = dict(reversed([*_walk(whole)]))
     return next((found[name] for name in names if name in found), None)
 
 

@@ -34,8 +34,8 @@ def find_unused(model: Any) -> list[str]:
 
 
 def trace_shapes(whole: Any, ids: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-    """Hidden states `[B, T, D]` on the meta device: tower and connector, where they can run there, and the decoder, each
-    by itself. Features are added with the factor 0, so that the graph holds them."""
+    """Hidden states `[B, T, D]` on the meta device: tower and connector, where they can run there, and the decoder. The
+    features are added with the factor 0, so that the graph holds them."""
     features = encode_shapes(whole, fields) or []
 
     def add_features(module: nn.Module, inputs: Any, embeds: Tensor) -> Tensor:
