@@ -208,8 +208,7 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
     given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
     defaults = {"patch_size": None, "frames_per_patch": 1, "processor": None}
     given |= {name: getattr(vision, name, default) for name, default in defaults.items()}
-    own = given["processor"]
-    if (own is not None) != ("processor" in wanted):
+    if (given["processor"] is not None) != ("processor" in wanted):
         raise ConfigError(f"image: {node._target_}; a whole model (model=hf_vlm) goes with image=library, and only it")
     given = {name: value for name, value in given.items() if name in wanted}
     return cast(ImagePlan, instantiate_part("image", node, **given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipelines.build import write_shards
+from data_pipelines.sources.easy_vqa import EasyVQA
 from tests.support.hf_vlm_folders import MAKERS, make_folder
 from tests.support.jobs import train_on_ranks
 from tests.support.small_run import make_data, train
@@ -120,3 +123,36 @@ def test_activation_checkpointing_changes_nothing(folder: Path, data: Path, tmp_
     plain, again = map(weights_of, runs)
     for name, tensor in plain.items():
         assert_close(again[name], tensor, name, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+def test_qlora_exports_over_the_unquantized_base(kind: str, data: Path, tmp_path: Path) -> None:
+    folder = make_folder(kind, tmp_path / kind)
+    rules = "params.rules=[{match: '.*lora_.*', lr: 1e-2}, {match: '.*', lr: null}]"
+    run = train(command(folder, data, tmp_path, "peft=qlora", rules))
+    assert all(name.startswith("llm.") and ".lora_" in name for name in weights_of(run))
+    assert (run / "export/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["llava_next", "internvl", "qwen3_vl", "smolvlm"])
+def test_one_epoch_of_easy_vqa_lowers_the_loss(kind: str, tmp_path: Path) -> None:
+    """From random weights, over 320 pictures with their questions, each a branch of its own."""
+    write_shards(EasyVQA(), tmp_path / "easy_vqa/train")
+    folder = make_folder(kind, tmp_path / kind, spread=1.0)
+    own = [
+        "data=easyvqa",
+        f"paths.data={tmp_path}",
+        "data.val=[]",
+        "data.limit=320",
+        "model.weights=null",
+        "params=all",
+    ]
+    own += ["batch.samples=8", "batch.micro=8", "optim.lr=3e-3", "trainer.export=false", "trainer.max_steps=null"]
+    own += ["trainer.epochs=1", "trainer.guard.random_frozen=allow", "trainer.activation_checkpointing=none"]
+    kept = [one for one in command(folder, tmp_path, tmp_path) if not one.startswith("data.train")]
+    run = train([*kept, *own])
+    losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    print(f"{kind}: loss {losses[0]:.3f} at the first of {len(losses)} steps, {losses[-1]:.3f} at the last")
+    assert losses[-1] < losses[0] / 2
