@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_train.config.package_files import resolve_package_file
 from vlm_train.contracts.batch import Batch, SequenceMask, TokenStream
@@ -132,6 +132,11 @@ class HFVLM(Family):
         if self._unused is None:
             self._unused = find_unused(self)
         return self._unused
+
+    def parameters_read_here(self) -> list[nn.Parameter]:
+        """Single parameters, such as newline vectors, of modules that hold several parts: this forward pass reads them,
+        and no module of their own, so that ZeRO-3 gathers them for it."""
+        return [one for part in self.children() for one in part.parameters(recurse=False)]
 
     def load_weights(self) -> None:
         """Read `weights`. Raises `AssetError` if they are not those of this architecture."""
