@@ -3,21 +3,32 @@ packed row; parameters that nothing reaches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.hf_vlm import SHOWN, library_batch, make_batch, make_examples, make_processor, reference_model
+from data_pipelines.sample import Annotation
+from tests.support.hf_vlm import (
+    SHOWN,
+    library_batch,
+    make_batch,
+    make_examples,
+    make_processor,
+    make_sample,
+    reference_model,
+)
 from tests.support.hf_vlm_folders import MAKERS, make_folder
 from tests.support.tiny_models import assert_close
 from vlm_train.contracts.objective import StepContext
 from vlm_train.data.collate import Example, collate_rows
 from vlm_train.data.processor import Processor
 from vlm_train.data.text.render import RenderOptions
+from vlm_train.errors import BatchError
 from vlm_train.models.families.hf_vlm import HFVLM
+from vlm_train.models.hf_vlm.inputs import make_inputs
 from vlm_train.models.hf_vlm.probe import find_contamination
 from vlm_train.objectives.lm import LanguageModeling
 
@@ -147,11 +158,21 @@ def test_contamination_is_found(made: Made) -> None:
         decoder.set_attn_implementation(made.model.attention)
 
 
+def test_images_in_another_order_are_refused(made: Made) -> None:
+    if not made.processor.tokenizer.chat_template:
+        pytest.skip("takes one image a text")
+    sample, blobs = make_sample(0, [(61, 97), (32, 40)])
+    ask, answer = sample.annotations[0].turns
+    turned = replace(ask, parts=(ask.parts[1], ask.parts[0], *ask.parts[2:]))
+    sample = replace(sample, annotations=(Annotation(turns=(turned, answer)),))
+    example = Example(made.processor.render(sample), made.processor.make_views(blobs, media=sample.media))
+    with pytest.raises(BatchError, match="s0 stand in their text in another order"):
+        made.model(make_batch(made.processor, [[example]]))
+
+
 def test_generates_what_the_library_does(made: Made) -> None:
     prompts = []
     for number, sizes in enumerate(made.shown):
-        from tests.support.hf_vlm import make_sample
-
         sample, blobs = make_sample(number, sizes)
         rendered = made.processor.render(sample, RenderOptions(generation=True))
         prompts.append(Example(rendered, made.processor.make_views(blobs, media=sample.media)))
@@ -168,8 +189,6 @@ def test_generates_what_the_library_does(made: Made) -> None:
 
 def greedy(made: Made, batch: Any, reference: Any) -> list[int]:
     """The most likely tokens, one after the other, without a cache."""
-    from vlm_train.models.hf_vlm.inputs import make_inputs
-
     needs = made.kind == "blip2"
     inputs = make_inputs(batch, batch.text["llm"], made.model.wants, blank=needs)
     inputs.pop("position_ids", None)

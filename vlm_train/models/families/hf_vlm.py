@@ -47,6 +47,8 @@ class HFVLM(Family):
         vision_attention: of all else, `sdpa` or `eager`.
     """
 
+    _shells: list[nn.Module]
+
     def __init__(
         self,
         *,

@@ -33,7 +33,13 @@ Paths = dict[str, dict[str, str]]
 
 
 class Part(nn.Module):
-    """Modules of the library's model that belong together, under their own names there."""
+    """Modules of the library's model that belong together, under their own names there.
+
+    Attributes:
+        model: the library's model, which is not registered here.
+    """
+
+    model: Any
 
     def __init__(self, whole: nn.Module, paths: Mapping[str, str], weights: str | None) -> None:
         super().__init__()

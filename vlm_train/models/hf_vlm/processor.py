@@ -166,7 +166,7 @@ def _choose_class(source: str) -> Any:
 def without_videos(kind: Any) -> Any:
     """A processor class like `kind` that has no video processor, which cannot be made without torchvision."""
 
-    class ImagesOnly(kind):  # type: ignore[misc]
+    class ImagesOnly(kind):
         """Reads, holds and writes all but the video processor."""
 
         fewer = False
