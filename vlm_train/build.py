@@ -194,8 +194,7 @@ def build_images(cfg: DictConfig, model: Any) -> dict[str, ImagePlan]:
 
 
 def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
-    """The image plan of a configuration for an encoder, which gives `size`, `mean`, `patch_grid`,
-    `patch_size` and `frames_per_patch`.
+    """The image plan of a configuration for an encoder, which gives all that `GIVEN` names.
 
     Raises:
         ConfigError: the plan makes views of one size, and the encoder takes native resolution, or the other way round.
@@ -207,8 +206,10 @@ def build_image_plan(node: DictConfig, vision: Any) -> ImagePlan:
         makes = "views of one size" if "size" in wanted else "flat patches"
         raise ConfigError(f"image: {node._target_} makes {makes}, but the vision encoder takes {takes}")
     given = {"size": vision.image_size, "mean": vision.image_mean, "patch_grid": vision.patch_grid}
-    given["patch_size"] = getattr(vision, "patch_size", None)
-    given["frames_per_patch"] = getattr(vision, "frames_per_patch", 1)
+    defaults = {"patch_size": None, "frames_per_patch": 1, "processor": None}
+    given |= {name: getattr(vision, name, default) for name, default in defaults.items()}
+    if (given["processor"] is not None) != ("processor" in wanted):
+        raise ConfigError(f"image: {node._target_}; a whole model (model=hf_vlm) goes with image=library, and only it")
     given = {name: value for name, value in given.items() if name in wanted}
     return cast(ImagePlan, instantiate_part("image", node, **given))
 

@@ -54,6 +54,7 @@ def _missing_weights(cfg: DictConfig, ask_hub: bool = True) -> Iterator[str]:
             named.append((f"{path}.weights", node.get("weights"), "config.json"))
             if reason := describe_weightless(node):
                 yield f"{path}.weights: {node['weights']} {reason}"
+    named.append(("model.name", (resolve_key(cfg, "model") or {}).get("name"), "config.json"))
     for group, key in (("tokenizer", "name"), ("tokenizer", "file"), ("instruction", "tokenizer")):
         named.append((f"{group}.{key}", (resolve_key(cfg, group) or {}).get(key), "tokenizer_config.json"))
     for path, name, probe in named:

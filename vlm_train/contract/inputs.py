@@ -30,12 +30,14 @@ ANSWER = "A cat sits here."
 def check_image(component: Component) -> Iterator[Finding]:
     """An image plan, in front of an encoder with patches of 8 pixels: `ImagePlan`."""
     node = component.copy_options(written=True)
-    sized = "size" in inspect.signature(import_target(node._target_)).parameters
+    wanted = inspect.signature(import_target(node._target_)).parameters
+    sized = "size" in wanted
     encoder = SimpleNamespace(
         image_size=(SIDE, SIDE) if sized else None,
         image_mean=(0.5, 0.5, 0.5),
         patch_grid=partial(count_patches, patch_size=PATCH),
         patch_size=PATCH,
+        processor=_make_processor(component) if "processor" in wanted else None,
     )
     plan: Any = build_image_plan(node, encoder)
     yield (found := require_members(plan, ("random", "grids", "blank", "__call__")))
@@ -56,6 +58,14 @@ def check_image(component: Component) -> Iterator[Finding]:
     blank = plan.blank()
     found_blank = (len(blank.grids), bool(blank.values.any()), *_describe_views(blank))
     yield compare_values("the blank input is one view of zeros", found_blank, (1, False, np.uint8, True))
+
+
+def _make_processor(component: Component) -> Any:
+    """The processor of the whole model that the configuration names."""
+    from vlm_train.build import build_model
+
+    model: Any = build_model(component.small, meta=True)
+    return model.processor
 
 
 def count_patches(size: MediaSize, patch_size: int) -> Grid3:

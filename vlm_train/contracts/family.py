@@ -50,6 +50,11 @@ class Family(nn.Module):
             for parameter in part.unused_parameters()
         ]
 
+    def find_packing_problem(self) -> str | None:
+        """Why samples cannot share a row, where only trying tells; None: they can. Asked before a run that packs: its
+        rows then hold one sample each, and a sentence says so."""
+        return None
+
     def load_weights(self) -> None:
         """Read what the family takes from its parts' files, after they have read theirs. Raises `AssetError`."""
 

@@ -6,8 +6,8 @@ on the host, so nothing here waits for a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -68,12 +68,16 @@ class MediaInput:
         grids: patch grid of every view, the blank one included. Empty: `values` are views, and the encoder knows.
         view_counts: views of each media item, in order; their sum is `views_total`. These views come first.
         shapes: how the views of each media item make it up.
+        fields: further tensors by name, those of all items joined along their first axis: what a processor of
+            `transformers` makes. `field_counts`: of every name, how many entries each item has there.
     """
 
     values: Tensor
     grids: tuple[Grid3, ...] = ()
     view_counts: tuple[int, ...] = ()
     shapes: tuple[MediaShape, ...] = ()
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    field_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Views, the blank one included."""

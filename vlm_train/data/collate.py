@@ -27,7 +27,7 @@ from vlm_train.contracts.batch import (
 )
 from vlm_train.contracts.layout import PLACEHOLDER_ID
 from vlm_train.contracts.media import MediaInput
-from vlm_train.data.images.plan import ImagePlan, MediaViews, Views
+from vlm_train.data.images.plan import ImagePlan, MediaViews, Views, join_fields
 from vlm_train.data.text.render import TokenizedSample
 from vlm_train.data.text.streams import Stream
 from vlm_train.errors import BatchError
@@ -127,7 +127,19 @@ def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
     """What an encoder is given of several media items; without any, one blank view of its plan. In a loader process
     the pixels are put into memory that it shares, where they go anyway."""
     parts = items or [plan.blank()]
-    arrays = [views.values for views in parts]
+    fields = join_fields([views.fields for views in parts], _join_arrays)
+    return MediaInput(
+        values=_join_arrays([views.values for views in parts]),
+        grids=tuple(grid for views in parts for grid in views.grids),
+        view_counts=tuple(len(views.grids) for views in items),
+        shapes=tuple(views.shape for views in items),
+        fields=fields,
+        field_counts={name: tuple(len(views.fields.get(name, ())) for views in parts) for name in fields},
+    )
+
+
+def _join_arrays(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """Arrays joined along their first axis; in a loader process in memory that it shares."""
     shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
     joined = torch.from_numpy(np.empty(0, arrays[0].dtype))
     if get_worker_info() is None:
@@ -136,12 +148,7 @@ def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * joined.element_size())
         joined = joined.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
     np.concatenate(arrays, out=joined.numpy())
-    return MediaInput(
-        values=joined,
-        grids=tuple(grid for views in parts for grid in views.grids),
-        view_counts=tuple(len(views.grids) for views in items),
-        shapes=tuple(views.shape for views in items),
-    )
+    return joined
 
 
 def target_weights(stream: Stream, normalize: str, weight: float) -> np.ndarray:

@@ -61,6 +61,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     from vlm_train.training.callbacks.loop import Evaluation
     from vlm_train.training.filled import require_filled
     from vlm_train.training.optim import keep_kernel
+    from vlm_train.training.packing import settle_packing
     from vlm_train.training.params import make_policy
     from vlm_train.training.prepare_models import prepare_models
     from vlm_train.training.trainer import halve_parts, halves_weights, loop_callbacks, make_strategy, make_trainer
@@ -78,6 +79,7 @@ def _train_run(cfg: DictConfig, folder: Path, identity: str, resumed: Resume | N
     if not shares:
         require_filled(assembly.model, models.handed.filled, cfg.trainer.guard.random_frozen, resumes=bool(resumed))
     halve_parts(cfg, strategy, assembly.model, models.reference)
+    settle_packing(cfg, assembly.model, alone=world == 1 or not strategy.shards_model)
     data = build_data(cfg, assembly.processor)
     data.plan = _make_plan(cfg, data, assembly.model, world, resumed)
     facts = _collect_facts(cfg, models, data, identity, None if shares else resumed)

@@ -5,10 +5,10 @@ Legend: V views, P patches of all views, C * p * p numbers of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,15 +27,21 @@ class Views:
         grids: patch grid of every view.
         shape: how the views make up the item.
         patch_frames: frames of a flat patch, `[P, C * frames * p * p]`.
+        fields: further arrays by name, which `join_views` joins along their first axis.
+        preview: pictures of the views `[3, H, W]`, where `values` holds none.
     """
 
     values: np.ndarray
     grids: tuple[Grid3, ...]
     shape: MediaShape = MediaShape()
     patch_frames: int = 1
+    fields: Mapping[str, np.ndarray] = field(default_factory=dict)
+    preview: tuple[np.ndarray, ...] = ()
 
     def pictures(self) -> list[np.ndarray]:
         """Every view as uint8 `[3, H, W]`, put together from (the first frames of) its patches where they are flat."""
+        if self.preview:
+            return list(self.preview)
         if self.values.ndim == 4:
             return list(self.values)
         ends = np.cumsum([grid.size for grid in self.grids])[:-1]
@@ -83,6 +89,23 @@ class ImagePlan(Protocol):
 
 MediaViews = Mapping[str, Sequence[Views | None]]
 """Name of an encoder -> its views of every media item of a sample; None: the sample does not show the item."""
+
+
+def join_fields(
+    items: Sequence[Mapping[str, np.ndarray]], join: Callable[[list[np.ndarray]], Any] = np.concatenate
+) -> dict[str, Any]:
+    """The `fields` of several items, every name joined along the first axis. In the other axes, whose sizes may differ,
+    smaller ones are filled up with zeros at their ends, as the library's processors do."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for item in items for name in item):
+        arrays = [item[name] for item in items if name in item]
+        largest = np.max([array.shape[1:] for array in arrays], axis=0) if arrays[0].ndim > 1 else ()
+        padded = []
+        for array in arrays:
+            missing = [(0, 0), *((0, int(most) - size) for most, size in zip(largest, array.shape[1:], strict=True))]
+            padded.append(np.pad(array, missing) if any(end for _, end in missing) else array)
+        found[name] = join(padded)
+    return found
 
 
 def name_frames(count: int) -> tuple[ViewName, ...]:

@@ -104,6 +104,8 @@ def _describe_content(thing: Any) -> Any:
         return [_describe_content(value) for value in thing]
     if isinstance(thing, partial):
         return [_describe_content(thing.func), _describe_content(thing.args), _describe_content(thing.keywords)]
+    if hasattr(thing, "list_content"):  # what holds things of other libraries says itself what counts
+        return _describe_content(thing.list_content())
     if hasattr(thing, "backend_tokenizer"):
         backend = hashlib.sha256(thing.backend_tokenizer.to_str().encode()).hexdigest()
         return [

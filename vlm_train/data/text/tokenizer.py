@@ -246,3 +246,17 @@ def find_unknown_id(tokenizer: Any) -> int | None:
     unknown = getattr(tokenizer, "unk_token_id", None)
     ends = (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "bos_token_id", None))
     return None if unknown is None or unknown in ends else int(unknown)
+
+
+def library(*, name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a whole model's processor, with the model's chat template.
+
+    Args:
+        name: a local folder or a hub name.
+
+    Raises:
+        AssetError: it has no processor that can be loaded. ConfigError: the tokenizer has no fast version.
+    """
+    from vlm_train.models.hf_vlm.processor import load_processor, prepare_tokenizer
+
+    return prepare_tokenizer(load_processor(resolve_package_file(name)))

@@ -39,16 +39,21 @@ def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossS
     if stream.plain_causal:
         mask = None
     elif llm.takes_packed and (stream.causal or stream.masked):
-        groups = None
-        if stream.masked is not None:
-            groups = stream.attention_group.flatten()
-            groups = groups if stream.masked.index is None else groups[stream.masked.index]
-        mask = SequenceMask(causal=stream.causal, masked=stream.masked, groups=groups)
+        mask = make_sequence_mask(stream)
     else:
         mask = attention_mask(stream.segment_ids, stream.attention_group)
     if getattr(llm, "response_dropout", None):
         reads["response"] = stream.labels != IGNORE
     return llm.decode(embeds, stream.positions, mask, **reads)
+
+
+def make_sequence_mask(stream: TokenStream) -> SequenceMask:
+    """Who may attend to whom in a stream of packed or branched samples."""
+    groups = None
+    if stream.masked is not None:
+        groups = stream.attention_group.flatten()
+        groups = groups if stream.masked.index is None else groups[stream.masked.index]
+    return SequenceMask(causal=stream.causal, masked=stream.masked, groups=groups)
 
 
 def generate_from(

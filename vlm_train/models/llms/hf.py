@@ -158,17 +158,7 @@ class HFCausalLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., D]` -> logits `[..., V]`, scaled and soft-capped as the model's family does."""
-        config = self.model.config
-        logits = self.model.get_output_embeddings()(hidden)
-        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * factor
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / divisor
-        if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
-            logits = logits * factor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return scale_logits(self.model.get_output_embeddings()(hidden), self.model.config)
 
     @torch.no_grad()
     def generate(
@@ -285,3 +275,16 @@ class HFCausalLM(nn.Module):
             )
         if isinstance(mask, SequenceMask) and not self.takes_packed:
             raise ConfigError(f"llm.attention: {config._attn_implementation} takes no sequences; choose packed")
+
+
+def scale_logits(logits: Tensor, config: Any) -> Tensor:
+    """Logits as the model's family scales and soft-caps them behind the head."""
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+        logits = logits * factor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits

@@ -48,6 +48,8 @@ class OneView:
 def blank_images(vision: Any, plan: Any, size: MediaSize, count: int) -> MediaInput:
     """What an encoder is given of `count` images of one size under an image plan, all zeros; on the default device."""
     grids = tuple(plan.grids(size))
+    if (make := getattr(plan, "blank_input", None)) is not None:
+        return make(size, count)
     if vision.image_size is None:
         shape: tuple[int, ...] = (count * sum(grid.size for grid in grids), flat_width(vision))
     else:

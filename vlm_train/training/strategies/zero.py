@@ -208,6 +208,9 @@ class ZeRO(OwnState, DeepSpeedStrategy):
 
         with keep_buffers(model):
             broadcast_weights(model, list_units(model), self.root_device, split_unit, dtype)
+        for module in model.modules():
+            for parameter in getattr(module, "parameters_read_here", list)():
+                deepspeed.zero.register_external_parameter(module, parameter)
 
     def _compute_dtype(self) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.precision_plugin.precision).split("-")[0])
