@@ -113,7 +113,7 @@ class Pope(ListSource):
         number = [*self._shown][i]
         sample, blobs = self._shards.load_sample(number)
         shown = self._shown[number]
-        annotations, asked = [], []
+        annotations, asked = list[Annotation](), list[str]()
         for one in shown[: self.present]:
             absent = self._pick_absent(one, {*shown, *asked}, Dice("pope", self.seed, sample.key, one))
             asked.append(absent)

@@ -88,7 +88,15 @@ def test_the_forward_one_is_cross_entropy_less_the_teacher_s_entropy(models: Any
 
 def test_a_run_comes_closer_to_its_teacher(data: Path, tmp_path: Path) -> None:
     teacher = train(command(data, tmp_path, "params=all", "optim.lr=0.01", "trainer.export=false", name="teacher"))
-    common = ["trainer.max_steps=30", "trainer.save_every=null", "params=all", "optim.lr=0.01", "trainer.export=false", "trainer.log_every=1", "seed=7"]
+    common = [
+        "trainer.max_steps=30",
+        "trainer.save_every=null",
+        "params=all",
+        "optim.lr=0.01",
+        "trainer.export=false",
+        "trainer.log_every=1",
+        "seed=7",
+    ]
     taught = ["objective=distill", f"reference.model={teacher}", "batch.micro=4"]
     student = train(command(data, tmp_path, *common, *taught, name="student"))
     rows = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
