@@ -318,8 +318,6 @@ def test_preference_tuning_says_what_was_published(name: str) -> None:
     found = dict(objectives["dpo"].weights) | ({"sft": objectives["sft"].weight} if "sft" in objectives else {})
     assert found == losses and (objectives["dpo"].beta, objectives["dpo"].label_smoothing) == (0.1, 0.0)
     assert cfg.strategy == compose_config([f"recipe={name}", f"strategy={strategy}"]).strategy
-    if strategy == "zero3":  # else ranks with answers of other lengths would wait for each other
-        assert all(objective.chunks for objective in objectives.values())
 
 
 @pytest.mark.parametrize("name", sorted(QWEN2_VL))

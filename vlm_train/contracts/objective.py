@@ -74,10 +74,14 @@ class StepContext:
         gather: collects tensors from all ranks.
         reference: `with context.reference() as reference:` gives the frozen second model. Nothing inside the `with`
             records gradients, so the trained model runs outside of it. None where the run has none.
+        most_of_ranks: the largest of the counts that the ranks give; every rank asks. It says how often a part is
+            called: strategies that spread its weights (ZeRO-3, FSDP2) gather them at every call, so ranks must make
+            equally many. Under all others it gives a rank its own count back.
     """
 
     gather: Gather = field(default_factory=OneRank)
     reference: Callable[[], AbstractContextManager[Any]] | None = None
+    most_of_ranks: Callable[[int], int] = int
 
 
 class Objective(Protocol):

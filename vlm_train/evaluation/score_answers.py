@@ -51,11 +51,12 @@ def score_pairs(cfg: DictConfig) -> dict[str, Any]:
 
 def _read_pairs(assembly: Assembly, shown: Sequence[Shown], gamma: float | None) -> list[tuple[float, ...]]:
     """The log-likelihoods of both answers of every sample."""
+    from vlm_train.contracts.objective import StepContext
     from vlm_train.data.collate import Example, collate_rows
     from vlm_train.objectives.answers import ANSWERS, score_answers
 
     model = require_methods(assembly, (PredictsTokens,), "score")
     rows = [[Example(one.texts[0], one.views)] for one in shown]
     batch = collate_rows(rows, assembly.processor.images).to(next(model.parameters()).device)
-    found = [score_answers(model, batch, stream, gamma=gamma)[0].tolist() for stream in ANSWERS]
+    found = [score_answers(model, batch, stream, StepContext(), gamma=gamma)[0].tolist() for stream in ANSWERS]
     return [*zip(*found, strict=True)]

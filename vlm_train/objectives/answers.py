@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_train.contracts.batch import Batch
+from vlm_train.contracts.objective import StepContext
 from vlm_train.models.layers.passes import outputs_of
 from vlm_train.objectives.head import call_in_chunks
 from vlm_train.objectives.per_sample import sum_by_segment
@@ -22,7 +23,7 @@ ANSWERS = ("llm", "rejected")
 
 
 def score_answers(
-    model: Any, batch: Batch, stream: str, *, gamma: float | None = None, chunk: int = 1024, chunks: int | None = None
+    model: Any, batch: Batch, stream: str, context: StepContext, *, gamma: float | None = None, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """`[M]` log-likelihoods of the answers in a stream, and `[M]` their lengths: sums over tokens of w log p, and of w.
 
@@ -30,7 +31,7 @@ def score_answers(
 
     Args:
         gamma: the weight of all tokens that the data weighs otherwise than with 1 (dense DPO); None: the data's.
-        chunk, chunks: see `call_in_chunks`.
+        chunk: positions per head call.
     """
     text = batch.text[stream]
     index = text.supervised
@@ -38,7 +39,7 @@ def score_answers(
     labels, weights = text.labels.flatten()[index], text.weights.flatten()[index]
     if gamma is not None:
         weights = weights.where(weights == 1, gamma)
-    found = call_in_chunks(partial(_log_likelihoods, model), (hidden, labels), chunk=chunk, chunks=chunks)
+    found = call_in_chunks(partial(_log_likelihoods, model), (hidden, labels), context, chunk=chunk)
     likelihoods = torch.cat(found) * weights
     return sum_by_segment(batch, text, index, likelihoods), sum_by_segment(batch, text, index, weights)
 

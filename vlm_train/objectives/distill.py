@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.errors import ConfigError
 from vlm_train.models.layers.passes import outputs_of
+from vlm_train.objectives.head import call_in_chunks
 
 DIVERGENCES = ("forward", "reverse")
 
@@ -39,7 +39,6 @@ class Distillation(Objective):
             their size.
         stream: the token stream that is learned.
         chunk: positions per head call.
-        chunks: a fixed number of head calls instead, for ZeRO-3, where ranks must agree on it.
 
     Raises:
         ConfigError: a value outside its range.
@@ -56,34 +55,28 @@ class Distillation(Objective):
         temperature: float = 1.0,
         stream: str = "llm",
         chunk: int = 1024,
-        chunks: int | None = None,
     ) -> None:
         if divergence not in DIVERGENCES:
             raise ConfigError(f"objective.distill.divergence: got {divergence!r}; allowed: {', '.join(DIVERGENCES)}")
-        if temperature <= 0 or chunk < 1 or (chunks is not None and chunks < 1):
+        if temperature <= 0 or chunk < 1:
             raise ConfigError(
-                f"objective.distill: got temperature={temperature}, chunk={chunk}, chunks={chunks}; allowed: above 0, "
-                "and from 1"
+                f"objective.distill: got temperature={temperature}, chunk={chunk}; allowed: above 0, and from 1"
             )
         self.weight, self.divergence, self.temperature = weight, divergence, temperature
-        self.stream, self.streams, self.chunk, self.chunks = stream, (stream,), chunk, chunks
+        self.stream, self.streams, self.chunk = stream, (stream,), chunk
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{distill: Loss}`: weighted sum over supervised tokens, and how often student and teacher agree."""
         assert context.reference is not None  # the run has one: `needs_reference`
         stream = batch.text[self.stream]
         index, weights = stream.supervised, stream.weights.flatten()[stream.supervised]
-        pieces = self.chunks or max(1, -(-len(index) // self.chunk))
         with context.reference() as teacher:
             seen = outputs_of(teacher, batch, self.stream).hidden.flatten(0, 1)[index]  # [S, E]
         hidden = outputs_of(model, batch, self.stream).hidden.flatten(0, 1)[index]  # [S, D]
-        compare: Callable[..., tuple[Tensor, Tensor]] = self._compare_tokens
-        if torch.is_grad_enabled():
-            compare = partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
         total = agreed = hidden.new_zeros((), dtype=torch.float32)
         losses = []
-        for part in zip(*(one.tensor_split(pieces) for one in (hidden, seen, weights)), strict=True):
-            loss, hits = compare(model, context.reference, *part)
+        compare = partial(self._compare_tokens, model, context.reference)
+        for loss, hits in call_in_chunks(compare, (hidden, seen, weights), context, chunk=self.chunk):
             total, agreed = total + loss.sum(), agreed + hits
             losses.append(loss.detach())
         logged = {"agreement": (agreed / max(len(index), 1)).detach()}

@@ -48,7 +48,6 @@ class DirectPreference(Objective):
         reference_columns: columns beside the shards with the reference's log-likelihoods of the chosen and of the
             rejected answers, as `mode=score columns.scores=answers` writes them; then the run has no second model.
         chunk: positions per head call.
-        chunks: a fixed number of head calls a stream instead, on which ranks must agree under ZeRO-3 and FSDP2.
 
     Raises:
         ConfigError: a value outside its range.
@@ -70,21 +69,19 @@ class DirectPreference(Objective):
         reference_free: bool = False,
         reference_columns: Sequence[str] = (),
         chunk: int = 1024,
-        chunks: int | None = None,
     ) -> None:
         weights = tuple(loss_weights) or (1.0,) * len(loss_type)
         _check_pairs(beta, label_smoothing, loss_type, weights)
-        _check_tokens(gamma, chunk, chunks)
+        _check_tokens(gamma, chunk)
         _check_reference(reference_free, reference_columns)
         self.beta, self.label_smoothing, self.weights = beta, label_smoothing, dict(zip(loss_type, weights))
-        self.gamma, self.chunks = gamma, chunks
-        self.reading: dict[str, Any] = {"gamma": gamma, "chunk": chunk, "chunks": chunks}
+        self.reading: dict[str, Any] = {"gamma": gamma, "chunk": chunk}
         self.reference_free, self.columns = reference_free, tuple(reference_columns)
         self.needs_reference = not (reference_free or self.columns)
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{loss type: Loss}`; the first has the rewards of the answers as its metrics."""
-        answers = [score_answers(model, batch, stream, **self.reading) for stream in ANSWERS]
+        answers = [score_answers(model, batch, stream, context, **self.reading) for stream in ANSWERS]
         usual = self._score_by_reference(batch, context)
         ratios = [own - other for (own, _), other in zip(answers, usual, strict=True)]  # [M] each
         found = self._compute_losses(ratios, [length for _, length in answers])
@@ -105,7 +102,7 @@ class DirectPreference(Objective):
             return [batch.columns[name] for name in self.columns]
         assert context.reference is not None  # the run has one: `needs_reference`
         with context.reference() as reference:  # nothing in here records gradients
-            return [score_answers(reference, batch, stream, **self.reading)[0] for stream in ANSWERS]
+            return [score_answers(reference, batch, stream, context, **self.reading)[0] for stream in ANSWERS]
 
     def _compute_losses(self, ratios: Sequence[Tensor], lengths: Sequence[Tensor]) -> dict[str, Tensor]:
         """Every loss `[M]`, from the log-likelihoods of both answers over the reference's, and their lengths."""
@@ -159,12 +156,12 @@ def _check_pairs(beta: float, label_smoothing: float, loss_type: Sequence[str], 
         )
 
 
-def _check_tokens(gamma: float | None, chunk: int, chunks: int | None) -> None:
+def _check_tokens(gamma: float | None, chunk: int) -> None:
     """Raises ConfigError for what the settings about tokens cannot be."""
     if gamma is not None and not gamma > 0:
         raise ConfigError(f"objective.dpo.gamma: got {gamma}; allowed: above 0, or null for the data's own weights")
-    if chunk < 1 or (chunks is not None and chunks < 1):
-        raise ConfigError(f"objective.dpo: chunk and chunks must be positive, got {chunk} and {chunks}")
+    if chunk < 1:
+        raise ConfigError(f"objective.dpo.chunk: got {chunk}; allowed: from 1")
 
 
 def _check_reference(reference_free: bool, columns: Sequence[str]) -> None:

@@ -29,7 +29,6 @@ class LanguageModeling(Objective):
         weight: factor in the total loss.
         stream: the token stream that is learned and that normalizes the loss.
         chunk: positions per head call.
-        chunks: a fixed number of head calls instead. ZeRO-3 gathers the head at every call, so ranks must agree on it.
         label_smoothing: share of every target that is spread evenly over the whole vocabulary, as torch's
             `cross_entropy` does.
         z_loss: factor on the square of the logits' log-sum-exp, which is added to every token's loss and keeps logits
@@ -46,25 +45,22 @@ class LanguageModeling(Objective):
         weight: float = 1.0,
         stream: str = "llm",
         chunk: int = 1024,
-        chunks: int | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         name: str = "lm",
     ) -> None:
-        if chunk < 1 or (chunks is not None and chunks < 1):
-            raise ConfigError(f"objective.lm: chunk and chunks must be positive, got {chunk} and {chunks}")
+        if chunk < 1:
+            raise ConfigError(f"objective.lm.chunk: got {chunk}; allowed: from 1")
         if z_loss < 0:
             raise ConfigError(f"objective.lm.z_loss: got {z_loss}; allowed: 0 or more")
         self.weight = weight
         self.stream = stream
         self.streams = (stream,)
         self.chunk = chunk
-        self.chunks = chunks
         self.label_smoothing, self.z_loss, self.name = label_smoothing, z_loss, name
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """`{name: Loss}`: weighted sum over supervised tokens, count = sum of their weights."""
-        del context  # tokens of other ranks play no part
         stream = batch.text[self.stream]
         index = stream.supervised
         hidden = outputs_of(model, batch, self.stream).hidden.flatten(0, 1)[index]  # [S, D]
@@ -73,9 +69,7 @@ class LanguageModeling(Objective):
         total = correct = squares = hidden.new_zeros((), dtype=torch.float32)
         losses = []
         compute = partial(_token_loss, model, self.label_smoothing, self.z_loss)
-        for loss, hits, square in call_in_chunks(
-            compute, (hidden, labels, weights), chunk=self.chunk, chunks=self.chunks
-        ):
+        for loss, hits, square in call_in_chunks(compute, (hidden, labels, weights), context, chunk=self.chunk):
             total, correct, squares = total + loss.sum(), correct + hits, squares + square
             losses.append(loss.detach())
         logged = {"accuracy": (correct / max(len(index), 1)).detach()}

@@ -187,7 +187,7 @@ def ddp(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spread(strategy: str, data: Path, runs: Path) -> list[list[str]]:
     """A run of one pair a micro-batch, and a packed one with several head calls."""
     plain, packed = (job("mpo", data, runs, name, *STRATEGIES[strategy], *SGD, "batch.micro=1") for name in ("a", "b"))
-    return [plain, [*packed, "data.pack=256", "objective.dpo.chunks=3"]]
+    return [plain, [*packed, "data.pack=256", "objective.dpo.chunk=8"]]
 
 
 @pytest.mark.slow

@@ -47,3 +47,16 @@ def test_one_rank_has_text_only(strategy: str, data: Path, alone: Path, tmp_path
         first, second = (drawn(tmp_path / name, rank) for rank in (0, 1))
         numbers = [[int(keys[0][0][-2:]) % 2 for keys in one.values()] for one in (first, second)]
         assert all(a != b for a, b in zip(*numbers, strict=True)), numbers  # one of them odd: without a picture
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(s, marks=[] if s == "zero3" else pytest.mark.slow) for s in ("zero3", "fsdp2")]
+)
+def test_one_rank_has_longer_answers(strategy: str, tmp_path: Path) -> None:
+    """The head runs on some positions at a time, and strategies that spread its weights gather them at every call."""
+    data = make_data(tmp_path / "data")
+    short = ["objective.lm.chunk=4", "params=all"]
+    train(job(data, tmp_path / "alone", "tower trains", *short, micro=2))
+    train_on_ranks(job(data, tmp_path, "tower trains", *short, *STRATEGIES[strategy], micro=1), limit=100)
+    assert_equal_runs(tmp_path / "alone" / "trains", tmp_path / "trains")
