@@ -478,8 +478,8 @@ def test_help_asks_no_composition(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main(["--help", "--config-dir", "mine"]) == 0
     lines = capsys.readouterr().out.splitlines()
     images = (
-        "image: anyres, anyres_max9, canvas, crop, longest_side, naflex, native, overlapping_tiles, pad, qwen2, "
-        "resize, tiles"
+        "image: anyres, anyres_max9, canvas, crop, library, longest_side, naflex, native, overlapping_tiles, pad, "
+        "qwen2, resize, tiles"
     )
     assert images in lines and not any(line.startswith(("hydra:", "./")) for line in lines)
     (recipes,) = [line for line in lines if line.startswith("recipe: ")]

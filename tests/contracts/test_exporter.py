@@ -32,6 +32,7 @@ def test_the_first_without_problems_is_taken() -> None:
     assert list(exporters) == [
         "blip",
         "blip2",
+        "hf_vlm",
         "internvl",
         "llava",
         "llava_next",
@@ -51,6 +52,7 @@ def test_problems_of_all_are_listed_where_none_fits() -> None:
     assert caught.value.problems == [
         "exporter.blip: model: PrefixVLM has no BLIP equivalent; only Blip with BlipTextModel does",
         "exporter.blip2: connector: Linear; BLIP-2 has a Q-Former",
+        "exporter.hf_vlm: model: PrefixVLM is no whole model of transformers",
         "exporter.internvl: connector: Linear; InternVL has only the pixel shuffle with its norm and two layers",
         "exporter.llava: connector: Linear; LLaVA has only the two-layer MLP (mlp2x_gelu)",
         "exporter.llava_next: parts.stitcher: null; tiles are joined by UnpadNewline (parts=unpad_newline)",

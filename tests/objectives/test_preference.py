@@ -169,7 +169,7 @@ def test_segments_weigh_in_both_answers_and_in_both_models(gamma: float | None, 
 @torch.no_grad()
 def test_columns_stand_for_the_reference() -> None:
     batch, reference = pairs_batch([[PAIRS[3], PAIRS[0]], [PAIRS[1]]]), make_model("reference")
-    said = {f"{name}_logp": score_answers(reference, batch, name)[0] for name in ANSWERS}
+    said = {f"{name}_logp": score_answers(reference, batch, name, StepContext())[0] for name in ANSWERS}
     live = compute([DirectPreference()], make_model(), batch, reference)["sigmoid"]
     objective = DirectPreference(reference_columns=[*said])
     assert objective.columns == ("llm_logp", "rejected_logp") and not objective.needs_reference

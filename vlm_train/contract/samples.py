@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipelines.build import write_shards
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.shards.tar_writer import ShardWriter
 from data_pipelines.sources.tiny import Tiny
 from vlm_train.contracts.batch import Batch
 from vlm_train.data.collate import Example, collate_prompts, collate_rows
@@ -46,8 +46,11 @@ def make_prompts(processor: Processor) -> Batch:
 
 
 def write_samples(folder: Path) -> Path:
-    """A shard set of the made pictures."""
-    write_shards(Tiny(count=COUNT), folder)
+    """A shard set of the made pictures, and of their questions alone."""
+    with ShardWriter(folder) as writer:
+        for media in (True, False):
+            for sample, blobs in _read_samples(media):
+                writer.write_sample(replace(sample, key=f"{sample.key}{'' if media else '-text'}"), blobs)
     return folder
 
 

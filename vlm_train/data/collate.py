@@ -127,19 +127,7 @@ def join_views(items: Sequence[Views], plan: ImagePlan) -> MediaInput:
     """What an encoder is given of several media items; without any, one blank view of its plan. In a loader process
     the pixels are put into memory that it shares, where they go anyway."""
     parts = items or [plan.blank()]
-    fields = join_fields([views.fields for views in parts], _join_arrays)
-    return MediaInput(
-        values=_join_arrays([views.values for views in parts]),
-        grids=tuple(grid for views in parts for grid in views.grids),
-        view_counts=tuple(len(views.grids) for views in items),
-        shapes=tuple(views.shape for views in items),
-        fields=fields,
-        field_counts={name: tuple(len(views.fields.get(name, ())) for views in parts) for name in fields},
-    )
-
-
-def _join_arrays(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Arrays joined along their first axis; in a loader process in memory that it shares."""
+    arrays = [views.values for views in parts]
     shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
     joined = torch.from_numpy(np.empty(0, arrays[0].dtype))
     if get_worker_info() is None:
@@ -148,7 +136,15 @@ def _join_arrays(arrays: Sequence[np.ndarray]) -> torch.Tensor:
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * joined.element_size())
         joined = joined.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
     np.concatenate(arrays, out=joined.numpy())
-    return joined
+    fields = join_fields([views.fields for views in parts]) if any(views.fields for views in parts) else {}
+    return MediaInput(
+        values=joined,
+        grids=tuple(grid for views in parts for grid in views.grids),
+        view_counts=tuple(len(views.grids) for views in items),
+        shapes=tuple(views.shape for views in items),
+        fields={name: torch.from_numpy(one) for name, one in fields.items()},
+        field_counts={name: tuple(len(views.fields.get(name, ())) for views in parts) for name in fields},
+    )
 
 
 def target_weights(stream: Stream, normalize: str, weight: float) -> np.ndarray:

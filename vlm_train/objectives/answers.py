@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.objective import StepContext
-from vlm_train.models.layers.passes import outputs_of
-from vlm_train.objectives.head import call_in_chunks
+from vlm_train.models.layers.passes import call_in_chunks, outputs_of
 from vlm_train.objectives.per_sample import sum_by_segment
 
 ANSWERS = ("llm", "rejected")

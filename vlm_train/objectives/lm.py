@@ -16,8 +16,7 @@ from vlm_train.contracts.batch import Batch
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.contracts.objective import Loss, Objective, StepContext
 from vlm_train.errors import ConfigError
-from vlm_train.models.layers.passes import outputs_of
-from vlm_train.objectives.head import call_in_chunks
+from vlm_train.models.layers.passes import call_in_chunks, outputs_of
 
 
 class LanguageModeling(Objective):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,3 +57,11 @@ class RankGather:
         if min(sizes) == most:
             return whole
         return torch.cat([whole[r * most : r * most + size] for r, size in enumerate(sizes)])
+
+
+def most_of_ranks(trainer: Any, device: torch.device) -> Callable[[int], int]:
+    """See `StepContext.most_of_ranks`."""
+    if trainer.world_size == 1 or not trainer.strategy.shards_model:
+        return int
+    gather = RankGather(device)
+    return lambda count: max(gather.sizes(count))

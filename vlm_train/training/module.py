@@ -27,7 +27,7 @@ from vlm_train.seeds import derive_seed
 from vlm_train.training.bad_samples import BadSamples
 from vlm_train.training.clipping import LateVerdict, clip_gradients, name_norms, read_norms
 from vlm_train.training.first_step import FirstSteps, count_targets
-from vlm_train.training.gather import RankGather
+from vlm_train.training.gather import RankGather, most_of_ranks
 from vlm_train.training.guard import SCALE, Guard
 from vlm_train.training.metrics import Meter, Work, all_finite
 from vlm_train.training.params import Policy, freeze_eval
@@ -251,7 +251,7 @@ class VLMModule(pl.LightningModule):
         if not batch.references and not together:
             return
         # No gather: ranks may hold unequal numbers of held-out samples.
-        context = StepContext(reference=self.lend_reference, most_of_ranks=self._make_most_of_ranks())
+        context = StepContext(reference=self.lend_reference, most_of_ranks=most_of_ranks(self.trainer, self.device))
         for objective in self.objectives.values():
             for name, loss in objective(self.model, batch, context).items():
                 self.meter.held_out.add_loss(name, replace(loss, metrics={}))
@@ -260,15 +260,8 @@ class VLMModule(pl.LightningModule):
         """Start the clock of the metrics."""
         self.first_steps.begin(self)
         gather = RankGather(self.device) if self.trainer.world_size > 1 else OneRank()
-        self.context = StepContext(gather, self.lend_reference, self._make_most_of_ranks())
+        self.context = StepContext(gather, self.lend_reference, most_of_ranks(self.trainer, self.device))
         self.meter.start_clock(self.global_step)
-
-    def _make_most_of_ranks(self) -> Callable[[int], int]:
-        """See `StepContext`."""
-        if self.trainer.world_size > 1 and cast(Any, self.trainer.strategy).shards_model:
-            gather = RankGather(self.device)
-            return lambda count: max(gather.sizes(count))
-        return int
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Wait for the next micro-batch, now that the callbacks are done."""

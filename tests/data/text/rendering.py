@@ -12,7 +12,7 @@ from vlm_train.contracts.media import Grid3
 from vlm_train.data.text import template as templates
 
 TEMPLATES = sorted(Path(__file__).parents[3].glob("conf/template/*.yaml"))
-NAMES = [path.stem for path in TEMPLATES]
+NAMES = [path.stem for path in TEMPLATES if path.stem != "library"]  # that one needs the processor of a whole model
 
 
 def load(name: str, **changes: object) -> templates.Template:

@@ -20,6 +20,7 @@ ENDS = {"perceptionlm": "<|end_of_text|>"}
 # What a template learns around an answer.
 LEARNED = {
     "plain": "{}\n",
+    "paligemma": "{}<eos>",
     "interleaved": "{}<eos>",
     "v0": " {}\n###",
     "vicuna_v1": " {}<eos>",

@@ -5,10 +5,10 @@ Legend: V views, P patches of all views, C * p * p numbers of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -91,12 +91,10 @@ MediaViews = Mapping[str, Sequence[Views | None]]
 """Name of an encoder -> its views of every media item of a sample; None: the sample does not show the item."""
 
 
-def join_fields(
-    items: Sequence[Mapping[str, np.ndarray]], join: Callable[[list[np.ndarray]], Any] = np.concatenate
-) -> dict[str, Any]:
+def join_fields(items: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The `fields` of several items, every name joined along the first axis. In the other axes, whose sizes may differ,
     smaller ones are filled up with zeros at their ends, as the library's processors do."""
-    found: dict[str, Any] = {}
+    found: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(name for item in items for name in item):
         arrays = [item[name] for item in items if name in item]
         largest = np.max([array.shape[1:] for array in arrays], axis=0) if arrays[0].ndim > 1 else ()
@@ -104,7 +102,7 @@ def join_fields(
         for array in arrays:
             missing = [(0, 0), *((0, int(most) - size) for most, size in zip(largest, array.shape[1:], strict=True))]
             padded.append(np.pad(array, missing) if any(end for _, end in missing) else array)
-        found[name] = join(padded)
+        found[name] = np.concatenate(padded)
     return found
 
 

@@ -136,7 +136,8 @@ def make_streams(
         if how.rejected:
             found["rejected"] = _joint_stream(conversation, [swap_rejected(chosen[0])])
         for name, stream in found.items():
-            found[name] = stream = truncate_stream(stream, how.max_length, how.over_length, keep_end=style.keep_end)
+            if how.max_length is not None and len(stream) > how.max_length:
+                found[name] = stream = truncate_stream(stream, how.max_length, how.over_length, keep_end=style.keep_end)
             if not stream.supervised and stream.alignment != "none":
                 raise BadSample(f"no supervised token in {len(stream)} tokens", kind="unsupervised")
     if QFORMER in streams:

@@ -1,16 +1,20 @@
-"""Passes over a batch: how objectives call a family, how a family drives its language model, and what is made once."""
+"""Passes over a batch: how objectives call a family and its head, how a family drives its language model, and what is
+made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vlm_train.contracts.batch import IGNORE, Batch, SequenceMask, TokenStream
 from vlm_train.contracts.cross_states import CrossStates
 from vlm_train.contracts.family import Family, Outputs
+from vlm_train.contracts.objective import StepContext
 from vlm_train.contracts.parts import Encoded
 from vlm_train.models.layers.masks import attention_mask
 
@@ -25,6 +29,19 @@ def outputs_of(model: Any, batch: Batch, stream: str) -> Outputs:
         found = model(batch, stream=stream)
         batch.shared[kept] = Outputs(found, {}) if isinstance(found, Tensor) else found
     return batch.shared[kept]
+
+
+def call_in_chunks(
+    compute: Callable[..., Made], tensors: Sequence[Tensor], context: StepContext, *, chunk: int
+) -> list[Made]:
+    """What `compute` gives of at most `chunk` positions of every tensor `[S, ...]`, piece by piece; it is computed
+    again in backward. No positions still make one call, so that a batch without targets reaches the same parameters.
+    Ranks that gather the head at every call make as many calls as the one with the most positions.
+    """
+    pieces = max(1, -(-context.most_of_ranks(len(tensors[0])) // chunk))
+    if torch.is_grad_enabled():
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    return [compute(*part) for part in zip(*(tensor.tensor_split(pieces) for tensor in tensors), strict=True)]
 
 
 def decode_stream(llm: Any, embeds: Tensor, stream: TokenStream, **reads: CrossStates | Encoded | Tensor) -> Tensor:
