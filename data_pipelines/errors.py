@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\d+(?:\.\d+)?")
+VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S+|(?<!\bmp)\d+(?:\.\d+)?")
 NAMES = re.compile(r"^(?:\S*… )?(?:\w+ \S*…\S*: )+")
 
 

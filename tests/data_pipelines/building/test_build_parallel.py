@@ -377,6 +377,7 @@ def test_results_are_put_in_order():
         ("record 'a:b': 2 <image> tags, 1 images", "… <image> tags, … images"),
         ("sample 'x': image /data/a b.jpg: No such file", "image … b.jpg: No such file"),
         ("record 7: sample 'k': duplicate key", "duplicate key"),
+        ("record 7: found GIF; read are mp4, webm", "found GIF; read are mp4, webm"),
     ],
 )
 def test_reasons_are_counted_without_names_and_numbers(message, expected):
