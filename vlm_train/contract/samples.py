@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipelines.build import write_shards
 from data_pipelines.sample import Annotation, Media, Sample, Text, Turn
+from data_pipelines.shards.tar_writer import ShardWriter
 from data_pipelines.sources.tiny import Tiny
 from vlm_train.contracts.batch import Batch
 from vlm_train.data.collate import Example, collate_prompts, collate_rows
@@ -45,9 +45,14 @@ def make_prompts(processor: Processor) -> Batch:
     return collate_prompts(rendered, processor.images)
 
 
-def write_samples(folder: Path) -> Path:
-    """A shard set of the made pictures."""
-    write_shards(Tiny(count=COUNT), folder)
+def write_samples(folder: Path, *, texts: bool = False) -> Path:
+    """A shard set of the made pictures; with `texts` also of their questions alone."""
+    with ShardWriter(folder, source=Tiny.name, license=Tiny.license) as writer:
+        for record in Tiny(count=COUNT):
+            assert isinstance(record, tuple)
+            writer.write_sample(*record)
+        for sample, blobs in _read_samples(media=False) if texts else ():
+            writer.write_sample(replace(sample, key=f"text-{sample.key}"), blobs)
     return folder
 
 
