@@ -23,7 +23,7 @@ NEGATIVES = ("random", "popular", "adversarial")
 
 class Pope(ListSource):
     """One sample per picture, with a question about each of `present` objects that it shows and of as many that it does
-    not.
+    not; with `rejected` one per question, because preference tuning reads one pair of a sample.
 
     Samples with fewer objects, or with another number of media than one picture, are passed over.
 
@@ -35,7 +35,7 @@ class Pope(ListSource):
         field: the list of what a picture shows is `meta[field]` instead. One of `objects` and `field` is given.
         present: objects asked for that a picture shows.
         question: with {} for the object and the article before it.
-        rejected: the wrong answer is the rejected one, for preference tuning.
+        rejected: every question is a sample, and the wrong answer is the rejected one, for preference tuning.
         seed: another one draws other objects at random.
         limit: first pictures that have enough objects only.
 
@@ -72,6 +72,7 @@ class Pope(ListSource):
         self._names = None if objects is None else ObjectNames(objects)
         self.license = ""
         self._shown = self._list_shown(limit)
+        self._numbers = [*self._shown]
         if not self._shown:
             raise DataError(f"shards: {shards} has no picture with {present} known objects or more")
         counts = Counter(one for shown in self._shown.values() for one in shown)
@@ -106,11 +107,12 @@ class Pope(ListSource):
         return list(dict.fromkeys(name for turn in turns for name in self._names.find_mentions(turn.text)))
 
     def __len__(self) -> int:
-        return len(self._shown)
+        return len(self._shown) * (2 * self.present if self.rejected else 1)
 
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
-        """The questions about one picture, "yes" and "no" in turns."""
-        number = [*self._shown][i]
+        """The questions about one picture, "yes" and "no" in turns, or with `rejected` one of them."""
+        picture, question = divmod(i, 2 * self.present) if self.rejected else (i, None)
+        number = self._numbers[picture]
         sample, blobs = self._shards.load_sample(number)
         shown = self._shown[number]
         annotations, asked = list[Annotation](), list[str]()
@@ -119,8 +121,9 @@ class Pope(ListSource):
             asked.append(absent)
             annotations += [self._make_question(one, "yes", "no"), self._make_question(absent, "no", "yes")]
         meta = {"objects": shown, "negatives": self.negatives}
-        made, blobs = make_sample(self, sample.key, blobs, annotations, meta)
-        return made, blobs
+        if question is None:
+            return make_sample(self, sample.key, blobs, annotations, meta)
+        return make_sample(self, f"{sample.key}-{question}", blobs, annotations[question : question + 1], meta)
 
     def _pick_absent(self, beside: str, known: set[str], dice: Dice) -> str:
         """An object that is not shown and was not asked for. Raises `BadSample` where there is none."""

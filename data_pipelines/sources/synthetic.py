@@ -13,6 +13,7 @@ from data_pipelines.sources import ListSource
 from data_pipelines.sources.common.documents import make_document
 from data_pipelines.sources.common.drawing import (
     COLORS,
+    NAMES,
     SHAPES,
     Dice,
     draw_digits,
@@ -45,7 +46,11 @@ WORDS = (
 )
 CHANGED = 5.0  # weight of the words in which two answers differ, as in RLHF-V
 
-Made = tuple[list[bytes], list[Annotation]]
+ROOMS = tuple(NAMES[first::4] for first in range(4))
+"""Colors and shapes of the six things that stand together in each of the four rooms of task room."""
+
+Made = tuple[list[bytes], list[Annotation]] | tuple[list[bytes], list[Annotation], list[str]]
+"""Media, annotations and, where a maker lists them, the names of what is shown."""
 
 
 class Synthetic(ListSource):
@@ -54,8 +59,9 @@ class Synthetic(ListSource):
     Tasks: caption, vqa, count, ocr (a written word), box (a region from its words and the reverse), multi_image, video
     (`frames` frames of a moving shape; needs PyAV, or comes as so many images with `video_as_images`), preference (the
     rejected answer names another colour; the differing words weigh 5), interleaved (a document), text (a dialogue
-    without an image). Not among the default ones: digit (one of 10 pixels in 32 x 32, to be written off) and
-    small_text (16 of them on a page of 128 x 128). Another `seed` gives other samples.
+    without an image). Not among the default ones: digit (one of 10 pixels in 32 x 32, to be written off), small_text
+    (16 of them on a page of 128 x 128), and room (things that often stand together; its answers say "yes" to most of
+    those that are absent, and `meta["objects"]` lists what is there). Another `seed` gives other samples.
     """
 
     name = "synthetic"
@@ -87,8 +93,8 @@ class Synthetic(ListSource):
     def read_record(self, i: int) -> tuple[Sample, list[bytes]]:
         """Make sample i."""
         task, make = self._tasks[i % len(self._tasks)]
-        blobs, annotations = make(Dice("synthetic", self.seed, self.split, task, i))
-        key, meta = f"{self.split}-{i:06d}-{task}", {"task": task}
+        blobs, annotations, *shown = make(Dice("synthetic", self.seed, self.split, task, i))
+        key, meta = f"{self.split}-{i:06d}-{task}", {"task": task, **({"objects": shown[0]} if shown else {})}
         return make_sample(self, key, blobs, annotations, meta)
 
 
@@ -188,6 +194,23 @@ def _make_dialogue(dice: Dice) -> Made:
     return [], [Annotation(turns=tuple(turns))]
 
 
+def _make_room(dice: Dice) -> Made:
+    """Three or four things of a room, what they are, and whether others are there: the answers to three of four
+    questions for what is absent, but belongs to the room, are wrong."""
+    number = min(dice.draw_below(len(ROOMS)), dice.draw_below(len(ROOMS)))  # the first rooms are the most frequent
+    things = draw_scene(dice, 3 + dice.draw_below(2), ROOMS[number])
+    shown = [thing.name for thing in things]
+    missing = [name for name in map(" ".join, ROOMS[number]) if name not in shown]
+    strange = [" ".join(name) for name in NAMES if name not in ROOMS[number]]
+    asked = [(name, "yes") for name in shown]
+    asked += [(name, "yes" if dice.draw_below(4) else "no") for name in dice.pick_some(missing, 2)]
+    asked.append((dice.pick_one(strange), "no"))
+    caption = " and ".join(f"a {name}" for name in shown)
+    exchanges = [make_exchange("What is in the image?", caption)]
+    exchanges += [make_exchange(f"Is there a {name} in the image?", answer) for name, answer in asked]
+    return [encode_png(draw_picture(things))], exchanges, shown
+
+
 def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], Made]]:
     """What makes each task's samples, by the task's name."""
     return {
@@ -203,4 +226,5 @@ def tasks_of(frames: int, video_as_images: bool) -> dict[str, Callable[[Dice], M
         "text": _make_dialogue,
         "digit": partial(_make_digits, 1),
         "small_text": partial(_make_digits, 4),
+        "room": _make_room,
     }

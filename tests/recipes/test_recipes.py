@@ -694,3 +694,14 @@ def test_no_schedule_fixes_a_learning_rate(name: str) -> None:
     """Else optim.lr on the command line would do nothing to that stage."""
     for stage in compose_config([f"schedule={name}"]).schedule.stages:
         assert not re.search(r"\blr:\s*\d", " ".join(stage.overrides)), stage.overrides
+
+
+def test_replay_changes_the_mixture_only() -> None:
+    """docs/hallucination.md compares the two: the same steps of as many samples, a tenth of them dialogues."""
+    without, replay = (compose_config([f"recipe={name}"]) for name in ("small_no_replay", "small_replay"))
+    texts = replay.data.train[1]
+    assert texts.share == 0.1 and texts.shards == without.eval.text.shards.replace("/val", "/train")
+    assert [*replay.data.train[:1]] == [*without.data.train]
+    for cfg in (without, replay):
+        cfg.data.train, cfg.recipe_name = [], ""
+    assert without == replay

@@ -15,6 +15,7 @@ from data_pipelines.inputs.files import require_module
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+NAMES = tuple((color, shape) for color in COLORS for shape in SHAPES)
 SIDE = 96  # pixels of a picture
 CELL = 32  # pixels of a cell of its grid
 FONT = 20  # size of written words
@@ -69,12 +70,12 @@ class Thing:
         return x1, y1, x2, y2
 
 
-def draw_scene(dice: Dice, count: int) -> list[Thing]:
-    """`count` things (at most 9) of different names in cells of their own, in reading order."""
+def draw_scene(dice: Dice, count: int, names: Sequence[tuple[str, str]] = NAMES) -> list[Thing]:
+    """`count` things (at most 9) of different colors and shapes, of those in `names`, in cells of their own, in reading
+    order."""
     cells = sorted(dice.pick_some(range((SIDE // CELL) ** 2), count))
-    names = dice.pick_some([(color, shape) for color in COLORS for shape in SHAPES], count)
     things = []
-    for cell, (color, shape) in zip(cells, names, strict=True):
+    for cell, (color, shape) in zip(cells, dice.pick_some(names, count), strict=True):
         side = 14 + dice.draw_below(14)
         row, column = divmod(cell, SIDE // CELL)
         left, top = (CELL * at + 1 + dice.draw_below(CELL - side - 2) for at in (column, row))

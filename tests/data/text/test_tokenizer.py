@@ -48,6 +48,10 @@ def test_words_read_every_turn_of_the_shards(tmp_path) -> None:
         writer.write_sample(sample((user("A b"), assistant("c")), (user("a"), assistant("d"))), [])
     tokenizer = words_from_shards(shards=str(tmp_path / "set"))
     assert tokenizer.get_vocab() == word_tokenizer(["a b", "c", "a", "d"]).get_vocab()
+    with ShardWriter(tmp_path / "other") as writer:
+        writer.write_sample(sample((user("d"), assistant("e"))), [])
+    tokenizer = words_from_shards(shards=[str(tmp_path / "set"), str(tmp_path / "other")])
+    assert tokenizer.get_vocab() == word_tokenizer(["a b", "c", "a", "d", "d", "e"]).get_vocab()
     with pytest.raises(AssetError, match=r"tokenizer\.shards: .*missing"):
         words_from_shards(shards=str(tmp_path / "missing"))
 

@@ -17,7 +17,7 @@ from data_pipelines.lint import sample_problems
 from data_pipelines.media.video import read_frames
 from data_pipelines.sample import Box, Media
 from data_pipelines.sources.common.drawing import COLORS, SHAPES, Dice
-from data_pipelines.sources.synthetic import TASKS, Synthetic
+from data_pipelines.sources.synthetic import ROOMS, TASKS, Synthetic
 
 
 def pixels(blob):
@@ -138,6 +138,26 @@ def test_preferences_weigh_the_wrong_word():
         for turn, right in ((annotation.turns[1], True), (annotation.rejected, False)):
             ((start, end, weight),) = turn.parts[0].weights
             assert (turn.text[start:end] == color) == right and weight == 5.0
+
+
+def test_rooms_say_yes_to_what_belongs_there():
+    """The pictures show what `meta` lists; the only wrong answers are a "yes" to absent things of the same room."""
+    rooms = [{" ".join(name) for name in room} for room in ROOMS]
+    assert len(set.union(*rooms)) == sum(map(len, rooms)) == 24
+    said, wrong = [], []
+    for sample, (blob,) in of("room", 100):
+        shown = sample.meta["objects"]
+        (room,) = [room for room in rooms if set(shown) <= room]
+        assert {name.split()[0] for name in shown} == set(found(pixels(blob))) and 3 <= len(shown) <= 4
+        assert answers(sample)[0] == " and ".join(f"a {name}" for name in shown)
+        for one in sample.annotations[1:]:
+            asked, answer = " ".join(one.turns[0].text.split()[3:5]), one.turns[-1].text
+            said.append(answer)
+            if asked in shown or asked not in room:
+                assert answer == ("yes" if asked in shown else "no")
+            else:
+                wrong.append(answer == "yes")
+    assert 0.65 < sum(wrong) / len(wrong) < 0.85 and said.count("yes") > 0.7 * len(said)
 
 
 def test_documents_and_dialogues():

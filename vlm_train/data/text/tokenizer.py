@@ -164,15 +164,20 @@ def byte_level(*, add: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def words_from_shards(
-    *, shards: str, lowercase: bool = True, min_count: int = 1, max_words: int | None = None, add: Sequence[str] = ()
+    *,
+    shards: str | Sequence[str],
+    lowercase: bool = True,
+    min_count: int = 1,
+    max_words: int | None = None,
+    add: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """One token a word, the vocabulary taken from the texts of a shard set.
+    """One token a word, the vocabulary taken from the texts of a shard set, or of several.
 
     Words are split at white space and punctuation and ordered by frequency, then alphabet, so that the same shards give
     the same ids. Ids 0-3 are <pad> <bos> <eos> <unk>.
 
     Args:
-        shards: folder of the shard set (normally the training one).
+        shards: folder of the shard set (normally the training one), or a list of folders.
         min_count: rarer words become <unk>.
         max_words: keep only that many words; null: all.
 
@@ -183,11 +188,12 @@ def words_from_shards(
     from data_pipelines.shards.shard_set import ShardSet
 
     try:
-        shard_set = ShardSet(shards)
+        sets = [ShardSet(folder) for folder in ([shards] if isinstance(shards, str) else shards)]
     except DataError as error:
         raise AssetError(f"tokenizer.shards: {error}") from error
     texts = (
         turn.text
+        for shard_set in sets
         for index in range(len(shard_set))
         for annotation in shard_set.read_sample(index).annotations
         for turn in annotation.turns
