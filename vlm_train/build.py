@@ -221,8 +221,11 @@ def build_tokenizer(cfg: DictConfig) -> Any:
 
 def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
     """The data module; it plans nothing yet."""
-    columns = sorted({name for one in build_objectives(cfg).values() for name in getattr(one, "columns", ())})
-    given: dict[str, Any] = {"batch": cfg.batch, "seed": cfg.seed, "columns": columns}
+    objectives = build_objectives(cfg).values()
+    given: dict[str, Any] = {"batch": cfg.batch, "seed": cfg.seed}
+    given["columns"] = sorted({name for one in objectives for name in getattr(one, "columns", ())})
+    if top_tokens := sorted({name for one in objectives for name in getattr(one, "top_tokens", ())}):
+        given["top_tokens"] = top_tokens
     return cast("VLMData", instantiate_part("data", cfg.data, processor=processor, **given))
 
 

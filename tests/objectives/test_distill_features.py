@@ -1,4 +1,4 @@
-"""Feature distillation equals its formula, value and gradients; its teacher stays, and its grid must be the student's."""
+"""Feature distillation equals its formula, value and gradients; its teacher stays, and grids must agree."""
 
 from __future__ import annotations
 

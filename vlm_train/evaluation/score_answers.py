@@ -25,8 +25,10 @@ RENDERED = ("annotations", "max_length", "over_length")
 
 
 def write_scores(cfg: DictConfig) -> dict[str, Any]:
-    """`mode=score`: scores of captions, or of answers."""
-    return score_pairs(cfg) if cfg.columns.scores == "answers" else score_captions(cfg)
+    """`mode=score`: scores of captions, or of answers, or what a teacher says of their tokens."""
+    from vlm_train.evaluation.score_teacher import score_tokens
+
+    return {"captions": score_captions, "answers": score_pairs, "teacher": score_tokens}[cfg.columns.scores](cfg)
 
 
 def score_pairs(cfg: DictConfig) -> dict[str, Any]:

@@ -124,11 +124,13 @@ def write_columns(
     about: dict[str, Any],
     show: Callable[[Processor, Sample, Sequence[bytes]], Shown],
     rows: Callable[[Assembly, Sequence[Shown]], list[Row]],
+    store: Callable[[Path, int, list[Row]], list[Row]] | None = None,
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `show` makes every sample ready, `rows` scores some.
 
     Args:
         about: what the values depend on besides the run, its weights, template and image plan.
+        store: writes what no line can hold of a shard's rows into the folder, and gives the lines.
     """
     from vlm_train.build import build_assembly
     from vlm_train.checkpoint.weights import load_run_weights
@@ -158,7 +160,7 @@ def write_columns(
                 for shown in _group_samples(shards, shard, captions, prepare, cfg.columns.batch, unusable):
                     found += rows(assembly, shown)
                     step(len(shown))
-                writer.write_rows(shard, found)
+                writer.write_rows(shard, store(output, shard, found) if store else found)
         unusable.require_usable(len(shards))
     if left := len(writer.missing_shards):
         print(f"{output}: {left} shards are left to other parts, whose last finishes the columns", flush=True)
@@ -177,8 +179,8 @@ def output_of(cfg: DictConfig) -> Path:
     if "://" in columns.shards:
         raise ConfigError(f"columns.output is missing: {columns.shards} is remote, so columns need a folder.")
     name = f"score-{Path(columns.captions).name}" if columns.captions else cfg.mode
-    if cfg.mode == "score" and columns.scores == "answers":
-        name = "answers"
+    if cfg.mode == "score" and columns.scores != "captions":
+        name = columns.scores
     return Path(f"{columns.shards.rstrip('/')}.columns") / name
 
 
