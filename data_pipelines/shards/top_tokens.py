@@ -75,15 +75,22 @@ class TopTokenColumn:
     vocab_size: int
     vocabulary: str
 
-    def read_sample(self, number: int) -> TopTokens:
-        """The top tokens of sample `number` of the shard set.
+    def require_vocabulary(self, digest: str) -> None:
+        """Raises `DataError` if the teacher's vocabulary has another hash."""
+        if self.vocabulary != digest:
+            raise DataError(f"{self.folder}: was computed with another vocabulary than this run's tokenizer has")
+
+    def read_sample(self, number: int, learned: int) -> TopTokens:
+        """The top tokens of sample `number` of the shard set, which has `learned` of them.
 
         Raises:
-            BadSample: it has none, or records that cannot be.
+            BadSample: it has none, more or fewer, or records that cannot be.
         """
         first, count = (int(one) for one in self.places[number])
         if first < 0:
             raise BadSample(f"column {self.name!r}: the sample has no top tokens", kind="column")
+        if count != learned:
+            raise BadSample(f"column {self.name!r} has {count} tokens, the sample {learned}", kind="column")
         shard = int(np.searchsorted(self.shard_starts, number, side="right")) - 1
         kind = record_type(self.top_k)
         path = self.folder / array_file(shard)

@@ -194,9 +194,12 @@ def test_damaged_records_are_refused(teacher: Path, tmp_path: Path) -> None:
         return open_top_tokens(Columns(folder, shards, ["teacher"], option="columns"), "teacher", shards)
 
     column = open_columns()
-    told = column.read_sample(6)
+    learned = int(column.places[6][1])
+    told = column.read_sample(6, learned)
     assert told.ids.shape == told.logps.shape and told.ids.shape[1] == 4
     assert (np.diff(told.logps.astype(np.float32), axis=1) <= 0).all() and told.ids.dtype == np.int32
+    with pytest.raises(BadSample, match="tokens, the sample"):
+        column.read_sample(6, learned + 1)
     file = folder / array_file(1)
     whole = file.read_bytes()
     first, count = (int(one) for one in column.places[6])
@@ -206,12 +209,12 @@ def test_damaged_records_are_refused(teacher: Path, tmp_path: Path) -> None:
         changed[first * size + at : first * size + at + 4] = value.to_bytes(4, "little", signed=True)
         file.write_bytes(changed)
         with pytest.raises(BadSample, match=message):
-            column.read_sample(6)
+            column.read_sample(6, learned)
     with pytest.raises(DataError, match="the shard's records were changed"):
         open_columns()
     file.write_bytes(whole[: first * size + size * count - 1])
     with pytest.raises(BadSample, match="ends before"):
-        column.read_sample(6)
+        column.read_sample(6, learned)
     with pytest.raises(DataError, match="no whole number of records of 24"):
         open_columns()
     file.write_bytes(whole[:size])

@@ -28,6 +28,8 @@ def check_columns_beside(path: str, cfg: DictConfig, objective: Any) -> Iterator
                 manifest = read_manifest(Path(folder), where)
                 for name in (name for name in columns if name not in manifest.names):
                     yield f"{path}: reads the column {name!r}. {where}: {folder} has {', '.join(manifest.names)}."
+                if getattr(objective, "top_tokens", ()) and "top_k" not in manifest.about:
+                    yield f"{where}: {folder} holds no top tokens. Write them by columns.scores=teacher."
                 for differing in _list_differing(cfg, objective, manifest.about):
                     yield (
                         f"{where}: {folder} was computed with another {differing}. Write it again by mode=score with "

@@ -13,7 +13,7 @@ GIVEN: dict[str, frozenset[str]] = {
     "connector": frozenset({"in_dim", "out_dim", "vocab_size"}),
     "llm": frozenset({"vocab_size", "new_tokens"}),  # one of them: does the configuration fix the vocabulary?
     "image": frozenset({"size", "mean", "patch_grid", "patch_size", "frames_per_patch", "processor"}),
-    "data": frozenset({"processor", "batch", "seed", "columns", "top_tokens"}),
+    "data": frozenset({"processor", "batch", "seed", "columns"}),
     "peft": frozenset({"model"}),
     "optim": frozenset({"params"}),
     "lr_schedule": frozenset({"optimizer", "total_steps"}),

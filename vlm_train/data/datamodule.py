@@ -65,7 +65,6 @@ class VLMData(pl.LightningDataModule):
         workers, prefetch: loader processes, and windows each keeps ready.
         processor, batch, seed: given by `build.py`: the run's processor, and its `batch`. `plan` is set by `fit`.
         columns: given by `build.py`: the columns of numbers beside the shards that objectives read.
-        top_tokens: likewise those of what a teacher says of every token.
     """
 
     plan: Plan | None = None
@@ -101,7 +100,6 @@ class VLMData(pl.LightningDataModule):
         batch: BatchSize,
         seed: int = 0,
         columns: Sequence[str] = (),
-        top_tokens: Sequence[str] = (),
     ) -> None:
         super().__init__()
         _check_settings(train, val, val_share, limit=limit, val_limit=val_limit, max_length=max_length)
@@ -110,10 +108,9 @@ class VLMData(pl.LightningDataModule):
         options = {"annotations": annotations, "max_length": max_length, "over_length": over_length}
         options |= {"rejected": rejected} | ({"prefix_split": True} if prefix_split else {})
         remote = {"cache_dir": shard_cache, "cache_bytes": shard_cache_bytes}
-        beside: dict[str, Any] = {"columns": columns, "top_tokens": top_tokens}
         self.seed, self.cache = seed, Path(cache)
-        self.train = Samples(train, processor, options, seed=seed, limit=limit, remote=remote, **beside)
-        self.val = Samples(val, processor, options, seed=seed, limit=val_limit, remote=remote, **beside)
+        self.train = Samples(train, processor, options, seed=seed, limit=limit, columns=columns, remote=remote)
+        self.val = Samples(val, processor, options, seed=seed, limit=val_limit, columns=columns, remote=remote)
         self._divide_samples(0.0 if val else val_share, val_limit)
         order: dict[str, Any] = {"rule": mixture, "temperature": temperature, "block": block_samples}
         computed = shuffle == "full" and len(self.train) > STORED_SAMPLES

@@ -20,7 +20,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Sample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.shard_set import ShardSet
-from data_pipelines.shards.top_tokens import TopTokenColumn, TopTokens, open_top_tokens
+from data_pipelines.shards.top_tokens import TopTokenColumn, open_top_tokens
 from vlm_train.data.collate import Example
 from vlm_train.data.order.lengths import VERSION, Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import SampleRef, Share
@@ -64,14 +64,7 @@ class Source:
     pieces: NDArray[np.int32] | None = None
 
     @classmethod
-    def open_source(
-        cls,
-        entry: dict[str, Any],
-        limit: int | None,
-        columns: Sequence[str],
-        top_tokens: Sequence[str] = (),
-        **remote: Any,
-    ) -> Source:
+    def open_source(cls, entry: dict[str, Any], limit: int | None, columns: Sequence[str], **remote: Any) -> Source:
         """Raises `DataError` if the folder is no shard set, holds no sample, or lacks the columns beside it.
 
         `remote`: see `ShardSet`.
@@ -83,17 +76,18 @@ class Source:
             raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
         size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])
         share = Share(size=size, **{k: entry[k] for k in ("repeat", "weight", "share") if entry.get(k) is not None})
-        beside = None
-        if names := [*columns, *top_tokens]:
+        beside, told = None, list[str]()
+        if columns:
             if not entry.get("columns"):
-                raise DataError(f"{shards.address}: an objective reads the columns {', '.join(names)} beside it")
-            beside = Columns(entry["columns"], shards, names, option="columns")
+                raise DataError(f"{shards.address}: an objective reads the columns {', '.join(columns)} beside it")
+            beside = Columns(entry["columns"], shards, columns, option="columns")
+            told, columns = (list(columns), ()) if "top_k" in beside.manifest.about else ([], columns)
         return cls(
             shards=shards,
             first=0,
             size=size,
             columns=beside.load_numbers(columns) if beside else {},
-            top_tokens={name: open_top_tokens(beside, name, shards) for name in top_tokens} if beside else {},
+            top_tokens={name: open_top_tokens(beside, name, shards) for name in told} if beside else {},
             columns_hash=beside.sha256 if beside else "",
             name=entry.get("name") or "",
             loss_weight=entry.get("loss_weight", 1.0),
@@ -127,16 +121,17 @@ class Samples:
         seed: int,
         limit: int | None,
         columns: Sequence[str] = (),
-        top_tokens: Sequence[str] = (),
         remote: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.sources = [Source.open_source(entry, limit, columns, top_tokens, **remote) for entry in entries]
+        self.sources = [Source.open_source(entry, limit, columns, **remote) for entry in entries]
         self.processor = processor
         self.options = options
         self.render_options = RenderOptions(**options)
         self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
-        self.columns, self.top_tokens = tuple(columns), tuple(top_tokens)
-        self._require_vocabulary()
+        self.top_tokens = tuple(dict.fromkeys(name for source in self.sources for name in source.top_tokens))
+        self.columns = tuple(name for name in columns if name not in self.top_tokens)
+        for column in (one for source in self.sources for one in source.top_tokens.values()):
+            column.require_vocabulary(hash_vocabulary(processor.tokenizer))
         self.seed = seed
         self.lengths: Lengths | None = None
 
@@ -172,7 +167,10 @@ class Samples:
             rendered = self.processor.render(sample, options)
             if training and self.lengths is not None:
                 self._require_planned(ref.index, rendered, source, number)
-            top_tokens = self._read_top_tokens(source, number, rendered)
+            top_tokens = {
+                name: (told.read_sample(number, rendered.streams["llm"].supervised), told.vocab_size)
+                for name, told in source.top_tokens.items()
+            }
             views = self.processor.make_views(
                 blobs,
                 media=sample.media,
@@ -188,28 +186,6 @@ class Samples:
         weight = sample.weight * source.loss_weight
         beside: dict[str, Any] = {"columns": columns, "top_tokens": top_tokens}
         return Example(rendered, views, source=source.name or sample.source, weight=weight, **beside)
-
-    def _require_vocabulary(self) -> None:
-        """Raises `DataError` if a teacher whose tokens are read had another vocabulary."""
-        for column in (column for source in self.sources for column in source.top_tokens.values()):
-            if column.vocabulary != hash_vocabulary(self.processor.tokenizer):
-                raise DataError(f"{column.folder}: was computed with another vocabulary than this run's tokenizer has")
-
-    def _read_top_tokens(
-        self, source: Source, number: int, rendered: TokenizedSample
-    ) -> dict[str, tuple[TopTokens, int]]:
-        """What a teacher says of the sample's tokens. Raises `BadSample` if it said it of more or fewer."""
-        found = {}
-        for name in self.top_tokens:
-            column = source.top_tokens[name]
-            told, learned = column.read_sample(number), rendered.streams["llm"].supervised
-            if len(told.ids) != learned:
-                raise BadSample(
-                    f"sample {rendered.key!r}: column {name!r} has {len(told.ids)} tokens, the sample {learned}",
-                    kind="column",
-                )
-            found[name] = (told, column.vocab_size)
-        return found
 
     def split_off(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""

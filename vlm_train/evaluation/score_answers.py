@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from data_pipelines.sample import Sample
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.data.text.render import RenderOptions
-from vlm_train.evaluation.score_shards import Shown, require_methods, score_captions, write_columns
+from vlm_train.evaluation.score_shards import RENDERED, Shown, require_methods, score_captions, write_columns
 
 if TYPE_CHECKING:
     from vlm_train.build import Assembly
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("chosen_logp", "rejected_logp")
 """Log-likelihoods of the chosen and of the rejected answer of a sample, sums over tokens by their weights."""
-
-RENDERED = ("annotations", "max_length", "over_length")
-"""Settings of `data` that decide which tokens an answer has."""
 
 
 def write_scores(cfg: DictConfig) -> dict[str, Any]:

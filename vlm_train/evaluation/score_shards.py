@@ -50,6 +50,9 @@ class Shown:
 SEEN = ("template", "image")
 """Groups that, besides the weights and `columns`, decide what the model says."""
 
+RENDERED = ("annotations", "max_length", "over_length")
+"""Settings of `data` that decide which tokens an answer has."""
+
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 """Options of `generate`, of which a model gets those that change what it does anyway."""
 
@@ -124,13 +127,12 @@ def write_columns(
     about: dict[str, Any],
     show: Callable[[Processor, Sample, Sequence[bytes]], Shown],
     rows: Callable[[Assembly, Sequence[Shown]], list[Row]],
-    store: Callable[[Path, int, list[Row]], list[Row]] | None = None,
+    store: Callable[[Path, int, list[Row]], list[Row]] | None = None,  # writes what no line can hold -> the lines
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `show` makes every sample ready, `rows` scores some.
 
     Args:
         about: what the values depend on besides the run, its weights, template and image plan.
-        store: writes what no line can hold of a shard's rows into the folder, and gives the lines.
     """
     from vlm_train.build import build_assembly
     from vlm_train.checkpoint.weights import load_run_weights

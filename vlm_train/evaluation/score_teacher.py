@@ -16,8 +16,7 @@ from data_pipelines.shards.top_tokens import TopTokens, write_records
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.data.text.render import RenderOptions
 from vlm_train.errors import ConfigError
-from vlm_train.evaluation.score_answers import RENDERED
-from vlm_train.evaluation.score_shards import Shown, require_methods, write_columns
+from vlm_train.evaluation.score_shards import RENDERED, Shown, require_methods, write_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
