@@ -221,8 +221,12 @@ def build_tokenizer(cfg: DictConfig) -> Any:
 
 def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
     """The data module; it plans nothing yet."""
-    columns = sorted({name for one in build_objectives(cfg).values() for name in getattr(one, "columns", ())})
-    given: dict[str, Any] = {"batch": cfg.batch, "seed": cfg.seed, "columns": columns}
+    read = [getattr(one, of, ()) for one in build_objectives(cfg).values() for of in ("columns", "top_tokens")]
+    given: dict[str, Any] = {
+        "batch": cfg.batch,
+        "seed": cfg.seed,
+        "columns": sorted({one for names in read for one in names}),
+    }
     return cast("VLMData", instantiate_part("data", cfg.data, processor=processor, **given))
 
 

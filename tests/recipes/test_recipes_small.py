@@ -67,6 +67,8 @@ def kind_of(recipe: str) -> str:
 def test_recipe_trains_small(name: str, data: Path, tmp_path: Path) -> None:
     overrides = [f"recipe={name}", "size=tiny", "trainer.max_steps=2", f"paths.data={data / kind_of(name)}"]
     overrides += ["run_name=small", f"paths.runs={tmp_path}", "init_from=[]", "trainer.log_every=1"]
+    if name == "easyvqa_distill":
+        overrides += ["reference.model=start"]  # the reader names the teacher's run
     packed = compose_config([f"recipe={name}"]).data.get("pack")
     if packed:  # one row of all samples, as at full size
         overrides += ["batch.micro=1"]

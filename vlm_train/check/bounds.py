@@ -15,7 +15,7 @@ LITERALS: dict[str, tuple[Any, ...]] = {
     "reference.which": ("last", "best"),
     "reference.init_from.*.which": ("last", "best"),
     "columns.which": ("last", "best"),
-    "columns.scores": ("captions", "answers"),
+    "columns.scores": ("captions", "answers", "teacher"),
     "trainer.guard.random_frozen": ("refuse", "warn", "allow"),
 }
 
@@ -47,6 +47,7 @@ RANGES: dict[str, str] = {
     "columns.gamma": "> 0",
     "columns.max_new_tokens": ">= 1",
     "columns.min_new_tokens": ">= 0",
+    "columns.top_k": ">= 1",
     "columns.part": ">= 0",
     "columns.parts": ">= 1",
     "columns.temperature": ">= 0, <= 1000",

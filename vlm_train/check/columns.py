@@ -18,7 +18,7 @@ SEEN = ("template", "image")
 
 def check_columns_beside(path: str, cfg: DictConfig, objective: Any) -> Iterator[str]:
     """Every shard set of the run has the columns beside it that an objective reads."""
-    columns = getattr(objective, "columns", ())
+    columns = (*getattr(objective, "columns", ()), *getattr(objective, "top_tokens", ()))
     for split in ("train", "val") if columns else ():
         for index, entry in enumerate(resolve_key(cfg.data, split) or []):
             where = f"data.{split}.{index}.columns"
@@ -28,6 +28,8 @@ def check_columns_beside(path: str, cfg: DictConfig, objective: Any) -> Iterator
                 manifest = read_manifest(Path(folder), where)
                 for name in (name for name in columns if name not in manifest.names):
                     yield f"{path}: reads the column {name!r}. {where}: {folder} has {', '.join(manifest.names)}."
+                if getattr(objective, "top_tokens", ()) and "top_k" not in manifest.about:
+                    yield f"{where}: {folder} holds no top tokens. Write them by columns.scores=teacher."
                 for differing in _list_differing(cfg, objective, manifest.about):
                     yield (
                         f"{where}: {folder} was computed with another {differing}. Write it again by mode=score with "
@@ -36,8 +38,9 @@ def check_columns_beside(path: str, cfg: DictConfig, objective: Any) -> Iterator
 
 
 def _list_differing(cfg: DictConfig, objective: Any, about: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that `mode=score columns.scores=answers` noted and that are others now; columns of others note none."""
-    if "gamma" not in about:
+    """Settings that `mode=score columns.scores=answers` or `teacher` noted and that are others now; columns of others
+    note none."""
+    if "data" not in about:
         return
     now = json.loads(json.dumps({name: resolve_key(cfg, name) for name in (*SEEN, "data")}))
     for name in SEEN:
@@ -46,5 +49,6 @@ def _list_differing(cfg: DictConfig, objective: Any, about: Mapping[str, Any]) -
     for name, value in about["data"].items():
         if now["data"].get(name) != value:
             yield f"data.{name} ({value!r})"
-    if about["gamma"] != getattr(objective, "gamma", None):
-        yield f"columns.gamma ({about['gamma']!r})"
+    for name in (name for name in ("gamma", "temperature") if name in about):
+        if about[name] != getattr(objective, name, None):
+            yield f"columns.{name} ({about[name]!r})"

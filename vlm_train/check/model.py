@@ -139,6 +139,9 @@ def _check_declarations(path: str, objective: Objective) -> Iterator[str]:
     columns = getattr(objective, "columns", ())
     if not isinstance(columns, (tuple, list)) or not all(isinstance(one, str) for one in columns):
         yield f"{path}: columns is {columns!r}; allowed: a tuple of names of columns."
+    told = getattr(objective, "top_tokens", ())
+    if not isinstance(told, (tuple, list)) or not all(isinstance(one, str) for one in told):
+        yield f"{path}: top_tokens is {told!r}; allowed: a tuple of names of columns."
     if divisor not in get_args(NormalizedBy):
         yield f"{path}: normalized_by is {divisor!r}; allowed: {', '.join(get_args(NormalizedBy))}."
     for name in ("needs_whole_step", "needs_reference"):

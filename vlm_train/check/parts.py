@@ -128,8 +128,14 @@ def check_columns(cfg: DictConfig) -> Iterator[str]:
         yield f"columns.shards is missing: mode={cfg.mode} needs columns.shards=<shard set>."
     if cfg.mode == "caption" and cfg.columns.captions:
         yield "columns.captions: only mode=score reads captions of other columns; leave it out."
-    if cfg.columns.scores == "answers" and cfg.columns.captions:
-        yield "columns.captions: columns.scores=answers scores no captions; leave one of them out."
+    if cfg.columns.scores != "captions" and cfg.columns.captions:
+        yield f"columns.captions: columns.scores={cfg.columns.scores} scores no captions; leave one of them out."
+    if cfg.columns.scores == "teacher" and not cfg.columns.temperature:
+        yield "columns.temperature: got 0 with columns.scores=teacher; allowed: above 0."
+    if cfg.columns.scores == "teacher" and cfg.data.get("annotations") == "drawn":
+        yield "data.annotations: drawn shows other answers in every epoch; columns.scores=teacher writes one."
+    if cfg.columns.scores == "teacher" and cfg.data.get("over_length") == "split":
+        yield "data.over_length: split makes several samples of one; columns.scores=teacher writes one. Use truncate."
     if not 0 <= cfg.columns.part < cfg.columns.parts:
         yield f"columns.part: got {cfg.columns.part} with columns.parts={cfg.columns.parts}; allowed: 0 to parts - 1."
 

@@ -153,7 +153,8 @@ class Columns:
 
     shards: str | None = None  # the shard set
     output: str | None = None  # folder of the columns; null: <shards>.columns/<mode>
-    scores: str = "captions"  # mode=score: how well captions fit, or log-likelihoods of pairs of answers: "answers"
+    scores: str = "captions"  # mode=score: how well captions fit; "answers": log-likelihoods of pairs; "teacher"
+    top_k: int = 16  # scores=teacher: most likely ids that are written of every learned token
     gamma: float | None = None  # scores=answers: weight of tokens in weighed segments; as objective.dpo.gamma
     captions: str | None = None  # mode=score: the columns whose captions take the place of the samples' own
     which: str = "last"  # weights: last | best
@@ -162,7 +163,7 @@ class Columns:
     parts: int = 1  # ... of so many
     max_new_tokens: int = 26  # 30 with the four of the prompt "[DEC] a picture of"
     min_new_tokens: int = 6  # 10 with them
-    temperature: float = 1.0  # 0: the most likely caption
+    temperature: float = 1.0  # 0: the most likely caption; scores=teacher: as objective.distill.temperature
     top_p: float = 0.9
     repetition_penalty: float = 1.1
 

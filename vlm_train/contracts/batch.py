@@ -158,12 +158,28 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TopTokenBatch:
+    """What a teacher said of every supervised token of the stream "llm", in the order of its `supervised`.
+
+    Attributes:
+        ids: `[S, K]` int64, the most likely tokens, the first most of all.
+        logps: `[S, K]` float32, their log-probabilities.
+        vocab_size: size of the teacher's vocabulary; 0: no sample of the batch tells.
+    """
+
+    ids: Tensor
+    logps: Tensor
+    vocab_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """A micro-batch: named token streams, media, and the accumulation window it belongs to.
 
     `keys[b][s - 1]` and `sources[b][s - 1]` name the sample in segment s of row b and where it comes from; `references`
     carries what evaluation needs (the expected answers), never read by a model. `columns[name]` `[samples]` float32, in
-    the same order, is what a column beside the shards says of each sample. `problems` says which held-out samples
+    the same order, is what a column beside the shards says of each sample; `top_tokens[name]` is a column of what a
+    teacher says of each token. `problems` says which held-out samples
     were left out, and why; those of a training step are in its window. `shared` is where
     `vlm_train.models.layers.passes` keeps passes.
     """
@@ -175,6 +191,7 @@ class Batch:
     keys: tuple[tuple[str, ...], ...] = ()
     references: tuple[Any, ...] = field(default=())
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    top_tokens: Mapping[str, TopTokenBatch] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlm_train.contracts.batch import Batch, MediaBatch, TokenStream
 from vlm_train.contracts.layout import MediaLayout
+from vlm_train.contracts.media import Features
 from vlm_train.contracts.model_parts import find_parts
 from vlm_train.contracts.streams import CAUSAL, Alignment
 
@@ -100,6 +101,15 @@ class Generates(Protocol):
 
 
 @runtime_checkable
+class EncodesPatches(Protocol):
+    """Shows what its vision encoder, named "vision", gives."""
+
+    def encode_patches(self, batch: Batch) -> Features:
+        """Features `[F, D_v]` of every view, the blank one of a batch without images included."""
+        ...
+
+
+@runtime_checkable
 class EmbedsImagesAndTexts(Protocol):
     """Two towers: each embeds images or texts alone, as unit vectors of one space."""
 
@@ -156,7 +166,15 @@ class MatchesPairs(Protocol):
         ...
 
 
-CAPABILITIES = (PredictsTokens, Generates, EmbedsImagesAndTexts, ScalesSimilarity, AlignsPairs, MatchesPairs)
+CAPABILITIES = (
+    PredictsTokens,
+    Generates,
+    EncodesPatches,
+    EmbedsImagesAndTexts,
+    ScalesSimilarity,
+    AlignsPairs,
+    MatchesPairs,
+)
 """Everything that a shipped objective or evaluator asks of a family. Others may declare protocols of their own."""
 
 

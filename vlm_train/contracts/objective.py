@@ -97,6 +97,8 @@ class Objective(Protocol):
         needs: what the model must offer, protocols of `vlm_train.contracts.family`.
         columns: columns of numbers beside the shards (`columns:` of an entry of `data.train` and `data.val`) that it
             reads as `batch.columns[name]`, such as what a reference model said of the answers, computed once.
+        top_tokens: columns beside the shards of what a teacher says of every token of the stream "llm", read as
+            `batch.top_tokens[name]`.
         weight_rules: values of `batch.normalize` that it is right under, because it reads the weights of tokens as
             they are; empty: any.
     """
@@ -107,6 +109,7 @@ class Objective(Protocol):
     needs_reference: bool = False
     needs: tuple[type, ...] = ()
     columns: tuple[str, ...] = ()
+    top_tokens: tuple[str, ...] = ()
     weight_rules: tuple[str, ...] = ()
 
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:

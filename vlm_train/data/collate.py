@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from data_pipelines.shards.top_tokens import TopTokens
 from vlm_train.contracts.batch import (
     IGNORE,
     Batch,
@@ -23,6 +24,7 @@ from vlm_train.contracts.batch import (
     PackedSequences,
     Slots,
     TokenStream,
+    TopTokenBatch,
     Window,
 )
 from vlm_train.contracts.layout import PLACEHOLDER_ID
@@ -45,6 +47,7 @@ class Example:
     source: str = ""
     weight: float = 1.0
     columns: Mapping[str, float] = field(default_factory=dict)
+    top_tokens: Mapping[str, tuple[TopTokens, int]] = field(default_factory=dict)  # and the vocabulary's size
 
 
 def collate_rows(
@@ -53,6 +56,7 @@ def collate_rows(
     *,
     streams: Sequence[str] = ("llm",),
     columns: Sequence[str] = (),
+    top_tokens: Sequence[str] = (),
     normalize: str = "token",
     window: Window | None = None,
     left: bool = False,
@@ -82,6 +86,18 @@ def collate_rows(
         keys=tuple(tuple(item.rendered.key for item in row) for row in rows) or ((),),
         references=tuple(item.rendered.reference for item in items),
         columns={name: torch.tensor([item.columns[name] for item in items]) for name in columns},
+        top_tokens={name: join_top_tokens([item.top_tokens[name] for item in items]) for name in top_tokens},
+    )
+
+
+def join_top_tokens(items: Sequence[tuple[TopTokens, int]]) -> TopTokenBatch:
+    """What a teacher says of the tokens of several samples, one after the other; without any, of no token."""
+    if not items:
+        return TopTokenBatch(ids=torch.zeros(0, 1, dtype=torch.int64), logps=torch.zeros(0, 1))
+    return TopTokenBatch(
+        ids=torch.from_numpy(np.concatenate([one.ids for one, _ in items]).astype(np.int64)),
+        logps=torch.from_numpy(np.concatenate([one.logps for one, _ in items]).astype(np.float32)),
+        vocab_size=items[0][1],
     )
 
 

@@ -20,6 +20,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.sample import Sample
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.shard_set import ShardSet
+from data_pipelines.shards.top_tokens import TopTokenColumn, open_top_tokens
 from vlm_train.data.collate import Example
 from vlm_train.data.order.lengths import VERSION, Lengths, cached_lengths, hash_content
 from vlm_train.data.order.mixture import SampleRef, Share
@@ -27,6 +28,7 @@ from vlm_train.data.processor import Processor, measure_media
 from vlm_train.data.stream import StreamShards
 from vlm_train.data.text.render import RenderOptions, TokenizedSample
 from vlm_train.data.text.split import NoPiece
+from vlm_train.data.text.tokenizer import hash_vocabulary
 from vlm_train.errors import ConfigError
 from vlm_train.seeds import derive_seed
 
@@ -46,6 +48,7 @@ class Source:
         loss_weight: factor on the weight of its targets.
         share: its part in the mixture.
         columns: column of numbers beside the shards -> `[samples of the shard set]`; columns_hash: of their files.
+        top_tokens: what a teacher says of every token, by column.
         pieces: `[size, 2]`, sample and piece of each number, where over-long samples are split.
     """
 
@@ -56,6 +59,7 @@ class Source:
     loss_weight: float = 1.0
     share: Share
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    top_tokens: Mapping[str, TopTokenColumn] = field(default_factory=dict)
     columns_hash: str = ""
     pieces: NDArray[np.int32] | None = None
 
@@ -72,16 +76,18 @@ class Source:
             raise DataError(f"{shards.address}: a shard set without samples; build it again or take it out")
         size = min([len(shards), *(n for n in (limit, entry.get("limit")) if n is not None)])
         share = Share(size=size, **{k: entry[k] for k in ("repeat", "weight", "share") if entry.get(k) is not None})
-        beside = None
+        beside, told = None, list[str]()
         if columns:
             if not entry.get("columns"):
                 raise DataError(f"{shards.address}: an objective reads the columns {', '.join(columns)} beside it")
             beside = Columns(entry["columns"], shards, columns, option="columns")
+            told, columns = (list(columns), ()) if "top_k" in beside.manifest.about else ([], columns)
         return cls(
             shards=shards,
             first=0,
             size=size,
             columns=beside.load_numbers(columns) if beside else {},
+            top_tokens={name: open_top_tokens(beside, name, shards) for name in told} if beside else {},
             columns_hash=beside.sha256 if beside else "",
             name=entry.get("name") or "",
             loss_weight=entry.get("loss_weight", 1.0),
@@ -122,7 +128,10 @@ class Samples:
         self.options = options
         self.render_options = RenderOptions(**options)
         self.streams = (*processor.streams, *(("rejected",) if options.get("rejected") else ()))
-        self.columns = tuple(columns)
+        self.top_tokens = tuple(dict.fromkeys(name for source in self.sources for name in source.top_tokens))
+        self.columns = tuple(name for name in columns if name not in self.top_tokens)
+        for column in (one for source in self.sources for one in source.top_tokens.values()):
+            column.require_vocabulary(hash_vocabulary(processor.tokenizer))
         self.seed = seed
         self.lengths: Lengths | None = None
 
@@ -158,6 +167,10 @@ class Samples:
             rendered = self.processor.render(sample, options)
             if training and self.lengths is not None:
                 self._require_planned(ref.index, rendered, source, number)
+            top_tokens = {
+                name: (told.read_sample(number, rendered.streams["llm"].supervised), told.vocab_size)
+                for name, told in source.top_tokens.items()
+            }
             views = self.processor.make_views(
                 blobs,
                 media=sample.media,
@@ -171,7 +184,8 @@ class Samples:
             error.shard, error.key = error.shard or shards.shard_path(number), error.key or shards.key(number)
             raise
         weight = sample.weight * source.loss_weight
-        return Example(rendered, views, source=source.name or sample.source, weight=weight, columns=columns)
+        beside: dict[str, Any] = {"columns": columns, "top_tokens": top_tokens}
+        return Example(rendered, views, source=source.name or sample.source, weight=weight, **beside)
 
     def split_off(self, share: float, limit: int | None) -> Samples:
         """Take the last share of every source away and return it, or its first `limit` samples."""

@@ -51,7 +51,7 @@ class WindowStream(IterableDataset):
             loaded = [load_row(self.samples, row, problems, training=True) for row in rows]
             micros.append([row for row in loaded if row])
         how: dict[str, Any] = {"streams": self.samples.streams, "normalize": self.normalize}
-        how["columns"] = self.samples.columns
+        how |= {"columns": self.samples.columns, "top_tokens": self.samples.top_tokens}
         batches = [collate_rows(rows, self.samples.processor.images, **how) for rows in micros]
         window = self._describe_window(step, micros, batches, tuple(problems))
         return [replace(batch, window=replace(window, micro=m)) for m, batch in enumerate(batches)]
@@ -147,7 +147,7 @@ class ValidationStream(IterableDataset):
             row = [SampleRef(index, 0) for index in range(first, min(first + self.rows, len(self.samples)))]
             items = load_row(self.samples, row, problems, training=False)
             how: dict[str, Any] = {"streams": self.samples.streams, "normalize": self.normalize}
-            how["columns"] = self.samples.columns
+            how |= {"columns": self.samples.columns, "top_tokens": self.samples.top_tokens}
             yield replace(
                 collate_rows([[i] for i in items], self.samples.processor.images, **how), problems=tuple(problems)
             )

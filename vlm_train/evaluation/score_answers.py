@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from data_pipelines.sample import Sample
 from vlm_train.contracts.family import PredictsTokens
 from vlm_train.data.text.render import RenderOptions
-from vlm_train.evaluation.score_shards import Shown, require_methods, score_captions, write_columns
+from vlm_train.evaluation.score_shards import RENDERED, Shown, require_methods, score_captions, write_columns
 
 if TYPE_CHECKING:
     from vlm_train.build import Assembly
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 COLUMNS = ("chosen_logp", "rejected_logp")
 """Log-likelihoods of the chosen and of the rejected answer of a sample, sums over tokens by their weights."""
 
-RENDERED = ("annotations", "max_length", "over_length")
-"""Settings of `data` that decide which tokens an answer has."""
-
 
 def write_scores(cfg: DictConfig) -> dict[str, Any]:
-    """`mode=score`: scores of captions, or of answers."""
-    return score_pairs(cfg) if cfg.columns.scores == "answers" else score_captions(cfg)
+    """`mode=score`: scores of captions, or of answers, or what a teacher says of their tokens."""
+    from vlm_train.evaluation.score_teacher import score_tokens
+
+    return {"captions": score_captions, "answers": score_pairs, "teacher": score_tokens}[cfg.columns.scores](cfg)
 
 
 def score_pairs(cfg: DictConfig) -> dict[str, Any]:

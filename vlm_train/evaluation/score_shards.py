@@ -50,6 +50,9 @@ class Shown:
 SEEN = ("template", "image")
 """Groups that, besides the weights and `columns`, decide what the model says."""
 
+RENDERED = ("annotations", "max_length", "over_length")
+"""Settings of `data` that decide which tokens an answer has."""
+
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 """Options of `generate`, of which a model gets those that change what it does anyway."""
 
@@ -124,6 +127,7 @@ def write_columns(
     about: dict[str, Any],
     show: Callable[[Processor, Sample, Sequence[bytes]], Shown],
     rows: Callable[[Assembly, Sequence[Shown]], list[Row]],
+    store: Callable[[Path, int, list[Row]], list[Row]] | None = None,  # writes what no line can hold -> the lines
 ) -> dict[str, Any]:
     """Write the columns `names` of all shards that have none: `show` makes every sample ready, `rows` scores some.
 
@@ -158,7 +162,7 @@ def write_columns(
                 for shown in _group_samples(shards, shard, captions, prepare, cfg.columns.batch, unusable):
                     found += rows(assembly, shown)
                     step(len(shown))
-                writer.write_rows(shard, found)
+                writer.write_rows(shard, store(output, shard, found) if store else found)
         unusable.require_usable(len(shards))
     if left := len(writer.missing_shards):
         print(f"{output}: {left} shards are left to other parts, whose last finishes the columns", flush=True)
@@ -177,8 +181,8 @@ def output_of(cfg: DictConfig) -> Path:
     if "://" in columns.shards:
         raise ConfigError(f"columns.output is missing: {columns.shards} is remote, so columns need a folder.")
     name = f"score-{Path(columns.captions).name}" if columns.captions else cfg.mode
-    if cfg.mode == "score" and columns.scores == "answers":
-        name = "answers"
+    if cfg.mode == "score" and columns.scores != "captions":
+        name = columns.scores
     return Path(f"{columns.shards.rstrip('/')}.columns") / name
 
 

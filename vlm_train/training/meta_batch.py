@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream
+from vlm_train.contracts.batch import IGNORE, Batch, MediaBatch, Slots, TokenStream, TopTokenBatch
 from vlm_train.contracts.layout import MediaSize, Slot
 from vlm_train.contracts.model_parts import find_encoders
 from vlm_train.data.media_layout import make_layout
@@ -62,12 +62,13 @@ def meta_batch(
     images: int = 1,
     image: ExampleImage | None = None,
     columns: Iterable[str] = (),
+    top_tokens: Iterable[str] = (),
 ) -> Batch:
     """A batch of shapes: `images` (if the model sees any) and `text_tokens` a row, the last `supervised` learned. Every
     image is like `image`; None: one view.
 
-    `streams` and `columns` are those of the objectives; what else the model reads is added. A decoder's stream holds
-    what is learned, and a stream that is only read the rest.
+    `streams`, `columns` and `top_tokens` are those of the objectives; what else the model reads is added. A decoder's
+    stream holds what is learned, and a stream that is only read the rest.
     """
     image = image or one_view(model)
     slots, encoders = visual_tokens(model, image), find_encoders(model)
@@ -89,7 +90,9 @@ def meta_batch(
             keys=("meta",) * (rows * images),
         )
         numbers = {name: torch.zeros(rows) for name in columns}
-    return Batch(text=text, media=media, columns=numbers)
+        ids = torch.zeros(rows * supervised, 1, dtype=torch.int64)
+        told = {name: TopTokenBatch(ids=ids, logps=torch.zeros(rows * supervised, 1)) for name in top_tokens}
+    return Batch(text=text, media=media, columns=numbers, top_tokens=told)
 
 
 def _meta_stream(rows: int, text_tokens: int, slots: int, supervised: int) -> TokenStream:

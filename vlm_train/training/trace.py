@@ -226,8 +226,9 @@ def trace_step(
     objectives = build_objectives(cfg).values()
     streams = [name for objective in objectives for name in objective.streams]
     columns = [name for objective in objectives for name in getattr(objective, "columns", ())]
+    told = [name for objective in objectives for name in getattr(objective, "top_tokens", ())]
     sizes = {"rows": 1, "text_tokens": text_tokens, "supervised": supervised, "images": images}
-    batch = meta_batch(model, streams=streams, columns=columns, image=image, **sizes)
+    batch = meta_batch(model, streams=streams, columns=columns, top_tokens=told, image=image, **sizes)
     context = StepContext(reference=None if cfg.reference.model is None else partial(frozen, model))
 
     def run_objectives() -> list[Any]:

@@ -98,7 +98,17 @@ def cached_on_batch(batch: Batch, owner: Family, name: str, make: Callable[[], M
     `owner` and `name` say what it is. Kept apart by whether gradients are recorded, and whether the model plays its own
     reference.
     """
-    key = (id(owner), name, torch.is_grad_enabled(), owner.plays_reference)
+    key = _key_of(owner, name)
     if key not in batch.shared:
         batch.shared[key] = make()
     return batch.shared[key]
+
+
+def take_from_batch(batch: Batch, owner: Family, name: str, make: Callable[[], Made]) -> Made:
+    """What `cached_on_batch` has kept under these; else what `make` gives, which is not kept."""
+    key = _key_of(owner, name)
+    return batch.shared[key] if key in batch.shared else make()
+
+
+def _key_of(owner: Family, name: str) -> tuple[Any, ...]:
+    return (id(owner), name, torch.is_grad_enabled(), owner.plays_reference)

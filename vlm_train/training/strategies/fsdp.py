@@ -70,7 +70,7 @@ class FSDP2(OwnState, DDPStrategy):
             )
 
         broadcast_weights(model, list_units(model), self.root_device, split_unit)
-        for name in ("logits", "generate"):  # entered without the model's forward
+        for name in ("logits", "generate", "encode_patches"):  # entered without the model's forward
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
 

@@ -1,0 +1,1 @@
+"""Learned maps between the widths of two models."""
