@@ -60,16 +60,16 @@ def _read_tokens(
     """The top tokens of every sample."""
     import torch
 
+    from vlm_train.contracts.objective import StepContext
     from vlm_train.data.collate import Example, collate_rows
-    from vlm_train.models.layers.passes import outputs_of
-    from vlm_train.objectives.head import call_in_chunks
+    from vlm_train.models.layers.passes import call_in_chunks, outputs_of
 
     model = require_methods(assembly, (PredictsTokens,), "score")
     rows = [[Example(one.texts[0], one.views)] for one in shown]
     batch = collate_rows(rows, assembly.processor.images).to(next(model.parameters()).device)
     hidden = outputs_of(model, batch, "llm").hidden.flatten(0, 1)[batch.text["llm"].supervised]  # [S, D]
     find = partial(_find_top, model, top_k=top_k, vocab_size=vocab_size, temperature=temperature)
-    found = call_in_chunks(find, (hidden,), chunk=1024)
+    found = call_in_chunks(find, (hidden,), StepContext(), chunk=1024)
     ids, logps = (torch.cat([pair[n] for pair in found]).cpu() for n in (0, 1))
     sizes = [one.texts[0].streams["llm"].supervised for one in shown]
     return [
