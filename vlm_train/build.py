@@ -22,7 +22,7 @@ from vlm_train.contracts.exporter import Exporter, Importer
 from vlm_train.contracts.family import Family
 from vlm_train.contracts.given import GIVEN
 from vlm_train.contracts.model_parts import find_encoders
-from vlm_train.contracts.objective import Objective
+from vlm_train.contracts.objective import Objective, list_columns
 from vlm_train.data.images.plan import ImagePlan
 from vlm_train.data.media_layout import make_layout
 from vlm_train.data.processor import Processor
@@ -221,12 +221,8 @@ def build_tokenizer(cfg: DictConfig) -> Any:
 
 def build_data(cfg: DictConfig, processor: Processor) -> VLMData:
     """The data module; it plans nothing yet."""
-    read = [getattr(one, of, ()) for one in build_objectives(cfg).values() for of in ("columns", "top_tokens")]
-    given: dict[str, Any] = {
-        "batch": cfg.batch,
-        "seed": cfg.seed,
-        "columns": sorted({one for names in read for one in names}),
-    }
+    columns = sorted({name for one in build_objectives(cfg).values() for name in list_columns(one)})
+    given: dict[str, Any] = {"batch": cfg.batch, "seed": cfg.seed, "columns": columns}
     return cast("VLMData", instantiate_part("data", cfg.data, processor=processor, **given))
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from data_pipelines.shards.columns import COLUMNS, read_manifest
 from vlm_train.config.resolve import resolve_key
+from vlm_train.contracts.objective import list_columns
 
 SEEN = ("template", "image")
 """Groups that decide what a model sees of a sample, besides some settings of `data`."""
@@ -18,7 +19,7 @@ SEEN = ("template", "image")
 
 def check_columns_beside(path: str, cfg: DictConfig, objective: Any) -> Iterator[str]:
     """Every shard set of the run has the columns beside it that an objective reads."""
-    columns = (*getattr(objective, "columns", ()), *getattr(objective, "top_tokens", ()))
+    columns = list_columns(objective)
     for split in ("train", "val") if columns else ():
         for index, entry in enumerate(resolve_key(cfg.data, split) or []):
             where = f"data.{split}.{index}.columns"

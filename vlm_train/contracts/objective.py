@@ -115,3 +115,8 @@ class Objective(Protocol):
     def __call__(self, model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
         """The losses of one micro-batch, by name."""
         ...
+
+
+def list_columns(objective: Any) -> tuple[str, ...]:
+    """The columns beside the shards that an objective reads: those of numbers, and those of a teacher's tokens."""
+    return (*getattr(objective, "columns", ()), *getattr(objective, "top_tokens", ()))
