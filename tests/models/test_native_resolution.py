@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_it_learns_and_features_are_merged_where_the_layout_says() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = []
     for _ in range(6):
-        loss = LanguageModeling()(model, batch, StepContext())["lm"]
+        loss = LanguageModeling()(model, replace(batch, shared={}), StepContext())["lm"]
         optimizer.zero_grad()
         (loss.sum / loss.count).backward()
         optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from vlm_train.contract.finding import Finding, compare_values, require_members
 from vlm_train.contract.samples import write_samples
 from vlm_train.contracts.evaluator import Evaluator, Findings
 from vlm_train.contracts.exporter import Exporter
+from vlm_train.contracts.family import PredictsTokens
 from vlm_train.evaluation.run import run_evaluator
 
 REFERENCES = (("a cat", "one cat"), ("Stop",))
@@ -61,7 +62,8 @@ def check_metric(component: Component) -> Iterator[Finding]:
 
 def check_eval(component: Component) -> Iterator[Finding]:
     """Every evaluator of an option, with the model of its configuration: `Evaluator`."""
-    for name, evaluator in build_evaluators(component.written).items():
+    written = build_evaluators(component.written)
+    for name, evaluator in written.items():
         yield require_members(evaluator, [member for member in vars(Evaluator) if not member.startswith("_")])
         directions = dict(evaluator.higher_is_better)
         known = "" if evaluator.primary in directions else f"got {evaluator.primary!r}, one of {', '.join(directions)}"
@@ -69,7 +71,9 @@ def check_eval(component: Component) -> Iterator[Finding]:
 
     cfg = component.small
     with tempfile.TemporaryDirectory() as place:
-        nodes = _put_shards(component.written.eval, write_samples(Path(place) / "shards"))
+        sets = {texts: write_samples(Path(place) / f"shards-{texts}", texts=texts) for texts in (False, True)}
+        folders = {name: sets[PredictsTokens in getattr(one, "needs", ())] for name, one in written.items()}
+        nodes = _put_shards(component.written.eval, folders)
         evaluators = make_each("eval", OmegaConf.create(nodes))
         problems = list(check_evaluators(evaluators, _make_skeleton(cfg)))
         advice = " Add recipe=<one whose model does>." if problems else ""
@@ -126,10 +130,10 @@ def check_importer(component: Component) -> Iterator[Finding]:
             yield Finding(f"{name}: says why it cannot read an empty folder", "" if good else f"got {found!r}")
 
 
-def _put_shards(nodes: Any, folder: Path) -> dict[str, Any]:
-    """The evaluators, with the made shard set in place of all that they name."""
+def _put_shards(nodes: Any, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The evaluators, with a made shard set each in place of all that they name."""
 
-    def replace_shards(key: str, value: Any) -> Any:
+    def replace_shards(key: str, value: Any, folder: Path) -> Any:
         if not key.endswith("shards") or value is None:
             return value
         return [str(folder)] if isinstance(value, list) else str(folder)
@@ -137,7 +141,7 @@ def _put_shards(nodes: Any, folder: Path) -> dict[str, Any]:
     plain = OmegaConf.to_container(nodes, resolve=True, throw_on_missing=False)
     assert isinstance(plain, dict)
     return {
-        str(name): {str(key): replace_shards(str(key), value) for key, value in node.items()}
+        str(name): {str(key): replace_shards(str(key), value, folders[str(name)]) for key, value in node.items()}
         for name, node in plain.items()
         if node is not None
     }

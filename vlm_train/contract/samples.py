@@ -45,12 +45,14 @@ def make_prompts(processor: Processor) -> Batch:
     return collate_prompts(rendered, processor.images)
 
 
-def write_samples(folder: Path) -> Path:
-    """A shard set of the made pictures, and of their questions alone."""
-    with ShardWriter(folder) as writer:
-        for media in (True, False):
-            for sample, blobs in _read_samples(media):
-                writer.write_sample(replace(sample, key=f"{sample.key}{'' if media else '-text'}"), blobs)
+def write_samples(folder: Path, *, texts: bool = False) -> Path:
+    """A shard set of the made pictures; with `texts` also of their questions alone."""
+    with ShardWriter(folder, source=Tiny.name, license=Tiny.license) as writer:
+        for record in Tiny(count=COUNT):
+            assert isinstance(record, tuple)
+            writer.write_sample(*record)
+        for sample, blobs in _read_samples(media=False) if texts else ():
+            writer.write_sample(replace(sample, key=f"text-{sample.key}"), blobs)
     return folder
 
 

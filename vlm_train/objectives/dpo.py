@@ -75,6 +75,7 @@ class DirectPreference(Objective):
         _check_tokens(gamma, chunk)
         _check_reference(reference_free, reference_columns)
         self.beta, self.label_smoothing, self.weights = beta, label_smoothing, dict(zip(loss_type, weights))
+        self.gamma = gamma
         self.reading: dict[str, Any] = {"gamma": gamma, "chunk": chunk}
         self.reference_free, self.columns = reference_free, tuple(reference_columns)
         self.needs_reference = not (reference_free or self.columns)

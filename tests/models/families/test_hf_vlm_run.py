@@ -129,7 +129,7 @@ def test_activation_checkpointing_changes_nothing(folder: Path, data: Path, tmp_
 def test_qlora_exports_over_the_unquantized_base(kind: str, data: Path, tmp_path: Path) -> None:
     folder = make_folder(kind, tmp_path / kind)
     rules = "params.rules=[{match: '.*lora_.*', lr: 1e-2}, {match: '.*', lr: null}]"
-    run = train(command(folder, data, tmp_path, "peft=qlora", rules))
+    run = train(command(folder, data, tmp_path, "peft=qlora", "peft.bits=8", rules))
     assert all(name.startswith("llm.") and ".lora_" in name for name in weights_of(run))
     assert (run / "export/model.safetensors").is_file()
 
