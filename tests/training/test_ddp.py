@@ -46,7 +46,7 @@ OVERRIDES = [
             ["objective.itc.gather_grad=true", "optim.lr=0.005", "params=connector_llm"],
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "easyvqa_blip2_stage1",
             (4, 2),
             [
@@ -56,6 +56,7 @@ OVERRIDES = [
                 "data.limit=5",
                 "trainer.max_steps=2",
             ],
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -124,7 +124,7 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_killed_run_resumes_exactly(workers: int, data: Path, whole: Path, tmp_path: Path) -> None:
     overrides = command(data, tmp_path, f"data.workers={workers}")
     log = tmp_path / "run" / "metrics.jsonl"
@@ -151,7 +151,9 @@ def test_killed_run_resumes_exactly(workers: int, data: Path, whole: Path, tmp_p
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_asked_to_stop_saves_the_step_and_resumes_exactly(
     number: signal.Signals, data: Path, whole: Path, tmp_path: Path
 ) -> None:
