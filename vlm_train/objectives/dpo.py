@@ -110,14 +110,14 @@ class DirectPreference(Objective):
         chosen, rejected = (self.beta * ratio for ratio in ratios)
         means = [self.beta * ratio / length.clamp(min=1e-8) for ratio, length in zip(ratios, lengths, strict=True)]
         made = {
-            "sigmoid": lambda: self._smooth(chosen - rejected),
-            "sigmoid_norm": lambda: self._smooth(means[0] - means[1]),
-            "robust": lambda: self._smooth(chosen - rejected, -1) / (1 - 2 * self.label_smoothing),
+            "sigmoid": lambda: self._compute_sigmoid_loss(chosen - rejected),
+            "sigmoid_norm": lambda: self._compute_sigmoid_loss(means[0] - means[1]),
+            "robust": lambda: self._compute_sigmoid_loss(chosen - rejected, -1) / (1 - 2 * self.label_smoothing),
             "bco_pair": lambda: -F.logsigmoid(chosen) - F.logsigmoid(-rejected),
         }
         return {name: made[name]() for name in self.weights}
 
-    def _smooth(self, margin: Tensor, sign: int = 1) -> Tensor:
+    def _compute_sigmoid_loss(self, margin: Tensor, sign: int = 1) -> Tensor:
         """`[M]`: the sigmoid loss of margins, some pairs of which are swapped."""
         share = self.label_smoothing
         return -F.logsigmoid(margin) * (1 - share) - sign * F.logsigmoid(-margin) * share
